@@ -1,0 +1,266 @@
+"""What a run is: typed settings that a recipe fills in and every command line option overrides.
+
+Light on purpose: nothing here imports torch, so that a mistake in an option is answered at once.
+"""
+
+import dataclasses
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from itpn.errors import UserError
+
+
+@dataclass
+class ModelConfig:
+    """The network and its masked objective."""
+
+    name: str = "itpn_base"
+    """Backbone, one of the models of `itpn list`."""
+    checkpoint: str | None = None
+    """Start from the weights in this .ckpt or .safetensors file; what it lacks starts fresh and is said."""
+    patch_size: int = 16
+    """Side of a unit in pixels, divisible by 4."""
+    in_chans: int = 3
+    """Channels of the images: 3 for colour, 1 for grey."""
+    pos_embed: Literal["fixed", "learned"] = "fixed"
+    """Keep the sine-cosine position table of the backbone, or train it."""
+    mask_ratio: float = 0.75
+    """Share of units hidden in each image."""
+    normalize_target: bool = True
+    """Predict pixels normalised by the mean and deviation of their unit."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last backbone block; it grows from 0 block by block."""
+    init_values: float | None = None
+    """Initial layer scale of the backbone; None for no layer scale."""
+    pyramid_width: int | None = None
+    """Channels of the pyramid; None for the model's own."""
+    pyramid_depth: int | None = None
+    """Blocks per pyramid level; None for the model's own."""
+    decoder_width: int = 512
+    """Channels of the decoder, divisible by 16 and by its heads."""
+    decoder_depth: int = 6
+    """Transformer blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+
+
+@dataclass
+class DataConfig:
+    """The images."""
+
+    root: tuple[str, ...] = ("data/imagenet",)
+    """Folders of images of any depth, or tar shards, or several of either; of a folder with `train` in it, that."""
+    img_size: int | tuple[int, int] = 224
+    """Pixels of a side, or height and width."""
+    batch_size: int = 512
+    """Images per process and forward pass."""
+    num_workers: int = 8
+    """Processes that read images, for each training process; 0 reads in the training process."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of a random crop as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Aspect ratio (width over height) of a random crop."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How crops are resized."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean subtracted from each channel, of pixels in [0, 1]."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Deviation that each channel is divided by."""
+    max_broken: float = 0.05
+    """Share of unreadable images above which the run stops."""
+    max_pixels: int = 2**28
+    """Images that declare more pixels than this are refused as decompression bombs."""
+    shuffle_buffer: int = 1000
+    """Tar shards: images held back per worker for shuffling."""
+    samples_per_epoch: int | None = None
+    """Tar shards: images in an epoch; None counts them once at the start."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule: linear warm-up, then cosine, step by step."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate for a global batch of 256 images; the true one scales with the global batch."""
+    lr: float | None = None
+    """Peak learning rate as it is; overrides --optimizer.base-lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's averages."""
+    weight_decay: float = 0.05
+    """Decay of everything but norms, biases, position embeddings and mask tokens."""
+    warmup_epochs: float = 40
+    """Epochs of linear warm-up, at most a tenth of the run."""
+    warmup_start: float = 1e-4
+    """Share of the peak learning rate at the first step."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None does not clip."""
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on what, and what is written meanwhile."""
+
+    max_epochs: int = 800
+    """Passes over the images."""
+    max_steps: int | None = None
+    """Optimiser steps at which the run ends, if epochs do not end it before; the schedule follows."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, 32 bits on a CPU."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """What to train on."""
+    devices: int | None = None
+    """Devices of this machine; None for all GPUs (or one CPU process), or what torchrun or Slurm started."""
+    num_nodes: int | None = None
+    """Machines; None for what torchrun or Slurm started, else one."""
+    accumulate_grad_batches: int = 1
+    """Forward passes per optimiser step; the global batch grows with it."""
+    compile: bool = False
+    """Compile the network with torch.compile: minutes at the start, faster steps."""
+    checkpoint_every_n_steps: int = 500
+    """Optimiser steps between checkpoints: what a crash loses at most."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept, beside the best."""
+    log_every_n_steps: int = 10
+    """Optimiser steps between entries of metrics.csv and TensorBoard."""
+    picture_every_n_steps: int | None = None
+    """Optimiser steps between reconstruction pictures; None for ten in a run."""
+
+
+@dataclass
+class Config:
+    """Settings of a pre-training run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    seed: int = 0
+    """All randomness of the run follows from this."""
+    name: str = "default"
+    """Name of the run; the same name goes on where it was stopped."""
+    output_dir: str = "runs"
+    """The run is written to OUTPUT_DIR/RECIPE/NAME."""
+
+
+def image_size(config: DataConfig) -> tuple[int, int]:
+    """Height and width of the training images."""
+    return config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Nested plain dict of JSON and YAML types."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def from_dict(settings: dict[str, Any]) -> Config:
+    """Undo :func:`to_dict`; settings that are not there keep their default, unknown ones are a :class:`UserError`."""
+
+    def build(cls: type, values: dict[str, Any], path: str) -> Any:
+        types = typing.get_type_hints(cls)
+        kwargs = {}
+        for key, value in values.items():
+            if key not in types:
+                raise UserError(f"unknown setting {path}{key}")
+            if dataclasses.is_dataclass(types[key]):
+                value = build(types[key], value, f"{key}.")
+            kwargs[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**kwargs)
+
+    return build(Config, settings, "")
+
+
+def read_yaml(path: Path) -> tuple[str, Config]:
+    """Recipe name and settings of a run's config.yaml."""
+    try:
+        settings = yaml.safe_load(path.read_text())
+        recipe = settings.pop("recipe")
+        return recipe, from_dict(settings)
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is not a run's config.yaml ({type(error).__name__}: {error})") from error
+
+
+def write_yaml(path: Path, recipe: str, config: Config) -> None:
+    """Write what repeats the run: `itpn train config.yaml`."""
+    path.write_text(yaml.safe_dump({"recipe": recipe, **to_dict(config)}, sort_keys=False))
+
+
+def option_names(cls: type = Config, prefix: str = "") -> list[str]:
+    """Every setting as it is written on the command line, e.g. ``--data.batch-size``."""
+    names = []
+    for name, kind in typing.get_type_hints(cls).items():
+        option = f"{prefix}{name.replace('_', '-')}"
+        names += option_names(kind, f"{option}.") if dataclasses.is_dataclass(kind) else [f"--{option}"]  # type: ignore[arg-type]
+    return names
+
+
+def check(config: Config) -> None:
+    """Find impossible settings before anything heavy starts.
+
+    Raises:
+        UserError: the first that is found, with what to do.
+    """
+    model, data, trainer = config.model, config.data, config.trainer
+    for option, value in {
+        "--data.batch-size": data.batch_size,
+        "--trainer.max-epochs": trainer.max_epochs,
+        "--trainer.max-steps": 1 if trainer.max_steps is None else trainer.max_steps,
+        "--trainer.accumulate-grad-batches": trainer.accumulate_grad_batches,
+        "--trainer.checkpoint-every-n-steps": trainer.checkpoint_every_n_steps,
+        "--trainer.keep-checkpoints": trainer.keep_checkpoints,
+        "--trainer.log-every-n-steps": trainer.log_every_n_steps,
+        "--trainer.picture-every-n-steps": 1
+        if trainer.picture_every_n_steps is None
+        else trainer.picture_every_n_steps,
+        "--model.patch-size": model.patch_size,
+    }.items():
+        if value < 1:
+            raise UserError(f"{option} must be at least 1, not {value}")
+    if data.num_workers < 0:
+        raise UserError(f"--data.num-workers must be at least 0, not {data.num_workers}")
+    if model.patch_size % 4:
+        raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
+    if model.in_chans not in (1, 3):
+        raise UserError(f"--model.in-chans must be 1 (grey) or 3 (colour) to train on images, not {model.in_chans}")
+    height, width = image_size(data)
+    patch = model.patch_size
+    if height < patch or width < patch or height % patch or width % patch:
+        raise UserError(
+            f"--data.img-size {height}x{width} is not a multiple of --model.patch-size {patch}; "
+            f"try {max(1, round(height / patch)) * patch}x{max(1, round(width / patch)) * patch}"
+        )
+    units = (height // patch) * (width // patch)
+    if not 0 < int(units * (1 - model.mask_ratio)) < units:
+        raise UserError(
+            f"--model.mask-ratio {model.mask_ratio} leaves no visible or no hidden unit of the {units} of an image; "
+            "choose one between 0 and 1, a larger --data.img-size or a smaller --model.patch-size"
+        )
+    if model.decoder_width % 16 or model.decoder_width % model.decoder_heads:
+        raise UserError(
+            f"--model.decoder-width must be divisible by 16 and by --model.decoder-heads {model.decoder_heads}, "
+            f"not {model.decoder_width}"
+        )
+    for option, values in {"--data.mean": data.mean, "--data.std": data.std}.items():
+        if len(values) not in (1, model.in_chans):
+            raise UserError(f"{option} needs one number or one per channel ({model.in_chans}), not {len(values)}")
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        raise UserError(f"--data.crop-scale needs two shares of the area, from small to large, not {data.crop_scale}")
+    if not config.name or any(c in config.name for c in "/\\") or config.name in (".", ".."):
+        raise UserError(f"--name must be a plain folder name, not {config.name!r}")
+    if model.checkpoint is not None and not Path(model.checkpoint).is_file():
+        raise UserError(f"--model.checkpoint {model.checkpoint} does not exist")

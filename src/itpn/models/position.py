@@ -1,0 +1,77 @@
+"""Position: sine-cosine tables, their resampling to other grids, and relative position indices."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Grid = tuple[int, int]  # rows, columns of units
+Resample = Literal["exact", "legacy"]
+
+
+def sincos_position_table(grid: Grid, dim: int) -> Tensor:
+    """Fixed 2-D sine-cosine position embedding (He et al. 2022, appendix A.1).
+
+    The first half of the channels encodes the column, the second the row; in each half all sines come first.
+
+    Returns:
+        float32 [1, rows * cols, dim].
+
+    Raises:
+        ValueError: ``dim`` is not divisible by 4.
+    """
+    if dim % 4:
+        raise ValueError(f"a sine-cosine position table needs a width divisible by 4, not {dim}")
+    # float64 until the end: float32 angles of large grids lose the digits that tell neighbours apart
+    frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    halves = [position.reshape(-1, 1) * frequency for position in (cols, rows)]  # [N, dim / 4] each
+    return torch.cat([f(half) for half in halves for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
+
+
+def resample_position_table(table: Tensor, stored: Grid, wanted: Grid, how: Resample = "exact") -> Tensor:
+    """Resample a position table bicubically to another grid.
+
+    Args:
+        table: [1, stored rows * stored cols, C].
+        how: ``"exact"`` samples by the true ratio of the grids. ``"legacy"`` is what both public code bases of
+            iTPN do: the scale factor is (wanted + 0.1) / stored and also sets where the table is sampled.
+
+    Returns:
+        [1, wanted rows * wanted cols, C]; the table itself where ``"exact"`` has nothing to do.
+    """
+    if how == "exact" and stored == wanted:
+        return table
+    maps = table.reshape(1, *stored, -1).permute(0, 3, 1, 2)  # [1, C, rows, cols]
+    if how == "exact":
+        maps = F.interpolate(maps, size=wanted, mode="bicubic", align_corners=False)
+    else:
+        factor = tuple((w + 0.1) / s for w, s in zip(wanted, stored, strict=True))
+        maps = F.interpolate(maps, scale_factor=factor, mode="bicubic", align_corners=False)
+    return maps.flatten(2).transpose(1, 2)
+
+
+def relative_position_index(grid: Grid) -> Tensor:
+    """Which row of a relative position table belongs to each pair of units.
+
+    Returns:
+        int64 [N, N] (query, key) into a table of (2 * rows - 1) * (2 * cols - 1) offsets, row-major.
+    """
+    rows, cols = grid
+    row, col = torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij")
+    row, col = row.flatten(), col.flatten()
+    row_offset = row[:, None] - row[None, :] + rows - 1
+    col_offset = col[:, None] - col[None, :] + cols - 1
+    return row_offset * (2 * cols - 1) + col_offset
+
+
+def resample_relative_table(table: Tensor, stored: Grid, wanted: Grid) -> Tensor:
+    """Resample a relative position table [(2R-1)(2C-1), heads] bicubically to the offsets of another grid."""
+    if stored == wanted:
+        return table
+    stored_offsets, wanted_offsets = ((2 * r - 1, 2 * c - 1) for r, c in (stored, wanted))
+    maps = table.reshape(1, *stored_offsets, -1).permute(0, 3, 1, 2)  # [1, heads, 2R-1, 2C-1]
+    # the middle entry is offset zero on both grids only when corners are aligned
+    maps = F.interpolate(maps, size=wanted_offsets, mode="bicubic", align_corners=True)
+    return maps.flatten(2).squeeze(0).transpose(0, 1)

@@ -1,0 +1,28 @@
+"""The networks by name: what their constructors get. Light: `itpn list` reads it without importing torch."""
+
+from typing import Any
+
+# blocks per stage as published; an iTPN backbone has no relative position bias in pixel pre-training
+# fmt: off
+BACKBONES: dict[str, dict[str, Any]] = {
+    "hivit_tiny": {"embed_dim": 384, "depths": (2, 2, 10), "num_heads": 6, "rel_pos_bias": True},
+    "hivit_small": {"embed_dim": 384, "depths": (4, 4, 20), "num_heads": 6, "rel_pos_bias": True},
+    "hivit_base": {"embed_dim": 512, "depths": (4, 4, 24), "num_heads": 8, "rel_pos_bias": True},
+    # ours, for tests and demonstrations on a laptop
+    "itpn_nano": {"embed_dim": 128, "depths": (1, 1, 4), "num_heads": 4},
+    # ours, for small images and small data sets
+    "itpn_tiny": {"embed_dim": 256, "depths": (2, 2, 8), "num_heads": 4},
+    # mmpretrain's depths
+    "itpn_base": {"embed_dim": 512, "depths": (4, 4, 24), "num_heads": 8},
+    "itpn_large": {"embed_dim": 768, "depths": (4, 4, 40), "num_heads": 12},
+    # the depths of the authors' released weights
+    "itpn_base_3324": {"embed_dim": 512, "depths": (3, 3, 24), "num_heads": 8},
+    "itpn_large_2240": {"embed_dim": 768, "depths": (2, 2, 40), "num_heads": 12},
+}
+# fmt: on
+
+PYRAMIDS: dict[str, dict[str, int]] = {
+    "itpn_nano": {"width": 64, "depth": 1},
+    "itpn_tiny": {"width": 128, "depth": 2},
+}
+PUBLISHED_PYRAMID = {"width": 256, "depth": 2}
