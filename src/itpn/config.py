@@ -76,7 +76,7 @@ class DataConfig:
     """Deviation that each channel is divided by."""
     max_broken: float = 0.05
     """Share of unreadable images above which the run stops."""
-    max_pixels: int = 2**28
+    max_pixels: int = 2**27
     """Images that declare more pixels than this are refused as decompression bombs."""
     shuffle_buffer: int = 1000
     """Tar shards: images held back per worker for shuffling."""
@@ -155,6 +155,21 @@ class Config:
 def image_size(config: DataConfig) -> tuple[int, int]:
     """Height and width of the training images."""
     return config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)
+
+
+def override_model(config: Config, overrides: dict[str, Any]) -> tuple[ModelConfig, tuple[int, int]]:
+    """Settings of the network with some replaced by name, and its image size (``img_size`` among the names).
+
+    Raises:
+        UserError: an unknown name.
+    """
+    known = [f.name for f in dataclasses.fields(ModelConfig)] + ["img_size"]
+    for name in overrides:
+        if name not in known:
+            raise UserError(f"no model setting {name!r}; there are {', '.join(known)}")
+    settings = dict(overrides)
+    size = image_size(dataclasses.replace(config.data, img_size=settings.pop("img_size", config.data.img_size)))
+    return dataclasses.replace(config.model, **settings), size
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -343,13 +343,13 @@ class HiViT(nn.Module):
         grid = self.grid_of(images.shape[-2:])
         x = self.patch_embed(images, visible)  # [B, V, 4, 4, C/4]
         outputs = []
-        for stage, merge in zip(self.stages, self.merges, strict=False):
+        for i, stage in enumerate(self.stages[:2]):
             for block in stage:
                 x = checkpoint(block, x) if self.grad_checkpointing else block(x)
             outputs.append(x)
-            if len(outputs) > last:
+            if i == last:
                 return outputs
-            x = merge(x)
+            x = self.merges[i](x)
         x = x.flatten(1, 3)  # [B, V, C]
         x = x + self._positions(grid, visible)
         index = self._relative_positions(grid, visible)
@@ -394,7 +394,8 @@ class HiViT(nn.Module):
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt}")
         take, last = feature_take_indices(3, indices)
-        stages = self.forward_stages(x, last=last if intermediates_only and stop_early else len(self.stages) - 1)
+        end = len(self.stages) - 1  # fewer than three stages are left after pruning
+        stages = self.forward_stages(x, last=last if intermediates_only and stop_early else end)
         grid = self.grid_of(x.shape[-2:])
         maps = [units_to_map(stages[i], grid) for i in take]
         if output_fmt == "NHWC":

@@ -22,7 +22,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 # fmt: on
 
 PYRAMIDS: dict[str, dict[str, int]] = {
-    "itpn_nano": {"width": 64, "depth": 1},
+    "itpn_nano": {"width": 32, "depth": 1},
     "itpn_tiny": {"width": 128, "depth": 2},
 }
 PUBLISHED_PYRAMID = {"width": 256, "depth": 2}

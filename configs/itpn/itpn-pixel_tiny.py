@@ -1,0 +1,5 @@
+"""iTPN-tiny, pixel supervision, 96 px: small images, one GPU or a patient CPU."""
+
+from itpn.recipes import small_pixel_pretraining
+
+config = small_pixel_pretraining("itpn_tiny", decoder=(256, 4, 8), img_size=96, max_epochs=400)

@@ -1,0 +1,7 @@
+"""`python -m itpn`."""
+
+import sys
+
+from itpn.cli import main
+
+sys.exit(main())

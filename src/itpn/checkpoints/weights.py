@@ -1,0 +1,130 @@
+"""Weights on disk: our safetensors with everything that rebuilds the model, and the checkpoints of a run."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from itpn.config import Config, from_dict, image_size, override_model, to_dict
+from itpn.errors import UserError
+from itpn.models.position import Grid, resample_position_table
+from itpn.pretraining.build import build_masked_model
+from itpn.pretraining.model import MaskedImageModel
+
+
+@dataclass
+class Weights:
+    """A file's tensors and what they belong to."""
+
+    recipe: str
+    config: Config
+    tensors: dict[str, Tensor]
+
+    @property
+    def grid(self) -> Grid:
+        """Rows and columns of the position tables."""
+        height, width = image_size(self.config.data)
+        return height // self.config.model.patch_size, width // self.config.model.patch_size
+
+
+def save_weights(path: Path, model: MaskedImageModel, recipe: str, config: Config) -> None:
+    """Write ``model.safetensors``: weights, and in the metadata the architecture and the preprocessing."""
+    metadata = {
+        "format": "itpn",
+        "task": "pretraining",
+        "recipe": recipe,
+        "config": json.dumps(to_dict(config)),
+        "preprocessing": json.dumps(
+            {"mean": config.data.mean, "std": config.data.std, "size": image_size(config.data)}
+        ),
+    }
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_bytes(serialize({name: t.contiguous() for name, t in model.state_dict().items()}, metadata))
+    unfinished.replace(path)
+
+
+def read_weights(path: str | Path) -> Weights:
+    """Read a ``.safetensors`` or ``.ckpt`` of ours.
+
+    Raises:
+        UserError: not there, damaged, or not ours.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"checkpoint {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                metadata: dict[str, Any] = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            stored = {"recipe": metadata["recipe"], "config": json.loads(metadata["config"])}
+        else:
+            # weights_only: a checkpoint must not be able to run code
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            stored = checkpoint["itpn"]
+            state = checkpoint["state_dict"]
+            tensors = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
+        return Weights(stored["recipe"], from_dict(stored["config"]), tensors)
+    except (KeyError, TypeError, SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
+        reason = "has no itpn settings in it" if isinstance(error, KeyError | TypeError) else "is damaged"
+        raise UserError(f"checkpoint {path} {reason}; give a model.safetensors or .ckpt of an itpn run") from error
+    except Exception as error:  # an unpickling error of whatever class
+        raise UserError(f"checkpoint {path} is not a checkpoint of itpn ({type(error).__name__})") from error
+
+
+def load_weights(model: MaskedImageModel, weights: Weights, source: str) -> list[str]:
+    """Copy a file's weights into a model that may differ in image size and in its decoder.
+
+    Returns:
+        What is not as in the file, a sentence each: tables resampled, a decoder that starts fresh.
+
+    Raises:
+        UserError: backbone or pyramid are of another shape.
+    """
+    own = model.state_dict()
+    tensors = dict(weights.tensors)
+    notes = []
+    for name, wanted in {
+        "backbone.pos_embed": model.backbone.grid_size,
+        "decoder.pos_embed": model.decoder.grid,
+    }.items():
+        table = tensors.get(name)
+        if table is not None and table.shape != own[name].shape and table.shape[-1] == own[name].shape[-1]:
+            tensors[name] = resample_position_table(table, weights.grid, wanted)
+            notes.append(f"{name} of {source} was resampled from {weights.grid} to {wanted} units")
+    fits: Callable[[str], bool] = lambda name: name in tensors and tensors[name].shape == own[name].shape  # noqa: E731
+    wrong = [name for name in own if not fits(name)]
+    trunk = [name for name in wrong if not name.startswith("decoder.")]
+    if trunk:
+        there = tuple(tensors[trunk[0]].shape) if trunk[0] in tensors else "missing"
+        raise UserError(
+            f"checkpoint {source} holds another model ({weights.config.model.name}, patch size "
+            f"{weights.config.model.patch_size}): {trunk[0]} is {there}, this model wants {tuple(own[trunk[0]].shape)}"
+        )
+    if wrong:  # all or nothing: half a decoder is of no use
+        notes.append(f"the decoder of {source} is missing or of another shape: it starts fresh")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")}
+    model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+    return notes
+
+
+def load(checkpoint: str | Path, **overrides: Any) -> MaskedImageModel:
+    """Build the model that a checkpoint of ours holds, with its weights, in eval mode.
+
+    Args:
+        checkpoint: ``model.safetensors`` or a ``.ckpt`` of a run.
+        overrides: settings of :class:`itpn.config.ModelConfig`, or ``img_size``, that differ from the file's.
+
+    Raises:
+        UserError: no such file, not ours, or the overrides ask for a model that the weights do not fit.
+    """
+    weights = read_weights(checkpoint)
+    model = build_masked_model(*override_model(weights.config, overrides))
+    load_weights(model, weights, str(checkpoint))
+    return model.eval()

@@ -1,0 +1,239 @@
+"""The command line. Torch is imported only by the commands that compute, so that mistakes are answered at once."""
+
+import argparse
+import contextlib
+import difflib
+import io
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from itpn.errors import UserError
+from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
+
+DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        0 when done, 1 for a run that went wrong, 2 for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if len(arguments) > 1 and arguments[0] == "train" and not arguments[1].startswith("-"):
+            return run_train(arguments[1], arguments[2:])  # its options come from the recipe's config
+        parser = make_parser()
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
+            raise UserError(f"no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))} (see itpn --help)")
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return 0
+        return COMMANDS[options.command](options)
+    except UserError as error:
+        print(f"itpn: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `itpn list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    from itpn import __version__
+
+    parser = _Parser(prog="itpn", description=DESCRIPTION)
+    parser.add_argument("--version", action="version", version=f"itpn {__version__}")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    add = commands.add_parser("list", help="recipes and models")
+    add.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. '*base*'")
+
+    add = commands.add_parser("info", help="parameters, FLOPs and shapes of a recipe or model")
+    add.add_argument("name", help="a name of `itpn list`, or a recipe file")
+
+    add = commands.add_parser(
+        "train",
+        help="train a recipe; `itpn train RECIPE --help` lists every option",
+        usage="itpn train RECIPE|FILE.py|config.yaml [options]",
+        description="Every field of a recipe's config is an option: `itpn train RECIPE --help` lists them.",
+    )
+    add.add_argument("recipe", help="a name of `itpn list`, a recipe file, or the config.yaml of a run")
+
+    add = commands.add_parser("predict", help="reconstruct images with a pre-trained checkpoint")
+    add.add_argument("checkpoint", help="model.safetensors or .ckpt of a run")
+    add.add_argument("images", nargs="+", help="image files or folders")
+    add.add_argument("--out", default="predictions", help="folder for the pictures (default: %(default)s)")
+    add.add_argument("--seed", type=int, default=0, help="which units are hidden (default: %(default)s)")
+
+    add = commands.add_parser("demo", help="the whole path on generated sample images, minutes on two cores")
+    add.add_argument("--output-dir", default="runs/demo", help="where everything goes (default: %(default)s)")
+    return parser
+
+
+def run_train(recipe: str, options: list[str]) -> int:
+    name, config = read_recipe(recipe)
+    config = parse_options(config, options, f"itpn train {recipe}")
+    check_early(config)
+    return _train(config, name)
+
+
+def parse_options(config: Any, options: list[str], prog: str) -> Any:
+    """Override settings from the command line.
+
+    Raises:
+        UserError: an unknown option (the nearest is named) or a value of the wrong type.
+    """
+    import tyro
+
+    from itpn.config import option_names
+
+    complaints = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaints):
+            parsed, unknown = tyro.cli(
+                type(config), default=config, args=options, prog=prog, return_unknown_args=True, description=DESCRIPTION
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise UserError(_one_line(complaints.getvalue())) from None
+    if unknown:
+        raise UserError(_unknown_option(unknown[0], option_names(type(config))))
+    return parsed
+
+
+def _one_line(box: str) -> str:
+    """tyro's framed message as one line: what is wrong, without the repeated help."""
+    lines = [re.sub(r"[│╭╮╰╯]", "", line).strip() for line in box.splitlines()]
+    message = []
+    for line in lines[1:]:
+        if line.startswith("─"):
+            break
+        message.append(line)
+    return " ".join(message).strip() or "the options could not be understood"
+
+
+def _unknown_option(option: str, known: list[str]) -> str:
+    option = option.partition("=")[0]
+    if not option.startswith("--"):
+        return f"unexpected {option!r}: options are written --section.name VALUE"
+    # "--batch-size" is meant as often as "--data.batchsize": compare whole names and last parts
+    by_last = {name.rpartition(".")[2].removeprefix("--"): name for name in known}
+    last = option.rpartition(".")[2].removeprefix("--").replace("_", "-")
+    near = difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.8)
+    near = near or [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
+    near = near or difflib.get_close_matches(option, known, n=1, cutoff=0.4)
+    return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+
+def check_early(config: Any) -> None:
+    """What can be found wrong before torch is imported.
+
+    Raises:
+        UserError: impossible settings, an unknown model, a folder that is missing or without images.
+    """
+    from itpn.config import check
+    from itpn.data.files import find_training_images
+    from itpn.models.variants import BACKBONES
+
+    check(config)
+    if config.model.name not in BACKBONES:
+        raise UserError(f"no model {config.model.name!r}{nearest(config.model.name, list(BACKBONES))}; see `itpn list`")
+    find_training_images(config.data.root)
+
+
+def _train(config: Any, name: str) -> int:
+    from itpn.engine.callbacks import NonFiniteLoss, RunStopped
+    from itpn.engine.run import train
+
+    try:
+        train(config, name)
+    except RunStopped as stop:
+        return 128 + stop.signum
+    except NonFiniteLoss as error:
+        print(f"itpn: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def run_list(options: argparse.Namespace) -> int:
+    import fnmatch
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from itpn.models.variants import BACKBONES
+
+    files = recipe_files()
+    recipes, models = list_recipes(options.pattern), fnmatch.filter(BACKBONES, options.pattern)
+    if not recipes and not models:
+        raise UserError(
+            f"no recipe or model matches {options.pattern!r}{nearest(options.pattern, [*files, *BACKBONES])}"
+        )
+    table = Table("recipe", "what", box=None, pad_edge=False, header_style="bold")
+    for recipe in recipes:
+        table.add_row(recipe, describe(files[recipe]))
+    for model in models:
+        table.add_row(model, "model: " + ", ".join(f"{k} {v}" for k, v in BACKBONES[model].items()))
+    # names must survive a narrow window or a pipe in one piece
+    Console(width=None if sys.stdout.isatty() else 200).print(table, highlight=False)
+    return 0
+
+
+def run_train_help(options: argparse.Namespace) -> int:
+    return run_train(options.recipe, [])
+
+
+def run_info(options: argparse.Namespace) -> int:
+    from itpn.models.variants import BACKBONES
+
+    config = None
+    if options.name not in BACKBONES:
+        files = recipe_files()
+        if options.name not in files and not Path(options.name).is_file():
+            raise UserError(f"no recipe or model {options.name!r}{nearest(options.name, [*files, *BACKBONES])}")
+        config = read_recipe(options.name)[1]
+    from itpn.engine.info import print_info
+
+    print_info(options.name, config)
+    return 0
+
+
+def run_predict(options: argparse.Namespace) -> int:
+    from itpn.data.files import find_images
+
+    source = find_images(options.images)
+    if not Path(options.checkpoint).is_file():
+        raise UserError(f"checkpoint {options.checkpoint} does not exist")
+    from itpn.engine.predict import predict_reconstructions
+
+    predict_reconstructions(options.checkpoint, source, Path(options.out), options.seed)
+    return 0
+
+
+def run_demo(options: argparse.Namespace) -> int:
+    from itpn.engine.demo import demo
+
+    demo(Path(options.output_dir))
+    return 0
+
+
+COMMANDS = {
+    "list": run_list,
+    "info": run_info,
+    "train": run_train_help,
+    "predict": run_predict,
+    "demo": run_demo,
+}

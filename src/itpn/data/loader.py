@@ -1,0 +1,400 @@
+"""Batches for pre-training as one endless stream: batch number n is the same whenever and wherever it is made.
+
+That is what makes a resumed run equal an uninterrupted one: resuming starts the stream at another number. It
+also keeps the workers alive and prefetching over the ends of epochs.
+"""
+
+import itertools
+import math
+import os
+import random
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_image
+from itpn.data.files import ImageSource
+from itpn.data.shards import Sample, count_shard_images, shard_samples
+from itpn.errors import UserError
+from itpn.seeding import derive_seed
+
+Transform = Callable[[Tensor, random.Random], Tensor]
+Batch = dict[str, Any]
+
+MAX_SPARES = 1000  # so many broken files in a row, and the data cannot be what was meant
+
+
+class PretrainingLoader:
+    """Batches of augmented images from files or tar shards, without end, in epochs of ``len(loader)`` batches.
+
+    Iterating yields what is left of the current epoch, and the next time the next epoch. A batch is a dict:
+    "image" uint8 [batch_size, 3, H, W], "key" the images' names, "broken" a list of (name, reason) for each file
+    that could not be read while it was made. A broken file's place is taken by the next readable one, so that
+    batches keep their size. The batches depend on the seed, on ``rank`` and ``world_size``, and with shards on
+    ``num_workers``, and on nothing else.
+
+    Of files, each epoch has every image at most once over all ranks; what does not fill a batch on every rank is
+    left out. Fewer images than one batch on every rank make one smaller batch. Of shards, each worker reads its
+    own, and what it lacks at the end of an epoch it reads again.
+
+    Args:
+        source: from `find_images`.
+        transform: maps (uint8 [3, any, any], random.Random) to uint8 [3, H, W], see `PretrainingTransform`.
+        batch_size: images in a batch of this rank.
+        num_workers: processes that read; 0 reads in this one, and leaves torch's global random numbers alone.
+        rank, world_size: this process among those that train together.
+        max_pixels: larger images count as broken.
+        shuffle_buffer: undecoded images that each worker keeps to shuffle a shard's.
+        samples_per_epoch: images in an epoch over all ranks, for shards only; counted when None.
+
+    Raises:
+        UserError: the shards hold no image; later, while iterating, no readable image was found.
+
+    Attributes:
+        images: images in an epoch's worth of data, over all ranks.
+        wait_seconds: how long the caller has waited for batches so far.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Transform,
+        *,
+        batch_size: int,
+        num_workers: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        max_pixels: int = MAX_PIXELS,
+        shuffle_buffer: int = 1000,
+        samples_per_epoch: int | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        if source.images:
+            self.images = len(source.images)
+        else:
+            self.images = samples_per_epoch or count_shard_images(source.shards)
+        if self.images == 0:
+            raise UserError(f"no images in the shards ({source.shards[0]} ...): is each an intact tar of images?")
+        plan = _Plan(
+            batch_size=min(batch_size, math.ceil(self.images / world_size)),
+            batches=max(1, self.images // (batch_size * world_size)),
+            rank=rank,
+            world_size=world_size,
+            seed=seed,
+            max_pixels=max_pixels,
+            transform=transform,
+        )
+        self._length = plan.batches
+        self._batches: _FileBatches | _ShardBatches
+        if source.images:
+            self._batches = _FileBatches(_PackedPaths(source.images), plan)
+        else:
+            self._batches = _ShardBatches(source.shards, plan, shuffle_buffer)
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+        self._position = 0  # batches handed out since the first epoch
+        self._stream: Iterator[Batch] | None = None
+        self.wait_seconds = 0.0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[Batch]:
+        end = (self._position // self._length + 1) * self._length
+        while self._position < end:
+            yield self._next_batch()
+
+    def state_dict(self) -> dict[str, int]:
+        epoch, batch = divmod(self._position, self._length)
+        return {"epoch": epoch, "batch": batch}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        # Where the data or the batch size has changed since, an epoch may have become shorter.
+        self._position = state_dict["epoch"] * self._length + min(state_dict["batch"], self._length)
+        self.close()
+
+    def close(self) -> None:
+        """End the workers; iterating again starts new ones where the stream stopped."""
+        self._stream = None
+
+    def _next_batch(self) -> Batch:
+        start = time.perf_counter()
+        if self._stream is None:
+            self._stream = self._start_stream()
+        batch = next(self._stream)
+        self.wait_seconds += time.perf_counter() - start
+        if batch["image"] is None:
+            self.close()
+            raise UserError(_nothing_readable(batch["broken"]))
+        self._position += 1
+        return batch
+
+    def _start_stream(self) -> Iterator[Batch]:
+        numbers = None
+        if isinstance(self._batches, _ShardBatches):
+            self._batches.start = self._position
+        else:
+            numbers = itertools.count(self._position)
+        loader: DataLoader[Batch] = DataLoader(
+            self._batches,
+            sampler=numbers,
+            batch_size=None,  # the data set makes whole batches
+            collate_fn=_unchanged,
+            num_workers=self._num_workers,
+            worker_init_fn=_start_worker,
+            pin_memory=self._pin_memory,
+            generator=torch.Generator(),  # or else the loader draws a number from the global one
+        )
+        return iter(loader)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How an epoch is cut into batches, and how a batch is made."""
+
+    batch_size: int  # of this rank, no more than its share of the images
+    batches: int  # an epoch, the same on every rank
+    rank: int
+    world_size: int
+    seed: int
+    max_pixels: int
+    transform: Transform
+
+    def rng(self, *sample: int | str) -> random.Random:
+        """The random numbers of a sample, given by its epoch and its place or name."""
+        return random.Random(derive_seed(self.seed, *sample))
+
+    def make_batch(self, samples: Iterable[tuple[Sample, random.Random]], spares: Iterator[Sample]) -> Batch:
+        """Decode and augment some samples, each with its own random numbers; spares stand in for broken ones."""
+        images: list[Tensor] = []
+        keys: list[str] = []
+        broken: list[tuple[str, str]] = []
+        for sample, rng in samples:
+            for key, data in itertools.chain([sample], spares):
+                try:
+                    if isinstance(data, UnreadableImage):
+                        raise data
+                    image = decode_image(data, self.max_pixels)
+                except UnreadableImage as error:
+                    broken.append((key, str(error)))
+                    continue
+                images.append(self.transform(image, rng))
+                keys.append(key)
+                break
+            else:
+                return {"image": None, "key": [], "broken": broken}
+        return {"image": torch.stack(images), "key": keys, "broken": broken}
+
+
+class _FileBatches(Dataset[Batch]):
+    """Batch number -> batch, from single files."""
+
+    def __init__(self, paths: "_PackedPaths", plan: _Plan) -> None:
+        self.paths = paths
+        self.plan = plan
+        self._order = np.empty(0, dtype=np.int64)
+        self._order_epoch = -1
+
+    def __getitem__(self, number: int) -> Batch:
+        plan = self.plan
+        epoch, batch = divmod(number, plan.batches)
+        order = self._draw_order(epoch)
+        begin = batch * plan.batch_size * plan.world_size
+        end = begin + plan.batch_size * plan.world_size
+        mine = (int(order[place % len(order)]) for place in range(begin + plan.rank, end, plan.world_size))
+        samples = ((self._read(index), plan.rng(epoch, index)) for index in mine)
+        others = range(end + plan.rank, end + plan.rank + min(len(order), MAX_SPARES))
+        spares = (self._read(int(order[place % len(order)])) for place in others)
+        return plan.make_batch(samples, spares)
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        if epoch != self._order_epoch:
+            rng = np.random.default_rng(derive_seed(self.plan.seed, epoch, "order"))
+            self._order = rng.permutation(len(self.paths))
+            self._order_epoch = epoch
+        return self._order
+
+    def _read(self, index: int) -> Sample:
+        path = self.paths[index]
+        try:
+            with open(path, "rb") as file:
+                return path, file.read()
+        except OSError as error:
+            return path, UnreadableImage(error.strerror or str(error))
+
+
+class _ShardBatches(IterableDataset[Batch]):
+    """The batches of one worker, from tar shards, beginning at any number.
+
+    The DataLoader takes batches from its workers in turn. So batch n is made by the worker of which n leaves the
+    same remainder as in an uninterrupted run, whichever process plays it.
+    """
+
+    def __init__(self, shards: tuple[str, ...], plan: _Plan, shuffle_buffer: int) -> None:
+        self.shards = shards
+        self.plan = plan
+        self.shuffle_buffer = shuffle_buffer
+        self.start = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        info = get_worker_info()
+        process, workers = (info.id, info.num_workers) if info is not None else (0, 1)
+        plan = self.plan
+        number = self.start + process
+        worker = number % workers
+        while True:
+            epoch = number // plan.batches
+            first = epoch * plan.batches + (worker - epoch * plan.batches) % workers
+            samples = _Lookahead(self._epoch_samples(epoch, plan.rank * workers + worker, plan.world_size * workers))
+            # Resuming within an epoch: read up to the place without decoding.
+            samples.skip((number - first) // workers * plan.batch_size)
+            while number < (epoch + 1) * plan.batches:
+                yield self._make_batch(epoch, samples)
+                number += workers
+
+    def _make_batch(self, epoch: int, samples: "_Lookahead") -> Batch:
+        plan = self.plan
+        taken = samples.take(plan.batch_size)
+        if len(taken) < plan.batch_size:  # the shards hold nothing at all
+            return {"image": None, "key": [], "broken": []}
+        # The round tells apart the crops of an image that comes more than once in an epoch.
+        drawn = ((sample, plan.rng(epoch, round_, sample[0])) for round_, sample in taken)
+        return plan.make_batch(drawn, (sample for _, sample in samples.ahead(MAX_SPARES)))
+
+    def _epoch_samples(self, epoch: int, stream: int, streams: int) -> Iterator[tuple[int, Sample]]:
+        """Round after round through a stream's part of the shards; ends only if that is empty."""
+        for round_ in itertools.count():
+            empty = True
+            seed = derive_seed(self.plan.seed, "round", round_)
+            for sample in shard_samples(self.shards, seed, epoch, stream, streams, self.shuffle_buffer):
+                yield round_, sample
+                empty = False
+            if empty and streams == 1:
+                return
+            if empty:  # fewer images than streams to share them
+                stream, streams = 0, 1
+
+
+class _Lookahead:
+    """An iterator that can be looked into without using it up."""
+
+    def __init__(self, samples: Iterator[tuple[int, Sample]]) -> None:
+        self._samples = samples
+        self._waiting: deque[tuple[int, Sample]] = deque()
+
+    def take(self, count: int) -> list[tuple[int, Sample]]:
+        """The next ``count`` samples, or as many as there are."""
+        taken = [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        return taken + list(itertools.islice(self._samples, count - len(taken)))
+
+    def skip(self, count: int) -> None:
+        while count > 0 and self.take(1):
+            count -= 1
+
+    def ahead(self, count: int) -> Iterator[tuple[int, Sample]]:
+        """What `take` will return later, at most ``count``."""
+        for place in range(count):
+            if place == len(self._waiting):
+                self._waiting.extend(itertools.islice(self._samples, 1))
+                if place == len(self._waiting):
+                    return
+            yield self._waiting[place]
+
+
+class _PackedPaths:
+    """Paths in two arrays. A list would be copied into every worker, as reading it touches reference counts."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        encoded = [os.fsencode(path) for path in paths]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+
+
+class SkippedImages:
+    """Counts broken images, names each once, and stops a run when there are too many.
+
+    Args:
+        images: how many images there are, as a measure for "too many"; None for shards, where those broken are
+            held against those seen so far.
+        max_fraction: the largest part that may be broken.
+    """
+
+    MIN_SEEN = 200  # of so few images seen, a handful of broken ones says nothing yet
+
+    def __init__(self, images: int | None, max_fraction: float = 0.05) -> None:
+        self._images = images
+        self._max_fraction = max_fraction
+        self._reasons: dict[str, str] = {}
+
+    @property
+    def count(self) -> int:
+        return len(self._reasons)
+
+    def update(self, broken: Iterable[tuple[str, str]]) -> list[str]:
+        """Note the (name, reason) of a batch; returns "name: reason" of those not met before."""
+        new = {name: reason for name, reason in broken if name not in self._reasons}
+        self._reasons.update(new)
+        return [f"{name}: {reason}" for name, reason in new.items()]
+
+    def check(self, seen_images: int, epoch_ended: bool = False) -> None:
+        """Stop if too much is broken.
+
+        Raises:
+            UserError: more than ``max_fraction`` is broken, of all images, or of those seen if they are 200 or
+                the epoch has ended.
+        """
+        of = self._images
+        if of is None:
+            if seen_images < self.MIN_SEEN and not epoch_ended:
+                return
+            of = seen_images
+        if self.count > self._max_fraction * of:
+            name, reason = next(iter(self._reasons.items()))
+            raise UserError(
+                f"{self.count} of {of} images cannot be read, more than {self._max_fraction:.0%}; the first is"
+                f" {name}: {reason}. Mend or remove the files named above, or look whether the data root is right"
+            )
+
+    def state_dict(self) -> dict[str, dict[str, str]]:
+        return {"broken": dict(self._reasons)}
+
+    def load_state_dict(self, state_dict: dict[str, dict[str, str]]) -> None:
+        self._reasons = dict(state_dict["broken"])
+
+
+def _nothing_readable(broken: list[tuple[str, str]]) -> str:
+    if not broken:
+        return "no images in the shards: look whether the data root is right"
+    name, reason = broken[0]
+    return (
+        f"none of {len({name for name, _ in broken})} images in a row can be read; the first is {name}: {reason}."
+        " Mend or remove the broken files, or look whether the data root is right"
+    )
+
+
+def _start_worker(worker: int) -> None:
+    # A signal to stop often goes to all processes. The main one answers it: it needs us for the step it is in, and
+    # ends us itself. Only if it does not, an alarm does.
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    torch.set_num_threads(1)
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch

@@ -1,0 +1,320 @@
+"""What happens beside the training step: figures, checkpoints, pictures, and stopping."""
+
+import csv
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from itpn.data.loader import SkippedImages
+from itpn.engine.folder import RunFolder
+from itpn.engine.pictures import draw_reconstructions
+from itpn.tasks.pretrain import PretrainingTask
+
+
+class NonFiniteLoss(Exception):
+    """The loss became infinite or not a number; the message says where the evidence is."""
+
+
+class RunStopped(Exception):
+    """A signal asked the run to stop, and its checkpoint is written."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+class Monitor(L.Callback):
+    """Keeps the figures of a run: progress bar, metrics.csv, TensorBoard, images that were skipped.
+
+    Losses stay on the device and are read back every ``log_every_n_steps`` optimiser steps.
+    """
+
+    def __init__(self, folder: RunFolder, skipped: SkippedImages, console: Console, every_n_steps: int) -> None:
+        self.folder = folder
+        self.every_n_steps = every_n_steps
+        self.skipped = skipped
+        self.console = console
+        self.images_seen = 0
+        self.metrics: dict[str, float] = {}
+        self.seconds = 0.0  # of training, in this process
+        self.images = 0  # likewise
+        self.wait_fraction = 0.0
+        self.started = False
+        self._sums: dict[str, Tensor] = {}
+        self._passes = 0
+        self._progress: Progress | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"images_seen": self.images_seen, "skipped": self.skipped.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.images_seen = state_dict["images_seen"]
+        self.skipped.load_state_dict(state_dict["skipped"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+        self._total = int(trainer.estimated_stepping_batches)
+        self.started = self._step < self._total  # Lightning calls this for a complete run as well
+        if not self.started:
+            return
+        self._begin = self._mark = time.perf_counter()
+        self._mark_images = self._mark_wait = 0.0
+        self._printed = 0.0
+        if trainer.is_global_zero:
+            keep_rows_until(self.folder.metrics, trainer.global_step)
+            if self.console.is_terminal:
+                self._progress = Progress(
+                    TextColumn("epoch {task.fields[epoch]}"),
+                    BarColumn(),
+                    MofNCompleteColumn(),
+                    TimeRemainingColumn(),
+                    TextColumn("{task.fields[figures]}"),
+                    console=self.console,
+                )
+                self._bar = self._progress.add_task(
+                    "", total=self._total, completed=trainer.global_step, epoch=trainer.current_epoch, figures=""
+                )
+                self._progress.start()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        count = len(batch["image"]) * trainer.world_size
+        self.images_seen += count
+        self.images += count
+        for message in self.skipped.update(batch["broken"]):
+            self.console.print(f"skipped {message}", style="yellow", markup=False, highlight=False)
+        self.skipped.check(self.images_seen)
+        losses = {"loss": sum(outputs["losses"].values())} | {
+            f"loss_{name}": loss for name, loss in outputs["losses"].items() if len(outputs["losses"]) > 1
+        }
+        for name, loss in losses.items():
+            self._sums[name] = self._sums.get(name, 0) + loss
+        self._passes += 1
+
+        stepped = trainer.global_step != self._step
+        self._step = trainer.global_step
+        if pl_module.device.type == "cpu":  # elsewhere it is read with the figures: asking makes the device wait
+            self.check_finite(trainer, batch)
+        if stepped and (self._step % self.every_n_steps == 0 or self._step == self._total):
+            self.check_finite(trainer, batch)
+            self._report(trainer)
+
+    def check_finite(self, trainer: L.Trainer, batch: dict[str, Any], weights: bool = False) -> None:
+        """Stop if the loss since the last report, or a weight, is not finite.
+
+        Raises:
+            NonFiniteLoss: after writing batch, step and the names of such weights beside the checkpoints.
+        """
+        task = trainer.lightning_module
+        assert isinstance(task, PretrainingTask)
+        loss = float(self._sums["loss"]) / self._passes if self._passes else 0.0
+        finite = torch.isfinite(torch.tensor(loss)).item()
+        if finite and weights:
+            finite = all(bool(torch.isfinite(p).all()) for p in task.model.parameters())
+        if finite:
+            return
+        broken = [n for n, p in task.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        step = trainer.global_step
+        evidence = self.folder.path / f"nonfinite-step-{step:08d}-rank-{trainer.global_rank}.pt"
+        torch.save(
+            {
+                "step": step,
+                "epoch": trainer.current_epoch,
+                "loss": loss,
+                "batch": {"image": batch["image"].cpu()},
+                "nonfinite_parameters": broken,
+            },
+            evidence,
+        )
+        what = f"loss is {loss}" if broken == [] or not weights else "weights are not finite"
+        raise NonFiniteLoss(
+            f"{what} at step {step}, epoch {trainer.current_epoch}: stopped; the batch and the names of weights that "
+            f"are not finite are in {evidence}; checkpoints in {self.folder.checkpoints} are from before; try a lower "
+            "--optimizer.lr, --optimizer.clip-grad 1 or --trainer.precision 32-true under another --name"
+        )
+
+    def _report(self, trainer: L.Trainer) -> None:
+        now = time.perf_counter()
+        task = trainer.lightning_module
+        assert isinstance(task, PretrainingTask)
+        assert task.loader is not None
+        elapsed = now - self._mark
+        reduced = {
+            name: float(trainer.strategy.reduce(total / self._passes, reduce_op="mean"))
+            for name, total in self._sums.items()
+        }
+        self.metrics = {
+            **reduced,
+            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "images_per_second": (self.images - self._mark_images) / elapsed,
+            "data_wait_fraction": (task.loader.wait_seconds - self._mark_wait) / elapsed,
+        }
+        self.seconds = now - self._begin
+        self.wait_fraction = task.loader.wait_seconds / self.seconds
+        self._mark, self._mark_images, self._mark_wait = now, self.images, task.loader.wait_seconds
+        self._sums, self._passes = {}, 0
+        if not trainer.is_global_zero:
+            return
+        append_row(self.folder.metrics, {"step": self._step, "epoch": trainer.current_epoch, **self.metrics})
+        for logger in trainer.loggers:
+            logger.log_metrics(self.metrics, step=self._step)
+        figures = (
+            f"loss {self.metrics['loss']:.4f}  lr {self.metrics['lr']:.2e}  "
+            f"{self.metrics['images_per_second']:.0f} images/s"
+        )
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=self._step, epoch=trainer.current_epoch, figures=figures)
+        elif now - self._printed > 10 or self._step == self._total:  # a log file wants few lines
+            self._printed = now
+            left = (self._total - self._step) * elapsed / self.every_n_steps
+            self.console.print(
+                f"step {self._step}/{self._total}  epoch {trainer.current_epoch}  {figures}  {left:.0f} s left",
+                highlight=False,
+            )
+
+    def stop_bar(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.stop_bar()
+
+
+class Checkpointing(L.Callback):
+    """Writes a checkpoint every so many optimiser steps, at the last one, and when a signal asks to stop.
+
+    Only after a whole optimiser step, so that a resumed run equals an uninterrupted one.
+    """
+
+    def __init__(self, folder: RunFolder, monitor: Monitor, every_n_steps: int) -> None:
+        self.folder = folder
+        self.monitor = monitor
+        self.every_n_steps = every_n_steps
+        self.best_loss = float("inf")
+        self._signum: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_loss": self.best_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_loss = state_dict["best_loss"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = self._saved = trainer.global_step
+        self._total = int(trainer.estimated_stepping_batches)
+        # Slurm's warning signal of choice is USR1; after Lightning's own handlers, so that ours count
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self._handlers[signum] = signal.signal(signum, self._ask_to_stop)
+
+    def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum is not None and signum == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step to end
+        self._signum = signum
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # in the middle of an accumulated batch
+        self._step = trainer.global_step
+        stop = self._signum is not None
+        if trainer.world_size > 1:  # all processes stop at the same step; asking at each one would cost
+            stop = self._step % 10 == 0 and trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if stop or self._step % self.every_n_steps == 0 or self._step == self._total:
+            self.save(trainer, batch)
+        if stop:
+            raise RunStopped(self._signum or signal.SIGTERM)
+
+    def save(self, trainer: L.Trainer, batch: dict[str, Any]) -> None:
+        self.monitor.check_finite(trainer, batch, weights=True)
+        loss = self.monitor.metrics.get("loss", float("inf"))
+        best = loss < self.best_loss
+        self.best_loss = min(loss, self.best_loss)
+        unfinished = self.folder.checkpoints / "unfinished.tmp"
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            self.folder.put_checkpoint(unfinished, trainer.global_step, best)
+        trainer.strategy.barrier()
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+
+class Pictures(L.Callback):
+    """Reconstructions of the same images under the same masks at the start, during and at the end of a run.
+
+    Args:
+        samples: gives uint8 images [n, 3, H, W], called once.
+        every_n_steps: None for ten pictures in a run.
+    """
+
+    def __init__(self, folder: RunFolder, samples: Callable[[], Tensor], every_n_steps: int | None) -> None:
+        self.folder = folder
+        self.samples = samples
+        self.every_n_steps = every_n_steps
+        self.latest: Path | None = None
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+        self._total = int(trainer.estimated_stepping_batches)
+        self._every = self.every_n_steps or max(1, self._total // 10)
+        if trainer.is_global_zero:
+            self._images = self.samples()
+            if self._step < self._total:
+                self.draw(trainer, self._step)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step or not trainer.is_global_zero:
+            return
+        self._step = step
+        if step % self._every == 0 or step == self._total:
+            self.draw(trainer, step)
+
+    def draw(self, trainer: L.Trainer, step: int) -> None:
+        task = trainer.lightning_module
+        assert isinstance(task, PretrainingTask)
+        picture = draw_reconstructions(task, self._images)
+        self.latest = self.folder.pictures / f"step-{step:08d}.png"
+        picture.save(self.latest)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image("reconstructions", np.asarray(picture), step, dataformats="HWC")
+
+
+def append_row(path: Path, row: dict[str, float]) -> None:
+    """Add a row to a CSV file, with a header where it is new."""
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def keep_rows_until(path: Path, step: int) -> None:
+    """Forget rows that a resumed run will write again."""
+    if not path.exists():
+        return
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    path.unlink()
+    for row in rows:
+        if int(row["step"]) <= step:
+            append_row(path, row)  # type: ignore[arg-type]  # text from the file goes back as text

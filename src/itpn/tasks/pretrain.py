@@ -1,0 +1,124 @@
+"""Pre-training as Lightning runs it: batches to loss, optimiser and schedule."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from timm.optim import param_groups_weight_decay
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from itpn.config import Config, OptimizerConfig, to_dict
+from itpn.data.loader import PretrainingLoader
+from itpn.pretraining.model import MaskedImageModel
+from itpn.seeding import derive_seed
+
+
+class PretrainingTask(L.LightningModule):
+    """Trains a masked model on batches of uint8 images [B, 3, H, W].
+
+    Args:
+        recipe: name of the recipe, kept in checkpoints.
+        make_loader: builds the loader of a process from its rank and the number of processes; needed to train.
+    """
+
+    def __init__(
+        self,
+        model: MaskedImageModel,
+        config: Config,
+        recipe: str,
+        make_loader: Callable[[int, int], PretrainingLoader] | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config = config
+        self.recipe = recipe
+        self.make_loader = make_loader
+        self.loader: PretrainingLoader | None = None
+        self._loader_state: dict[str, int] | None = None
+        channels = config.model.in_chans
+        self.mean: Tensor
+        self.std: Tensor
+        for name, values in {"mean": config.data.mean, "std": config.data.std}.items():
+            self.register_buffer(name, torch.tensor(values).expand(channels).reshape(-1, 1, 1), persistent=False)
+
+    def train_dataloader(self) -> PretrainingLoader:
+        if self.loader is None:
+            assert self.make_loader is not None
+            self.loader = self.make_loader(self.trainer.global_rank, self.trainer.world_size)
+            if self._loader_state is not None:
+                self.loader.load_state_dict(self._loader_state)
+        return self.loader
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> float32 [B, in_chans, H, W], as the network wants it."""
+        x = images.float() / 255
+        if self.config.model.in_chans == 1:
+            x = (x * x.new_tensor([0.299, 0.587, 0.114]).reshape(-1, 1, 1)).sum(dim=1, keepdim=True)  # ITU-R BT.601
+        return (x - self.mean) / self.std
+
+    def denormalize(self, images: Tensor) -> Tensor:
+        """Undo :meth:`normalize`: float [B, in_chans, H, W] -> uint8 [B, 3, H, W]."""
+        x = (images * self.std + self.mean).clamp(0, 1) * 255
+        return x.round().to(torch.uint8).expand(-1, 3, -1, -1)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        # the mask and stochastic depth depend on seed, step and rank alone, so a resumed run draws the same
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        torch.manual_seed(derive_seed(self.config.seed, "step", step, self.global_rank))
+        output = self.model(self.normalize(batch["image"]))
+        return {"loss": output.loss, "losses": {name: loss.detach() for name, loss in output.losses.items()}}
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        settings = self.config.optimizer
+        groups = param_groups_weight_decay(
+            self.model, settings.weight_decay, no_weight_decay_list=self.model.no_weight_decay()
+        )
+        # loss scaling and gradient clipping together need the gradients unscaled outside a fused step
+        fused = not (self.trainer.precision == "16-mixed" and settings.clip_grad)
+        optimizer = torch.optim.AdamW(groups, lr=self.peak_lr(), betas=settings.betas, fused=fused)
+        total = int(self.trainer.estimated_stepping_batches)
+        schedule = LambdaLR(optimizer, warmup_cosine(settings, self.peak_lr(), total, self.steps_per_epoch()))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def global_batch(self) -> int:
+        """Images that one optimiser step sees, over all processes and accumulated passes."""
+        per_pass = min(self.config.data.batch_size * self.trainer.world_size, self.train_dataloader().images)
+        return per_pass * self.trainer.accumulate_grad_batches
+
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train_dataloader()) / self.trainer.accumulate_grad_batches)
+
+    def peak_lr(self) -> float:
+        settings = self.config.optimizer
+        return settings.base_lr * self.global_batch() / 256 if settings.lr is None else settings.lr
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["itpn"] = {"recipe": self.recipe, "config": to_dict(self.config)}
+        checkpoint["itpn_loader"] = self.train_dataloader().state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Lightning restores loaders only if nobody has asked for the number of steps before, as our schedule does
+        self._loader_state = checkpoint["itpn_loader"]
+
+
+def warmup_cosine(
+    settings: OptimizerConfig, peak_lr: float, total_steps: int, steps_per_epoch: int
+) -> Callable[[int], float]:
+    """Learning rate as a share of the peak, by step: linear warm-up, then half a cosine to ``min_lr``.
+
+    The warm-up takes ``warmup_epochs``, but at most a tenth of all steps, so that short runs get somewhere.
+    """
+    warmup = min(round(settings.warmup_epochs * steps_per_epoch), total_steps // 10)
+    last = settings.min_lr / peak_lr if peak_lr else 0.0
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return settings.warmup_start + (1 - settings.warmup_start) * step / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return share

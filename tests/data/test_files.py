@@ -1,0 +1,112 @@
+"""What counts as data in a tree of files, and in which order."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from itpn.data.files import ImageSource, find_images
+from itpn.errors import UserError
+
+
+def make(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+
+
+def names(source: ImageSource, root: Path) -> list[str]:
+    return [os.path.relpath(path, root) for path in source.images + source.shards]
+
+
+def test_tree_of_images(tmp_path: Path) -> None:
+    make(tmp_path, "b/2.JPG", "b/1.jpeg", "b/deep/er/x.WebP", "a.png", "c.tif", "B/9.gif", "z.tiff", "y.bmp")
+    make(tmp_path, ".hidden/1.jpg", "b/.2.jpg", "b/._1.jpeg", "notes.txt", "jpg", "b/x.jpg.part", "extra.tar")
+    (tmp_path / "folder.jpg").mkdir()
+    found = find_images([tmp_path])
+    assert names(found, tmp_path) == [
+        "a.png", "c.tif", "y.bmp", "z.tiff", "B/9.gif", "b/1.jpeg", "b/2.JPG", "b/deep/er/x.WebP",
+    ]  # fmt: skip
+    assert found.shards == ()
+
+
+def test_order_does_not_depend_on_the_file_system(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, *(f"{folder}/{name}.jpg" for folder in "cab" for name in "3142"))
+    want = find_images([tmp_path])
+
+    class Reversed:
+        def __init__(self, path: str) -> None:
+            with scandir(path) as scan:
+                self.entries = sorted(scan, key=lambda entry: entry.name, reverse=True)
+
+        def __enter__(self):
+            return iter(self.entries)
+
+        def __exit__(self, *error) -> None:
+            pass
+
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", Reversed)
+    assert find_images([tmp_path]) == want
+    assert list(want.images) == sorted(want.images)
+
+
+def test_links(tmp_path: Path) -> None:
+    make(tmp_path, "real/1.jpg", "elsewhere/2.jpg")
+    os.symlink(tmp_path, tmp_path / "real" / "loop")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "real" / "linked")
+    os.symlink(tmp_path / "nothing", tmp_path / "real" / "dead.jpg")
+    os.mkfifo(tmp_path / "real" / "pipe.jpg")  # reading it would wait for ever
+    found = names(find_images([tmp_path / "real"]), tmp_path)
+    assert found == ["real/1.jpg", "real/dead.jpg", "real/linked/2.jpg"]
+
+
+def test_several_roots_in_the_order_given(tmp_path: Path) -> None:
+    make(tmp_path, "b/1.jpg", "a/1.jpg", "single.png")
+    roots = [tmp_path / "b", str(tmp_path / "a"), tmp_path / "single.png", tmp_path / "b"]
+    assert names(find_images(roots), tmp_path) == ["b/1.jpg", "a/1.jpg", "single.png"]
+
+
+def test_a_hidden_root_is_meant(tmp_path: Path) -> None:
+    make(tmp_path, ".cache/1.jpg")
+    assert names(find_images([tmp_path / ".cache"]), tmp_path) == [".cache/1.jpg"]
+
+
+def test_shards(tmp_path: Path) -> None:
+    make(tmp_path, "s/b.tar", "s/a.tar.gz", "s/deep/c.TGZ", "s/.d.tar", "s/readme.md")
+    assert names(find_images([tmp_path / "s"]), tmp_path) == ["s/a.tar.gz", "s/b.tar", "s/deep/c.TGZ"]
+    found = find_images([tmp_path / "s" / "b.tar", tmp_path / "s" / "deep"])
+    assert names(found, tmp_path) == ["s/b.tar", "s/deep/c.TGZ"]
+    assert found.images == ()
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    make(tmp_path, "images/1.jpg", "shards/1.tar", "empty/notes.txt")
+    for roots, message in [
+        ([tmp_path / "imagse"], "imagse does not exist"),
+        ([tmp_path / "empty"], r"no images in .*empty \(looked for .jpg .* and .tar shards\)"),
+        ([tmp_path / "images", tmp_path / "shards"], "both images .* and tar shards"),
+        ([tmp_path / "empty" / "notes.txt"], "neither a folder, an image nor a tar shard"),
+        ([], "no images in an empty list"),
+    ]:
+        with pytest.raises(UserError, match=message) as error:
+            find_images(roots)
+        assert "\n" not in str(error.value)
+
+
+def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "1.jpg")
+
+    def refuse(path: str) -> None:
+        raise PermissionError(13, "Permission denied", path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot read the folder .*: Permission denied; check"):
+        find_images([tmp_path])
+
+
+def test_needs_no_heavy_imports() -> None:
+    code = "import itpn.data.files, sys; print({'torch', 'numpy', 'PIL', 'torchvision'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"

@@ -1,0 +1,400 @@
+"""The stream of batches: the same for any number of workers, after resuming anywhere, and over damaged files."""
+
+import io
+import os
+import pickle
+import random
+import signal
+import tarfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from itpn.data.augment import PretrainingTransform, center_crop, draw_crop
+from itpn.data.files import ImageSource, find_images
+from itpn.data.loader import PretrainingLoader, SkippedImages, _PackedPaths
+from itpn.errors import UserError
+
+TRANSFORM = PretrainingTransform((8, 12))
+
+
+def picture(number: int) -> bytes:
+    """A tiny JPEG, no two alike."""
+    pixels = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).resize((24, 20)).save(file, "JPEG")
+    return file.getvalue()
+
+
+def make_files(folder: Path, count: int, broken: tuple[int, ...] = ()) -> ImageSource:
+    for number in range(count):
+        path = folder / f"{number:03d}.jpg"
+        path.write_bytes(b"no picture" if number in broken else picture(number))
+    return find_images([folder])
+
+
+def make_shards(folder: Path, counts: list[int], broken: tuple[int, ...] = ()) -> ImageSource:
+    number = 0
+    for shard, count in enumerate(counts):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for _ in range(count):
+                data = b"no picture" if number in broken else picture(number)
+                member = tarfile.TarInfo(f"{number:03d}.jpg")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+                number += 1
+    return find_images([folder])
+
+
+def make_loader(source: ImageSource, workers: int = 0, **options: Any) -> PretrainingLoader:
+    settings: dict[str, Any] = {"batch_size": 4, "num_workers": workers, "seed": 7, "shuffle_buffer": 5, **options}
+    return PretrainingLoader(source, TRANSFORM, **settings)
+
+
+def run(loader: PretrainingLoader, epochs: int) -> list[dict[str, Any]]:
+    return [batch for _ in range(epochs) for batch in loader]
+
+
+def assert_same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
+    assert [batch["key"] for batch in a] == [batch["key"] for batch in b]
+    assert [batch["broken"] for batch in a] == [batch["broken"] for batch in b]
+    assert all(torch.equal(x["image"], y["image"]) for x, y in zip(a, b, strict=True))
+
+
+def keys(batches: list[dict[str, Any]]) -> list[str]:
+    return [key for batch in batches for key in batch["key"]]
+
+
+def by_key(batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    return {key: image for batch in batches for key, image in zip(batch["key"], batch["image"], strict=True)}
+
+
+# ---------------------------------------------------------------------------------------------- augmentation
+
+
+def test_crop_depends_on_its_random_numbers_only() -> None:
+    image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
+    a, b = (TRANSFORM(image, random.Random(5)) for _ in range(2))
+    assert torch.equal(a, b)
+    assert not torch.equal(a, TRANSFORM(image, random.Random(6)))
+
+
+def test_crops_have_the_distribution_of_torchvision() -> None:
+    from torchvision.transforms.v2 import RandomResizedCrop
+
+    reference = RandomResizedCrop(8, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
+    image, rng = torch.empty(3, 90, 130, dtype=torch.uint8), random.Random(0)
+    ours = torch.tensor([draw_crop(90, 130, (0.2, 1.0), (3 / 4, 4 / 3), rng) for _ in range(4000)]).double()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        drawn = [reference.make_params([image]) for _ in range(4000)]
+    theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in drawn]).double()
+    for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
+        assert (ours.quantile(quantile, dim=0) - theirs.quantile(quantile, dim=0)).abs().max() <= 3
+    assert (ours[:, 0] + ours[:, 2] <= 90).all()
+    assert (ours[:, 1] + ours[:, 3] <= 130).all()
+
+
+def test_crop_is_cut_resized_and_mirrored() -> None:
+    ramp = torch.arange(60, dtype=torch.uint8).expand(3, 60, 60)  # brightness is the column
+    plain = PretrainingTransform((16, 16), scale=(0.25, 0.25), ratio=(1, 1), hflip=0)
+    mirrored = PretrainingTransform((16, 16), scale=(0.25, 0.25), ratio=(1, 1), hflip=1)
+    a, b = plain(ramp, random.Random(3)), mirrored(ramp, random.Random(3))
+    assert torch.equal(a.flip(-1), b)
+    _, left, height, width = draw_crop(60, 60, (0.25, 0.25), (1, 1), random.Random(3))
+    assert (height, width) == (30, 30)
+    assert abs(int(a[0, 8, 0]) - left) <= 1
+    assert abs(int(a[0, 8, -1]) - (left + 29)) <= 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 4000), (4000, 20), (2, 3)])
+def test_extreme_shapes_can_be_cropped(size: tuple[int, int]) -> None:
+    image = torch.full((3, *size), 77, dtype=torch.uint8)
+    for crop in (TRANSFORM(image, random.Random(0)), center_crop(image, (8, 12))):
+        assert crop.shape == (3, 8, 12)
+        assert (crop == 77).all()
+
+
+def test_center_crop() -> None:
+    image = torch.zeros(3, 40, 100, dtype=torch.uint8)
+    image[:, :, 30:70] = 200  # the centre square
+    assert (center_crop(image, (16, 16)) == 200).all()
+    assert (center_crop(image, (16, 40))[0, 8, ::39] == 0).all()  # the whole width
+
+
+def test_impossible_settings() -> None:
+    for settings in ({"interpolation": "cubic"}, {"scale": (0.5, 1.5)}, {"scale": (0, 1)}, {"ratio": (2, 1)}):
+        with pytest.raises(UserError):
+            PretrainingTransform(**settings)
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+
+def test_epoch_of_files(tmp_path: Path) -> None:
+    source = make_files(tmp_path, 22)
+    loader = make_loader(source)
+    assert len(loader) == 5
+    assert loader.images == 22
+    first, second = list(loader), list(loader)
+    for epoch in (first, second):
+        assert [tuple(batch["image"].shape) for batch in epoch] == [(4, 3, 8, 12)] * 5
+        assert len(set(keys(epoch))) == 20
+        assert set(keys(epoch)) <= set(source.images)
+    assert keys(first) != keys(second)
+    assert keys(first) != sorted(keys(first))
+    images, again = by_key(first), by_key(second)
+    common = images.keys() & again.keys()
+    assert len(common) >= 18
+    assert not any(torch.equal(images[key], again[key]) for key in common)  # another crop each epoch
+    assert keys(run(make_loader(source, seed=8), 1)) != keys(first)
+
+
+def test_files_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
+    source = make_files(tmp_path, 18, broken=(3, 11))
+    want = run(make_loader(source), 3)
+    for workers in (1, 2):
+        assert_same(run(make_loader(source, workers), 3), want)
+
+
+@pytest.mark.parametrize("count", [32, 35])
+def test_ranks_share_an_epoch_exactly(tmp_path: Path, count: int) -> None:
+    source = make_files(tmp_path, count)
+    loaders = [make_loader(source, rank=rank, world_size=2) for rank in range(2)]
+    whole = run(make_loader(source, batch_size=8), 1)
+    assert [len(loader) for loader in loaders] == [4, 4]
+    parts = [list(loader) for loader in loaders]
+    assert len(set(keys(parts[0]) + keys(parts[1]))) == 32
+    for left, right, both in zip(*parts, whole, strict=True):  # two ranks see the batch that one would
+        assert sorted(left["key"] + right["key"]) == sorted(both["key"])
+        assert torch.equal(both["image"][::2], left["image"])
+        assert torch.equal(both["image"][1::2], right["image"])
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(3, 1), (2, 1), (1, 1), (5, 2), (7, 2)])
+def test_fewer_files_than_a_batch(tmp_path: Path, count: int, batch_size: int) -> None:
+    source = make_files(tmp_path, count)
+    loaders = [make_loader(source, rank=rank, world_size=4, batch_size=4) for rank in range(4)]
+    for _ in range(2):
+        epoch = [list(loader) for loader in loaders]
+        assert [[len(batch["image"]) for batch in part] for part in epoch] == [[batch_size]] * 4
+        counts = Counter(key for part in epoch for key in keys(part))
+        assert set(counts) == set(source.images)
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_broken_files_are_replaced_and_named(tmp_path: Path) -> None:
+    broken = {f"{number:03d}.jpg" for number in (0, 5, 6)}
+    source = make_files(tmp_path, 20, broken=(0, 5, 6))
+    (tmp_path / "000.jpg").unlink()  # gone since it was found
+    batches = run(make_loader(source), 1)
+    assert all(batch["image"].shape == (4, 3, 8, 12) for batch in batches)
+    assert {Path(name).name for batch in batches for name, _ in batch["broken"]} == broken
+    reasons = {Path(name).name: reason for batch in batches for name, reason in batch["broken"]}
+    assert reasons["000.jpg"] == "No such file or directory"
+    assert reasons["005.jpg"] == "not an image of a known format"
+    assert not broken & {Path(key).name for key in keys(batches)}
+    assert all(len(set(batch["key"])) == 4 for batch in batches)  # stand-ins come from other batches
+    intact = run(make_loader(make_files(tmp_path, 20)), 1)
+    for batch, other in zip(batches, intact, strict=True):  # the others are not touched
+        for place, key in enumerate(other["key"]):
+            if Path(key).name not in broken:
+                assert batch["key"][place] == key
+                assert torch.equal(batch["image"][place], other["image"][place])
+
+
+# ---------------------------------------------------------------------------------------------- shards
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_epoch_of_shards(tmp_path: Path, workers: int) -> None:
+    source = make_shards(tmp_path, [8, 8, 8, 8])
+    loader = make_loader(source, workers)
+    assert (len(loader), loader.images) == (8, 32)
+    first, second = list(loader), list(loader)
+    everything = [f"{shard}.tar/{number:03d}.jpg" for shard in range(4) for number in range(8 * shard, 8 * shard + 8)]
+    assert sorted(keys(first)) == sorted(keys(second)) == everything
+    assert keys(first) != keys(second)
+
+
+def test_uneven_shards_give_every_rank_as_many_batches(tmp_path: Path) -> None:
+    source = make_shards(tmp_path, [3, 17, 5])
+    for workers in (0, 2):
+        for rank in range(2):
+            batches = run(make_loader(source, workers, rank=rank, world_size=2, batch_size=3), 3)
+            assert [len(batch["image"]) for batch in batches] == [3] * 4 * 3
+
+
+def test_an_image_read_twice_an_epoch_is_cropped_anew(tmp_path: Path) -> None:
+    batches = run(make_loader(make_shards(tmp_path, [6]), batch_size=6, samples_per_epoch=24), 1)
+    assert len(batches) == 4
+    first, second = by_key(batches[:1]), by_key(batches[1:2])
+    assert first.keys() == second.keys()
+    assert list(first) != list(second)
+    assert not any(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_more_streams_than_images(tmp_path: Path) -> None:
+    source = make_shards(tmp_path, [2])
+    for rank in range(3):
+        assert [len(batch["image"]) for batch in run(make_loader(source, 2, rank=rank, world_size=3), 4)] == [1] * 4
+
+
+def test_broken_members_are_replaced_and_named(tmp_path: Path) -> None:
+    source = make_shards(tmp_path, [10, 10], broken=(2, 13, 14))
+    shard = tmp_path / "1.tar"
+    shard.write_bytes(shard.read_bytes()[:-10_500])  # the end marker is padded to 10240 bytes: cuts the last image
+    batches = run(make_loader(source, samples_per_epoch=20), 2)
+    assert all(batch["image"].shape == (4, 3, 8, 12) for batch in batches)
+    reasons = dict(entry for batch in batches for entry in batch["broken"])
+    assert set(reasons) == {"0.tar/002.jpg", "1.tar/013.jpg", "1.tar/014.jpg", str(shard)}
+    assert reasons[str(shard)].startswith("broken shard")
+    assert not set(reasons) & set(keys(batches))
+
+
+# ---------------------------------------------------------------------------------------------- resuming
+
+
+@pytest.mark.parametrize("kind", ["files", "few files", "shards", "few shards"])
+def test_resuming_anywhere_equals_going_on(tmp_path: Path, kind: str) -> None:
+    """At every position of three epochs without workers; with two, at the ends of epochs and within."""
+    source = {
+        "files": lambda: make_files(tmp_path, 21, broken=(2, 9, 10)),
+        "few files": lambda: make_files(tmp_path, 3),
+        "shards": lambda: make_shards(tmp_path, [7, 4, 6, 5], broken=(2, 9, 10, 11, 12)),
+        "few shards": lambda: make_shards(tmp_path, [22], broken=(2, 9, 10, 11, 12)),
+    }[kind]()
+    for workers in (0, 2):
+        loader = make_loader(source, workers)
+        states, batches = [loader.state_dict()], []
+        for _ in range(3):
+            for batch in loader:
+                batches.append(batch)
+                states.append(loader.state_dict())
+        length = len(loader)
+        assert len(batches) == 3 * length
+        positions = range(3 * length) if workers == 0 else {0, 1, length - 1, length, length + 2, 2 * length}
+        for position in positions:
+            resumed = make_loader(source, workers)
+            resumed.load_state_dict(pickle.loads(pickle.dumps(states[position])))
+            epochs = 3 - position // length
+            rest = run(resumed, epochs)
+            assert_same(rest, batches[position:])
+            assert resumed.state_dict() == states[-1]
+
+
+def test_state_is_plain_and_counts_what_was_handed_out(tmp_path: Path) -> None:
+    loader = make_loader(make_files(tmp_path, 20), 2)
+    stream = iter(loader)
+    next(stream), next(stream)
+    assert loader.state_dict() == {"epoch": 0, "batch": 2}  # not what the workers have prefetched
+    third = next(iter(loader))  # a new iterator goes on in the same epoch
+    assert loader.state_dict() == {"epoch": 0, "batch": 3}
+    loader.load_state_dict({"epoch": 0, "batch": 2})
+    assert_same([next(iter(loader))], [third])
+
+
+# ---------------------------------------------------------------------------------------------- in a process
+
+
+def test_global_random_numbers_are_left_alone(tmp_path: Path) -> None:
+    source = make_files(tmp_path, 8)
+    for workers in (0, 1):
+        before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+        run(make_loader(source, workers), 2)
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert random.getstate() == before[1]
+        assert np.random.get_state()[1].tolist() == before[2]
+
+
+class WhoAmI:
+    """Fills the image with facts about the process that made it."""
+
+    def __call__(self, image: torch.Tensor, rng: random.Random) -> torch.Tensor:
+        ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        return torch.tensor([os.getpid(), ignored, torch.get_num_threads()])
+
+
+def test_workers_ignore_ctrl_c_and_outlive_epochs(tmp_path: Path) -> None:
+    loader = PretrainingLoader(make_files(tmp_path, 8), WhoAmI(), batch_size=2, num_workers=2, seed=0)
+    facts = torch.cat([batch["image"] for batch in run(loader, 3)])
+    workers = set(facts[:, 0].tolist())
+    assert len(workers) == 2
+    assert os.getpid() not in workers
+    assert (facts[:, 1:] == 1).all()
+    for worker in workers:
+        os.kill(worker, signal.SIGINT)
+    assert len(run(loader, 2)) == 8
+    assert loader.wait_seconds > 0
+    loader.close()
+    for worker in workers:
+        with pytest.raises(ProcessLookupError):
+            os.kill(worker, 0)
+
+
+def test_packed_paths_take_little_room() -> None:
+    paths = [f"data/n{i % 100:03d}/bild_ü{i}_\udcff.jpg" for i in range(3000)]  # not even UTF-8
+    packed = _PackedPaths(paths)
+    assert [packed[i] for i in range(len(packed))] == paths
+    assert len(pickle.dumps(packed)) < 3000 * 40
+
+
+# ---------------------------------------------------------------------------------------------- too much broken
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_nothing_readable_ends_with_one_clear_line(tmp_path: Path, workers: int) -> None:
+    (tmp_path / "files").mkdir()
+    (tmp_path / "shards").mkdir()
+    for source in (
+        make_files(tmp_path / "files", 12, broken=tuple(range(12))),
+        make_shards(tmp_path / "shards", [12], broken=tuple(range(12))),
+    ):
+        with pytest.raises(UserError, match=r"none of \d+ images .*jpg: not an image of a known format") as error:
+            run(make_loader(source, workers), 1)
+        assert "\n" not in str(error.value)
+
+
+def test_shards_without_images(tmp_path: Path) -> None:
+    source = make_shards(tmp_path, [0, 0])
+    with pytest.raises(UserError, match="no images in the shards"):
+        make_loader(source)
+    with pytest.raises(UserError, match="no images in the shards"):
+        run(make_loader(source, samples_per_epoch=8), 1)
+
+
+def test_skipped_images_are_named_once() -> None:
+    skipped = SkippedImages(100)
+    assert skipped.update([("a.jpg", "empty file"), ("b.jpg", "cut off")]) == ["a.jpg: empty file", "b.jpg: cut off"]
+    assert skipped.update([("a.jpg", "empty file"), ("c.jpg", "cut off")]) == ["c.jpg: cut off"]
+    assert skipped.count == 3
+    restored = SkippedImages(100)
+    restored.load_state_dict(skipped.state_dict())
+    assert restored.update([("b.jpg", "cut off")]) == []
+    assert restored.count == 3
+
+
+def test_limit_for_files_is_a_part_of_all() -> None:
+    skipped = SkippedImages(100)
+    skipped.update([(f"{i}.jpg", "cut off") for i in range(5)])
+    skipped.check(seen_images=5, epoch_ended=True)  # 5 % is allowed
+    skipped.update([("5.jpg", "cut off")])
+    with pytest.raises(UserError, match=r"6 of 100 images .* 5%; the first is 0.jpg: cut off") as error:
+        skipped.check(seen_images=6)
+    assert "\n" not in str(error.value)
+
+
+def test_limit_for_shards_is_a_part_of_those_seen() -> None:
+    skipped = SkippedImages(None)
+    skipped.update([(f"{i}.jpg", "cut off") for i in range(20)])
+    skipped.check(seen_images=199)  # too early to tell
+    skipped.check(seen_images=400)
+    with pytest.raises(UserError, match="20 of 399 images"):
+        skipped.check(seen_images=399)
+    with pytest.raises(UserError, match="20 of 30 images"):
+        skipped.check(seen_images=30, epoch_ended=True)

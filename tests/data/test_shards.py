@@ -1,0 +1,135 @@
+"""Tar shards: what is read, in which order, and who reads what."""
+
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from itpn.data.decode import UnreadableImage
+from itpn.data.shards import count_shard_images, read_shard, shard_samples
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def make_shard(path: Path, names: list[str], size: int = 700) -> Path:
+    with tarfile.open(path, "w:gz" if path.suffix in (".gz", ".tgz") else "w") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.size = size
+            tar.addfile(member, io.BytesIO(name.encode().ljust(size, b".")))
+    return path
+
+
+def make_shards(folder: Path, shards: int, images: int) -> list[str]:
+    return [str(make_shard(folder / f"{s}.tar", [f"{s}_{i}.jpg" for i in range(images)])) for s in range(shards)]
+
+
+def keys(samples) -> list[str]:
+    return [key for key, _ in samples]
+
+
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz", "s.tgz"])
+def test_members(tmp_path: Path, name: str) -> None:
+    members = ["./b.jpg", "b.cls", "c/d.PNG", "c/.e.jpg", "._b.jpg", ".f/g.jpg", "a.webp", "x" * 150 + ".jpg"]
+    shard = make_shard(tmp_path / name, members)
+    want = [f"{name}/{member}" for member in ("./b.jpg", "c/d.PNG", "a.webp", "x" * 150 + ".jpg")]
+    samples = list(read_shard(shard))
+    assert [key.replace("/./", "/") for key in keys(samples)] == [key.replace("/./", "/") for key in want]
+    assert samples[1][1] == b"c/d.PNG".ljust(700, b".")
+    assert count_shard_images([shard, shard]) == 8
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize(
+    ("cut", "whole"),
+    [(5 * 1536 + 100, 5), (5 * 1536 + 512 + 300, 5), (5 * 1536, 5), (100, 0), (0, 0)],
+    ids=["in a header", "in a file", "between files", "in the first header", "empty"],
+)
+def test_cut_off_shard_keeps_what_was_read(tmp_path: Path, cut: int, whole: int, compressed: bool) -> None:
+    shard = make_shard(tmp_path / "s.tar", [f"{i}.jpg" for i in range(9)])  # a member takes 512 + 1024 bytes
+    shard.write_bytes(shard.read_bytes()[:cut])
+    if compressed:
+        (tmp_path / "s.tar.gz").write_bytes(gzip.compress(shard.read_bytes()))
+        shard = tmp_path / "s.tar.gz"
+    *samples, (name, damage) = read_shard(shard)
+    assert keys(samples) == [f"{shard.name}/{i}.jpg" for i in range(whole)]
+    assert all(isinstance(data, bytes) and len(data) == 700 for _, data in samples)
+    assert name == str(shard)
+    assert isinstance(damage, UnreadableImage)
+    assert str(damage).startswith("broken shard: ")
+    assert count_shard_images([shard]) in (whole, whole + 1)  # the header of the one cut off may be there
+
+
+def test_damage_within(tmp_path: Path) -> None:
+    shard = make_shard(tmp_path / "s.tar", [f"{i}.jpg" for i in range(9)])
+    data = bytearray(shard.read_bytes())
+    data[5 * 1536 : 5 * 1536 + 512] = b"?" * 512
+    shard.write_bytes(data)
+    *samples, (name, damage) = read_shard(shard)
+    assert len(samples) == 5
+    assert (name, type(damage)) == (str(shard), UnreadableImage)
+
+
+@pytest.mark.parametrize("name", ["missing.tar", "text.tar", "cut.tgz"])
+def test_no_shard_at_all(tmp_path: Path, name: str) -> None:
+    (tmp_path / "text.tar").write_text("not a tar\n" * 500)
+    make_shard(tmp_path / "cut.tgz", ["1.jpg"])
+    (tmp_path / "cut.tgz").write_bytes((tmp_path / "cut.tgz").read_bytes()[:30])
+    ((key, damage),) = read_shard(tmp_path / name)
+    assert key == str(tmp_path / name)
+    assert isinstance(damage, UnreadableImage)
+    assert "\n" not in str(damage)
+    assert count_shard_images([tmp_path / name]) == 0
+
+
+@pytest.mark.parametrize(("shards", "streams"), [(7, 1), (7, 3), (4, 4), (3, 4), (2, 7), (1, 5)])
+def test_streams_share_an_epoch_exactly(tmp_path: Path, shards: int, streams: int) -> None:
+    paths = make_shards(tmp_path, shards, 20)
+    parts = [keys(shard_samples(paths, 0, 0, stream, streams, 8)) for stream in range(streams)]
+    assert sorted(key for part in parts for key in part) == sorted(
+        key for path in paths for key in keys(read_shard(path))
+    )
+    assert min(map(len, parts)) > 0
+
+
+def test_order_is_drawn_by_seed_and_epoch(tmp_path: Path) -> None:
+    paths = make_shards(tmp_path, 6, 10)
+
+    def order(seed: int, epoch: int, shuffle_buffer: int = 15) -> list[str]:
+        return keys(shard_samples(paths, seed, epoch, 0, 1, shuffle_buffer))
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 0, 1) != order(0, 0, 15)
+    unshuffled = order(0, 0, 1)  # the shards change places, their images do not
+    assert [key[0] for key in unshuffled[::10]] != sorted(key[0] for key in unshuffled[::10])
+    assert all(unshuffled[i : i + 10] == sorted(unshuffled[i : i + 10]) for i in range(0, 60, 10))
+    # with a buffer, neighbours come from several shards
+    assert sum(a[0] != b[0] for a, b in zip(order(0, 0), order(0, 0)[1:], strict=False)) > 20
+
+
+def test_a_damaged_shard_does_not_end_the_stream(tmp_path: Path) -> None:
+    paths = make_shards(tmp_path, 3, 10)
+    Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[: 4 * 1536 + 600])
+    samples = list(shard_samples(paths, 0, 0, 0, 1, 5))
+    assert len(samples) == 10 + 4 + 10 + 1
+    assert [key for key, data in samples if isinstance(data, UnreadableImage)] == [paths[1]]
+
+
+def test_streams_that_share_a_damaged_shard_all_hear_of_it(tmp_path: Path) -> None:
+    (path,) = make_shards(tmp_path, 1, 10)
+    Path(path).write_bytes(Path(path).read_bytes()[: 7 * 1536 + 600])
+    for stream in range(3):
+        assert path in keys(shard_samples([path], 0, 0, stream, 3))
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs the shared data sets")
+def test_cifar_shards() -> None:
+    assert count_shard_images([SHARED / "cifar10" / "test-0000.tar"]) == 5000
+    key, data = next(read_shard(SHARED / "cifar10" / "train-0000.tar.gz"))
+    assert key.startswith("train-0000.tar.gz/train_")
+    assert isinstance(data, bytes)
+    assert data[:2] == b"\xff\xd8"

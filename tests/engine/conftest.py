@@ -1,0 +1,36 @@
+import numpy as np
+import pytest
+from PIL import Image
+
+from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    """26 small images of blurred noise."""
+    folder = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for i in range(26):
+        coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((45, 36), Image.Resampling.BICUBIC).save(folder / f"{i:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def settings(photos, tmp_path):
+    """A run of 3 epochs of 6 steps that takes a second."""
+
+    def make(**trainer) -> Config:
+        return Config(
+            model=ModelConfig(
+                name="itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2, drop_path_rate=0.1
+            ),
+            data=DataConfig(root=(str(photos),), img_size=32, batch_size=4, num_workers=0),
+            optimizer=OptimizerConfig(lr=1e-3),
+            trainer=TrainerConfig(
+                max_epochs=3, log_every_n_steps=1, checkpoint_every_n_steps=100, picture_every_n_steps=100, **trainer
+            ),
+            output_dir=str(tmp_path / "runs"),
+        )
+
+    return make

@@ -1,0 +1,163 @@
+"""A run that was stopped and taken up again ends with the very bits of one that was not."""
+
+import csv
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from itpn.engine.callbacks import Checkpointing, RunStopped
+from itpn.engine.run import train
+from itpn.tasks.pretrain import PretrainingTask
+
+
+def stop_at(monkeypatch, step: int, signum: int = signal.SIGINT) -> None:
+    """Send this process a signal in the middle of a pass (counted over the whole run)."""
+    original = PretrainingTask.training_step
+
+    def training_step(self, batch, batch_idx):
+        if self.trainer.fit_loop.epoch_loop.total_batch_idx == step:
+            os.kill(os.getpid(), signum)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (one, other)]
+    moments = [state["optimizer_states"][0]["state"] for state in states]
+    for index, moment in moments[0].items():
+        assert torch.equal(moment["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
+    assert states[0]["global_step"] == states[1]["global_step"]
+    assert states[0]["callbacks"]["Monitor"] == states[1]["callbacks"]["Monitor"]
+
+
+def losses(run: Path) -> list[tuple[str, str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [(row["step"], row["loss"], row["lr"]) for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    ("workers", "accumulate", "stop"),
+    [(0, 1, 2), (0, 1, 5), (0, 1, 6), (0, 1, 11), (2, 1, 8), (0, 2, 2), (0, 2, 3), (0, 4, 7)],
+    ids=lambda value: str(value),
+)
+def test_stopped_and_resumed_equals_uninterrupted(settings, monkeypatch, workers, accumulate, stop):
+    config = settings(accumulate_grad_batches=accumulate)
+    config.data.num_workers = workers
+    straight = train(replace(config, name="straight"), "test")
+    with monkeypatch.context() as patch:
+        stop_at(patch, stop)
+        with pytest.raises(RunStopped):
+            train(replace(config, name="stopped"), "test")
+    resumed = train(replace(config, name="stopped"), "test")
+    assert_same_run(straight, resumed)
+    assert losses(straight) == losses(resumed)
+    assert len(losses(straight)) == 3 * -(-6 // accumulate)
+
+
+def test_stopped_twice_and_with_other_workers(settings, monkeypatch):
+    config = settings()
+    straight = train(replace(config, name="straight"), "test")
+    for stop, workers in ((4, 0), (13, 2)):
+        config.data.num_workers = workers
+        with monkeypatch.context() as patch:
+            stop_at(patch, stop, signal.SIGTERM)
+            with pytest.raises(RunStopped):
+                train(replace(config, name="stopped"), "test")
+    assert_same_run(straight, train(replace(config, name="stopped"), "test"))
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(settings, monkeypatch):
+    """As after kill -9: what was done since the checkpoint is done again."""
+    config = settings()
+    config.trainer.checkpoint_every_n_steps = 4
+    straight = train(replace(config, name="straight"), "test")
+
+    class Killed(BaseException):
+        pass
+
+    def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
+        if self.trainer.global_step == 10:
+            raise Killed
+        return original(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PretrainingTask, "training_step", training_step)
+        with pytest.raises(Killed):
+            train(replace(config, name="killed"), "test")
+    folder = Path(config.output_dir) / "test/killed"
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 8
+    resumed = train(replace(config, name="killed"), "test")
+    assert_same_run(straight, resumed)
+    assert losses(straight) == losses(resumed)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
+def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(settings, monkeypatch, damage):
+    config = settings()
+    config.trainer.checkpoint_every_n_steps = 4
+    straight = train(replace(config, name="straight"), "test")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 9)
+        with pytest.raises(RunStopped):
+            train(replace(config, name="stopped"), "test")
+    checkpoints = Path(config.output_dir) / "test/stopped/checkpoints"
+    last = checkpoints / "last.ckpt"
+    data = bytearray(last.read_bytes())
+    if damage == "flipped":
+        data[len(data) // 2] ^= 0xFF
+    last.write_bytes(data[: {"truncated": len(data) // 2, "flipped": len(data), "empty": 0}[damage]])
+    (checkpoints / "unfinished.tmp").write_bytes(b"half-written")
+
+    with pytest.warns(UserWarning, match=r"last\.ckpt is damaged"):
+        resumed = train(replace(config, name="stopped"), "test")
+    assert_same_run(straight, resumed)
+    assert not (checkpoints / "unfinished.tmp").exists()
+
+
+def test_only_the_newest_checkpoints_are_kept(settings):
+    config = settings(keep_checkpoints=2)
+    config.trainer.checkpoint_every_n_steps = 4
+    folder = train(config, "test")
+    names = {path.name for path in (folder / "checkpoints").iterdir()}
+    assert names == {"last.ckpt", "best.ckpt", "step-00000016.ckpt"}
+
+
+def test_the_last_checkpoint_only_appears_whole(settings, monkeypatch):
+    """A crash while a checkpoint is written leaves the one before under its name."""
+    config = settings()
+    config.trainer.checkpoint_every_n_steps = 4
+    original = Checkpointing.save
+
+    def save(self, trainer, batch):
+        if trainer.global_step == 8:
+            trainer.save_checkpoint = lambda path: (_ for _ in ()).throw(OSError("disk full"))
+        original(self, trainer, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointing, "save", save)
+        with pytest.raises(OSError, match="disk full"):
+            train(config, "test")
+    last = Path(config.output_dir) / "test/default/checkpoints/last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] == 4
+
+
+def test_a_finished_run_is_left_alone_and_can_be_prolonged(settings, capsys):
+    config = settings()
+    folder = train(config, "test")
+    before = (folder / "model.safetensors").read_bytes()
+    train(config, "test")
+    assert "complete at step 18" in " ".join(capsys.readouterr().out.split())
+    assert (folder / "model.safetensors").read_bytes() == before
+    config.trainer.max_epochs = 4
+    train(config, "test")
+    assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 24
