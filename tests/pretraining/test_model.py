@@ -153,6 +153,19 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
+@pytest.mark.parametrize("settings", [{}, {"drop_path_rate": 0.1, "grad_checkpointing": True, "init_values": 0.1}])
+def test_compiles_in_one_graph(settings):
+    images, results = torch.randn(2, 3, 32, 48), []
+    for compiled in (False, True):
+        model = small(**settings)
+        step = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
+        torch.manual_seed(1)
+        loss = step(images).loss  # draws its own mask
+        loss.backward()
+        results.append((loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
 def test_every_trained_parameter_gets_a_gradient():
     model = small(init_values=0.1)
     model(torch.randn(2, 3, 32, 48)).loss.backward()

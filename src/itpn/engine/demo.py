@@ -17,14 +17,14 @@ def demo(output_dir: Path) -> None:
         RunStopped: as :func:`itpn.engine.run.train`; the same command goes on.
     """
     console = Console()
-    folders = write_shapes(output_dir / "shapes", train=3000, val=300, img_size=64)
+    folders = write_shapes(output_dir / "shapes", train=1200, val=120, img_size=64)
     console.print(f"sample images: {folders.imagefolder} (also as COCO and ADE20K beside it)", soft_wrap=True)
     recipe, config = read_recipe("itpn-pixel_nano")
     config.data.root = (str(folders.imagefolder),)
     # many small steps: the most to be seen in two minutes on two cores
     config.data.batch_size, config.data.num_workers = 32, 1
     config.optimizer.lr = 1.5e-3
-    config.trainer.max_epochs = 4
+    config.trainer.max_epochs = 10
     config.output_dir = str(output_dir)
     run = train(config, recipe)
     console.print(

@@ -1,5 +1,7 @@
 """Which units are hidden."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,9 @@ def draw_random_mask(
         bool [batch, units], True where hidden; exactly ``units - int(units * (1 - ratio))`` per row.
     """
     keep = int(units * (1 - ratio))
-    order = torch.rand(batch, units, device=device, generator=generator).argsort(dim=1)
+    # torch.compile takes no generator, not even None, where the batch size is dynamic
+    given: dict[str, Any] = {} if generator is None else {"generator": generator}
+    order = torch.rand(batch, units, device=device, **given).argsort(dim=1)
     mask = torch.ones(batch, units, dtype=torch.bool, device=device)
     return mask.scatter(1, order[:, :keep], False)
 

@@ -1,0 +1,71 @@
+"""Several processes do what one does."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from itpn.config import write_yaml
+
+SCRIPT = Path(__file__).with_name("gradient_of_a_step.py")
+TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path, accumulate):
+    config = settings(max_steps=2, accumulate_grad_batches=accumulate)
+    config.model.drop_path_rate = 0.0
+    for processes, batch in ((1, 8), (2, 4)):
+        of_processes = replace(config, name=str(processes), data=replace(config.data, batch_size=batch))
+        write_yaml(tmp_path / f"{processes}.yaml", "test", of_processes)
+        launcher = ["-m", *TORCHRUN] if processes == 2 else []
+        subprocess.run(
+            [sys.executable, *launcher, SCRIPT, tmp_path / f"{processes}.yaml", tmp_path / f"{processes}.pt"],
+            check=True,
+            env=ENV,
+            capture_output=True,
+        )
+    one, two = (torch.load(tmp_path / f"{processes}.pt", weights_only=True) for processes in (1, 2))
+    assert one.keys() == two.keys()
+    for name, gradient in one.items():
+        assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    runs = Path(config.output_dir) / "test"
+    summaries = [json.loads((runs / name / "summary.json").read_text()) for name in ("1", "2")]
+    assert [s["processes"] for s in summaries] == [1, 2]
+    assert summaries[0]["images_seen"] == summaries[1]["images_seen"]
+    assert summaries[0]["images_seen"] == {1: 16, 2: 24}[accumulate]  # an epoch of three passes ends in a single one
+
+
+def test_two_processes_stop_together_and_go_on(settings, tmp_path):
+    """A signal to one of them ends both at the same step, and the resumed run equals an uninterrupted one."""
+    config = settings()
+    config.data.batch_size = 2
+    config.trainer.max_epochs = 10  # 60 steps
+    command = [sys.executable, "-m", *TORCHRUN, "-m", "itpn", "train"]
+    for name in ("straight", "stopped"):
+        write_yaml(tmp_path / f"{name}.yaml", "test", replace(config, name=name))
+    subprocess.run([*command, tmp_path / "straight.yaml"], check=True, env=ENV, capture_output=True)
+
+    runs = Path(config.output_dir) / "test"
+    metrics = runs / "stopped/metrics.csv"
+    with subprocess.Popen([*command, tmp_path / "stopped.yaml"], env=ENV, start_new_session=True) as process:
+        while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
+            time.sleep(0.05)
+            assert process.poll() is None
+        os.killpg(process.pid, signal.SIGINT)
+    stopped = torch.load(runs / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert stopped % 10 == 0
+    assert 0 < stopped < 60
+    subprocess.run([*command, tmp_path / "stopped.yaml"], check=True, env=ENV, capture_output=True)
+    one, other = (load_file(runs / name / "model.safetensors") for name in ("straight", "stopped"))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name

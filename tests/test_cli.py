@@ -1,0 +1,174 @@
+"""The command line as a person meets it: quick, and one clear line for a mistake."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from itpn.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        Image.fromarray(rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def mistake(capsys, *arguments: str) -> str:
+    """The single line that a command answers, with exit code 2."""
+    assert main(arguments) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("itpn: ")
+    assert err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        (["trian"], "no command 'trian'; did you mean train?"),
+        (["train"], "required: recipe"),
+        (["train", "itpn-pixel_nan"], "no recipe 'itpn-pixel_nan'; did you mean itpn-pixel_nano?"),
+        (["train", "nowhere.py"], "recipe file nowhere.py does not exist"),
+        (["train", "itpn-pixel_nano", "--data.root", "nowhere"], "nowhere does not exist"),
+        (["train", "itpn-pixel_nano", "--trainer.max-epoch", "3"], "did you mean --trainer.max-epochs?"),
+        (["train", "itpn-pixel_nano", "--trainer.max_epoch=3"], "did you mean --trainer.max-epochs?"),
+        (["train", "itpn-pixel_nano", "--batch-size", "3"], "did you mean --data.batch-size?"),
+        (["train", "itpn-pixel_nano", "--data.batchsize", "3"], "did you mean --data.batch-size?"),
+        (["train", "itpn-pixel_nano", "--trainer.max-epochs", "many"], "--trainer.max-epochs: invalid literal"),
+        (["train", "itpn-pixel_nano", "--trainer.precision", "8"], "invalid choice '8'"),
+        (["train", "itpn-pixel_nano", "--seed"], "Missing value for argument '--seed'"),
+        (["train", "itpn-pixel_nano", "stray"], "unexpected 'stray'"),
+        (["train", "itpn-pixel_nano", "--model.name", "itpn_bas"], "no model 'itpn_bas'; did you mean itpn_base?"),
+        (["train", "itpn-pixel_nano", "--data.img-size", "60"], "60x60 is not a multiple of --model.patch-size 8"),
+        (["train", "itpn-pixel_nano", "--model.patch-size", "6"], "must be divisible by 4"),
+        (["train", "itpn-pixel_nano", "--model.mask-ratio", "1"], "--model.mask-ratio 1.0 leaves no visible"),
+        (["train", "itpn-pixel_nano", "--model.mask-ratio", "0"], "leaves no visible or no hidden"),
+        (["train", "itpn-pixel_nano", "--data.batch-size", "0"], "--data.batch-size must be at least 1"),
+        (["train", "itpn-pixel_nano", "--model.in-chans", "4"], "--model.in-chans must be 1 (grey) or 3"),
+        (["train", "itpn-pixel_nano", "--data.mean", "1", "2"], "--data.mean needs one number"),
+        (["train", "itpn-pixel_nano", "--name", "a/b"], "plain folder name"),
+        (["train", "itpn-pixel_nano", "--model.checkpoint", "x.ckpt"], "x.ckpt does not exist"),
+        (["info", "itpn_nan"], "did you mean itpn_nano?"),
+        (["list", "resnet*"], "no recipe or model matches 'resnet*'"),
+        (["predict", "x.safetensors", "nowhere"], "nowhere does not exist"),
+        (["list", "--what"], "unrecognized arguments: --what"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_mistake_is_one_line(capsys, arguments, answer):
+    assert answer in mistake(capsys, *arguments)
+
+
+def test_folders_without_images(capsys, tmp_path):
+    (tmp_path / "notes.txt").write_text("no image")
+    assert "no images in" in mistake(capsys, "train", "itpn-pixel_nano", "--data.root", str(tmp_path))
+
+
+def test_a_recipe_file_with_a_mistake(capsys, tmp_path):
+    recipe = tmp_path / "mine.py"
+    recipe.write_text("import nothing_of_that_name")
+    assert "does not run: ModuleNotFoundError" in mistake(capsys, "train", str(recipe))
+    recipe.write_text("settings = 1")
+    assert "must set `config`" in mistake(capsys, "train", str(recipe))
+
+
+def test_a_checkpoint_of_another_model(capsys, tmp_path, photos):
+    arguments = ["--data.root", str(photos), "--data.num-workers", "0", "--output-dir", str(tmp_path)]
+    small = ["--model.decoder-width", "32", "--model.decoder-depth", "1", "--trainer.max-steps", "1"]
+    assert main(["train", "itpn-pixel_nano", *arguments, *small]) == 0
+    weights = tmp_path / "itpn-pixel_nano/default/model.safetensors"
+    capsys.readouterr()
+    answer = mistake(capsys, "train", "itpn-pixel_tiny", *arguments, "--model.checkpoint", str(weights))
+    assert "holds another model (itpn_nano, patch size 8)" in answer
+    foreign = tmp_path / "other.safetensors"
+    foreign.write_bytes(b"not safetensors at all")
+    other = ["--name", "other", "--model.checkpoint", str(foreign)]
+    answer = mistake(capsys, "train", "itpn-pixel_nano", *arguments, *other)
+    assert "is damaged" in answer
+    changed = mistake(capsys, "train", "itpn-pixel_nano", *arguments, *small, "--optimizer.lr", "1")
+    assert "holds a run with --optimizer.lr None, not 1.0; choose another --name" in changed
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["list"], ["train", "itpn-pixel_nan"], ["train", "itpn-pixel_nano", "--lr", "1"]]
+)
+def test_answers_come_at_once(arguments):
+    times = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "itpn", *arguments], capture_output=True, check=False)
+        times.append(time.perf_counter() - begin)
+    assert min(times) < 1.5
+
+
+def test_quick_commands_do_not_import_torch():
+    code = (
+        "import sys; from itpn.cli import main;"
+        "main(['list']); main(['train', 'x']); main(['train', 'itpn-pixel_nano', '--x']);"
+        "main(['train', 'itpn-pixel_nano', '--data.root', 'nowhere']); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_list_names_every_recipe(capsys):
+    assert main(["list"]) == 0
+    names = {line.split()[0] for line in capsys.readouterr().out.splitlines()}
+    published = {
+        f"itpn-pixel_hivit-{size}-p16_8xb512-amp-coslr-{epochs}e_in1k"
+        for size in ("base", "large")
+        for epochs in (400, 800, 1600)
+    }
+    assert published | {"itpn-pixel_nano", "itpn-pixel_tiny", "itpn_base", "hivit_tiny"} <= names
+    assert main(["list", "*large*800e*"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2  # and the header
+
+
+@pytest.mark.parametrize(("size", "parameters", "flops"), [("base", "102.68", 18.47), ("large", "314.25", 63.98)])
+def test_info_of_the_published_recipes(capsys, size, parameters, flops):
+    assert main(["info", f"itpn-pixel_hivit-{size}-p16_8xb512-amp-coslr-800e_in1k"]) == 0
+    out = capsys.readouterr().out
+    assert f"{parameters} M" in out
+    printed = next(line for line in out.splitlines() if "FLOPs" in line).split("│")[2].split()[0]
+    assert float(printed) == pytest.approx(flops, rel=0.005)
+
+
+def test_every_option_is_explained(capsys):
+    from itpn.config import option_names
+
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "itpn-pixel_nano", "--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for name in option_names():
+        assert name in out
+    words = out.split("--data.hflip")[1].split("--")[0]
+    assert "Probability of a horizontal flip" in " ".join(words.replace("│", "").split())
+
+
+def test_tools_and_the_command_do_the_same(tmp_path, photos):
+    """The original command line's form with a recipe's file, and ours with its name, also away from the checkout."""
+    recipe = ROOT / "configs/itpn/itpn-pixel_nano.py"
+    options = ["--data.root", str(photos), "--data.batch-size", "4", "--data.num-workers", "0", "--data.img-size", "32"]
+    options += ["--trainer.max-steps", "2", "--output-dir", str(tmp_path / "runs")]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    tool = [sys.executable, str(ROOT / "tools/train.py"), str(recipe), *options, "--name", "tool"]
+    command = [sys.executable, "-m", "itpn", "train", "itpn-pixel_nano", *options, "--name", "command"]
+    for arguments in (tool, command):
+        subprocess.run(arguments, check=True, cwd=tmp_path, env=env, capture_output=True)
+    runs = tmp_path / "runs/itpn-pixel_nano"
+    assert (runs / "tool/metrics.csv").read_text().splitlines()[-1].split(",")[:4] == (
+        runs / "command/metrics.csv"
+    ).read_text().splitlines()[-1].split(",")[:4]
