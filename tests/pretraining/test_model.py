@@ -137,7 +137,7 @@ def test_other_image_sizes():
     output = model(torch.randn(1, 3, 64, 40))
     assert output.prediction.shape == (1, 40, 192)
     shapes = [tuple(level.shape) for level in model.extract_pyramid(torch.randn(1, 3, 64, 40))]
-    assert shapes == [(1, 64, 32, 20), (1, 64, 16, 10), (1, 64, 8, 5)]
+    assert shapes == [(1, 32, 32, 20), (1, 32, 16, 10), (1, 32, 8, 5)]
     assert [tuple(f.shape) for f in model.extract_feat(torch.randn(1, 3, 64, 40))] == [(1, 128, 8, 5)]
 
 
