@@ -2,4 +2,4 @@
 
 from itpn.recipes import small_pixel_pretraining
 
-config = small_pixel_pretraining("itpn_tiny", decoder=(256, 4, 8), img_size=96, max_epochs=400)
+config = small_pixel_pretraining("itpn_tiny", decoder=(192, 2, 6), img_size=96, max_epochs=400)

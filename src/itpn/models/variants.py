@@ -11,7 +11,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     # ours, for tests and demonstrations on a laptop
     "itpn_nano": {"embed_dim": 128, "depths": (1, 1, 4), "num_heads": 4},
     # ours, for small images and small data sets
-    "itpn_tiny": {"embed_dim": 256, "depths": (2, 2, 8), "num_heads": 4},
+    "itpn_tiny": {"embed_dim": 192, "depths": (2, 2, 8), "num_heads": 6},
     # mmpretrain's depths
     "itpn_base": {"embed_dim": 512, "depths": (4, 4, 24), "num_heads": 8},
     "itpn_large": {"embed_dim": 768, "depths": (4, 4, 40), "num_heads": 12},
@@ -23,6 +23,6 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 PYRAMIDS: dict[str, dict[str, int]] = {
     "itpn_nano": {"width": 32, "depth": 1},
-    "itpn_tiny": {"width": 128, "depth": 2},
+    "itpn_tiny": {"width": 64, "depth": 2},
 }
 PUBLISHED_PYRAMID = {"width": 256, "depth": 2}
