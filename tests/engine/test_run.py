@@ -19,7 +19,7 @@ from itpn.config import read_yaml
 from itpn.data.loader import PretrainingLoader
 from itpn.engine.callbacks import NonFiniteLoss
 from itpn.engine.folder import RunFolder
-from itpn.engine.run import choose_precision, launched_processes, train
+from itpn.engine.run import choose_precision, read_launch, train
 from itpn.errors import UserError
 from itpn.tasks.pretrain import PretrainingTask
 
@@ -231,12 +231,36 @@ def test_grey_images(settings):
     assert (grey - luma).abs().max() <= 0.51
 
 
-def test_launchers(monkeypatch):
-    assert launched_processes() is None
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    assert launched_processes() == (4, 2)
+SLURM = {
+    "SLURM_NTASKS": "8",
+    "SLURM_NTASKS_PER_NODE": "4",
+    "SLURM_NNODES": "2",
+    "SLURM_JOB_NAME": "x",
+    "SLURM_JOB_ID": "1",
+}
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "x", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8", "RANK": "5"}
+
+
+@pytest.mark.parametrize(
+    ("env", "environment", "main", "processes", "machines"),
+    [
+        ({}, "LightningEnvironment", True, None, None),
+        ({"LOCAL_RANK": "1"}, "LightningEnvironment", False, None, None),
+        (TORCHRUN, "TorchElasticEnvironment", False, 4, 2),
+        ({**TORCHRUN, "RANK": "0"}, "TorchElasticEnvironment", True, 4, 2),
+        ({**SLURM, "SLURM_PROCID": "0"}, "SLURMEnvironment", True, 4, 2),
+        ({**SLURM, "SLURM_PROCID": "3"}, "SLURMEnvironment", False, 4, 2),
+        # torchrun as the one task of a Slurm job, and a plain command in one
+        ({**SLURM, "SLURM_PROCID": "0", **TORCHRUN}, "TorchElasticEnvironment", False, 4, 2),
+        ({**SLURM, "SLURM_NTASKS": "1", "SLURM_PROCID": "0"}, "LightningEnvironment", True, None, None),
+    ],
+)
+def test_launchers(monkeypatch, env, environment, main, processes, machines):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    launch = read_launch()
+    assert type(launch.environment).__name__ == environment
+    assert (launch.main, launch.processes, launch.machines) == (main, processes, machines)
 
 
 def test_precision(monkeypatch):

@@ -9,6 +9,7 @@ import resource
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
@@ -50,16 +56,15 @@ def train(config: Config, recipe: str) -> Path:
         NonFiniteLoss: the loss became infinite or not a number; the evidence is written.
     """
     check(config)
-    launched = launched_processes()
-    main = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", os.environ.get("LOCAL_RANK", 0)))) == 0
-    console = Console(quiet=not main, stderr=False)
+    launch = read_launch()
+    console = Console(quiet=not launch.main)
     quieten_libraries()
 
     source = find_training_images(config.data.root)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_masked_model(config.model, image_size(config.data))
     folder = RunFolder(config, recipe)
-    if main:
+    if launch.main:
         folder.open(config, recipe)
     task = None
     try:
@@ -79,7 +84,7 @@ def train(config: Config, recipe: str) -> Path:
         pictures = Pictures(folder, lambda: read_samples(source, config), config.trainer.picture_every_n_steps)
         checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
         start = StartTable(console, folder, source)
-        trainer = make_trainer(config, folder, launched, step, [start, monitor, pictures, checkpointing])
+        trainer = make_trainer(config, folder, launch, step, [start, monitor, pictures, checkpointing])
         began = time.perf_counter()
         try:
             trainer.fit(task, ckpt_path=resume, weights_only=True if resume else None)
@@ -133,23 +138,39 @@ def read_samples(source: ImageSource, config: Config, count: int = 8) -> Tensor:
     return torch.stack(chosen)
 
 
-def launched_processes() -> tuple[int, int] | None:
-    """Processes per machine and machines, where torchrun or Slurm started this process among several."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        local = int(env["LOCAL_WORLD_SIZE"])
-        return local, int(env["WORLD_SIZE"]) // local
-    if SLURMEnvironment.detect() and int(env.get("SLURM_NTASKS", 1)) > 1:
-        nodes = int(env.get("SLURM_NNODES", 1))
-        return int(env["SLURM_NTASKS"]) // nodes, nodes
-    return None
+@dataclass(frozen=True)
+class Launch:
+    """Who started this process, and among how many."""
+
+    environment: ClusterEnvironment
+    main: bool
+    processes: int | None = None  # per machine; None where Lightning starts them
+    machines: int | None = None
+
+
+def read_launch() -> Launch:
+    """Look for torchrun (inside Slurm as well), then for Slurm with several tasks; else Lightning starts processes."""
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        torchrun = TorchElasticEnvironment()
+        return Launch(torchrun, torchrun.global_rank() == 0, local, torchrun.world_size() // local)
+    if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+        machines = int(os.environ.get("SLURM_NNODES", "1"))
+        # its requeueing would bring checkpoints of its own; ours resume by themselves
+        try:
+            slurm = SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:  # tasks that were not given per node
+            raise UserError(str(error)) from error
+        return Launch(slurm, slurm.global_rank() == 0, slurm.world_size() // machines, machines)
+    own = LightningEnvironment()
+    return Launch(own, own.local_rank() == 0 and own.node_rank() == 0)
 
 
 def make_trainer(
-    config: Config, folder: RunFolder, launched: tuple[int, int] | None, step: int, callbacks: list[L.Callback]
+    config: Config, folder: RunFolder, launch: Launch, step: int, callbacks: list[L.Callback]
 ) -> L.Trainer:
     settings = config.trainer
-    devices, nodes = launched or (settings.devices, settings.num_nodes)
+    devices, nodes = launch.processes or settings.devices, launch.machines or settings.num_nodes
     cuda = torch.cuda.is_available() and settings.accelerator in ("auto", "gpu")
     if cuda:
         torch.set_float32_matmul_precision("high")
@@ -169,8 +190,7 @@ def make_trainer(
             log_every_n_steps=settings.log_every_n_steps,
             logger=TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=step or None),
             callbacks=callbacks,
-            # Slurm's requeueing would bring checkpoints of its own; ours resume by themselves
-            plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+            plugins=[launch.environment],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
