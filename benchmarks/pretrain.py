@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.config import image_size
@@ -89,11 +90,16 @@ def main() -> None:
     if options.img_size:
         config.data.img_size = options.img_size
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # as the engine does
     dtype = DTYPES[options.precision]
     size = image_size(config.data)
     model = build_masked_model(config.model, size).to(device).train()
     task = PretrainingTask(model, config, recipe).to(device)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
+    groups = param_groups_weight_decay(
+        model, config.optimizer.weight_decay, no_weight_decay_list=model.no_weight_decay()
+    )
+    optimizer = torch.optim.AdamW(groups, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
     precision = torch.autocast(device.type, dtype) if options.precision != "32" else contextlib.nullcontext()
 
@@ -124,6 +130,8 @@ def main() -> None:
         sources["files"] = (batch["image"] for _ in iter(int, 1) for batch in loader)
     rows: list[dict[str, Any]] = []
     for source, batches in sources.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         seconds, wait = measure(step, batches, device, options.warmup, options.steps)
         rows.append(
             {

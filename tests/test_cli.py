@@ -1,6 +1,7 @@
 """The command line as a person meets it: quick, and one clear line for a mistake."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 from PIL import Image
 
 from itpn.cli import main
+from itpn.errors import NonFiniteLoss, RunStopped
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,6 +114,23 @@ def test_answers_come_at_once(arguments):
         subprocess.run([sys.executable, "-m", "itpn", *arguments], capture_output=True, check=False)
         times.append(time.perf_counter() - begin)
     assert min(times) < 1.5
+
+
+@pytest.mark.parametrize("command", [["demo"], ["train", "itpn-pixel_nano"]])
+@pytest.mark.parametrize(
+    ("ending", "code"),
+    [(RunStopped(signal.SIGINT), 130), (RunStopped(signal.SIGTERM), 143), (NonFiniteLoss("loss is nan"), 1)],
+    ids=["ctrl-c", "terminated", "not finite"],
+)
+def test_exit_codes(monkeypatch, photos, tmp_path, capsys, command, ending, code):
+    def train(*args):
+        raise ending
+
+    monkeypatch.setattr("itpn.engine.run.train", train)
+    monkeypatch.setattr("itpn.engine.demo.train", train)
+    where = ["--data.root", str(photos)] if command[0] == "train" else ["--output-dir", str(tmp_path)]
+    assert main([*command, *where]) == code
+    assert capsys.readouterr().err == ("itpn: loss is nan\n" if code == 1 else "")
 
 
 def test_quick_commands_do_not_import_torch():

@@ -5,6 +5,7 @@ Importing this is quick: torch and timm are imported by the calls that need them
 
 import fnmatch
 import importlib
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,8 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
         )
     model = build_masked_model(*override_model(read_recipe(recipe)[1], overrides))
     if pretrained:
-        load_weights(model, read_weights(pretrained), str(pretrained))
+        for note in load_weights(model, read_weights(pretrained), str(pretrained)):
+            warnings.warn(note, stacklevel=2)
     return model
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from itpn.errors import UserError
+from itpn.errors import NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
 
 DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."
@@ -43,6 +43,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"itpn: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except NonFiniteLoss as error:
+        print(f"itpn: {error}", file=sys.stderr)
+        return 1
+    except RunStopped as stop:
+        return 128 + stop.signum
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # `itpn list | head`
@@ -85,8 +90,11 @@ def make_parser() -> argparse.ArgumentParser:
 def run_train(recipe: str, options: list[str]) -> int:
     name, config = read_recipe(recipe)
     config = parse_options(config, options, f"itpn train {recipe}")
-    check_early(config)
-    return _train(config, name)
+    source = check_early(config)
+    from itpn.engine.run import train
+
+    train(config, name, source)
+    return 0
 
 
 def parse_options(config: Any, options: list[str], prog: str) -> Any:
@@ -138,8 +146,11 @@ def _unknown_option(option: str, known: list[str]) -> str:
     return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "; see --help")
 
 
-def check_early(config: Any) -> None:
+def check_early(config: Any) -> Any:
     """What can be found wrong before torch is imported.
+
+    Returns:
+        The images, an `itpn.data.files.ImageSource`.
 
     Raises:
         UserError: impossible settings, an unknown model, a folder that is missing or without images.
@@ -151,21 +162,7 @@ def check_early(config: Any) -> None:
     check(config)
     if config.model.name not in BACKBONES:
         raise UserError(f"no model {config.model.name!r}{nearest(config.model.name, list(BACKBONES))}; see `itpn list`")
-    find_training_images(config.data.root)
-
-
-def _train(config: Any, name: str) -> int:
-    from itpn.engine.callbacks import NonFiniteLoss, RunStopped
-    from itpn.engine.run import train
-
-    try:
-        train(config, name)
-    except RunStopped as stop:
-        return 128 + stop.signum
-    except NonFiniteLoss as error:
-        print(f"itpn: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return find_training_images(config.data.root)
 
 
 def run_list(options: argparse.Namespace) -> int:

@@ -47,7 +47,7 @@ class ModelConfig:
     decoder_heads: int = 16
     """Attention heads of the decoder."""
     grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    """Recompute activations in the backward pass: less memory, slower."""
 
 
 @dataclass
@@ -76,7 +76,7 @@ class DataConfig:
     """Deviation that each channel is divided by."""
     max_broken: float = 0.05
     """Share of unreadable images above which the run stops."""
-    max_pixels: int = 2**27
+    max_pixels: int = 2**27  # as itpn.data.decode.MAX_PIXELS
     """Images that declare more pixels than this are refused as decompression bombs."""
     shuffle_buffer: int = 1000
     """Tar shards: images held back per worker for shuffling."""
@@ -194,6 +194,8 @@ def from_dict(settings: dict[str, Any]) -> Config:
                 raise UserError(f"unknown setting {path}{key}")
             if dataclasses.is_dataclass(types[key]):
                 value = build(types[key], value, f"{key}.")
+            elif isinstance(value, str) and float in (types[key], *typing.get_args(types[key])):
+                value = float(value)  # YAML takes 1e-3 for text
             kwargs[key] = tuple(value) if isinstance(value, list) else value
         return cls(**kwargs)
 
@@ -206,7 +208,7 @@ def read_yaml(path: Path) -> tuple[str, Config]:
         settings = yaml.safe_load(path.read_text())
         recipe = settings.pop("recipe")
         return recipe, from_dict(settings)
-    except (yaml.YAMLError, KeyError, AttributeError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError) as error:
         raise UserError(f"{path} is not a run's config.yaml ({type(error).__name__}: {error})") from error
 
 
@@ -224,30 +226,79 @@ def option_names(cls: type = Config, prefix: str = "") -> list[str]:
     return names
 
 
+def _check_types(cls: type, settings: Any, path: str) -> None:
+    """A recipe file may assign anything; find what is not of its field's type."""
+    import typeguard
+
+    for name, hint in typing.get_type_hints(cls).items():
+        value = getattr(settings, name)
+        if dataclasses.is_dataclass(hint):
+            _check_types(hint, value, f"{name}.")  # type: ignore[arg-type]  # a dataclass is a type
+            continue
+        try:
+            typeguard.check_type(value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+        except typeguard.TypeCheckError:
+            wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
+            raise UserError(f"{path}{name} must be {wanted}, not {value!r}") from None
+
+
 def check(config: Config) -> None:
     """Find impossible settings before anything heavy starts.
 
     Raises:
         UserError: the first that is found, with what to do.
     """
-    model, data, trainer = config.model, config.data, config.trainer
-    for option, value in {
+    _check_types(Config, config, "")
+    model, data, optimizer, trainer = config.model, config.data, config.optimizer, config.trainer
+    counts: dict[str, int | None] = {
         "--data.batch-size": data.batch_size,
+        "--data.max-pixels": data.max_pixels,
+        "--data.shuffle-buffer": data.shuffle_buffer,
+        "--data.samples-per-epoch": data.samples_per_epoch,
+        "--model.patch-size": model.patch_size,
+        "--model.pyramid-width": model.pyramid_width,
+        "--model.decoder-width": model.decoder_width,
+        "--model.decoder-heads": model.decoder_heads,
         "--trainer.max-epochs": trainer.max_epochs,
-        "--trainer.max-steps": 1 if trainer.max_steps is None else trainer.max_steps,
+        "--trainer.max-steps": trainer.max_steps,
+        "--trainer.devices": trainer.devices,
+        "--trainer.num-nodes": trainer.num_nodes,
         "--trainer.accumulate-grad-batches": trainer.accumulate_grad_batches,
         "--trainer.checkpoint-every-n-steps": trainer.checkpoint_every_n_steps,
         "--trainer.keep-checkpoints": trainer.keep_checkpoints,
         "--trainer.log-every-n-steps": trainer.log_every_n_steps,
-        "--trainer.picture-every-n-steps": 1
-        if trainer.picture_every_n_steps is None
-        else trainer.picture_every_n_steps,
-        "--model.patch-size": model.patch_size,
-    }.items():
-        if value < 1:
+        "--trainer.picture-every-n-steps": trainer.picture_every_n_steps,
+    }
+    for option, value in counts.items():
+        if value is not None and value < 1:
             raise UserError(f"{option} must be at least 1, not {value}")
-    if data.num_workers < 0:
-        raise UserError(f"--data.num-workers must be at least 0, not {data.num_workers}")
+    amounts: dict[str, float | None] = {
+        "--data.num-workers": data.num_workers,
+        "--model.pyramid-depth": model.pyramid_depth,
+        "--model.decoder-depth": model.decoder_depth,
+        "--model.init-values": model.init_values,
+        "--optimizer.base-lr": optimizer.base_lr,
+        "--optimizer.lr": optimizer.lr,
+        "--optimizer.weight-decay": optimizer.weight_decay,
+        "--optimizer.warmup-epochs": optimizer.warmup_epochs,
+        "--optimizer.warmup-start": optimizer.warmup_start,
+        "--optimizer.min-lr": optimizer.min_lr,
+        "--optimizer.clip-grad": optimizer.clip_grad,
+        "--seed": config.seed,
+    }
+    for option, amount in amounts.items():
+        if amount is not None and not 0 <= amount < float("inf"):
+            raise UserError(f"{option} must be at least 0, not {amount}")
+    shares = {
+        "--data.hflip": data.hflip,
+        "--data.max-broken": data.max_broken,
+        "--model.drop-path-rate": model.drop_path_rate,
+    }
+    for option, share in shares.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"{option} must lie between 0 and 1, not {share}")
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
     if model.patch_size % 4:
         raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
     if model.in_chans not in (1, 3):
@@ -273,6 +324,10 @@ def check(config: Config) -> None:
     for option, values in {"--data.mean": data.mean, "--data.std": data.std}.items():
         if len(values) not in (1, model.in_chans):
             raise UserError(f"{option} needs one number or one per channel ({model.in_chans}), not {len(values)}")
+    if not all(deviation > 0 for deviation in data.std):
+        raise UserError(f"--data.std must be above 0, not {data.std}")
+    if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
+        raise UserError(f"--data.crop-ratio needs two ratios above 0, from small to large, not {data.crop_ratio}")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         raise UserError(f"--data.crop-scale needs two shares of the area, from small to large, not {data.crop_scale}")
     if not config.name or any(c in config.name for c in "/\\") or config.name in (".", ".."):

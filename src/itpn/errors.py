@@ -1,5 +1,19 @@
-"""The one exception that a user sees."""
+"""What ends a command before its time."""
+
+import signal
 
 
 class UserError(Exception):
     """A mistake that its maker can mend: the command line prints the message as one line and exits with 2."""
+
+
+class NonFiniteLoss(Exception):
+    """The loss became infinite or not a number; the message says where the evidence is. Exit code 1."""
+
+
+class RunStopped(Exception):
+    """A signal asked the run to stop, and its checkpoint is written. Exit code 128 + signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum

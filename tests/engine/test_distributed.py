@@ -57,15 +57,36 @@ def test_two_processes_stop_together_and_go_on(settings, tmp_path):
 
     runs = Path(config.output_dir) / "test"
     metrics = runs / "stopped/metrics.csv"
-    with subprocess.Popen([*command, tmp_path / "stopped.yaml"], env=ENV, start_new_session=True) as process:
+    with subprocess.Popen(
+        [*command, tmp_path / "stopped.yaml"], env=ENV, start_new_session=True, stderr=subprocess.PIPE
+    ) as process:
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 5:
             time.sleep(0.05)
             assert process.poll() is None
         os.killpg(process.pid, signal.SIGINT)
+        errors = process.stderr.read()
     stopped = torch.load(runs / "stopped/checkpoints/last.ckpt", weights_only=True)["global_step"]
-    assert stopped % 10 == 0
     assert 0 < stopped < 60
+    assert b"FileNotFoundError" not in errors
+    assert json.loads((runs / "stopped/summary.json").read_text())["steps"] == stopped
     subprocess.run([*command, tmp_path / "stopped.yaml"], check=True, env=ENV, capture_output=True)
     one, other = (load_file(runs / name / "model.safetensors") for name in ("straight", "stopped"))
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
+
+
+def test_broken_files_of_all_processes_are_counted(settings, photos, tmp_path):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for i, path in enumerate([*photos.iterdir()] * 3):
+        (mixed / f"{i:02d}.png").write_bytes(path.read_bytes())
+    for i in range(4):
+        (mixed / f"bad{i}.png").write_text("not an image")
+    config = settings()
+    config.data.root = (str(mixed),)
+    write_yaml(tmp_path / "run.yaml", "test", config)
+    command = [sys.executable, "-m", *TORCHRUN, "-m", "itpn", "train", tmp_path / "run.yaml"]
+    done = subprocess.run(command, env=ENV, check=True, capture_output=True, text=True)
+    summary = json.loads((Path(config.output_dir) / "test/default/summary.json").read_text())
+    assert summary["images_skipped"] == 4
+    assert all(done.stdout.count(f"bad{i}.png") == 1 for i in range(4))

@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from itpn.engine.callbacks import Checkpointing, RunStopped
+from itpn.engine.callbacks import Checkpointing
 from itpn.engine.run import train
+from itpn.errors import RunStopped, UserError
 from itpn.tasks.pretrain import PretrainingTask
 
 
@@ -122,6 +123,39 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(settings, monkey
         resumed = train(replace(config, name="stopped"), "test")
     assert_same_run(straight, resumed)
     assert not (checkpoints / "unfinished.tmp").exists()
+    assert (checkpoints / "last.damaged").exists()
+    for path in checkpoints.glob("*.ckpt"):  # the one that was fallen back to was not overwritten with the damaged one
+        torch.load(path, weights_only=True)
+
+
+def test_the_best_checkpoint_is_the_last_resort(settings):
+    config = settings(keep_checkpoints=1)
+    config.trainer.checkpoint_every_n_steps = 4
+    folder = train(config, "test")
+    last, best = folder / "checkpoints/last.ckpt", folder / "checkpoints/best.ckpt"
+    whole = best.read_bytes()
+    last.unlink()
+    best.write_bytes(whole)
+    last.write_bytes(whole[:1000])
+    with pytest.warns(UserWarning, match="is damaged"):
+        train(config, "test")
+    last.write_bytes(whole[:1000])
+    best.write_bytes(whole[:1000])
+    for path in (folder / "checkpoints").glob("step-*"):
+        path.unlink()
+    with pytest.warns(UserWarning, match="is damaged"), pytest.raises(UserError, match="none of the checkpoints"):
+        train(config, "test")
+
+
+def test_a_second_interrupt_does_not_wait(settings, monkeypatch):
+    def training_step(self, batch, batch_idx):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+    with pytest.raises(RunStopped):
+        train(settings(), "test")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_only_the_newest_checkpoints_are_kept(settings):

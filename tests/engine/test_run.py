@@ -17,10 +17,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import itpn
 from itpn.config import read_yaml
 from itpn.data.loader import PretrainingLoader
-from itpn.engine.callbacks import NonFiniteLoss
 from itpn.engine.folder import RunFolder
 from itpn.engine.run import choose_precision, read_launch, train
-from itpn.errors import UserError
+from itpn.errors import NonFiniteLoss, UserError
 from itpn.tasks.pretrain import PretrainingTask
 
 
@@ -83,8 +82,8 @@ def test_pictures_show_the_reconstruction(finished, photos):
     """Visible units stand unchanged in all three columns, hidden ones grey in the second."""
     run, _ = finished
     picture = np.asarray(Image.open(run / "reconstructions/step-00000060.png"))
-    scale = 4  # 32 pixels are shown as 128
-    columns = [picture[24 : 24 + 128, 4 + 132 * i : 4 + 132 * i + 128][::scale, ::scale] for i in range(3)]
+    # 32 pixels are shown as 224
+    columns = [picture[24 : 24 + 224, 4 + 228 * i : 4 + 228 * i + 224][::7, ::7] for i in range(3)]
     original, masked, reconstructed = columns
     grey = np.array([124, 116, 104])  # the mean
     hidden = np.zeros((4, 4), dtype=bool)

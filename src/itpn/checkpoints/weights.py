@@ -1,7 +1,7 @@
 """Weights on disk: our safetensors with everything that rebuilds the model, and the checkpoints of a run."""
 
 import json
-from collections.abc import Callable
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from itpn.config import Config, from_dict, image_size, override_model, to_dict
 from itpn.errors import UserError
-from itpn.models.position import Grid, resample_position_table
+from itpn.models.position import Grid, resample_position_table, resample_relative_table
+from itpn.models.variants import BACKBONES
 from itpn.pretraining.build import build_masked_model
 from itpn.pretraining.model import MaskedImageModel
 
@@ -71,6 +72,8 @@ def read_weights(path: str | Path) -> Weights:
             state = checkpoint["state_dict"]
             tensors = {n.removeprefix("model."): t for n, t in state.items() if n.startswith("model.")}
         return Weights(stored["recipe"], from_dict(stored["config"]), tensors)
+    except UserError as error:  # a setting that this version does not know
+        raise UserError(f"checkpoint {path}: {error}; it may be of a newer itpn") from error
     except (KeyError, TypeError, SafetensorError, RuntimeError, OSError, ValueError, EOFError) as error:
         reason = "has no itpn settings in it" if isinstance(error, KeyError | TypeError) else "is damaged"
         raise UserError(f"checkpoint {path} {reason}; give a model.safetensors or .ckpt of an itpn run") from error
@@ -85,33 +88,41 @@ def load_weights(model: MaskedImageModel, weights: Weights, source: str) -> list
         What is not as in the file, a sentence each: tables resampled, a decoder that starts fresh.
 
     Raises:
-        UserError: backbone or pyramid are of another shape.
+        UserError: backbone or pyramid differ: in shapes, in heads, or in tensors that only one of the two has.
     """
     own = model.state_dict()
     tensors = dict(weights.tensors)
     notes = []
-    for name, wanted in {
-        "backbone.pos_embed": model.backbone.grid_size,
-        "decoder.pos_embed": model.decoder.grid,
-    }.items():
-        table = tensors.get(name)
-        if table is not None and table.shape != own[name].shape and table.shape[-1] == own[name].shape[-1]:
-            tensors[name] = resample_position_table(table, weights.grid, wanted)
+    for name in [n for n in tensors if n in own and n.endswith(("pos_embed", "relative_position_bias_table"))]:
+        wanted = model.decoder.grid if name.startswith("decoder.") else model.backbone.grid_size
+        if weights.grid != wanted:
+            resample = resample_relative_table if name.endswith("bias_table") else resample_position_table
+            tensors[name] = resample(tensors[name], weights.grid, wanted)
             notes.append(f"{name} of {source} was resampled from {weights.grid} to {wanted} units")
-    fits: Callable[[str], bool] = lambda name: name in tensors and tensors[name].shape == own[name].shape  # noqa: E731
-    wrong = [name for name in own if not fits(name)]
-    trunk = [name for name in wrong if not name.startswith("decoder.")]
-    if trunk:
-        there = tuple(tensors[trunk[0]].shape) if trunk[0] in tensors else "missing"
+
+    differing = [n for n in {**own, **tensors} if _shape(own, n) != _shape(tensors, n)]
+    trunk = [name for name in differing if not name.startswith("decoder.")]
+    heads = (BACKBONES[weights.config.model.name]["num_heads"], model.backbone.num_heads)
+    if trunk or heads[0] != heads[1]:
+        what = (
+            f"{trunk[0]} is {_shape(tensors, trunk[0])} there and {_shape(own, trunk[0])} here"
+            if trunk
+            else (f"it has {heads[0]} attention heads, this one {heads[1]}")
+        )
         raise UserError(
             f"checkpoint {source} holds another model ({weights.config.model.name}, patch size "
-            f"{weights.config.model.patch_size}): {trunk[0]} is {there}, this model wants {tuple(own[trunk[0]].shape)}"
+            f"{weights.config.model.patch_size}): {what}"
         )
-    if wrong:  # all or nothing: half a decoder is of no use
-        notes.append(f"the decoder of {source} is missing or of another shape: it starts fresh")
+    # all or nothing: half a decoder is of no use
+    if differing or weights.config.model.decoder_heads != model.decoder.num_heads:
+        notes.append(f"the decoder of {source} is missing or another one: it starts fresh")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")}
-    model.load_state_dict({name: tensors[name] for name in own if name in tensors}, strict=False)
+    model.load_state_dict(tensors, strict=False)
     return notes
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> str:
+    return "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
 
 
 def load(checkpoint: str | Path, **overrides: Any) -> MaskedImageModel:
@@ -126,5 +137,6 @@ def load(checkpoint: str | Path, **overrides: Any) -> MaskedImageModel:
     """
     weights = read_weights(checkpoint)
     model = build_masked_model(*override_model(weights.config, overrides))
-    load_weights(model, weights, str(checkpoint))
+    for note in load_weights(model, weights, str(checkpoint)):
+        warnings.warn(note, stacklevel=2)
     return model.eval()

@@ -1,6 +1,7 @@
 """What happens beside the training step: figures, checkpoints, pictures, and stopping."""
 
 import csv
+import math
 import signal
 import time
 from collections.abc import Callable
@@ -16,22 +17,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from itpn.data.loader import SkippedImages
+from itpn.data.loader import PretrainingLoader, SkippedImages
 from itpn.engine.folder import RunFolder
 from itpn.engine.pictures import draw_reconstructions
+from itpn.errors import NonFiniteLoss, RunStopped
 from itpn.tasks.pretrain import PretrainingTask
-
-
-class NonFiniteLoss(Exception):
-    """The loss became infinite or not a number; the message says where the evidence is."""
-
-
-class RunStopped(Exception):
-    """A signal asked the run to stop, and its checkpoint is written."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
-        self.signum = signum
 
 
 class Monitor(L.Callback):
@@ -51,6 +41,9 @@ class Monitor(L.Callback):
         self.images = 0  # likewise
         self.wait_fraction = 0.0
         self.started = False
+        self.device = torch.device("cpu")
+        self._broken: list[tuple[str, str]] = []
+        self._first_bad: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
         self._progress: Progress | None = None
@@ -63,6 +56,7 @@ class Monitor(L.Callback):
         self.skipped.load_state_dict(state_dict["skipped"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.device = pl_module.device  # after the run, Lightning has moved everything to the CPU
         self._step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
         self.started = self._step < self._total  # Lightning calls this for a complete run as well
@@ -93,15 +87,18 @@ class Monitor(L.Callback):
         count = len(batch["image"]) * trainer.world_size
         self.images_seen += count
         self.images += count
-        for message in self.skipped.update(batch["broken"]):
-            self.console.print(f"skipped {message}", style="yellow", markup=False, highlight=False)
-        self.skipped.check(self.images_seen)
+        self._broken += batch["broken"]
+        if trainer.world_size == 1:
+            self._count_skipped(trainer)
         losses = {"loss": sum(outputs["losses"].values())} | {
             f"loss_{name}": loss for name, loss in outputs["losses"].items() if len(outputs["losses"]) > 1
         }
         for name, loss in losses.items():
             self._sums[name] = self._sums.get(name, 0) + loss
         self._passes += 1
+        number = torch.full((), trainer.fit_loop.epoch_loop.total_batch_idx, device=pl_module.device)
+        first = torch.full_like(number, -1) if self._first_bad is None else self._first_bad
+        self._first_bad = torch.where((first < 0) & ~torch.isfinite(losses["loss"]), number, first)
 
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
@@ -110,6 +107,25 @@ class Monitor(L.Callback):
         if stepped and (self._step % self.every_n_steps == 0 or self._step == self._total):
             self.check_finite(trainer, batch)
             self._report(trainer)
+
+    def _count_skipped(self, trainer: L.Trainer) -> None:
+        """Name and count new broken files of all processes; all stop together where there are too many."""
+        broken = [self._broken]
+        if trainer.world_size > 1:
+            broken = [[] for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(broken, self._broken)
+        self._broken = []
+        for message in self.skipped.update(item for items in broken for item in items):
+            self.console.print(f"skipped {message}", style="yellow", markup=False, highlight=False)
+        images = self._loader(trainer).images
+        self.skipped.check(min(self.images_seen, images), epoch_ended=self.images_seen >= images)
+
+    @staticmethod
+    def _loader(trainer: L.Trainer) -> PretrainingLoader:
+        task = trainer.lightning_module
+        assert isinstance(task, PretrainingTask)
+        assert task.loader is not None
+        return task.loader
 
     def check_finite(self, trainer: L.Trainer, batch: dict[str, Any], weights: bool = False) -> None:
         """Stop if the loss since the last report, or a weight, is not finite.
@@ -120,7 +136,7 @@ class Monitor(L.Callback):
         task = trainer.lightning_module
         assert isinstance(task, PretrainingTask)
         loss = float(self._sums["loss"]) / self._passes if self._passes else 0.0
-        finite = torch.isfinite(torch.tensor(loss)).item()
+        finite = math.isfinite(loss)
         if finite and weights:
             finite = all(bool(torch.isfinite(p).all()) for p in task.model.parameters())
         if finite:
@@ -133,7 +149,10 @@ class Monitor(L.Callback):
                 "step": step,
                 "epoch": trainer.current_epoch,
                 "loss": loss,
-                "batch": {"image": batch["image"].cpu()},
+                # on a GPU the loss is read now and then, so the batch at hand may come after the first bad one, which
+                # the same settings make again
+                "first_batch_with_nonfinite_loss": int(self._first_bad) if self._first_bad is not None else -1,
+                "batch": {"image": batch["image"].cpu(), "key": batch["key"]},
                 "nonfinite_parameters": broken,
             },
             evidence,
@@ -146,10 +165,9 @@ class Monitor(L.Callback):
         )
 
     def _report(self, trainer: L.Trainer) -> None:
+        self._count_skipped(trainer)
         now = time.perf_counter()
-        task = trainer.lightning_module
-        assert isinstance(task, PretrainingTask)
-        assert task.loader is not None
+        loader = self._loader(trainer)
         elapsed = now - self._mark
         reduced = {
             name: float(trainer.strategy.reduce(total / self._passes, reduce_op="mean"))
@@ -159,11 +177,11 @@ class Monitor(L.Callback):
             **reduced,
             "lr": trainer.optimizers[0].param_groups[0]["lr"],
             "images_per_second": (self.images - self._mark_images) / elapsed,
-            "data_wait_fraction": (task.loader.wait_seconds - self._mark_wait) / elapsed,
+            "data_wait_fraction": (loader.wait_seconds - self._mark_wait) / elapsed,
         }
         self.seconds = now - self._begin
-        self.wait_fraction = task.loader.wait_seconds / self.seconds
-        self._mark, self._mark_images, self._mark_wait = now, self.images, task.loader.wait_seconds
+        self.wait_fraction = loader.wait_seconds / self.seconds
+        self._mark, self._mark_images, self._mark_wait = now, self.images, loader.wait_seconds
         self._sums, self._passes = {}, 0
         if not trainer.is_global_zero:
             return
@@ -215,13 +233,21 @@ class Checkpointing(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = self._saved = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
-        # Slurm's warning signal of choice is USR1; after Lightning's own handlers, so that ours count
+        self.listen()  # Lightning has just put handlers of its own in the place of ours
+
+    def listen(self) -> None:
+        """Take the signals that ask to stop: Ctrl-C, SIGTERM, and USR1, with which Slurm warns."""
         for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self._handlers[signum] = signal.signal(signum, self._ask_to_stop)
+            before = signal.signal(signum, self._ask_to_stop)
+            self._handlers.setdefault(signum, before)
+
+    def unlisten(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
 
     def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None and signum == signal.SIGINT:
-            raise KeyboardInterrupt  # the second Ctrl-C does not wait for the step to end
+            raise RunStopped(signum)  # the second Ctrl-C does not wait for the step to end
         self._signum = signum
 
     def on_train_batch_end(
@@ -231,8 +257,8 @@ class Checkpointing(L.Callback):
             return  # in the middle of an accumulated batch
         self._step = trainer.global_step
         stop = self._signum is not None
-        if trainer.world_size > 1:  # all processes stop at the same step; asking at each one would cost
-            stop = self._step % 10 == 0 and trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if trainer.world_size > 1:  # all processes stop at the same step
+            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
         if stop or self._step % self.every_n_steps == 0 or self._step == self._total:
             self.save(trainer, batch)
         if stop:
@@ -248,10 +274,6 @@ class Checkpointing(L.Callback):
         if trainer.is_global_zero:
             self.folder.put_checkpoint(unfinished, trainer.global_step, best)
         trainer.strategy.barrier()
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
 
 
 class Pictures(L.Callback):

@@ -25,6 +25,7 @@ def demo(output_dir: Path) -> None:
     config.data.batch_size, config.data.num_workers = 32, 1
     config.optimizer.lr = 1.5e-3
     config.trainer.max_epochs = 10
+    config.trainer.devices = 1  # eight GPUs would make few steps of these images
     config.output_dir = str(output_dir)
     run = train(config, recipe)
     console.print(

@@ -73,15 +73,17 @@ class RunFolder:
     def close(self) -> None:
         self._lock.release()
 
-    def newest_checkpoint(self) -> tuple[Path | None, int]:
+    def newest_checkpoint(self, main: bool) -> tuple[Path | None, int]:
         """The newest whole checkpoint and its optimiser step, (None, 0) where there is none.
 
-        A damaged one is passed over with a warning.
+        A damaged one is passed over with a warning, and put aside by the ``main`` process.
+
+        Raises:
+            UserError: there are checkpoints, but none can be read.
         """
         older = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
-        for path in [self.last, *older]:
-            if not path.exists():
-                continue
+        present = [path for path in [self.last, *older, self.checkpoints / "best.ckpt"] if path.exists()]
+        for path in present:
             try:
                 if zipfile.ZipFile(path).testzip() is not None:  # reads every byte against its checksum
                     raise zipfile.BadZipFile("checksum")
@@ -92,6 +94,10 @@ class RunFolder:
                 warnings.warn(
                     f"checkpoint {path} is damaged ({type(error).__name__}): passing to the one before", stacklevel=2
                 )
+                if main:
+                    path.replace(path.with_suffix(".damaged"))
+        if present:
+            raise UserError(f"none of the checkpoints in {self.checkpoints} can be read; choose another --name")
         return None, 0
 
     def put_checkpoint(self, unfinished: Path, step: int, best: bool) -> None:

@@ -1,5 +1,7 @@
 """`itpn info`: how large a network is, what it costs, what comes out where."""
 
+from collections.abc import Callable
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -20,23 +22,11 @@ def count_parameters(module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def count_flops(module: nn.Module, *inputs: Tensor) -> float:
+def count_flops(forward: Callable[..., object], *inputs: Tensor) -> float:
     """Billions of multiply-adds of a forward pass: matrix products and attention."""
     with FlopCounterMode(display=False) as counter:
-        module(*inputs)
+        forward(*inputs)
     return counter.get_total_flops() / 2e9
-
-
-class _Trunk(nn.Module):
-    """The backbone without its classifier, on all units or visible ones."""
-
-    def __init__(self, backbone: HiViT, visible: Tensor | None = None) -> None:
-        super().__init__()
-        self.backbone = backbone
-        self.visible = visible
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.backbone.forward_stages(images, self.visible)[-1]
 
 
 def print_info(name: str, config: Config | None) -> None:
@@ -60,10 +50,11 @@ def print_info(name: str, config: Config | None) -> None:
         assert model is not None
         trunk, rest = count_parameters(backbone), count_parameters(model.pyramid) + count_parameters(model.decoder)
         table.add_row("parameters", f"{trunk + rest:.2f} M: backbone {trunk:.2f}, pyramid and decoder {rest:.2f}")
-    gflops = count_flops(_Trunk(backbone).eval(), images)
+    gflops = count_flops(backbone.eval().forward_features, images)
     table.add_row("FLOPs", f"{gflops:.2f} G multiply-adds, backbone at {size[0]}x{size[1]} px, all units")
     if config is not None and model is not None:
-        table.add_row("", f"{_masked_flops(model, images):.2f} G for a forward pass in training, {_hidden(model)}")
+        hidden = f"{model.mask_ratio:.0%} of the units hidden"
+        table.add_row("", f"{_masked_flops(model, images):.2f} G for a forward pass in training, {hidden}")
     table.add_section()
     for i, stage in enumerate(backbone.eval().forward_intermediates(images, intermediates_only=True), start=1):
         table.add_row(f"stage {i}", _shape(stage, backbone.feature_info[i - 1]["reduction"]))
@@ -78,10 +69,6 @@ def _masked_flops(model: MaskedImageModel, images: Tensor) -> float:
     grid = model.backbone.grid_of(images.shape[-2:])
     mask = draw_random_mask(1, grid[0] * grid[1], model.mask_ratio)
     return count_flops(model, images, mask)
-
-
-def _hidden(model: MaskedImageModel) -> str:
-    return f"{model.mask_ratio:.0%} of the units hidden"
 
 
 def _shape(x: Tensor, stride: int) -> str:

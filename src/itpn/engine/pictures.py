@@ -34,7 +34,7 @@ def draw_reconstructions(task: PretrainingTask, images: Tensor, sets: int = 2) -
     mask = draw_random_mask(len(x), rows * cols, task.model.mask_ratio, generator=generator).to(x.device)
     masked, reconstructed, _ = task.model.reconstruct(x, mask)
     triples = torch.stack([task.denormalize(t) for t in (x, masked, reconstructed)], dim=1)  # [n, 3, 3, H, W]
-    scale = max(1, 128 // images.shape[-1])  # small images are shown larger
+    scale = max(1, 224 // images.shape[-1])  # small images are shown larger
     tiles = triples.flatten(0, 1).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
     sets = min(sets, len(images))
     grid = make_grid(tiles, nrow=3 * sets, padding=4, pad_value=255)

@@ -33,10 +33,10 @@ from itpn.config import Config, check, image_size
 from itpn.data.augment import PretrainingTransform
 from itpn.data.files import ImageSource, find_training_images
 from itpn.data.loader import PretrainingLoader, SkippedImages
-from itpn.engine.callbacks import Checkpointing, Monitor, Pictures, RunStopped
+from itpn.engine.callbacks import Checkpointing, Monitor, Pictures
 from itpn.engine.folder import RunFolder
 from itpn.engine.pictures import read_whole_images
-from itpn.errors import UserError
+from itpn.errors import RunStopped, UserError
 from itpn.pretraining.build import build_masked_model
 from itpn.seeding import derive_seed
 from itpn.tasks.pretrain import PretrainingTask
@@ -44,8 +44,11 @@ from itpn.tasks.pretrain import PretrainingTask
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
-def train(config: Config, recipe: str) -> Path:
+def train(config: Config, recipe: str, source: ImageSource | None = None) -> Path:
     """Run, or go on with, a pre-training run.
+
+    Args:
+        source: the images, where they have been looked for already.
 
     Returns:
         The run's folder.
@@ -60,7 +63,7 @@ def train(config: Config, recipe: str) -> Path:
     console = Console(quiet=not launch.main)
     quieten_libraries()
 
-    source = find_training_images(config.data.root)
+    images = source or find_training_images(config.data.root)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_masked_model(config.model, image_size(config.data))
     folder = RunFolder(config, recipe)
@@ -68,7 +71,7 @@ def train(config: Config, recipe: str) -> Path:
         folder.open(config, recipe)
     task = None
     try:
-        resume, step = folder.newest_checkpoint()
+        resume, step = folder.newest_checkpoint(launch.main)
         if resume is not None:
             console.print(f"going on from {resume}, step {step}", highlight=False)
         elif config.model.checkpoint is not None:
@@ -78,21 +81,26 @@ def train(config: Config, recipe: str) -> Path:
         if config.trainer.compile:
             model.compile()
 
-        task = PretrainingTask(model, config, recipe, lambda rank, world: make_loader(config, source, rank, world))
-        skipped = SkippedImages(len(source.images) or None, config.data.max_broken)
+        task = PretrainingTask(model, config, recipe, lambda rank, world: make_loader(config, images, rank, world))
+        skipped = SkippedImages(len(images.images) or None, config.data.max_broken)
         monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps)
-        pictures = Pictures(folder, lambda: read_samples(source, config), config.trainer.picture_every_n_steps)
+        pictures = Pictures(folder, lambda: read_samples(images, config), config.trainer.picture_every_n_steps)
         checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
-        start = StartTable(console, folder, source)
+        start = StartTable(console, folder, images)
         trainer = make_trainer(config, folder, launch, step, [start, monitor, pictures, checkpointing])
         began = time.perf_counter()
+        checkpointing.listen()
         try:
             trainer.fit(task, ckpt_path=resume, weights_only=True if resume else None)
         except RunStopped:
             monitor.stop_bar()
-            write_summary(folder, summarize(trainer, task, monitor, recipe, time.perf_counter() - began, False))
-            console.print(f"stopped at step {trainer.global_step}; the same command goes on from {folder.last}")
+            if launch.main:
+                write_summary(folder, summarize(trainer, task, monitor, recipe, time.perf_counter() - began, False))
+            where = f"goes on from {folder.last}" if folder.last.exists() else "starts it again"
+            console.print(f"stopped at step {trainer.global_step}; the same command {where}", soft_wrap=True)
             raise
+        finally:
+            checkpointing.unlisten()
         if trainer.is_global_zero:
             finish(console, folder, trainer, task, monitor, pictures, recipe, time.perf_counter() - began)
         return folder.path
@@ -283,10 +291,10 @@ def summarize(
         "images_skipped": monitor.skipped.count,
         "images_per_second": monitor.images / monitor.seconds if monitor.seconds else 0.0,
         "data_wait_fraction": monitor.wait_fraction,
-        "peak_memory_gb": peak_memory_gb(task.device),
+        "peak_memory_gb": peak_memory_gb(monitor.device),
         "duration_seconds": seconds,
         "metrics": monitor.metrics,
-        "device": device_name(task.device),
+        "device": device_name(monitor.device),
         "processes": trainer.world_size,
         "precision": str(trainer.precision),
         "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},

@@ -35,11 +35,6 @@ from itpn.models.position import (
 from itpn.models.variants import BACKBONES
 
 
-def gather_units(x: Tensor, units: Tensor) -> Tensor:
-    """Pick units of each image: x [B, N, ...], units int64 [B, V] -> [B, V, ...]."""
-    return x[torch.arange(len(x), device=x.device).unsqueeze(1), units]
-
-
 def cut_units(images: Tensor, unit: int) -> Tensor:
     """View images as their units, row-major, without copying: [B, C, H, W] -> [B, H/unit, W/unit, C, unit, unit]."""
     batch, channels, height, width = images.shape
@@ -223,6 +218,7 @@ class HiViT(nn.Module):
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.num_heads = num_heads
         self.patch_size = patch_size
         self.depths = tuple(depths)
         self.pos_resample = pos_resample

@@ -43,6 +43,7 @@ class PixelDecoder(nn.Module):
         if width % 16 or width % num_heads:
             raise ValueError(f"decoder width must be divisible by 16 and by num_heads={num_heads}, not {width}")
         self.grid = grid
+        self.num_heads = num_heads
         self.embed_norms = nn.ModuleList([nn.LayerNorm(pyramid_width, eps=embed_norm_eps) for _ in range(3)])
         # 16, 4 and 1 tokens a unit, finest level first
         self.embeds = nn.ModuleList([nn.Linear(pyramid_width, width // tokens) for tokens in (16, 4, 1)])
@@ -82,7 +83,7 @@ class PixelDecoder(nn.Module):
         positions = resample_position_table(self.pos_embed, self.grid, grid)[0]
         x = torch.cat([x, tokens], dim=1) + positions[order]  # [B, N, width]
         for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing and self.training else block(x)
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
         if hidden_only:
             return self.head(self.norm(x[:, visible.shape[1] :]))
         x = self.head(self.norm(x))

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from itpn.config import Config, OptimizerConfig, to_dict
 from itpn.data.loader import PretrainingLoader
+from itpn.errors import UserError
 from itpn.pretraining.model import MaskedImageModel
 from itpn.seeding import derive_seed
 
@@ -98,9 +99,21 @@ class PretrainingTask(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["itpn"] = {"recipe": self.recipe, "config": to_dict(self.config)}
+        checkpoint["itpn_processes"] = self.trainer.world_size
         checkpoint["itpn_loader"] = self.train_dataloader().state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: another number of processes would change batch, learning rate and masks.
+        """
+        before, now = checkpoint["itpn_processes"], self.trainer.world_size
+        if before != now:
+            raise UserError(
+                f"this run was trained by {before} processes, not {now}: start as many, or choose another --name and "
+                "begin from its weights with --model.checkpoint"
+            )
         # Lightning restores loaders only if nobody has asked for the number of steps before, as our schedule does
         self._loader_state = checkpoint["itpn_loader"]
 
