@@ -1,0 +1,28 @@
+"""What the documents point at exists, and the commands that they show are understood."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from itpn.config import option_names
+from itpn.recipes import list_recipes
+
+ROOT = Path(__file__).parents[1]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_resolve(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert target.startswith("http") or (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_options_and_recipes_exist(page):
+    text = page.read_text()
+    known = option_names()
+    for option in re.findall(r"--(?:model|data|optimizer|trainer)\.[a-z-]+", text):
+        assert option in known, option
+    for recipe in re.findall(r"\bitpn-[a-z]+_[\w-]*\w", text):
+        assert recipe in list_recipes() or recipe.endswith("coslr"), recipe
