@@ -102,6 +102,8 @@ class Monitor(L.Callback):
 
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
+        if self._progress is not None:
+            self._progress.update(self._bar, completed=self._step, epoch=trainer.current_epoch)
         if pl_module.device.type == "cpu":  # elsewhere it is read with the figures: asking makes the device wait
             self.check_finite(trainer, batch)
         if stepped and (self._step % self.every_n_steps == 0 or self._step == self._total):
@@ -193,7 +195,7 @@ class Monitor(L.Callback):
             f"{self.metrics['images_per_second']:.0f} images/s"
         )
         if self._progress is not None:
-            self._progress.update(self._bar, completed=self._step, epoch=trainer.current_epoch, figures=figures)
+            self._progress.update(self._bar, figures=figures)
         elif now - self._printed > 10 or self._step == self._total:  # a log file wants few lines
             self._printed = now
             left = (self._total - self._step) * elapsed / self.every_n_steps
