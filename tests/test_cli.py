@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from itpn.cli import main
+from itpn.data.shapes import ShapesFolders
 from itpn.errors import NonFiniteLoss, RunStopped
 
 ROOT = Path(__file__).parents[1]
@@ -128,6 +129,7 @@ def test_exit_codes(monkeypatch, photos, tmp_path, capsys, command, ending, code
 
     monkeypatch.setattr("itpn.engine.run.train", train)
     monkeypatch.setattr("itpn.engine.demo.train", train)
+    monkeypatch.setattr("itpn.engine.demo.write_shapes", lambda root, **_: ShapesFolders(root, root, root))
     where = ["--data.root", str(photos)] if command[0] == "train" else ["--output-dir", str(tmp_path)]
     assert main([*command, *where]) == code
     assert capsys.readouterr().err == ("itpn: loss is nan\n" if code == 1 else "")
