@@ -66,6 +66,7 @@ def mistake(capsys, *arguments: str) -> str:
         (["train", "itpn-pixel_nano", "--model.checkpoint", "x.ckpt"], "x.ckpt does not exist"),
         (["info", "itpn_nan"], "did you mean itpn_nano?"),
         (["list", "resnet*"], "no recipe or model matches 'resnet*'"),
+        (["train", "itpn-pixel_nano", "--data.img-size"], "Error parsing --data.img-size: no type matching"),
         (["predict", "x.safetensors", "nowhere"], "nowhere does not exist"),
         (["list", "--what"], "unrecognized arguments: --what"),
     ],
@@ -153,6 +154,8 @@ def test_list_names_every_recipe(capsys):
         for epochs in (400, 800, 1600)
     }
     assert published | {"itpn-pixel_nano", "itpn-pixel_tiny", "itpn_base", "hivit_tiny"} <= names
+    assert main(["list", "nano"]) == 0
+    assert {"itpn-pixel_nano", "itpn_nano"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert main(["list", "*large*800e*"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2  # and the header
 

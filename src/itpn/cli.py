@@ -63,7 +63,9 @@ def make_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND", parser_class=_Parser)
 
     add = commands.add_parser("list", help="recipes and models")
-    add.add_argument("pattern", nargs="?", default="*", help="shell pattern, e.g. '*base*'")
+    add.add_argument(
+        "pattern", nargs="?", default="*", help="a part of the name, or a shell pattern, e.g. '*base*800e*'"
+    )
 
     add = commands.add_parser("info", help="parameters, FLOPs and shapes of a recipe or model")
     add.add_argument("name", help="a name of `itpn list`, or a recipe file")
@@ -130,7 +132,8 @@ def _one_line(box: str) -> str:
         if line.startswith("─"):
             break
         message.append(line)
-    return " ".join(message).strip() or "the options could not be understood"
+    text = re.sub(r"\[/?bold\]", "", " ".join(message)).partition(" Got errors:")[0]
+    return text.strip() or "the options could not be understood"
 
 
 def _unknown_option(option: str, known: list[str]) -> str:
@@ -174,7 +177,9 @@ def run_list(options: argparse.Namespace) -> int:
     from itpn.models.variants import BACKBONES
 
     files = recipe_files()
-    recipes, models = list_recipes(options.pattern), fnmatch.filter(BACKBONES, options.pattern)
+    # a bare word means any name with it inside
+    pattern = options.pattern if set(options.pattern) & set("*?[") else f"*{options.pattern}*"
+    recipes, models = list_recipes(pattern), fnmatch.filter(BACKBONES, pattern)
     if not recipes and not models:
         raise UserError(
             f"no recipe or model matches {options.pattern!r}{nearest(options.pattern, [*files, *BACKBONES])}"

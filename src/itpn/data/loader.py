@@ -367,7 +367,7 @@ class SkippedImages:
             name, reason = next(iter(self._reasons.items()))
             raise UserError(
                 f"{self.count} of {of} images cannot be read, more than {self._max_fraction:.0%}; the first is"
-                f" {name}: {reason}. Mend or remove the files named above, or look whether the data root is right"
+                f" {name}: {reason}. Mend or remove broken files, or look whether the data root is right"
             )
 
     def state_dict(self) -> dict[str, dict[str, str]]:

@@ -118,7 +118,7 @@ class Monitor(L.Callback):
             torch.distributed.all_gather_object(broken, self._broken)
         self._broken = []
         for message in self.skipped.update(item for items in broken for item in items):
-            self.console.print(f"skipped {message}", style="yellow", markup=False, highlight=False)
+            self.console.print(f"skipped {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
         images = self._loader(trainer).images
         self.skipped.check(min(self.images_seen, images), epoch_ended=self.images_seen >= images)
 

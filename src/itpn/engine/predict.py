@@ -32,9 +32,12 @@ def predict_reconstructions(checkpoint: str, source: ImageSource, out: Path, see
     task = PretrainingTask(model, config, weights.recipe)
 
     def skipped(message: str) -> None:
-        console.print(f"skipped {message}", style="yellow", markup=False, highlight=False)
+        Console(stderr=True).print(f"skipped {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     images = read_whole_images(source, image_size(config.data), config.data.max_pixels, skipped)
     for number in itertools.count():
         batch = list(itertools.islice(images, PER_PICTURE))

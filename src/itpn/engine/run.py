@@ -254,7 +254,7 @@ class StartTable(L.Callback):
         for name, value in {
             "model": f"{config.model.name}, {parameters:.2f} M parameters, patch size {config.model.patch_size}",
             "data": f"{task.loader.images:,} images ({kind}) at {height}x{width} px",
-            "batch": f"{per_process}{processes}{passes} = {task.global_batch()}",
+            "batch": f"{per_process}{processes}{passes}" + (f" = {task.global_batch()}" if processes or passes else ""),
             "steps": f"{int(trainer.estimated_stepping_batches):,} ({task.steps_per_epoch():,} an epoch)",
             "learning rate": f"{task.peak_lr():.3g} at its peak",
             "device": f"{device_name(task.device)}, {trainer.precision}",
@@ -320,8 +320,8 @@ def finish(
     """Write weights and summary, and show them."""
     if not monitor.started:
         console.print(
-            f"{folder.path} is complete at step {trainer.global_step}; raise --trainer.max-epochs to go on, "
-            "or choose another --name",
+            f"{folder.path} is complete at step {trainer.global_step}; raise --trainer.max-epochs or max-steps "
+            "to go on, or choose another --name",
             highlight=False,
         )
         return
