@@ -5,7 +5,6 @@ import difflib
 import fnmatch
 import runpy
 from pathlib import Path
-from typing import Any
 
 from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig, read_yaml
 from itpn.errors import UserError
@@ -82,6 +81,6 @@ def read_recipe(name: str) -> tuple[str, Config]:
 
 
 def nearest(name: str, names: list[str]) -> str:
-    """ " did you mean X?" for a misspelt name, or an empty string."""
-    near: list[Any] = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    """A hint at the right name ("; did you mean X?") to append to a message, or an empty string."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {near[0]}?" if near else ""

@@ -104,10 +104,11 @@ class Monitor(L.Callback):
         self._step = trainer.global_step
         if self._progress is not None:
             self._progress.update(self._bar, completed=self._step, epoch=trainer.current_epoch)
-        if pl_module.device.type == "cpu":  # elsewhere it is read with the figures: asking makes the device wait
+        due = stepped and (self._step % self.every_n_steps == 0 or self._step == self._total)
+        # on a GPU only with the figures: asking makes the device wait
+        if due or pl_module.device.type == "cpu":
             self.check_finite(trainer, batch)
-        if stepped and (self._step % self.every_n_steps == 0 or self._step == self._total):
-            self.check_finite(trainer, batch)
+        if due:
             self._report(trainer)
 
     def _count_skipped(self, trainer: L.Trainer) -> None:
@@ -233,7 +234,7 @@ class Checkpointing(L.Callback):
         self.best_loss = state_dict["best_loss"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = self._saved = trainer.global_step
+        self._step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
         self.listen()  # Lightning has just put handlers of its own in the place of ours
 

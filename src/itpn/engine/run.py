@@ -248,10 +248,7 @@ class StartTable(L.Callback):
         )
         processes = f" x {trainer.world_size} processes" if trainer.world_size > 1 else ""
         per_process = min(config.data.batch_size, task.loader.images)
-        table = Table(title=f"{task.recipe} / {config.name}", show_header=False, title_justify="left")
-        table.add_column()
-        table.add_column(overflow="fold")  # a path must be readable whole
-        for name, value in {
+        rows = {
             "model": f"{config.model.name}, {parameters:.2f} M parameters, patch size {config.model.patch_size}",
             "data": f"{task.loader.images:,} images ({kind}) at {height}x{width} px",
             "batch": f"{per_process}{processes}{passes}" + (f" = {task.global_batch()}" if processes or passes else ""),
@@ -259,9 +256,17 @@ class StartTable(L.Callback):
             "learning rate": f"{task.peak_lr():.3g} at its peak",
             "device": f"{device_name(task.device)}, {trainer.precision}",
             "folder": str(self.folder.path),
-        }.items():
-            table.add_row(name, value)
-        self.console.print(table)
+        }
+        self.console.print(make_table(f"{task.recipe} / {config.name}", rows))
+
+
+def make_table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # a path must be readable whole
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
 
 
 def device_name(device: torch.device) -> str:
@@ -329,10 +334,7 @@ def finish(
     save_weights(folder.weights, task.model, recipe, task.config)
     summary = summarize(trainer, task, monitor, recipe, seconds, True)
     write_summary(folder, summary)
-    table = Table(title="finished", show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(overflow="fold")
-    for name, value in {
+    rows = {
         "steps": f"{summary['steps']:,} ({summary['epochs']:.4g} epochs)",
         "loss": f"{summary['metrics'].get('loss', float('nan')):.4f}",
         "images": f"{summary['images_seen']:,} seen, {summary['images_skipped']} files skipped",
@@ -342,6 +344,5 @@ def finish(
         "weights": str(folder.weights),
         "picture": str(pictures.latest),
         "summary": str(folder.path / "summary.json"),
-    }.items():
-        table.add_row(name, value)
-    console.print(table)
+    }
+    console.print(make_table("finished", rows))
