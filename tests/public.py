@@ -32,6 +32,12 @@ def our_names(tensors: dict[str, Tensor], depths: tuple[int, int, int], prefix: 
             flat[position] = f"backbone.merges.{stage}"
             position += 1
     rules = [
+        (r"^neck\.norm\b", "decoder.norm"),  # CLIP supervision: no decoder blocks, a norm and a linear layer
+        (r"^norm\b", "decoder.norm"),
+        (r"^(head\.cls_head|lm_head)\b", "decoder.heads.feature"),
+        (r"^cls_pt_layers", "auxiliary.blocks"),
+        (r"^norm_cls\b", "auxiliary.norm"),
+        (r"^lm_cls_head\b", "auxiliary.head"),
         (r"^neck\.", ""),
         (r"^(blocks|patch_embed|pos_embed|absolute_pos_embed)", r"backbone.\1"),
         (r"^backbone\.absolute_pos_embed", "backbone.pos_embed"),
@@ -50,9 +56,11 @@ def our_names(tensors: dict[str, Tensor], depths: tuple[int, int, int], prefix: 
         (r"^decoder_embed\.(\d)\.1", lambda m: f"decoder.embeds.{2 - int(m[1])}"),
         (r"^decoder_blocks", "decoder.blocks"),
         (r"^(decoder_norm|ln1)\b", "decoder.norm"),
-        (r"^decoder_pred", "decoder.head"),
+        (r"^decoder_pred", "decoder.heads.pixel"),
         (r"^decoder_pos_embed", "decoder.pos_embed"),
-        (r"^mask_token", "decoder.mask_token"),
+        (r"^mask_token", "mask_token" if "lm_head.weight" in tensors else "decoder.mask_token"),
+        (r"^backbone\.mask_token", "mask_token"),
+        (r"gamma_(\d)$", r"ls\1.gamma"),
         (r"(decoder\.blocks\.\d+)\.ln(\d)", r"\1.norm\2"),
         (r"ffn\.layers\.0\.0", "mlp.fc1"),
         (r"ffn\.layers\.1", "mlp.fc2"),

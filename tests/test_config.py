@@ -2,7 +2,18 @@
 
 import pytest
 
-from itpn.config import Config, DataConfig, check, from_dict, option_names, read_yaml, to_dict, write_yaml
+from itpn.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    TeacherConfig,
+    check,
+    from_dict,
+    option_names,
+    read_yaml,
+    to_dict,
+    write_yaml,
+)
 from itpn.errors import UserError
 from itpn.recipes import list_recipes, read_recipe
 
@@ -30,6 +41,85 @@ def test_published_settings():
             assert (optimizer.base_lr, optimizer.betas, optimizer.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
             assert (optimizer.warmup_epochs, optimizer.warmup_start, optimizer.min_lr) == (40, 1e-4, 0.0)
             assert (config.trainer.max_epochs, model.drop_path_rate, optimizer.clip_grad) == (epochs, 0.0, None)
+
+
+@pytest.mark.parametrize(("epochs", "beta", "drop_path"), [(300, 0.98, 0.0), (800, 0.999, 0.1)])
+def test_settings_of_mmpretrains_clip(epochs, beta, drop_path):
+    """REFERENCE, sections 2 and 3; the cosine in both, where one of mmpretrain's files has a slip."""
+    _, config = read_recipe(f"itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-{epochs}e_in1k")
+    model, data, optimizer = config.model, config.data, config.optimizer
+    assert (model.name, model.init_values, model.drop_path_rate, model.rel_pos_bias) == (
+        "itpn_base",
+        0.1,
+        drop_path,
+        True,
+    )
+    assert (model.mask, round(196 * model.mask_ratio), model.hidden_units) == ("block", 75, "mask_token")
+    assert (model.feature_loss, model.feature_units, model.hidden_laterals) == ("cosine", "hidden", True)
+    assert (model.pixel_weight, model.feature_weight, model.auxiliary_weight) == (0.0, 1.0, 0.0)
+    assert (model.decoder_width, model.decoder_depth, model.pyramid_depth) == (512, 0, None)
+    assert (data.batch_size, data.color_jitter, data.crop_scale, data.hflip) == (256, 0.4, (0.2, 1.0), 0.5)
+    assert optimizer.base_lr * 2048 / 256 == pytest.approx(1.5e-3)
+    assert (optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == ((0.9, beta), 0.05, 3.0)
+    assert (optimizer.warmup_epochs, optimizer.min_lr, config.trainer.max_epochs) == (10, 1e-5, epochs)
+    assert config.teacher.name == "vit_base_patch16_clip_quickgelu_224.openai"
+    assert not config.teacher.normalize
+
+
+@pytest.mark.parametrize("teacher", ["b", "l"])
+@pytest.mark.parametrize(("model", "width", "drop_path"), [("base-3324", 512, 0.1), ("large-2240", 768, 0.2)])
+@pytest.mark.parametrize("size", [224, 256])
+def test_settings_of_the_official_clip(teacher, model, width, drop_path, size):
+    name = f"itpn-clip-{teacher}_hivit-{model}-p16_8xb256-amp-coslr-800e_in1k" + ("-256px" if size == 256 else "")
+    _, config = read_recipe(name)
+    assert config.model.name == f"itpn_{model.replace('-', '_')}"
+    assert (config.model.feature_loss, config.model.feature_units) == ("smooth_l1", "all")
+    assert (config.model.feature_weight, config.model.auxiliary_weight) == (1.0, 1.0)
+    assert (config.model.decoder_width, config.model.drop_path_rate) == (width, drop_path)
+    assert (config.model.pyramid_depth, config.data.img_size) == (1, size)
+    assert config.teacher.normalize
+    assert config.teacher.name.startswith(f"vit_{'base_patch16' if teacher == 'b' else 'large_patch14'}_clip")
+
+
+def test_masked_feature_modelling_is_added_to_pixels():
+    for name in ("nano", "tiny", "hivit-base-p16_8xb512-amp-coslr-800e_in1k"):
+        _, config = read_recipe(f"itpn-mfm_{name}")
+        _, pixel = read_recipe(f"itpn-pixel_{name}")
+        assert config.teacher.name == "ema"
+        assert all(weight > 0 for weight in config.model.pyramid_weights)
+        config.teacher, config.model.pyramid_weights = pixel.teacher, pixel.model.pyramid_weights
+        config.model.pyramid_head_width = pixel.model.pyramid_head_width
+        assert config == pixel
+
+
+@pytest.mark.parametrize(
+    ("model", "teacher", "message"),
+    [
+        ({"pixel_weight": 0.0}, {}, "nothing is predicted"),
+        ({"pixel_weight": -1.0}, {}, "--model.pixel-weight must be at least 0"),
+        ({"feature_weight": 1.0}, {}, "needs a teacher"),
+        ({}, {"name": "ema"}, "has nothing to do"),
+        ({"hidden_laterals": True}, {}, "needs --model.hidden-units mask_token"),
+        ({"hidden_laterals": True, "hidden_units": "mask_token"}, {}, "shows the pixels"),
+        ({"decoder_depth": 0}, {}, "without a view of the others"),
+        (
+            {"pyramid_weights": (1.0, 0.0, 0.0), "pyramid_head_depth": 0},
+            {"name": "ema"},
+            "--model.pyramid-head-depth 0",
+        ),
+        ({"pyramid_weights": (1.0, 0.0, -1.0)}, {"name": "ema"}, "--model.pyramid-weights must be at least 0"),
+        ({"pyramid_head_width": 96}, {}, "divisible by 64"),
+        ({"feature_weight": 1.0}, {"name": "clip"}, "give it with --teacher.checkpoint"),
+        ({"feature_weight": 1.0}, {"name": "clip", "checkpoint": "none.pt"}, "none.pt does not exist"),
+        ({"feature_weight": 1.0}, {"name": "ema", "checkpoint": __file__}, "has no meaning"),
+        ({"feature_weight": 1.0}, {"name": "ema", "momentum": 0.9, "momentum_end": 0.8}, "must not exceed"),
+        ({"feature_weight": 1.0}, {"name": "ema", "momentum": 1.5}, "between 0 and 1"),
+    ],
+)
+def test_impossible_objectives(model, teacher, message):
+    config = Config(model=ModelConfig(**model), teacher=TeacherConfig(**teacher))
+    with pytest.raises(UserError, match=message):
+        check(config)
 
 
 def test_numbers_as_people_write_them_in_yaml(tmp_path):

@@ -34,23 +34,26 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
 
     Args:
         recipe: a name of :func:`list_recipes`, or a recipe file.
-        pretrained: False for fresh weights, or the path of a ``model.safetensors`` or ``.ckpt`` of a run.
+        pretrained: False for fresh weights; the path of a ``model.safetensors`` or ``.ckpt`` of a run; or
+            ``hf-hub:OWNER/NAME``, a repository of the Hugging Face hub that holds a ``model.safetensors``.
         overrides: settings of :class:`itpn.config.ModelConfig` by name, and ``img_size``.
 
     Raises:
         itpn.errors.UserError: no such recipe, setting or file, or weights of another model.
     """
     from itpn.checkpoints.weights import load_weights, read_weights
-    from itpn.config import override_model
+    from itpn.config import image_size, override_model
     from itpn.errors import UserError
     from itpn.pretraining.build import build_masked_model
     from itpn.recipes import read_recipe
 
     if pretrained is True:
         raise UserError(
-            f"no weights are published for {recipe}; give pretrained=PATH of a model.safetensors or .ckpt of a run"
+            f"no weights are published for {recipe}; give pretrained=PATH of a model.safetensors or .ckpt of a run, or "
+            "pretrained='hf-hub:OWNER/NAME' of a hub repository with such a model.safetensors"
         )
-    model = build_masked_model(*override_model(read_recipe(recipe)[1], overrides))
+    config = override_model(read_recipe(recipe)[1], overrides)
+    model = build_masked_model(config.model, image_size(config.data), config.teacher)
     if pretrained:
         for note in load_weights(model, read_weights(pretrained), str(pretrained)):
             warnings.warn(note, stacklevel=2)

@@ -28,8 +28,30 @@ class ModelConfig:
     """Channels of the images: 3 for colour, 1 for grey."""
     pos_embed: Literal["fixed", "learned"] = "fixed"
     """Keep the sine-cosine position table of the backbone, or train it."""
+    rel_pos_bias: bool | None = None
+    """A relative position bias in each attention block; None for the model's own."""
+    weight_init: Literal["xavier", "trunc_normal"] = "xavier"
+    """Initial weights: Xavier uniform, or normal of deviation 0.02 with smaller ones in deep blocks."""
+    mask: Literal["random", "block"] = "random"
+    """Hide units one by one, or in rectangular blocks."""
     mask_ratio: float = 0.75
     """Share of units hidden in each image."""
+    hidden_units: Literal["dropped", "mask_token"] = "dropped"
+    """Leave hidden units out of the backbone, or compute all with a mask token in their place from stage 3 on."""
+    hidden_laterals: bool = False
+    """With mask tokens: let stages 1 and 2 of hidden units, which see them, into the pyramid (published for CLIP)."""
+    pixel_weight: float = 1.0
+    """Weight of the loss on hidden pixels; 0 leaves it out, as with every weight."""
+    feature_weight: float = 0.0
+    """Weight of the loss on the teacher's features, predicted from all pyramid levels together."""
+    auxiliary_weight: float = 0.0
+    """Weight of the same loss on a second head after three quarters of stage 3."""
+    pyramid_weights: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Weights of masked feature modelling, a head of its own for each pyramid level, finest first."""
+    feature_loss: Literal["smooth_l1", "cosine", "cross_entropy"] = "smooth_l1"
+    """Measure of the error in features; cross_entropy repeats a published setting and is not recommended."""
+    feature_units: Literal["all", "hidden"] = "hidden"
+    """Units whose features are compared."""
     normalize_target: bool = True
     """Predict pixels normalised by the mean and deviation of their unit."""
     drop_path_rate: float = 0.0
@@ -46,8 +68,33 @@ class ModelConfig:
     """Transformer blocks of the decoder."""
     decoder_heads: int = 16
     """Attention heads of the decoder."""
+    pyramid_head_width: int = 256
+    """Channels of the heads of single pyramid levels, divisible by 64."""
+    pyramid_head_depth: int = 1
+    """Transformer blocks of the heads of single pyramid levels."""
     grad_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, slower."""
+
+
+@dataclass
+class TeacherConfig:
+    """Whose features are predicted."""
+
+    name: str | None = None
+    """A timm model, e.g. vit_base_patch16_clip_quickgelu_224.openai; `clip` for a CLIP tower of whatever size in
+    --teacher.checkpoint; `ema` for a moving average of the network itself; None for no teacher."""
+    checkpoint: str | None = None
+    """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
+    width: int | None = None
+    """Numbers of a unit's feature; None reads it from the teacher."""
+    normalize: bool = True
+    """Normalise each feature by its own mean and deviation."""
+    momentum: float = 0.996
+    """ema: share of the average that is kept at each step, at the start of the run."""
+    momentum_end: float = 1.0
+    """ema: the same at the end of the run, reached by half a cosine."""
+    min_std: float = 0.05
+    """Warn of a collapse when the deviation of the targets over a batch is smaller."""
 
 
 @dataclass
@@ -70,6 +117,8 @@ class DataConfig:
     """How crops are resized."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean subtracted from each channel, of pixels in [0, 1]."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
@@ -141,6 +190,7 @@ class Config:
     """Settings of a pre-training run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -157,8 +207,8 @@ def image_size(config: DataConfig) -> tuple[int, int]:
     return config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)
 
 
-def override_model(config: Config, overrides: dict[str, Any]) -> tuple[ModelConfig, tuple[int, int]]:
-    """Settings of the network with some replaced by name, and its image size (``img_size`` among the names).
+def override_model(config: Config, overrides: dict[str, Any]) -> Config:
+    """Settings with some of the network's replaced by name, ``img_size`` among the names.
 
     Raises:
         UserError: an unknown name.
@@ -168,8 +218,8 @@ def override_model(config: Config, overrides: dict[str, Any]) -> tuple[ModelConf
         if name not in known:
             raise UserError(f"no model setting {name!r}; there are {', '.join(known)}")
     settings = dict(overrides)
-    size = image_size(dataclasses.replace(config.data, img_size=settings.pop("img_size", config.data.img_size)))
-    return dataclasses.replace(config.model, **settings), size
+    data = dataclasses.replace(config.data, img_size=settings.pop("img_size", config.data.img_size))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **settings), data=data)
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -259,6 +309,8 @@ def check(config: Config) -> None:
         "--model.pyramid-width": model.pyramid_width,
         "--model.decoder-width": model.decoder_width,
         "--model.decoder-heads": model.decoder_heads,
+        "--model.pyramid-head-width": model.pyramid_head_width,
+        "--teacher.width": config.teacher.width,
         "--trainer.max-epochs": trainer.max_epochs,
         "--trainer.max-steps": trainer.max_steps,
         "--trainer.devices": trainer.devices,
@@ -277,6 +329,12 @@ def check(config: Config) -> None:
         "--model.pyramid-depth": model.pyramid_depth,
         "--model.decoder-depth": model.decoder_depth,
         "--model.init-values": model.init_values,
+        "--model.pyramid-head-depth": model.pyramid_head_depth,
+        "--model.pixel-weight": model.pixel_weight,
+        "--model.feature-weight": model.feature_weight,
+        "--model.auxiliary-weight": model.auxiliary_weight,
+        "--model.pyramid-weights": min(model.pyramid_weights),
+        "--teacher.min-std": config.teacher.min_std,
         "--optimizer.base-lr": optimizer.base_lr,
         "--optimizer.lr": optimizer.lr,
         "--optimizer.weight-decay": optimizer.weight_decay,
@@ -292,7 +350,10 @@ def check(config: Config) -> None:
     shares = {
         "--data.hflip": data.hflip,
         "--data.max-broken": data.max_broken,
+        "--data.color-jitter": data.color_jitter,
         "--model.drop-path-rate": model.drop_path_rate,
+        "--teacher.momentum": config.teacher.momentum,
+        "--teacher.momentum-end": config.teacher.momentum_end,
     }
     for option, share in shares.items():
         if not 0 <= share <= 1:
@@ -316,11 +377,14 @@ def check(config: Config) -> None:
             f"--model.mask-ratio {model.mask_ratio} leaves no visible or no hidden unit of the {units} of an image; "
             "choose one between 0 and 1, a larger --data.img-size or a smaller --model.patch-size"
         )
-    if model.decoder_width % 16 or model.decoder_width % model.decoder_heads:
+    if model.decoder_width % 16 or (model.decoder_depth and model.decoder_width % model.decoder_heads):
         raise UserError(
             f"--model.decoder-width must be divisible by 16 and by --model.decoder-heads {model.decoder_heads}, "
             f"not {model.decoder_width}"
         )
+    if model.pyramid_head_width % 64:
+        raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")
+    _check_objective(model, config.teacher)
     for option, values in {"--data.mean": data.mean, "--data.std": data.std}.items():
         if len(values) not in (1, model.in_chans):
             raise UserError(f"{option} needs one number or one per channel ({model.in_chans}), not {len(values)}")
@@ -334,3 +398,39 @@ def check(config: Config) -> None:
         raise UserError(f"--name must be a plain folder name, not {config.name!r}")
     if model.checkpoint is not None and not Path(model.checkpoint).is_file():
         raise UserError(f"--model.checkpoint {model.checkpoint} does not exist")
+
+
+def _check_objective(model: ModelConfig, teacher: TeacherConfig) -> None:
+    features = any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights])
+    if not features and not model.pixel_weight:
+        raise UserError("nothing is predicted: set --model.pixel-weight, --model.feature-weight or another above 0")
+    if features and teacher.name is None:
+        raise UserError("a loss on features needs a teacher: give --teacher.name, `ema` or a model of timm")
+    if teacher.name is not None and not features:
+        raise UserError(
+            f"teacher {teacher.name} has nothing to do: set --model.feature-weight or --model.pyramid-weights above 0"
+        )
+    if model.hidden_units == "dropped":
+        if model.hidden_laterals:
+            raise UserError("--model.hidden-laterals needs --model.hidden-units mask_token")
+        if (model.pixel_weight or model.feature_weight) and not model.decoder_depth:
+            raise UserError(
+                "--model.decoder-depth 0 leaves dropped units without a view of the others; give it a block or more, "
+                "or --model.hidden-units mask_token"
+            )
+        if any(model.pyramid_weights) and not model.pyramid_head_depth:
+            raise UserError(
+                "--model.pyramid-head-depth 0 leaves dropped units without a view of the others; give it a block or "
+                "more, or --model.hidden-units mask_token"
+            )
+    elif model.hidden_laterals and model.pixel_weight:
+        raise UserError("--model.hidden-laterals shows the pixels that --model.pixel-weight has predicted: use one")
+    if teacher.checkpoint is not None:
+        if teacher.name == "ema":
+            raise UserError("--teacher.checkpoint has no meaning for the teacher `ema`, an average of the network")
+        if not Path(teacher.checkpoint).is_file():
+            raise UserError(f"--teacher.checkpoint {teacher.checkpoint} does not exist")
+    elif teacher.name == "clip":
+        raise UserError("teacher `clip` is read from a file: give it with --teacher.checkpoint FILE")
+    if teacher.momentum > teacher.momentum_end:
+        raise UserError(f"--teacher.momentum {teacher.momentum} must not exceed --teacher.momentum-end")

@@ -6,8 +6,12 @@ import fnmatch
 import runpy
 from pathlib import Path
 
-from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig, read_yaml
+from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TeacherConfig, TrainerConfig, read_yaml
 from itpn.errors import UserError
+from itpn.models.variants import BACKBONES
+
+CLIP_B = "vit_base_patch16_clip_quickgelu_224.openai"
+CLIP_L = "vit_large_patch14_clip_quickgelu_224.openai"
 
 
 def pixel_pretraining(model: str, max_epochs: int) -> Config:
@@ -34,6 +38,68 @@ def small_pixel_pretraining(model: str, decoder: tuple[int, int, int], img_size:
         optimizer=OptimizerConfig(base_lr=2e-3, warmup_epochs=40),
         trainer=TrainerConfig(max_epochs=max_epochs, checkpoint_every_n_steps=200),
     )
+
+
+def clip_pretraining(model: str, max_epochs: int, teacher: str = CLIP_B) -> Config:
+    """CLIP supervision as in mmpretrain: 2048 images a step on 8 GPUs, cosine to the features of hidden units.
+
+    Its position table, frozen at random initial values there, is trained here, and its weight decay spares biases.
+    """
+    long = max_epochs > 300
+    return Config(
+        model=ModelConfig(
+            name=model,
+            pos_embed="learned",
+            rel_pos_bias=True,
+            weight_init="trunc_normal",
+            init_values=0.1,
+            drop_path_rate=0.1 if long else 0.0,
+            mask="block",
+            mask_ratio=75 / 196,
+            hidden_units="mask_token",
+            hidden_laterals=True,
+            pixel_weight=0.0,
+            feature_weight=1.0,
+            feature_loss="cosine",
+            decoder_width=BACKBONES[model]["embed_dim"],
+            decoder_depth=0,  # a norm and a linear layer
+        ),
+        teacher=TeacherConfig(name=teacher, normalize=False),
+        data=DataConfig(batch_size=256, color_jitter=0.4),
+        optimizer=OptimizerConfig(
+            base_lr=1.5e-3 * 256 / 2048,
+            betas=(0.9, 0.999 if long else 0.98),
+            warmup_epochs=10,
+            min_lr=1e-5,
+            clip_grad=3.0,
+        ),
+        trainer=TrainerConfig(max_epochs=max_epochs),
+    )
+
+
+def official_clip_pretraining(model: str, teacher: str, max_epochs: int, img_size: int = 224) -> Config:
+    """CLIP supervision as in the authors' code: smooth L1 to normalised features of all units, and a second head."""
+    config = clip_pretraining(model, max_epochs, teacher)
+    config.model.feature_loss, config.model.feature_units = "smooth_l1", "all"
+    config.model.auxiliary_weight = 1.0
+    config.model.pyramid_depth = 1
+    if model.startswith("itpn_large"):
+        config.model.drop_path_rate = 0.2
+    config.teacher.normalize = True
+    config.data.img_size = img_size
+    return config
+
+
+def masked_feature_modelling(config: Config, head_width: int) -> Config:
+    """Add to a recipe a loss on each pyramid level, with a moving average of the network as the teacher.
+
+    Args:
+        head_width: channels of the level's heads.
+    """
+    config.model.pyramid_weights = (0.2, 0.2, 0.2)
+    config.model.pyramid_head_width = head_width
+    config.teacher = TeacherConfig(name="ema")
+    return config
 
 
 def recipe_files() -> dict[str, Path]:

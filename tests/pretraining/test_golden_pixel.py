@@ -6,7 +6,7 @@ from public import our_names, read_golden
 
 from itpn.models.hivit import HiViT
 from itpn.models.pyramid import FeaturePyramid
-from itpn.pretraining.decoder import PixelDecoder
+from itpn.pretraining.decoder import Decoder
 from itpn.pretraining.model import MaskedImageModel
 
 # stage 1 and 2 blocks in our count (mmpretrain doubles its own), decoder-embedding eps, is the position table trained
@@ -21,7 +21,9 @@ def build(case: str, **backbone_options) -> tuple[MaskedImageModel, dict]:
         img_size=64, num_classes=0, embed_dim=64, depths=depths, num_heads=4, pos_embed=pos_embed, **options
     )
     pyramid = FeaturePyramid((16, 32, 64), width=32, depth=2)
-    decoder = PixelDecoder((4, 4), 768, pyramid_width=32, width=32, depth=2, num_heads=4, embed_norm_eps=embed_norm_eps)
+    decoder = Decoder(
+        (4, 4), {"pixel": 768}, pyramid_width=32, width=32, depth=2, num_heads=4, embed_norm_eps=embed_norm_eps
+    )
     model = MaskedImageModel(backbone, pyramid, decoder)
     model.load_state_dict(our_names(golden["param"], depths), strict=True)
     return model, golden
@@ -94,7 +96,7 @@ def test_the_right_way_differs_where_the_public_code_is_odd(case):
 def test_position_tables_start_as_the_public_ones(case):
     """Sine-cosine tables were left alone in the golden files; mmpretrain has rows and columns the other way round."""
     golden, _ = read_golden(case)
-    ours = PixelDecoder((4, 4), 768, pyramid_width=32, width=32, depth=1, num_heads=4).pos_embed
+    ours = Decoder((4, 4), {"pixel": 768}, pyramid_width=32, width=32, depth=1, num_heads=4).pos_embed
     theirs = our_names(golden["param"], CASES[case][0])["decoder.pos_embed"]
     if case == "mm_pixel":
         theirs = torch.cat([theirs[..., 16:], theirs[..., :16]], dim=-1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 import itpn
 from itpn.config import ModelConfig
@@ -77,7 +78,7 @@ def test_a_given_target_takes_the_place_of_pixels():
 def test_prediction_layer_sees_hidden_units_only_in_training():
     model, images = small(), torch.randn(2, 3, 32, 48)
     rows = []
-    model.decoder.head.register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
+    model.decoder.heads["pixel"].register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
     model.train()(images)
     model.eval()(images)
     assert rows == [18, 24]
@@ -128,7 +129,10 @@ def test_reconstruction_keeps_visible_units():
     assert torch.equal(masked[~hidden], images[~hidden])
     assert (masked[hidden] == 0).all()
     # a perfect prediction gives the image back
-    model.decoder.forward = lambda *args, **kwargs: normalize_units(unit_pixels(images, 8))[0]
+    model.decoder.forward = lambda levels, grid, split: normalize_units(unit_pixels(images, 8))[0].gather(
+        1, split.order.unsqueeze(-1).expand(-1, -1, 192)
+    )
+    model.decoder.norm, model.decoder.heads["pixel"] = nn.Identity(), nn.Identity()
     torch.testing.assert_close(model.reconstruct(images, mask)[1], images, atol=1e-5, rtol=1e-5)
 
 
@@ -173,9 +177,15 @@ def test_every_trained_parameter_gets_a_gradient():
     assert idle == []
 
 
-@pytest.mark.parametrize(("size", "millions"), [("base", 102.68), ("large", 314.25)])
-def test_published_sizes(size, millions):
-    recipe = f"itpn-pixel_hivit-{size}-p16_8xb512-amp-coslr-800e_in1k"
+@pytest.mark.parametrize(
+    ("recipe", "millions"),
+    [
+        ("itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k", 102.68),
+        ("itpn-pixel_hivit-large-p16_8xb512-amp-coslr-800e_in1k", 314.25),
+        ("itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-800e_in1k", 83.70),
+    ],
+)
+def test_published_sizes(recipe, millions):
     with torch.device("meta"):
         model = itpn.get_model(recipe)
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
@@ -203,3 +213,16 @@ def test_get_model():
         itpn.get_model("itpn-pixel_nano", depth=3)
     with pytest.raises(UserError, match="does not exist"):
         itpn.get_model("itpn-pixel_nano", pretrained="nowhere.safetensors")
+
+
+def test_get_model_of_clip_supervision():
+    """As the seed calls it: no network, no teacher; predictions at once, a loss as soon as there is a target."""
+    model = itpn.get_model("itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-800e_in1k", pretrained=False).eval()
+    images = torch.rand(1, 3, 224, 224)
+    with torch.no_grad():
+        output = model(images)
+        assert output.prediction.shape == (1, 196, 512)
+        assert output.loss is None
+        loss = model(images, output.mask, output.prediction).loss
+    assert float(loss) == pytest.approx(-1.0, abs=1e-5)  # the cosine with itself
+    assert [tuple(f.shape) for f in model.extract_feat(images)] == [(1, 512, 14, 14)]

@@ -18,6 +18,8 @@ from itpn.models.variants import BACKBONES
 from itpn.pretraining.build import build_masked_model
 from itpn.pretraining.model import MaskedImageModel
 
+HUB = "hf-hub:"  # as timm writes it
+
 
 @dataclass
 class Weights:
@@ -50,13 +52,26 @@ def save_weights(path: Path, model: MaskedImageModel, recipe: str, config: Confi
     unfinished.replace(path)
 
 
+def fetch(source: str | Path) -> Path:
+    """The ``model.safetensors`` of a hub repository, from the hub or from what was fetched before."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(hf_hub_download(str(source).removeprefix(HUB), "model.safetensors"))
+    except Exception as error:  # no network, no such repository, no such file: each library version has its own
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"no model.safetensors could be fetched from {source} ({reason}); give a file's path"
+        ) from error
+
+
 def read_weights(path: str | Path) -> Weights:
-    """Read a ``.safetensors`` or ``.ckpt`` of ours.
+    """Read a ``.safetensors`` or ``.ckpt`` of ours, or the ``model.safetensors`` of ``hf-hub:OWNER/NAME``.
 
     Raises:
         UserError: not there, damaged, or not ours.
     """
-    path = Path(path)
+    path = fetch(path) if str(path).startswith(HUB) else Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist")
     try:
@@ -81,8 +96,11 @@ def read_weights(path: str | Path) -> Weights:
         raise UserError(f"checkpoint {path} is not a checkpoint of itpn ({type(error).__name__})") from error
 
 
+HEADS = ("decoder", "auxiliary", "pyramid_heads", "mask_token")  # what only pre-training has
+
+
 def load_weights(model: MaskedImageModel, weights: Weights, source: str) -> list[str]:
-    """Copy a file's weights into a model that may differ in image size and in its decoder.
+    """Copy a file's weights into a model that may differ in image size and in what it predicts.
 
     Returns:
         What is not as in the file, a sentence each: tables resampled, a decoder that starts fresh.
@@ -93,15 +111,15 @@ def load_weights(model: MaskedImageModel, weights: Weights, source: str) -> list
     own = model.state_dict()
     tensors = dict(weights.tensors)
     notes = []
-    for name in [n for n in tensors if n in own and n.endswith(("pos_embed", "relative_position_bias_table"))]:
-        wanted = model.decoder.grid if name.startswith("decoder.") else model.backbone.grid_size
-        if weights.grid != wanted:
+    wanted = model.backbone.grid_size
+    if weights.grid != wanted:
+        for name in [n for n in tensors if n in own and n.endswith(("pos_embed", "relative_position_bias_table"))]:
             resample = resample_relative_table if name.endswith("bias_table") else resample_position_table
             tensors[name] = resample(tensors[name], weights.grid, wanted)
             notes.append(f"{name} of {source} was resampled from {weights.grid} to {wanted} units")
 
     differing = [n for n in {**own, **tensors} if _shape(own, n) != _shape(tensors, n)]
-    trunk = [name for name in differing if not name.startswith("decoder.")]
+    trunk = [name for name in differing if not name.startswith(HEADS)]
     heads = (BACKBONES[weights.config.model.name]["num_heads"], model.backbone.num_heads)
     if trunk or heads[0] != heads[1]:
         what = (
@@ -113,10 +131,16 @@ def load_weights(model: MaskedImageModel, weights: Weights, source: str) -> list
             f"checkpoint {source} holds another model ({weights.config.model.name}, patch size "
             f"{weights.config.model.patch_size}): {what}"
         )
-    # all or nothing: half a decoder is of no use
-    if differing or weights.config.model.decoder_heads != model.decoder.num_heads:
-        notes.append(f"the decoder of {source} is missing or another one: it starts fresh")
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.")}
+    for part in HEADS:
+        changed = any(name.startswith(part) for name in differing)
+        if part == "decoder" and model.decoder is not None and len(model.decoder.blocks):
+            changed = changed or weights.config.model.decoder_heads != model.decoder.num_heads
+        if not changed:
+            continue
+        # all or nothing: half a decoder is of no use
+        if any(name.startswith(part) for name in own):
+            notes.append(f"the {part} of {source} is missing or another one: it starts fresh")
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(part)}
     model.load_state_dict(tensors, strict=False)
     return notes
 
@@ -136,7 +160,8 @@ def load(checkpoint: str | Path, **overrides: Any) -> MaskedImageModel:
         UserError: no such file, not ours, or the overrides ask for a model that the weights do not fit.
     """
     weights = read_weights(checkpoint)
-    model = build_masked_model(*override_model(weights.config, overrides))
+    config = override_model(weights.config, overrides)
+    model = build_masked_model(config.model, image_size(config.data), config.teacher)
     for note in load_weights(model, weights, str(checkpoint)):
         warnings.warn(note, stacklevel=2)
     return model.eval()

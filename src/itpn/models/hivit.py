@@ -324,17 +324,27 @@ class HiViT(nn.Module):
             )
         return height // self.patch_size, width // self.patch_size
 
-    def forward_stages(self, images: Tensor, visible: Tensor | None = None, last: int = 2) -> list[Tensor]:
+    def forward_stages(
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        last: int = 2,
+        mask: Tensor | None = None,
+        mask_token: Tensor | None = None,
+        tap: int | None = None,
+    ) -> list[Tensor]:
         """Run the stages on all units, or on the visible ones alone.
 
         Args:
             images: [B, in_chans, H, W].
             visible: int64 [B, V], the units to compute, row-major; None for all.
             last: index of the last stage to run.
+            mask: bool [B, N] with all units computed: those whose stage 3 input becomes ``mask_token`` [1, 1, C].
+            tap: index of the stage 3 block whose output is wanted as well.
 
         Returns:
             The output of each stage, stages 1 and 2 as they are before their merge:
-            [B, V, 4, 4, C/4], [B, V, 2, 2, C/2], [B, V, 1, 1, C].
+            [B, V, 4, 4, C/4], [B, V, 2, 2, C/2], [B, V, 1, 1, C]; then that of block ``tap``, [B, V, C].
         """
         grid = self.grid_of(images.shape[-2:])
         x = self.patch_embed(images, visible)  # [B, V, 4, 4, C/4]
@@ -347,11 +357,17 @@ class HiViT(nn.Module):
                 return outputs
             x = self.merges[i](x)
         x = x.flatten(1, 3)  # [B, V, C]
+        if mask is not None:
+            assert mask_token is not None
+            x = torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)
         x = x + self._positions(grid, visible)
-        index = self._relative_positions(grid, visible)
-        for block in self.stages[2]:
+        index = self.relative_positions(grid, visible)
+        tapped = []
+        for i, block in enumerate(self.stages[2]):
             x = checkpoint(block, x, grid, index) if self.grad_checkpointing else block(x, grid, index)
-        return [*outputs, x[:, :, None, None]]
+            if i == tap:
+                tapped.append(x)
+        return [*outputs, x[:, :, None, None], *tapped]
 
     def _positions(self, grid: Grid, visible: Tensor | None) -> Tensor:
         # the public code takes "fewer tokens than stored" for another grid, so it resamples whenever units are hidden
@@ -359,7 +375,8 @@ class HiViT(nn.Module):
         table = resample_position_table(self.pos_embed, self.grid_size, grid, "legacy" if legacy else "exact")
         return table if visible is None else table[0, visible]  # [1, N, C] or [B, V, C]
 
-    def _relative_positions(self, grid: Grid, visible: Tensor | None) -> Tensor | None:
+    def relative_positions(self, grid: Grid, visible: Tensor | None) -> Tensor | None:
+        """Rows of the relative position tables: of all units [N, N], or picked ones [B, V, V]; None without tables."""
         if not len(self.stages[2]) or self.stages[2][0].attn.rel_pos_grid is None:
             return None
         index = self.rel_pos_index

@@ -1,25 +1,54 @@
-"""The pixel decoder: pyramid levels of the visible units to the pixels of every unit."""
+"""From what the network made of the visible units to predictions for every unit."""
 
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from itpn.models.hivit import TransformerBlock, checkpoint, initialize_linears
+from itpn.models.hivit import HiViT, TransformerBlock, checkpoint, initialize_linears
 from itpn.models.position import Grid, resample_position_table, sincos_position_table
 
 
-class PixelDecoder(nn.Module):
-    """A light transformer over all units (Tian et al. 2023, section 3.2; He et al. 2022, section 3).
+class Split(NamedTuple):
+    """Visible and hidden units of images of which only the visible ones were computed.
 
-    Each pyramid level is normalised and projected so that a unit yields ``width`` numbers whatever its number of
-    tokens; the levels are summed, hidden units are filled with a mask token, fixed positions are added.
+    Attributes:
+        visible, hidden: int64 [B, V] and [B, M], together all units.
+    """
+
+    visible: Tensor
+    hidden: Tensor
+
+    @property
+    def order(self) -> Tensor:
+        """The order of tokens in a decoder: attention does not care, so visible units come first, [B, N]."""
+        return torch.cat([self.visible, self.hidden], dim=1)
+
+
+def pick_tokens(x: Tensor, split: Split | None, hidden_only: bool) -> Tensor:
+    """Tokens [B, N, D] as a decoder returns them -> hidden units [B, M, D], or all in unit order [B, N, D]."""
+    if split is None:
+        return x
+    if hidden_only:
+        return x[:, split.visible.shape[1] :]
+    return torch.empty_like(x).scatter(1, split.order.unsqueeze(-1).expand_as(x), x)
+
+
+class Decoder(nn.Module):
+    """Pyramid levels to predictions (Tian et al. 2023, section 3.2; He et al. 2022, section 3).
+
+    Each level is normalised and projected so that a unit yields ``width`` numbers whatever its number of tokens; the
+    levels are summed. Where the network has dropped hidden units, a mask token fills them. Fixed positions are added,
+    transformer blocks follow, then a norm and one linear layer for each thing predicted. Without blocks this is the
+    plain head of CLIP supervision; with a single level it is a head of masked feature modelling.
 
     Args:
         grid: rows and columns of units.
-        out_dim: numbers predicted for a unit, unit * unit * channels for pixels.
+        heads: what is predicted, and how many numbers a unit.
         pyramid_width: channels of the pyramid levels.
         width: channels of the decoder, divisible by 16 and by ``num_heads``.
+        levels: the pyramid levels that are read, 0 the finest.
+        fill_hidden: the network drops hidden units.
         embed_norm_eps: eps of the norms before the projections (1e-5 in mmpretrain, 1e-6 elsewhere).
 
     Raises:
@@ -29,62 +58,126 @@ class PixelDecoder(nn.Module):
     def __init__(
         self,
         grid: Grid,
-        out_dim: int,
+        heads: dict[str, int],
         pyramid_width: int = 256,
         width: int = 512,
         depth: int = 6,
         num_heads: int = 16,
+        levels: tuple[int, ...] = (0, 1, 2),
+        fill_hidden: bool = True,
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-6,
         embed_norm_eps: float = 1e-6,
         weight_init: Literal["xavier", "trunc_normal"] = "xavier",
     ) -> None:
         super().__init__()
-        if width % 16 or width % num_heads:
+        if width % 16 or (depth and width % num_heads):
             raise ValueError(f"decoder width must be divisible by 16 and by num_heads={num_heads}, not {width}")
         self.grid = grid
         self.num_heads = num_heads
-        self.embed_norms = nn.ModuleList([nn.LayerNorm(pyramid_width, eps=embed_norm_eps) for _ in range(3)])
-        # 16, 4 and 1 tokens a unit, finest level first
-        self.embeds = nn.ModuleList([nn.Linear(pyramid_width, width // tokens) for tokens in (16, 4, 1)])
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.pos_embed = nn.Parameter(sincos_position_table(grid, width), requires_grad=False)
+        self.levels = levels
+        self.embed_norms = nn.ModuleList([nn.LayerNorm(pyramid_width, eps=embed_norm_eps) for _ in levels])
+        # a unit has 16, 4 and 1 tokens, finest level first
+        self.embeds = nn.ModuleList([nn.Linear(pyramid_width, width // (16, 4, 1)[level]) for level in levels])
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if fill_hidden else None
+        self.pos_embed = nn.Parameter(sincos_position_table(grid, width), requires_grad=False) if depth else None
         self.blocks = nn.ModuleList(
             [TransformerBlock(width, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth)]
         )
         self.norm = nn.LayerNorm(width, eps=norm_eps)
-        self.head = nn.Linear(width, out_dim)
+        self.heads = nn.ModuleDict({name: nn.Linear(width, out_dim) for name, out_dim in heads.items()})
         self.grad_checkpointing = False
         initialize_linears(self, weight_init)
-        nn.init.normal_(self.mask_token, std=0.02)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(
-        self, levels: list[Tensor], visible: Tensor, hidden: Tensor, grid: Grid, hidden_only: bool = False
-    ) -> Tensor:
-        """Predict hidden units, or all of them.
+    def forward(self, levels: list[Tensor], grid: Grid, split: Split | None = None) -> Tensor:
+        """Tokens of all units, for :meth:`predict`.
 
         Args:
-            levels: pyramid of the visible units, finest first: [B, V, 4, 4, F], [B, V, 2, 2, F], [B, V, 1, 1, F].
-            visible, hidden: int64 [B, V] and [B, M], together all units.
+            levels: all three of the pyramid, finest first: [B, V, 4, 4, F], [B, V, 2, 2, F], [B, V, 1, 1, F].
             grid: rows and columns of units of these images.
-            hidden_only: run the prediction layer on hidden units only.
+            split: which units the levels hold, where hidden ones were dropped.
 
         Returns:
-            [B, M, out_dim] in the order of ``hidden``, or [B, N, out_dim] in unit order.
+            [B, N, width], in the order of ``split``, else in unit order.
         """
+        picked = [levels[level] for level in self.levels]
         x = sum(
             embed(norm(level)).flatten(2)
-            for embed, norm, level in zip(self.embeds, self.embed_norms, levels, strict=True)
+            for embed, norm, level in zip(self.embeds, self.embed_norms, picked, strict=True)
         )  # [B, V, width]
-        # a hidden unit gets the mask token from each level, as in the published weights
-        tokens = (len(levels) * self.mask_token).to(x.dtype).expand(len(x), hidden.shape[1], -1)
-        # attention does not care for order: visible units first, so that no unit has to be moved back before the head
-        order = torch.cat([visible, hidden], dim=1)
-        positions = resample_position_table(self.pos_embed, self.grid, grid)[0]
-        x = torch.cat([x, tokens], dim=1) + positions[order]  # [B, N, width]
+        if split is not None:
+            assert self.mask_token is not None
+            # a hidden unit gets the mask token from each level, as in the published weights
+            x = fill_hidden(x, len(picked) * self.mask_token, split)
+        if self.pos_embed is not None:
+            positions = resample_position_table(self.pos_embed, self.grid, grid)
+            x = x + (positions if split is None else positions[0][split.order])
         for block in self.blocks:
             x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-        if hidden_only:
-            return self.head(self.norm(x[:, visible.shape[1] :]))
-        x = self.head(self.norm(x))
-        return torch.empty_like(x).scatter(1, order.unsqueeze(-1).expand_as(x), x)
+        return x
+
+    def predict(self, name: str, x: Tensor) -> Tensor:
+        """Picked tokens [B, M or N, width] to the numbers of one head."""
+        return self.heads[name](self.norm(x))
+
+
+class AuxiliaryHead(nn.Module):
+    """A second head on the tokens of an earlier block, as in the authors' CLIP supervision: blocks, norm, linear.
+
+    Args:
+        backbone: gives width, heads, layer scale and relative positions.
+        out_dim: numbers predicted for a unit.
+        fill_hidden: the network drops hidden units.
+        block_norm_eps: eps of the norms in the blocks (1e-5 in the public code).
+    """
+
+    def __init__(
+        self,
+        backbone: HiViT,
+        out_dim: int,
+        depth: int = 2,
+        fill_hidden: bool = False,
+        init_values: float | None = None,
+        norm_eps: float = 1e-6,
+        block_norm_eps: float = 1e-6,
+        weight_init: Literal["xavier", "trunc_normal"] = "trunc_normal",
+    ) -> None:
+        super().__init__()
+        grid, dim = backbone.grid_size, backbone.embed_dim
+        self.grid = grid
+        block: dict[str, Any] = {
+            "rel_pos_grid": grid if backbone.relative_positions(grid, None) is not None else None,
+            "init_values": init_values,
+            "norm_eps": block_norm_eps,
+        }
+        self.blocks = nn.ModuleList([TransformerBlock(dim, backbone.num_heads, **block) for _ in range(depth)])
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if fill_hidden else None
+        self.pos_embed = nn.Parameter(sincos_position_table(grid, dim), requires_grad=False) if fill_hidden else None
+        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.head = nn.Linear(dim, out_dim)
+        self.grad_checkpointing = False
+        initialize_linears(self, weight_init)
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, x: Tensor, grid: Grid, rel_pos_index: Tensor | None, split: Split | None = None) -> Tensor:
+        """Tokens [B, V, C] of a stage 3 block to tokens of all units [B, N, C], ordered as in :class:`Decoder`."""
+        if split is not None:
+            assert self.pos_embed is not None
+            assert self.mask_token is not None
+            positions = resample_position_table(self.pos_embed, self.grid, grid)[0]
+            x = fill_hidden(x, self.mask_token, split) + positions[split.order]
+        for block in self.blocks:
+            x = checkpoint(block, x, grid, rel_pos_index) if self.grad_checkpointing else block(x, grid, rel_pos_index)
+        return x
+
+    def predict(self, name: str, x: Tensor) -> Tensor:
+        """Picked tokens [B, M or N, C] -> [B, M or N, out_dim]."""
+        return self.head(self.norm(x))
+
+
+def fill_hidden(x: Tensor, mask_token: Tensor, split: Split) -> Tensor:
+    """Visible tokens [B, V, C] -> visible ones, then a mask token for each hidden unit, [B, N, C]."""
+    return torch.cat([x, mask_token.to(x.dtype).expand(len(x), split.hidden.shape[1], -1)], dim=1)

@@ -1,101 +1,223 @@
-"""The masked model: backbone and pyramid on visible units, a decoder, a loss on hidden ones."""
+"""The masked model: backbone and pyramid, what is predicted from them, and the losses."""
 
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from itpn.models.hivit import HiViT, units_to_map
+from itpn.models.position import Grid
 from itpn.models.pyramid import FeaturePyramid
-from itpn.pretraining.decoder import PixelDecoder
-from itpn.pretraining.masking import draw_random_mask, split_mask
-from itpn.pretraining.targets import normalize_units, pixels_to_images, unit_pixels
+from itpn.pretraining.decoder import AuxiliaryHead, Decoder, Split, pick_tokens
+from itpn.pretraining.masking import count_hidden, draw_block_mask, draw_random_mask, split_mask
+from itpn.pretraining.targets import feature_error, normalize_units, pixels_to_images, unit_pixels
+
+PYRAMID_LOSSES = ("pyramid_1", "pyramid_2", "pyramid_3")  # finest level first
 
 
 class MaskedOutput(NamedTuple):
     """What a masked model returns.
 
     Attributes:
-        loss: scalar, the weighted sum of ``losses``.
-        losses: each part of the loss by name.
-        prediction, target: [B, N, D] in unit order; in training mode the hidden units only, [B, M, D].
+        loss: scalar, the weighted sum of ``losses``; None where no target was given for any of them.
+        losses: each part of the loss by name, not weighted: pixel, feature, auxiliary, pyramid_1 (finest) to 3.
+        prediction, target: of the first of these that the model has, [B, N, D] in unit order; in training mode, where
+            its loss needs the hidden units only and the backbone drops them, just those, [B, M, D].
         mask: bool [B, N], True where hidden.
     """
 
-    loss: Tensor
+    loss: Tensor | None
     losses: dict[str, Tensor]
     prediction: Tensor
-    target: Tensor
+    target: Tensor | None
     mask: Tensor
 
 
+@dataclass(frozen=True)
+class Objective:
+    """How units are hidden and what is asked about them; meanings as in :class:`itpn.config.ModelConfig`.
+
+    Attributes:
+        weights: of the losses by name, all above zero.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=lambda: {"pixel": 1.0})
+    mask: Literal["random", "block"] = "random"
+    mask_ratio: float = 0.75
+    hidden_units: Literal["dropped", "mask_token"] = "dropped"
+    hidden_laterals: bool = False
+    normalize_target: bool = True
+    feature_loss: str = "smooth_l1"
+    feature_units: Literal["all", "hidden"] = "hidden"
+
+    @property
+    def drops_units(self) -> bool:
+        return self.hidden_units == "dropped"
+
+    def hidden_only(self, name: str) -> bool:
+        """Whether a loss is of hidden units only."""
+        return name == "pixel" or self.feature_units == "hidden"
+
+
 class MaskedImageModel(nn.Module):
-    """iTPN's pre-training model with pixel supervision (Tian et al. 2023, section 3).
+    """iTPN's pre-training model (Tian et al. 2023, section 3): any combination of its losses.
 
     Args:
         backbone: its classifier is not used and should be left out (``num_classes=0``).
-        mask_ratio: share of units hidden in each image.
-        normalize_target: predict each unit normalised by its own mean and deviation.
+        decoder: predicts "pixel" and "feature" from all pyramid levels; None where neither is wanted.
+        auxiliary: predicts "auxiliary" from the stage 3 block at three quarters of the depth.
+        pyramid_heads: predict "pyramid_1" to "pyramid_3", each from its level.
+
+    Raises:
+        ValueError: a loss without its head, or a mask ratio that hides all units or none.
     """
 
     def __init__(
         self,
         backbone: HiViT,
         pyramid: FeaturePyramid,
-        decoder: PixelDecoder,
-        mask_ratio: float = 0.75,
-        normalize_target: bool = True,
+        decoder: Decoder | None,
+        objective: Objective | None = None,
+        auxiliary: AuxiliaryHead | None = None,
+        pyramid_heads: Mapping[str, Decoder] | None = None,
     ) -> None:
         super().__init__()
-        units = backbone.grid_size[0] * backbone.grid_size[1]
-        if not 0 < int(units * (1 - mask_ratio)) < units:
-            raise ValueError(f"mask_ratio {mask_ratio} leaves no visible or no hidden unit of {units}")
+        self.objective = objective = objective or Objective()
+        count_hidden(backbone.grid_size[0] * backbone.grid_size[1], objective.mask_ratio)
         self.backbone = backbone
         self.pyramid = pyramid
         self.decoder = decoder
-        self.mask_ratio = mask_ratio
-        self.normalize_target = normalize_target
+        self.auxiliary = auxiliary
+        self.pyramid_heads = nn.ModuleDict(dict(pyramid_heads or {}))
+        there = [*(decoder.heads if decoder else ()), *(["auxiliary"] if auxiliary else ()), *self.pyramid_heads]
+        if set(there) != set(objective.weights):
+            raise ValueError(f"losses {sorted(objective.weights)} do not fit heads {sorted(there)}")
+        self.mask_token = None if objective.drops_units else nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+        self.tap = int(0.75 * len(backbone.stages[2])) if auxiliary else None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
-        self.decoder.grad_checkpointing = enable
+        for module in self.modules():
+            if isinstance(module, Decoder | AuxiliaryHead):
+                module.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        names = {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-        return names | {"decoder.pos_embed", "decoder.mask_token"}
+        spared = ("pos_embed", "mask_token", "relative_position_bias_table")
+        return {name for name, _ in self.named_parameters() if name.endswith(spared)}
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, target: Tensor | None = None) -> MaskedOutput:
-        """Hide units, predict them, and measure the error.
+    @property
+    def feature_losses(self) -> list[str]:
+        """The losses that need a teacher."""
+        return [name for name in self.objective.weights if name != "pixel"]
+
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, target: Tensor | Mapping[str, Tensor] | None = None
+    ) -> MaskedOutput:
+        """Hide units, predict, and measure the error.
 
         Args:
             images: normalised, [B, C, H, W].
-            mask: bool [B, N], True = hidden, as many in every row; drawn by the model when None.
-            target: [B, N, D] in unit order; the pixels of the units when None.
+            mask: bool [B, N], True = hidden, as many in every row where hidden units are dropped; drawn when None.
+            target: [B, N, D] in unit order for every loss on features, or for the pixels where there is no other
+                loss; or one each by the name of the loss. The model makes the pixels itself; a loss on features that
+                is given no target is left out.
 
         Raises:
-            ValueError: the mask has another shape, rows that hide different numbers of units, or hides all or none.
+            ValueError: the mask has another shape, rows that hide different numbers of units though hidden units are
+                dropped, or hides all or none; a target has another shape.
         """
         grid = self.backbone.grid_of(images.shape[-2:])
+        mask, split = self._hide(images, mask, grid)
+        given = self._name_targets(target)
+        losses, first = {}, None
+        for name, tokens, head in self._decode(images, mask, split, grid):
+            hidden_only = self.objective.hidden_only(name)
+            # in training what is not compared is not predicted either
+            picked = split.hidden if split is not None and self.training and hidden_only else None
+            prediction = head.predict(name, pick_tokens(tokens, split, picked is not None))
+            wanted = self._target(name, images, given, picked)
+            first = first or (prediction, wanted)
+            if wanted is None:
+                continue
+            if wanted.shape != prediction.shape:
+                raise ValueError(f"target of {name!r} is {list(wanted.shape)}, not {list(prediction.shape)}")
+            error = self._error(name, prediction, wanted)  # [B, N] or [B, M]
+            compared = mask if hidden_only and picked is None else None
+            losses[name] = error.mean() if compared is None else (error * compared).sum() / compared.sum()
+        assert first is not None
+        loss = sum(self.objective.weights[name] * part for name, part in losses.items()) if losses else None
+        return MaskedOutput(loss, losses, *first, mask)  # type: ignore[arg-type]  # a sum of tensors is one
+
+    def _hide(self, images: Tensor, mask: Tensor | None, grid: Grid) -> tuple[Tensor, Split | None]:
+        """The mask, and the split of units where hidden ones are dropped."""
         units = grid[0] * grid[1]
         if mask is None:
-            mask = draw_random_mask(len(images), units, self.mask_ratio, images.device)
-            visible_count = int(units * (1 - self.mask_ratio))
+            mask = self.draw_mask(len(images), grid, images.device)
+            hidden = count_hidden(units, self.objective.mask_ratio)
         else:
-            visible_count = _count_visible(mask, (len(images), units))
-        visible, hidden = split_mask(mask, visible_count)
+            hidden = _check_mask(mask, (len(images), units), self.objective.drops_units)
+        return mask, Split(*split_mask(mask, units - hidden)) if self.objective.drops_units else None
 
-        levels = self.pyramid(self.backbone.forward_stages(images, visible))
-        prediction = self.decoder(levels, visible, hidden, grid, hidden_only=self.training)
+    def draw_mask(
+        self, batch: int, grid: Grid, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Which units to hide, bool [batch, N]: as many in every row where hidden units are dropped."""
+        objective, units = self.objective, grid[0] * grid[1]
+        if objective.mask == "random":
+            return draw_random_mask(batch, units, objective.mask_ratio, device, generator)
+        hidden = count_hidden(units, objective.mask_ratio)
+        return draw_block_mask(batch, grid, hidden, exact=objective.drops_units, device=device, generator=generator)
 
-        picked = hidden if self.training else None
-        if target is None:
-            target = unit_pixels(images, self.backbone.patch_size, picked)
-            target = normalize_units(target)[0] if self.normalize_target else target.float()
-        elif self.training:
-            target = target.gather(1, hidden.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
-        error = (prediction.float() - target).square().mean(dim=-1)  # [B, M] or [B, N]
-        loss = error.mean() if self.training else (error * mask).sum() / mask.sum()
-        return MaskedOutput(loss, {"pixel": loss}, prediction, target, mask)
+    def _decode(
+        self, images: Tensor, mask: Tensor, split: Split | None, grid: Grid
+    ) -> Iterator[tuple[str, Tensor, "Decoder | AuxiliaryHead"]]:
+        """Name, tokens of all units [B, N, width] and head of each loss."""
+        if split is not None:
+            stages = self.backbone.forward_stages(images, split.visible, tap=self.tap)
+        else:
+            stages = self.backbone.forward_stages(images, mask=mask, mask_token=self.mask_token, tap=self.tap)
+        fine, middle, coarse, *tapped = stages
+        if split is None and not self.objective.hidden_laterals:
+            # stages 1 and 2 never leave their unit, so those of hidden units know nothing but what is to be predicted
+            fine, middle = (x.masked_fill(mask[:, :, None, None, None], 0.0) for x in (fine, middle))
+        levels = self.pyramid([fine, middle, coarse])
+        if self.decoder is not None:
+            tokens = self.decoder(levels, grid, split)
+            for name in self.decoder.heads:
+                yield name, tokens, self.decoder
+        if self.auxiliary is not None:
+            index = self.backbone.relative_positions(grid, None if split is None else split.order)
+            yield "auxiliary", self.auxiliary(tapped[0], grid, index, split), self.auxiliary
+        for name, head in self.pyramid_heads.items():
+            yield name, head(levels, grid, split), head  # type: ignore[misc]
+
+    def _name_targets(self, given: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        weights = self.objective.weights
+        if isinstance(given, Tensor):
+            return dict.fromkeys(self.feature_losses or weights, given)
+        if given is not None and not given.keys() <= weights.keys():
+            raise ValueError(f"targets for {sorted(given)}, but the losses are {sorted(weights)}")
+        return given or {}
+
+    def _target(self, name: str, images: Tensor, given: Mapping[str, Tensor], picked: Tensor | None) -> Tensor | None:
+        """What a loss compares with, of all units [B, N, D] or of those picked [B, M, D]; None where nobody gave it."""
+        if name in given:
+            target = given[name]
+            return target if picked is None else target.gather(1, picked.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+        if name != "pixel":
+            return None
+        pixels = unit_pixels(images, self.backbone.patch_size, picked)
+        return normalize_units(pixels)[0] if self.objective.normalize_target else pixels.float()
+
+    def _error(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
+        """Mean over the numbers of each unit."""
+        if name == "pixel":
+            return (prediction.float() - target).square().mean(dim=-1)
+        return feature_error(prediction, target, self.objective.feature_loss)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -104,22 +226,39 @@ class MaskedImageModel(nn.Module):
         Returns:
             The images with hidden units grey (zero), the prediction in place of hidden units, both [B, C, H, W], and
             the mask as a map, bool [B, 1, H, W]. Normalised predictions get their unit's own mean and deviation back.
+
+        Raises:
+            ValueError: the model predicts no pixels.
         """
-        training = self.training
-        self.eval()
-        try:
-            output = self.forward(images, mask)  # not compiled: once in a while and for few images
-        finally:
-            self.train(training)
+        if "pixel" not in self.objective.weights:
+            raise ValueError("this model predicts features, not pixels")
+        output = self.forward_eval(images, mask)
         unit, grid = self.backbone.patch_size, self.backbone.grid_of(images.shape[-2:])
         pixels = output.prediction.float()
-        if self.normalize_target:
+        if self.objective.normalize_target:
             _, mean, std = normalize_units(unit_pixels(images, unit))
             pixels = pixels * std + mean
         filled = pixels_to_images(pixels, grid, unit)
-        hidden = units_to_map(output.mask[:, :, None, None, None], grid)
-        hidden = hidden.repeat_interleave(unit, 2).repeat_interleave(unit, 3)
+        hidden = self.mask_map(output.mask, grid)
         return images.masked_fill(hidden, 0.0), torch.where(hidden, filled, images), hidden
+
+    @torch.no_grad()
+    def forward_eval(
+        self, images: Tensor, mask: Tensor | None = None, target: Mapping[str, Tensor] | None = None
+    ) -> MaskedOutput:
+        """:meth:`forward` in eval mode, whatever the mode; not compiled: it is for a picture once in a while."""
+        training = self.training
+        self.eval()
+        try:
+            return self.forward(images, mask, target)
+        finally:
+            self.train(training)
+
+    def mask_map(self, mask: Tensor, grid: Grid) -> Tensor:
+        """bool [B, N] -> [B, 1, H, W]."""
+        unit = self.backbone.patch_size
+        hidden = units_to_map(mask[:, :, None, None, None], grid)
+        return hidden.repeat_interleave(unit, 2).repeat_interleave(unit, 3)
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor]:
         """The last backbone stage as a map: images [B, C, H, W] -> ([B, C', H/16, W/16],)."""
@@ -131,15 +270,13 @@ class MaskedImageModel(nn.Module):
         return tuple(units_to_map(level, grid) for level in self.pyramid(self.backbone.forward_stages(images)))
 
 
-def _count_visible(mask: Tensor, shape: tuple[int, int]) -> int:
-    """Visible units per row of a mask that somebody else drew; reading it waits for the device."""
+def _check_mask(mask: Tensor, shape: tuple[int, int], equal: bool) -> int:
+    """Hidden units per row of a mask that somebody else drew; reading it waits for the device."""
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
         raise ValueError(f"mask must be bool {list(shape)} (image, unit), not {mask.dtype} {list(mask.shape)}")
-    counts = (~mask).sum(dim=1)
+    counts = mask.sum(dim=1)
     low, high = int(counts.min()), int(counts.max())
-    if low != high or low in (0, shape[1]):
-        raise ValueError(
-            f"a mask must leave the same number of units visible in every image, and hide some: found {low} to {high} "
-            f"of {shape[1]}"
-        )
-    return low
+    if (equal and low != high) or low == 0 or high == shape[1]:
+        same = "hide the same number of units in every image, and " if equal else ""
+        raise ValueError(f"a mask must {same}hide some units, not all: found {low} to {high} of {shape[1]} hidden")
+    return high

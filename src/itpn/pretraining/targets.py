@@ -1,6 +1,7 @@
-"""What the decoder is asked to predict."""
+"""What the network is asked to predict, and how far it is from it."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from itpn.models.hivit import cut_units, pick_units
@@ -39,3 +40,23 @@ def pixels_to_images(pixels: Tensor, grid: tuple[int, int], unit: int) -> Tensor
     batch = len(pixels)
     x = pixels.reshape(batch, *grid, unit, unit, -1).permute(0, 5, 1, 3, 2, 4)
     return x.reshape(batch, -1, grid[0] * unit, grid[1] * unit)
+
+
+def normalize_features(features: Tensor) -> Tensor:
+    """Normalise each feature vector [..., D] by its own mean and deviation, in float32: LayerNorm without weights."""
+    return F.layer_norm(features.float(), features.shape[-1:])
+
+
+def feature_error(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
+    """How far predictions [B, N, D] are from a teacher's features, [B, N].
+
+    Args:
+        kind: ``"smooth_l1"`` as in the authors' code, ``"cosine"`` as in mmpretrain (minus the cosine, -1 at best), or
+            ``"cross_entropy"``, mmpretrain's other one: it takes raw features for probabilities, which they are not.
+    """
+    prediction, target = prediction.float(), target.float()
+    if kind == "smooth_l1":
+        return F.smooth_l1_loss(prediction, target, reduction="none").mean(dim=-1)
+    if kind == "cosine":
+        return -F.cosine_similarity(prediction, target, dim=-1)
+    return -(target * prediction.log_softmax(dim=-1)).sum(dim=-1)
