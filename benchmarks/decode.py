@@ -70,7 +70,7 @@ def itpn_reader(img_size: int) -> Callable[[str], Tensor]:
     def read(path: str) -> Tensor:
         with open(path, "rb") as file:
             image = decode_image(file.read())
-        return transform(image, random.Random(path))
+        return transform(image, random.Random(path))["image"]
 
     return read
 

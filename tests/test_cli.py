@@ -9,11 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import itpn
+from itpn.checkpoints.weights import save_weights
 from itpn.cli import main
-from itpn.data.shapes import ShapesFolders
-from itpn.errors import NonFiniteLoss, RunStopped
+from itpn.data.shapes import ShapesFolders, write_shapes
+from itpn.errors import NonFiniteLoss, RunStopped, UserError
+from itpn.recipes import read_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,6 +162,64 @@ def test_list_names_every_recipe(capsys):
     assert {"itpn-pixel_nano", "itpn_nano"} <= {line.split()[0] for line in capsys.readouterr().out.splitlines()}
     assert main(["list", "*large*800e*"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2  # and the header
+
+
+def test_info_of_clip_supervision(capsys):
+    """The student alone, its teacher apart, and where the 233 M of mmpretrain's table come from."""
+    assert main(["info", "itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-800e_in1k"]) == 0
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "83.70 M: backbone" in text
+    assert "vit_base_patch16_clip_quickgelu_224.openai: 86.19 M, frozen" in text
+    assert "mmpretrain's table has 233 M for this: 83.70 and 149.62 of the whole CLIP" in text
+
+
+def test_no_weights_are_published():
+    with pytest.raises(UserError, match=r"no weights are published.*PATH.*hf-hub:") as error:
+        itpn.get_model("itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-800e_in1k", pretrained=True)
+    assert "\n" not in str(error.value)
+
+
+def test_weights_of_a_hub(tmp_path, monkeypatch):
+    """A repository's model.safetensors, or one line."""
+    import huggingface_hub
+
+    def download(repository, filename):
+        assert (repository, filename) == ("lab/birds", "model.safetensors")
+        return str(tmp_path / "model.safetensors")
+
+    recipe, config = read_recipe("itpn-mfm_nano")
+    torch.manual_seed(0)
+    model = itpn.get_model(recipe)
+    save_weights(tmp_path / "model.safetensors", model, recipe, config)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    again = itpn.get_model(recipe, pretrained="hf-hub:lab/birds")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+    def offline(repository, filename):
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
+    with pytest.raises(UserError, match=r"hf-hub:lab/birds \(no route to host\)"):
+        itpn.get_model(recipe, pretrained="hf-hub:lab/birds")
+
+
+def test_a_hub_out_of_reach_is_one_line(tmp_path, capsys, monkeypatch):
+    """Asking for CLIP without a network: the model, what to give instead, the option; and no run folder."""
+    import huggingface_hub
+
+    def offline(*args, **kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
+    write_shapes(tmp_path / "shapes", train=2, val=1, img_size=32)
+    arguments = ["--data.root", str(tmp_path / "shapes"), "--output-dir", str(tmp_path / "runs")]
+    assert main(["train", "itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-300e_in1k", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for part in ("vit_base_patch16_clip_quickgelu_224.openai", "OpenAI CLIP", "--teacher.checkpoint FILE"):
+        assert part in error
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(("size", "parameters", "flops"), [("base", "102.68", 18.47), ("large", "314.25", 63.98)])

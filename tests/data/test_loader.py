@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from itpn.data.augment import PretrainingTransform, center_crop, draw_crop
+from itpn.data.augment import PretrainingTransform
 from itpn.data.files import ImageSource, find_images
 from itpn.data.loader import PretrainingLoader, SkippedImages, _PackedPaths
 from itpn.errors import UserError
@@ -72,65 +72,6 @@ def keys(batches: list[dict[str, Any]]) -> list[str]:
 
 def by_key(batches: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {key: image for batch in batches for key, image in zip(batch["key"], batch["image"], strict=True)}
-
-
-# ---------------------------------------------------------------------------------------------- augmentation
-
-
-def test_crop_depends_on_its_random_numbers_only() -> None:
-    image = torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
-    a, b = (TRANSFORM(image, random.Random(5)) for _ in range(2))
-    assert torch.equal(a, b)
-    assert not torch.equal(a, TRANSFORM(image, random.Random(6)))
-
-
-def test_crops_have_the_distribution_of_torchvision() -> None:
-    from torchvision.transforms.v2 import RandomResizedCrop
-
-    reference = RandomResizedCrop(8, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))
-    image, rng = torch.empty(3, 90, 130, dtype=torch.uint8), random.Random(0)
-    ours = torch.tensor([draw_crop(90, 130, (0.2, 1.0), (3 / 4, 4 / 3), rng) for _ in range(4000)]).double()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        drawn = [reference.make_params([image]) for _ in range(4000)]
-    theirs = torch.tensor([[p["top"], p["left"], p["height"], p["width"]] for p in drawn]).double()
-    for quantile in (0.1, 0.25, 0.5, 0.75, 0.9):
-        assert (ours.quantile(quantile, dim=0) - theirs.quantile(quantile, dim=0)).abs().max() <= 3
-    assert (ours[:, 0] + ours[:, 2] <= 90).all()
-    assert (ours[:, 1] + ours[:, 3] <= 130).all()
-
-
-def test_crop_is_cut_resized_and_mirrored() -> None:
-    ramp = torch.arange(60, dtype=torch.uint8).expand(3, 60, 60)  # brightness is the column
-    plain = PretrainingTransform((16, 16), scale=(0.25, 0.25), ratio=(1, 1), hflip=0)
-    mirrored = PretrainingTransform((16, 16), scale=(0.25, 0.25), ratio=(1, 1), hflip=1)
-    a, b = plain(ramp, random.Random(3)), mirrored(ramp, random.Random(3))
-    assert torch.equal(a.flip(-1), b)
-    _, left, height, width = draw_crop(60, 60, (0.25, 0.25), (1, 1), random.Random(3))
-    assert (height, width) == (30, 30)
-    assert abs(int(a[0, 8, 0]) - left) <= 1
-    assert abs(int(a[0, 8, -1]) - (left + 29)) <= 1
-
-
-@pytest.mark.parametrize("size", [(1, 1), (20, 4000), (4000, 20), (2, 3)])
-def test_extreme_shapes_can_be_cropped(size: tuple[int, int]) -> None:
-    image = torch.full((3, *size), 77, dtype=torch.uint8)
-    for crop in (TRANSFORM(image, random.Random(0)), center_crop(image, (8, 12))):
-        assert crop.shape == (3, 8, 12)
-        assert (crop == 77).all()
-
-
-def test_center_crop() -> None:
-    image = torch.zeros(3, 40, 100, dtype=torch.uint8)
-    image[:, :, 30:70] = 200  # the centre square
-    assert (center_crop(image, (16, 16)) == 200).all()
-    assert (center_crop(image, (16, 40))[0, 8, ::39] == 0).all()  # the whole width
-
-
-def test_impossible_settings() -> None:
-    for settings in ({"interpolation": "cubic"}, {"scale": (0.5, 1.5)}, {"scale": (0, 1)}, {"ratio": (2, 1)}):
-        with pytest.raises(UserError):
-            PretrainingTransform(**settings)
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -206,6 +147,21 @@ def test_broken_files_are_replaced_and_named(tmp_path: Path) -> None:
             if Path(key).name not in broken:
                 assert batch["key"][place] == key
                 assert torch.equal(batch["image"][place], other["image"][place])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_teachers_view_comes_along(tmp_path: Path, workers: int) -> None:
+    source = make_files(tmp_path, 10, broken=(3,))
+    want = run(make_loader(source, workers), 1)
+    assert all(set(batch) == {"image", "key", "broken"} for batch in want)
+    transform = PretrainingTransform((8, 12), teacher_size=(6, 9))
+    loader = PretrainingLoader(source, transform, batch_size=4, num_workers=workers, seed=7, shuffle_buffer=5)
+    batches = run(loader, 1)
+    assert_same(batches, want)
+    for batch in batches:
+        assert set(batch) == {"image", "teacher_image", "key", "broken"}
+        assert batch["teacher_image"].shape == (4, 3, 6, 9)
+        assert batch["teacher_image"].dtype == torch.uint8
 
 
 # ---------------------------------------------------------------------------------------------- shards
@@ -315,9 +271,9 @@ def test_global_random_numbers_are_left_alone(tmp_path: Path) -> None:
 class WhoAmI:
     """Fills the image with facts about the process that made it."""
 
-    def __call__(self, image: torch.Tensor, rng: random.Random) -> torch.Tensor:
+    def __call__(self, image: torch.Tensor, rng: random.Random) -> dict[str, torch.Tensor]:
         ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-        return torch.tensor([os.getpid(), ignored, torch.get_num_threads()])
+        return {"image": torch.tensor([os.getpid(), ignored, torch.get_num_threads()])}
 
 
 def test_workers_ignore_ctrl_c_and_outlive_epochs(tmp_path: Path) -> None:

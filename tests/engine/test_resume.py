@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from itpn.config import Config
 from itpn.engine.callbacks import Checkpointing
 from itpn.engine.run import train
 from itpn.errors import RunStopped, UserError
@@ -46,6 +47,16 @@ def losses(run: Path) -> list[tuple[str, str, str]]:
         return [(row["step"], row["loss"], row["lr"]) for row in csv.DictReader(file)]
 
 
+def run_straight_and_stopped(config: Config, monkeypatch, step: int) -> tuple[Path, Path]:
+    """The folders of two runs: one in one go, one stopped in mid-pass and taken up again."""
+    straight = train(replace(config, name="straight"), "test")
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(RunStopped):
+            train(replace(config, name="stopped"), "test")
+    return straight, train(replace(config, name="stopped"), "test")
+
+
 @pytest.mark.parametrize(
     ("workers", "accumulate", "stop"),
     [(0, 1, 2), (0, 1, 5), (0, 1, 6), (0, 1, 11), (2, 1, 8), (0, 2, 2), (0, 2, 3), (0, 4, 7)],
@@ -54,12 +65,7 @@ def losses(run: Path) -> list[tuple[str, str, str]]:
 def test_stopped_and_resumed_equals_uninterrupted(settings, monkeypatch, workers, accumulate, stop):
     config = settings(accumulate_grad_batches=accumulate)
     config.data.num_workers = workers
-    straight = train(replace(config, name="straight"), "test")
-    with monkeypatch.context() as patch:
-        stop_at(patch, stop)
-        with pytest.raises(RunStopped):
-            train(replace(config, name="stopped"), "test")
-    resumed = train(replace(config, name="stopped"), "test")
+    straight, resumed = run_straight_and_stopped(config, monkeypatch, stop)
     assert_same_run(straight, resumed)
     assert losses(straight) == losses(resumed)
     assert len(losses(straight)) == 3 * -(-6 // accumulate)

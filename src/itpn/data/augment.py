@@ -2,18 +2,23 @@
 
 import math
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation, resize
 
 from itpn.errors import UserError
+
+Jitter = list[tuple[Callable[[Tensor, float], Tensor], float]]  # adjustments and their factors, in order
 
 
 @dataclass(frozen=True)
 class PretrainingTransform:
     """Random resized crop and horizontal flip, the augmentation of pixel pre-training (He et al. 2022).
+
+    Colour jitter and a second view for a teacher make it that of feature pre-training (Bao et al. 2022).
 
     Args:
         img_size: height and width of what comes out.
@@ -21,6 +26,8 @@ class PretrainingTransform:
         ratio: smallest and largest width of the crop, as a multiple of its height.
         interpolation: "bicubic" or "bilinear", always with antialiasing.
         hflip: probability of a mirror image.
+        color_jitter: largest relative change of brightness, contrast and saturation, which come in random order.
+        teacher_size: height and width of a second view of the same crop, mirrored and jittered alike; None for none.
 
     Raises:
         UserError: a value that cannot be.
@@ -31,6 +38,8 @@ class PretrainingTransform:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     interpolation: str = "bicubic"
     hflip: float = 0.5
+    color_jitter: float = 0.0
+    teacher_size: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.interpolation not in ("bicubic", "bilinear"):
@@ -39,15 +48,42 @@ class PretrainingTransform:
             raise UserError(f"crop scale is {self.scale}: give a smallest and a largest part between 0 and 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise UserError(f"crop ratio is {self.ratio}: give a smallest and a largest ratio above 0")
+        if not 0 <= self.color_jitter <= 1:
+            raise UserError(f"color_jitter is {self.color_jitter}: give a part between 0 and 1")
+        if self.teacher_size is not None and min(self.teacher_size) < 1:
+            raise UserError(f"teacher_size is {self.teacher_size}: give a height and a width of at least 1")
 
-    def __call__(self, image: Tensor, rng: random.Random) -> Tensor:
-        """uint8 [3, any, any] -> uint8 [3, height, width]; the same ``rng`` gives the same crop."""
+    def __call__(self, image: Tensor, rng: random.Random) -> dict[str, Tensor]:
+        """Augment one image, uint8 [3, any, any]; the same ``rng`` gives the same.
+
+        Returns:
+            "image" uint8 [3, *img_size], and "teacher_image" uint8 [3, *teacher_size] if that is another size.
+        """
         top, left, height, width = draw_crop(image.shape[-2], image.shape[-1], self.scale, self.ratio, rng)
         crop = image[:, top : top + height, left : left + width]
-        crop = resize(crop, list(self.img_size), InterpolationMode(self.interpolation), antialias=True)
-        if rng.random() < self.hflip:
-            crop = crop.flip(-1)
-        return crop.contiguous()
+        mirrored = rng.random() < self.hflip
+        # the last numbers drawn, and none without jitter, so that crops do not depend on it
+        jitter = draw_jitter(self.color_jitter, rng) if self.color_jitter else []
+        views = {"image": self._make_view(crop, self.img_size, mirrored, jitter)}
+        if self.teacher_size is not None and tuple(self.teacher_size) != tuple(self.img_size):
+            views["teacher_image"] = self._make_view(crop, self.teacher_size, mirrored, jitter)
+        return views
+
+    def _make_view(self, crop: Tensor, size: tuple[int, int], mirrored: bool, jitter: Jitter) -> Tensor:
+        view = resize(crop, list(size), InterpolationMode(self.interpolation), antialias=True)
+        if mirrored:
+            view = view.flip(-1)
+        for adjust, factor in jitter:
+            view = adjust(view, factor)
+        return view.contiguous()
+
+
+def draw_jitter(color_jitter: float, rng: random.Random) -> Jitter:
+    """Draw factors for brightness, contrast and saturation within ``color_jitter`` (at most 1) of 1, and an order."""
+    adjustments = (adjust_brightness, adjust_contrast, adjust_saturation)
+    jitter = [(adjust, rng.uniform(1 - color_jitter, 1 + color_jitter)) for adjust in adjustments]
+    rng.shuffle(jitter)
+    return jitter
 
 
 def draw_crop(

@@ -9,17 +9,21 @@ from itpn.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+CACHE_INDEX = "features.json"  # in a folder written by `itpn cache-features`
 
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Images to read, in a fixed order: either single files or tar shards, the other tuple is empty.
+    """Images to read, in a fixed order: single files, or tar shards, or a cache of crops and a teacher's features.
+
+    Only one of the three is not empty.
 
     Paths are strings: a million `Path` objects would take half a gigabyte.
     """
 
     images: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
+    cache: str = ""
 
 
 def find_images(roots: Sequence[Path | str]) -> ImageSource:
@@ -35,6 +39,11 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
     images: dict[str, None] = {}  # an ordered set: roots may overlap
     shards: dict[str, None] = {}
     names = [os.fspath(root) for root in roots]
+    caches = [name for name in names if os.path.isfile(os.path.join(name, CACHE_INDEX))]
+    if caches and len(names) > 1:
+        raise UserError(f"{caches[0]} holds cached features: give it as the only data root")
+    if caches:
+        return ImageSource(cache=caches[0])
     for root in names:
         if os.path.isdir(root):
             found = list(_walk(root))

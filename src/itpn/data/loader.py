@@ -20,13 +20,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
+from itpn.data.cache import FeatureCache
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_image
 from itpn.data.files import ImageSource
 from itpn.data.shards import Sample, count_shard_images, shard_samples
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
-Transform = Callable[[Tensor, random.Random], Tensor]
+Transform = Callable[[Tensor, random.Random], dict[str, Tensor]]
 Batch = dict[str, Any]
 
 MAX_SPARES = 1000  # so many broken files in a row, and the data cannot be what was meant
@@ -36,10 +37,10 @@ class PretrainingLoader:
     """Batches of augmented images from files or tar shards, without end, in epochs of ``len(loader)`` batches.
 
     Iterating yields what is left of the current epoch, and the next time the next epoch. A batch is a dict:
-    "image" uint8 [batch_size, 3, H, W], "key" the images' names, "broken" a list of (name, reason) for each file
-    that could not be read while it was made. A broken file's place is taken by the next readable one, so that
-    batches keep their size. The batches depend on the seed, on ``rank`` and ``world_size``, and with shards on
-    ``num_workers``, and on nothing else.
+    "image" uint8 [batch_size, 3, H, W], "teacher_image" likewise if the transform makes one, "key" the images'
+    names, "broken" a list of (name, reason) for each file that could not be read while it was made. A broken file's
+    place is taken by the next readable one, so that batches keep their size. The batches depend on the seed, on
+    ``rank`` and ``world_size``, and with shards on ``num_workers``, and on nothing else.
 
     Of files, each epoch has every image at most once over all ranks; what does not fill a batch on every rank is
     left out. Fewer images than one batch on every rank make one smaller batch. Of shards, each worker reads its
@@ -47,7 +48,7 @@ class PretrainingLoader:
 
     Args:
         source: from `find_images`.
-        transform: maps (uint8 [3, any, any], random.Random) to uint8 [3, H, W], see `PretrainingTransform`.
+        transform: maps (uint8 [3, any, any], random.Random) to a dict of tensors, see `PretrainingTransform`.
         batch_size: images in a batch of this rank.
         num_workers: processes that read; 0 reads in this one, and leaves torch's global random numbers alone.
         rank, world_size: this process among those that train together.
@@ -78,7 +79,10 @@ class PretrainingLoader:
         samples_per_epoch: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        if source.images:
+        cache = FeatureCache(source.cache) if source.cache else None
+        if cache is not None:
+            self.images = len(cache)
+        elif source.images:
             self.images = len(source.images)
         else:
             self.images = samples_per_epoch or count_shard_images(source.shards)
@@ -94,8 +98,10 @@ class PretrainingLoader:
             transform=transform,
         )
         self._length = plan.batches
-        self._batches: _FileBatches | _ShardBatches
-        if source.images:
+        self._batches: _FileBatches | _ShardBatches | _CachedBatches
+        if cache is not None:
+            self._batches = _CachedBatches(cache, plan)
+        elif source.images:
             self._batches = _FileBatches(_PackedPaths(source.images), plan)
         else:
             self._batches = _ShardBatches(source.shards, plan, shuffle_buffer)
@@ -173,9 +179,14 @@ class _Plan:
         """The random numbers of a sample, given by its epoch and its place or name."""
         return random.Random(derive_seed(self.seed, *sample))
 
+    def places(self, batch: int) -> range:
+        """The places of this rank's samples in an epoch's order: ranks take turns."""
+        begin = batch * self.batch_size * self.world_size + self.rank
+        return range(begin, begin + self.batch_size * self.world_size, self.world_size)
+
     def make_batch(self, samples: Iterable[tuple[Sample, random.Random]], spares: Iterator[Sample]) -> Batch:
         """Decode and augment some samples, each with its own random numbers; spares stand in for broken ones."""
-        images: list[Tensor] = []
+        views: list[dict[str, Tensor]] = []
         keys: list[str] = []
         broken: list[tuple[str, str]] = []
         for sample, rng in samples:
@@ -187,12 +198,30 @@ class _Plan:
                 except UnreadableImage as error:
                     broken.append((key, str(error)))
                     continue
-                images.append(self.transform(image, rng))
+                views.append(self.transform(image, rng))
                 keys.append(key)
                 break
             else:
                 return {"image": None, "key": [], "broken": broken}
-        return {"image": torch.stack(images), "key": keys, "broken": broken}
+        stacked = {name: torch.stack([view[name] for view in views]) for name in views[0]}
+        return {**stacked, "key": keys, "broken": broken}
+
+
+class _EpochOrder:
+    """The order of samples in an epoch, drawn anew for each."""
+
+    def __init__(self, samples: int, seed: int) -> None:
+        self._samples = samples
+        self._seed = seed
+        self._order = np.empty(0, dtype=np.int64)
+        self._epoch = -1
+
+    def __call__(self, epoch: int) -> np.ndarray:
+        if epoch != self._epoch:
+            rng = np.random.default_rng(derive_seed(self._seed, epoch, "order"))
+            self._order = rng.permutation(self._samples)
+            self._epoch = epoch
+        return self._order
 
 
 class _FileBatches(Dataset[Batch]):
@@ -201,27 +230,18 @@ class _FileBatches(Dataset[Batch]):
     def __init__(self, paths: "_PackedPaths", plan: _Plan) -> None:
         self.paths = paths
         self.plan = plan
-        self._order = np.empty(0, dtype=np.int64)
-        self._order_epoch = -1
+        self._order = _EpochOrder(len(paths), plan.seed)
 
     def __getitem__(self, number: int) -> Batch:
         plan = self.plan
         epoch, batch = divmod(number, plan.batches)
-        order = self._draw_order(epoch)
-        begin = batch * plan.batch_size * plan.world_size
-        end = begin + plan.batch_size * plan.world_size
-        mine = (int(order[place % len(order)]) for place in range(begin + plan.rank, end, plan.world_size))
-        samples = ((self._read(index), plan.rng(epoch, index)) for index in mine)
-        others = range(end + plan.rank, end + plan.rank + min(len(order), MAX_SPARES))
+        order = self._order(epoch)
+        mine = plan.places(batch)
+        indices = (int(order[place % len(order)]) for place in mine)
+        samples = ((self._read(index), plan.rng(epoch, index)) for index in indices)
+        others = range(mine.stop, mine.stop + min(len(order), MAX_SPARES))
         spares = (self._read(int(order[place % len(order)])) for place in others)
         return plan.make_batch(samples, spares)
-
-    def _draw_order(self, epoch: int) -> np.ndarray:
-        if epoch != self._order_epoch:
-            rng = np.random.default_rng(derive_seed(self.plan.seed, epoch, "order"))
-            self._order = rng.permutation(len(self.paths))
-            self._order_epoch = epoch
-        return self._order
 
     def _read(self, index: int) -> Sample:
         path = self.paths[index]
@@ -230,6 +250,28 @@ class _FileBatches(Dataset[Batch]):
                 return path, file.read()
         except OSError as error:
             return path, UnreadableImage(error.strerror or str(error))
+
+
+class _CachedBatches(Dataset[Batch]):
+    """Batch number -> batch of crops and features, as they were cached."""
+
+    def __init__(self, cache: FeatureCache, plan: _Plan) -> None:
+        self.cache = cache
+        self.plan = plan
+        self._order = _EpochOrder(len(cache), plan.seed)
+
+    def __getitem__(self, number: int) -> Batch:
+        plan = self.plan
+        epoch, batch = divmod(number, plan.batches)
+        order = self._order(epoch)
+        numbers = [int(order[place % len(order)]) for place in plan.places(batch)]
+        samples = [self.cache[number] for number in numbers]
+        return {
+            "image": torch.stack([image for image, _ in samples]),
+            "feature": torch.stack([feature for _, feature in samples]),
+            "key": [str(number) for number in numbers],
+            "broken": [],
+        }
 
 
 class _ShardBatches(IterableDataset[Batch]):

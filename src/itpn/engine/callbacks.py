@@ -19,7 +19,7 @@ from torch import Tensor
 
 from itpn.data.loader import PretrainingLoader, SkippedImages
 from itpn.engine.folder import RunFolder
-from itpn.engine.pictures import draw_reconstructions
+from itpn.engine.pictures import draw_predictions
 from itpn.errors import NonFiniteLoss, RunStopped
 from itpn.tasks.pretrain import PretrainingTask
 
@@ -42,6 +42,7 @@ class Monitor(L.Callback):
         self.wait_fraction = 0.0
         self.started = False
         self.device = torch.device("cpu")
+        self._collapsed = False
         self._broken: list[tuple[str, str]] = []
         self._first_bad: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
@@ -90,15 +91,12 @@ class Monitor(L.Callback):
         self._broken += batch["broken"]
         if trainer.world_size == 1:
             self._count_skipped(trainer)
-        losses = {"loss": sum(outputs["losses"].values())} | {
-            f"loss_{name}": loss for name, loss in outputs["losses"].items() if len(outputs["losses"]) > 1
-        }
-        for name, loss in losses.items():
-            self._sums[name] = self._sums.get(name, 0) + loss
+        for name, figure in outputs["figures"].items():
+            self._sums[name] = self._sums.get(name, 0) + figure
         self._passes += 1
         number = torch.full((), trainer.fit_loop.epoch_loop.total_batch_idx, device=pl_module.device)
         first = torch.full_like(number, -1) if self._first_bad is None else self._first_bad
-        self._first_bad = torch.where((first < 0) & ~torch.isfinite(losses["loss"]), number, first)
+        self._first_bad = torch.where((first < 0) & ~torch.isfinite(outputs["figures"]["loss"]), number, first)
 
         stepped = trainer.global_step != self._step
         self._step = trainer.global_step
@@ -188,6 +186,7 @@ class Monitor(L.Callback):
         self._sums, self._passes = {}, 0
         if not trainer.is_global_zero:
             return
+        self._warn_of_collapse(trainer)
         append_row(self.folder.metrics, {"step": self._step, "epoch": trainer.current_epoch, **self.metrics})
         for logger in trainer.loggers:
             logger.log_metrics(self.metrics, step=self._step)
@@ -203,6 +202,23 @@ class Monitor(L.Callback):
             self.console.print(
                 f"step {self._step}/{self._total}  epoch {trainer.current_epoch}  {figures}  {left:.0f} s left",
                 highlight=False,
+            )
+
+    def _warn_of_collapse(self, trainer: L.Trainer) -> None:
+        """Say once when the targets of a moving average become the same for all units of all images."""
+        task = trainer.lightning_module
+        assert isinstance(task, PretrainingTask)
+        low = {n: v for n, v in self.metrics.items() if n.startswith("target_std_") and v < task.config.teacher.min_std}
+        if low and not self._collapsed:
+            name, value = next(iter(low.items()))
+            self._collapsed = True
+            self.console.print(
+                f"warning: the teacher is collapsing: {name} is {value:.3f} at step {self._step}, below "
+                f"--teacher.min-std {task.config.teacher.min_std}; try a higher --teacher.momentum, a lower "
+                "--optimizer.lr or more weight on pixels, under another --name",
+                style="yellow",
+                highlight=False,
+                soft_wrap=True,
             )
 
     def stop_bar(self) -> None:
@@ -315,7 +331,7 @@ class Pictures(L.Callback):
     def draw(self, trainer: L.Trainer, step: int) -> None:
         task = trainer.lightning_module
         assert isinstance(task, PretrainingTask)
-        picture = draw_reconstructions(task, self._images)
+        picture = draw_predictions(task, self._images)
         self.latest = self.folder.pictures / f"step-{step:08d}.png"
         picture.save(self.latest)
         for logger in trainer.loggers:

@@ -2,36 +2,72 @@
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from rich.table import Table
+from torch import Tensor
 
+from itpn.data.files import find_images
 from itpn.data.shapes import write_shapes
+from itpn.engine.pictures import read_whole_images
+from itpn.engine.probe import probe
 from itpn.engine.run import train
 from itpn.recipes import read_recipe
 
+RECIPES = {"pixels": "itpn-pixel_nano", "pixels and features (MFM)": "itpn-mfm_nano"}
+
 
 def demo(output_dir: Path) -> None:
-    """Write the sample set, pre-train itpn_nano on it, and say where everything is.
+    """Write the sample set, pre-train itpn_nano on it with and without MFM, and compare what was learned.
 
     Raises:
         UserError: the folder cannot be written.
         RunStopped: as :func:`itpn.engine.run.train`; the same command goes on.
     """
     console = Console()
-    folders = write_shapes(output_dir / "shapes", train=1200, val=120, img_size=64)
+    folders = write_shapes(output_dir / "shapes", train=1200, val=300, img_size=64)
     console.print(f"sample images: {folders.imagefolder} (also as COCO and ADE20K beside it)", soft_wrap=True)
-    recipe, config = read_recipe("itpn-pixel_nano")
-    config.data.root = (str(folders.imagefolder),)
-    # many small steps: the most to be seen in two minutes on two cores
-    config.data.batch_size, config.data.num_workers = 32, 1
-    config.optimizer.lr = 1.5e-3
-    config.trainer.max_epochs = 10
-    config.trainer.devices = 1  # eight GPUs would make few steps of these images
-    config.output_dir = str(output_dir)
-    run = train(config, recipe)
+    sets = [_read_labelled(folders.imagefolder / split) for split in ("train", "val")]
+    table = Table("predicted", "loss", "nearest neighbours", "linear", title="what frozen features know of the shapes")
+    runs: list[Path] = []
+    for title, name in RECIPES.items():
+        recipe, config = read_recipe(name)
+        config.data.root = (str(folders.imagefolder),)
+        # many small steps: the most to be seen in a few minutes on two cores
+        config.data.batch_size, config.data.num_workers = 32, 1
+        config.optimizer.lr = 1.5e-3
+        config.trainer.max_epochs = 8
+        config.trainer.devices = 1  # eight GPUs would make few steps of these images
+        config.output_dir = str(output_dir)
+        if not runs:
+            table.add_row("nothing: random weights", "", *_percent(probe(config, None, sets)))
+        runs.append(train(config, recipe))
+        loss = _last_loss(runs[-1])
+        table.add_row(title, loss, *_percent(probe(config, runs[-1] / "model.safetensors", sets)))
+    console.print(table)
+    pictures = "\n".join(str(max((run / "reconstructions").glob("*.png"))) for run in runs)
     console.print(
-        f"[bold]look at[/bold] {max((run / 'reconstructions').glob('*.png'))}: three of four units were hidden.\n"
-        f"weights: {run / 'model.safetensors'}\ncurves: tensorboard --logdir {run / 'tensorboard'}\n"
-        f"your own images: itpn train itpn-pixel_tiny --data.root FOLDER",
+        f"[bold]look at[/bold] these, three of four units were hidden:\n{pictures}\n"
+        f"weights: {runs[-1] / 'model.safetensors'}\ncurves: tensorboard --logdir {output_dir}\n"
+        f"your own images: itpn train itpn-mfm_tiny --data.root FOLDER",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def _read_labelled(folder: Path) -> tuple[Tensor, Tensor]:
+    """Images of a folder of classes, uint8 [n, 3, 64, 64], and their labels, int64 [n]."""
+    source = find_images([folder])
+    classes = sorted({Path(path).parent.name for path in source.images})
+    labels = [classes.index(Path(path).parent.name) for path in source.images]
+    return torch.stack(list(read_whole_images(source, (64, 64), 2**20))), torch.tensor(labels)
+
+
+def _percent(accuracies: tuple[float, ...]) -> list[str]:
+    return [f"{accuracy:.1%}" for accuracy in accuracies]
+
+
+def _last_loss(run: Path) -> str:
+    header, *_, last = (run / "metrics.csv").read_text().splitlines()
+    row = dict(zip(header.split(","), last.split(","), strict=True))
+    return ", ".join(f"{name.removeprefix('loss_')} {float(row[name]):.2f}" for name in row if name.startswith("loss"))

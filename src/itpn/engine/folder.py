@@ -120,7 +120,7 @@ class RunFolder:
 
 def _check_same_run(earlier: Config, config: Config, path: Path) -> None:
     before, now = to_dict(earlier), to_dict(config)
-    for section in ("model", "data", "optimizer", "trainer"):
+    for section in ("model", "teacher", "data", "optimizer", "trainer"):
         for key, value in now[section].items():
             if value != before[section][key] and key not in FREE.get(section, set()):
                 _refuse(path, f"--{section}.{key.replace('_', '-')}", before[section][key], value)

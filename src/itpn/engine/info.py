@@ -12,8 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from itpn.config import Config, ModelConfig, image_size
 from itpn.models.hivit import HiViT
 from itpn.pretraining.build import build_masked_model
-from itpn.pretraining.masking import draw_random_mask
 from itpn.pretraining.model import MaskedImageModel
+from itpn.pretraining.teacher import count_teacher_parameters
+from itpn.recipes import CLIP_B
 
 
 def count_parameters(module: nn.Module) -> float:
@@ -39,7 +40,7 @@ def print_info(name: str, config: Config | None) -> None:
             model = build_masked_model(ModelConfig(name=name), size)
     else:
         size = image_size(config.data)
-        model = build_masked_model(config.model, size)
+        model = build_masked_model(config.model, size, config.teacher)
         backbone = model.backbone
     images = torch.zeros(1, backbone.patch_embed.proj.in_channels, *size)
 
@@ -48,12 +49,14 @@ def print_info(name: str, config: Config | None) -> None:
         table.add_row("parameters", f"{count_parameters(backbone):.2f} M with a classifier of 1000 classes")
     else:
         assert model is not None
-        trunk, rest = count_parameters(backbone), count_parameters(model.pyramid) + count_parameters(model.decoder)
-        table.add_row("parameters", f"{trunk + rest:.2f} M: backbone {trunk:.2f}, pyramid and decoder {rest:.2f}")
+        whole, trunk = count_parameters(model), count_parameters(backbone)
+        table.add_row("parameters", f"{whole:.2f} M: backbone {trunk:.2f}, pyramid and decoder {whole - trunk:.2f}")
+        for line in _teacher_lines(config, whole):
+            table.add_row("teacher" if line.startswith(str(config.teacher.name)) else "", line)
     gflops = count_flops(backbone.eval().forward_features, images)
     table.add_row("FLOPs", f"{gflops:.2f} G multiply-adds, backbone at {size[0]}x{size[1]} px, all units")
     if config is not None and model is not None:
-        hidden = f"{model.mask_ratio:.0%} of the units hidden"
+        hidden = f"{model.objective.mask_ratio:.0%} of the units hidden"
         table.add_row("", f"{_masked_flops(model, images):.2f} G for a forward pass in training, {hidden}")
     table.add_section()
     for i, stage in enumerate(backbone.eval().forward_intermediates(images, intermediates_only=True), start=1):
@@ -66,9 +69,28 @@ def print_info(name: str, config: Config | None) -> None:
 
 def _masked_flops(model: MaskedImageModel, images: Tensor) -> float:
     model.train()
-    grid = model.backbone.grid_of(images.shape[-2:])
-    mask = draw_random_mask(1, grid[0] * grid[1], model.mask_ratio)
+    mask = model.draw_mask(1, model.backbone.grid_of(images.shape[-2:]))
     return count_flops(model, images, mask)
+
+
+WHOLE_CLIP_B = 149.62  # millions of parameters of OpenAI's CLIP with ViT-B/16, text tower included
+
+
+def _teacher_lines(config: Config, student: float) -> list[str]:
+    """Who teaches, and what that adds; nothing of a teacher is trained or kept in model.safetensors."""
+    name = config.teacher.name
+    if name is None:
+        return []
+    if name == "ema":
+        return ["ema: the network's own moving average, a copy of backbone and pyramid"]
+    size = count_teacher_parameters(name, config.teacher.checkpoint) / 1e6
+    lines = [f"{name}: {size:.2f} M, frozen, not in the sum above nor in model.safetensors"]
+    if config.model.name == "itpn_base" and name == CLIP_B:
+        lines.append(
+            f"mmpretrain's table has 233 M for this: {student:.2f} and {WHOLE_CLIP_B} of the whole CLIP, whose text "
+            "tower is never needed"
+        )
+    return lines
 
 
 def _shape(x: Tensor, stride: int) -> str:

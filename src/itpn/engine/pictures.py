@@ -1,4 +1,4 @@
-"""Reconstructions as a picture, and the images for them."""
+"""What the network predicts as a picture, and the images for it."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -6,45 +6,83 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 from torchvision.utils import make_grid
 
 from itpn.data.augment import center_crop
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.files import ImageSource
 from itpn.data.shards import read_shard
-from itpn.pretraining.masking import draw_random_mask
 from itpn.tasks.pretrain import PretrainingTask
 
-COLUMNS = ("original", "masked", "reconstructed")
 HEADER = 20  # pixels
 
 
-def draw_reconstructions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Image.Image:
-    """Rows of original, masked and reconstructed images; the reconstruction keeps the visible units.
+def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Image.Image:
+    """Rows of original, masked and predicted images, the latter with the visible units kept; of features instead of
+    pixels, the teacher's (where there is one) and the prediction, three principal components as colours.
 
     The same images get the same masks, so that pictures of a run can be compared.
 
     Args:
         images: uint8 [n, 3, H, W].
-        sets: triples side by side.
+        sets: rows side by side.
     """
-    x = task.normalize(images.to(task.device))
-    rows, cols = task.model.backbone.grid_of(x.shape[-2:])
+    images = images.to(task.device)
+    x = task.normalize(images)
+    grid = task.model.backbone.grid_of(x.shape[-2:])
     generator = torch.Generator().manual_seed(task.config.seed)
-    mask = draw_random_mask(len(x), rows * cols, task.model.mask_ratio, generator=generator).to(x.device)
-    masked, reconstructed, _ = task.model.reconstruct(x, mask)
-    triples = torch.stack([task.denormalize(t) for t in (x, masked, reconstructed)], dim=1)  # [n, 3, 3, H, W]
+    mask = task.model.draw_mask(len(x), grid, generator=generator).to(x.device)
+    if "pixel" in task.model.objective.weights:
+        masked, reconstructed, _ = task.model.reconstruct(x, mask)
+        columns = {"original": images, "masked": task.denormalize(masked), "predicted": task.denormalize(reconstructed)}
+    else:
+        masked = task.denormalize(x.masked_fill(task.model.mask_map(mask, grid), 0.0))
+        columns = {"original": images, "masked": masked, **_draw_features(task, images, x, mask, grid)}
+    stack = torch.stack(list(columns.values()), dim=1)  # [n, columns, 3, H, W]
     scale = max(1, 224 // images.shape[-1])  # small images are shown larger
-    tiles = triples.flatten(0, 1).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
-    sets = min(sets, len(images))
-    grid = make_grid(tiles, nrow=3 * sets, padding=4, pad_value=255)
-    picture = Image.new("RGB", (grid.shape[2], grid.shape[1] + HEADER), "white")
-    picture.paste(Image.fromarray(grid.permute(1, 2, 0).numpy()), (0, HEADER))
+    tiles = stack.flatten(0, 1).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    count = len(columns) * min(sets, len(images))
+    board = make_grid(tiles, nrow=count, padding=4, pad_value=255)
+    picture = Image.new("RGB", (board.shape[2], board.shape[1] + HEADER), "white")
+    picture.paste(Image.fromarray(board.permute(1, 2, 0).numpy()), (0, HEADER))
     draw = ImageDraw.Draw(picture)
-    for column in range(3 * sets):
+    for column in range(count):
         left = 4 + column * (tiles.shape[-1] + 4)
-        draw.text((left, 4), COLUMNS[column % 3], fill="black", font=ImageFont.load_default(size=13))
+        title = list(columns)[column % len(columns)]
+        draw.text((left, 4), title, fill="black", font=ImageFont.load_default(size=13))
     return picture
+
+
+def _draw_features(
+    task: PretrainingTask, images: Tensor, x: Tensor, mask: Tensor, grid: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Feature maps as pictures, uint8 [n, 3, H, W]."""
+    batch = {"image": images}
+    if task.teacher_size is not None:
+        batch["teacher_image"] = resize(images, list(task.teacher_size), InterpolationMode.BICUBIC, antialias=True)
+    output = task.model.forward_eval(x, mask, task.make_targets(batch, x))
+    prediction = output.prediction.float()  # [n, N, D]
+    target = prediction if output.target is None else output.target
+    flat = target.flatten(0, 1)
+    mean = flat.mean(dim=0)
+    with torch.random.fork_rng(devices=[]):  # the decomposition starts from random numbers
+        torch.manual_seed(0)
+        _, _, axes = torch.pca_lowrank((flat - mean).cpu(), q=6, center=False)
+    axes = axes[:, :3].to(x.device)
+    spread = (2 * ((flat - mean) @ axes).std(dim=0)).clamp(min=1e-6)  # two deviations span the range of a colour
+    columns = {"predicted features": prediction}
+    if output.target is not None:
+        columns = {"teacher's features": target, **columns}
+
+    def paint(features: Tensor) -> Tensor:
+        colours = (((features - mean) @ axes) / spread * 0.5 + 0.5).clamp(0, 1) * 255  # [n, N, 3]
+        maps = colours.round().to(torch.uint8).transpose(1, 2).unflatten(2, grid)
+        unit = task.model.backbone.patch_size
+        return maps.repeat_interleave(unit, 2).repeat_interleave(unit, 3)
+
+    return {title: paint(features) for title, features in columns.items()}
 
 
 def read_whole_images(

@@ -1,4 +1,4 @@
-"""`itpn predict` for a pre-training checkpoint: pictures of its reconstructions."""
+"""`itpn predict` for a pre-training checkpoint: pictures of its predictions."""
 
 import itertools
 from pathlib import Path
@@ -9,7 +9,7 @@ from rich.console import Console
 from itpn.checkpoints.weights import load_weights, read_weights
 from itpn.config import image_size
 from itpn.data.files import ImageSource
-from itpn.engine.pictures import draw_reconstructions, read_whole_images
+from itpn.engine.pictures import draw_predictions, read_whole_images
 from itpn.errors import UserError
 from itpn.pretraining.build import build_masked_model
 from itpn.tasks.pretrain import PretrainingTask
@@ -17,8 +17,8 @@ from itpn.tasks.pretrain import PretrainingTask
 PER_PICTURE = 16
 
 
-def predict_reconstructions(checkpoint: str, source: ImageSource, out: Path, seed: int) -> None:
-    """Write a picture for every 16 images: original, masked, reconstructed. Unreadable ones are named and skipped.
+def predict_hidden(checkpoint: str, source: ImageSource, out: Path, seed: int) -> None:
+    """Write a picture for every 16 images: original, masked, predicted. Unreadable ones are named and skipped.
 
     Raises:
         UserError: the checkpoint is not ours, or no image can be read.
@@ -27,7 +27,7 @@ def predict_reconstructions(checkpoint: str, source: ImageSource, out: Path, see
     weights = read_weights(checkpoint)
     config = weights.config
     config.seed = seed  # draws the mask
-    model = build_masked_model(config.model, image_size(config.data))
+    model = build_masked_model(config.model, image_size(config.data), config.teacher)
     load_weights(model, weights, checkpoint)
     task = PretrainingTask(model, config, weights.recipe)
 
@@ -43,8 +43,8 @@ def predict_reconstructions(checkpoint: str, source: ImageSource, out: Path, see
         batch = list(itertools.islice(images, PER_PICTURE))
         if not batch:
             break
-        path = out / f"reconstruction-{number:04d}.png"
-        draw_reconstructions(task, torch.stack(batch)).save(path)
+        path = out / f"prediction-{number:04d}.png"
+        draw_predictions(task, torch.stack(batch)).save(path)
         console.print(str(path), highlight=False, soft_wrap=True)
     if number == 0:
         raise UserError("none of the images can be read")

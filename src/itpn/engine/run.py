@@ -31,13 +31,16 @@ from torch import Tensor
 from itpn.checkpoints.weights import load_weights, read_weights, save_weights
 from itpn.config import Config, check, image_size
 from itpn.data.augment import PretrainingTransform
+from itpn.data.cache import FeatureCache, read_index
 from itpn.data.files import ImageSource, find_training_images
 from itpn.data.loader import PretrainingLoader, SkippedImages
 from itpn.engine.callbacks import Checkpointing, Monitor, Pictures
 from itpn.engine.folder import RunFolder
 from itpn.engine.pictures import read_whole_images
 from itpn.errors import RunStopped, UserError
+from itpn.pretraining.average import MovingAverageTeacher
 from itpn.pretraining.build import build_masked_model
+from itpn.pretraining.teacher import FeatureTeacher, build_teacher
 from itpn.seeding import derive_seed
 from itpn.tasks.pretrain import PretrainingTask
 
@@ -64,8 +67,11 @@ def train(config: Config, recipe: str, source: ImageSource | None = None) -> Pat
     quieten_libraries()
 
     images = source or find_training_images(config.data.root)
+    if images.cache:
+        check_cache(config, images.cache)
+    teacher = None if images.cache else make_frozen_teacher(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model = build_masked_model(config.model, image_size(config.data))
+    model = build_masked_model(config.model, image_size(config.data), config.teacher)
     folder = RunFolder(config, recipe)
     if launch.main:
         folder.open(config, recipe)
@@ -81,7 +87,13 @@ def train(config: Config, recipe: str, source: ImageSource | None = None) -> Pat
         if config.trainer.compile:
             model.compile()
 
-        task = PretrainingTask(model, config, recipe, lambda rank, world: make_loader(config, images, rank, world))
+        task = PretrainingTask(
+            model,
+            config,
+            recipe,
+            lambda rank, world: make_loader(config, images, rank, world, teacher.img_size if teacher else None),
+            MovingAverageTeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else teacher,
+        )
         skipped = SkippedImages(len(images.images) or None, config.data.max_broken)
         monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps)
         pictures = Pictures(folder, lambda: read_samples(images, config), config.trainer.picture_every_n_steps)
@@ -110,7 +122,43 @@ def train(config: Config, recipe: str, source: ImageSource | None = None) -> Pat
         folder.close()
 
 
-def make_loader(config: Config, source: ImageSource, rank: int, world_size: int) -> PretrainingLoader:
+def make_frozen_teacher(config: Config) -> FeatureTeacher | None:
+    """The outside teacher that a run needs, if any, with its weights; its width goes into the settings.
+
+    Raises:
+        UserError: its weights cannot be had, or its units cannot match the student's.
+    """
+    name = config.teacher.name
+    if name is None or name == "ema":
+        return None
+    rows, cols = (side // config.model.patch_size for side in image_size(config.data))
+    teacher = build_teacher(name, config.teacher.checkpoint, (rows, cols))
+    config.teacher.width = teacher.width
+    return teacher
+
+
+def check_cache(config: Config, folder: str) -> None:
+    """Refuse cached crops and features that are not what the settings ask for; their width goes into the settings."""
+    index = read_index(folder)
+    asked = {"--data.img-size": image_size(config.data), "--model.patch-size": config.model.patch_size}
+    held = {"--data.img-size": index.img_size, "--model.patch-size": index.patch_size}
+    if config.teacher.name not in (None, "ema"):
+        asked |= {"--teacher.name": config.teacher.name, "--teacher.checkpoint": config.teacher.checkpoint}
+        held |= {"--teacher.name": index.teacher, "--teacher.checkpoint": index.checkpoint}
+        config.teacher.width = index.width
+    for option, value in asked.items():
+        if value != held[option]:
+            raise UserError(f"{folder} holds features of {option} {held[option]}, not {value}; cache them anew")
+
+
+def make_loader(
+    config: Config,
+    source: ImageSource,
+    rank: int,
+    world_size: int,
+    teacher_size: tuple[int, int] | None = None,
+) -> PretrainingLoader:
+    """Args as of :class:`PretrainingLoader`; ``teacher_size`` is that of a second view, in pixels."""
     data = config.data
     transform = PretrainingTransform(
         image_size(data),
@@ -118,6 +166,8 @@ def make_loader(config: Config, source: ImageSource, rank: int, world_size: int)
         ratio=data.crop_ratio,
         interpolation=data.interpolation,
         hflip=data.hflip,
+        color_jitter=data.color_jitter,
+        teacher_size=teacher_size,
     )
     return PretrainingLoader(
         source,
@@ -136,6 +186,8 @@ def make_loader(config: Config, source: ImageSource, rank: int, world_size: int)
 
 def read_samples(source: ImageSource, config: Config, count: int = 8) -> Tensor:
     """The images of the pictures: readable ones from all over the data, uint8 [n, 3, H, W]."""
+    if source.cache:
+        return FeatureCache(source.cache).first(count)
     if source.images:
         stride = max(1, len(source.images) // count)
         source = ImageSource(images=source.images[::stride] + source.images)
@@ -221,7 +273,11 @@ def quieten_libraries() -> None:
     """Lightning's remarks on what we decide on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    for message in (".*smaller than the logging interval.*", ".*LeafSpec.*is deprecated.*"):
+    for message in (
+        ".*smaller than the logging interval.*",
+        ".*LeafSpec.*is deprecated.*",
+        ".*in eval mode at the start of training.*",  # the teacher is
+    ):
         warnings.filterwarnings("ignore", message=message)
 
 
@@ -242,7 +298,7 @@ class StartTable(L.Callback):
         config = task.config
         parameters = sum(p.numel() for p in task.model.parameters()) / 1e6
         height, width = image_size(config.data)
-        kind = "shards" if self.source.shards else "files"
+        kind = "cached features" if self.source.cache else "shards" if self.source.shards else "files"
         passes = (
             f" x {config.trainer.accumulate_grad_batches} passes" if config.trainer.accumulate_grad_batches > 1 else ""
         )
@@ -250,6 +306,7 @@ class StartTable(L.Callback):
         per_process = min(config.data.batch_size, task.loader.images)
         rows = {
             "model": f"{config.model.name}, {parameters:.2f} M parameters, patch size {config.model.patch_size}",
+            **({"teacher": describe_teacher(config, self.source)} if config.teacher.name else {}),
             "data": f"{task.loader.images:,} images ({kind}) at {height}x{width} px",
             "batch": f"{per_process}{processes}{passes}" + (f" = {task.global_batch()}" if processes or passes else ""),
             "steps": f"{int(trainer.estimated_stepping_batches):,} ({task.steps_per_epoch():,} an epoch)",
@@ -258,6 +315,13 @@ class StartTable(L.Callback):
             "folder": str(self.folder.path),
         }
         self.console.print(make_table(f"{task.recipe} / {config.name}", rows))
+
+
+def describe_teacher(config: Config, source: ImageSource) -> str:
+    if config.teacher.name == "ema":
+        return f"moving average, {config.teacher.momentum} to {config.teacher.momentum_end} kept at each step"
+    where = f"features in {source.cache}" if source.cache else config.teacher.checkpoint or "weights of timm's hub"
+    return f"{config.teacher.name}, {where}"
 
 
 def make_table(title: str, rows: dict[str, str]) -> Table:

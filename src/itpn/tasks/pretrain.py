@@ -14,7 +14,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from itpn.config import Config, OptimizerConfig, to_dict
 from itpn.data.loader import PretrainingLoader
 from itpn.errors import UserError
+from itpn.pretraining.average import MovingAverageTeacher, momentum_at
 from itpn.pretraining.model import MaskedImageModel
+from itpn.pretraining.targets import normalize_features
+from itpn.pretraining.teacher import FeatureTeacher
 from itpn.seeding import derive_seed
 
 
@@ -24,6 +27,7 @@ class PretrainingTask(L.LightningModule):
     Args:
         recipe: name of the recipe, kept in checkpoints.
         make_loader: builds the loader of a process from its rank and the number of processes; needed to train.
+        teacher: gives the targets of losses on features, unless the batches bring them.
     """
 
     def __init__(
@@ -32,6 +36,7 @@ class PretrainingTask(L.LightningModule):
         config: Config,
         recipe: str,
         make_loader: Callable[[int, int], PretrainingLoader] | None = None,
+        teacher: FeatureTeacher | MovingAverageTeacher | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -40,11 +45,20 @@ class PretrainingTask(L.LightningModule):
         self.make_loader = make_loader
         self.loader: PretrainingLoader | None = None
         self._loader_state: dict[str, int] | None = None
+        # an average is part of the run's state; a frozen teacher stays out of checkpoints, in a tuple modules overlook
+        self.average = teacher if isinstance(teacher, MovingAverageTeacher) else None
+        self._frozen = (teacher,) if isinstance(teacher, FeatureTeacher) else ()
+        self._total_steps = 0
         channels = config.model.in_chans
         self.mean: Tensor
         self.std: Tensor
         for name, values in {"mean": config.data.mean, "std": config.data.std}.items():
             self.register_buffer(name, torch.tensor(values).expand(channels).reshape(-1, 1, 1), persistent=False)
+
+    @property
+    def teacher_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of the images for a teacher of its own size."""
+        return self._frozen[0].img_size if self._frozen else None
 
     def train_dataloader(self) -> PretrainingLoader:
         if self.loader is None:
@@ -70,8 +84,49 @@ class PretrainingTask(L.LightningModule):
         # the mask and stochastic depth depend on seed, step and rank alone, so a resumed run draws the same
         step = self.trainer.fit_loop.epoch_loop.total_batch_idx
         torch.manual_seed(derive_seed(self.config.seed, "step", step, self.global_rank))
-        output = self.model(self.normalize(batch["image"]))
-        return {"loss": output.loss, "losses": {name: loss.detach() for name, loss in output.losses.items()}}
+        images = self.normalize(batch["image"])
+        targets = self.make_targets(batch, images)
+        output = self.model(images, target=targets)
+        figures = {"loss": output.loss.detach()}
+        if len(output.losses) > 1:
+            figures |= {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
+        if self.average is not None:
+            figures |= {f"target_std_{name}": spread(target) for name, target in targets.items()}
+        return {"loss": output.loss, "figures": figures}
+
+    def on_fit_start(self) -> None:
+        for teacher in self._frozen:
+            teacher.to(self.device)
+
+    @torch.no_grad()
+    def make_targets(self, batch: dict[str, Any], images: Tensor) -> dict[str, Tensor]:
+        """What the losses on features compare with: float32 [B, N, D] by the name of the loss.
+
+        Args:
+            batch: "image" and, where the teacher wants another size, "teacher_image", uint8; or "feature", its work
+                done before.
+            images: the normalised images, which the moving average is shown.
+        """
+        if self.average is not None:
+            return self.average(images)
+        if "feature" in batch:
+            features = batch["feature"].float()
+        elif self._frozen:
+            features = self._frozen[0](batch.get("teacher_image", batch["image"]))
+        else:
+            return {}
+        if self.config.teacher.normalize:
+            features = normalize_features(features)
+        return dict.fromkeys(self.model.feature_losses, features)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.average is not None:
+            settings = self.config.teacher
+            self.average.update(
+                self.model,
+                momentum_at(self.trainer.global_step, self._total_steps, settings.momentum, settings.momentum_end),
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         settings = self.config.optimizer
@@ -82,6 +137,7 @@ class PretrainingTask(L.LightningModule):
         fused = not (self.trainer.precision == "16-mixed" and settings.clip_grad)
         optimizer = torch.optim.AdamW(groups, lr=self.peak_lr(), betas=settings.betas, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
+        self._total_steps = total
         schedule = LambdaLR(optimizer, warmup_cosine(settings, self.peak_lr(), total, self.steps_per_epoch()))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -116,6 +172,11 @@ class PretrainingTask(L.LightningModule):
             )
         # Lightning restores loaders only if nobody has asked for the number of steps before, as our schedule does
         self._loader_state = checkpoint["itpn_loader"]
+
+
+def spread(target: Tensor) -> Tensor:
+    """Deviation of targets [B, N, D] over images and units, the mean over D: near 0 when the teacher has collapsed."""
+    return target.flatten(0, 1).std(dim=0).mean()
 
 
 def warmup_cosine(

@@ -1,0 +1,98 @@
+"""Crops and the features that a teacher gave them, computed once and read many times (`itpn cache-features`)."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from itpn.data.files import CACHE_INDEX
+from itpn.errors import UserError
+
+
+@dataclass
+class CacheIndex:
+    """What a cache holds: the content of its ``features.json``."""
+
+    teacher: str
+    checkpoint: str | None
+    width: int
+    img_size: tuple[int, int]
+    patch_size: int
+    samples: int
+    shard_size: int
+    settings: dict[str, Any]  # of the data and the seed: what crops were drawn
+    complete: bool = False
+
+    @property
+    def shards(self) -> int:
+        return -(-self.samples // self.shard_size)
+
+
+def read_index(folder: str | Path) -> CacheIndex:
+    """Read a cache's index; UserError if it is damaged."""
+    path = Path(folder) / CACHE_INDEX
+    try:
+        index = CacheIndex(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is not the index of cached features ({type(error).__name__}): {error}") from error
+    index.img_size = tuple(index.img_size)  # type: ignore[assignment]  # JSON has lists only
+    return index
+
+
+def write_index(folder: Path, index: CacheIndex) -> None:
+    unfinished = folder / (CACHE_INDEX + ".tmp")
+    unfinished.write_text(json.dumps(asdict(index), indent=2) + "\n")
+    unfinished.replace(folder / CACHE_INDEX)
+
+
+def shard_path(folder: str | Path, number: int) -> Path:
+    return Path(folder) / f"features-{number:05d}.safetensors"
+
+
+def write_shard(path: Path, images: Tensor, features: Tensor, keys: list[str]) -> None:
+    """Write crops uint8 [n, 3, H, W], features [n, N, D] and the names of the images; it appears only whole."""
+    unfinished = path.with_suffix(".tmp")
+    tensors = {"image": images.contiguous(), "feature": features.contiguous()}
+    unfinished.write_bytes(serialize(tensors, {"keys": json.dumps(keys)}))
+    unfinished.replace(path)
+
+
+class FeatureCache:
+    """Samples of a complete cache by number, read from disk as they are asked for.
+
+    Raises:
+        UserError: the cache is not complete, or a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.index = read_index(folder)
+        if not self.index.complete:
+            raise UserError(f"cached features in {folder} are not complete: repeat the command that writes them")
+        self._open: dict[int, Any] = {}  # opened by each process for itself
+
+    def __len__(self) -> int:
+        return self.index.samples
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        """Crop uint8 [3, H, W] and features [N, D]."""
+        shard, row = divmod(number, self.index.shard_size)
+        try:
+            if shard not in self._open:
+                self._open[shard] = safe_open(shard_path(self.folder, shard), "pt")
+            image, feature = (self._open[shard].get_slice(name)[row] for name in ("image", "feature"))
+        except (SafetensorError, OSError, IndexError) as error:
+            raise UserError(f"{shard_path(self.folder, shard)} is missing or damaged ({error})") from error
+        return image, feature
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}
+
+    def first(self, count: int) -> Tensor:
+        """The first crops, uint8 [n, 3, H, W]."""
+        return torch.stack([self[number][0] for number in range(min(count, len(self)))])

@@ -1,0 +1,117 @@
+"""`itpn cache-features`: a recipe's teacher, run once over the images, into shards to train from."""
+
+import dataclasses
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor
+
+from itpn.config import Config, image_size, to_dict
+from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, write_shard
+from itpn.data.files import CACHE_INDEX, ImageSource
+from itpn.data.loader import SkippedImages
+from itpn.engine.run import choose_precision, make_frozen_teacher, make_loader
+from itpn.errors import UserError
+from itpn.pretraining.teacher import FeatureTeacher
+
+SHARD_SIZE = 512
+# what decides which crop of which image is where
+CROP_SETTINGS = ("img_size", "crop_scale", "crop_ratio", "interpolation", "hflip", "color_jitter", "samples_per_epoch")
+
+
+def cache_features(config: Config, source: ImageSource, out: Path, views: int, half: bool) -> None:
+    """Write crops and the teacher's features of ``views`` epochs; what is there already is kept.
+
+    The crops are those that training with the same settings and seed would draw in its first epochs.
+
+    Raises:
+        UserError: no teacher to run, the folder cannot be written or holds features of other settings.
+    """
+    console = Console()
+    if config.teacher.name in (None, "ema"):
+        raise UserError("only features of an outside teacher can be cached: give --teacher.name, a model of timm")
+    if views < 1:
+        raise UserError(f"--views must be at least 1, not {views}")
+    teacher = make_frozen_teacher(config)
+    assert teacher is not None
+    # one image a batch, so that none is left over at an epoch's end; of tar shards, one worker reads all
+    workers = min(1, config.data.num_workers) if source.shards else config.data.num_workers
+    one = replace(config.data, batch_size=1, num_workers=workers)
+    loader = make_loader(replace(config, data=one), source, 0, 1, teacher.img_size)
+    settings = {key: value for key, value in to_dict(config)["data"].items() if key in CROP_SETTINGS}
+    index = CacheIndex(
+        teacher=teacher.name,
+        checkpoint=config.teacher.checkpoint,
+        width=teacher.width,
+        img_size=image_size(config.data),
+        patch_size=config.model.patch_size,
+        samples=len(loader) * views,
+        shard_size=SHARD_SIZE,
+        settings={**settings, "seed": config.seed, "images": loader.images, "half": half},
+    )
+    _open_folder(out, index)
+    cuda = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu")
+    teacher.to("cuda" if cuda else "cpu")
+    skipped = SkippedImages(len(source.images) or None, config.data.max_broken)
+    dtype = torch.float16 if half else torch.float32
+    precision = choose_precision(config.trainer.precision, cuda)
+    numbers = [n for n in range(index.shards) if not shard_path(out, n).exists()]
+    if len(numbers) < index.shards:
+        console.print(f"{index.shards - len(numbers)} of {index.shards} shards are there already", highlight=False)
+    stream = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
+    position = 0
+    try:
+        for number in track(numbers, "features", console=console, disable=not console.is_terminal):
+            begin = number * SHARD_SIZE
+            if begin != position:
+                loader.load_state_dict({"epoch": begin // len(loader), "batch": begin % len(loader)})
+                stream = itertools.chain.from_iterable(itertools.repeat(loader))
+            position = min(begin + SHARD_SIZE, index.samples)
+            samples = itertools.islice(stream, position - begin)
+            images, features, keys = [], [], []
+            for batch in iter(lambda: list(itertools.islice(samples, config.data.batch_size)), []):  # noqa: B023
+                for message in skipped.update(item for sample in batch for item in sample["broken"]):
+                    console.print(f"skipped {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+                seen = torch.cat(
+                    [sample["teacher_image" if "teacher_image" in sample else "image"] for sample in batch]
+                )
+                features.append(_run(teacher, seen, precision).to(dtype).cpu())
+                images += [sample["image"] for sample in batch]
+                keys += [key for sample in batch for key in sample["key"]]
+            write_shard(shard_path(out, number), torch.cat(images), torch.cat(features), keys)
+    finally:
+        loader.close()
+    write_index(out, replace(index, complete=True))
+    gigabytes = sum(path.stat().st_size for path in out.glob("features-*")) / 1e9
+    console.print(
+        f"{index.samples:,} crops ({views} of each image) with features of {teacher.name}, {gigabytes:.3g} GB; "
+        f"train from them with --data.root {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _open_folder(out: Path, index: CacheIndex) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / CACHE_INDEX).exists():
+            before, now = dataclasses.asdict(read_index(out)), dataclasses.asdict(index)
+            for key in now:
+                if key != "complete" and before[key] != now[key]:
+                    raise UserError(
+                        f"{out} holds features of other settings ({key} {before[key]}); choose another --out"
+                    )
+        write_index(out, index)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+
+
+def _run(teacher: FeatureTeacher, images: Tensor, precision: str) -> Tensor:
+    device = teacher.mean.device
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        return teacher(images.to(device)).float()
