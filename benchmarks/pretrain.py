@@ -5,7 +5,8 @@
         --precision bf16 --compile --data data/imagenet --num-workers 16
 
 One row for batches that lie in memory and, with --data, one for real files through the reader. The limit is the
-best large matrix product in the same precision, measured in the same run.
+best large matrix product in the same precision, measured in the same run. A moving average is part of the step; an
+outside teacher is not, numbers drawn at random stand for its features.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from itpn.config import image_size
 from itpn.data.files import find_training_images
 from itpn.engine.run import device_name, make_loader, peak_memory_gb
+from itpn.pretraining.average import MovingAverageTeacher
 from itpn.pretraining.build import build_masked_model
 from itpn.recipes import read_recipe
 from itpn.tasks.pretrain import PretrainingTask
@@ -94,8 +96,14 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")  # as the engine does
     dtype = DTYPES[options.precision]
     size = image_size(config.data)
-    model = build_masked_model(config.model, size).to(device).train()
-    task = PretrainingTask(model, config, recipe).to(device)
+    model = build_masked_model(config.model, size, config.teacher).to(device).train()
+    average = MovingAverageTeacher(model) if config.teacher.name == "ema" else None
+    task = PretrainingTask(model, config, recipe, teacher=average).to(device)
+    outside: dict[str, Any] = {}
+    if config.teacher.name and average is None:
+        shape = model.eval()(torch.zeros(1, config.model.in_chans, *size, device=device)).prediction.shape
+        outside["feature"] = torch.randn(options.batch_size, *shape[1:], device=device)
+        model.train()
     groups = param_groups_weight_decay(
         model, config.optimizer.weight_decay, no_weight_decay_list=model.no_weight_decay()
     )
@@ -106,7 +114,7 @@ def main() -> None:
     def forward_backward(images: torch.Tensor) -> None:
         x = task.normalize(images.to(device, non_blocking=True))
         with precision:
-            loss = model(x).loss
+            loss = model(x, target=task.make_targets(outside, x)).loss
         scaler.scale(loss).backward()
 
     def step(images: torch.Tensor) -> None:
@@ -114,6 +122,8 @@ def main() -> None:
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        if average is not None:
+            average.update(model, config.teacher.momentum)
 
     images = torch.randint(0, 256, (options.batch_size, 3, *size), dtype=torch.uint8).to(device)
     with FlopCounterMode(display=False) as counter:  # before compiling: it counts what runs, layer by layer

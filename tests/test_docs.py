@@ -22,7 +22,7 @@ def test_links_resolve(page):
 def test_options_and_recipes_exist(page):
     text = page.read_text()
     known = option_names()
-    for option in re.findall(r"--(?:model|data|optimizer|trainer)\.[a-z-]+", text):
+    for option in re.findall(r"--(?:model|teacher|data|optimizer|trainer)\.[a-z-]+", text):
         assert option in known, option
     for recipe in re.findall(r"\bitpn-[a-z]+_[\w-]*\w", text):
         assert recipe in list_recipes() or recipe.endswith("coslr"), recipe

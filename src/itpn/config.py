@@ -90,7 +90,7 @@ class TeacherConfig:
     normalize: bool = True
     """Normalise each feature by its own mean and deviation."""
     momentum: float = 0.996
-    """ema: share of the average that is kept at each step, at the start of the run."""
+    """ema: share of the average that is kept at each step, less in the first thousands."""
     momentum_end: float = 1.0
     """ema: the same at the end of the run, reached by half a cosine."""
     min_std: float = 0.05

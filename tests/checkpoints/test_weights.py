@@ -5,7 +5,7 @@ import torch
 
 import itpn
 from itpn.checkpoints.weights import load_weights, read_weights, save_weights
-from itpn.config import Config, DataConfig, ModelConfig
+from itpn.config import Config, DataConfig, ModelConfig, TeacherConfig
 from itpn.errors import UserError
 from itpn.models.position import resample_position_table
 from itpn.pretraining.build import build_masked_model
@@ -26,6 +26,32 @@ def save(tmp_path, img_size=(32, 64), **settings):
 def load_into(path, img_size=(32, 64), **settings):
     model = build_masked_model(model_config(**settings), img_size)
     return model, load_weights(model, read_weights(path), "FILE")
+
+
+MFM = {"pyramid_weights": (0.1, 0.2, 0.3), "pyramid_head_width": 64}
+
+
+def test_what_is_predicted_may_change(tmp_path):
+    """From pixels to pixels and features, and back: what both have is kept, what is new starts fresh and is said."""
+    teacher = TeacherConfig("ema")
+    pixel = build_masked_model(model_config(), (32, 64))
+    both = build_masked_model(model_config(**MFM), (32, 64), teacher)
+    path = tmp_path / "model.safetensors"
+    save_weights(path, pixel, "test", Config(model=model_config(), data=DataConfig(img_size=(32, 64))))
+    notes = load_weights(both, read_weights(path), "FILE")
+    assert notes == ["FILE has no set of heads for pyramid levels that fits: it starts fresh"]
+    config = Config(model=model_config(**MFM), teacher=teacher, data=DataConfig(img_size=(32, 64)))
+    save_weights(path, both, "test", config)
+    again = build_masked_model(model_config(), (32, 64))
+    assert load_weights(again, read_weights(path), "FILE") == []
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, pixel.state_dict()[name]), name
+    assert itpn.load(path).feature_losses == ["pyramid_1", "pyramid_2", "pyramid_3"]
+    with pytest.warns(UserWarning) as said:
+        itpn.load(path, hidden_units="mask_token")
+    assert [str(w.message).partition(" has no ")[2] for w in said] == [
+        f"{what} that fits: it starts fresh" for what in ("decoder", "set of heads for pyramid levels", "mask token")
+    ]
 
 
 def test_the_same_model(tmp_path):
@@ -61,7 +87,7 @@ def test_another_decoder_starts_fresh_and_is_said(tmp_path, here):
     path = save(tmp_path)
     model, notes = load_into(path, **here)
     assert len(notes) == 1
-    assert "the decoder of FILE is missing or another one: it starts fresh" in notes[0]
+    assert "FILE has no decoder that fits: it starts fresh" in notes[0]
     stored = read_weights(path).tensors
     state = model.state_dict()
     assert torch.equal(state["backbone.stages.2.0.attn.qkv.weight"], stored["backbone.stages.2.0.attn.qkv.weight"])

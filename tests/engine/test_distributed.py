@@ -20,10 +20,12 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path, accumulate):
+@pytest.mark.parametrize(("accumulate", "teacher"), [(1, None), (2, None), (1, "ema")])
+def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path, accumulate, teacher):
     config = settings(max_steps=2, accumulate_grad_batches=accumulate)
     config.model.drop_path_rate = 0.0
+    if teacher:
+        config.teacher.name, config.model.pyramid_weights, config.model.feature_weight = teacher, (0.1, 0.2, 0.3), 0.5
     for processes, batch in ((1, 8), (2, 4)):
         of_processes = replace(config, name=str(processes), data=replace(config.data, batch_size=batch))
         write_yaml(tmp_path / f"{processes}.yaml", "test", of_processes)

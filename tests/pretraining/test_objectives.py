@@ -188,9 +188,12 @@ def test_targets_of_the_average(images):
 
 
 def test_momentum():
-    assert momentum_at(0, 100, 0.9, 1.0) == pytest.approx(0.9)
-    assert momentum_at(50, 100, 0.9, 1.0) == pytest.approx(0.95)
-    assert momentum_at(100, 100, 0.9, 1.0) == momentum_at(150, 100, 0.9, 1.0) == pytest.approx(1.0)
+    """Half a cosine, and quicker in the first steps: after 7 of them 1 - 8^(-2/3) = 3/4."""
+    assert momentum_at(50_000, 100_000, 0.9, 1.0) == pytest.approx(0.95)
+    assert momentum_at(100_000, 100_000, 0.9, 0.98) == momentum_at(150_000, 100_000, 0.9, 0.98) == pytest.approx(0.98)
+    assert momentum_at(0, 100, 0.9, 1.0) == 0.0
+    assert momentum_at(7, 10**9, 0.996, 1.0) == pytest.approx(0.75)
+    assert momentum_at(10_000, 10**9, 0.99, 1.0) == pytest.approx(0.99, abs=1e-6)
 
 
 @pytest.mark.parametrize(("mask", "hidden_units"), [("random", "dropped"), ("block", "mask_token")])

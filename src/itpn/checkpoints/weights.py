@@ -96,7 +96,13 @@ def read_weights(path: str | Path) -> Weights:
         raise UserError(f"checkpoint {path} is not a checkpoint of itpn ({type(error).__name__})") from error
 
 
-HEADS = ("decoder", "auxiliary", "pyramid_heads", "mask_token")  # what only pre-training has
+# what only pre-training has
+HEADS = {
+    "decoder": "decoder",
+    "auxiliary": "auxiliary head",
+    "pyramid_heads": "set of heads for pyramid levels",
+    "mask_token": "mask token",
+}
 
 
 def load_weights(model: MaskedImageModel, weights: Weights, source: str) -> list[str]:
@@ -119,7 +125,7 @@ def load_weights(model: MaskedImageModel, weights: Weights, source: str) -> list
             notes.append(f"{name} of {source} was resampled from {weights.grid} to {wanted} units")
 
     differing = [n for n in {**own, **tensors} if _shape(own, n) != _shape(tensors, n)]
-    trunk = [name for name in differing if not name.startswith(HEADS)]
+    trunk = [name for name in differing if not name.startswith(tuple(HEADS))]
     heads = (BACKBONES[weights.config.model.name]["num_heads"], model.backbone.num_heads)
     if trunk or heads[0] != heads[1]:
         what = (
@@ -131,7 +137,7 @@ def load_weights(model: MaskedImageModel, weights: Weights, source: str) -> list
             f"checkpoint {source} holds another model ({weights.config.model.name}, patch size "
             f"{weights.config.model.patch_size}): {what}"
         )
-    for part in HEADS:
+    for part, title in HEADS.items():
         changed = any(name.startswith(part) for name in differing)
         if part == "decoder" and model.decoder is not None and len(model.decoder.blocks):
             changed = changed or weights.config.model.decoder_heads != model.decoder.num_heads
@@ -139,7 +145,7 @@ def load_weights(model: MaskedImageModel, weights: Weights, source: str) -> list
             continue
         # all or nothing: half a decoder is of no use
         if any(name.startswith(part) for name in own):
-            notes.append(f"the {part} of {source} is missing or another one: it starts fresh")
+            notes.append(f"{source} has no {title} that fits: it starts fresh")
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith(part)}
     model.load_state_dict(tensors, strict=False)
     return notes

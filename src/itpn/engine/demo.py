@@ -10,7 +10,7 @@ from torch import Tensor
 from itpn.data.files import find_images
 from itpn.data.shapes import write_shapes
 from itpn.engine.pictures import read_whole_images
-from itpn.engine.probe import probe
+from itpn.engine.probe import Accuracy, probe
 from itpn.engine.run import train
 from itpn.recipes import read_recipe
 
@@ -28,7 +28,9 @@ def demo(output_dir: Path) -> None:
     folders = write_shapes(output_dir / "shapes", train=1200, val=300, img_size=64)
     console.print(f"sample images: {folders.imagefolder} (also as COCO and ADE20K beside it)", soft_wrap=True)
     sets = [_read_labelled(folders.imagefolder / split) for split in ("train", "val")]
-    table = Table("predicted", "loss", "nearest neighbours", "linear", title="what frozen features know of the shapes")
+    table = Table(
+        "predicted", "loss", "backbone", "pyramid", title="shapes that a linear classifier on frozen features names"
+    )
     runs: list[Path] = []
     for title, name in RECIPES.items():
         recipe, config = read_recipe(name)
@@ -63,8 +65,8 @@ def _read_labelled(folder: Path) -> tuple[Tensor, Tensor]:
     return torch.stack(list(read_whole_images(source, (64, 64), 2**20))), torch.tensor(labels)
 
 
-def _percent(accuracies: tuple[float, ...]) -> list[str]:
-    return [f"{accuracy:.1%}" for accuracy in accuracies]
+def _percent(accuracy: Accuracy) -> list[str]:
+    return [f"{accuracy.linear:.1%}", f"{accuracy.pyramid_linear:.1%}"]
 
 
 def _last_loss(run: Path) -> str:

@@ -1,6 +1,7 @@
 """How good are frozen features? Nearest neighbours and a linear classifier on them."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +15,18 @@ from itpn.seeding import derive_seed
 from itpn.tasks.pretrain import PretrainingTask
 
 
-def probe(config: Config, weights: Path | None, sets: list[tuple[Tensor, Tensor]]) -> tuple[float, float]:
-    """Accuracy on the second of two labelled sets, of nearest neighbours and of a linear classifier.
+@dataclass
+class Accuracy:
+    """Shares of test images named rightly from frozen features."""
+
+    knn: float
+    linear: float
+    pyramid_knn: float
+    pyramid_linear: float
+
+
+def probe(config: Config, weights: Path | None, sets: list[tuple[Tensor, Tensor]]) -> Accuracy:
+    """Ask nearest neighbours and a linear classifier, of the backbone's features and of the pyramid's.
 
     Args:
         weights: of a run with these settings; None for those that it began with.
@@ -26,21 +37,30 @@ def probe(config: Config, weights: Path | None, sets: list[tuple[Tensor, Tensor]
     if weights is not None:
         load_weights(model, read_weights(weights), str(weights))
     task = PretrainingTask(model, config, "probe")
-    (x, y), (x_test, y_test) = [(compute_features(task, images.split(128)), labels) for images, labels in sets]
-    return knn_accuracy(x, y, x_test, y_test), linear_accuracy(x, y, x_test, y_test)
+    (known, labels), (asked, answers) = [(compute_features(task, x.split(128)), labels) for x, labels in sets]
+    figures = [
+        f(x, labels, y, answers) for x, y in zip(known, asked, strict=True) for f in (knn_accuracy, linear_accuracy)
+    ]
+    return Accuracy(*figures)
 
 
 @torch.no_grad()
-def compute_features(task: PretrainingTask, batches: Iterable[Tensor]) -> Tensor:
-    """Mean over the units of the last backbone stage, for uint8 batches [B, 3, H, W]: float32 [n, C] on the CPU."""
+def compute_features(task: PretrainingTask, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Means over an image of uint8 batches [B, 3, H, W], in eval mode, on the CPU.
+
+    Returns:
+        Of the last backbone stage, float32 [n, C], and of the pyramid's levels side by side, [n, 3 * width].
+    """
     training = task.training
     task.eval()
     try:
-        features = []
+        backbone, pyramid = [], []
         for images in batches:
-            (maps,) = task.model.extract_feat(task.normalize(images.to(task.device)))
-            features.append(maps.mean(dim=(2, 3)).float().cpu())
-        return torch.cat(features)
+            stages = task.model.backbone.forward_stages(task.normalize(images.to(task.device)))
+            levels = [level.mean(dim=(1, 2, 3)) for level in task.model.pyramid(stages)]
+            backbone.append(stages[-1].mean(dim=(1, 2, 3)).float().cpu())
+            pyramid.append(torch.cat(levels, dim=1).float().cpu())
+        return torch.cat(backbone), torch.cat(pyramid)
     finally:
         task.train(training)
 

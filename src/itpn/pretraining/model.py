@@ -147,7 +147,7 @@ class MaskedImageModel(nn.Module):
                 raise ValueError(f"target of {name!r} is {list(wanted.shape)}, not {list(prediction.shape)}")
             error = self._error(name, prediction, wanted)  # [B, N] or [B, M]
             compared = mask if hidden_only and picked is None else None
-            losses[name] = error.mean() if compared is None else (error * compared).sum() / compared.sum()
+            losses[name] = error.mean() if compared is None else (error * compared).sum() / compared.sum().clamp(min=1)
         assert first is not None
         loss = sum(self.objective.weights[name] * part for name, part in losses.items()) if losses else None
         return MaskedOutput(loss, losses, *first, mask)  # type: ignore[arg-type]  # a sum of tensors is one

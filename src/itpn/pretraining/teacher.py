@@ -60,9 +60,9 @@ class FeatureTower(nn.Module):
         super().__init__()
         head = getattr(model, "head", None)
         # a final norm that timm has behind the pooling; where it is in front, forward_intermediates applies it
+        channels = model.feature_info[-1]["num_chs"]
         behind = [getattr(model, "fc_norm", None), getattr(head, "norm", None)]
-        norms = [norm for norm in behind if isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)]
-        self.norm = norms[0] if norms else nn.Identity()
+        self.norm = next((norm for norm in behind if _is_norm(norm, channels)), None) or nn.Identity()
         self.projection = _projection(model) if projected else nn.Identity()
         self.norm_in_model = True  # False for models that refuse to
         # the classifier goes, so that it takes no memory and does not count
@@ -224,35 +224,42 @@ def _plan(name: str, checkpoint: str | None) -> _Plan:
     if "visual.proj" in state:
         outputs = [state["visual.proj"].shape[1]]
     projected = bool(outputs)
+    by_attention = any("attn_pool" in key for key in state)
+    if projected and not by_attention and not tagged and (_is_fine_tuned(name) or not _is_clip(name)):
+        # timm's default weights of that name are classifiers; of CLIP models most have OpenAI's preprocessing
+        overlay = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
     if not outputs:  # timm form, or another that timm converts
         heads = [head for head in (*classifiers, "head", "head.fc", "fc") if f"{head}.weight" in state]
         outputs = [state[f"{head}.weight"].shape[0] for head in heads[:1]]
-        # timm gives a CLIP projection a bias of zeros; of a classifier, which a name without tag may mean, it is not
+        # timm gives a CLIP projection a bias of zeros; a classifier, which a name without tag may mean, has another
         biases = [state[f"{head}.bias"] for head in heads[:1] if f"{head}.bias" in state]
         zeros = not any(bias.any() for bias in biases)
         projected = bool(heads) and _is_clip(name) and (not _is_fine_tuned(name) if tagged else zeros)
-    if not tagged and "clip" in name and "visual.class_embedding" in state:
-        # what the file was trained with is for the tag to say; without one it is most probably this
-        overlay = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
     return _Plan(name, name, projected, {"num_classes": outputs[0] if outputs else 0}, overlay, checkpoint, state)
 
 
 def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> _Plan:
     """Read the sizes of a CLIP ViT from the shapes of a file in OpenAI's form."""
-    try:
-        width, _, patch, _ = state["visual.conv1.weight"].shape
-        positions = state["visual.positional_embedding"].shape[0]
-        hidden = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-        outputs = state["visual.proj"].shape[1]
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(
-            f"teacher checkpoint {checkpoint} is no CLIP ViT in OpenAI's form ({_one_line(error)} is not in it or not "
-            "as there): give the timm name of the model in the file to --teacher.name"
-        ) from error
+    dims = {
+        "visual.class_embedding": 1,
+        "visual.conv1.weight": 4,
+        "visual.positional_embedding": 2,
+        "visual.proj": 2,
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": 2,
+    }
+    for key, ndim in dims.items():
+        if key not in state or state[key].ndim != ndim:
+            raise UserError(
+                f"teacher checkpoint {checkpoint} is no CLIP ViT in OpenAI's form (no {key} of {ndim} dimensions in "
+                "it): give the timm name of the model in the file to --teacher.name"
+            )
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    positions = state["visual.positional_embedding"].shape[0]
+    hidden = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     if width > 1024:
         raise UserError(
-            f"teacher checkpoint {checkpoint} is a CLIP ViT of width {width}, larger than OpenAI's: its number of "
-            "heads cannot be read from it, give its timm name, such as vit_huge_patch14_clip_224, to --teacher.name"
+            f"teacher checkpoint {checkpoint} is a CLIP ViT of width {width}, wider than OpenAI's: its number of heads "
+            "is not in the file, so give its timm name, such as vit_huge_patch14_clip_224, to --teacher.name"
         )
     blocks = {key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")}
     side = round((positions - 1) ** 0.5) * patch
@@ -262,7 +269,7 @@ def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> _Plan:
         "num_heads": max(1, width // 64),
         "patch_size": patch,
         "mlp_ratio": (hidden + 0.5) / width,  # timm multiplies and rounds down
-        "num_classes": outputs,
+        "num_classes": state["visual.proj"].shape[1],
     }
     return _Plan("clip", CLIP_BASE, True, options, {"input_size": (3, side, side)}, checkpoint, state)
 
@@ -299,6 +306,13 @@ def _tag(name: str) -> str:
 def _classifiers(cfg: dict[str, Any]) -> tuple[str, ...]:
     names = cfg.get("classifier") or ()
     return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _is_norm(module: Any, channels: int) -> bool:
+    """Is this a norm of so many channels; a hidden layer of the head may have one of its own width."""
+    weight = getattr(module, "weight", None)
+    is_module = isinstance(module, nn.Module) and not isinstance(module, nn.Identity)
+    return is_module and (weight is None or len(weight) == channels)
 
 
 def _projection(model: Any) -> nn.Module:
@@ -355,6 +369,13 @@ def _features(tower: FeatureTower, image: Tensor) -> _Features:
     return _Features(rows, cols, width, tower.norm_in_model)
 
 
+def _fit(tower: FeatureTower, image: Tensor, grid: Grid) -> tuple[tuple[int, int], _Features | None]:
+    """The image size for this grid of features; and the features, where it is the size of this image."""
+    stride = int(tower.model.feature_info[-1]["reduction"])
+    img_size = (grid[0] * stride, grid[1] * stride)
+    return img_size, _features(tower, image) if image.shape[-2:] == img_size else None
+
+
 def _create(plan: _Plan, img_size: tuple[int, int] | None, **options: Any) -> Any:
     options = {**plan.options, "pretrained_cfg_overlay": plan.overlay, **options}
     if img_size is not None:
@@ -364,13 +385,6 @@ def _create(plan: _Plan, img_size: tuple[int, int] | None, **options: Any) -> An
             if "img_size" not in str(error):
                 raise
     return timm.create_model(plan.architecture, **options)
-
-
-def _fit(tower: FeatureTower, image: Tensor, grid: Grid) -> tuple[tuple[int, int], _Features | None]:
-    """The image size for this grid of features; and the features, where it is the size of this image."""
-    stride = int(tower.model.feature_info[-1]["reduction"])
-    img_size = (grid[0] * stride, grid[1] * stride)
-    return img_size, _features(tower, image) if image.shape[-2:] == img_size else None
 
 
 # --- its weights
