@@ -109,10 +109,11 @@ def test_masked_feature_modelling_is_added_to_pixels():
         ),
         ({"pyramid_weights": (1.0, 0.0, -1.0)}, {"name": "ema"}, "--model.pyramid-weights must be at least 0"),
         ({"pyramid_head_width": 96}, {}, "divisible by 64"),
-        ({"feature_weight": 1.0}, {"name": "clip"}, "give it with --teacher.checkpoint"),
+        ({"pixel_weight": 0.0, "pyramid_weights": (0.0, 0.0, 1.0)}, {"name": "ema"}, "would stay untrained"),
+        ({"pixel_weight": 0.0, "auxiliary_weight": 1.0}, {"name": "ema"}, "would stay untrained"),
         ({"feature_weight": 1.0}, {"name": "clip", "checkpoint": "none.pt"}, "none.pt does not exist"),
         ({"feature_weight": 1.0}, {"name": "ema", "checkpoint": __file__}, "has no meaning"),
-        ({"feature_weight": 1.0}, {"name": "ema", "momentum": 0.9, "momentum_end": 0.8}, "must not exceed"),
+        ({"feature_weight": 1.0}, {"name": "ema", "momentum": 0.9, "momentum_end": 0.8}, "in this order"),
         ({"feature_weight": 1.0}, {"name": "ema", "momentum": 1.5}, "between 0 and 1"),
     ],
 )

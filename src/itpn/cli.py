@@ -19,8 +19,8 @@ DESCRIPTION = "Pre-train a hierarchical vision transformer together with its fea
 CACHE_DESCRIPTION = (
     "Worth it where the teacher costs more than the student and the disk holds its features: several runs or many "
     "epochs over a set that is not large, a large teacher, hidden units dropped. Training then sees the crops drawn "
-    "here and no others, so give several --views; for a long run over millions of images the live teacher with its "
-    "fresh crops is better. A crop takes a byte for each value of its pixels and 4 (--half: 2) for each number of its "
+    "here and no others, a view an epoch, so give several --views; for a long run over millions of images the live "
+    "teacher with its fresh crops is better. A crop takes a byte for each value of its pixels and 4 (--half: 2) for each number of its "
     "features: 0.55 MB at 224 px with CLIP-B. Stopped in the middle, the same command goes on."
 )
 
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if len(arguments) > 1 and arguments[0] in WITH_CONFIG and not arguments[1].startswith("-"):
             return WITH_CONFIG[arguments[0]](arguments[1], arguments[2:])  # options come from the recipe's config
+        if len(arguments) > 1 and arguments[0] in WITH_CONFIG and arguments[1] not in ("-h", "--help"):
+            raise UserError(f"the recipe comes first: itpn {arguments[0]} RECIPE {arguments[1]} ...")
         parser = make_parser()
         if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
             raise UserError(f"no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))} (see itpn --help)")
@@ -119,7 +121,7 @@ def run_cache_features(recipe: str, options: list[str]) -> int:
     if "--help" in options or "-h" in options:
         make_parser().parse_args(["cache-features", "--help"])
     own, rest = parser.parse_known_args(options)
-    config = parse_options(config, rest, f"itpn cache-features {recipe}")
+    config = parse_options(config, rest, f"itpn cache-features {recipe}", ("--out", "--views", "--half"))
     source = check_early(config)
     if source.cache:
         raise UserError(f"{source.cache} holds cached features already: give the images as --data.root")
@@ -139,8 +141,8 @@ def run_train(recipe: str, options: list[str]) -> int:
     return 0
 
 
-def parse_options(config: Any, options: list[str], prog: str) -> Any:
-    """Override settings from the command line.
+def parse_options(config: Any, options: list[str], prog: str, others: Sequence[str] = ()) -> Any:
+    """Override settings from the command line; ``others`` are options of the command itself.
 
     Raises:
         UserError: an unknown option (the nearest is named) or a value of the wrong type.
@@ -160,7 +162,7 @@ def parse_options(config: Any, options: list[str], prog: str) -> Any:
             raise  # --help
         raise UserError(_one_line(complaints.getvalue())) from None
     if unknown:
-        raise UserError(_unknown_option(unknown[0], option_names(type(config))))
+        raise UserError(_unknown_option(unknown[0], [*others, *option_names(type(config))]))
     return parsed
 
 

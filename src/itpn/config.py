@@ -13,6 +13,8 @@ import yaml
 
 from itpn.errors import UserError
 
+HUB = "hf-hub:"  # before the name of a repository, as timm writes it
+
 
 @dataclass
 class ModelConfig:
@@ -21,7 +23,8 @@ class ModelConfig:
     name: str = "itpn_base"
     """Backbone, one of the models of `itpn list`."""
     checkpoint: str | None = None
-    """Start from the weights in this .ckpt or .safetensors file; what it lacks starts fresh and is said."""
+    """Start from the weights in this .ckpt or .safetensors file, or of hf-hub:OWNER/NAME; what it lacks starts fresh
+    and is said."""
     patch_size: int = 16
     """Side of a unit in pixels, divisible by 4."""
     in_chans: int = 3
@@ -86,13 +89,15 @@ class TeacherConfig:
     checkpoint: str | None = None
     """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
     width: int | None = None
-    """Numbers of a unit's feature; None reads it from the teacher."""
+    """Numbers of a unit's feature: read from the teacher, and kept for when it is not there."""
     normalize: bool = True
     """Normalise each feature by its own mean and deviation."""
     momentum: float = 0.996
     """ema: share of the average that is kept at each step, less in the first thousands."""
     momentum_end: float = 1.0
     """ema: the same at the end of the run, reached by half a cosine."""
+    ramp: float = 0.0
+    """ema: share of the run in which its losses grow to their full weight, as the average has to learn first."""
     min_std: float = 0.05
     """Warn of a collapse when the deviation of the targets over a batch is smaller."""
 
@@ -174,7 +179,7 @@ class TrainerConfig:
     accumulate_grad_batches: int = 1
     """Forward passes per optimiser step; the global batch grows with it."""
     compile: bool = False
-    """Compile the network with torch.compile: minutes at the start, faster steps."""
+    """Compile the network, and its moving average, with torch.compile: minutes at the start, faster steps."""
     checkpoint_every_n_steps: int = 500
     """Optimiser steps between checkpoints: what a crash loses at most."""
     keep_checkpoints: int = 3
@@ -299,6 +304,7 @@ def check(config: Config) -> None:
         UserError: the first that is found, with what to do.
     """
     _check_types(Config, config, "")
+    check_model(config.model, config.teacher)
     model, data, optimizer, trainer = config.model, config.data, config.optimizer, config.trainer
     counts: dict[str, int | None] = {
         "--data.batch-size": data.batch_size,
@@ -309,7 +315,6 @@ def check(config: Config) -> None:
         "--model.pyramid-width": model.pyramid_width,
         "--model.decoder-width": model.decoder_width,
         "--model.decoder-heads": model.decoder_heads,
-        "--model.pyramid-head-width": model.pyramid_head_width,
         "--teacher.width": config.teacher.width,
         "--trainer.max-epochs": trainer.max_epochs,
         "--trainer.max-steps": trainer.max_steps,
@@ -351,9 +356,8 @@ def check(config: Config) -> None:
         "--data.hflip": data.hflip,
         "--data.max-broken": data.max_broken,
         "--data.color-jitter": data.color_jitter,
+        "--teacher.ramp": config.teacher.ramp,
         "--model.drop-path-rate": model.drop_path_rate,
-        "--teacher.momentum": config.teacher.momentum,
-        "--teacher.momentum-end": config.teacher.momentum_end,
     }
     for option, share in shares.items():
         if not 0 <= share <= 1:
@@ -382,9 +386,6 @@ def check(config: Config) -> None:
             f"--model.decoder-width must be divisible by 16 and by --model.decoder-heads {model.decoder_heads}, "
             f"not {model.decoder_width}"
         )
-    if model.pyramid_head_width % 64:
-        raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")
-    _check_objective(model, config.teacher)
     for option, values in {"--data.mean": data.mean, "--data.std": data.std}.items():
         if len(values) not in (1, model.in_chans):
             raise UserError(f"{option} needs one number or one per channel ({model.in_chans}), not {len(values)}")
@@ -396,14 +397,28 @@ def check(config: Config) -> None:
         raise UserError(f"--data.crop-scale needs two shares of the area, from small to large, not {data.crop_scale}")
     if not config.name or any(c in config.name for c in "/\\") or config.name in (".", ".."):
         raise UserError(f"--name must be a plain folder name, not {config.name!r}")
-    if model.checkpoint is not None and not Path(model.checkpoint).is_file():
+    if model.checkpoint is not None and not model.checkpoint.startswith(HUB) and not Path(model.checkpoint).is_file():
         raise UserError(f"--model.checkpoint {model.checkpoint} does not exist")
 
 
-def _check_objective(model: ModelConfig, teacher: TeacherConfig) -> None:
+def check_model(model: ModelConfig, teacher: TeacherConfig) -> None:
+    """Find settings that no network can be built from, or that would train only a part of it.
+
+    Raises:
+        UserError: the first that is found, with what to do.
+    """
+    _check_types(ModelConfig, model, "model.")
+    _check_types(TeacherConfig, teacher, "teacher.")
+    if model.pyramid_head_width < 1 or model.pyramid_head_width % 64:
+        raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")
     features = any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights])
     if not features and not model.pixel_weight:
         raise UserError("nothing is predicted: set --model.pixel-weight, --model.feature-weight or another above 0")
+    if not (model.pixel_weight or model.feature_weight or all(model.pyramid_weights)):
+        raise UserError(
+            "a part of the network would stay untrained: set --model.pixel-weight, --model.feature-weight or all three "
+            "of --model.pyramid-weights above 0"
+        )
     if features and teacher.name is None:
         raise UserError("a loss on features needs a teacher: give --teacher.name, `ema` or a model of timm")
     if teacher.name is not None and not features:
@@ -430,7 +445,8 @@ def _check_objective(model: ModelConfig, teacher: TeacherConfig) -> None:
             raise UserError("--teacher.checkpoint has no meaning for the teacher `ema`, an average of the network")
         if not Path(teacher.checkpoint).is_file():
             raise UserError(f"--teacher.checkpoint {teacher.checkpoint} does not exist")
-    elif teacher.name == "clip":
-        raise UserError("teacher `clip` is read from a file: give it with --teacher.checkpoint FILE")
-    if teacher.momentum > teacher.momentum_end:
-        raise UserError(f"--teacher.momentum {teacher.momentum} must not exceed --teacher.momentum-end")
+    if not 0 <= teacher.momentum <= teacher.momentum_end <= 1:
+        raise UserError(
+            f"--teacher.momentum {teacher.momentum} and --teacher.momentum-end {teacher.momentum_end} must lie between "
+            "0 and 1, in this order"
+        )

@@ -47,7 +47,7 @@ def test_what_is_predicted_may_change(tmp_path):
     for name, tensor in again.state_dict().items():
         assert torch.equal(tensor, pixel.state_dict()[name]), name
     assert itpn.load(path).feature_losses == ["pyramid_1", "pyramid_2", "pyramid_3"]
-    with pytest.warns(UserWarning) as said:
+    with pytest.warns(UserWarning, match="starts fresh") as said:
         itpn.load(path, hidden_units="mask_token")
     assert [str(w.message).partition(" has no ")[2] for w in said] == [
         f"{what} that fits: it starts fresh" for what in ("decoder", "set of heads for pyramid levels", "mask token")

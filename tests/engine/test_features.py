@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from public import read_golden
 from safetensors.torch import load_file
 from test_resume import assert_same_run, losses, run_straight_and_stopped
@@ -151,7 +153,8 @@ def test_cached_features_give_the_loss_of_the_live_teacher(clip, tmp_path, capsy
     model = build_masked_model(clip.model, image_size(clip.data), replace(clip.teacher, width=24)).eval()
     mask = torch.arange(16).repeat(1, 1) % 3 == 0
     for number, batch in enumerate(batches):
-        image, feature = cache[number]
+        image, feature, key = cache[number]
+        assert key == batch["key"][0]
         assert torch.equal(image, batch["image"][0])
         targets = [normalize_features(x) for x in (feature[None], teacher(batch["teacher_image"]))]
         x = image[None] / 255
@@ -194,7 +197,7 @@ def test_half_the_space(clip, tmp_path):
     sizes = []
     for name, option in (("whole", []), ("half", ["--half"])):
         assert main([*cache_arguments(clip, tmp_path / name), *option]) == 0
-        _, feature = FeatureCache(tmp_path / name)[0]
+        _, feature, _ = FeatureCache(tmp_path / name)[0]
         sizes.append(feature.dtype)
     assert sizes == [torch.float32, torch.float16]
 
@@ -205,14 +208,16 @@ def test_half_the_space(clip, tmp_path):
         (["--teacher.name", "ema"], "only features of an outside teacher"),
         (["--views", "0"], "--views must be at least 1"),
         (["--data.img-sise", "32"], "did you mean --data.img-size"),
-        (["--data.img-size", "48"], "holds features of other settings"),
+        (["--viewz", "2"], "did you mean --views"),
+        (["--data.img-size", "48"], "holds features with img_size (32, 32), not (48, 48)"),
+        (["--data.hflip", "0"], "holds features with hflip 0.5, not 0.0"),
     ],
 )
 def test_mistakes_in_caching(clip, tmp_path, capsys, change, message):
     arguments = cache_arguments(clip, tmp_path / "cache")
     if "ema" in change:
         arguments = [a for a in arguments if a not in ("--teacher.checkpoint", clip.teacher.checkpoint)]
-    if "48" in change:
+    if "holds" in message:
         assert main(arguments) == 0
     assert main([*arguments, *change]) == 2
     error = capsys.readouterr().err
@@ -224,10 +229,84 @@ def test_a_cache_of_something_else_is_refused(clip, tmp_path, tower):
     out = tmp_path / "cache"
     assert main(cache_arguments(clip, out)) == 0
     cached = replace(clip, data=replace(clip.data, root=(str(out),)))
-    with pytest.raises(UserError, match=r"holds features of --data.img-size \(32, 32\), not \(48, 48\)"):
+    with pytest.raises(UserError, match=r"holds features for --data.img-size \(32, 32\), not \(48, 48\)"):
         train(replace(cached, data=replace(cached.data, img_size=48)), "test")
-    with pytest.raises(UserError, match=r"of --teacher.name clip, not vit_tiny_patch16_224"):
+    with pytest.raises(UserError, match=r"for --teacher.name clip, not vit_tiny_patch16_224"):
         train(replace(cached, teacher=TeacherConfig("vit_tiny_patch16_224", checkpoint=tower)), "test")
-    (out / "features-00000.safetensors").unlink()
-    with pytest.raises(UserError, match="is missing or damaged"):
-        train(cached, "test")
+    shard = out / "features-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    for workers in (0, 1):
+        cached.data.num_workers = workers
+        with pytest.raises(UserError, match=r"^\S+ is damaged") as error:
+            train(replace(cached, name=f"damaged-{workers}"), "test")
+        assert "Traceback" not in str(error.value)
+    shard.unlink()
+    with pytest.raises(UserError, match="is missing: repeat"):
+        train(replace(cached, name="missing"), "test")
+
+
+def test_a_cache_needs_its_teacher_no_more(clip, tmp_path):
+    """Nor its file, nor its place: features are taken to another machine."""
+    out = tmp_path / "cache"
+    assert main(cache_arguments(clip, out)) == 0
+    cached = replace(clip, data=replace(clip.data, root=(str(out),)), teacher=TeacherConfig("clip"))
+    run = train(cached, "test")
+    assert itpn.load(run / "model.safetensors").decoder.heads["feature"].out_features == 24
+
+
+def test_an_epoch_is_one_view(clip, tmp_path):
+    out = tmp_path / "cache"
+    assert main([*cache_arguments(clip, out), "--views", "2"]) == 0
+    loader = make_loader(clip, find_training_images([out]), 0, 1)
+    assert loader.images == 26
+    epochs = [
+        [(key, image) for batch in loader for key, image in zip(batch["key"], batch["image"], strict=True)]
+        for _ in range(3)
+    ]
+    for epoch in epochs:
+        assert len({key for key, _ in epoch}) == 24  # six batches of four; two images are left out
+    views = [dict(epoch) for epoch in epochs]
+    shared = views[0].keys() & views[1].keys() & views[2].keys()
+    assert all(torch.equal(views[0][key], views[2][key]) for key in shared)
+    assert not any(torch.equal(views[0][key], views[1][key]) for key in shared)
+
+
+def test_caching_stops_at_too_many_broken_images(clip, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(clip.data.root[0], folder)
+    for i in range(5):
+        (folder / f"broken-{i}.png").write_bytes(b"no image")
+    clip.data.root = (str(folder),)
+    assert main(cache_arguments(clip, tmp_path / "cache")) == 2
+    assert "5 of 31 images cannot be read" in capsys.readouterr().err
+
+
+def test_features_alone_in_bf16_and_their_pictures(clip, tmp_path, capsys):
+    """The published CLIP objective through training, pictures and `itpn predict`, which has no teacher."""
+    published = {"mask_ratio": 75 / 196, "hidden_laterals": True, "decoder_depth": 0, "feature_loss": "cosine"}
+    weights = {"pixel_weight": 0.0, "feature_weight": 1.0, "auxiliary_weight": 0.0, "pyramid_weights": (0.0, 0.0, 0.0)}
+    clip.model = replace(clip.model, **published, **weights)
+    clip.trainer.precision = "bf16-mixed"
+    run = train(clip, "test")
+    assert -1 < rows(run)[-1]["loss"] < rows(run)[0]["loss"] < 1
+    picture = Image.open(run / "reconstructions/step-00000018.png")
+    assert picture.size == (8 * (224 + 4) + 4, 4 * (224 + 4) + 4 + 20)  # two sets of four columns
+    out = tmp_path / "pictures"
+    assert main(["predict", str(run / "model.safetensors"), *clip.data.root, "--out", str(out)]) == 0
+    assert Image.open(out / "prediction-0000.png").size[0] == 6 * (224 + 4) + 4  # three: nobody knows the features
+    assert "prediction-0000.png" in capsys.readouterr().out
+
+
+def test_the_recipe_comes_first(capsys):
+    assert main(["cache-features", "--out", "x", "itpn-pixel_nano"]) == 2
+    assert capsys.readouterr().err == "itpn: the recipe comes first: itpn cache-features RECIPE --out ...\n"
+
+
+def test_losses_of_an_average_grow_to_their_weight(ema):
+    config = ema()
+    config.teacher.ramp = 0.5  # of 18 steps
+    run = train(config, "test")
+    weights = {"feature": 0.5, "auxiliary": 0.5, "pyramid_1": 0.1, "pyramid_2": 0.2, "pyramid_3": 0.3}
+    for step, row in enumerate(rows(run), start=1):
+        features = sum(weight * row[f"loss_{name}"] for name, weight in weights.items())
+        assert row["loss"] == pytest.approx(row["loss_pixel"] + min(1, step / 9) * features, rel=1e-4)

@@ -309,7 +309,7 @@ def test_weights_from_the_hub(monkeypatch):
     model = timm.create_model("test_vit")
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *a, **k: weights)
-    monkeypatch.setattr(module, "_check_hub", lambda *a: None)
+    monkeypatch.setattr(module, "check_hub", lambda *a: None)
     teacher = build_teacher("test_vit.r160_in1k", None, (10, 10))
     images = torch.rand(1, 3, 160, 160)
     with torch.no_grad():

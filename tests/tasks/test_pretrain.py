@@ -10,7 +10,7 @@ from itpn.data.files import ImageSource
 from itpn.engine.run import make_loader
 from itpn.pretraining.build import build_masked_model
 from itpn.recipes import read_recipe
-from itpn.tasks.pretrain import PretrainingTask, warmup_cosine
+from itpn.tasks.pretrain import PretrainingTask, spread, warmup_cosine
 
 
 def make_task(world_size=1, accumulate=1, images=1_281_167, **data) -> PretrainingTask:
@@ -98,6 +98,15 @@ def test_fused_steps_give_way_to_scaled_gradients_that_are_clipped():
     assert task.configure_optimizers()["optimizer"].defaults["fused"]
     task.config.optimizer.clip_grad = 1.0
     assert not task.configure_optimizers()["optimizer"].defaults["fused"]
+
+
+def test_spread_sees_a_collapse():
+    """Of targets that are all the same, and of those that tell nothing but the position; not of healthy ones."""
+    noise = torch.randn(64, 16, 8, generator=torch.Generator().manual_seed(0))
+    assert float(spread(torch.ones(64, 16, 8))) == 0
+    assert float(spread(noise[:1].expand(64, -1, -1))) == 0
+    assert float(spread(noise)) == pytest.approx(1, abs=0.02)
+    assert float(spread(noise[:1])) == pytest.approx(1, abs=0.1)
 
 
 def test_normalisation_and_back():

@@ -11,14 +11,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from itpn.config import Config, from_dict, image_size, override_model, to_dict
+from itpn.config import HUB, Config, from_dict, image_size, override_model, to_dict
 from itpn.errors import UserError
 from itpn.models.position import Grid, resample_position_table, resample_relative_table
 from itpn.models.variants import BACKBONES
 from itpn.pretraining.build import build_masked_model
+from itpn.pretraining.foreign import check_hub, one_line
 from itpn.pretraining.model import MaskedImageModel
-
-HUB = "hf-hub:"  # as timm writes it
 
 
 @dataclass
@@ -57,11 +56,11 @@ def fetch(source: str | Path) -> Path:
     from huggingface_hub import hf_hub_download
 
     try:
+        check_hub(str(source).removeprefix(HUB), "model.safetensors")
         return Path(hf_hub_download(str(source).removeprefix(HUB), "model.safetensors"))
     except Exception as error:  # no network, no such repository, no such file: each library version has its own
-        reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"no model.safetensors could be fetched from {source} ({reason}); give a file's path"
+            f"no model.safetensors could be fetched from {source} ({one_line(error)}); give a file's path"
         ) from error
 
 

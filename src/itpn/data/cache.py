@@ -16,17 +16,23 @@ from itpn.errors import UserError
 
 @dataclass
 class CacheIndex:
-    """What a cache holds: the content of its ``features.json``."""
+    """What a cache holds: the content of its ``itpn-features.json``."""
 
     teacher: str
     checkpoint: str | None
     width: int
     img_size: tuple[int, int]
     patch_size: int
-    samples: int
+    images: int
+    views: int
     shard_size: int
     settings: dict[str, Any]  # of the data and the seed: what crops were drawn
     complete: bool = False
+
+    @property
+    def samples(self) -> int:
+        """Crops: those of the first view, then those of the second."""
+        return self.images * self.views
 
     @property
     def shards(self) -> int:
@@ -74,21 +80,28 @@ class FeatureCache:
         self.index = read_index(folder)
         if not self.index.complete:
             raise UserError(f"cached features in {folder} are not complete: repeat the command that writes them")
-        self._open: dict[int, Any] = {}  # opened by each process for itself
+        missing = [path for n in range(self.index.shards) if not (path := shard_path(folder, n)).exists()]
+        if missing:
+            raise UserError(f"{missing[0]} is missing: repeat the command that writes the features")
+        self._open: dict[int, tuple[Any, list[str]]] = {}  # opened by each process for itself
 
     def __len__(self) -> int:
         return self.index.samples
 
-    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
-        """Crop uint8 [3, H, W] and features [N, D]."""
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor, str]:
+        """Crop uint8 [3, H, W], features [N, D] and the image's name."""
         shard, row = divmod(number, self.index.shard_size)
         try:
             if shard not in self._open:
-                self._open[shard] = safe_open(shard_path(self.folder, shard), "pt")
-            image, feature = (self._open[shard].get_slice(name)[row] for name in ("image", "feature"))
-        except (SafetensorError, OSError, IndexError) as error:
-            raise UserError(f"{shard_path(self.folder, shard)} is missing or damaged ({error})") from error
-        return image, feature
+                file = safe_open(shard_path(self.folder, shard), "pt")
+                self._open[shard] = file, json.loads(file.metadata()["keys"])
+            file, keys = self._open[shard]
+            image, feature = (file.get_slice(name)[row] for name in ("image", "feature"))
+        except (SafetensorError, OSError, IndexError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{shard_path(self.folder, shard)} is damaged ({error}): remove it and repeat the command that wrote it"
+            ) from error
+        return image, feature, keys[row]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}

@@ -9,7 +9,7 @@ from itpn.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
-CACHE_INDEX = "features.json"  # in a folder written by `itpn cache-features`
+CACHE_INDEX = "itpn-features.json"  # in a folder written by `itpn cache-features`
 
 
 @dataclass(frozen=True)

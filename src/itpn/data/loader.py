@@ -81,7 +81,7 @@ class PretrainingLoader:
     ) -> None:
         cache = FeatureCache(source.cache) if source.cache else None
         if cache is not None:
-            self.images = len(cache)
+            self.images = cache.index.images
         elif source.images:
             self.images = len(source.images)
         else:
@@ -140,7 +140,7 @@ class PretrainingLoader:
         self.wait_seconds += time.perf_counter() - start
         if batch["image"] is None:
             self.close()
-            raise UserError(_nothing_readable(batch["broken"]))
+            raise UserError(batch.get("error") or _nothing_readable(batch["broken"]))
         self._position += 1
         return batch
 
@@ -258,20 +258,19 @@ class _CachedBatches(Dataset[Batch]):
     def __init__(self, cache: FeatureCache, plan: _Plan) -> None:
         self.cache = cache
         self.plan = plan
-        self._order = _EpochOrder(len(cache), plan.seed)
+        self._order = _EpochOrder(cache.index.images, plan.seed)
 
     def __getitem__(self, number: int) -> Batch:
         plan = self.plan
         epoch, batch = divmod(number, plan.batches)
         order = self._order(epoch)
-        numbers = [int(order[place % len(order)]) for place in plan.places(batch)]
-        samples = [self.cache[number] for number in numbers]
-        return {
-            "image": torch.stack([image for image, _ in samples]),
-            "feature": torch.stack([feature for _, feature in samples]),
-            "key": [str(number) for number in numbers],
-            "broken": [],
-        }
+        first = epoch % self.cache.index.views * len(order)  # an epoch sees each image once, in the next of its views
+        numbers = [first + int(order[place % len(order)]) for place in plan.places(batch)]
+        try:
+            images, features, keys = zip(*(self.cache[number] for number in numbers), strict=True)
+        except UserError as error:  # from a worker it would come as a traceback
+            return {"image": None, "error": str(error)}
+        return {"image": torch.stack(images), "feature": torch.stack(features), "key": list(keys), "broken": []}
 
 
 class _ShardBatches(IterableDataset[Batch]):

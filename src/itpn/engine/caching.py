@@ -1,7 +1,9 @@
 """`itpn cache-features`: a recipe's teacher, run once over the images, into shards to train from."""
 
 import dataclasses
+import hashlib
 import itertools
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,7 +22,17 @@ from itpn.pretraining.teacher import FeatureTeacher
 
 SHARD_SIZE = 512
 # what decides which crop of which image is where
-CROP_SETTINGS = ("img_size", "crop_scale", "crop_ratio", "interpolation", "hflip", "color_jitter", "samples_per_epoch")
+CROP_SETTINGS = (
+    "crop_scale",
+    "crop_ratio",
+    "interpolation",
+    "hflip",
+    "color_jitter",
+    "max_pixels",
+    "shuffle_buffer",
+    "samples_per_epoch",
+)
+AT_A_TIME = 64  # each image of a loader's process holds a file open until it is copied
 
 
 def cache_features(config: Config, source: ImageSource, out: Path, views: int, half: bool) -> None:
@@ -43,15 +55,22 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
     one = replace(config.data, batch_size=1, num_workers=workers)
     loader = make_loader(replace(config, data=one), source, 0, 1, teacher.img_size)
     settings = {key: value for key, value in to_dict(config)["data"].items() if key in CROP_SETTINGS}
+    names = "\n".join(os.path.abspath(path) for path in source.images or source.shards)
     index = CacheIndex(
         teacher=teacher.name,
         checkpoint=config.teacher.checkpoint,
         width=teacher.width,
         img_size=image_size(config.data),
         patch_size=config.model.patch_size,
-        samples=len(loader) * views,
+        images=loader.images,
+        views=views,
         shard_size=SHARD_SIZE,
-        settings={**settings, "seed": config.seed, "images": loader.images, "half": half},
+        settings={
+            **settings,
+            "seed": config.seed,
+            "half": half,
+            "files": hashlib.sha256(os.fsencode(names)).hexdigest(),
+        },
     )
     _open_folder(out, index)
     cuda = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu")
@@ -73,16 +92,16 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
             position = min(begin + SHARD_SIZE, index.samples)
             samples = itertools.islice(stream, position - begin)
             images, features, keys = [], [], []
-            for batch in iter(lambda: list(itertools.islice(samples, config.data.batch_size)), []):  # noqa: B023
+            for batch in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):  # noqa: B023
                 for message in skipped.update(item for sample in batch for item in sample["broken"]):
                     console.print(f"skipped {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-                seen = torch.cat(
-                    [sample["teacher_image" if "teacher_image" in sample else "image"] for sample in batch]
-                )
-                features.append(_run(teacher, seen, precision).to(dtype).cpu())
-                images += [sample["image"] for sample in batch]
+                view = "teacher_image" if "teacher_image" in batch[0] else "image"
+                shown = torch.cat([sample[view] for sample in batch])
+                features.append(_run(teacher, shown, precision).to(dtype).cpu())
+                images.append(torch.cat([sample["image"] for sample in batch]))
                 keys += [key for sample in batch for key in sample["key"]]
             write_shard(shard_path(out, number), torch.cat(images), torch.cat(features), keys)
+            skipped.check(min(position, loader.images), epoch_ended=position >= loader.images)
     finally:
         loader.close()
     write_index(out, replace(index, complete=True))
@@ -99,12 +118,11 @@ def _open_folder(out: Path, index: CacheIndex) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         if (out / CACHE_INDEX).exists():
-            before, now = dataclasses.asdict(read_index(out)), dataclasses.asdict(index)
-            for key in now:
-                if key != "complete" and before[key] != now[key]:
-                    raise UserError(
-                        f"{out} holds features of other settings ({key} {before[key]}); choose another --out"
-                    )
+            before, now = ({**dataclasses.asdict(i), **i.settings} for i in (read_index(out), index))
+            for key in [key for key in now if key not in ("complete", "settings")]:
+                if before.get(key) != now[key]:
+                    what = "of other images" if key == "files" else f"with {key} {before.get(key)}, not {now[key]}"
+                    raise UserError(f"{out} holds features {what}; choose another --out")
         write_index(out, index)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error

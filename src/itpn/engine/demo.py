@@ -27,12 +27,11 @@ def demo(output_dir: Path) -> None:
     console = Console()
     folders = write_shapes(output_dir / "shapes", train=1200, val=300, img_size=64)
     console.print(f"sample images: {folders.imagefolder} (also as COCO and ADE20K beside it)", soft_wrap=True)
-    sets = [_read_labelled(folders.imagefolder / split) for split in ("train", "val")]
     table = Table(
         "predicted", "loss", "backbone", "pyramid", title="shapes that a linear classifier on frozen features names"
     )
-    runs: list[Path] = []
-    for title, name in RECIPES.items():
+    runs = []
+    for name in RECIPES.values():
         recipe, config = read_recipe(name)
         config.data.root = (str(folders.imagefolder),)
         # many small steps: the most to be seen in a few minutes on two cores
@@ -41,16 +40,16 @@ def demo(output_dir: Path) -> None:
         config.trainer.max_epochs = 8
         config.trainer.devices = 1  # eight GPUs would make few steps of these images
         config.output_dir = str(output_dir)
-        if not runs:
-            table.add_row("nothing: random weights", "", *_percent(probe(config, None, sets)))
-        runs.append(train(config, recipe))
-        loss = _last_loss(runs[-1])
-        table.add_row(title, loss, *_percent(probe(config, runs[-1] / "model.safetensors", sets)))
+        runs.append((config, train(config, recipe)))
+    sets = [_read_labelled(folders.imagefolder / split) for split in ("train", "val")]
+    table.add_row("nothing: random weights", "", *_percent(probe(runs[0][0], None, sets)))
+    for title, (config, run) in zip(RECIPES, runs, strict=True):
+        table.add_row(title, _last_loss(run), *_percent(probe(config, run / "model.safetensors", sets)))
     console.print(table)
-    pictures = "\n".join(str(max((run / "reconstructions").glob("*.png"))) for run in runs)
+    pictures = "\n".join(str(max((run / "reconstructions").glob("*.png"))) for _, run in runs)
     console.print(
         f"[bold]look at[/bold] these, three of four units were hidden:\n{pictures}\n"
-        f"weights: {runs[-1] / 'model.safetensors'}\ncurves: tensorboard --logdir {output_dir}\n"
+        f"weights: {runs[-1][1] / 'model.safetensors'}\ncurves: tensorboard --logdir {output_dir}\n"
         f"your own images: itpn train itpn-mfm_tiny --data.root FOLDER",
         soft_wrap=True,
         highlight=False,

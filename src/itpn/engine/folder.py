@@ -16,6 +16,7 @@ from itpn.errors import UserError
 # what may differ when a run goes on; anything else would make it another run
 FREE = {
     "model": {"checkpoint", "grad_checkpointing"},
+    "teacher": {"checkpoint", "min_std"},
     "data": {"num_workers", "max_broken"},
     "trainer": {
         "max_epochs",

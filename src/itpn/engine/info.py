@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.config import Config, ModelConfig, image_size
 from itpn.models.hivit import HiViT
+from itpn.pretraining.average import MovingAverageTeacher
 from itpn.pretraining.build import build_masked_model
 from itpn.pretraining.model import MaskedImageModel
 from itpn.pretraining.teacher import count_teacher_parameters
@@ -58,6 +59,11 @@ def print_info(name: str, config: Config | None) -> None:
     if config is not None and model is not None:
         hidden = f"{model.objective.mask_ratio:.0%} of the units hidden"
         table.add_row("", f"{_masked_flops(model, images):.2f} G for a forward pass in training, {hidden}")
+        if config.teacher.name == "ema":
+            average = count_flops(MovingAverageTeacher(model), images)
+            table.add_row("", f"{average:.2f} G for that of the moving average, nothing hidden")
+        elif config.teacher.name is not None:
+            table.add_row("", "and that of the teacher")
     table.add_section()
     for i, stage in enumerate(backbone.eval().forward_intermediates(images, intermediates_only=True), start=1):
         table.add_row(f"stage {i}", _shape(stage, backbone.feature_info[i - 1]["reduction"]))

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
@@ -69,8 +70,8 @@ def _draw_features(
     mean = flat.mean(dim=0)
     with torch.random.fork_rng(devices=[]):  # the decomposition starts from random numbers
         torch.manual_seed(0)
-        _, _, axes = torch.pca_lowrank((flat - mean).cpu(), q=6, center=False)
-    axes = axes[:, :3].to(x.device)
+        _, _, axes = torch.pca_lowrank((flat - mean).cpu(), q=min(6, *flat.shape), center=False)
+    axes = F.pad(axes[:, :3], (0, max(0, 3 - axes.shape[1]))).to(x.device)  # one unit alone has but one
     spread = (2 * ((flat - mean) @ axes).std(dim=0)).clamp(min=1e-6)  # two deviations span the range of a colour
     columns = {"predicted features": prediction}
     if output.target is not None:

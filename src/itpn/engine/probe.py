@@ -88,7 +88,7 @@ def knn_accuracy(
 def linear_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, weight_decay: float = 1e-3
 ) -> float:
-    """Top-1 accuracy of multinomial logistic regression on standardised features, fitted to the end by L-BFGS."""
+    """Top-1 accuracy of multinomial logistic regression on standardised features, by L-BFGS."""
     deviation, mean = torch.std_mean(train, dim=0)
     train, test = ((x - mean) / (deviation + 1e-6) for x in (train, test))
     classifier = nn.Linear(train.shape[1], int(train_labels.max()) + 1)

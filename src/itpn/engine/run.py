@@ -84,15 +84,18 @@ def train(config: Config, recipe: str, source: ImageSource | None = None) -> Pat
             notes = load_weights(model, read_weights(config.model.checkpoint), config.model.checkpoint)
             for note in [f"starting from the weights of {config.model.checkpoint}", *notes]:
                 console.print(note, highlight=False)
+        average = MovingAverageTeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
         if config.trainer.compile:
             model.compile()
+            if average is not None:
+                average.compile()
 
         task = PretrainingTask(
             model,
             config,
             recipe,
             lambda rank, world: make_loader(config, images, rank, world, teacher.img_size if teacher else None),
-            MovingAverageTeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else teacher,
+            average or teacher,
         )
         skipped = SkippedImages(len(images.images) or None, config.data.max_broken)
         monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps)
@@ -133,6 +136,8 @@ def make_frozen_teacher(config: Config) -> FeatureTeacher | None:
         return None
     rows, cols = (side // config.model.patch_size for side in image_size(config.data))
     teacher = build_teacher(name, config.teacher.checkpoint, (rows, cols))
+    if config.teacher.width not in (None, teacher.width):
+        raise UserError(f"--teacher.width is {config.teacher.width}, but {name} has {teacher.width}: leave it out")
     config.teacher.width = teacher.width
     return teacher
 
@@ -143,12 +148,12 @@ def check_cache(config: Config, folder: str) -> None:
     asked = {"--data.img-size": image_size(config.data), "--model.patch-size": config.model.patch_size}
     held = {"--data.img-size": index.img_size, "--model.patch-size": index.patch_size}
     if config.teacher.name not in (None, "ema"):
-        asked |= {"--teacher.name": config.teacher.name, "--teacher.checkpoint": config.teacher.checkpoint}
-        held |= {"--teacher.name": index.teacher, "--teacher.checkpoint": index.checkpoint}
+        # not the file of its weights, which need not be there any more
+        asked["--teacher.name"], held["--teacher.name"] = config.teacher.name, index.teacher
         config.teacher.width = index.width
     for option, value in asked.items():
         if value != held[option]:
-            raise UserError(f"{folder} holds features of {option} {held[option]}, not {value}; cache them anew")
+            raise UserError(f"{folder} holds features for {option} {held[option]}, not {value}")
 
 
 def make_loader(

@@ -4,7 +4,7 @@ from typing import Any
 
 from timm import create_model
 
-from itpn.config import ModelConfig, TeacherConfig
+from itpn.config import ModelConfig, TeacherConfig, check_model
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
 from itpn.models.pyramid import FeaturePyramid
@@ -24,8 +24,10 @@ def build_masked_model(
         teacher: whose features are predicted, needed for their width alone.
 
     Raises:
-        UserError: no backbone or teacher of that name.
+        UserError: no backbone or teacher of that name, or settings that do not fit one another.
     """
+    teacher = teacher or TeacherConfig()
+    check_model(config, teacher)
     if config.name not in BACKBONES:
         raise UserError(f"no model {config.name!r}; models are {', '.join(BACKBONES)}")
     options: dict[str, Any] = {} if config.rel_pos_bias is None else {"rel_pos_bias": config.rel_pos_bias}
@@ -51,7 +53,7 @@ def build_masked_model(
         weight_init=config.weight_init,
     )
     objective = make_objective(config)
-    widths = target_widths(objective, backbone, pyramid_width, config, teacher or TeacherConfig())
+    widths = target_widths(objective, backbone, pyramid_width, config, teacher)
     common: dict[str, Any] = {
         "pyramid_width": pyramid_width,
         "fill_hidden": objective.drops_units,

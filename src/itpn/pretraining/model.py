@@ -21,7 +21,8 @@ class MaskedOutput(NamedTuple):
     """What a masked model returns.
 
     Attributes:
-        loss: scalar, the weighted sum of ``losses``; None where no target was given for any of them.
+        loss: scalar, the weighted sum of ``losses``, those on features times the model's ``feature_scale``; None where
+            no target was given for any of them.
         losses: each part of the loss by name, not weighted: pixel, feature, auxiliary, pyramid_1 (finest) to 3.
         prediction, target: of the first of these that the model has, [B, N, D] in unit order; in training mode, where
             its loss needs the hidden units only and the backbone drops them, just those, [B, M, D].
@@ -97,6 +98,9 @@ class MaskedImageModel(nn.Module):
         self.mask_token = None if objective.drops_units else nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
+        # of all losses on features, for a teacher that has to learn first
+        self.feature_scale: Tensor
+        self.register_buffer("feature_scale", torch.ones(()), persistent=False)
         self.tap = int(0.75 * len(backbone.stages[2])) if auxiliary else None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -133,24 +137,29 @@ class MaskedImageModel(nn.Module):
         grid = self.backbone.grid_of(images.shape[-2:])
         mask, split = self._hide(images, mask, grid)
         given = self._name_targets(target)
-        losses, first = {}, None
+        losses: dict[str, Tensor] = {}
+        compared: list[tuple[Tensor, Tensor | None]] = []
         for name, tokens, head in self._decode(images, mask, split, grid):
             hidden_only = self.objective.hidden_only(name)
             # in training what is not compared is not predicted either
             picked = split.hidden if split is not None and self.training and hidden_only else None
             prediction = head.predict(name, pick_tokens(tokens, split, picked is not None))
             wanted = self._target(name, images, given, picked)
-            first = first or (prediction, wanted)
+            compared.append((prediction, wanted))
             if wanted is None:
                 continue
             if wanted.shape != prediction.shape:
                 raise ValueError(f"target of {name!r} is {list(wanted.shape)}, not {list(prediction.shape)}")
             error = self._error(name, prediction, wanted)  # [B, N] or [B, M]
-            compared = mask if hidden_only and picked is None else None
-            losses[name] = error.mean() if compared is None else (error * compared).sum() / compared.sum().clamp(min=1)
-        assert first is not None
-        loss = sum(self.objective.weights[name] * part for name, part in losses.items()) if losses else None
-        return MaskedOutput(loss, losses, *first, mask)  # type: ignore[arg-type]  # a sum of tensors is one
+            if hidden_only and picked is None:
+                losses[name] = (error * mask).sum() / mask.sum().clamp(min=1)
+            else:
+                losses[name] = error.mean()
+        weighted = [
+            self.objective.weights[name] * (part if name == "pixel" else self.feature_scale * part)
+            for name, part in losses.items()
+        ]
+        return MaskedOutput(torch.stack(weighted).sum() if weighted else None, losses, *compared[0], mask)
 
     def _hide(self, images: Tensor, mask: Tensor | None, grid: Grid) -> tuple[Tensor, Split | None]:
         """The mask, and the split of units where hidden ones are dropped."""

@@ -59,4 +59,6 @@ def feature_error(prediction: Tensor, target: Tensor, kind: str) -> Tensor:
         return F.smooth_l1_loss(prediction, target, reduction="none").mean(dim=-1)
     if kind == "cosine":
         return -F.cosine_similarity(prediction, target, dim=-1)
+    if kind != "cross_entropy":
+        raise ValueError(f"no feature loss {kind!r}; there are smooth_l1, cosine and cross_entropy")
     return -(target * prediction.log_softmax(dim=-1)).sum(dim=-1)

@@ -12,31 +12,24 @@ A teacher sees an image of such a size that it makes just one feature a unit: a 
 
 import contextlib
 import difflib
-import io
-import logging
-import pickle
 import re
 import warnings
-import zipfile
-from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeVar
 
 import timm
 import torch
-from safetensors.torch import load_file
 from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-from timm.models import clean_state_dict, get_pretrained_cfg
+from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from itpn.errors import UserError
 from itpn.models.position import Grid
+from itpn.pretraining.foreign import FILE_FORMS, check_hub, describe_mismatch, one_line, quiet_timm, read_tensors
 
 T = TypeVar("T")
 
-FILE_FORMS = "a .safetensors or .pt file in timm, OpenAI CLIP or open_clip form"
 CLIP_BASE = "vit_base_patch16_clip_quickgelu_224.openai"  # what the name `clip` builds on
 # where the files of CLIP models keep the last linear layer of the projection, output width first but for OpenAI's
 CLIP_PROJECTIONS = (
@@ -212,7 +205,7 @@ def _plan(name: str, checkpoint: str | None) -> _Plan:
         _check_name(name)
     if checkpoint is None:
         return _Plan(name, name, projected=_is_clip(name) and not _is_fine_tuned(name))
-    state = _read(checkpoint)
+    state = read_tensors(checkpoint)
     if name == "clip":
         return _clip_plan(checkpoint, state)
 
@@ -344,7 +337,7 @@ def _ask(plan: _Plan, img_size: tuple[int, int] | None, question: Callable[[Feat
                 image = torch.zeros(1, 3, *(img_size or model.pretrained_cfg["input_size"][-2:]))
                 return question(FeatureTower(model, plan.projected), image)
         except Exception as error:  # a network may do anything with a size that does not suit it
-            reason = _one_line(error)
+            reason = one_line(error)
     what = f"an image of {img_size[0]}x{img_size[1]} px" if img_size else "an image"
     raise UserError(f"teacher {plan.name} cannot make a map of {what} ({reason}): choose another --teacher.name")
 
@@ -390,44 +383,6 @@ def _create(plan: _Plan, img_size: tuple[int, int] | None, **options: Any) -> An
 # --- its weights
 
 
-def _read(path: str) -> dict[str, Tensor]:
-    """The tensors of a file; of a model of images and text, those of the image tower."""
-    if not Path(path).is_file():
-        raise UserError(f"teacher checkpoint {path} does not exist")
-    try:
-        state = _read_tensors(path)
-        for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # as timm and open_clip wrap them
-            if isinstance(state.get(key), dict):
-                state = state[key]
-        tensors = {key: t for key, t in state.items() if isinstance(t, Tensor)}
-    except Exception as error:  # of whatever class: damaged files are damaged in many ways
-        # torch raises this for Python objects, which could run code, and for what is no pickle at all
-        unpickling = isinstance(error, pickle.UnpicklingError)
-        reason = "is no checkpoint or has Python objects in it" if unpickling else "is damaged or no checkpoint"
-        raise UserError(f"teacher checkpoint {path} {reason}; give {FILE_FORMS}") from error
-    if not tensors:
-        raise UserError(f"teacher checkpoint {path} has no weights in it; give {FILE_FORMS}")
-    tensors = clean_state_dict(tensors)  # "module." and the like
-    visual = {key: t for key, t in tensors.items() if key.startswith("visual.")}
-    return visual or tensors
-
-
-def _read_tensors(path: str) -> dict[str, Any]:
-    if path.endswith(".safetensors"):
-        return load_file(path)
-    zipped = zipfile.is_zipfile(path)
-    if zipped:
-        with zipfile.ZipFile(path) as archive:
-            if any(member.endswith("/constants.pkl") for member in archive.namelist()):
-                # TorchScript, as OpenAI publishes CLIP. Its code is a language of its own that cannot import Python
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # deprecated, and yet what those files need
-                    return torch.jit.load(path, map_location="cpu").state_dict()
-    # weights_only: a checkpoint must not be able to run code. Many store the options of their command line beside
-    with torch.serialization.safe_globals([Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-
-
 def _load(plan: _Plan, img_size: tuple[int, int]) -> Any:
     """Build the model with the weights of the file, which timm converts to its own form and to the image size."""
     overlay = {
@@ -440,11 +395,11 @@ def _load(plan: _Plan, img_size: tuple[int, int]) -> Any:
         "label_offset": None,
     }
     try:
-        with _quiet_timm() as said:
+        with quiet_timm() as said:
             model = _create(plan, img_size, pretrained=True, pretrained_cfg_overlay=overlay)
     except Exception as error:  # the converters of a wrong file raise all kinds
         raise UserError(
-            f"teacher checkpoint {plan.checkpoint} is not of {plan.name}: {_mismatch(error)}; {_hint(plan)}"
+            f"teacher checkpoint {plan.checkpoint} is not of {plan.name}: {describe_mismatch(error)}; {_hint(plan)}"
         ) from error
     weight = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "weight", torch.empty(0))
     for key in ("patch_embed.proj.weight", "visual.trunk.patch_embed.proj.weight", "visual.conv1.weight"):
@@ -477,73 +432,15 @@ def _fetch(plan: _Plan, img_size: tuple[int, int]) -> Any:
         raise UserError(f"timm publishes no weights of teacher {plan.name}: {instead}")
     try:
         if cfg.hf_hub_id:
-            _check_hub(cfg.hf_hub_id.partition("@")[0], cfg.hf_hub_filename)
+            check_hub(cfg.hf_hub_id.partition("@")[0], cfg.hf_hub_filename)
         return _create(plan, img_size, pretrained=True)
     except Exception as error:  # whatever the hub's client raises
         raise UserError(
-            f"the weights of teacher {plan.name} could not be fetched ({_one_line(error)}): {instead}"
+            f"the weights of teacher {plan.name} could not be fetched ({one_line(error)}): {instead}"
         ) from error
-
-
-def _check_hub(repository: str, filename: str | None) -> None:
-    """Raise at once what is in the way to the hub: its own client retries for most of a minute, and says so often."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import HfHubHTTPError
-
-    names = [filename] if filename else ["model.safetensors", "pytorch_model.bin"]
-    if any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
-        return
-    # the hub's answer, that a file is not there for example, is timm's to deal with
-    with contextlib.suppress(HfHubHTTPError):
-        get_hf_file_metadata(hf_hub_url(repository, names[0]), timeout=5)
-
-
-class _Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-@contextlib.contextmanager
-def _quiet_timm() -> Iterator[list[str]]:
-    """Take what timm logs while it loads weights, and what its converters print."""
-    logger = logging.getLogger("timm.models._builder")
-    handler = _Messages()
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield handler.messages
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-
-
-def _mismatch(error: Exception) -> str:
-    """The first thing that does not fit, of all that torch lists."""
-    text = str(error)
-    if found := re.search(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", text):
-        there, here = (f"[{shape}]" for shape in found.groups()[1:])
-        return f"{found[1]} is {there} there, {here} in the model"
-    if found := re.search(r'Missing key\(s\) in state_dict: "(.*?)"', text):
-        return f"it has no {found[1]}"
-    if found := re.search(r'Unexpected key\(s\) in state_dict: "(.*?)"', text):
-        return f"the model has no {found[1]}"
-    return f"timm cannot convert it ({_one_line(error)})"
 
 
 def _hint(plan: _Plan) -> str:
     if plan.name != "clip" and "visual.class_embedding" in plan.state:
         return "--teacher.name clip takes the sizes from the file"
     return "give the name of the model in the file to --teacher.name"
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__

@@ -86,6 +86,9 @@ class PretrainingTask(L.LightningModule):
         torch.manual_seed(derive_seed(self.config.seed, "step", step, self.global_rank))
         images = self.normalize(batch["image"])
         targets = self.make_targets(batch, images)
+        if self.average is not None and self.config.teacher.ramp:
+            ramp = self.config.teacher.ramp * self._total_steps
+            self.model.feature_scale.fill_(min(1.0, (self.trainer.global_step + 1) / ramp))
         output = self.model(images, target=targets)
         figures = {"loss": output.loss.detach()}
         if len(output.losses) > 1:
@@ -175,8 +178,12 @@ class PretrainingTask(L.LightningModule):
 
 
 def spread(target: Tensor) -> Tensor:
-    """Deviation of targets [B, N, D] over images and units, the mean over D: near 0 when the teacher has collapsed."""
-    return target.flatten(0, 1).std(dim=0).mean()
+    """Deviation of targets [B, N, D] over images, the mean over N and D: near 0 when the teacher has collapsed.
+
+    Not over units: targets that tell nothing but the position have collapsed as well. Of a single image, though, there
+    are only its units.
+    """
+    return target.std(dim=1 if len(target) == 1 else 0).mean()
 
 
 def warmup_cosine(
