@@ -1,6 +1,6 @@
 """Does masked feature modelling help? Pixels, pixels and features, features alone: the same images, then a probe.
 
-    python benchmarks/objectives.py SHARDS_OF_CIFAR --images 100000 --seeds 0 1 2
+    python benchmarks/objectives.py SHARDS_OF_CIFAR --images 16000 --seeds 0 1 2
 
 Each arm trains the same small network on the training shards without their labels. Then nearest neighbours and a
 linear classifier on its frozen features (learned from 5,000 labelled images) are asked about the test shard, beside the
@@ -72,13 +72,13 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of train-*.tar* and test-*.tar* with .jpg and .cls members")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=100_000, help="seen in training (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=16_000, help="seen in training (default: %(default)s)")
     parser.add_argument(
         "--labels", type=int, default=5_000, help="labelled images to learn from (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--num-workers", type=int, default=1)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--num-workers", type=int, default=0)
+    parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight", type=float, help="of each pyramid level (default: the recipe's)")
     parser.add_argument("--momentum", type=float, help="of the moving average at the start (default: the recipe's)")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))

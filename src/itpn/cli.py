@@ -20,8 +20,8 @@ CACHE_DESCRIPTION = (
     "Worth it where the teacher costs more than the student and the disk holds its features: several runs or many "
     "epochs over a set that is not large, a large teacher, hidden units dropped. Training then sees the crops drawn "
     "here and no others, a view an epoch, so give several --views; for a long run over millions of images the live "
-    "teacher with its fresh crops is better. A crop takes a byte for each value of its pixels and 4 (--half: 2) for each number of its "
-    "features: 0.55 MB at 224 px with CLIP-B. Stopped in the middle, the same command goes on."
+    "teacher with its fresh crops is better. A crop takes a byte for each value of its pixels and 4 (--half: 2) for "
+    "each number of its features: 0.55 MB at 224 px with CLIP-B. Stopped in the middle, the same command goes on."
 )
 
 
