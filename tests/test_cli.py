@@ -15,7 +15,7 @@ from PIL import Image
 import itpn
 from itpn.checkpoints.weights import save_weights
 from itpn.cli import main
-from itpn.data.shapes import ShapesFolders, write_shapes
+from itpn.data.shapes import ShapesFolders
 from itpn.errors import NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import read_recipe
 
@@ -204,7 +204,7 @@ def test_weights_of_a_hub(tmp_path, monkeypatch):
         itpn.get_model(recipe, pretrained="hf-hub:lab/birds")
 
 
-def test_a_hub_out_of_reach_is_one_line(tmp_path, capsys, monkeypatch):
+def test_a_hub_out_of_reach_is_one_line(photos, tmp_path, capsys, monkeypatch):
     """Asking for CLIP without a network: the model, what to give instead, the option; and no run folder."""
     import huggingface_hub
 
@@ -213,8 +213,7 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *args: None)
-    write_shapes(tmp_path / "shapes", train=2, val=1, img_size=32)
-    arguments = ["--data.root", str(tmp_path / "shapes"), "--output-dir", str(tmp_path / "runs")]
+    arguments = ["--data.root", str(photos), "--output-dir", str(tmp_path / "runs")]
     assert main(["train", "itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-300e_in1k", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
