@@ -96,8 +96,6 @@ class TeacherConfig:
     """ema: share of the average that is kept at each step, less in the first thousands."""
     momentum_end: float = 1.0
     """ema: the same at the end of the run, reached by half a cosine."""
-    ramp: float = 0.0
-    """ema: share of the run in which its losses grow to their full weight, as the average has to learn first."""
     min_std: float = 0.05
     """Warn of a collapse when the deviation of the targets over a batch is smaller."""
 
@@ -356,7 +354,6 @@ def check(config: Config) -> None:
         "--data.hflip": data.hflip,
         "--data.max-broken": data.max_broken,
         "--data.color-jitter": data.color_jitter,
-        "--teacher.ramp": config.teacher.ramp,
         "--model.drop-path-rate": model.drop_path_rate,
     }
     for option, share in shares.items():

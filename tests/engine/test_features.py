@@ -300,13 +300,3 @@ def test_features_alone_in_bf16_and_their_pictures(clip, tmp_path, capsys):
 def test_the_recipe_comes_first(capsys):
     assert main(["cache-features", "--out", "x", "itpn-pixel_nano"]) == 2
     assert capsys.readouterr().err == "itpn: the recipe comes first: itpn cache-features RECIPE --out ...\n"
-
-
-def test_losses_of_an_average_grow_to_their_weight(ema):
-    config = ema()
-    config.teacher.ramp = 0.5  # of 18 steps
-    run = train(config, "test")
-    weights = {"feature": 0.5, "auxiliary": 0.5, "pyramid_1": 0.1, "pyramid_2": 0.2, "pyramid_3": 0.3}
-    for step, row in enumerate(rows(run), start=1):
-        features = sum(weight * row[f"loss_{name}"] for name, weight in weights.items())
-        assert row["loss"] == pytest.approx(row["loss_pixel"] + min(1, step / 9) * features, rel=1e-4)

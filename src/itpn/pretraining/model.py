@@ -21,8 +21,7 @@ class MaskedOutput(NamedTuple):
     """What a masked model returns.
 
     Attributes:
-        loss: scalar, the weighted sum of ``losses``, those on features times the model's ``feature_scale``; None where
-            no target was given for any of them.
+        loss: scalar, the weighted sum of ``losses``; None where no target was given for any of them.
         losses: each part of the loss by name, not weighted: pixel, feature, auxiliary, pyramid_1 (finest) to 3.
         prediction, target: of the first of these that the model has, [B, N, D] in unit order; in training mode, where
             its loss needs the hidden units only and the backbone drops them, just those, [B, M, D].
@@ -98,9 +97,6 @@ class MaskedImageModel(nn.Module):
         self.mask_token = None if objective.drops_units else nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
-        # of all losses on features, for a teacher that has to learn first
-        self.feature_scale: Tensor
-        self.register_buffer("feature_scale", torch.ones(()), persistent=False)
         self.tap = int(0.75 * len(backbone.stages[2])) if auxiliary else None
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -155,10 +151,7 @@ class MaskedImageModel(nn.Module):
                 losses[name] = (error * mask).sum() / mask.sum().clamp(min=1)
             else:
                 losses[name] = error.mean()
-        weighted = [
-            self.objective.weights[name] * (part if name == "pixel" else self.feature_scale * part)
-            for name, part in losses.items()
-        ]
+        weighted = [self.objective.weights[name] * part for name, part in losses.items()]
         return MaskedOutput(torch.stack(weighted).sum() if weighted else None, losses, *compared[0], mask)
 
     def _hide(self, images: Tensor, mask: Tensor | None, grid: Grid) -> tuple[Tensor, Split | None]:

@@ -86,9 +86,6 @@ class PretrainingTask(L.LightningModule):
         torch.manual_seed(derive_seed(self.config.seed, "step", step, self.global_rank))
         images = self.normalize(batch["image"])
         targets = self.make_targets(batch, images)
-        if self.average is not None and self.config.teacher.ramp:
-            ramp = self.config.teacher.ramp * self._total_steps
-            self.model.feature_scale.fill_(min(1.0, (self.trainer.global_step + 1) / ramp))
         output = self.model(images, target=targets)
         figures = {"loss": output.loss.detach()}
         if len(output.losses) > 1:
