@@ -35,8 +35,8 @@ def demo(output_dir: Path) -> None:
         recipe, config = read_recipe(name)
         config.data.root = (str(folders.imagefolder),)
         # many small steps: the most to be seen in a few minutes on two cores
-        config.data.batch_size, config.data.num_workers = 32, 1
-        config.optimizer.lr = 1.5e-3
+        config.data.batch_size, config.data.num_workers = 8, 1
+        config.optimizer.lr = 7e-4
         config.trainer.max_epochs = 8
         config.trainer.devices = 1  # eight GPUs would make few steps of these images
         config.output_dir = str(output_dir)
