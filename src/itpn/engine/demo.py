@@ -46,6 +46,7 @@ def demo(output_dir: Path) -> None:
     for title, (config, run) in zip(RECIPES, runs, strict=True):
         table.add_row(title, _last_loss(run), *_percent(probe(config, run / "model.safetensors", sets)))
     console.print(table)
+    console.print("six shapes, so chance is 17 %; a few minutes are little for either: benchmarks/RESULTS.md has more")
     pictures = "\n".join(str(max((run / "reconstructions").glob("*.png"))) for _, run in runs)
     console.print(
         f"[bold]look at[/bold] these, three of four units were hidden:\n{pictures}\n"
