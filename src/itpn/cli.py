@@ -43,8 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if len(arguments) > 1 and arguments[0] in WITH_CONFIG and arguments[1] not in ("-h", "--help"):
             raise UserError(f"the recipe comes first: itpn {arguments[0]} RECIPE {arguments[1]} ...")
         parser = make_parser()
-        if arguments and not arguments[0].startswith("-") and arguments[0] not in COMMANDS:
-            raise UserError(f"no command {arguments[0]!r}{nearest(arguments[0], list(COMMANDS))} (see itpn --help)")
+        names = [*WITH_CONFIG, *COMMANDS]
+        if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+            raise UserError(f"no command {arguments[0]!r}{nearest(arguments[0], names)} (see itpn --help)")
         options = parser.parse_args(arguments)
         if options.command is None:
             parser.print_help()
@@ -236,10 +237,6 @@ def run_list(options: argparse.Namespace) -> int:
     return 0
 
 
-def run_with_config(options: argparse.Namespace) -> int:
-    return WITH_CONFIG[options.command](options.recipe, [])
-
-
 def run_info(options: argparse.Namespace) -> int:
     from itpn.models.variants import BACKBONES
 
@@ -278,8 +275,6 @@ WITH_CONFIG = {"train": run_train, "cache-features": run_cache_features}
 COMMANDS = {
     "list": run_list,
     "info": run_info,
-    "train": run_with_config,
-    "cache-features": run_with_config,
     "predict": run_predict,
     "demo": run_demo,
 }

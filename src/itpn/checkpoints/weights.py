@@ -55,9 +55,10 @@ def fetch(source: str | Path) -> Path:
     """The ``model.safetensors`` of a hub repository, from the hub or from what was fetched before."""
     from huggingface_hub import hf_hub_download
 
+    repository, filename = str(source).removeprefix(HUB), "model.safetensors"
     try:
-        check_hub(str(source).removeprefix(HUB), "model.safetensors")
-        return Path(hf_hub_download(str(source).removeprefix(HUB), "model.safetensors"))
+        check_hub(repository, filename)
+        return Path(hf_hub_download(repository, filename))
     except Exception as error:  # no network, no such repository, no such file: each library version has its own
         raise UserError(
             f"no model.safetensors could be fetched from {source} ({one_line(error)}); give a file's path"

@@ -52,8 +52,8 @@ def print_info(name: str, config: Config | None) -> None:
         assert model is not None
         whole, trunk = count_parameters(model), count_parameters(backbone)
         table.add_row("parameters", f"{whole:.2f} M: backbone {trunk:.2f}, pyramid and decoder {whole - trunk:.2f}")
-        for line in _teacher_lines(config, whole):
-            table.add_row("teacher" if line.startswith(str(config.teacher.name)) else "", line)
+        for i, line in enumerate(_teacher_lines(config, whole)):
+            table.add_row("" if i else "teacher", line)
     gflops = count_flops(backbone.eval().forward_features, images)
     table.add_row("FLOPs", f"{gflops:.2f} G multiply-adds, backbone at {size[0]}x{size[1]} px, all units")
     if config is not None and model is not None:
