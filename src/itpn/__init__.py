@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import wrapt
 
-from itpn.models.variants import BACKBONES
+from itpn.models.variants import BACKBONES, WITH_PYRAMID
 from itpn.recipes import list_recipes
 
 if TYPE_CHECKING:
@@ -21,12 +21,12 @@ __version__ = "0.1.0"
 __all__ = ["get_model", "list_models", "list_recipes", "load"]
 
 # timm knows our models as soon as both are imported, in either order
-wrapt.register_post_import_hook(lambda _: importlib.import_module("itpn.models.hivit"), "timm")
+wrapt.register_post_import_hook(lambda _: importlib.import_module("itpn.models.registry"), "timm")
 
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that ``timm.create_model`` knows once itpn is imported, by a shell pattern."""
-    return fnmatch.filter(BACKBONES, pattern)
+    return fnmatch.filter([*BACKBONES, *WITH_PYRAMID.values()], pattern)
 
 
 def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: Any) -> "MaskedImageModel":

@@ -1,7 +1,8 @@
-"""HiViT, the hierarchical vision transformer of iTPN.
+"""HiViT, the hierarchical vision transformer of iTPN, and its faster relative, the backbone of Fast-iTPN.
 
 Zhang et al., "HiViT: A Simpler and More Efficient Design of Hierarchical Vision Transformer", ICLR 2023;
-Tian et al., "Integrally Pre-Trained Transformer Pyramid Networks", CVPR 2023, section 3.
+Tian et al., "Integrally Pre-Trained Transformer Pyramid Networks", CVPR 2023, section 3;
+Tian et al., "Fast-iTPN: Integrally Pre-Trained Transformer Pyramid Network with Token Migration", TPAMI 2024.
 
 An image is cut into *units* of 16x16 pixels. A unit holds 4x4 tokens in stage 1, 2x2 in stage 2 and one in
 stage 3. Stages 1 and 2 have no attention, so nothing crosses a unit before stage 3, and hidden units can be left
@@ -10,29 +11,31 @@ out from the very first layer without a change to the visible ones. Hence the la
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, trunc_normal_
-from timm.models import (
-    build_model_with_cfg,
-    checkpoint,
-    generate_default_cfgs,
-    register_model,
-)
+from timm.layers import DropPath, LayerScale, Mlp, SwiGLUPacked, to_2tuple, trunc_normal_
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from itpn.models.naming import detect_layout, to_ours
 from itpn.models.position import (
     Grid,
     Resample,
     relative_position_index,
+    resample_offsets,
     resample_position_table,
     resample_relative_table,
     sincos_position_table,
+    square,
 )
-from itpn.models.variants import BACKBONES
+from itpn.models.windows import Windows, pick_distinct, put_back, take
+
+QkvBias = bool | Literal["qv"]
+WeightInit = Literal["xavier", "trunc_normal"]
 
 
 def cut_units(images: Tensor, unit: int) -> Tensor:
@@ -54,12 +57,12 @@ def pick_units(units: Tensor, picked: Tensor | None) -> Tensor:
 class PatchEmbed(nn.Module):
     """Pixels to stage 1 tokens: a convolution of stride unit/4 (as a matrix product on visible units), then a norm."""
 
-    def __init__(self, unit: int, in_chans: int, dim: int, norm_eps: float) -> None:
+    def __init__(self, unit: int, in_chans: int, dim: int, norm_eps: float | None) -> None:
         super().__init__()
         self.unit = unit
         # kept as a convolution's weight, so that timm adapts it to other in_chans
         self.proj = nn.Conv2d(in_chans, dim, kernel_size=unit // 4, stride=unit // 4)
-        self.norm = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm = nn.LayerNorm(dim, eps=norm_eps) if norm_eps is not None else nn.Identity()
 
     def forward(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         x = pick_units(cut_units(images, self.unit), visible)  # [B, V, C, unit, unit]
@@ -70,31 +73,86 @@ class PatchEmbed(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, with a relative position bias where one is given."""
+    """Multi-head self-attention, with a relative position bias where one is given.
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True, rel_pos_grid: Grid | None = None) -> None:
+    Args:
+        qkv_bias: ``"qv"`` leaves it out of the keys, which it cannot matter to (Fast-iTPN).
+        rel_pos_grid: rows and columns of units that the relative position tables are made for; None for no bias.
+        decomposed: instead of a bias for each offset, a vector for each offset of rows and one for each of columns,
+            multiplied with the query (Li et al. 2022, "MViTv2", section 4.1; the published detectors).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: QkvBias = True,
+        rel_pos_grid: Grid | None = None,
+        decomposed: bool = False,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.rel_pos_grid = rel_pos_grid
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.decomposed = decomposed
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias is True)
+        self.q_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
+        self.v_bias = nn.Parameter(torch.zeros(dim)) if qkv_bias == "qv" else None
         self.proj = nn.Linear(dim, dim)
         if rel_pos_grid is not None:
-            offsets = (2 * rel_pos_grid[0] - 1) * (2 * rel_pos_grid[1] - 1)
-            self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets, num_heads))
+            rows, cols = (2 * side - 1 for side in rel_pos_grid)
+            if decomposed:
+                self.rel_pos_h = nn.Parameter(torch.zeros(rows, dim // num_heads))
+                self.rel_pos_w = nn.Parameter(torch.zeros(cols, dim // num_heads))
+            else:
+                self.relative_position_bias_table = nn.Parameter(torch.zeros(rows * cols, num_heads))
 
-    def forward(self, x: Tensor, grid: Grid | None = None, rel_pos_index: Tensor | None = None) -> Tensor:
-        """x [B, N, C]; rel_pos_index int64 [N, N] or [B, N, N] for units on ``grid``."""
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid | None = None,
+        rel_pos_index: Tensor | None = None,
+        windows: Windows | None = None,
+    ) -> Tensor:
+        """x [B, N, C]; rel_pos_index int64 [N, N] or [B, N, N] for units on ``grid``; ``windows`` of gathering."""
         batch, tokens, dim = x.shape
-        qkv = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
+        qkv_bias: Tensor | None = self.qkv.bias
+        if self.q_bias is not None and self.v_bias is not None:
+            qkv_bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
+        qkv = F.linear(x, self.qkv.weight, qkv_bias)
+        qkv = qkv.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, C / heads] each
         bias = None
         if self.rel_pos_grid is not None:
             assert grid is not None
             assert rel_pos_index is not None
-            table = resample_relative_table(self.relative_position_bias_table, self.rel_pos_grid, grid)
-            bias = table[rel_pos_index].movedim(-1, -3).to(q.dtype)  # [(B,) heads, N, N]
+            bias = self._relative_bias(q, grid, rel_pos_index)
+        if windows is not None:
+            k, v, bias = windows.share(k), windows.share(v), windows.mask()
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
+
+    def _relative_bias(self, q: Tensor, grid: Grid, index: Tensor) -> Tensor:
+        """What is added to the scores: [(B,) heads, N, N]."""
+        assert self.rel_pos_grid is not None
+        if not self.decomposed:
+            table = resample_relative_table(self.relative_position_bias_table, self.rel_pos_grid, grid)
+            return table[index].movedim(-1, -3).to(q.dtype)
+        stored = (self.rel_pos_h, self.rel_pos_w)
+        tables = [resample_offsets(table, 2 * side - 1) for table, side in zip(stored, grid, strict=True)]
+        cols = 2 * grid[1] - 1
+        index = (index if index.dim() == 3 else index[None])[:, None].expand(*q.shape[:3], -1)  # [B, heads, N, N]
+        offsets = (index // cols, index % cols)
+        # the query is not scaled here, as the published weights were trained
+        parts = [(q @ t.to(q.dtype).T).gather(-1, offset) for t, offset in zip(tables, offsets, strict=True)]
+        return parts[0] + parts[1]
+
+
+def make_mlp(dim: int, ratio: float, norm_eps: float, sub_norm: bool = False, swiglu: bool = False) -> nn.Module:
+    """A feed-forward layer: GELU, or SwiGLU with both projections in one product; ``sub_norm``: a norm inside."""
+    norm: Any = partial(nn.LayerNorm, eps=norm_eps) if sub_norm else None
+    if swiglu:
+        return SwiGLUPacked(dim, 2 * int(dim * ratio), norm_layer=norm)
+    return Mlp(dim, int(dim * ratio), norm_layer=norm)
 
 
 class MlpBlock(nn.Module):
@@ -107,10 +165,11 @@ class MlpBlock(nn.Module):
         drop_path: float = 0.0,
         init_values: float | None = None,
         norm_eps: float = 1e-6,
+        sub_norm: bool = False,
     ) -> None:
         super().__init__()
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = make_mlp(dim, mlp_ratio, norm_eps, sub_norm)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
@@ -126,40 +185,57 @@ class TransformerBlock(nn.Module):
         dim: int,
         num_heads: int,
         mlp_ratio: float = 4.0,
-        qkv_bias: bool = True,
+        qkv_bias: QkvBias = True,
         rel_pos_grid: Grid | None = None,
+        decomposed: bool = False,
         drop_path: float = 0.0,
         init_values: float | None = None,
         norm_eps: float = 1e-6,
+        sub_norm: bool = False,
+        swiglu: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias, rel_pos_grid)
+        self.attn = Attention(dim, num_heads, qkv_bias, rel_pos_grid, decomposed)
         self.ls1 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.mlp = make_mlp(dim, mlp_ratio, norm_eps, sub_norm, swiglu)
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor, grid: Grid | None = None, rel_pos_index: Tensor | None = None) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), grid, rel_pos_index)))
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid | None = None,
+        rel_pos_index: Tensor | None = None,
+        windows: Windows | None = None,
+    ) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), grid, rel_pos_index, windows)))
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
 
 class PatchMerge(nn.Module):
-    """Four neighbouring tokens to one of twice the width: [B, N, 2r, 2c, C] -> [B, N, r, c, 2C]."""
+    """Four neighbouring tokens to one of twice the width: [B, N, 2r, 2c, C] -> [B, N, r, c, 2C].
 
-    def __init__(self, dim: int, norm_eps: float) -> None:
+    Args:
+        how: ``"linear"``: a norm of all four together, a linear layer without bias. ``"conv"``: a norm of each token
+            and a bias, which makes it a convolution of size and stride 2 (Fast-iTPN).
+    """
+
+    def __init__(self, dim: int, norm_eps: float, how: Literal["linear", "conv"] = "linear") -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(4 * dim, eps=norm_eps)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.norm_first = how == "conv"
+        self.norm = nn.LayerNorm(dim if self.norm_first else 4 * dim, eps=norm_eps)
+        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=self.norm_first)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, count, rows, cols, dim = x.shape
+        if self.norm_first:
+            x = self.norm(x)
         x = x.reshape(batch, count, rows // 2, 2, cols // 2, 2, dim)
         # column by column, (0, 0) (1, 0) (0, 1) (1, 1), as the published weights were trained
         x = x.permute(0, 1, 2, 4, 5, 3, 6).flatten(4)
-        return self.reduction(self.norm(x))
+        return self.reduction(x if self.norm_first else self.norm(x))
 
 
 class HiViT(nn.Module):
@@ -169,19 +245,33 @@ class HiViT(nn.Module):
     multiples of the patch size, whatever ``img_size`` the position tables were made for.
 
     Args:
-        img_size: image size in pixels (or height and width) of the stored position tables.
+        img_size: image size in pixels (or height and width) of the stored position table.
         patch_size: pixels of a unit's side, divisible by 4.
         embed_dim: channels C of stage 3; stages 1 and 2 have C/4 and C/2.
         depths: blocks per stage.
         num_heads: attention heads of stage 3.
         mlp_ratios: hidden width of the feed-forward layers over their input width, per stage.
+        qkv_bias: in stage 3; ``"qv"`` leaves it out of the keys (Fast-iTPN).
+        patch_norm: a norm after the patch embedding (not in Fast-iTPN).
+        merge: how stages are joined, see :class:`PatchMerge` (``"conv"`` in Fast-iTPN).
+        sub_norm: a norm inside each feed-forward layer (Fast-iTPN).
+        swiglu: gated feed-forward layers in stage 3 (Fast-iTPN).
         pos_embed: ``"fixed"`` keeps the table as it is initialised or loaded, ``"learned"`` trains it.
         pos_resample: ``"exact"``, or ``"legacy"`` for the public code's resampling (see
             :func:`resample_position_table`), which with hidden units takes place at native size too.
-        rel_pos_bias: one relative position table per stage 3 block.
+        rel_pos_bias: a relative position bias in each stage 3 block: a table, or ``"decomposed"`` into rows and
+            columns (see :class:`Attention`).
+        rel_pos_size: image size that the relative tables are made for; None for ``img_size``.
         init_values: initial layer scale, None for no layer scale.
+        layer_scale_stages: the stages that have it (3 alone in Fast-iTPN).
+        migrate_ratio: share of the tokens that skip the last blocks of stage 3 (token migration).
+        migrate_from: the first block that they skip; None for the middle of the stage.
+        gather_window: attention inside windows of this many units a side, with gathering tokens between them; 0 for
+            global attention, which is also what images of a single window and hidden units left out get.
+        gather_side: its square is the number of gathering tokens in a window.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 over all blocks.
         norm_eps: 1e-6 in pre-training; the public plain HiViT has 1e-5.
+        fc_norm: a norm between mean and classifier; mmpretrain's HiViT has none.
         weight_init: ``"xavier"`` (Xavier uniform linears, sine-cosine positions; pixel pre-training) or
             ``"trunc_normal"`` (deviation 0.02, output projections of block i divided by sqrt(2 i)).
 
@@ -200,21 +290,38 @@ class HiViT(nn.Module):
         depths: Sequence[int] = (4, 4, 24),
         num_heads: int = 8,
         mlp_ratios: Sequence[float] = (3.0, 3.0, 4.0),
-        qkv_bias: bool = True,
+        qkv_bias: QkvBias = True,
+        patch_norm: bool = True,
+        merge: Literal["linear", "conv"] = "linear",
+        sub_norm: bool = False,
+        swiglu: bool = False,
         pos_embed: Literal["fixed", "learned"] = "learned",
         pos_resample: Resample = "exact",
-        rel_pos_bias: bool = False,
+        rel_pos_bias: bool | Literal["decomposed"] = False,
+        rel_pos_size: int | tuple[int, int] | None = None,
         init_values: float | None = None,
+        layer_scale_stages: Sequence[int] = (1, 2, 3),
+        migrate_ratio: float = 0.0,
+        migrate_from: int | None = None,
+        gather_window: int = 0,
+        gather_side: int = 1,
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         norm_eps: float = 1e-6,
-        weight_init: Literal["xavier", "trunc_normal"] = "trunc_normal",
+        fc_norm: bool = True,
+        weight_init: WeightInit = "trunc_normal",
     ) -> None:
         super().__init__()
         if patch_size % 4:
             raise ValueError(f"patch_size must be divisible by 4 (a unit holds 4x4 tokens), not {patch_size}")
         if embed_dim % 8 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be divisible by 8 and by num_heads={num_heads}, not {embed_dim}")
+        if not 0 <= migrate_ratio < 1:
+            raise ValueError(f"migrate_ratio must be at least 0 and below 1, not {migrate_ratio}")
+        if gather_window and (gather_side < 1 or gather_window % gather_side):
+            raise ValueError(f"gather_window must be divisible by gather_side={gather_side}, not {gather_window}")
+        if gather_window and rel_pos_bias:
+            raise ValueError("gathering tokens have no relative position: use gather_window without rel_pos_bias")
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -222,42 +329,55 @@ class HiViT(nn.Module):
         self.patch_size = patch_size
         self.depths = tuple(depths)
         self.pos_resample = pos_resample
+        self.migrate_ratio = migrate_ratio
+        self.migrate_from = depths[2] // 2 if migrate_from is None else migrate_from
+        self.gather_window = gather_window
+        self.gather_side = gather_side
         self.grad_checkpointing = False
-        self.grid_size = self.grid_of(img_size if isinstance(img_size, tuple | list) else (img_size, img_size))
+        self.grid_size = self.grid_of(to_2tuple(img_size))
+        self.rel_pos_grid = self.grid_of(to_2tuple(rel_pos_size or img_size)) if rel_pos_bias else None
 
         dims = (embed_dim // 4, embed_dim // 2, embed_dim)
-        self.patch_embed = PatchEmbed(patch_size, in_chans, dims[0], norm_eps)
+        self.patch_embed = PatchEmbed(patch_size, in_chans, dims[0], norm_eps if patch_norm else None)
         self.pos_embed = nn.Parameter(
             sincos_position_table(self.grid_size, embed_dim), requires_grad=pos_embed == "learned"
         )
         rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-        common: dict[str, Any] = {"init_values": init_values, "norm_eps": norm_eps}
-        grid = self.grid_size if rel_pos_bias else None
+
+        def stage(number: int, block: type[nn.Module], *args: Any, **kwargs: Any) -> nn.ModuleList:
+            scale = init_values if number in layer_scale_stages else None
+            kwargs |= {"init_values": scale, "norm_eps": norm_eps, "sub_norm": sub_norm}
+            first = sum(depths[: number - 1])
+            dim, ratio, own_rates = dims[number - 1], mlp_ratios[number - 1], rates[first : first + depths[number - 1]]
+            return nn.ModuleList(block(dim, *args, mlp_ratio=ratio, drop_path=rate, **kwargs) for rate in own_rates)
+
+        attention = {
+            "qkv_bias": qkv_bias,
+            "rel_pos_grid": self.rel_pos_grid,
+            "decomposed": rel_pos_bias == "decomposed",
+            "swiglu": swiglu,
+        }
         self.stages: Any = nn.ModuleList(  # of ModuleLists, which type checkers do not look into
-            [
-                nn.ModuleList(MlpBlock(dims[0], mlp_ratios[0], rates.pop(0), **common) for _ in range(depths[0])),
-                nn.ModuleList(MlpBlock(dims[1], mlp_ratios[1], rates.pop(0), **common) for _ in range(depths[1])),
-                nn.ModuleList(
-                    TransformerBlock(dims[2], num_heads, mlp_ratios[2], qkv_bias, grid, rates.pop(0), **common)
-                    for _ in range(depths[2])
-                ),
-            ]
+            [stage(1, MlpBlock), stage(2, MlpBlock), stage(3, TransformerBlock, num_heads, **attention)]
         )
-        self.merges = nn.ModuleList([PatchMerge(dim, norm_eps) for dim in dims[:2]])
+        self.merges = nn.ModuleList([PatchMerge(dim, norm_eps, merge) for dim in dims[:2]])
         self.rel_pos_index: Tensor
-        self.register_buffer("rel_pos_index", relative_position_index(self.grid_size), persistent=False)
+        self.register_buffer(
+            "rel_pos_index", relative_position_index(self.rel_pos_grid or self.grid_size), persistent=False
+        )
         self.feature_info = [
             {"num_chs": dim, "reduction": max(patch_size // 4, 1) * 2**i, "module": f"stages.{i}"}
             for i, dim in enumerate(dims)
         ]
         # mean over tokens, then norm, as the fine-tuned weights were trained
-        self.fc_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if num_classes else nn.Identity()
+        self.has_fc_norm = fc_norm
+        self.fc_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if num_classes and fc_norm else nn.Identity()
         self.head_drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.norm_eps = norm_eps
         self.init_weights(weight_init)
 
-    def init_weights(self, how: Literal["xavier", "trunc_normal"]) -> None:
+    def init_weights(self, how: WeightInit) -> None:
         initialize_linears(self, how)
         # a convolution over disjoint patches is a linear layer
         fan = self.patch_embed.proj.weight.flatten(1)
@@ -304,7 +424,7 @@ class HiViT(nn.Module):
         if global_pool is not None:
             self.global_pool = global_pool
         kwargs: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
-        if num_classes and isinstance(self.fc_norm, nn.Identity):
+        if num_classes and self.has_fc_norm and isinstance(self.fc_norm, nn.Identity):
             self.fc_norm = nn.LayerNorm(self.num_features, eps=self.norm_eps, **kwargs)
         self.head = nn.Linear(self.num_features, num_classes, **kwargs) if num_classes else nn.Identity()
         if isinstance(self.head, nn.Linear):
@@ -361,13 +481,44 @@ class HiViT(nn.Module):
             assert mask_token is not None
             x = torch.where(mask.unsqueeze(-1), mask_token.to(x.dtype), x)
         x = x + self._positions(grid, visible)
+        whole, *tapped = self._attend(x, grid, visible, tap)
+        return [*outputs, whole[:, :, None, None], *tapped]
+
+    def _attend(self, x: Tensor, grid: Grid, visible: Tensor | None, tap: int | None) -> list[Tensor]:
+        """Stage 3 on tokens [B, V, C]; returns its output and that of block ``tap``, if any, [B, V, C] each."""
         index = self.relative_positions(grid, visible)
+        windows, gathering = None, 0
+        if self.gather_window and visible is None and max(grid) > self.gather_window:
+            windows = Windows(grid, self.gather_window, self.gather_side)
+            gathering = windows.gathering
+            x = windows.cut(x)  # [B * W, T + G, C]; without windows T = V and G = 0
+        left, picked = x, None  # tokens as some of them leave, and which do not
+
+        def restore(x: Tensor) -> Tensor:
+            x = x[:, : x.shape[1] - gathering]
+            if picked is not None:
+                x = put_back(left, picked, x)
+            return x if windows is None else windows.join(x)
+
         tapped = []
         for i, block in enumerate(self.stages[2]):
-            x = checkpoint(block, x, grid, index) if self.grad_checkpointing else block(x, grid, index)
+            if self.migrate_ratio and i == self.migrate_from:
+                left, gathered = x.tensor_split([x.shape[1] - gathering], dim=1)
+                keep = max(1, round(left.shape[1] * (1 - self.migrate_ratio)))
+                picked = pick_distinct(left, keep, None if windows is None else windows.real)
+                x = torch.cat([take(left, picked), gathered], dim=1)
+                if windows is not None:
+                    windows.pick(picked)
+                if index is not None:
+                    index = self.relative_positions(grid, picked if visible is None else visible.gather(1, picked))
+            x = (
+                checkpoint(block, x, grid, index, windows)
+                if self.grad_checkpointing
+                else block(x, grid, index, windows)
+            )
             if i == tap:
-                tapped.append(x)
-        return [*outputs, x[:, :, None, None], *tapped]
+                tapped.append(restore(x))
+        return [restore(x), *tapped]
 
     def _positions(self, grid: Grid, visible: Tensor | None) -> Tensor:
         # the public code takes "fewer tokens than stored" for another grid, so it resamples whenever units are hidden
@@ -377,10 +528,10 @@ class HiViT(nn.Module):
 
     def relative_positions(self, grid: Grid, visible: Tensor | None) -> Tensor | None:
         """Rows of the relative position tables: of all units [N, N], or picked ones [B, V, V]; None without tables."""
-        if not len(self.stages[2]) or self.stages[2][0].attn.rel_pos_grid is None:
+        if self.rel_pos_grid is None:
             return None
         index = self.rel_pos_index
-        if grid != self.grid_size:
+        if grid != self.rel_pos_grid:
             index = relative_position_index(grid).to(self.pos_embed.device)
         if visible is None:
             return index  # [N, N]
@@ -402,10 +553,7 @@ class HiViT(nn.Module):
             before the merges and without a norm; preceded by the last stage's tokens [B, N, C] unless
             ``intermediates_only``.
         """
-        if norm:
-            raise ValueError("HiViT has no norm between its stages to apply to intermediate features")
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt}")
+        check_intermediates(norm, output_fmt)
         take, last = feature_take_indices(3, indices)
         end = len(self.stages) - 1  # fewer than three stages are left after pruning
         stages = self.forward_stages(x, last=last if intermediates_only and stop_early else end)
@@ -442,6 +590,13 @@ class HiViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def check_intermediates(norm: bool, output_fmt: str) -> None:
+    if norm:
+        raise ValueError("there is no norm between the stages to apply to intermediate features")
+    if output_fmt not in ("NCHW", "NHWC"):
+        raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt}")
+
+
 def units_to_map(x: Tensor, grid: Grid) -> Tensor:
     """All units of an image to a map: [B, N, r, c, C] -> [B, C, rows * r, cols * c]."""
     batch, _, rows, cols, dim = x.shape
@@ -449,7 +604,7 @@ def units_to_map(x: Tensor, grid: Grid) -> Tensor:
     return x.reshape(batch, dim, grid[0] * rows, grid[1] * cols)
 
 
-def initialize_linears(module: nn.Module, how: Literal["xavier", "trunc_normal"]) -> None:
+def initialize_linears(module: nn.Module, how: WeightInit) -> None:
     """Initialise every linear layer: weights as said, biases zero. Norms are made as they should be."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear):
@@ -458,38 +613,34 @@ def initialize_linears(module: nn.Module, how: Literal["xavier", "trunc_normal"]
                 nn.init.zeros_(layer.bias)
 
 
-# --- variants, registered with timm
+def fit_tables(tensors: dict[str, Tensor], backbone: HiViT, prefix: str = "") -> list[str]:
+    """Resample position tables of square grids to those of a backbone, in place; returns the names of changed ones."""
+    changed = []
+    for name, own in backbone.state_dict().items():
+        stored = tensors.get(prefix + name)
+        if stored is None or stored.shape == own.shape or stored.shape[-1] != own.shape[-1]:
+            continue
+        if name == "pos_embed":
+            fitted = resample_position_table(stored, square(stored.shape[1]), backbone.grid_size)
+        elif name.endswith("relative_position_bias_table"):
+            side = (square(len(stored))[0] + 1) // 2
+            assert backbone.rel_pos_grid is not None
+            fitted = resample_relative_table(stored, (side, side), backbone.rel_pos_grid)
+        elif name.endswith(("rel_pos_h", "rel_pos_w")):
+            fitted = resample_offsets(stored, len(own))
+        else:
+            continue
+        tensors[prefix + name] = fitted
+        changed.append(name)
+    return changed
 
 
-def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
-    return {
-        "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": None,
-        "crop_pct": 0.9,
-        "interpolation": "bicubic",
-        "fixed_input_size": False,
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": "patch_embed.proj",
-        "classifier": "head",
-        "license": "apache-2.0",
-        **kwargs,
-    }
-
-
-default_cfgs = generate_default_cfgs({name: _cfg() for name in BACKBONES})
-
-
-def _register(name: str) -> None:
-    def entrypoint(pretrained: bool = False, **kwargs: Any) -> HiViT:
-        feature_cfg = {"out_indices": kwargs.pop("out_indices", (0, 1, 2)), "feature_cls": "getter"}
-        return build_model_with_cfg(HiViT, name, pretrained, feature_cfg=feature_cfg, **{**BACKBONES[name], **kwargs})
-
-    entrypoint.__name__ = entrypoint.__qualname__ = name
-    register_model(entrypoint)
-
-
-for _name in BACKBONES:
-    _register(_name)
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: HiViT) -> dict[str, Tensor]:
+    """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
+    layout = detect_layout(state_dict)
+    if layout is None:
+        return state_dict  # not ours: loading it will say so
+    named, _ = to_ours(state_dict, layout)
+    tensors = {name.removeprefix("backbone."): tensor for name, tensor in named.items() if name.startswith("backbone.")}
+    fit_tables(tensors, model)
+    return tensors

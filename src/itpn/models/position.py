@@ -1,5 +1,6 @@
 """Position: sine-cosine tables, their resampling to other grids, and relative position indices."""
 
+import math
 from typing import Literal
 
 import torch
@@ -8,6 +9,14 @@ from torch import Tensor
 
 Grid = tuple[int, int]  # rows, columns of units
 Resample = Literal["exact", "legacy"]
+
+
+def square(entries: int) -> Grid:
+    """The grid of a table with so many entries, for files that say nothing of it; ValueError if it is no square."""
+    side = math.isqrt(entries)
+    if side**2 != entries:
+        raise ValueError(f"a position table of {entries} entries is not of a square image")
+    return side, side
 
 
 def sincos_position_table(grid: Grid, dim: int) -> Tensor:
@@ -64,6 +73,13 @@ def relative_position_index(grid: Grid) -> Tensor:
     row_offset = row[:, None] - row[None, :] + rows - 1
     col_offset = col[:, None] - col[None, :] + cols - 1
     return row_offset * (2 * cols - 1) + col_offset
+
+
+def resample_offsets(table: Tensor, wanted: int) -> Tensor:
+    """Resample vectors of offsets along one axis, [2R-1, D] -> [wanted, D], as the published detectors do."""
+    if len(table) == wanted:
+        return table
+    return F.interpolate(table.T[None], size=wanted, mode="linear").squeeze(0).T
 
 
 def resample_relative_table(table: Tensor, stored: Grid, wanted: Grid) -> Tensor:

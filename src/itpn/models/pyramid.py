@@ -3,11 +3,24 @@
 It works unit by unit like stages 1 and 2 of the backbone, so hidden units never enter it either.
 """
 
-from typing import Literal
+from collections import OrderedDict
+from typing import Any, Literal
 
+import torch
+import torch.nn.functional as F
+from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from itpn.models.hivit import MlpBlock, initialize_linears
+from itpn.models.hivit import (
+    HiViT,
+    MlpBlock,
+    WeightInit,
+    check_intermediates,
+    fit_tables,
+    initialize_linears,
+    units_to_map,
+)
+from itpn.models.naming import detect_layout, to_ours
 
 
 class PatchSplit(nn.Module):
@@ -41,7 +54,7 @@ class FeaturePyramid(nn.Module):
         depth: int = 2,
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-6,
-        weight_init: Literal["xavier", "trunc_normal"] = "trunc_normal",
+        weight_init: WeightInit = "trunc_normal",
     ) -> None:
         super().__init__()
         self.width = width
@@ -68,3 +81,135 @@ class FeaturePyramid(nn.Module):
         level4 = self.blocks[0](self.splits[0](level8) + self.laterals[0](fine))
         levels = [level4, level8, self.top(coarse)]
         return [output(level) for output, level in zip(self.outputs, levels, strict=True)]
+
+
+class PyramidBackbone(nn.Module):
+    """A backbone and its pyramid as maps, for detectors and segmenters: the tensor names of pre-training.
+
+    Follows timm's conventions (``features_only=True``) and torchvision's: images to an ``OrderedDict`` of maps,
+    ``out_channels``.
+
+    Args:
+        levels: ``"pyramid"``: the pre-trained maps, strides 4, 8 and 16 for patch size 16. ``"detection"``: and
+            strides 32 and 64 by average pooling (Tian et al. 2023, section 4.2). ``"segmentation"``: the three joined
+            with the backbone's own maps, and stride 32 by max pooling, as in the authors' code.
+        pyramid_width, pyramid_depth, mlp_ratio: see :class:`FeaturePyramid`.
+        backbone: arguments of :class:`itpn.models.hivit.HiViT`.
+
+    Raises:
+        ValueError: a classifier is asked for, or the backbone's sizes do not fit one another.
+    """
+
+    def __init__(
+        self,
+        levels: Literal["pyramid", "detection", "segmentation"] = "pyramid",
+        pyramid_width: int = 256,
+        pyramid_depth: int = 2,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 0,
+        weight_init: WeightInit = "trunc_normal",
+        **backbone: Any,
+    ) -> None:
+        super().__init__()
+        if num_classes:
+            raise ValueError(f"a pyramid has no classifier: num_classes must be 0, not {num_classes}")
+        self.num_classes = 0
+        self.levels = levels
+        self.backbone = HiViT(num_classes=0, weight_init=weight_init, **backbone)
+        dims = tuple(info["num_chs"] for info in self.backbone.feature_info)
+        self.pyramid = FeaturePyramid(
+            dims, pyramid_width, pyramid_depth, mlp_ratio, self.backbone.norm_eps, weight_init
+        )
+        self.num_features = self.head_hidden_size = pyramid_width
+        joined = levels == "segmentation"
+        widths = [pyramid_width + (dim if joined else 0) for dim in dims]
+        widths += [widths[-1]] * {"pyramid": 0, "detection": 2, "segmentation": 1}[levels]
+        first = self.backbone.feature_info[0]["reduction"]
+        self.feature_info = [
+            {"num_chs": width, "reduction": first * 2**i, "module": f"pyramid.outputs.{min(i, 2)}"}
+            for i, width in enumerate(widths)
+        ]
+        # torchvision's heads take one number of channels; the joined maps have several
+        self.out_channels: int | list[int] = widths if joined else pyramid_width
+
+    def forward_maps(self, x: Tensor) -> list[Tensor]:
+        """Images [B, in_chans, H, W] -> maps of all levels, finest first."""
+        grid = self.backbone.grid_of(x.shape[-2:])
+        stages = self.backbone.forward_stages(x)
+        maps = [units_to_map(level, grid) for level in self.pyramid(stages)]
+        if self.levels == "segmentation":
+            own = [units_to_map(stage, grid) for stage in stages]
+            maps = [torch.cat(pair, dim=1) for pair in zip(maps, own, strict=True)]
+            return [*maps, F.max_pool2d(maps[-1], 2)]
+        if self.levels == "detection":
+            for _ in range(2):
+                maps.append(F.avg_pool2d(maps[-1], 2))
+        return maps
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        """Maps by name, "0" the finest, as torchvision's detectors take them."""
+        return OrderedDict((str(i), m) for i, m in enumerate(self.forward_maps(x)))
+
+    # --- timm's conventions
+
+    def forward_features(self, x: Tensor) -> list[Tensor]:
+        return self.forward_maps(x)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Any:
+        """The maps of ``indices``, preceded by all of them unless ``intermediates_only``."""
+        check_intermediates(norm, output_fmt)
+        maps = self.forward_maps(x)
+        take, _ = feature_take_indices(len(maps), indices)
+        taken = [maps[i].permute(0, 2, 3, 1) if output_fmt == "NHWC" else maps[i] for i in take]
+        return taken if intermediates_only else (maps, taken)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Nothing to drop: the finest level needs all coarser ones."""
+        return feature_take_indices(len(self.feature_info), indices)[0]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's groups, then the pyramid as a whole."""
+
+        def inside(pattern: str) -> str:
+            return "|".join(part.replace("^", r"^backbone\.", 1) for part in pattern.split("|"))
+
+        groups = self.backbone.group_matcher(coarse)
+        if coarse:
+            return {"stem": inside(groups["stem"]), "blocks": inside(groups["blocks"]), "pyramid": r"^pyramid"}
+        blocks = [(inside(pattern), order) for pattern, order in groups["blocks"]]
+        return {"stem": inside(groups["stem"]), "blocks": [*blocks, (r"^pyramid", (99999,))]}
+
+    def get_classifier(self) -> nn.Module:
+        return nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        if num_classes:
+            raise ValueError(f"a pyramid has no classifier: num_classes must be 0, not {num_classes}")
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyramidBackbone) -> dict[str, Tensor]:
+    """As :func:`itpn.models.hivit.checkpoint_filter_fn`, with the pyramid."""
+    layout = detect_layout(state_dict)
+    if layout is None:
+        return state_dict
+    named, _ = to_ours(state_dict, layout)
+    heads = ("backbone.head.", "backbone.fc_norm.")
+    tensors = {n: t for n, t in named.items() if n.startswith(("backbone.", "pyramid.")) and not n.startswith(heads)}
+    fit_tables(tensors, model.backbone, "backbone.")
+    return tensors

@@ -1,11 +1,11 @@
 """From what the network made of the visible units to predictions for every unit."""
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from itpn.models.hivit import HiViT, TransformerBlock, checkpoint, initialize_linears
+from itpn.models.hivit import HiViT, TransformerBlock, WeightInit, checkpoint, initialize_linears
 from itpn.models.position import Grid, resample_position_table, sincos_position_table
 
 
@@ -68,7 +68,7 @@ class Decoder(nn.Module):
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-6,
         embed_norm_eps: float = 1e-6,
-        weight_init: Literal["xavier", "trunc_normal"] = "xavier",
+        weight_init: WeightInit = "xavier",
     ) -> None:
         super().__init__()
         if width % 16 or (depth and width % num_heads):
@@ -142,13 +142,13 @@ class AuxiliaryHead(nn.Module):
         init_values: float | None = None,
         norm_eps: float = 1e-6,
         block_norm_eps: float = 1e-6,
-        weight_init: Literal["xavier", "trunc_normal"] = "trunc_normal",
+        weight_init: WeightInit = "trunc_normal",
     ) -> None:
         super().__init__()
         grid, dim = backbone.grid_size, backbone.embed_dim
         self.grid = grid
         block: dict[str, Any] = {
-            "rel_pos_grid": grid if backbone.relative_positions(grid, None) is not None else None,
+            "rel_pos_grid": backbone.rel_pos_grid,
             "init_values": init_values,
             "norm_eps": block_norm_eps,
         }

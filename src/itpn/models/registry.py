@@ -1,0 +1,80 @@
+"""The networks by name, for ``timm.create_model``.
+
+Runs as soon as timm is imported, which may be in the middle of our own model files: they are imported when needed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import nn
+
+from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
+
+
+def _cfg(prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",  # nobody publishes these weights yet in a form that timm could fetch
+        "num_classes": 0 if prefix else 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": f"{prefix}patch_embed.proj",
+        "classifier": None if prefix else "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+_cfgs: dict[str, Any] = {name: _cfg() for name in BACKBONES}
+_cfgs |= {name: _cfg("backbone.") for name in WITH_PYRAMID.values()}
+default_cfgs = generate_default_cfgs(_cfgs)
+
+
+def _build_backbone(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    from itpn.models.hivit import HiViT, checkpoint_filter_fn
+
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", (0, 1, 2)), "feature_cls": "getter"}
+    return build_model_with_cfg(
+        HiViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        **{**BACKBONES[name], **kwargs},
+    )
+
+
+def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    from itpn.models.pyramid import PyramidBackbone, checkpoint_filter_fn
+
+    own = PYRAMIDS.get(name, PUBLISHED_PYRAMID)
+    count = {"pyramid": 3, "detection": 5, "segmentation": 4}[kwargs.get("levels", "pyramid")]
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", tuple(range(count))), "feature_cls": "getter"}
+    settings = {**BACKBONES[name], "pyramid_width": own["width"], "pyramid_depth": own["depth"], **kwargs}
+    return build_model_with_cfg(
+        PyramidBackbone,
+        WITH_PYRAMID[name],
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=feature_cfg,
+        **settings,
+    )
+
+
+def _register(registered: str, build: Callable[..., nn.Module], name: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = registered
+    register_model(entrypoint)
+
+
+for _name in BACKBONES:
+    _register(_name, _build_backbone, _name)
+for _name, _registered in WITH_PYRAMID.items():
+    _register(_registered, _build_pyramid, _name)
