@@ -24,5 +24,5 @@ def test_options_and_recipes_exist(page):
     known = option_names()
     for option in re.findall(r"--(?:model|teacher|data|optimizer|trainer)\.[a-z-]+", text):
         assert option in known, option
-    for recipe in re.findall(r"\bitpn-[a-z]+_[\w-]*\w", text):
+    for recipe in re.findall(r"(?<![\w-])(?:fast-)?itpn-[a-z]+_[\w-]*\w", text):
         assert recipe in list_recipes() or recipe.endswith("coslr"), recipe

@@ -15,10 +15,28 @@ from itpn.models.variants import BACKBONES, WITH_PYRAMID
 from itpn.recipes import list_recipes
 
 if TYPE_CHECKING:
+    from itpn.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
+    from itpn.checkpoints.loading import inspect, load
     from itpn.pretraining.model import MaskedImageModel
 
 __version__ = "0.1.0"
-__all__ = ["get_model", "list_models", "list_recipes", "load"]
+__all__ = [
+    "from_pretrained",
+    "get_model",
+    "inspect",
+    "list_models",
+    "list_recipes",
+    "load",
+    "push_to_hub",
+    "save_pretrained",
+]
+_LATER = {
+    "load": "itpn.checkpoints.loading",
+    "inspect": "itpn.checkpoints.loading",
+    "from_pretrained": "itpn.checkpoints.hub",
+    "push_to_hub": "itpn.checkpoints.hub",
+    "save_pretrained": "itpn.checkpoints.hub",
+}
 
 # timm knows our models as soon as both are imported, in either order
 wrapt.register_post_import_hook(lambda _: importlib.import_module("itpn.models.registry"), "timm")
@@ -34,34 +52,37 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
 
     Args:
         recipe: a name of :func:`list_recipes`, or a recipe file.
-        pretrained: False for fresh weights; the path of a ``model.safetensors`` or ``.ckpt`` of a run; or
+        pretrained: False for fresh weights; a checkpoint of any kind that :func:`load` reads, as a path or as
             ``hf-hub:OWNER/NAME``, a repository of the Hugging Face hub that holds a ``model.safetensors``.
         overrides: settings of :class:`itpn.config.ModelConfig` by name, and ``img_size``.
 
     Raises:
         itpn.errors.UserError: no such recipe, setting or file, or weights of another model.
     """
-    from itpn.checkpoints.weights import load_weights, read_weights
-    from itpn.config import image_size, override_model
+    from itpn.checkpoints.files import read_checkpoint
+    from itpn.checkpoints.loading import build_from, load_weights
+    from itpn.config import override_model
     from itpn.errors import UserError
-    from itpn.pretraining.build import build_masked_model
     from itpn.recipes import read_recipe
 
     if pretrained is True:
         raise UserError(
-            f"no weights are published for {recipe}; give pretrained=PATH of a model.safetensors or .ckpt of a run, or "
-            "pretrained='hf-hub:OWNER/NAME' of a hub repository with such a model.safetensors"
+            f"no weights are published for {recipe}; give pretrained=PATH of a checkpoint, or "
+            "pretrained='hf-hub:OWNER/NAME' of a hub repository with a model.safetensors"
         )
-    config = override_model(read_recipe(recipe)[1], overrides)
-    model = build_masked_model(config.model, image_size(config.data), config.teacher)
+    model = build_from(override_model(read_recipe(recipe)[1], overrides))
     if pretrained:
-        for note in load_weights(model, read_weights(pretrained), str(pretrained)):
+        for note in load_weights(model, read_checkpoint(pretrained)):
             warnings.warn(note, stacklevel=2)
     return model
 
 
-def load(checkpoint: str | Path, **overrides: Any) -> "MaskedImageModel":
-    """The model that a checkpoint of ours holds, with its weights (see :func:`itpn.checkpoints.weights.load`)."""
-    from itpn.checkpoints.weights import load
+def __getattr__(name: str) -> Any:
+    """The functions that need torch, imported when they are asked for."""
+    if name in _LATER:
+        return getattr(importlib.import_module(_LATER[name]), name)
+    raise AttributeError(f"module 'itpn' has no attribute {name!r}")
 
-    return load(checkpoint, **overrides)
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LATER])

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from itpn.errors import NonFiniteLoss, RunStopped, UserError
+from itpn.errors import ExportFailed, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
 
 DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"itpn: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, ExportFailed) as error:
         print(f"itpn: {error}", file=sys.stderr)
         return 1
     except RunStopped as stop:
@@ -98,11 +98,43 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("recipe", help="a name of `itpn list` with an outside teacher, or a recipe file")
     _add_cache_options(add)
 
-    add = commands.add_parser("predict", help="reconstruct images with a pre-trained checkpoint")
-    add.add_argument("checkpoint", help="model.safetensors or .ckpt of a run")
+    add = commands.add_parser("predict", help="reconstruct or classify images, or write their features")
+    add.add_argument("checkpoint", help="a checkpoint of iTPN, Fast-iTPN or HiViT, see itpn inspect")
     add.add_argument("images", nargs="+", help="image files or folders")
     add.add_argument("--out", default="predictions", help="folder for the pictures (default: %(default)s)")
     add.add_argument("--seed", type=int, default=0, help="which units are hidden (default: %(default)s)")
+    add.add_argument("--features", metavar="FILE", help="write features to this .safetensors or .npy file instead")
+
+    add = commands.add_parser("inspect", help="what a checkpoint is, and what it can be used for")
+    add.add_argument("checkpoint", help="a file of itpn, timm, the authors or mmpretrain, or hf-hub:OWNER/NAME")
+
+    add = commands.add_parser("convert", help="a checkpoint from one code base's names to another's")
+    add.add_argument("source", help="a checkpoint that itpn inspect knows")
+    add.add_argument("target", help=".safetensors for itpn's form, .pth or .pt for the others")
+    add.add_argument("--to", choices=("itpn", "official", "mmpretrain"), help="whose names (a .safetensors: itpn)")
+
+    add = commands.add_parser("export", help="a network as a file that runs without itpn: ONNX or torch.export")
+    add.add_argument("checkpoint", help="a checkpoint that itpn inspect knows")
+    add.add_argument("--out", required=True, metavar="FILE", help=".onnx, or .pt2 for torch.export")
+    add.add_argument(
+        "--task",
+        choices=("classification", "pyramid", "backbone"),
+        help="logits, maps of the pyramid, or maps of the stages (default: the first that the file has)",
+    )
+    add.add_argument(
+        "--levels",
+        choices=("pyramid", "detection", "segmentation"),
+        help="maps of a pyramid: strides 4 to 16, 4 to 64 for a detector, or joined with the stages, 4 to 32",
+    )
+    add.add_argument(
+        "--img-size",
+        type=int,
+        nargs="+",
+        metavar="PX",
+        help="side of the images, or height and width (default: the file's)",
+    )
+    add.add_argument("--dynamic-size", action="store_true", help="any height and width; the batch is always open")
+    add.add_argument("--num-heads", type=int, help="attention heads, where the file cannot tell them (itpn inspect)")
 
     add = commands.add_parser("demo", help="the whole path on generated sample images, minutes on two cores")
     add.add_argument("--output-dir", default="runs/demo", help="where everything goes (default: %(default)s)")
@@ -217,34 +249,45 @@ def run_list(options: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from itpn.models.variants import BACKBONES
+    from itpn.models.variants import BACKBONES, WITH_PYRAMID
 
     files = recipe_files()
     # a bare word means any name with it inside
     pattern = options.pattern if set(options.pattern) & set("*?[") else f"*{options.pattern}*"
-    recipes, models = list_recipes(pattern), fnmatch.filter(BACKBONES, pattern)
+    known = [*BACKBONES, *WITH_PYRAMID.values()]
+    recipes, models = list_recipes(pattern), fnmatch.filter(known, pattern)
     if not recipes and not models:
-        raise UserError(
-            f"no recipe or model matches {options.pattern!r}{nearest(options.pattern, [*files, *BACKBONES])}"
-        )
+        raise UserError(f"no recipe or model matches {options.pattern!r}{nearest(options.pattern, [*files, *known])}")
     table = Table("recipe", "what", box=None, pad_edge=False, header_style="bold")
     for recipe in recipes:
         table.add_row(recipe, describe(files[recipe]))
     for model in models:
-        table.add_row(model, "model: " + ", ".join(f"{k} {v}" for k, v in BACKBONES[model].items()))
+        table.add_row(model, describe_model(model))
     # names must survive a narrow window or a pipe in one piece
     Console(width=None if sys.stdout.isatty() else 200).print(table, highlight=False)
     return 0
 
 
+def describe_model(name: str) -> str:
+    """A line of `itpn list`."""
+    from itpn.models.variants import BACKBONES, FAST
+
+    if name not in BACKBONES:
+        return f"model: {name.removesuffix('_pyramid')} and its pyramid, maps for detectors and segmenters"
+    settings = BACKBONES[name]
+    shown = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in FAST)
+    return f"model: {shown}{', Fast-iTPN' if settings.keys() >= FAST.keys() else ''}"
+
+
 def run_info(options: argparse.Namespace) -> int:
-    from itpn.models.variants import BACKBONES
+    from itpn.models.variants import BACKBONES, WITH_PYRAMID
 
     config = None
-    if options.name not in BACKBONES:
+    known = [*BACKBONES, *WITH_PYRAMID.values()]
+    if options.name not in known:
         files = recipe_files()
         if options.name not in files and not Path(options.name).is_file():
-            raise UserError(f"no recipe or model {options.name!r}{nearest(options.name, [*files, *BACKBONES])}")
+            raise UserError(f"no recipe or model {options.name!r}{nearest(options.name, [*files, *known])}")
         config = read_recipe(options.name)[1]
     from itpn.engine.info import print_info
 
@@ -256,11 +299,57 @@ def run_predict(options: argparse.Namespace) -> int:
     from itpn.data.files import find_images
 
     source = find_images(options.images)
-    if not Path(options.checkpoint).is_file():
-        raise UserError(f"checkpoint {options.checkpoint} does not exist")
-    from itpn.engine.predict import predict_hidden
+    check_file(options.checkpoint)
+    features = None if options.features is None else Path(options.features)
+    if features is not None and features.suffix not in (".safetensors", ".npy"):
+        raise UserError(f"--features {features} must end in .safetensors or .npy")
+    from itpn.engine.predict import predict
 
-    predict_hidden(options.checkpoint, source, Path(options.out), options.seed)
+    predict(options.checkpoint, source, Path(options.out), options.seed, features)
+    return 0
+
+
+def check_file(checkpoint: str) -> None:
+    """Find a missing file before torch is imported."""
+    from itpn.config import HUB
+
+    if not checkpoint.startswith(HUB) and not Path(checkpoint).exists():
+        raise UserError(f"checkpoint {checkpoint} does not exist")
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    check_file(options.checkpoint)
+    from itpn.engine.report import print_report
+
+    print_report(options.checkpoint)
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    check_file(options.source)
+    from itpn.checkpoints.convert import convert
+
+    done = convert(options.source, Path(options.target), options.to)
+    print(f"{options.target}: {done.count} tensors under the names of {done.form}")
+    for name in done.left:
+        print(f"left out, for it has no place there: {name}")
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    check_file(options.checkpoint)
+    if options.img_size is not None and len(options.img_size) > 2:
+        raise UserError(f"--img-size takes a side, or height and width, not {len(options.img_size)} numbers")
+    if options.levels and options.task not in (None, "pyramid"):
+        raise UserError(f"--levels is for --task pyramid, not {options.task}")
+    from itpn.engine.export import check_out, export_checkpoint
+
+    out = Path(options.out)
+    check_out(out)
+    task: Any = "pyramid" if options.levels else options.task
+    overrides = {name: getattr(options, name) for name in ("levels", "num_heads") if getattr(options, name) is not None}
+    size = None if options.img_size is None else (options.img_size[0], options.img_size[-1])
+    export_checkpoint(options.checkpoint, out, task, size, options.dynamic_size, **overrides)
     return 0
 
 
@@ -276,5 +365,8 @@ COMMANDS = {
     "list": run_list,
     "info": run_info,
     "predict": run_predict,
+    "inspect": run_inspect,
+    "convert": run_convert,
+    "export": run_export,
     "demo": run_demo,
 }

@@ -23,8 +23,8 @@ class ModelConfig:
     name: str = "itpn_base"
     """Backbone, one of the models of `itpn list`."""
     checkpoint: str | None = None
-    """Start from the weights in this .ckpt or .safetensors file, or of hf-hub:OWNER/NAME; what it lacks starts fresh
-    and is said."""
+    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME; what it lacks starts
+    fresh and is said."""
     patch_size: int = 16
     """Side of a unit in pixels, divisible by 4."""
     in_chans: int = 3
@@ -61,6 +61,15 @@ class ModelConfig:
     """Stochastic depth of the last backbone block; it grows from 0 block by block."""
     init_values: float | None = None
     """Initial layer scale of the backbone; None for no layer scale."""
+    migrate_ratio: float = 0.0
+    """Share of the units that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
+    migrate_from: int | None = None
+    """First block that they skip, counted from 0; None for the middle of stage 3."""
+    gather_window: int = 0
+    """Units of a side of the windows that attention stays in, with gathering tokens between them; 0 for global
+    attention, which is also what there is where hidden units are dropped."""
+    gather_side: int = 1
+    """Gathering tokens of a window's side; a divisor of --model.gather-window."""
     pyramid_width: int | None = None
     """Channels of the pyramid; None for the model's own."""
     pyramid_depth: int | None = None
@@ -394,7 +403,7 @@ def check(config: Config) -> None:
         raise UserError(f"--data.crop-scale needs two shares of the area, from small to large, not {data.crop_scale}")
     if not config.name or any(c in config.name for c in "/\\") or config.name in (".", ".."):
         raise UserError(f"--name must be a plain folder name, not {config.name!r}")
-    if model.checkpoint is not None and not model.checkpoint.startswith(HUB) and not Path(model.checkpoint).is_file():
+    if model.checkpoint is not None and not model.checkpoint.startswith(HUB) and not Path(model.checkpoint).exists():
         raise UserError(f"--model.checkpoint {model.checkpoint} does not exist")
 
 
@@ -406,6 +415,16 @@ def check_model(model: ModelConfig, teacher: TeacherConfig) -> None:
     """
     _check_types(ModelConfig, model, "model.")
     _check_types(TeacherConfig, teacher, "teacher.")
+    if not 0 <= model.migrate_ratio < 1:
+        raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
+    if model.migrate_from is not None and model.migrate_from < 0:
+        raise UserError(f"--model.migrate-from must be at least 0, not {model.migrate_from}")
+    if model.gather_window < 0:
+        raise UserError(f"--model.gather-window must be at least 0, not {model.gather_window}")
+    if model.gather_side < 1 or model.gather_window % model.gather_side:
+        raise UserError(
+            f"--model.gather-side must divide --model.gather-window {model.gather_window}, not {model.gather_side}"
+        )
     if model.pyramid_head_width < 1 or model.pyramid_head_width % 64:
         raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")
     features = any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights])

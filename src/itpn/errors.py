@@ -11,6 +11,10 @@ class NonFiniteLoss(Exception):
     """The loss became infinite or not a number; the message says where the evidence is. Exit code 1."""
 
 
+class ExportFailed(Exception):
+    """An exported file computes something else than the network, and was not kept. Exit code 1."""
+
+
 class RunStopped(Exception):
     """A signal asked the run to stop, and its checkpoint is written. Exit code 128 + signal."""
 

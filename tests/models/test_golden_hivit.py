@@ -20,7 +20,7 @@ def build(case: str, **options) -> tuple[HiViT, dict]:
         norm_eps=1e-5,
         **options,
     )
-    state = our_names(golden["param"], DEPTHS, prefix="backbone.")
+    state = our_names(golden["param"])
     model.load_state_dict({name.removeprefix("backbone."): tensor for name, tensor in state.items()}, strict=True)
     return model.eval(), golden
 

@@ -32,8 +32,8 @@ def build_mmpretrain(feature_loss="cosine", **objective) -> tuple[MaskedImageMod
     model = MaskedImageModel(
         backbone, FeaturePyramid((16, 32, 64), width=32, depth=2), decoder, Objective(**{**options, **objective})
     )
-    model.load_state_dict(our_names(golden["param"], depths), strict=True)
-    return model, golden, our_names(golden["grad"], depths)
+    model.load_state_dict(our_names(golden["param"]), strict=True)
+    return model, golden, our_names(golden["grad"])
 
 
 def build_official(**objective) -> tuple[MaskedImageModel, dict, dict]:
@@ -52,8 +52,8 @@ def build_official(**objective) -> tuple[MaskedImageModel, dict, dict]:
         Objective(**{**options, **objective}),
         auxiliary,
     )
-    model.load_state_dict(our_names(golden["param"], depths), strict=True)
-    return model, golden, our_names(golden["grad"], depths)
+    model.load_state_dict(our_names(golden["param"]), strict=True)
+    return model, golden, our_names(golden["grad"])
 
 
 def assert_close(ours: torch.Tensor, golden: torch.Tensor) -> None:

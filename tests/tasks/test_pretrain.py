@@ -114,4 +114,4 @@ def test_normalisation_and_back():
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
     x = task.normalize(images)
     assert x[1, 2, 3, 1].item() == pytest.approx((images[1, 2, 3, 1].item() / 255 - 0.406) / 0.225, abs=1e-6)
-    assert torch.equal(task.denormalize(x), images)
+    assert torch.equal(task.normalize.undo(x), images)

@@ -62,7 +62,7 @@ def _read_labelled(folder: Path) -> tuple[Tensor, Tensor]:
     source = find_images([folder])
     classes = sorted({Path(path).parent.name for path in source.images})
     labels = [classes.index(Path(path).parent.name) for path in source.images]
-    return torch.stack(list(read_whole_images(source, (64, 64), 2**20))), torch.tensor(labels)
+    return torch.stack([image for _, image in read_whole_images(source, (64, 64), 2**20)]), torch.tensor(labels)
 
 
 def _percent(accuracy: Accuracy) -> list[str]:

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.config import Config, ModelConfig, image_size
 from itpn.models.hivit import HiViT
+from itpn.models.variants import WITH_PYRAMID
 from itpn.pretraining.average import MovingAverageTeacher
 from itpn.pretraining.build import build_masked_model
 from itpn.pretraining.model import MaskedImageModel
@@ -34,11 +35,12 @@ def count_flops(forward: Callable[..., object], *inputs: Tensor) -> float:
 def print_info(name: str, config: Config | None) -> None:
     """Print parameters, FLOPs and shapes of a recipe's model, or of a bare backbone when there is no config."""
     if config is None:
-        backbone = create_model(name)
+        base = next((plain for plain, whole in WITH_PYRAMID.items() if whole == name), name)
+        backbone = create_model(base)
         assert isinstance(backbone, HiViT)
         size, model = (224, 224), None
-        if name.startswith("itpn"):
-            model = build_masked_model(ModelConfig(name=name), size)
+        if base in WITH_PYRAMID:
+            model = build_masked_model(ModelConfig(name=base), size)
     else:
         size = image_size(config.data)
         model = build_masked_model(config.model, size, config.teacher)

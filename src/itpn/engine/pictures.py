@@ -17,7 +17,7 @@ from itpn.data.files import ImageSource
 from itpn.data.shards import read_shard
 from itpn.tasks.pretrain import PretrainingTask
 
-HEADER = 20  # pixels
+HEADER, PADDING = 20, 4  # pixels
 
 
 def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Image.Image:
@@ -36,24 +36,52 @@ def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Im
     generator = torch.Generator().manual_seed(task.config.seed)
     mask = task.model.draw_mask(len(x), grid, generator=generator).to(x.device)
     if "pixel" in task.model.objective.weights:
-        masked, reconstructed, _ = task.model.reconstruct(x, mask)
-        columns = {"original": images, "masked": task.denormalize(masked), "predicted": task.denormalize(reconstructed)}
+        pictures = [task.normalize.undo(picture) for picture in task.model.reconstruct(x, mask)[:2]]
+        columns = dict(zip(("original", "masked", "predicted"), [images, *pictures], strict=True))
     else:
-        masked = task.denormalize(x.masked_fill(task.model.mask_map(mask, grid), 0.0))
+        masked = task.normalize.undo(x.masked_fill(task.model.mask_map(mask, grid), 0.0))
         columns = {"original": images, "masked": masked, **_draw_features(task, images, x, mask, grid)}
     stack = torch.stack(list(columns.values()), dim=1)  # [n, columns, 3, H, W]
-    scale = max(1, 224 // images.shape[-1])  # small images are shown larger
-    tiles = stack.flatten(0, 1).cpu().repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+    tiles = enlarge(stack.flatten(0, 1).cpu())
     count = len(columns) * min(sets, len(images))
-    board = make_grid(tiles, nrow=count, padding=4, pad_value=255)
+    board = make_grid(tiles, nrow=count, padding=PADDING, pad_value=255)
     picture = Image.new("RGB", (board.shape[2], board.shape[1] + HEADER), "white")
     picture.paste(Image.fromarray(board.permute(1, 2, 0).numpy()), (0, HEADER))
-    draw = ImageDraw.Draw(picture)
-    for column in range(count):
-        left = 4 + column * (tiles.shape[-1] + 4)
-        title = list(columns)[column % len(columns)]
-        draw.text((left, 4), title, fill="black", font=ImageFont.load_default(size=13))
+    titles = [list(columns)[column % len(columns)] for column in range(count)]
+    write_row(picture, titles, tiles.shape[-1], top=0)
     return picture
+
+
+def draw_titles(images: Tensor, titles: list[str], per_row: int = 4) -> Image.Image:
+    """Images uint8 [n, 3, H, W] in rows, each below its title."""
+    tiles = enlarge(images)
+    height, width = tiles.shape[-2:]
+    step = height + PADDING + HEADER
+    per_row = min(per_row, len(tiles))
+    rows = -(-len(tiles) // per_row)
+    picture = Image.new("RGB", (per_row * (width + PADDING) + PADDING, rows * step + PADDING), "white")
+    for row in range(rows):
+        first = row * per_row
+        write_row(picture, titles[first : first + per_row], width, top=row * step)
+        for column, tile in enumerate(tiles[first : first + per_row]):
+            place = (PADDING + column * (width + PADDING), row * step + HEADER)
+            picture.paste(Image.fromarray(tile.permute(1, 2, 0).numpy()), place)
+    return picture
+
+
+def enlarge(images: Tensor) -> Tensor:
+    """Small images are shown larger."""
+    scale = max(1, 224 // images.shape[-1])
+    return images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+
+
+def write_row(picture: Image.Image, titles: list[str], width: int, top: int) -> None:
+    """A title above each of a row of images, cut where it would run into the next."""
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    for column, title in enumerate(titles):
+        while title and draw.textlength(title, font=font) > width:
+            title = title[:-2] + "\u2026" if len(title) > 2 else ""
+        draw.text((PADDING + column * (width + PADDING), top + 4), title, fill="black", font=font)
 
 
 def _draw_features(
@@ -91,15 +119,15 @@ def read_whole_images(
     img_size: tuple[int, int],
     max_pixels: int,
     skipped: Callable[[str], None] = lambda message: None,
-) -> Iterator[Tensor]:
-    """Decode images one after the other, cropped to the centre: uint8 [3, height, width].
+) -> Iterator[tuple[str, Tensor]]:
+    """Decode images one after the other, cropped to the centre: name and uint8 [3, height, width].
 
     Args:
         skipped: told "name: reason" of an unreadable one.
     """
     for name in source.images:
         try:
-            yield center_crop(decode_image(Path(name).read_bytes(), max_pixels), img_size)
+            yield name, center_crop(decode_image(Path(name).read_bytes(), max_pixels), img_size)
         except (UnreadableImage, OSError) as error:
             skipped(f"{name}: {error}")
     for shard in source.shards:
@@ -107,6 +135,6 @@ def read_whole_images(
             try:
                 if isinstance(data, UnreadableImage):
                     raise data
-                yield center_crop(decode_image(data, max_pixels), img_size)
+                yield name, center_crop(decode_image(data, max_pixels), img_size)
             except UnreadableImage as error:
                 skipped(f"{name}: {error}")

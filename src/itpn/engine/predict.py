@@ -1,50 +1,184 @@
-"""`itpn predict` for a pre-training checkpoint: pictures of its predictions."""
+"""`itpn predict`: pictures of what a pre-training checkpoint predicts, names from a classifier, features from any."""
 
+import csv
 import itertools
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from itpn.checkpoints.weights import load_weights, read_weights
-from itpn.config import image_size
+from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_whole
+from itpn.checkpoints.loading import load_found
+from itpn.config import Config, DataConfig
 from itpn.data.files import ImageSource
-from itpn.engine.pictures import draw_predictions, read_whole_images
+from itpn.data.normalize import Normalize
+from itpn.engine.pictures import draw_predictions, draw_titles, read_whole_images
 from itpn.errors import UserError
-from itpn.pretraining.build import build_masked_model
+from itpn.models.hivit import HiViT
+from itpn.models.pyramid import PyramidBackbone
+from itpn.pretraining.model import MaskedImageModel
 from itpn.tasks.pretrain import PretrainingTask
 
 PER_PICTURE = 16
+TOP = 5  # classes of an image in predictions.csv
+ROWS = 20  # images in the table
 
 
-def predict_hidden(checkpoint: str, source: ImageSource, out: Path, seed: int) -> None:
-    """Write a picture for every 16 images: original, masked, predicted. Unreadable ones are named and skipped.
+def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, features: Path | None = None) -> None:
+    """Write what a checkpoint has to say about images; unreadable ones are named and skipped.
+
+    Args:
+        out: folder of the pictures, and of a classifier's ``predictions.csv``.
+        seed: which units a pre-training model does not get to see.
+        features: a ``.safetensors`` or ``.npy`` file to be written instead: see :func:`compute_features`.
 
     Raises:
-        UserError: the checkpoint is not ours, or no image can be read.
+        UserError: no checkpoint that is known, one that only gives features, or no image can be read.
     """
-    console = Console()
-    weights = read_weights(checkpoint)
-    config = weights.config
-    config.seed = seed  # draws the mask
-    model = build_masked_model(config.model, image_size(config.data), config.teacher)
-    load_weights(model, weights, checkpoint)
-    task = PretrainingTask(model, config, weights.recipe)
-
-    def skipped(message: str) -> None:
-        Console(stderr=True).print(f"skipped {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-
+    found = read_checkpoint(checkpoint)
+    model, notes = load_found(found)
+    for note in notes:
+        Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+    config = settings_of(found, model, seed)
+    normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
+    batches = read_batches(source, config)
+    if features is not None:
+        write_features(model, normalize, batches, features)
+        return
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
-    images = read_whole_images(source, image_size(config.data), config.data.max_pixels, skipped)
-    for number in itertools.count():
-        batch = list(itertools.islice(images, PER_PICTURE))
-        if not batch:
-            break
-        path = out / f"prediction-{number:04d}.png"
-        draw_predictions(task, torch.stack(batch)).save(path)
-        console.print(str(path), highlight=False, soft_wrap=True)
-    if number == 0:
+    if isinstance(model, MaskedImageModel):
+        task = PretrainingTask(model, config, "predict")
+        for number, (_, images) in enumerate(batches):
+            save_picture(draw_predictions(task, images), out, number)
+    elif isinstance(model, HiViT) and model.num_classes:
+        predict_classes(model, normalize, batches, found.metadata.get("classes"), out)
+    else:
+        raise UserError(f"checkpoint {checkpoint} has neither decoder nor classifier: it gives --features FILE only")
+
+
+def settings_of(found: Checkpoint, model: nn.Module, seed: int) -> Config:
+    """The run's own settings, or those that files of others are used with: ImageNet's mean and deviation."""
+    backbone = model if isinstance(model, HiViT) else model.backbone
+    assert isinstance(backbone, HiViT)
+    config = found.config
+    if config is None:
+        size = (backbone.grid_size[0] * backbone.patch_size, backbone.grid_size[1] * backbone.patch_size)
+        config = Config(data=DataConfig(img_size=size))
+        config.model.in_chans = backbone.patch_embed.proj.in_channels
+        if isinstance(own := found.metadata.get("preprocessing"), dict):
+            config.data.mean, config.data.std = tuple(own["mean"]), tuple(own["std"])
+    if config.model.in_chans not in (1, 3):
+        raise UserError(
+            f"checkpoint {found.source} is of images with {config.model.in_chans} channels, not of pictures"
+        )
+    config.seed = seed
+    return config
+
+
+def read_batches(source: ImageSource, config: Config) -> Iterator[tuple[list[str], Tensor]]:
+    """Names and uint8 images [n, 3, H, W] of a picture each.
+
+    Raises:
+        UserError: none of the images can be read.
+    """
+
+    def skipped(message: str) -> None:
+        Console(stderr=True).print(f"skipped {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+    height, width = config.data.img_size if isinstance(config.data.img_size, tuple) else 2 * (config.data.img_size,)
+    images = read_whole_images(source, (height, width), config.data.max_pixels, skipped)
+    empty = True
+    while batch := list(itertools.islice(images, PER_PICTURE)):
+        empty = False
+        yield [name for name, _ in batch], torch.stack([image for _, image in batch])
+    if empty:
         raise UserError("none of the images can be read")
+
+
+def save_picture(picture: Image.Image, out: Path, number: int) -> None:
+    path = out / f"prediction-{number:04d}.png"
+    picture.save(path)
+    Console().print(str(path), highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def predict_classes(
+    model: HiViT,
+    normalize: Normalize,
+    batches: Iterator[tuple[list[str], Tensor]],
+    classes: list[str] | None,
+    out: Path,
+) -> None:
+    """A table, ``predictions.csv`` and pictures with the likeliest classes; numbers where the file has no names."""
+    table = Table("image", "class", "probability", "then", box=None, pad_edge=False, header_style="bold")
+    path = out / "predictions.csv"
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "rank", "class", "probability"])
+        for number, (names, images) in enumerate(batches):
+            top = model(normalize(images)).softmax(dim=-1).topk(min(TOP, model.num_classes))
+            titles = []
+            for name, values, indices in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
+                labels = [classes[i] if classes else str(i) for i in indices]
+                writer.writerows([name, rank, *pair] for rank, pair in enumerate(zip(labels, values, strict=True), 1))
+                others = ", ".join(
+                    f"{label} {value:.0%}" for label, value in zip(labels[1:3], values[1:3], strict=True)
+                )
+                if table.row_count < ROWS:
+                    table.add_row(Path(name).name, labels[0], f"{values[0]:.1%}", others)
+                titles.append(f"{labels[0]} {values[0]:.0%}")
+            save_picture(draw_titles(images, titles), out, number)
+    Console().print(table, highlight=False)
+    Console().print(str(path), highlight=False, soft_wrap=True)
+
+
+def write_features(
+    model: nn.Module, normalize: Normalize, batches: Iterator[tuple[list[str], Tensor]], path: Path
+) -> None:
+    """Write :func:`compute_features` of all images, a row each, and the images' names.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    names: list[str] = []
+    rows: list[dict[str, Tensor]] = []
+    for batch, images in batches:
+        names += batch
+        rows.append(compute_features(model, normalize(images)))
+    columns = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            with path.with_name(f"{path.name}.tmp").open("wb") as file:
+                np.save(file, columns["features"].numpy())
+            Path(file.name).replace(path)
+            path.with_suffix(".txt").write_text("".join(f"{name}\n" for name in names))
+        else:
+            write_whole(path, save(columns, {"images": json.dumps(names)}))
+    except OSError as error:
+        raise UserError(f"--features {path} cannot be written: {error.strerror}") from error
+    shapes = ", ".join(f"{name} {list(column.shape)}" for name, column in columns.items())
+    Console().print(f"{path}: {shapes}", highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def compute_features(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Means over an image: ``features`` of the last stage [n, C], ``pyramid_1`` (finest) to 3 [n, width]."""
+    backbone = model if isinstance(model, HiViT) else model.backbone
+    assert isinstance(backbone, HiViT)
+    stages = backbone.forward_stages(x)
+    means = {"features": stages[-1].mean(dim=(1, 2, 3))}
+    if isinstance(model, MaskedImageModel | PyramidBackbone):
+        levels = model.pyramid(stages)
+        means |= {f"pyramid_{i}": level.mean(dim=(1, 2, 3)) for i, level in enumerate(levels, start=1)}
+    return means

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from itpn.checkpoints.weights import load_weights, read_weights
-from itpn.config import Config, image_size
-from itpn.pretraining.build import build_masked_model
+from itpn.checkpoints.files import read_checkpoint
+from itpn.checkpoints.loading import build_from, load_weights
+from itpn.config import Config
 from itpn.seeding import derive_seed
 from itpn.tasks.pretrain import PretrainingTask
 
@@ -33,9 +33,9 @@ def probe(config: Config, weights: Path | None, sets: list[tuple[Tensor, Tensor]
         sets: to learn from and to be asked about: uint8 images [n, 3, H, W] and int64 labels [n].
     """
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model = build_masked_model(config.model, image_size(config.data), config.teacher)
+    model = build_from(config)
     if weights is not None:
-        load_weights(model, read_weights(weights), str(weights))
+        load_weights(model, read_checkpoint(weights))
     task = PretrainingTask(model, config, "probe")
     (known, labels), (asked, answers) = [(compute_features(task, x.split(128)), labels) for x, labels in sets]
     figures = [

@@ -28,7 +28,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from itpn.checkpoints.weights import load_weights, read_weights, save_weights
+from itpn.checkpoints.files import read_checkpoint, save_weights
+from itpn.checkpoints.loading import build_from, load_weights
 from itpn.config import Config, check, image_size
 from itpn.data.augment import PretrainingTransform
 from itpn.data.cache import FeatureCache, read_index
@@ -39,7 +40,6 @@ from itpn.engine.folder import RunFolder
 from itpn.engine.pictures import read_whole_images
 from itpn.errors import RunStopped, UserError
 from itpn.pretraining.average import MovingAverageTeacher
-from itpn.pretraining.build import build_masked_model
 from itpn.pretraining.teacher import FeatureTeacher, build_teacher
 from itpn.seeding import derive_seed
 from itpn.tasks.pretrain import PretrainingTask
@@ -71,7 +71,7 @@ def train(config: Config, recipe: str, source: ImageSource | None = None) -> Pat
         check_cache(config, images.cache)
     teacher = None if images.cache else make_frozen_teacher(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model = build_masked_model(config.model, image_size(config.data), config.teacher)
+    model = build_from(config)
     folder = RunFolder(config, recipe)
     if launch.main:
         folder.open(config, recipe)
@@ -81,7 +81,7 @@ def train(config: Config, recipe: str, source: ImageSource | None = None) -> Pat
         if resume is not None:
             console.print(f"going on from {resume}, step {step}", highlight=False)
         elif config.model.checkpoint is not None:
-            notes = load_weights(model, read_weights(config.model.checkpoint), config.model.checkpoint)
+            notes = load_weights(model, read_checkpoint(config.model.checkpoint))
             for note in [f"starting from the weights of {config.model.checkpoint}", *notes]:
                 console.print(note, highlight=False)
         average = MovingAverageTeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
@@ -197,7 +197,7 @@ def read_samples(source: ImageSource, config: Config, count: int = 8) -> Tensor:
         stride = max(1, len(source.images) // count)
         source = ImageSource(images=source.images[::stride] + source.images)
     images = read_whole_images(source, image_size(config.data), config.data.max_pixels)
-    chosen = list(itertools.islice(images, count))
+    chosen = [image for _, image in itertools.islice(images, count)]
     if not chosen:
         raise UserError(f"none of the images in {', '.join(config.data.root)} can be read")
     return torch.stack(chosen)

@@ -10,7 +10,7 @@ out from the very first layer without a change to the visible ones. Hence the la
 ``[batch, units, rows, cols, channels]``, rows and cols inside the unit.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ from itpn.models.position import (
     resample_offsets,
     resample_position_table,
     resample_relative_table,
+    same_grid,
     sincos_position_table,
     square,
 )
@@ -127,7 +128,7 @@ class Attention(nn.Module):
             assert rel_pos_index is not None
             bias = self._relative_bias(q, grid, rel_pos_index)
         if windows is not None:
-            k, v, bias = windows.share(k), windows.share(v), windows.mask()
+            k, v, bias = windows.share(k), windows.share(v), windows.mask
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
 
@@ -141,7 +142,8 @@ class Attention(nn.Module):
         tables = [resample_offsets(table, 2 * side - 1) for table, side in zip(stored, grid, strict=True)]
         cols = 2 * grid[1] - 1
         index = (index if index.dim() == 3 else index[None])[:, None].expand(*q.shape[:3], -1)  # [B, heads, N, N]
-        offsets = (index // cols, index % cols)
+        row_offset = index // cols
+        offsets = (row_offset, index - row_offset * cols)  # no %, which torch.onnx cannot write with open sizes
         # the query is not scaled here, as the published weights were trained
         parts = [(q @ t.to(q.dtype).T).gather(-1, offset) for t, offset in zip(tables, offsets, strict=True)]
         return parts[0] + parts[1]
@@ -279,6 +281,9 @@ class HiViT(nn.Module):
         ValueError: the sizes do not fit one another.
     """
 
+    pretrained_cfg: dict[str, Any]  # both of a model by name: timm's settings of its weights,
+    model_args: dict[str, Any]  # and what was given beside its name (see itpn.models.registry)
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -322,6 +327,7 @@ class HiViT(nn.Module):
             raise ValueError(f"gather_window must be divisible by gather_side={gather_side}, not {gather_window}")
         if gather_window and rel_pos_bias:
             raise ValueError("gathering tokens have no relative position: use gather_window without rel_pos_bias")
+        self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
@@ -395,6 +401,11 @@ class HiViT(nn.Module):
             trunc_normal_(self.head.weight, std=0.02)
 
     # --- timm's conventions
+
+    @torch.jit.ignore
+    def init_non_persistent_buffers(self) -> None:
+        """Fill what no file holds, for loaders that build on the meta device (timm's name; transformers calls it)."""
+        self.rel_pos_index.copy_(relative_position_index(self.rel_pos_grid or self.grid_size))
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -489,9 +500,8 @@ class HiViT(nn.Module):
         index = self.relative_positions(grid, visible)
         windows, gathering = None, 0
         if self.gather_window and visible is None and max(grid) > self.gather_window:
-            windows = Windows(grid, self.gather_window, self.gather_side)
-            gathering = windows.gathering
-            x = windows.cut(x)  # [B * W, T + G, C]; without windows T = V and G = 0
+            x, windows = Windows(grid, self.gather_window, self.gather_side).cut(x)
+            gathering = windows.gathering  # x is [B * W, T + G, C]; without windows T = V and G = 0
         left, picked = x, None  # tokens as some of them leave, and which do not
 
         def restore(x: Tensor) -> Tensor:
@@ -508,7 +518,7 @@ class HiViT(nn.Module):
                 picked = pick_distinct(left, keep, None if windows is None else windows.real)
                 x = torch.cat([take(left, picked), gathered], dim=1)
                 if windows is not None:
-                    windows.pick(picked)
+                    windows = windows.pick(picked)
                 if index is not None:
                     index = self.relative_positions(grid, picked if visible is None else visible.gather(1, picked))
             x = (
@@ -522,7 +532,7 @@ class HiViT(nn.Module):
 
     def _positions(self, grid: Grid, visible: Tensor | None) -> Tensor:
         # the public code takes "fewer tokens than stored" for another grid, so it resamples whenever units are hidden
-        legacy = self.pos_resample == "legacy" and (visible is not None or grid != self.grid_size)
+        legacy = self.pos_resample == "legacy" and (visible is not None or not same_grid(self.grid_size, grid))
         table = resample_position_table(self.pos_embed, self.grid_size, grid, "legacy" if legacy else "exact")
         return table if visible is None else table[0, visible]  # [1, N, C] or [B, V, C]
 
@@ -531,7 +541,7 @@ class HiViT(nn.Module):
         if self.rel_pos_grid is None:
             return None
         index = self.rel_pos_index
-        if grid != self.rel_pos_grid:
+        if not same_grid(self.rel_pos_grid, grid):
             index = relative_position_index(grid).to(self.pos_embed.device)
         if visible is None:
             return index  # [N, N]
@@ -613,26 +623,55 @@ def initialize_linears(module: nn.Module, how: WeightInit) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def fit_tables(tensors: dict[str, Tensor], backbone: HiViT, prefix: str = "") -> list[str]:
-    """Resample position tables of square grids to those of a backbone, in place; returns the names of changed ones."""
+def fit_tables(
+    tensors: dict[str, Tensor], own: Mapping[str, Tensor], backbone: HiViT, stored_grid: Grid | None = None
+) -> list[str]:
+    """Resample position tables to the grids of a backbone, in place.
+
+    Args:
+        own: the tensors that they are for, by the same names: of the backbone and of what goes with it.
+        stored_grid: that of all stored tables; None for square ones, whose sizes tell.
+
+    Returns:
+        The names of those changed.
+    """
     changed = []
-    for name, own in backbone.state_dict().items():
-        stored = tensors.get(prefix + name)
-        if stored is None or stored.shape == own.shape or stored.shape[-1] != own.shape[-1]:
+    for name in own.keys() & tensors.keys():
+        stored, wanted = tensors[name], own[name]
+        if stored.dim() < 2 or stored.shape[-1] != wanted.shape[-1]:
             continue
-        if name == "pos_embed":
-            fitted = resample_position_table(stored, square(stored.shape[1]), backbone.grid_size)
+        if name.endswith("pos_embed"):
+            grid = stored_grid or (backbone.grid_size if stored.shape == wanted.shape else square(stored.shape[1]))
+            fitted = resample_position_table(stored, grid, backbone.grid_size)
         elif name.endswith("relative_position_bias_table"):
-            side = (square(len(stored))[0] + 1) // 2
             assert backbone.rel_pos_grid is not None
-            fitted = resample_relative_table(stored, (side, side), backbone.rel_pos_grid)
+            grid = stored_grid or backbone.rel_pos_grid
+            if (2 * grid[0] - 1) * (2 * grid[1] - 1) != len(stored):  # unknown, or made for a rel_pos_size
+                side = (square(len(stored))[0] + 1) // 2
+                grid = (side, side)
+            fitted = resample_relative_table(stored, grid, backbone.rel_pos_grid)
         elif name.endswith(("rel_pos_h", "rel_pos_w")):
-            fitted = resample_offsets(stored, len(own))
+            fitted = resample_offsets(stored, len(wanted))
         else:
             continue
-        tensors[prefix + name] = fitted
-        changed.append(name)
+        if fitted is not stored:
+            tensors[name] = fitted
+            changed.append(name)
     return changed
+
+
+def read_stored_grid(pretrained_cfg: dict[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> Grid | None:
+    """The grid of a file's position tables, by the image size that timm's settings of the file name.
+
+    Returns:
+        None where that size is another's: of a file given by hand, timm knows the variant's default alone.
+    """
+    table, patch = tensors.get(f"{prefix}pos_embed"), tensors.get(f"{prefix}patch_embed.proj.weight")
+    if table is None or patch is None:
+        return None
+    height, width = pretrained_cfg["input_size"][-2:]
+    grid = (height // (4 * patch.shape[2]), width // (4 * patch.shape[3]))
+    return grid if grid[0] * grid[1] == table.shape[1] else None
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: HiViT) -> dict[str, Tensor]:
@@ -642,5 +681,5 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: HiViT) -> dict[st
         return state_dict  # not ours: loading it will say so
     named, _ = to_ours(state_dict, layout)
     tensors = {name.removeprefix("backbone."): tensor for name, tensor in named.items() if name.startswith("backbone.")}
-    fit_tables(tensors, model)
+    fit_tables(tensors, model.state_dict(), model, read_stored_grid(model.pretrained_cfg, tensors))
     return tensors

@@ -30,7 +30,7 @@ PYRAMID: Pairs = [
     ("decoder_blocks", "decoder.blocks"), ("decoder_pred", "decoder.heads.pixel"),
     ("decoder_pos_embed", "decoder.pos_embed"),
 ]
-TRUNK: Pairs = [("patch_embed", "backbone.patch_embed"), ("fc_norm", "backbone.fc_norm")]
+CLASSIFIER: Pairs = [("fc_norm", "backbone.fc_norm"), ("head", "backbone.head")]
 FEATURE_HEADS: Pairs = [  # of CLIP supervision, in the authors' code
     ("mask_token", "mask_token"), ("norm", "decoder.norm"), ("lm_head", "decoder.heads.feature"),
     ("cls_pt_layers", "auxiliary.blocks"), ("norm_cls", "auxiliary.norm"), ("lm_cls_head", "auxiliary.head"),
@@ -83,21 +83,22 @@ def name_pairs(layout: Layout, depths: tuple[int, int, int], features: bool) -> 
     ours = [f"backbone.stages.0.{i}" for i in range(depths[0])] + ["backbone.merges.0"]
     ours += [f"backbone.stages.1.{i}" for i in range(depths[1])] + ["backbone.merges.1"]
     ours += [f"backbone.stages.2.{i}" for i in range(depths[2])]
+    patch = ("patch_embed", "backbone.patch_embed")
     blocks = [(f"blocks.{number}", name) for number, name in enumerate(ours)]  # blocks and merges in one list
     if layout == "mmpretrain":
         decoder = [("ln1", "decoder.norm"), ("mask_token", "decoder.mask_token")]
         if features:
             decoder = [("norm", "decoder.norm"), ("mask_token", "decoder.mask_token")]
         return [
-            *((f"backbone.{theirs}", name) for theirs, name in [*blocks, *TRUNK, ("pos_embed", "backbone.pos_embed")]),
+            *((f"backbone.{theirs}", name) for theirs, name in [*blocks, patch, ("pos_embed", "backbone.pos_embed")]),
             ("backbone.mask_token", "mask_token"),
             *((f"neck.{theirs}", name) for theirs, name in [*PYRAMID, *decoder]),
-            ("head.fc", "backbone.head"),
+            ("head.fc", "backbone.head"),  # after the mean, without a norm
             ("head.cls_head", "decoder.heads.feature"),
         ]
     position = "pos_embed" if layout == "official_fast" else "absolute_pos_embed"
     heads = FEATURE_HEADS if features else PIXEL_HEADS
-    return [*blocks, *TRUNK, (position, "backbone.pos_embed"), ("head", "backbone.head"), *PYRAMID, *heads]
+    return [*blocks, patch, (position, "backbone.pos_embed"), *CLASSIFIER, *PYRAMID, *heads]
 
 
 def to_ours(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -120,10 +121,13 @@ def to_ours(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[dict[str, Te
         tensors = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
     features = any(name.endswith(("lm_head.weight", "cls_head.weight")) for name in tensors)
     pairs = name_pairs(layout, depths, features)
+    top = tensors.get("align_dim_16tofpn.weight")
+    # Fast-iTPN's pre-trained weights have a pyramid of convolutions, whose code was never published
+    unknown = ("pyramid.", "decoder.", "mask_token") if top is not None and top.dim() == 4 else ()
     ours, others = {}, {}
     for name, tensor in tensors.items():
         renamed = _rename(name, pairs, "ours")
-        if renamed is None or name.endswith("relative_position_index"):
+        if renamed is None or name.endswith("relative_position_index") or renamed.startswith(unknown):
             others[name] = tensor
             continue
         ours[_rename_inside(renamed, layout, "ours")] = tensor

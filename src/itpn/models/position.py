@@ -19,6 +19,20 @@ def square(entries: int) -> Grid:
     return side, side
 
 
+def is_open(grid: Grid) -> bool:
+    """Whether ``torch.export`` leaves the grid open: asking for its size would tie the graph to the answer."""
+    return any(isinstance(side, torch.SymInt) for side in grid)
+
+
+def same_grid(stored: Grid, wanted: Grid) -> bool:
+    """Whether there is nothing to resample.
+
+    False for open grids. Their graph resamples always, which changes nothing where the grids turn out to be the same:
+    all samples then fall on entries of the table.
+    """
+    return not is_open(wanted) and stored == wanted
+
+
 def sincos_position_table(grid: Grid, dim: int) -> Tensor:
     """Fixed 2-D sine-cosine position embedding (He et al. 2022, appendix A.1).
 
@@ -50,15 +64,31 @@ def resample_position_table(table: Tensor, stored: Grid, wanted: Grid, how: Resa
     Returns:
         [1, wanted rows * wanted cols, C]; the table itself where ``"exact"`` has nothing to do.
     """
-    if how == "exact" and stored == wanted:
+    if how == "exact" and same_grid(stored, wanted):
         return table
     maps = table.reshape(1, *stored, -1).permute(0, 3, 1, 2)  # [1, C, rows, cols]
     if how == "exact":
         maps = F.interpolate(maps, size=wanted, mode="bicubic", align_corners=False)
+    elif is_open(wanted):
+        maps = _resample_open_legacy(maps, stored, wanted)
     else:
         factor = tuple((w + 0.1) / s for w, s in zip(wanted, stored, strict=True))
         maps = F.interpolate(maps, scale_factor=factor, mode="bicubic", align_corners=False)
     return maps.flatten(2).transpose(1, 2)
+
+
+def _resample_open_legacy(maps: Tensor, stored: Grid, wanted: Grid) -> Tensor:
+    """``"legacy"`` on maps [1, C, rows, cols] where the sizes are tensors: a scale factor would be frozen.
+
+    Like the public code, it leaves the stored grid as it is.
+    """
+    own, sizes = torch.tensor(stored).float(), torch.stack([torch.scalar_tensor(side) for side in wanted])
+    scale = torch.where((sizes == own).all(), 1.0, own / (sizes + 0.1))
+    # where to sample, from -1 to 1 over the table
+    rows, cols = ((2 * torch.arange(w) + 1) * k / s - 1 for w, k, s in zip(wanted, scale, stored, strict=True))
+    row, col = torch.meshgrid(rows, cols, indexing="ij")
+    samples = torch.stack([col, row], dim=-1).unsqueeze(0).to(maps)  # [1, wanted rows, wanted cols, 2]
+    return F.grid_sample(maps, samples, mode="bicubic", padding_mode="border", align_corners=False)
 
 
 def relative_position_index(grid: Grid) -> Tensor:
@@ -77,14 +107,14 @@ def relative_position_index(grid: Grid) -> Tensor:
 
 def resample_offsets(table: Tensor, wanted: int) -> Tensor:
     """Resample vectors of offsets along one axis, [2R-1, D] -> [wanted, D], as the published detectors do."""
-    if len(table) == wanted:
+    if same_grid((1, len(table)), (1, wanted)):
         return table
     return F.interpolate(table.T[None], size=wanted, mode="linear").squeeze(0).T
 
 
 def resample_relative_table(table: Tensor, stored: Grid, wanted: Grid) -> Tensor:
     """Resample a relative position table [(2R-1)(2C-1), heads] bicubically to the offsets of another grid."""
-    if stored == wanted:
+    if same_grid(stored, wanted):
         return table
     stored_offsets, wanted_offsets = ((2 * r - 1, 2 * c - 1) for r, c in (stored, wanted))
     maps = table.reshape(1, *stored_offsets, -1).permute(0, 3, 1, 2)  # [1, heads, 2R-1, 2C-1]

@@ -18,6 +18,7 @@ from itpn.models.hivit import (
     check_intermediates,
     fit_tables,
     initialize_linears,
+    read_stored_grid,
     units_to_map,
 )
 from itpn.models.naming import detect_layout, to_ours
@@ -100,6 +101,9 @@ class PyramidBackbone(nn.Module):
         ValueError: a classifier is asked for, or the backbone's sizes do not fit one another.
     """
 
+    pretrained_cfg: dict[str, Any]  # as in HiViT
+    model_args: dict[str, Any]
+
     def __init__(
         self,
         levels: Literal["pyramid", "detection", "segmentation"] = "pyramid",
@@ -116,6 +120,7 @@ class PyramidBackbone(nn.Module):
         self.num_classes = 0
         self.levels = levels
         self.backbone = HiViT(num_classes=0, weight_init=weight_init, **backbone)
+        self.in_chans = self.backbone.in_chans
         dims = tuple(info["num_chs"] for info in self.backbone.feature_info)
         self.pyramid = FeaturePyramid(
             dims, pyramid_width, pyramid_depth, mlp_ratio, self.backbone.norm_eps, weight_init
@@ -190,10 +195,9 @@ class PyramidBackbone(nn.Module):
             return "|".join(part.replace("^", r"^backbone\.", 1) for part in pattern.split("|"))
 
         groups = self.backbone.group_matcher(coarse)
-        if coarse:
-            return {"stem": inside(groups["stem"]), "blocks": inside(groups["blocks"]), "pyramid": r"^pyramid"}
-        blocks = [(inside(pattern), order) for pattern, order in groups["blocks"]]
-        return {"stem": inside(groups["stem"]), "blocks": [*blocks, (r"^pyramid", (99999,))]}
+        blocks = groups["blocks"]
+        blocks = inside(blocks) if coarse else [(inside(pattern), order) for pattern, order in blocks]
+        return {"stem": inside(groups["stem"]), "blocks": blocks, "pyramid": r"^pyramid"}
 
     def get_classifier(self) -> nn.Module:
         return nn.Identity()
@@ -211,5 +215,6 @@ def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyramidBackbone) 
     named, _ = to_ours(state_dict, layout)
     heads = ("backbone.head.", "backbone.fc_norm.")
     tensors = {n: t for n, t in named.items() if n.startswith(("backbone.", "pyramid.")) and not n.startswith(heads)}
-    fit_tables(tensors, model.backbone, "backbone.")
+    stored_grid = read_stored_grid(model.pretrained_cfg, tensors, "backbone.")
+    fit_tables(tensors, model.state_dict(), model.backbone, stored_grid)
     return tensors

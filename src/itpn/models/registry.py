@@ -3,6 +3,7 @@
 Runs as soon as timm is imported, which may be in the middle of our own model files: they are imported when needed.
 """
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,25 @@ _cfgs |= {name: _cfg("backbone.") for name in WITH_PYRAMID.values()}
 default_cfgs = generate_default_cfgs(_cfgs)
 
 
+def _build(model_class: type[nn.Module], name: str, given: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """Have timm build a model, and record on it which of the constructor's arguments were given."""
+    from itpn.models.hivit import HiViT
+
+    model: Any = build_model_with_cfg(model_class, name, **kwargs)
+    own = {*inspect.signature(HiViT).parameters, *inspect.signature(model_class).parameters}
+    model.model_args = {argument: value for argument, value in given.items() if argument in own}
+    return model
+
+
 def _build_backbone(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     from itpn.models.hivit import HiViT, checkpoint_filter_fn
 
     feature_cfg = {"out_indices": kwargs.pop("out_indices", (0, 1, 2)), "feature_cls": "getter"}
-    return build_model_with_cfg(
+    return _build(
         HiViT,
         name,
-        pretrained,
+        kwargs,
+        pretrained=pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
         **{**BACKBONES[name], **kwargs},
@@ -56,10 +68,11 @@ def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     count = {"pyramid": 3, "detection": 5, "segmentation": 4}[kwargs.get("levels", "pyramid")]
     feature_cfg = {"out_indices": kwargs.pop("out_indices", tuple(range(count))), "feature_cls": "getter"}
     settings = {**BACKBONES[name], "pyramid_width": own["width"], "pyramid_depth": own["depth"], **kwargs}
-    return build_model_with_cfg(
+    return _build(
         PyramidBackbone,
         WITH_PYRAMID[name],
-        pretrained,
+        kwargs,
+        pretrained=pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=feature_cfg,
         **settings,

@@ -12,6 +12,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "hivit_tiny": {"embed_dim": 384, "depths": (2, 2, 10), "num_heads": 6, "rel_pos_bias": True},
     "hivit_small": {"embed_dim": 384, "depths": (4, 4, 20), "num_heads": 6, "rel_pos_bias": True},
     "hivit_base": {"embed_dim": 512, "depths": (4, 4, 24), "num_heads": 8, "rel_pos_bias": True},
+    # the original's base, whose masked auto-encoder is what its authors released
+    "hivit_base_4420": {"embed_dim": 512, "depths": (4, 4, 20), "num_heads": 8, "rel_pos_bias": True},
     # ours, for tests and demonstrations on a laptop
     "itpn_nano": {"embed_dim": 128, "depths": (1, 1, 4), "num_heads": 4},
     # ours, for small images and small data sets

@@ -18,16 +18,14 @@ def pick_distinct(x: Tensor, keep: int, real: Tensor | None = None) -> Tensor:
 
     Args:
         x: [B, T, C].
-        real: bool [B, T], False for padding, which is picked last.
+        real: bool [B, T], False for padding, which is picked last and has no part in the mean.
 
     Returns:
         int64 [B, keep], ascending.
     """
-    mean = x.mean(dim=1, keepdim=True)
-    if real is not None:
-        weight = real.unsqueeze(-1).to(x.dtype)
-        mean = (x * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True)
-    likeness = F.cosine_similarity(x.detach().float(), mean.detach().float(), dim=-1)  # [B, T]
+    x = x.detach().float()
+    weight = x.new_ones(1) if real is None else real.unsqueeze(-1).float()
+    likeness = F.cosine_similarity(x, (x * weight).sum(dim=1, keepdim=True), dim=-1)  # [B, T]; of a sum as of a mean
     if real is not None:
         likeness = likeness.masked_fill(~real, 2.0)
     return likeness.topk(keep, dim=1, largest=False, sorted=False).indices.sort(dim=1).values
@@ -49,54 +47,54 @@ class Windows:
     Args:
         grid: rows and columns of units; the last windows are padded where they do not divide.
         side: units of a window's side; T is its square.
-        gather_side: a window has this many gathering tokens squared, each of an equal part of it.
+        gather_side: G is its square: each gathering token begins as the mean of an equal part of the window.
+        mask: bool [B * W, 1, 1, T + W * G], which keys of :meth:`share` are no padding; None where all are.
     """
 
-    def __init__(self, grid: Grid, side: int, gather_side: int) -> None:
+    # .shape[0], not len(): torch.export would make a constant of an open batch size
+
+    def __init__(self, grid: Grid, side: int, gather_side: int, mask: Tensor | None = None) -> None:
         self.grid = grid
         self.side = side
         self.gather_side = gather_side
+        self.mask = mask
         self.rows, self.cols = (-(-units // side) for units in grid)
+        self.count = self.rows * self.cols
         self.gathering = gather_side**2
-        self.real: Tensor | None = None  # bool [B * W, T], after padding
-        self.gathering_real: Tensor | None = None  # bool [B * W, G]
 
     @property
-    def count(self) -> int:
-        return self.rows * self.cols
+    def real(self) -> Tensor | None:
+        """Which units are no padding, bool [B * W, T]; None where all are."""
+        return None if self.mask is None else self.mask[:, 0, 0, : -self.count * self.gathering]
 
-    def cut(self, x: Tensor) -> Tensor:
-        """Units [B, N, C], row-major -> tokens [B * W, T + G, C], gathering tokens last."""
-        batch = len(x)
-        maps = x.reshape(batch, *self.grid, -1)
-        real = None
+    def cut(self, x: Tensor) -> tuple[Tensor, "Windows"]:
+        """Units [B, N, C], row-major -> tokens [B * W, T + G, C], gathering tokens last; and their windows."""
         below, right = self.rows * self.side - self.grid[0], self.cols * self.side - self.grid[1]
+        maps = F.pad(x.reshape(x.shape[0], *self.grid, -1), (0, 0, 0, right, 0, below))
+        real = F.pad(x.new_ones(1, *self.grid, 1), (0, 0, 0, right, 0, below))
+        counts = self._parts(real).sum(dim=2)  # [W, G, 1]
+        gathered = self._parts(maps).sum(dim=2) / counts.clamp(min=1).repeat(x.shape[0], 1, 1)  # padding is zero
+        mask = None
         if below or right:
-            maps = F.pad(maps, (0, 0, 0, right, 0, below))
-            real = F.pad(x.new_ones(1, *self.grid, 1), (0, 0, 0, right, 0, below))
-            part = self._parts(real).mean(dim=2).clamp(min=0.5 / self.side**2)  # share that is real, [W, G, 1]
-            self.real = (self._cut(real)[..., 0] > 0).repeat(batch, 1)
-            self.gathering_real = (self._parts(real).sum(dim=2)[..., 0] > 0).repeat(batch, 1)
-        gathered = self._parts(maps).mean(dim=2)  # [B * W, G, C]
-        if real is not None:
-            gathered = gathered / part.repeat(batch, 1, 1)
-        return torch.cat([self._cut(maps), gathered], dim=1)
+            mask = torch.cat([self._cut(real)[..., 0], counts.reshape(1, -1).expand(self.count, -1)], dim=1) > 0
+            mask = mask.repeat(x.shape[0], 1)[:, None, None]
+        return torch.cat([self._cut(maps), gathered], dim=1), Windows(self.grid, self.side, self.gather_side, mask)
 
     def _cut(self, maps: Tensor) -> Tensor:
         """[B, rows, cols, C] -> [B * W, T, C]."""
-        x = maps.reshape(len(maps), self.rows, self.side, self.cols, self.side, -1).transpose(2, 3)
+        x = maps.reshape(maps.shape[0], self.rows, self.side, self.cols, self.side, -1).transpose(2, 3)
         return x.reshape(-1, self.side**2, maps.shape[-1])
 
     def _parts(self, maps: Tensor) -> Tensor:
         """[B, rows, cols, C] -> the units of each gathering token [B * W, G, T / G, C]."""
         part = self.side // self.gather_side
         x = self._cut(maps).reshape(-1, self.gather_side, part, self.gather_side, part, maps.shape[-1])
-        return x.transpose(2, 3).reshape(len(x), self.gathering, part**2, -1)
+        return x.transpose(2, 3).reshape(x.shape[0], self.gathering, part**2, -1)
 
     def join(self, x: Tensor) -> Tensor:
         """Tokens [B * W, T, C] back to units [B, N, C]; padding is left out."""
         x = x.reshape(-1, self.rows, self.cols, self.side, self.side, x.shape[-1]).transpose(2, 3)
-        x = x.reshape(len(x), self.rows * self.side, self.cols * self.side, -1)
+        x = x.reshape(x.shape[0], self.rows * self.side, self.cols * self.side, -1)
         return x[:, : self.grid[0], : self.grid[1]].flatten(1, 2)
 
     def share(self, x: Tensor) -> Tensor:
@@ -104,20 +102,16 @@ class Windows:
 
         [B * W, heads, T + G, D] -> [B * W, heads, T + W * G, D]; T may have become smaller.
         """
-        own, gathered = x[:, :, : -self.gathering], x[:, :, -self.gathering :]
+        own, gathered = x.tensor_split([x.shape[2] - self.gathering], dim=2)
         heads, dim = x.shape[1], x.shape[-1]
         gathered = gathered.reshape(-1, 1, self.count, heads, self.gathering, dim).transpose(2, 3)
         gathered = gathered.expand(-1, self.count, -1, -1, -1, -1)  # [B, W, heads, W, G, D]
-        return torch.cat([own, gathered.reshape(len(x), heads, self.count * self.gathering, dim)], dim=2)
+        return torch.cat([own, gathered.reshape(x.shape[0], heads, self.count * self.gathering, dim)], dim=2)
 
-    def mask(self) -> Tensor | None:
-        """Which keys of :meth:`share` are real, bool [B * W, 1, 1, T + W * G]; None where all are."""
-        if self.real is None or self.gathering_real is None:
-            return None
-        gathered = self.gathering_real.reshape(-1, 1, self.count * self.gathering).expand(-1, self.count, -1)
-        return torch.cat([self.real, gathered.flatten(0, 1)], dim=1)[:, None, None]
-
-    def pick(self, picked: Tensor) -> None:
-        """Go on with some units of each window, int64 [B * W, K]."""
-        if self.real is not None:
-            self.real = self.real.gather(1, picked)
+    def pick(self, picked: Tensor) -> "Windows":
+        """The windows with some of their units alone, int64 [B * W, K]."""
+        mask = self.mask
+        if mask is not None:
+            own, gathered = mask.tensor_split([mask.shape[-1] - self.count * self.gathering], dim=-1)
+            mask = torch.cat([own.gather(-1, picked[:, None, None]), gathered], dim=-1)
+        return Windows(self.grid, self.side, self.gather_side, mask)

@@ -31,6 +31,8 @@ def build_masked_model(
     if config.name not in BACKBONES:
         raise UserError(f"no model {config.name!r}; models are {', '.join(BACKBONES)}")
     options: dict[str, Any] = {} if config.rel_pos_bias is None else {"rel_pos_bias": config.rel_pos_bias}
+    if config.gather_window and {**BACKBONES[config.name], **options}.get("rel_pos_bias"):
+        raise UserError("--model.gather-window needs --model.rel-pos-bias False: gathering tokens have no position")
     backbone = create_model(
         config.name,
         img_size=img_size,
@@ -39,6 +41,10 @@ def build_masked_model(
         num_classes=0,
         pos_embed=config.pos_embed,
         init_values=config.init_values,
+        migrate_ratio=config.migrate_ratio,
+        migrate_from=config.migrate_from,
+        gather_window=config.gather_window,
+        gather_side=config.gather_side,
         drop_path_rate=config.drop_path_rate,
         weight_init=config.weight_init,
         **options,

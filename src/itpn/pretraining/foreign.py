@@ -8,10 +8,11 @@ import re
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
@@ -22,29 +23,78 @@ from itpn.errors import UserError
 FILE_FORMS = "a .safetensors or .pt file in timm, OpenAI CLIP or open_clip form"
 
 
+class _Shell:
+    """Stands for a class of a library that is not needed to read the weights: keeps its data, runs nothing of it."""
+
+
+# what training code stores beside weights: options of a command line, NumPy's numbers, mmengine's record of losses
+HARMLESS: list[Any] = [
+    Namespace,
+    (_Shell, "mmengine.logging.history_buffer.HistoryBuffer"),
+    np.dtype,
+    np.ndarray,
+    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")},
+    *[
+        (function, f"numpy.{core}.multiarray.{function.__name__}")
+        for core in ("core", "_core")
+        for function in (np._core.multiarray.scalar, np._core.multiarray._reconstruct)  # type: ignore[attr-defined]
+    ],
+]
+
+
 def read_tensors(path: str) -> dict[str, Tensor]:
-    """The tensors of a file; of a model of images and text, those of the image tower."""
-    if not Path(path).is_file():
-        raise UserError(f"teacher checkpoint {path} does not exist")
-    try:
-        state = _read_file(path)
-        for key in ("state_dict_ema", "model_ema", "state_dict", "model"):  # as timm and open_clip wrap them
-            if isinstance(state.get(key), dict):
-                state = state[key]
-        tensors = {key: t for key, t in state.items() if isinstance(t, Tensor)}
-    except Exception as error:  # of whatever class: damaged files are damaged in many ways
-        # torch raises this for Python objects, which could run code, and for what is no pickle at all
-        unpickling = isinstance(error, pickle.UnpicklingError)
-        reason = "is no checkpoint or has Python objects in it" if unpickling else "is damaged or no checkpoint"
-        raise UserError(f"teacher checkpoint {path} {reason}; give {FILE_FORMS}") from error
+    """The tensors of a teacher's file; of a model of images and text, those of the image tower."""
+    what = f"teacher checkpoint {path}"
+    state = unwrap(read_state(path, what, FILE_FORMS), ("state_dict_ema", "model_ema", "state_dict", "model"))[0]
+    tensors = {key: t for key, t in state.items() if isinstance(t, Tensor)}
     if not tensors:
-        raise UserError(f"teacher checkpoint {path} has no weights in it; give {FILE_FORMS}")
+        raise UserError(f"{what} has no weights in it; give {FILE_FORMS}")
     tensors = clean_state_dict(tensors)  # "module." and the like
     visual = {key: t for key, t in tensors.items() if key.startswith("visual.")}
     return visual or tensors
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def unwrap(state: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], str]:
+    """The dict of tensors inside a checkpoint of many things, by the first of ``keys`` that holds one; and that key."""
+    for key in keys:
+        if isinstance(state.get(key), dict) and any(isinstance(t, Tensor) for t in state[key].values()):
+            return state[key], key
+    return state, ""
+
+
+def read_state(path: str | Path, what: str, wanted: str) -> dict[str, Any]:
+    """Read a checkpoint file of any form without running what is in it.
+
+    Args:
+        what: the file as a message names it.
+        wanted: what to give instead.
+
+    Raises:
+        UserError: not there, damaged, no checkpoint, or with Python objects in it.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{what} does not exist")
+    try:
+        state = _read_file(str(path))
+    except Exception as error:  # of whatever class: damaged files are damaged in many ways
+        raise UserError(f"{what} {_describe_damage(error)}; give {wanted}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{what} holds a {type(state).__name__}, not a dict of weights; give {wanted}")
+    return state
+
+
+def _describe_damage(error: Exception) -> str:
+    # torch refuses Python objects, which could run code, with this error, and what is no pickle at all
+    found = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if found:
+        return (
+            f"has a Python object in it ({found[1]}), which could run code, and is not read (if you trust it, save its "
+            "tensors alone with torch.save)"
+        )
+    return "is damaged or no checkpoint"
+
+
+def _read_file(path: str) -> Any:
     if path.endswith(".safetensors"):
         return load_file(path)
     zipped = zipfile.is_zipfile(path)
@@ -55,8 +105,8 @@ def _read_file(path: str) -> dict[str, Any]:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # deprecated, and yet what those files need
                     return torch.jit.load(path, map_location="cpu").state_dict()
-    # weights_only: a checkpoint must not be able to run code. Many store the options of their command line beside
-    with torch.serialization.safe_globals([Namespace]):
+    # weights_only: a checkpoint must not be able to run code
+    with torch.serialization.safe_globals(HARMLESS):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from itpn.config import Config, OptimizerConfig, to_dict
 from itpn.data.loader import PretrainingLoader
+from itpn.data.normalize import Normalize
 from itpn.errors import UserError
 from itpn.pretraining.average import MovingAverageTeacher, momentum_at
 from itpn.pretraining.model import MaskedImageModel
@@ -49,11 +50,7 @@ class PretrainingTask(L.LightningModule):
         self.average = teacher if isinstance(teacher, MovingAverageTeacher) else None
         self._frozen = (teacher,) if isinstance(teacher, FeatureTeacher) else ()
         self._total_steps = 0
-        channels = config.model.in_chans
-        self.mean: Tensor
-        self.std: Tensor
-        for name, values in {"mean": config.data.mean, "std": config.data.std}.items():
-            self.register_buffer(name, torch.tensor(values).expand(channels).reshape(-1, 1, 1), persistent=False)
+        self.normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
 
     @property
     def teacher_size(self) -> tuple[int, int] | None:
@@ -67,18 +64,6 @@ class PretrainingTask(L.LightningModule):
             if self._loader_state is not None:
                 self.loader.load_state_dict(self._loader_state)
         return self.loader
-
-    def normalize(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> float32 [B, in_chans, H, W], as the network wants it."""
-        x = images.float() / 255
-        if self.config.model.in_chans == 1:
-            x = (x * x.new_tensor([0.299, 0.587, 0.114]).reshape(-1, 1, 1)).sum(dim=1, keepdim=True)  # ITU-R BT.601
-        return (x - self.mean) / self.std
-
-    def denormalize(self, images: Tensor) -> Tensor:
-        """Undo :meth:`normalize`: float [B, in_chans, H, W] -> uint8 [B, 3, H, W]."""
-        x = (images * self.std + self.mean).clamp(0, 1) * 255
-        return x.round().to(torch.uint8).expand(-1, 3, -1, -1)
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         # the mask and stochastic depth depend on seed, step and rank alone, so a resumed run draws the same

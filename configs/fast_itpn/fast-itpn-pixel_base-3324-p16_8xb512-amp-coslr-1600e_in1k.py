@@ -1,0 +1,8 @@
+"""Fast-iTPN-B, pixel supervision, 1600 epochs of ImageNet-1K on 8 GPUs.
+
+Fast-iTPN's pre-training was never published: these are our settings, those of iTPN with Fast-iTPN's layer scale.
+"""
+
+from itpn.recipes import pixel_pretraining, with_layer_scale
+
+config = with_layer_scale(pixel_pretraining("fast_itpn_base", max_epochs=1600))

@@ -1,0 +1,197 @@
+"""Checkpoint files of any kind: reading them into our tensor names, and writing ours."""
+
+import contextlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as serialize
+from torch import Tensor
+
+from itpn.config import HUB, Config, from_dict, image_size, to_dict
+from itpn.errors import UserError
+from itpn.models.naming import Layout, detect_layout, to_ours
+from itpn.models.position import Grid
+from itpn.pretraining.foreign import check_hub, one_line, read_state, unwrap
+from itpn.pretraining.model import MaskedImageModel
+
+WANTED = "a checkpoint of iTPN, Fast-iTPN or HiViT: of itpn, the authors' code, mmpretrain or timm"
+WRAPPERS = ("model", "module", "state_dict", "net")  # of the authors, DeepSpeed, mmpretrain and Lightning, trackers
+AVERAGES = ("model_ema", "state_dict_ema")
+PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, LightningModules
+# networks that others have put on top of a backbone
+OTHER_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "decode_head.", "auxiliary_head.")
+
+
+@dataclass
+class Checkpoint:
+    """A file's tensors under our names, and what the file says about itself.
+
+    Attributes:
+        layout: whose names the file has.
+        tensors: what has a place in our networks.
+        others: what has none, under its own name.
+        metadata: of our own files: task, recipe, config or architecture, preprocessing.
+        key: what the tensors were found under in the file, if anything.
+    """
+
+    source: str
+    layout: Layout
+    tensors: dict[str, Tensor]
+    others: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, Any] = field(default_factory=dict)
+    key: str = ""
+
+    @property
+    def config(self) -> Config | None:
+        """The settings of the run that wrote it; None for files that are not of a run of ours."""
+        if "config" not in self.metadata:
+            return None
+        try:
+            return from_dict(self.metadata["config"])
+        except (TypeError, ValueError) as error:
+            raise UserError(f"checkpoint {self.source} has damaged settings in it ({one_line(error)})") from error
+        except UserError as error:  # a setting that this version does not know
+            raise UserError(f"checkpoint {self.source}: {error}; it may be of a newer itpn") from error
+
+    @property
+    def grid(self) -> Grid | None:
+        """Rows and columns of the position tables where the file says so; elsewhere they are square."""
+        config = self.config
+        if config is None:
+            return None
+        height, width = image_size(config.data)
+        return height // config.model.patch_size, width // config.model.patch_size
+
+
+def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
+    """Read any checkpoint of iTPN, Fast-iTPN or HiViT; only tensors and plain data are ever read.
+
+    Args:
+        path: a file, a folder with a ``model.safetensors``, or ``hf-hub:OWNER/NAME`` for that of a hub repository.
+        average: of a file with a moving average beside the weights (``model_ema``), take the average.
+
+    Raises:
+        UserError: not there, damaged, with code in it, or of another network.
+    """
+    source = str(path)
+    file = fetch(source) if source.startswith(HUB) else Path(source)
+    if file.is_dir():  # a run's folder, or one in timm's layout for the hub
+        file /= "model.safetensors"
+    what = f"checkpoint {source}"
+    state = read_state(file, what, WANTED)
+    metadata = _read_metadata(file, state, what)
+    keys = (*AVERAGES, *WRAPPERS) if average else (*WRAPPERS, *AVERAGES)
+    inner, key = unwrap(state, keys)
+    tensors, others = {}, {}
+    for name, tensor in inner.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        bare = _strip(name)
+        # a run's file also holds its teacher; mmcv keeps averages among the weights
+        second = bool(metadata and not name.startswith("model.") and key) or re.match(r"ema_(backbone|neck|head)", bare)
+        if second or bare in tensors:
+            others[name] = tensor
+        else:
+            tensors[bare] = tensor
+    if not tensors:
+        raise UserError(f"{what} has no weights in it; give {WANTED}")
+    heads = {name: t for name, t in tensors.items() if name.startswith(OTHER_HEADS)}
+    tensors = {name: t for name, t in tensors.items() if name not in heads}
+    if "backbone.absolute_pos_embed" in tensors:  # the authors' backbone in a detector or segmenter
+        tensors = {name.removeprefix("backbone."): t for name, t in tensors.items()}
+    layout = detect_layout(tensors)
+    if layout is None:
+        some = ", ".join(list(tensors)[:3])
+        raise UserError(f"{what} is of another network (it has {some}, ...); give {WANTED}")
+    try:
+        ours, left = to_ours(tensors, layout)
+    except ValueError as error:
+        raise UserError(f"{what} is not complete: {error}") from error
+    return Checkpoint(source, layout, ours, {**left, **heads, **others}, metadata, key)
+
+
+def _strip(name: str) -> str:
+    name = name.replace("_orig_mod.", "")
+    while name.startswith(PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, Any]:
+    """What one of our own files says about itself; nothing for others."""
+    if file.suffix != ".safetensors":
+        own = state.get("itpn")
+        return {"task": "pretraining", **own} if isinstance(own, dict) else {}
+    with safe_open(file, "pt") as tensors:
+        stored: dict[str, Any] = tensors.metadata() or {}
+    if stored.get("format") != "itpn":
+        return _read_timm_config(file.parent / "config.json")
+    try:
+        parts: dict[str, Any] = {
+            name: json.loads(stored[name]) for name in ("config", "architecture", "preprocessing") if name in stored
+        }
+    except ValueError as error:
+        raise UserError(f"{what} has damaged metadata ({one_line(error)})") from error
+    return {**stored, **parts}
+
+
+def _read_timm_config(path: Path) -> dict[str, Any]:
+    """What timm's layout for the hub keeps beside the weights: arguments that their shapes do not tell."""
+    try:
+        config = json.loads(path.read_text())
+        own = config["pretrained_cfg"]
+        preprocessing = {"mean": own["mean"], "std": own["std"], "size": own["input_size"][1:]}
+        found = {"model_args": config.get("model_args", {}), "preprocessing": preprocessing}
+        return found | ({"classes": names} if (names := config.get("label_names")) else {})
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}  # a file of weights beside something else
+
+
+def fetch(source: str) -> Path:
+    """The ``model.safetensors`` of a hub repository, from the hub or from what was fetched before."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, filename = source.removeprefix(HUB), "model.safetensors"
+    try:
+        check_hub(repository, filename)
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(repository, "config.json")  # into the same folder
+        return Path(hf_hub_download(repository, filename))
+    except Exception as error:  # no network, no such repository, no such file: each library version has its own
+        raise UserError(
+            f"no model.safetensors could be fetched from {source} ({one_line(error)}); give a file's path"
+        ) from error
+
+
+def save_weights(path: Path, model: MaskedImageModel, recipe: str, config: Config) -> None:
+    """Write ``model.safetensors`` of a run: weights, and in the metadata the architecture and the preprocessing."""
+    preprocessing = {"mean": config.data.mean, "std": config.data.std, "size": image_size(config.data)}
+    metadata = {"task": "pretraining", "recipe": recipe, "config": to_dict(config), "preprocessing": preprocessing}
+    write_safetensors(path, model.state_dict(), metadata)
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write our file: whole, or not at all."""
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    write_whole(path, serialize({name: t.contiguous() for name, t in tensors.items()}, {**texts, "format": "itpn"}))
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    unfinished = path.with_name(f"{path.name}.tmp")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+def count_broken(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Names of tensors that have infinite numbers or NaN in them, and how many."""
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and (broken := int((~torch.isfinite(tensor)).sum())):
+            found[name] = broken
+    return found

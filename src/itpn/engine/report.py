@@ -1,0 +1,44 @@
+"""`itpn inspect`: what a checkpoint is, what it can be used for, what would be missing."""
+
+from rich.console import Console
+from rich.table import Table
+
+from itpn.checkpoints.diagnosis import Finding
+from itpn.checkpoints.loading import inspect
+
+PURPOSES = {
+    "pretraining": "going on with pre-training",
+    "classification": "classification",
+    "pyramid": "detection, segmentation",
+    "backbone": "features",
+}
+MISSING = {"random": "starts fresh", "harmful": "does not fit"}
+
+
+def print_report(checkpoint: str) -> None:
+    """Print what :func:`itpn.inspect` finds, to be understood without having read the code."""
+    report = inspect(checkpoint)
+    table = Table(title=checkpoint, show_header=False, title_justify="left")
+    for title, line in report.summary.items():
+        table.add_row(title, line)
+    table.add_section()
+    for use in report.uses:
+        table.add_row(PURPOSES[use.task], _judge(use.findings))
+        if use.command:
+            table.add_row("", f"[cyan]{use.command}[/cyan]")
+    if report.leftovers:
+        table.add_section()
+        for i, finding in enumerate(report.leftovers):
+            table.add_row("" if i else "left over", f"it {finding.text} ({len(finding.names)})")
+    console = Console()
+    # the commands are to be copied in one piece
+    if not console.is_terminal:
+        console = Console(width=200)
+    console.print(table, highlight=False)
+
+
+def _judge(findings: list[Finding]) -> str:
+    problems = [f"{finding.text}: {MISSING[finding.kind]}" for finding in findings if finding.kind in MISSING]
+    if not problems:
+        return "[green]everything is there[/green]"
+    return "[yellow]it " + "\nit ".join(problems) + "[/yellow]"

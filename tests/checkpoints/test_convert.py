@@ -1,0 +1,115 @@
+"""From one code base's form to another's and back: the same bits under the same names."""
+
+import pytest
+import torch
+from public import read_golden, save_public
+from safetensors import safe_open
+from torch import Tensor
+
+import itpn
+from itpn.checkpoints.convert import convert
+from itpn.checkpoints.files import read_checkpoint, save_weights
+from itpn.config import Config, DataConfig, ModelConfig, TeacherConfig
+from itpn.errors import UserError
+from itpn.pretraining.build import build_masked_model
+
+CASES = {
+    "official": [
+        "off_pixel_pretrain",
+        "off_pixel_finetune",
+        "off_clip_pretrain",
+        "off_det_pixel",
+        "off_det_clip",
+        "off_seg",
+    ],
+    "mmpretrain": ["mm_pixel", "mm_clip", "mm_hivit_features"],
+}
+
+
+def assert_same(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    assert set(one) == set(other)
+    for name, tensor in one.items():
+        assert tensor.dtype == other[name].dtype, name
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize(
+    ("case", "form"),
+    [(case, form) for form, cases in CASES.items() for case in cases]
+    + [("off_fast_itpn", "official"), ("off_fast_itpn_ls", "official")],
+)
+def test_public_files_come_back_bit_by_bit(tmp_path, case, form):
+    source = save_public(tmp_path, case)
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.pth"
+    assert convert(source, ours).left == []
+    assert convert(ours, back, form).left == []
+    state = torch.load(back, weights_only=True)["model" if form == "official" else "state_dict"]
+    golden = read_golden(case)[0]["param"]
+    bare = case == "mm_hivit_features"  # written as a whole model is, with its prefix
+    assert_same({name.removeprefix("backbone.") if bare else name: t for name, t in state.items()}, golden)
+
+
+@pytest.mark.parametrize(
+    "case", ["off_det_clip", "off_seg", "mm_hivit_features", "off_fast_itpn_ls", "off_clip_pretrain"]
+)
+def test_ours_computes_what_the_public_file_does(tmp_path, case):
+    """The metadata keep what names and shapes do not say: eps, the way of resampling."""
+    source = save_public(tmp_path, case)
+    target = tmp_path / "ours.safetensors"
+    convert(source, target)
+    with safe_open(target, "pt") as file:
+        assert file.metadata()["format"] == "itpn"
+    image = read_golden(case)[0]["input"]["image"]
+    task = "pyramid" if case == "off_clip_pretrain" else None
+    with torch.no_grad():
+        one, other = (itpn.load(path, task=task)(image) for path in (source, target))
+    pairs = zip(one.values(), other.values(), strict=True) if isinstance(one, dict) else [(one, other)]
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("form", ["official", "mmpretrain"])
+@pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "rel_pos_bias": True, "pyramid_depth": 2}])
+def test_ours_come_back_bit_by_bit(tmp_path, form, options):
+    settings = {"name": "itpn_tiny", "patch_size": 8, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
+    config = Config(model=ModelConfig(**settings, **options), data=DataConfig(img_size=32))
+    model = build_masked_model(config.model, (32, 32))
+    save_weights(tmp_path / "model.safetensors", model, "test", config)
+    convert(tmp_path / "model.safetensors", tmp_path / "theirs.pth", form)
+    convert(tmp_path / "theirs.pth", tmp_path / "again.safetensors")
+    again = itpn.load(tmp_path / "again.safetensors", decoder_heads=2)
+    assert_same(again.state_dict(), model.state_dict())
+
+
+def test_our_own_file_keeps_what_it_says_of_itself(tmp_path):
+    config = Config(
+        model=ModelConfig(name="itpn_nano", patch_size=8, decoder_depth=1), data=DataConfig(img_size=(32, 64))
+    )
+    model = build_masked_model(config.model, (32, 64))
+    save_weights(tmp_path / "model.safetensors", model, "test", config)
+    convert(tmp_path / "model.safetensors", tmp_path / "copy.safetensors")
+    one, other = (read_checkpoint(tmp_path / name) for name in ("model.safetensors", "copy.safetensors"))
+    assert one.metadata == other.metadata
+    assert_same(one.tensors, other.tensors)
+
+
+def test_what_has_no_place_is_said_or_refused(tmp_path):
+    settings = {"patch_size": 8, "pyramid_weights": (0.1, 0.1, 0.1), "pyramid_head_width": 64, "decoder_depth": 1}
+    teacher = TeacherConfig("ema")
+    config = Config(model=ModelConfig(name="itpn_nano", **settings), teacher=teacher, data=DataConfig(img_size=32))
+    save_weights(tmp_path / "mfm.safetensors", build_masked_model(config.model, (32, 32), teacher), "test", config)
+    done = convert(tmp_path / "mfm.safetensors", tmp_path / "mfm.pth", "official")
+    assert done.left
+    assert all(name.startswith("pyramid_heads.") for name in done.left)
+
+    with pytest.raises(UserError, match=r"has 1\+1\+4 blocks, but mmpretrain builds stages 1 and 2 of pairs"):
+        convert(tmp_path / "mfm.safetensors", tmp_path / "mfm.pth", "mmpretrain")
+    fast = save_public(tmp_path, "off_fast_itpn")
+    with pytest.raises(UserError, match="is a Fast-iTPN, which mmpretrain does not have"):
+        convert(fast, tmp_path / "fast-mm.pth", "mmpretrain")
+    with pytest.raises(UserError, match=r"say which names .* gets: --to official or --to mmpretrain"):
+        convert(fast, tmp_path / "fast2.pth")
+    with pytest.raises(UserError, match=r"must end in \.safetensors for --to itpn"):
+        convert(fast, tmp_path / "fast2.pth", "itpn")
+    with pytest.raises(UserError, match="cannot be written"):
+        convert(fast, fast / "inside" / "a.safetensors")
+    assert not list(tmp_path.glob("*.tmp"))

@@ -1,0 +1,115 @@
+"""Fast-iTPN: sizes, its recipes, and masked pre-training."""
+
+import pytest
+import timm
+import torch
+
+from itpn.config import Config, ModelConfig, check
+from itpn.data.shapes import write_shapes
+from itpn.engine.run import train
+from itpn.errors import UserError
+from itpn.models.hivit import HiViT
+from itpn.pretraining.build import build_masked_model
+from itpn.pretraining.masking import draw_random_mask, split_mask
+from itpn.recipes import list_recipes, read_recipe
+
+# millions of parameters (REFERENCE, section 1: the authors' table)
+PUBLISHED = {"tiny": 24, "small": 40, "base": 85, "large": 312}
+
+
+@pytest.mark.parametrize("size", PUBLISHED)
+def test_published_sizes(size):
+    """The authors' figures are of fine-tuned classifiers, and roundly so."""
+    with torch.device("meta"):
+        model = timm.create_model(f"fast_itpn_{size}", init_values=0.1)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(PUBLISHED[size], rel=0.05)
+
+
+@pytest.mark.parametrize("name", [name for name in list_recipes("fast-itpn*") if "nano" not in name])
+def test_recipes_build(name):
+    _, config = read_recipe(name)
+    check(config)
+    config.teacher.width = 768  # as of CLIP-L, which need not be built
+    with torch.device("meta"):
+        model = build_masked_model(config.model, (224, 224), config.teacher)
+    block = model.backbone.stages[2][0]
+    assert block.ls1.gamma.shape == (model.backbone.embed_dim,)
+    assert model.backbone.rel_pos_grid is None
+    if "clip-l" in name:
+        assert (config.trainer.max_epochs, config.model.pyramid_depth, config.model.init_values) == (1600, 1, 0.1)
+        assert config.teacher.name.startswith("vit_large_patch14_clip")
+        assert config.model.drop_path_rate == (0.2 if "large" in name else 0.1)
+
+
+@pytest.mark.parametrize("name", ["fast-itpn-pixel_nano", "fast-itpn-mfm_nano"])
+def test_the_loss_falls(name, tmp_path):
+    """With token migration; the recipes are those of iTPN-nano with another network."""
+    recipe, config = read_recipe(name)
+    _, plain = read_recipe(name.removeprefix("fast-"))
+    plain.model.name = f"fast_{plain.model.name}"
+    assert config == plain
+    folders = write_shapes(tmp_path / "shapes", train=32, val=6, img_size=32)
+    config.data.root, config.data.img_size = (str(folders.imagefolder / "train"),), 32
+    config.data.batch_size, config.data.num_workers, config.optimizer.lr = 8, 0, 2e-3
+    config.trainer.max_epochs, config.trainer.log_every_n_steps, config.output_dir = 6, 2, str(tmp_path)
+    config.model.migrate_ratio = 0.25
+    run = train(config, recipe)
+    rows = [float(row.split(",")[2]) for row in (run / "metrics.csv").read_text().splitlines()[1:]]
+    assert sum(rows[-3:]) < 0.9 * sum(rows[:3])
+
+
+@torch.no_grad()
+def test_hidden_units_change_nothing():
+    """What is computed for visible units alone equals attention that cannot see the others."""
+    torch.manual_seed(0)
+    model = timm.create_model("fast_itpn_nano", img_size=64, patch_size=8, num_classes=0, init_values=0.5).eval()
+    assert isinstance(model, HiViT)
+    for block in model.stages[2]:
+        torch.nn.init.normal_(block.attn.q_bias)
+        torch.nn.init.normal_(block.attn.v_bias)
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.1)
+    images, units = torch.randn(2, 3, 64, 64), torch.arange(2)[:, None]
+    visible, hidden = split_mask(draw_random_mask(2, 64, 0.75), 16)
+    whole, masked = model.forward_stages(images), model.forward_stages(images, visible)
+    for stage in range(2):
+        torch.testing.assert_close(masked[stage], whole[stage][units, visible], atol=1e-5, rtol=1e-5)
+    x = model.merges[1](whole[1]).flatten(1, 3) + model.pos_embed
+    blocked = torch.zeros(2, 1, 1, 64).scatter(3, hidden[:, None, None], float("-inf"))
+    for block in model.stages[2]:
+        attn = block.attn
+        q, k, v = attn.qkv(block.norm1(x)).split(128, dim=2)
+        q, v = q + attn.q_bias, v + attn.v_bias
+        q, k, v = (y.reshape(2, 64, 4, 32).transpose(1, 2) for y in (q, k, v))
+        scores = q @ k.transpose(-2, -1) * 32**-0.5 + blocked
+        x = x + block.ls1(attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
+        gate, value = block.mlp.fc1(block.norm2(x)).chunk(2, dim=2)
+        x = x + block.ls2(block.mlp.fc2(block.mlp.norm(gate * gate.sigmoid() * value)))
+    torch.testing.assert_close(masked[2].flatten(1, 3), x[units, visible], atol=1e-5, rtol=1e-5)
+
+
+def test_settings_reach_the_network():
+    settings = {"migrate_ratio": 0.25, "migrate_from": 1, "gather_window": 4, "gather_side": 2}
+    model = build_masked_model(ModelConfig("fast_itpn_nano", **settings), (64, 64))
+    assert {name: getattr(model.backbone, name) for name in settings} == settings
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"migrate_ratio": 1.0}, "--model.migrate-ratio must be at least 0 and below 1, not 1.0"),
+        ({"migrate_ratio": -0.1}, "--model.migrate-ratio must be"),
+        ({"migrate_from": -1}, "--model.migrate-from must be at least 0, not -1"),
+        ({"gather_window": -7}, "--model.gather-window must be at least 0, not -7"),
+        ({"gather_window": 7, "gather_side": 2}, "--model.gather-side must divide --model.gather-window 7, not 2"),
+        ({"gather_side": 0}, "--model.gather-side must divide"),
+    ],
+)
+def test_impossible_settings(settings, message):
+    with pytest.raises(UserError, match=message):
+        check(Config(model=ModelConfig(**settings)))
+
+
+@pytest.mark.parametrize("settings", [{"rel_pos_bias": True}, {"name": "hivit_tiny"}])
+def test_gathering_refuses_relative_positions(settings):
+    with pytest.raises(UserError, match=r"--model\.gather-window needs --model\.rel-pos-bias False"):
+        build_masked_model(ModelConfig(gather_window=7, **settings), (224, 224))
