@@ -16,7 +16,8 @@ from itpn.recipes import list_recipes
 
 if TYPE_CHECKING:
     from itpn.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
-    from itpn.checkpoints.loading import inspect, load
+    from itpn.checkpoints.loading import load
+    from itpn.checkpoints.report import inspect
     from itpn.pretraining.model import MaskedImageModel
 
 __version__ = "0.1.0"
@@ -32,7 +33,7 @@ __all__ = [
 ]
 _LATER = {
     "load": "itpn.checkpoints.loading",
-    "inspect": "itpn.checkpoints.loading",
+    "inspect": "itpn.checkpoints.report",
     "from_pretrained": "itpn.checkpoints.hub",
     "push_to_hub": "itpn.checkpoints.hub",
     "save_pretrained": "itpn.checkpoints.hub",

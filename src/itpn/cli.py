@@ -112,6 +112,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("source", help="a checkpoint that itpn inspect knows")
     add.add_argument("target", help=".safetensors for itpn's form, .pth or .pt for the others")
     add.add_argument("--to", choices=("itpn", "official", "mmpretrain"), help="whose names (a .safetensors: itpn)")
+    _add_heads(add)
 
     add = commands.add_parser("export", help="a network as a file that runs without itpn: ONNX or torch.export")
     add.add_argument("checkpoint", help="a checkpoint that itpn inspect knows")
@@ -134,11 +135,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="side of the images, or height and width (default: the file's)",
     )
     add.add_argument("--dynamic-size", action="store_true", help="any height and width; the batch is always open")
-    add.add_argument("--num-heads", type=int, help="attention heads, where the file cannot tell them (itpn inspect)")
+    _add_heads(add)
 
     add = commands.add_parser("demo", help="the whole path on generated sample images, minutes on two cores")
     add.add_argument("--output-dir", default="runs/demo", help="where everything goes (default: %(default)s)")
     return parser
+
+
+def _add_heads(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--num-heads", type=int, help="attention heads, where the file cannot tell them (itpn inspect)")
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -319,7 +324,7 @@ def check_file(checkpoint: str) -> None:
 
 def run_inspect(options: argparse.Namespace) -> int:
     check_file(options.checkpoint)
-    from itpn.engine.report import print_report
+    from itpn.engine.inspection import print_report
 
     print_report(options.checkpoint)
     return 0
@@ -329,7 +334,7 @@ def run_convert(options: argparse.Namespace) -> int:
     check_file(options.source)
     from itpn.checkpoints.convert import convert
 
-    done = convert(options.source, Path(options.target), options.to)
+    done = convert(options.source, Path(options.target), options.to, options.num_heads)
     print(f"{options.target}: {done.count} tensors under the names of {done.form}")
     for name in done.left:
         print(f"left out, for it has no place there: {name}")

@@ -113,3 +113,18 @@ def test_what_has_no_place_is_said_or_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         convert(fast, fast / "inside" / "a.safetensors")
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_heads_that_the_file_cannot_tell(tmp_path):
+    """Given once, they are in our file; a guess that was converted can still be put right."""
+    source = save_public(tmp_path, "off_fast_itpn")
+    golden = read_golden("off_fast_itpn")[0]
+    convert(source, tmp_path / "told.safetensors", num_heads=4)
+    convert(source, tmp_path / "guessed.safetensors")
+    assert itpn.inspect(tmp_path / "guessed.safetensors").architecture.guessed
+    with torch.no_grad():
+        for model in (
+            itpn.load(tmp_path / "told.safetensors"),
+            itpn.load(tmp_path / "guessed.safetensors", num_heads=4),
+        ):
+            assert (model(golden["input"]["image"]) - golden["output"]["logits"]).abs().max() < 2e-5

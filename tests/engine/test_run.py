@@ -109,7 +109,7 @@ def test_weights_rebuild_the_model(finished):
         assert torch.equal(level, other)
     larger = itpn.load(run / "model.safetensors", img_size=64)
     assert larger.backbone.grid_size == (8, 8)
-    with pytest.raises(UserError, match="has another shape: backbone.patch_embed.proj.weight is 32x3x2x2 there"):
+    with pytest.raises(UserError, match=r"has another shape: backbone.patch_embed.proj.weight is 32x3x2x2 there"):
         itpn.load(run / "model.safetensors", patch_size=16)
 
 

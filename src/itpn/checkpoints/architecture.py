@@ -97,7 +97,12 @@ def read_architecture(
     stored = checkpoint.metadata.get("architecture")
     if stored is not None:
         try:
-            return Architecture(**stored)
+            architecture = Architecture(**stored)
+            if num_heads is not None:
+                architecture.backbone = {**architecture.backbone, "num_heads": num_heads}
+            if decoder_heads is not None and architecture.decoder is not None:
+                architecture.decoder = {**architecture.decoder, "num_heads": decoder_heads}
+            return architecture
         except TypeError as error:
             raise UserError(
                 f"checkpoint {checkpoint.source} has damaged metadata; it may be of a newer itpn"
@@ -113,9 +118,11 @@ def read_architecture(
 def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_heads: int | None) -> Architecture:
     tensors = checkpoint.tensors
     config = checkpoint.config
+    backbone = read_backbone(tensors, num_heads, checkpoint.grid)
     if config is not None:
         decoder_heads = decoder_heads or config.model.decoder_heads
-    backbone = read_backbone(tensors, num_heads, checkpoint.grid)
+        names = ("pos_embed", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
+        backbone |= {name: getattr(config.model, name) for name in names}
     own = checkpoint.layout == "itpn"
     pyramid = read_pyramid(tensors)
     heads = _heads(tensors)
@@ -249,7 +256,8 @@ def known_heads(checkpoint: Checkpoint) -> int | None:
     if config is not None and config.model.name in BACKBONES:
         return BACKBONES[config.model.name]["num_heads"]
     if "architecture" in checkpoint.metadata:
-        return read_architecture(checkpoint).backbone["num_heads"]
+        architecture = read_architecture(checkpoint)
+        return None if architecture.guessed else architecture.backbone["num_heads"]
     table = checkpoint.tensors.get("backbone.stages.2.0.attn.relative_position_bias_table")
     return None if table is None else table.shape[1]
 

@@ -32,13 +32,15 @@ class Converted:
     left: list[str]
 
 
-def convert(source: str | Path, target: Path, form: Form | None = None) -> Converted:
+def convert(source: str | Path, target: Path, form: Form | None = None, num_heads: int | None = None) -> Converted:
     """Write a checkpoint under other names, the numbers unchanged.
 
     Args:
         target: ``.safetensors`` for ours, with the architecture in the metadata; ``.pth`` or ``.pt`` for the others,
             a dict with ``model`` (official) or ``state_dict`` (mmpretrain) as those code bases save it.
         form: ``itpn`` for a ``.safetensors``, else it must be said; ``official`` is the authors', of Fast-iTPN too.
+
+        num_heads: of stage 3, where the file cannot tell them; kept in our metadata.
 
     Raises:
         UserError: no such file, a form that does not fit the ending or the network, or nowhere to write.
@@ -54,7 +56,7 @@ def convert(source: str | Path, target: Path, form: Form | None = None) -> Conve
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if form == "itpn":
-            write_safetensors(target, tensors, _metadata(found))
+            write_safetensors(target, tensors, _metadata(found, num_heads))
         else:
             buffer = io.BytesIO()
             tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
@@ -90,11 +92,11 @@ def _rename(found: Checkpoint, form: Form) -> tuple[dict[str, Tensor], list[str]
     return tensors, left + others, layout
 
 
-def _metadata(found: Checkpoint) -> dict[str, Any]:
+def _metadata(found: Checkpoint, num_heads: int | None) -> dict[str, Any]:
     """Of our file: what one of ours says already, else the architecture and where it came from."""
     if found.metadata:
         kept = ("task", "recipe", "config", "architecture", "preprocessing", "classes")
         return {name: found.metadata[name] for name in kept if name in found.metadata}
-    architecture = read_architecture(found)
+    architecture = read_architecture(found, num_heads)
     source = {"layout": found.layout, "file": Path(found.source).name}
     return {"task": architecture.tasks[0], "architecture": architecture.to_dict(), "source": source}

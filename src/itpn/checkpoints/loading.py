@@ -1,41 +1,30 @@
-"""From a file to a network: loading, inspecting, and starting a run from one."""
+"""From a file to a network: loading one, and starting a run from one."""
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from itpn.checkpoints.architecture import (
     TASKS,
-    Architecture,
     Task,
     build,
-    complete,
     count_blocks,
     find_variant,
     read_architecture,
     read_backbone,
     read_pyramid,
 )
-from itpn.checkpoints.diagnosis import Finding, fit, judge_others
+from itpn.checkpoints.diagnosis import fit
 from itpn.checkpoints.files import Checkpoint, count_broken, read_checkpoint
-from itpn.config import Config, ModelConfig, image_size, override_model
+from itpn.config import Config, image_size, override_model
 from itpn.errors import UserError
 from itpn.models.position import Grid
 from itpn.models.variants import PUBLISHED_PYRAMID, PYRAMIDS
 from itpn.pretraining.build import build_masked_model
 from itpn.pretraining.model import MaskedImageModel
-
-LAYOUTS = {
-    "itpn": "itpn or timm",
-    "official": "the authors' code (iTPN, HiViT)",
-    "official_fast": "the authors' code (Fast-iTPN)",
-    "mmpretrain": "mmpretrain",
-}
 
 
 def load(
@@ -169,170 +158,3 @@ def _settings(tensors: Mapping[str, Tensor], grid: Grid | None) -> dict[str, str
 def describe_broken(broken: dict[str, int]) -> str:
     first = next(iter(broken))
     return f"{sum(broken.values())} infinite numbers or NaN in {len(broken)} tensors, {first} first: it is of no use"
-
-
-@dataclass
-class Use:
-    """One of the things that a file can be used for.
-
-    Attributes:
-        findings: see :class:`itpn.checkpoints.diagnosis.Finding`.
-        command: how.
-    """
-
-    task: Task
-    command: str
-    findings: list[Finding] = field(default_factory=list)
-
-    @property
-    def missing(self) -> list[str]:
-        """What would start at random, or be lost."""
-        return [finding.text for finding in self.findings if finding.kind in ("random", "harmful")]
-
-    @property
-    def ready(self) -> bool:
-        return not self.missing
-
-
-@dataclass
-class Report:
-    """What a checkpoint is, what it can be used for, and what would be missing.
-
-    Attributes:
-        format: whose names the tensors have: itpn, official, official_fast or mmpretrain.
-        task: what it was made for.
-        model: the registered model with these sizes, if there is one.
-        parameters: in the file's networks, in millions.
-        uses: one for each task.
-        leftovers: tensors that none of our networks has a place for, and whether it matters.
-        broken: tensors with NaN or infinite numbers, and how many.
-    """
-
-    source: str
-    format: str
-    key: str
-    task: Task
-    model: str | None
-    architecture: Architecture
-    parameters: float
-    uses: list[Use]
-    leftovers: list[Finding]
-    broken: dict[str, int]
-
-    def use(self, task: Task) -> Use:
-        return next(use for use in self.uses if use.task == task)
-
-    @property
-    def summary(self) -> dict[str, str]:
-        """Titles and lines of the report's first part."""
-        backbone, pyramid, decoder = (
-            self.architecture.backbone,
-            self.architecture.pyramid,
-            self.architecture.decoder,
-        )
-        family = "Fast-iTPN" if backbone["swiglu"] else "HiViT" if pyramid is None else "iTPN"
-        made_for = {
-            "pretraining": f"pre-trained to predict {' and '.join(decoder['heads'] if decoder else ())}",
-            "classification": f"a classifier of {backbone.get('num_classes')} classes",
-            "pyramid": "backbone and pyramid of a detector or segmenter",
-            "backbone": "a backbone",
-        }[self.task]
-        names = LAYOUTS[self.format] + (f", under {self.key!r}" if self.key else "")
-        rows = {
-            "what": f"{self.model or f'{family} of unknown name'}: {made_for}; {self.parameters:.2f} M parameters",
-            "names": names,
-            "backbone": (
-                f"{backbone['embed_dim']} channels, {'+'.join(map(str, backbone['depths']))} blocks, "
-                f"{_count(backbone['num_heads'], 'head')}, patches of {backbone['patch_size']} px, "
-                f"{_count(backbone['in_chans'], 'channel')} in, positions for {_size(backbone['img_size'])} px"
-            ),
-            "options": ", ".join(_describe_backbone(backbone)) or "plain",
-        }
-        if pyramid:
-            rows["pyramid"] = f"{pyramid['width']} channels, {_count(pyramid['depth'], 'block')} a level"
-        if decoder:
-            predicted = ", ".join(f"{width} numbers a unit ({name})" for name, width in decoder["heads"].items())
-            rows["decoder"] = f"{decoder['width']} channels, {_count(decoder['depth'], 'block')}, {predicted}"
-        if self.architecture.guessed:
-            rows["guessed"] = f"{', '.join(self.architecture.guessed)}: not in the file, give them if they differ"
-        if self.broken:
-            rows["broken"] = describe_broken(self.broken)
-        return rows
-
-    def __str__(self) -> str:
-        lines = [self.source, *(f"  {title:<10}{line}" for title, line in self.summary.items())]
-        for use in self.uses:
-            lines.append(f"  {use.task:<16}{'ready' if use.ready else 'it ' + '; it '.join(use.missing)}")
-        return "\n".join(lines)
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'s' * (number != 1)}"
-
-
-def _size(size: Any) -> str:
-    return f"{size}x{size}" if isinstance(size, int) else "x".join(map(str, size))
-
-
-def _describe_backbone(backbone: dict[str, Any]) -> list[str]:
-    relative = backbone.get("rel_pos_bias")
-    options = []
-    if backbone.get("init_values"):
-        stages = backbone.get("layer_scale_stages", (1, 2, 3))
-        options.append(f"layer scale in stage{'s' * (len(stages) > 1)} {', '.join(map(str, stages))}")
-    if relative:
-        kind = "decomposed relative positions" if relative == "decomposed" else "relative position bias"
-        options.append(f"{kind} for {_size(backbone.get('rel_pos_size') or backbone['img_size'])} px")
-    if backbone["swiglu"]:
-        options.append("SwiGLU and sub-LN")
-    if backbone.get("pos_resample") == "legacy":
-        options.append("positions resampled as in the public code")
-    if backbone.get("norm_eps", 1e-6) != 1e-6:
-        options.append(f"norm eps {backbone['norm_eps']}")
-    return options
-
-
-def inspect(checkpoint: str | Path, average: bool = False) -> Report:
-    """What a checkpoint is and what can be done with it; builds nothing that takes memory.
-
-    Raises:
-        UserError: no such file, damaged, with code in it, or of another network.
-    """
-    found = read_checkpoint(checkpoint, average)
-    architecture = read_architecture(found)
-    config = found.config
-    model = config.model.name if config else architecture.name
-    uses = []
-    with torch.device("meta"):
-        for task in TASKS:
-            built = (
-                build_from(config) if config and task == "pretraining" else build(complete(architecture, task), task)
-            )
-            findings = fit(found, built)[1]
-            uses.append(Use(task, _command(found, task, model, findings), findings))
-    return Report(
-        source=str(checkpoint),
-        format=found.layout,
-        key=found.key,
-        task="pretraining" if config else architecture.tasks[0],
-        model=model,
-        architecture=architecture,
-        parameters=sum(tensor.numel() for tensor in found.tensors.values()) / 1e6,
-        uses=uses,
-        leftovers=judge_others(found, classifier=bool(architecture.backbone.get("num_classes"))),
-        broken=count_broken(found.tensors),
-    )
-
-
-def _command(checkpoint: Checkpoint, task: Task, model: str | None, findings: list[Finding]) -> str:
-    """How a file is used for a task."""
-    source = checkpoint.source
-    if task != "pretraining":
-        new = task == "classification" and "backbone.head.weight" not in checkpoint.tensors
-        classes = ", num_classes=N" if new else ""
-        fresh = ", strict=False" if any(finding.kind in ("random", "harmful") for finding in findings) else ""
-        return f"itpn.load({source!r}, task={task!r}{classes}{fresh})"
-    if model is None:
-        return f"itpn.load({source!r})" if "decoder.embeds.0.weight" in checkpoint.tensors else ""
-    options = describe_options(checkpoint, build_masked_model(ModelConfig(name=model), (224, 224)))
-    return f"itpn train RECIPE --model.checkpoint {source} --model.name {model} {options}".strip()

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, LayerScale, Mlp, SwiGLUPacked, to_2tuple, trunc_normal_
+from timm.layers import DropPath, GluMlp, LayerScale, Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -149,11 +149,22 @@ class Attention(nn.Module):
         return parts[0] + parts[1]
 
 
+class GatedMlp(GluMlp):
+    """SwiGLU, both projections in one product."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, x = self.fc1(x).chunk(2, dim=-1)
+        gate = F.silu(gate)
+        # in place where no gradient needs the gate: fresh memory costs as much as the product
+        x = gate * x if torch.is_grad_enabled() else gate.mul_(x)
+        return self.fc2(self.norm(x))
+
+
 def make_mlp(dim: int, ratio: float, norm_eps: float, sub_norm: bool = False, swiglu: bool = False) -> nn.Module:
     """A feed-forward layer: GELU, or SwiGLU with both projections in one product; ``sub_norm``: a norm inside."""
     norm: Any = partial(nn.LayerNorm, eps=norm_eps) if sub_norm else None
     if swiglu:
-        return SwiGLUPacked(dim, 2 * int(dim * ratio), norm_layer=norm)
+        return GatedMlp(dim, 2 * int(dim * ratio), norm_layer=norm)
     return Mlp(dim, int(dim * ratio), norm_layer=norm)
 
 

@@ -4,7 +4,7 @@ from rich.console import Console
 from rich.table import Table
 
 from itpn.checkpoints.diagnosis import Finding
-from itpn.checkpoints.loading import inspect
+from itpn.checkpoints.report import inspect
 
 PURPOSES = {
     "pretraining": "going on with pre-training",
