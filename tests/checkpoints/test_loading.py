@@ -1,7 +1,9 @@
 """Weights into a model that is not quite theirs: what cannot be right is refused, what is changed is said."""
 
+import collections
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -271,6 +273,11 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save({"model": resnet.state_dict(), "config": Code()}, path)
     assert re.match(r"checkpoint FILE has a Python object in it \(\S+\), which could run code", refused(path))
 
+    torch.save({"model": resnet.state_dict(), "arrays": [Pointer(), Pointer()]}, path)  # of one object, at an address
+    assert "checkpoint FILE is" in refused(path)
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    assert refused(path).startswith("checkpoint FILE is a TorchScript archive, which is code, and is not read")
+
     golden, _ = read_golden("off_pixel_finetune")
     part = {name: tensor for name, tensor in golden["param"].items() if "blocks.3.reduction" not in name}
     torch.save({"model": part}, path)
@@ -278,6 +285,8 @@ def test_damaged_and_foreign_files(tmp_path):
     part = {name: tensor for name, tensor in golden["param"].items() if name != "blocks.4.mlp.fc2.weight"}
     torch.save({"model": part}, path)
     assert "is not complete: its architecture cannot be read" in refused(path)
+    with pytest.raises(UserError, match="is not complete"):
+        load_weights(build_masked_model(model_config(), (32, 32)), read_checkpoint(path))
     part = {name: tensor for name, tensor in golden["param"].items() if "blocks.5.attn.qkv" not in name}
     torch.save({"model": part}, path)
     with pytest.raises(
@@ -288,6 +297,22 @@ def test_damaged_and_foreign_files(tmp_path):
     whole = save(tmp_path)
     whole.write_bytes(whole.read_bytes()[:-1000])
     assert refused(whole).startswith("checkpoint FILE is damaged or no checkpoint")
+
+
+class Pointer:
+    """A Counter of an array of objects over bytes: whoever builds it follows an address of the file's choice."""
+
+    def __reduce__(self):
+        array = (np.ndarray, ((1,), np.dtype({"names": ["a"], "formats": ["O"]}), b"A" * 8))
+        return (collections.Counter, (Reduced(array),))
+
+
+class Reduced:
+    def __init__(self, parts) -> None:
+        self.parts = parts
+
+    def __reduce__(self):
+        return self.parts
 
 
 class Code:
@@ -340,3 +365,50 @@ def test_a_folder_in_timms_layout_keeps_its_arguments(tmp_path):
     whole = timm.create_model("fast_itpn_nano_pyramid", levels="detection", img_size=64)
     itpn.save_pretrained(whole, tmp_path / "pyramid")
     assert itpn.load(tmp_path / "pyramid").levels == "detection"
+
+
+def test_a_teacher_of_another_width(tmp_path):
+    """The complaint "size of tensor a (512) must match b (768)": the student of CLIP-L is told from that of CLIP-B."""
+    options = {"pixel_weight": 0.0, "feature_weight": 1.0, "hidden_units": "mask_token", "decoder_depth": 0}
+    settings = model_config(**options)
+    wide = build_masked_model(settings, (32, 32), TeacherConfig("ema"))
+    assert wide.decoder.heads["feature"].out_features == 128
+    teacher = TeacherConfig("vit_large_patch14_clip_quickgelu_224.openai", width=768)
+    path = tmp_path / "model.safetensors"
+    config = Config(model=settings, teacher=teacher, data=DataConfig(img_size=32))
+    save_weights(path, build_masked_model(settings, (32, 32), teacher), "test", config)
+    convert(path, tmp_path / "theirs.pth", "official")
+    assert "768 numbers a unit (feature)" in itpn.inspect(tmp_path / "theirs.pth").summary["decoder"]
+    model = itpn.load(tmp_path / "theirs.pth", num_heads=4)
+    mask = model.draw_mask(2, (4, 4))
+    output = model(torch.randn(2, 3, 32, 32), mask, torch.randn(2, 16, 768))
+    assert output.prediction.shape == (2, 16, 768)
+    narrow = build_masked_model(
+        settings, (32, 32), TeacherConfig("vit_base_patch16_clip_quickgelu_224.openai", width=512)
+    )
+    (note,) = load_weights(narrow, read_checkpoint(tmp_path / "theirs.pth"))
+    assert note.endswith(
+        "has no decoder that fits (decoder.heads.feature.bias is 768 there and 512 here): it starts fresh"
+    )
+
+
+def test_no_average_to_take(tmp_path):
+    with pytest.raises(UserError, match="has no average of the weights beside them"):
+        itpn.load(save_public(tmp_path, "off_pixel_finetune"), average=True)
+
+
+def test_images_that_are_not_square(tmp_path):
+    """The size is in what timm's layout, a converted file and a run keep beside the weights."""
+    model = timm.create_model("hivit_tiny", img_size=(32, 64), num_classes=3).eval()
+    itpn.save_pretrained(model, tmp_path / "hub", label_names=["ant", "bee", "cat"])
+    convert(tmp_path / "hub", tmp_path / "ours.safetensors")
+    assert read_checkpoint(tmp_path / "ours.safetensors").metadata["classes"] == ["ant", "bee", "cat"]
+    images = torch.randn(1, 3, 32, 64)
+    with torch.no_grad():
+        for path in ("hub", "ours.safetensors"):
+            assert torch.equal(itpn.load(tmp_path / path)(images), model(images))
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    with pytest.raises(
+        UserError, match=r"its architecture cannot be read \(a position table of 21 entries is not of a square image\)"
+    ):
+        itpn.load(tmp_path / "bare.pth")

@@ -1,12 +1,14 @@
 """Files of the public code bases, as they save them, load into what computes the same: nothing is told but the file."""
 
 import pytest
+import timm
 import torch
 from public import our_names, read_golden, save_public
 from torch import Tensor, nn
 
 import itpn
 from itpn.models.hivit import HiViT
+from itpn.models.naming import from_ours
 from itpn.models.pyramid import PyramidBackbone
 from itpn.pretraining.model import MaskedImageModel
 
@@ -226,3 +228,68 @@ def test_what_training_code_stores_beside_the_weights(tmp_path, monkeypatch):
     for name in names:
         monkeypatch.delitem(sys.modules, name)
     assert torch.equal(itpn.load(tmp_path / "epoch_1.pth").mask_token, golden["param"]["backbone.mask_token"])
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_the_original_hivit(tmp_path, pretrained):
+    """Its classifier has an index of relative positions in each block; its masked auto-encoder no relative positions,
+    a decoder of its own kind and a norm of all stages side by side."""
+    golden, _ = read_golden("off_pixel_finetune")
+    state = dict(golden["param"])
+    index = state.pop("relative_position_index")
+    image = golden["input"]["image"]
+    path = tmp_path / "hivit.pth"
+    if not pretrained:
+        torch.save({"model": state | {f"blocks.{i}.attn.relative_position_index": index for i in (4, 5)}}, path)
+        with torch.no_grad():
+            assert_close(itpn.load(path)(image), golden["output"]["logits"])
+        return
+    state = {n: t for n, t in state.items() if "relative" not in n and not n.startswith(("head", "fc_norm"))}
+    extra = {
+        "norm.weight": torch.zeros(112),
+        "decoder_embed.weight": torch.zeros(32, 112),
+        "mask_token": torch.zeros(1, 1, 32),
+        "decoder_pos_embed": torch.zeros(1, 16, 32),
+        "decoder_blocks.0.attn.qkv.weight": torch.zeros(96, 32),
+        "decoder_norm.weight": torch.zeros(32),
+        "decoder_pred.weight": torch.zeros(768, 32),
+    }
+    torch.save({"model": state | extra}, path)
+    model = itpn.load(path, num_heads=4)
+    assert isinstance(model, HiViT)
+    report = itpn.inspect(path)
+    assert report.task == "backbone"
+    assert report.use("backbone").ready
+    assert [finding.kind for finding in report.leftovers] == ["expected"]
+
+
+@pytest.mark.parametrize("name", ["hivit_tiny", "itpn_nano"])
+def test_registered_models_without_relative_positions(tmp_path, name):
+    """As HiViT's masked auto-encoders are, though its classifiers have them."""
+    source = timm.create_model(name, img_size=64, num_classes=0, rel_pos_bias=False).eval()
+    state = from_ours({f"backbone.{n}": t for n, t in source.state_dict().items()}, "official")[0]
+    torch.save(state, tmp_path / "plain.pth")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(itpn.load(tmp_path / "plain.pth")(images), source(images))
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "encoder.body."])
+def test_fast_itpn_inside_another_network(tmp_path, prefix):
+    """A tracker or a detector that has copied it."""
+    golden, _ = read_golden("off_fast_itpn_ls")
+    state = {prefix + name: t for name, t in golden["param"].items() if not name.startswith(("head", "fc_norm"))}
+    torch.save({"net": state}, tmp_path / "tracker.pth")
+    with torch.no_grad():
+        tokens = itpn.load(tmp_path / "tracker.pth", num_heads=4).forward_features(golden["input"]["image"])
+    assert_close(tokens, golden["output"]["tokens"])
+
+
+def test_another_size_given_is_as_another_image(tmp_path):
+    """Tables resampled while loading, or for each image: the public code's way either way."""
+    path, images = save_public(tmp_path, "off_det_pixel"), torch.randn(1, 3, 96, 128)
+    with pytest.warns(UserWarning, match="resampled to 6x8 units"):
+        sized = itpn.load(path, img_size=(96, 128), num_heads=4)
+    with torch.no_grad():
+        for one, other in zip(sized(images).values(), itpn.load(path, num_heads=4)(images).values(), strict=True):
+            assert torch.equal(one, other)

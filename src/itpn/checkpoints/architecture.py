@@ -141,7 +141,8 @@ def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_heads: int | No
     if mmpretrain and pyramid is None:
         backbone["norm_eps"] = 1e-5  # the plain HiViT there
     if checkpoint.layout == "official" and pyramid is not None and decoder is None:
-        backbone["norm_eps"] = 1e-5  # their detectors and segmenters
+        backbone["norm_eps"] = 1e-5
+        guessed.append("norm_eps=1e-5 (as the authors' detectors and segmenters have)")
     auxiliary = None
     if whole and "auxiliary.head.weight" in tensors:
         depth = count_blocks(tensors, r"auxiliary\.blocks\.(\d+)\.")
@@ -198,6 +199,7 @@ def read_backbone(
     }
     unit = settings["patch_size"]
     heads = None
+    settings["rel_pos_bias"] = False
     if (table := tensors.get(f"{attention}.relative_position_bias_table")) is not None:
         rows, cols = (2 * grid[0] - 1, 2 * grid[1] - 1) if grid else square(len(table))
         heads = table.shape[1]

@@ -94,9 +94,10 @@ def _rename(found: Checkpoint, form: Form) -> tuple[dict[str, Tensor], list[str]
 
 def _metadata(found: Checkpoint, num_heads: int | None) -> dict[str, Any]:
     """Of our file: what one of ours says already, else the architecture and where it came from."""
-    if found.metadata:
-        kept = ("task", "recipe", "config", "architecture", "preprocessing", "classes")
-        return {name: found.metadata[name] for name in kept if name in found.metadata}
+    kept = ("task", "recipe", "config", "preprocessing", "classes", "source")
+    metadata = {name: found.metadata[name] for name in kept if name in found.metadata}
+    if found.config is not None:
+        return metadata
     architecture = read_architecture(found, num_heads)
     source = {"layout": found.layout, "file": Path(found.source).name}
-    return {"task": architecture.tasks[0], "architecture": architecture.to_dict(), "source": source}
+    return {"task": architecture.tasks[0], "source": source, **metadata, "architecture": architecture.to_dict()}

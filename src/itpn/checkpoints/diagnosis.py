@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.architecture import known_heads
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint
+from itpn.errors import UserError
 from itpn.models.hivit import HiViT, fit_tables
 from itpn.models.position import Grid
 
@@ -65,7 +66,10 @@ def fit(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], li
     own = {f"backbone.{name}" if alone else name: tensor for name, tensor in model.state_dict().items()}
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "relative_position_index" not in name}
     findings = _convert(tensors, own)
-    changed = fit_tables(tensors, own, backbone, checkpoint.grid)
+    try:
+        changed = fit_tables(tensors, own, backbone, checkpoint.grid)
+    except ValueError as error:
+        raise UserError(f"checkpoint {checkpoint.source} does not say its image size: {error}") from error
 
     for part in dict.fromkeys(PARTS.values()):
         ours = {name for name in own if find_part(name) == part}
@@ -195,7 +199,7 @@ def _judge(checkpoint: Checkpoint, name: str, classifier: bool) -> str:
     if "align_dim_16tofpn.weight" in checkpoint.others:
         return "pyramid"
     if name.startswith("norm."):
-        return "norm" if classifier and "decoder_pred.weight" not in checkpoint.others else "decoder"
+        return "norm" if classifier and "backbone.fc_norm.weight" not in checkpoint.tensors else "decoder"
     if name.startswith(("decoder_", "neck.", "lm_head", "mask_token")):
         return "decoder"
     return ""

@@ -23,6 +23,8 @@ WANTED = "a checkpoint of iTPN, Fast-iTPN or HiViT: of itpn, the authors' code, 
 WRAPPERS = ("model", "module", "state_dict", "net")  # of the authors, DeepSpeed, mmpretrain and Lightning, trackers
 AVERAGES = ("model_ema", "state_dict_ema")
 PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, torch.compile, LightningModules
+# the authors' networks inside a detector, segmenter or tracker, by names that mmpretrain does not have
+PUBLIC_INSIDE = re.compile(r"(backbone\.|encoder\.|encoder\.body\.)(absolute_pos_embed$|blocks\.\d+\.attn\.q_proj\.)")
 # networks that others have put on top of a backbone
 OTHER_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "decode_head.", "auxiliary_head.")
 
@@ -60,12 +62,18 @@ class Checkpoint:
 
     @property
     def grid(self) -> Grid | None:
-        """Rows and columns of the position tables where the file says so; elsewhere they are square."""
+        """Rows and columns of the position table where the file says so; elsewhere it is square."""
         config = self.config
-        if config is None:
-            return None
-        height, width = image_size(config.data)
-        return height // config.model.patch_size, width // config.model.patch_size
+        if config is not None:
+            size: Any = image_size(config.data)
+            patch = config.model.patch_size
+        else:
+            arguments = self.metadata.get("model_args") or self.metadata.get("architecture", {}).get("backbone", {})
+            if "img_size" not in arguments:
+                return None
+            size, patch = arguments["img_size"], arguments.get("patch_size", 16)
+        height, width = (size, size) if isinstance(size, int) else size
+        return height // patch, width // patch
 
 
 def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
@@ -87,6 +95,8 @@ def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
     metadata = _read_metadata(file, state, what)
     keys = (*AVERAGES, *WRAPPERS) if average else (*WRAPPERS, *AVERAGES)
     inner, key = unwrap(state, keys)
+    if average and key not in AVERAGES:
+        raise UserError(f"{what} has no average of the weights beside them ({', '.join(AVERAGES)})")
     tensors, others = {}, {}
     for name, tensor in inner.items():
         if not isinstance(tensor, Tensor):
@@ -102,8 +112,8 @@ def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
         raise UserError(f"{what} has no weights in it; give {WANTED}")
     heads = {name: t for name, t in tensors.items() if name.startswith(OTHER_HEADS)}
     tensors = {name: t for name, t in tensors.items() if name not in heads}
-    if "backbone.absolute_pos_embed" in tensors:  # the authors' backbone in a detector or segmenter
-        tensors = {name.removeprefix("backbone."): t for name, t in tensors.items()}
+    if found := next((m for name in tensors if (m := PUBLIC_INSIDE.match(name))), None):
+        tensors = {name.removeprefix(found[1]): t for name, t in tensors.items()}
     layout = detect_layout(tensors)
     if layout is None:
         some = ", ".join(list(tensors)[:3])
@@ -133,7 +143,9 @@ def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, An
         return _read_timm_config(file.parent / "config.json")
     try:
         parts: dict[str, Any] = {
-            name: json.loads(stored[name]) for name in ("config", "architecture", "preprocessing") if name in stored
+            name: json.loads(stored[name])
+            for name in ("config", "architecture", "preprocessing", "classes")
+            if name in stored
         }
     except ValueError as error:
         raise UserError(f"{what} has damaged metadata ({one_line(error)})") from error
@@ -178,8 +190,10 @@ def save_weights(path: Path, model: MaskedImageModel, recipe: str, config: Confi
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Write our file: whole, or not at all."""
+    # a copy each: safetensors takes neither views nor tensors that share memory
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
-    write_whole(path, serialize({name: t.contiguous() for name, t in tensors.items()}, {**texts, "format": "itpn"}))
+    write_whole(path, serialize(tensors, {**texts, "format": "itpn"}))
 
 
 def write_whole(path: Path, content: bytes) -> None:

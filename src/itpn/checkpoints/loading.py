@@ -110,6 +110,7 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
     Raises:
         UserError: the file holds another model, and which options would build it.
     """
+    read_architecture(checkpoint)  # says so if the file is not whole
     state, findings = fit(checkpoint, model)
     source = checkpoint.source
     problems = [f.text for f in findings if f.kind == "harmful"]

@@ -2,6 +2,7 @@
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text  # never markup: a file may be called anything
 
 from itpn.checkpoints.diagnosis import Finding
 from itpn.checkpoints.report import inspect
@@ -18,18 +19,18 @@ MISSING = {"random": "starts fresh", "harmful": "does not fit"}
 def print_report(checkpoint: str) -> None:
     """Print what :func:`itpn.inspect` finds, to be understood without having read the code."""
     report = inspect(checkpoint)
-    table = Table(title=checkpoint, show_header=False, title_justify="left")
+    table = Table(title=Text(checkpoint), show_header=False, title_justify="left")
     for title, line in report.summary.items():
-        table.add_row(title, line)
+        table.add_row(title, Text(line))
     table.add_section()
     for use in report.uses:
         table.add_row(PURPOSES[use.task], _judge(use.findings))
         if use.command:
-            table.add_row("", f"[cyan]{use.command}[/cyan]")
+            table.add_row("", Text(use.command, style="cyan"))
     if report.leftovers:
         table.add_section()
         for i, finding in enumerate(report.leftovers):
-            table.add_row("" if i else "left over", f"it {finding.text} ({len(finding.names)})")
+            table.add_row("" if i else "left over", Text(f"it {finding.text} ({len(finding.names)})"))
     console = Console()
     # the commands are to be copied in one piece
     if not console.is_terminal:
@@ -37,8 +38,6 @@ def print_report(checkpoint: str) -> None:
     console.print(table, highlight=False)
 
 
-def _judge(findings: list[Finding]) -> str:
-    problems = [f"{finding.text}: {MISSING[finding.kind]}" for finding in findings if finding.kind in MISSING]
-    if not problems:
-        return "[green]everything is there[/green]"
-    return "[yellow]it " + "\nit ".join(problems) + "[/yellow]"
+def _judge(findings: list[Finding]) -> Text:
+    problems = [f"it {finding.text}: {MISSING[finding.kind]}" for finding in findings if finding.kind in MISSING]
+    return Text("\n".join(problems), style="yellow") if problems else Text("everything is there", style="green")

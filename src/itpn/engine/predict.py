@@ -136,7 +136,7 @@ def predict_classes(
                 )
                 if table.row_count < ROWS:
                     table.add_row(Path(name).name, labels[0], f"{values[0]:.1%}", others)
-                titles.append(f"{labels[0]} {values[0]:.0%}")
+                titles.append(f"{values[0]:.0%} {labels[0]}")  # a long name is cut at its end
             save_picture(draw_titles(images, titles), out, number)
     Console().print(table, highlight=False)
     Console().print(str(path), highlight=False, soft_wrap=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, GluMlp, LayerScale, Mlp, to_2tuple, trunc_normal_
+from timm.layers import DropPath, LayerScale, Mlp, to_2tuple, trunc_normal_
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -36,6 +36,7 @@ from itpn.models.position import (
 from itpn.models.windows import Windows, pick_distinct, put_back, take
 
 QkvBias = bool | Literal["qv"]
+POSITIONS = ("pos_embed", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")  # ends of names, never decayed
 WeightInit = Literal["xavier", "trunc_normal"]
 
 
@@ -149,8 +150,14 @@ class Attention(nn.Module):
         return parts[0] + parts[1]
 
 
-class GatedMlp(GluMlp):
-    """SwiGLU, both projections in one product."""
+class GatedMlp(nn.Module):
+    """SwiGLU (Shazeer 2020) with both projections in one product, and a norm before the last: [..., C] -> [..., C]."""
+
+    def __init__(self, dim: int, hidden: int, norm_eps: float | None) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 2 * hidden)
+        self.norm = nn.LayerNorm(hidden, eps=norm_eps) if norm_eps is not None else nn.Identity()
+        self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, x = self.fc1(x).chunk(2, dim=-1)
@@ -162,9 +169,9 @@ class GatedMlp(GluMlp):
 
 def make_mlp(dim: int, ratio: float, norm_eps: float, sub_norm: bool = False, swiglu: bool = False) -> nn.Module:
     """A feed-forward layer: GELU, or SwiGLU with both projections in one product; ``sub_norm``: a norm inside."""
-    norm: Any = partial(nn.LayerNorm, eps=norm_eps) if sub_norm else None
     if swiglu:
-        return GatedMlp(dim, 2 * int(dim * ratio), norm_layer=norm)
+        return GatedMlp(dim, int(dim * ratio), norm_eps if sub_norm else None)
+    norm: Any = partial(nn.LayerNorm, eps=norm_eps) if sub_norm else None
     return Mlp(dim, int(dim * ratio), norm_layer=norm)
 
 
@@ -223,8 +230,14 @@ class TransformerBlock(nn.Module):
         rel_pos_index: Tensor | None = None,
         windows: Windows | None = None,
     ) -> Tensor:
-        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x), grid, rel_pos_index, windows)))
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+        x = x + self._drop(self.ls1(self.attn(self.norm1(x), grid, rel_pos_index, windows)), windows)
+        return x + self._drop(self.ls2(self.mlp(self.norm2(x))), windows)
+
+    def _drop(self, x: Tensor, windows: Windows | None) -> Tensor:
+        """Stochastic depth, of all windows of an image together."""
+        if windows is None:
+            return self.drop_path(x)
+        return self.drop_path(x.unflatten(0, (-1, windows.count))).flatten(0, 1)
 
 
 class PatchMerge(nn.Module):
@@ -330,7 +343,7 @@ class HiViT(nn.Module):
         super().__init__()
         if patch_size % 4:
             raise ValueError(f"patch_size must be divisible by 4 (a unit holds 4x4 tokens), not {patch_size}")
-        if embed_dim % 8 or embed_dim % num_heads:
+        if num_heads < 1 or embed_dim % 8 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be divisible by 8 and by num_heads={num_heads}, not {embed_dim}")
         if not 0 <= migrate_ratio < 1:
             raise ValueError(f"migrate_ratio must be at least 0 and below 1, not {migrate_ratio}")
@@ -420,12 +433,11 @@ class HiViT(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        tables = {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
-        return {"pos_embed"} | tables
+        return {name for name, _ in self.named_parameters() if name.endswith(POSITIONS)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer-wise learning rates: stem, then block by block; a merge goes with what it feeds."""
+        """Layer groups for layer-wise learning rates: stem, then block by block, merges among them."""
         return {
             "stem": r"^pos_embed|^patch_embed",
             "blocks": r"^stages\.(\d+)"
@@ -653,7 +665,11 @@ def fit_tables(
             continue
         if name.endswith("pos_embed"):
             grid = stored_grid or (backbone.grid_size if stored.shape == wanted.shape else square(stored.shape[1]))
-            fitted = resample_position_table(stored, grid, backbone.grid_size)
+            # the backbone's own as it would be for an image of that size
+            how = backbone.pos_resample if name in ("pos_embed", "backbone.pos_embed") else "exact"
+            fitted = stored
+            if grid != backbone.grid_size:
+                fitted = resample_position_table(stored, grid, backbone.grid_size, how)
         elif name.endswith("relative_position_bias_table"):
             assert backbone.rel_pos_grid is not None
             grid = stored_grid or backbone.rel_pos_grid

@@ -84,6 +84,9 @@ class FeaturePyramid(nn.Module):
         return [output(level) for output, level in zip(self.outputs, levels, strict=True)]
 
 
+LEVELS = {"pyramid": 3, "detection": 5, "segmentation": 4}  # and how many maps
+
+
 class PyramidBackbone(nn.Module):
     """A backbone and its pyramid as maps, for detectors and segmenters: the tensor names of pre-training.
 
@@ -117,6 +120,8 @@ class PyramidBackbone(nn.Module):
         super().__init__()
         if num_classes:
             raise ValueError(f"a pyramid has no classifier: num_classes must be 0, not {num_classes}")
+        if levels not in LEVELS:
+            raise ValueError(f"levels must be one of {', '.join(LEVELS)}, not {levels}")
         self.num_classes = 0
         self.levels = levels
         self.backbone = HiViT(num_classes=0, weight_init=weight_init, **backbone)
@@ -128,7 +133,7 @@ class PyramidBackbone(nn.Module):
         self.num_features = self.head_hidden_size = pyramid_width
         joined = levels == "segmentation"
         widths = [pyramid_width + (dim if joined else 0) for dim in dims]
-        widths += [widths[-1]] * {"pyramid": 0, "detection": 2, "segmentation": 1}[levels]
+        widths += [widths[-1]] * (LEVELS[levels] - len(dims))
         first = self.backbone.feature_info[0]["reduction"]
         self.feature_info = [
             {"num_chs": width, "reduction": first * 2**i, "module": f"pyramid.outputs.{min(i, 2)}"}

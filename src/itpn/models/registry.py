@@ -62,10 +62,10 @@ def _build_backbone(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 
 def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    from itpn.models.pyramid import PyramidBackbone, checkpoint_filter_fn
+    from itpn.models.pyramid import LEVELS, PyramidBackbone, checkpoint_filter_fn
 
     own = PYRAMIDS.get(name, PUBLISHED_PYRAMID)
-    count = {"pyramid": 3, "detection": 5, "segmentation": 4}[kwargs.get("levels", "pyramid")]
+    count = LEVELS.get(kwargs.get("levels", "pyramid"), 0)  # a wrong one is the network's to refuse
     feature_cfg = {"out_indices": kwargs.pop("out_indices", tuple(range(count))), "feature_cls": "getter"}
     settings = {**BACKBONES[name], "pyramid_width": own["width"], "pyramid_depth": own["depth"], **kwargs}
     return _build(

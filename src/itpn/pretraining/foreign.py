@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file
 from timm.models import clean_state_dict
@@ -24,28 +23,35 @@ FILE_FORMS = "a .safetensors or .pt file in timm, OpenAI CLIP or open_clip form"
 
 
 class _Shell:
-    """Stands for a class of a library that is not needed to read the weights: keeps its data, runs nothing of it."""
+    """Stands for what is not needed to read the weights: takes any data, and does nothing with it."""
+
+    def __init__(self, *data: Any) -> None:
+        pass
+
+    def __setstate__(self, data: Any) -> None:
+        pass
 
 
-# what training code stores beside weights: options of a command line, NumPy's numbers, mmengine's record of losses
+NUMPY = (
+    "dtype",
+    "ndarray",
+    *(f"{core}.multiarray.{f}" for core in ("core", "_core") for f in ("scalar", "_reconstruct")),
+)
+# what training code stores beside weights: options of a command line, NumPy's numbers, mmengine's record of losses. The
+# real classes of NumPy must not be had: an array of objects over a file's bytes is a pointer of the file's choice
 HARMLESS: list[Any] = [
     Namespace,
     (_Shell, "mmengine.logging.history_buffer.HistoryBuffer"),
-    np.dtype,
-    np.ndarray,
-    *{type(np.dtype(kind)) for kind in ("f2", "f4", "f8", "i4", "i8", "u1", "?")},
-    *[
-        (function, f"numpy.{core}.multiarray.{function.__name__}")
-        for core in ("core", "_core")
-        for function in (np._core.multiarray.scalar, np._core.multiarray._reconstruct)  # type: ignore[attr-defined]
-    ],
+    *((_Shell, f"numpy.{name}") for name in NUMPY),
 ]
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:
     """The tensors of a teacher's file; of a model of images and text, those of the image tower."""
     what = f"teacher checkpoint {path}"
-    state = unwrap(read_state(path, what, FILE_FORMS), ("state_dict_ema", "model_ema", "state_dict", "model"))[0]
+    state = unwrap(
+        read_state(path, what, FILE_FORMS, scripts=True), ("state_dict_ema", "model_ema", "state_dict", "model")
+    )[0]
     tensors = {key: t for key, t in state.items() if isinstance(t, Tensor)}
     if not tensors:
         raise UserError(f"{what} has no weights in it; give {FILE_FORMS}")
@@ -62,20 +68,23 @@ def unwrap(state: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], 
     return state, ""
 
 
-def read_state(path: str | Path, what: str, wanted: str) -> dict[str, Any]:
+def read_state(path: str | Path, what: str, wanted: str, scripts: bool = False) -> dict[str, Any]:
     """Read a checkpoint file of any form without running what is in it.
 
     Args:
         what: the file as a message names it.
         wanted: what to give instead.
+        scripts: read TorchScript archives too, as OpenAI publishes CLIP, which does run what is in them.
 
     Raises:
-        UserError: not there, damaged, no checkpoint, or with Python objects in it.
+        UserError: not there, damaged, no checkpoint, or with code or Python objects in it.
     """
     if not Path(path).is_file():
         raise UserError(f"{what} does not exist")
     try:
-        state = _read_file(str(path))
+        state = _read_file(str(path), what, wanted, scripts)
+    except UserError:
+        raise
     except Exception as error:  # of whatever class: damaged files are damaged in many ways
         raise UserError(f"{what} {_describe_damage(error)}; give {wanted}") from error
     if not isinstance(state, dict):
@@ -94,14 +103,15 @@ def _describe_damage(error: Exception) -> str:
     return "is damaged or no checkpoint"
 
 
-def _read_file(path: str) -> Any:
+def _read_file(path: str, what: str, wanted: str, scripts: bool) -> Any:
     if path.endswith(".safetensors"):
         return load_file(path)
     zipped = zipfile.is_zipfile(path)
     if zipped:
         with zipfile.ZipFile(path) as archive:
             if any(member.endswith("/constants.pkl") for member in archive.namelist()):
-                # TorchScript, as OpenAI publishes CLIP. Its code is a language of its own that cannot import Python
+                if not scripts:
+                    raise UserError(f"{what} is a TorchScript archive, which is code, and is not read; give {wanted}")
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # deprecated, and yet what those files need
                     return torch.jit.load(path, map_location="cpu").state_dict()

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from itpn.models.hivit import HiViT, units_to_map
+from itpn.models.hivit import POSITIONS, HiViT, units_to_map
 from itpn.models.position import Grid
 from itpn.models.pyramid import FeaturePyramid
 from itpn.pretraining.decoder import AuxiliaryHead, Decoder, Split, pick_tokens
@@ -106,8 +106,7 @@ class MaskedImageModel(nn.Module):
                 module.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        spared = ("pos_embed", "mask_token", "relative_position_bias_table")
-        return {name for name, _ in self.named_parameters() if name.endswith(spared)}
+        return {name for name, _ in self.named_parameters() if name.endswith((*POSITIONS, "mask_token"))}
 
     @property
     def feature_losses(self) -> list[str]:
