@@ -83,17 +83,19 @@ def test_dynamic_backbone_pt2(tmp_path):
     assert extra == {"size": "32"}
 
 
-def test_fixed_pyramid_onnx(tmp_path):
+@pytest.mark.parametrize("size", [(64, 64), (64, 96)])
+def test_fixed_pyramid_onnx(tmp_path, size):
     model = make("fast_itpn_nano_pyramid", levels="segmentation", patch_size=16, img_size=64)
-    exported = export_model(model, tmp_path / "a.onnx", (64, 96))
-    assert exported.inputs == {"images": "batch, 3, 64, 96"}
+    exported = export_model(model, tmp_path / "a.onnx", size)
+    assert exported.inputs == {"images": f"batch, 3, {size[0]}, {size[1]}"}
     assert len(exported.outputs) == 4
-    check(model, exported.path, (1, 3, 64, 96), (3, 3, 64, 96))
+    check(model, exported.path, (1, 3, *size), (3, 3, *size))
 
 
-def test_fixed_backbone_onnx(tmp_path):
+@pytest.mark.parametrize("size", [(32, 32), (40, 64)])
+def test_fixed_backbone_onnx(tmp_path, size):
     model = make("fast_itpn_nano", num_classes=0, init_values=0.1)
-    check(model, export_model(model, tmp_path / "a.onnx", (32, 32)).path, (1, 3, 32, 32), (3, 3, 32, 32))
+    check(model, export_model(model, tmp_path / "a.onnx", size).path, (1, 3, *size), (3, 3, *size))
 
 
 def test_fixed_classifier_with_migration_pt2(tmp_path):

@@ -83,7 +83,7 @@ def train(config: Config, recipe: str, source: ImageSource | None = None) -> Pat
         elif config.model.checkpoint is not None:
             notes = load_weights(model, read_checkpoint(config.model.checkpoint))
             for note in [f"starting from the weights of {config.model.checkpoint}", *notes]:
-                console.print(note, highlight=False)
+                console.print(note, highlight=False, soft_wrap=True)
         average = MovingAverageTeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
         if config.trainer.compile:
             model.compile()
