@@ -110,6 +110,10 @@ def test_what_has_no_place_is_said_or_refused(tmp_path):
         convert(fast, tmp_path / "fast2.pth")
     with pytest.raises(UserError, match=r"must end in \.safetensors for --to itpn"):
         convert(fast, tmp_path / "fast2.pth", "itpn")
+    with pytest.raises(UserError, match="is the file that is read"):
+        convert(fast, fast, "official")
+    with pytest.raises(UserError, match=r"is a folder without a model\.safetensors"):
+        convert(tmp_path, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match="cannot be written"):
         convert(fast, fast / "inside" / "a.safetensors")
     assert not list(tmp_path.glob("*.tmp"))

@@ -51,6 +51,10 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
     if (form == "itpn") != (target.suffix == ".safetensors") or target.suffix not in (".safetensors", ".pth", ".pt"):
         wanted = ".safetensors" if form == "itpn" else ".pth or .pt"
         raise UserError(f"{target} must end in {wanted} for --to {form}")
+    if target.exists() and Path(source).exists() and target.samefile(source):
+        raise UserError(
+            f"{target} is the file that is read: what it holds beside the weights would be lost; give another"
+        )
     found = read_checkpoint(source)
     tensors, left, layout = _rename(found, form)
     try:

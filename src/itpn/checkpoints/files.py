@@ -90,6 +90,8 @@ def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
     file = fetch(source) if source.startswith(HUB) else Path(source)
     if file.is_dir():  # a run's folder, or one in timm's layout for the hub
         file /= "model.safetensors"
+        if not file.is_file():
+            raise UserError(f"checkpoint {source} is a folder without a model.safetensors; give {WANTED}")
     what = f"checkpoint {source}"
     state = read_state(file, what, WANTED)
     metadata = _read_metadata(file, state, what)
