@@ -180,7 +180,7 @@ def test_the_words_of_the_complaints(tmp_path):
     assert report.use("classification").missing == ["has no classifier"]
     expected = [f.text for f in report.use("classification").findings if f.kind == "expected"]
     assert expected == ["has a decoder that is not needed here", "has a pyramid that is not needed here"]
-    with pytest.raises(UserError, match="the file has no classifier: give num_classes"):
+    with pytest.raises(UserError, match=r"there is no classifier to build: itpn.load with num_classes=N"):
         itpn.load(pixel, task="classification")
 
 

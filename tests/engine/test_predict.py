@@ -63,7 +63,7 @@ def test_features(tmp_path, photos, case):
     columns = load_file(tmp_path / "features.safetensors")
     with safe_open(tmp_path / "features.safetensors", "pt") as file:
         names = json.loads(file.metadata()["images"])
-    assert names == (tmp_path / "features.txt").read_text().splitlines()
+    assert names == (tmp_path / "features.npy.txt").read_text().splitlines()
     assert len(names) == 26
     assert columns["features"].shape == (26, 64)
     assert ("pyramid_1" in columns) == (case != "off_pixel_finetune")

@@ -317,7 +317,9 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
             settings = {f"pyramid_{name}" if name != "mlp_ratio" else name: value for name, value in own.items()}
             return _make(PyramidBackbone, WITH_PYRAMID, {"levels": architecture.levels, **settings, **kwargs})
         if task == "classification" and not classes:
-            raise UserError("the file has no classifier: give num_classes to start a fresh one, and strict=False")
+            raise UserError(
+                "there is no classifier to build: itpn.load with num_classes=N and strict=False starts a fresh one"
+            )
         kwargs["num_classes"] = classes if task == "classification" else 0
         return _make(HiViT, {name: name for name in BACKBONES}, kwargs)
     except (TypeError, ValueError) as error:  # an argument of no such name, or sizes that do not fit one another

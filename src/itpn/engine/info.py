@@ -49,7 +49,9 @@ def print_info(name: str, config: Config | None) -> None:
 
     table = Table(title=name, show_header=False, title_justify="left")
     if config is None:
-        table.add_row("parameters", f"{count_parameters(backbone):.2f} M with a classifier of 1000 classes")
+        aside = ", pyramid aside," if base != name else ""
+        size_m = f"{count_parameters(backbone):.2f} M"
+        table.add_row("parameters", f"{size_m}{aside} with a classifier of 1000 classes")
     else:
         assert model is not None
         whole, trunk = count_parameters(model), count_parameters(backbone)

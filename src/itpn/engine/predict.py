@@ -162,7 +162,7 @@ def write_features(
             with path.with_name(f"{path.name}.tmp").open("wb") as file:
                 np.save(file, columns["features"].numpy())
             Path(file.name).replace(path)
-            path.with_suffix(".txt").write_text("".join(f"{name}\n" for name in names))
+            path.with_name(f"{path.name}.txt").write_text("".join(f"{name}\n" for name in names))
         else:
             write_whole(path, save(columns, {"images": json.dumps(names)}))
     except OSError as error:
