@@ -14,8 +14,8 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_whole
-from itpn.checkpoints.loading import load_found
+from itpn.checkpoints.files import Checkpoint, count_broken, read_checkpoint, write_whole
+from itpn.checkpoints.loading import describe_broken, load_found
 from itpn.config import Config, DataConfig
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
@@ -43,6 +43,8 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
         UserError: no checkpoint that is known, one that only gives features, or no image can be read.
     """
     found = read_checkpoint(checkpoint)
+    if broken := count_broken(found.tensors):
+        raise UserError(f"checkpoint {checkpoint} has {describe_broken(broken)}")
     model, notes = load_found(found)
     for note in notes:
         Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
