@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from itpn.checkpoints.architecture import known_heads
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint
 from itpn.errors import UserError
-from itpn.models.hivit import HiViT, fit_tables
+from itpn.models.hivit import HiViT, find_backbone, fit_tables
 from itpn.models.position import Grid
 
 # parts of our networks by the beginning of their tensors' names, as a message names them; all or nothing each
@@ -61,8 +61,7 @@ def fit(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], li
         A state dict for the model without what has to stay random, and the findings.
     """
     alone = isinstance(model, HiViT)
-    backbone = model if isinstance(model, HiViT) else model.backbone
-    assert isinstance(backbone, HiViT)
+    backbone = find_backbone(model)
     own = {f"backbone.{name}" if alone else name: tensor for name, tensor in model.state_dict().items()}
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "relative_position_index" not in name}
     findings = _convert(tensors, own)

@@ -16,7 +16,7 @@ from torch import nn
 
 from itpn.config import HUB
 from itpn.errors import UserError
-from itpn.models.hivit import HiViT
+from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
 from itpn.pretraining.foreign import check_hub, describe_mismatch, one_line
 
@@ -97,7 +97,7 @@ def save_pretrained(
 
 def _read_arguments(model: HiViT | PyramidBackbone) -> dict[str, Any]:
     """The arguments that a model's methods may have changed, or that timm's defaults would decide."""
-    backbone = model.backbone if isinstance(model, PyramidBackbone) else model
+    backbone = find_backbone(model)
     arguments: dict[str, Any] = {
         "img_size": [side * backbone.patch_size for side in backbone.grid_size],
         "in_chans": model.in_chans,

@@ -114,7 +114,8 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
     state, findings = fit(checkpoint, model)
     source = checkpoint.source
     problems = [f.text for f in findings if f.kind == "harmful"]
-    problems += [f.text for f in findings if f.kind == "random" and f.text.startswith("has no pyramid that fits")]
+    if any(name.startswith("pyramid.") for name in checkpoint.tensors):  # one there is no start afresh
+        problems += [f.text for f in findings if f.kind == "random" and f.names[0].startswith("pyramid.")]
     if problems:
         options = describe_options(checkpoint, model)
         hint = f"; it takes {options}" if options else ""

@@ -16,6 +16,7 @@ from itpn.config import Config, image_size, to_dict
 from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, write_shard
 from itpn.data.files import CACHE_INDEX, ImageSource
 from itpn.data.loader import SkippedImages
+from itpn.engine.console import print_aside
 from itpn.engine.run import choose_precision, make_frozen_teacher, make_loader
 from itpn.errors import UserError
 from itpn.pretraining.teacher import FeatureTeacher
@@ -94,7 +95,7 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
             images, features, keys = [], [], []
             for batch in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):  # noqa: B023
                 for message in skipped.update(item for sample in batch for item in sample["broken"]):
-                    console.print(f"skipped {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+                    print_aside(f"skipped {message}", console)
                 view = "teacher_image" if "teacher_image" in batch[0] else "image"
                 shown = torch.cat([sample[view] for sample in batch])
                 features.append(_run(teacher, shown, precision).to(dtype).cpu())

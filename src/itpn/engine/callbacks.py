@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from itpn.data.loader import PretrainingLoader, SkippedImages
+from itpn.engine.console import print_aside
 from itpn.engine.folder import RunFolder
 from itpn.engine.pictures import draw_predictions
 from itpn.errors import NonFiniteLoss, RunStopped
@@ -117,7 +118,7 @@ class Monitor(L.Callback):
             torch.distributed.all_gather_object(broken, self._broken)
         self._broken = []
         for message in self.skipped.update(item for items in broken for item in items):
-            self.console.print(f"skipped {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            print_aside(f"skipped {message}", self.console)
         images = self._loader(trainer).images
         self.skipped.check(min(self.images_seen, images), epoch_ended=self.images_seen >= images)
 

@@ -21,9 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from itpn.checkpoints.architecture import Task, read_architecture
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.loading import load_found
+from itpn.engine.console import print_aside
 from itpn.engine.run import make_table
 from itpn.errors import ExportFailed, UserError
-from itpn.models.hivit import HiViT
+from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
 
 Size = tuple[int, int]  # height, width in pixels
@@ -100,8 +101,8 @@ def export_checkpoint(
     model, notes = load_found(found, task, **overrides)
     assert isinstance(model, HiViT | PyramidBackbone)
     for note in notes:
-        Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
-    backbone = model.backbone if isinstance(model, PyramidBackbone) else model
+        print_aside(note)
+    backbone = find_backbone(model)
     own = (backbone.grid_size[0] * backbone.patch_size, backbone.grid_size[1] * backbone.patch_size)
     metadata = {"source": Path(checkpoint).name, "task": str(task)}
     metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
@@ -128,7 +129,7 @@ def export_model(
     check_out(out)
     if not isinstance(model, HiViT | PyramidBackbone):
         raise UserError(f"only backbones, pyramids and classifiers can be exported, not {type(model).__name__}")
-    backbone = model.backbone if isinstance(model, PyramidBackbone) else model
+    backbone = find_backbone(model)
     if dynamic_size and (backbone.migrate_ratio or backbone.gather_window):
         raise UserError("token migration and gathering count tokens and windows beforehand: export a fixed size")
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())

@@ -19,9 +19,10 @@ from itpn.checkpoints.loading import describe_broken, load_found
 from itpn.config import Config, DataConfig
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
+from itpn.engine.console import print_aside
 from itpn.engine.pictures import draw_predictions, draw_titles, read_whole_images
 from itpn.errors import UserError
-from itpn.models.hivit import HiViT
+from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
 from itpn.pretraining.model import MaskedImageModel
 from itpn.tasks.pretrain import PretrainingTask
@@ -47,7 +48,7 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
         raise UserError(f"checkpoint {checkpoint} has {describe_broken(broken)}")
     model, notes = load_found(found)
     for note in notes:
-        Console(stderr=True).print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        print_aside(note)
     config = settings_of(found, model, seed)
     normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
     batches = read_batches(source, config)
@@ -70,8 +71,7 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
 
 def settings_of(found: Checkpoint, model: nn.Module, seed: int) -> Config:
     """The run's own settings, or those that files of others are used with: ImageNet's mean and deviation."""
-    backbone = model if isinstance(model, HiViT) else model.backbone
-    assert isinstance(backbone, HiViT)
+    backbone = find_backbone(model)
     config = found.config
     if config is None:
         size = (backbone.grid_size[0] * backbone.patch_size, backbone.grid_size[1] * backbone.patch_size)
@@ -95,7 +95,7 @@ def read_batches(source: ImageSource, config: Config) -> Iterator[tuple[list[str
     """
 
     def skipped(message: str) -> None:
-        Console(stderr=True).print(f"skipped {message}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+        print_aside(f"skipped {message}")
 
     height, width = config.data.img_size if isinstance(config.data.img_size, tuple) else 2 * (config.data.img_size,)
     images = read_whole_images(source, (height, width), config.data.max_pixels, skipped)
@@ -176,8 +176,7 @@ def write_features(
 @torch.no_grad()
 def compute_features(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Means over an image: ``features`` of the last stage [n, C], ``pyramid_1`` (finest) to 3 [n, width]."""
-    backbone = model if isinstance(model, HiViT) else model.backbone
-    assert isinstance(backbone, HiViT)
+    backbone = find_backbone(model)
     stages = backbone.forward_stages(x)
     means = {"features": stages[-1].mean(dim=(1, 2, 3))}
     if isinstance(model, MaskedImageModel | PyramidBackbone):

@@ -623,6 +623,13 @@ class HiViT(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def find_backbone(model: nn.Module) -> HiViT:
+    """The backbone that a model is, or has as ``backbone``."""
+    backbone = model if isinstance(model, HiViT) else model.backbone
+    assert isinstance(backbone, HiViT)
+    return backbone
+
+
 def check_intermediates(norm: bool, output_fmt: str) -> None:
     if norm:
         raise ValueError("there is no norm between the stages to apply to intermediate features")
