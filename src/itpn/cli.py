@@ -7,10 +7,12 @@ import io
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from itpn.config import check, check_file, option_names
 from itpn.errors import ExportFailed, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
 
@@ -187,8 +189,6 @@ def parse_options(config: Any, options: list[str], prog: str, others: Sequence[s
     """
     import tyro
 
-    from itpn.config import option_names
-
     complaints = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaints):
@@ -238,7 +238,6 @@ def check_early(config: Any) -> Any:
     Raises:
         UserError: impossible settings, an unknown model, a folder that is missing or without images.
     """
-    from itpn.config import check
     from itpn.data.files import find_training_images
     from itpn.models.variants import BACKBONES
 
@@ -314,14 +313,6 @@ def run_predict(options: argparse.Namespace) -> int:
     return 0
 
 
-def check_file(checkpoint: str) -> None:
-    """Find a missing file before torch is imported."""
-    from itpn.config import HUB
-
-    if not checkpoint.startswith(HUB) and not Path(checkpoint).exists():
-        raise UserError(f"checkpoint {checkpoint} does not exist")
-
-
 def run_inspect(options: argparse.Namespace) -> int:
     check_file(options.checkpoint)
     from itpn.engine.inspection import print_report
@@ -336,8 +327,13 @@ def run_convert(options: argparse.Namespace) -> int:
 
     done = convert(options.source, Path(options.target), options.to, options.num_heads)
     print(f"{options.target}: {done.count} tensors under the names of {done.form}")
-    for name in done.left:
-        print(f"left out, for it has no place there: {name}")
+    parts = Counter(name.partition(".")[0] for name in done.left)
+    for part, count in parts.items():
+        print(f"left out, for it has no place there: {part} ({count} tensor{'s' * (count != 1)})")
+    for name, value in done.unsaid.items():
+        print(f"names and shapes do not say {name}={value}: set it in the code that reads the file")
+    if done.broken:
+        print(f"{sum(done.broken.values())} infinite numbers or NaN were kept as they are, in {', '.join(done.broken)}")
     return 0
 
 

@@ -4,6 +4,7 @@ Light on purpose: nothing here imports torch, so that a mistake in an option is 
 """
 
 import dataclasses
+import re
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -290,18 +291,23 @@ def option_names(cls: type = Config, prefix: str = "") -> list[str]:
 
 def _check_types(cls: type, settings: Any, path: str) -> None:
     """A recipe file may assign anything; find what is not of its field's type."""
-    import typeguard
-
     for name, hint in typing.get_type_hints(cls).items():
         value = getattr(settings, name)
         if dataclasses.is_dataclass(hint):
             _check_types(hint, value, f"{name}.")  # type: ignore[arg-type]  # a dataclass is a type
             continue
-        try:
-            typeguard.check_type(value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
-        except typeguard.TypeCheckError:
-            wanted = getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint)
-            raise UserError(f"{path}{name} must be {wanted}, not {value!r}") from None
+        check_type(value, hint, f"{path}{name}")
+
+
+def check_type(value: Any, hint: Any, what: str) -> None:
+    """Raise :class:`UserError` if a value is not of the type of its annotation."""
+    import typeguard
+
+    try:
+        typeguard.check_type(value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+    except typeguard.TypeCheckError:
+        wanted = hint.__name__ if isinstance(hint, type) else re.sub(r"(\w+\.)+", "", str(hint))
+        raise UserError(f"{what} must be {wanted}, not {value!r}") from None
 
 
 def check(config: Config) -> None:
@@ -403,8 +409,22 @@ def check(config: Config) -> None:
         raise UserError(f"--data.crop-scale needs two shares of the area, from small to large, not {data.crop_scale}")
     if not config.name or any(c in config.name for c in "/\\") or config.name in (".", ".."):
         raise UserError(f"--name must be a plain folder name, not {config.name!r}")
-    if model.checkpoint is not None and not model.checkpoint.startswith(HUB) and not Path(model.checkpoint).exists():
-        raise UserError(f"--model.checkpoint {model.checkpoint} does not exist")
+    if model.checkpoint is not None:
+        check_file(model.checkpoint, "--model.checkpoint")
+
+
+def check_file(checkpoint: str, what: str = "checkpoint") -> None:
+    """Find a missing file without having imported torch.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if checkpoint.startswith(HUB):
+        return
+    if "://" in checkpoint:
+        raise UserError(f"{what} {checkpoint} is an address: download the file and give its path, or {HUB}OWNER/NAME")
+    if not checkpoint or not Path(checkpoint).exists():
+        raise UserError(f"{what} {checkpoint or repr(checkpoint)} does not exist")
 
 
 def check_model(model: ModelConfig, teacher: TeacherConfig) -> None:
@@ -424,6 +444,13 @@ def check_model(model: ModelConfig, teacher: TeacherConfig) -> None:
     if model.gather_side < 1 or model.gather_window % model.gather_side:
         raise UserError(
             f"--model.gather-side must divide --model.gather-window {model.gather_window}, not {model.gather_side}"
+        )
+    if model.migrate_from is not None and not model.migrate_ratio:
+        raise UserError("--model.migrate-from has no effect without --model.migrate-ratio")
+    if model.gather_window and model.hidden_units == "dropped":
+        raise UserError(
+            "--model.gather-window has no effect where hidden units are dropped, for windows are of whole images: "
+            "leave it out, or use --model.hidden-units mask_token"
         )
     if model.pyramid_head_width < 1 or model.pyramid_head_width % 64:
         raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")

@@ -119,6 +119,17 @@ def test_what_has_no_place_is_said_or_refused(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_settings_that_no_tensor_shows_are_said(tmp_path):
+    """The plain HiViT of mmpretrain has another epsilon than the authors', under whose names nobody can tell."""
+    path = save_public(tmp_path, "mm_hivit_features")
+    done = convert(path, tmp_path / "official.pth", "official")
+    assert done.unsaid == {"norm_eps": 1e-5}
+    assert convert(path, tmp_path / "mmpretrain.pth", "mmpretrain").unsaid == {}
+    assert convert(path, tmp_path / "ours.safetensors").unsaid == {}
+    fast = save_public(tmp_path, "off_fast_itpn")
+    assert convert(fast, tmp_path / "fast.pth", "official", num_heads=4).unsaid == {"num_heads": 4}
+
+
 def test_heads_that_the_file_cannot_tell(tmp_path):
     """Given once, they are in our file; a guess that was converted can still be put right."""
     source = save_public(tmp_path, "off_fast_itpn")

@@ -85,6 +85,8 @@ def test_loading_adapts_as_timm_does(tmp_path):
     torch.testing.assert_close(gray.patch_embed.proj.weight, total)
     fresh = from_pretrained(tmp_path, num_classes=9)
     assert fresh(images).shape == (1, 9)
+    save_pretrained(model, tmp_path / "named", label_names=list("abcd"))
+    assert from_pretrained(tmp_path / "named", num_classes=9).pretrained_cfg.get("label_names") is None
     assert torch.equal(fresh.forward_features(images), model.forward_features(images))
     maps = from_pretrained(tmp_path, features_only=True)(images)
     assert torch.equal(maps[2], model.forward_intermediates(images, intermediates_only=True)[2])

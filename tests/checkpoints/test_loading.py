@@ -153,7 +153,8 @@ def test_the_words_of_the_complaints(tmp_path):
     gammas = [name for name, _ in kept.named_parameters() if name.endswith(".gamma")]
     assert len(gammas) == 4
     with pytest.raises(
-        UserError, match=r"has tensors that the model has no place for: 4 x layer scale\. Pass strict=False"
+        UserError,
+        match=r"has no place for: 4 x layer scale\. strict=False loads what fits, but this is another network",
     ):
         itpn.load(fast, num_heads=4, init_values=None)
     with pytest.raises(UserError, match="lacks 4 x layer scale, which would stay random"):
@@ -168,7 +169,7 @@ def test_the_words_of_the_complaints(tmp_path):
 
     # pre-training weights in a fine-tuning model: what is not needed is not complained of, what is random is
     pixel = save_public(tmp_path, "off_pixel_pretrain")
-    with pytest.raises(UserError, match=r"has no classifier\. Pass strict=False"):
+    with pytest.raises(UserError, match=r"has no classifier\. Pass strict=False .* starts at random"):
         itpn.load(pixel, task="classification", num_classes=7)
     with pytest.warns(UserWarning, match="has no classifier") as said:
         model = itpn.load(pixel, task="classification", num_classes=7, strict=False)
@@ -330,6 +331,32 @@ def test_weights_that_are_not_numbers_are_said(tmp_path):
     report = itpn.inspect(tmp_path / "weights.pth")
     assert report.broken == {"backbone.stages.2.0.attn.proj.weight": 2}
     assert words in str(report)
+    assert "ready" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"img_size": -64}, "image size -64x-64 is not a multiple"),
+        ({"img_size": "big"}, r"img_size must be int \| tuple\[int, int\], not 'big'"),
+        ({"in_chans": 0}, "in_chans=0 must be above 0"),
+        ({"num_classes": "7"}, "num_classes must be int, not '7'"),
+        ({"num_classes": 0}, "a classifier needs num_classes above 0; task='backbone'"),
+        ({"num_heads": 0}, "num_heads must be above 0, not 0"),
+        ({"migrate_ratio": 0.5, "migrate_from": 9}, "migrate_from must be one of the 2 blocks of stage 3, not 9"),
+        ({"task": "pyramid", "levels": "all", "strict": False}, "levels must be Literal"),
+        ({"task": "pretraining"}, "`itpn train RECIPE --model.checkpoint FILE` starts from the weights"),
+    ],
+)
+def test_overrides_that_build_nothing(tmp_path, overrides, words):
+    with pytest.raises(UserError, match=words):
+        itpn.load(save_public(tmp_path, "off_pixel_finetune"), **overrides)
+
+
+def test_starting_from_a_network_that_no_recipe_has(tmp_path):
+    torch.save(timm.create_model("itpn_nano", depths=(1, 2, 3), patch_size=8).state_dict(), tmp_path / "other.pth")
+    with pytest.raises(UserError, match=r"holds a network of 128 channels and 1\+2\+3 blocks, which no model"):
+        load_into(tmp_path / "other.pth", (32, 32))
 
 
 def test_our_own_files_of_every_kind(tmp_path):

@@ -22,6 +22,7 @@ from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
 from itpn.data.normalize import Normalize
 from itpn.engine.run import train
+from itpn.errors import UserError
 from itpn.models.naming import from_ours
 from itpn.pretraining.build import build_masked_model
 
@@ -108,6 +109,13 @@ def test_convert(tmp_path, capsys):
     assert f"{len(golden)} tensors under the names of official" in capsys.readouterr().out
     state = torch.load(back, weights_only=True)["model"]
     assert all(torch.equal(state[name], tensor) for name, tensor in golden.items())
+    golden["blocks.4.attn.proj.weight"][3, :2] = float("nan")
+    golden["decoder_extra.weight"] = torch.zeros(1)
+    torch.save({"model": golden}, path)
+    assert main(["convert", str(path), str(ours)]) == 0
+    said = capsys.readouterr().out
+    assert "left out, for it has no place there: decoder_extra (1 tensor)" in said
+    assert "2 infinite numbers or NaN were kept as they are, in backbone.stages.2.0.attn.proj.weight" in said
 
 
 @pytest.mark.parametrize(
@@ -115,6 +123,8 @@ def test_convert(tmp_path, capsys):
     [
         (["inspect", "missing.pth"], "checkpoint missing.pth does not exist"),
         (["convert", "missing.pth", "a.safetensors"], "checkpoint missing.pth does not exist"),
+        (["inspect", "https://example.com/a.pth"], "is an address: download the file and give its path"),
+        (["inspect", ""], "checkpoint '' does not exist"),
         (["inspect", "{text}"], "damaged or no checkpoint"),
         (["convert", "{det}", "a.zip"], "say which names a.zip gets"),
         (["convert", "{det}", "a.pth", "--to", "keras"], "invalid choice: 'keras'"),
@@ -131,6 +141,7 @@ def test_mistakes_are_one_line(tmp_path, photos, capsys, monkeypatch, arguments,
     error = capsys.readouterr().err
     assert words in error
     assert error.count("\n") == 1
+    assert not (tmp_path / "predictions").exists()
 
 
 def test_training_goes_on_from_a_public_file(tmp_path, settings, capsys):
@@ -153,3 +164,6 @@ def test_training_goes_on_from_a_public_file(tmp_path, settings, capsys):
     said = " ".join(capsys.readouterr().out.split())
     assert f"starting from the weights of {theirs}" in said
     assert "has no decoder that fits (decoder.blocks.1.attn.proj.bias is missing there and 32 here): it starts" in said
+    with pytest.raises(UserError, match="holds another model"):
+        run("refused", theirs, pyramid_width=64)
+    assert not (tmp_path / "runs" / "test" / "refused").exists()

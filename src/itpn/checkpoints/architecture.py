@@ -4,12 +4,13 @@ import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from timm import create_model
 from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
+from itpn.config import check_type
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
 from itpn.models.naming import read_depths
@@ -94,6 +95,10 @@ def read_architecture(
     Raises:
         UserError: tensors without which the network cannot be told.
     """
+    for name, heads in {"num_heads": num_heads, "decoder_heads": decoder_heads}.items():
+        check_type(heads, int | None, name)
+        if heads is not None and heads < 1:
+            raise UserError(f"{name} must be above 0, not {heads}")
     stored = checkpoint.metadata.get("architecture")
     if stored is not None:
         try:
@@ -120,7 +125,7 @@ def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_heads: int | No
     config = checkpoint.config
     backbone = read_backbone(tensors, num_heads, checkpoint.grid)
     if config is not None:
-        decoder_heads = decoder_heads or config.model.decoder_heads
+        decoder_heads = config.model.decoder_heads if decoder_heads is None else decoder_heads
         names = ("pos_embed", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
         backbone |= {name: getattr(config.model, name) for name in names}
     own = checkpoint.layout == "itpn"
@@ -219,7 +224,7 @@ def read_backbone(
         settings |= {"num_classes": len(head), "fc_norm": "backbone.fc_norm.weight" in tensors}
     variant = find_variant(settings)
     known = BACKBONES[variant]["num_heads"] if variant else max(width // 64, 1)
-    return {**settings, "num_heads": num_heads or heads or known}
+    return {**settings, "num_heads": heads or known if num_heads is None else num_heads}
 
 
 def read_pyramid(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -247,7 +252,7 @@ def _read_decoder(tensors: Mapping[str, Tensor], heads: dict[str, int], num_head
         "pyramid_width": len(tensors["decoder.embed_norms.0.weight"]),
         "width": width,
         "depth": count_blocks(tensors, r"decoder\.blocks\.(\d+)\."),
-        "num_heads": num_heads or max(width // 32, 1),
+        "num_heads": max(width // 32, 1) if num_heads is None else num_heads,
         "fill_hidden": "decoder.mask_token" in tensors,
     }
 
@@ -302,6 +307,10 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
     Raises:
         UserError: the architecture lacks what the task needs, or the overrides do not fit.
     """
+    hints = {**get_type_hints(HiViT.__init__), **get_type_hints(PyramidBackbone.__init__)}
+    for name, value in overrides.items():
+        if name in hints:
+            check_type(tuple(value) if isinstance(value, list) else value, hints[name], name)
     kwargs = {**architecture.backbone, **overrides}
     for size in ("img_size", "rel_pos_size"):
         if isinstance(kwargs.get(size), list):  # of JSON
@@ -318,11 +327,17 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
             return _make(PyramidBackbone, WITH_PYRAMID, {"levels": architecture.levels, **settings, **kwargs})
         if task == "classification" and not classes:
             raise UserError(
-                "there is no classifier to build: itpn.load with num_classes=N and strict=False starts a fresh one"
+                "a classifier needs num_classes above 0; task='backbone' gives the network without one"
+                if "num_classes" in overrides
+                else "there is no classifier to build: itpn.load with num_classes=N and strict=False starts a fresh one"
             )
         kwargs["num_classes"] = classes if task == "classification" else 0
         return _make(HiViT, {name: name for name in BACKBONES}, kwargs)
-    except (TypeError, ValueError) as error:  # an argument of no such name, or sizes that do not fit one another
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # an argument of no such name, or sizes that do not fit one another
         reason = str(error).rpartition("__init__() ")[2]
         raise UserError(f"no {task} network can be built with these settings: {reason}") from error
 
@@ -335,7 +350,10 @@ def _make(kind: type[nn.Module], names: Mapping[str, str], kwargs: dict[str, Any
 
 def _build_masked(architecture: Architecture, kwargs: dict[str, Any]) -> MaskedImageModel:
     if architecture.pyramid is None or architecture.decoder is None:
-        raise UserError("no pre-training network can be built: there is no decoder; start one with itpn.get_model")
+        raise UserError(
+            "no pre-training network can be built: there is no decoder; `itpn train RECIPE --model.checkpoint FILE` "
+            "starts from the weights with a fresh one"
+        )
     backbone = HiViT(num_classes=0, **kwargs)
     dims = tuple(info["num_chs"] for info in backbone.feature_info)
     heads = dict(architecture.decoder["heads"])

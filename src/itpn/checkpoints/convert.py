@@ -1,5 +1,6 @@
 """Checkpoints from one code base's form to another's, bit by bit."""
 
+import inspect
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,16 @@ import torch
 from torch import Tensor
 
 from itpn.checkpoints.architecture import read_architecture
-from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_safetensors, write_whole
+from itpn.checkpoints.files import Checkpoint, describe_preprocessing, read_checkpoint, write_safetensors, write_whole
 from itpn.errors import UserError
+from itpn.models.hivit import HiViT
 from itpn.models.naming import Layout, from_ours
 
 Form = Literal["itpn", "official", "mmpretrain"]
 FORMS: tuple[Form, ...] = ("itpn", "official", "mmpretrain")
+# what a network computes with and no tensor shows
+UNSHOWN = ("num_heads", "norm_eps", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
+DEFAULTS = {name: inspect.signature(HiViT).parameters[name].default for name in UNSHOWN}
 
 
 @dataclass
@@ -25,11 +30,16 @@ class Converted:
         form: the layout of the names.
         count: tensors written.
         left: tensors that have no place in the new form.
+        unsaid: settings that the new form has no place for and that are not what it is read with; they must be set in
+            the code that reads it.
+        broken: tensors with NaN or infinite numbers, and how many.
     """
 
     form: str
     count: int
     left: list[str]
+    unsaid: dict[str, Any]
+    broken: dict[str, int]
 
 
 def convert(source: str | Path, target: Path, form: Form | None = None, num_heads: int | None = None) -> Converted:
@@ -69,7 +79,14 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
             write_whole(target, buffer.getvalue())
     except OSError as error:
         raise UserError(f"{target} cannot be written: {error.strerror}") from error
-    return Converted(layout, len(tensors), left)
+    return Converted(layout, len(tensors), left, _unsaid(found, target, num_heads), found.broken)
+
+
+def _unsaid(found: Checkpoint, target: Path, num_heads: int | None) -> dict[str, Any]:
+    """Settings of the backbone that are not read back from what was written."""
+    before = {**DEFAULTS, **read_architecture(found, num_heads).backbone}
+    after = {**DEFAULTS, **read_architecture(read_checkpoint(target)).backbone}
+    return {name: before[name] for name in DEFAULTS if before[name] != after[name]}
 
 
 def _rename(found: Checkpoint, form: Form) -> tuple[dict[str, Tensor], list[str], str]:
@@ -101,7 +118,7 @@ def _metadata(found: Checkpoint, num_heads: int | None) -> dict[str, Any]:
     kept = ("task", "recipe", "config", "preprocessing", "classes", "source")
     metadata = {name: found.metadata[name] for name in kept if name in found.metadata}
     if found.config is not None:
-        return metadata
+        return {"preprocessing": describe_preprocessing(found.config), **metadata}
     architecture = read_architecture(found, num_heads)
     source = {"layout": found.layout, "file": Path(found.source).name}
     return {"task": architecture.tasks[0], "source": source, **metadata, "architecture": architecture.to_dict()}

@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from itpn.config import HUB, Config, from_dict, image_size, to_dict
+from itpn.config import HUB, Config, check_file, from_dict, image_size, to_dict
 from itpn.errors import UserError
 from itpn.models.naming import Layout, detect_layout, to_ours
 from itpn.models.position import Grid
@@ -47,6 +48,12 @@ class Checkpoint:
     others: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     key: str = ""
+
+    @cached_property
+    def broken(self) -> dict[str, int]:
+        """Tensors that have infinite numbers or NaN in them, and how many."""
+        counts = {name: int((~torch.isfinite(t)).sum()) for name, t in self.tensors.items() if t.is_floating_point()}
+        return {name: count for name, count in counts.items() if count}
 
     @property
     def config(self) -> Config | None:
@@ -87,6 +94,7 @@ def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
         UserError: not there, damaged, with code in it, or of another network.
     """
     source = str(path)
+    check_file(source)
     file = fetch(source) if source.startswith(HUB) else Path(source)
     if file.is_dir():  # a run's folder, or one in timm's layout for the hub
         file /= "model.safetensors"
@@ -185,9 +193,12 @@ def fetch(source: str) -> Path:
 
 def save_weights(path: Path, model: MaskedImageModel, recipe: str, config: Config) -> None:
     """Write ``model.safetensors`` of a run: weights, and in the metadata the architecture and the preprocessing."""
-    preprocessing = {"mean": config.data.mean, "std": config.data.std, "size": image_size(config.data)}
-    metadata = {"task": "pretraining", "recipe": recipe, "config": to_dict(config), "preprocessing": preprocessing}
-    write_safetensors(path, model.state_dict(), metadata)
+    metadata = {"task": "pretraining", "recipe": recipe, "config": to_dict(config)}
+    write_safetensors(path, model.state_dict(), metadata | {"preprocessing": describe_preprocessing(config)})
+
+
+def describe_preprocessing(config: Config) -> dict[str, Any]:
+    return {"mean": config.data.mean, "std": config.data.std, "size": image_size(config.data)}
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
@@ -202,12 +213,3 @@ def write_whole(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
     unfinished.write_bytes(content)
     unfinished.replace(path)
-
-
-def count_broken(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Names of tensors that have infinite numbers or NaN in them, and how many."""
-    found = {}
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and (broken := int((~torch.isfinite(tensor)).sum())):
-            found[name] = broken
-    return found

@@ -62,6 +62,7 @@ def save_pretrained(
     if not isinstance(model, HiViT | PyramidBackbone) or arguments is None:
         raise UserError(
             f"only a backbone made by timm.create_model can be saved for the hub, not this {type(model).__name__}"
+            + (": timm builds networks of registered sizes alone" if isinstance(model, HiViT | PyramidBackbone) else "")
         )
     if unknown := sorted(set(preprocessing or {}) - set(PREPROCESSING)):
         raise UserError(f"preprocessing has no {unknown[0]}; it may have {', '.join(PREPROCESSING)}")
@@ -71,7 +72,7 @@ def save_pretrained(
         if len(names) != model.num_classes:
             raise UserError(f"{len(names)} label_names for {model.num_classes} classes")
     elif names is not None and len(names) != model.num_classes:
-        names = None  # of the classifier that was there before
+        names = None  # of the classifier before reset_classifier
 
     arguments = {name: value for name, value in arguments.items() if name not in TRAINING_ONLY}
     arguments |= _read_arguments(model)
@@ -177,7 +178,11 @@ def from_pretrained(source: str | Path, **overrides: Any) -> nn.Module:
         if online:
             check_hub(str(source).removeprefix(HUB).partition("@")[0], "config.json")
         name = str(source) if online else f"local-dir:{Path(source).resolve()}"
-        return timm.create_model(name, pretrained=True, **overrides).eval()
+        model: Any = timm.create_model(name, pretrained=True, **overrides).eval()
     except Exception as error:  # no network, damage, other networks, wrong arguments: of as many classes
         reason = describe_mismatch(error) if "state_dict" in str(error) else one_line(error)
         raise UserError(f"no model could be made of {source}: {reason}") from error
+    names = model.pretrained_cfg.get("label_names")
+    if names is not None and len(names) != model.num_classes:
+        model.pretrained_cfg["label_names"] = None  # of the classifier that was there before
+    return model

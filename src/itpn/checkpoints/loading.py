@@ -18,7 +18,7 @@ from itpn.checkpoints.architecture import (
     read_pyramid,
 )
 from itpn.checkpoints.diagnosis import fit
-from itpn.checkpoints.files import Checkpoint, count_broken, read_checkpoint
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.config import Config, image_size, override_model
 from itpn.errors import UserError
 from itpn.models.position import Grid
@@ -70,16 +70,22 @@ def load_found(
     model = make_model(checkpoint, task, overrides)
     state, findings = fit(checkpoint, model)
     source = checkpoint.source
-    problems = [finding.text for finding in findings if finding.kind in ("random", "harmful")]
+    problems = [finding for finding in findings if finding.kind in ("random", "harmful")]
     if problems and strict:
+        misfit = any(finding.kind == "harmful" for finding in problems)
         raise UserError(
-            f"checkpoint {source} {'; it '.join(problems)}. Pass strict=False to load it all the same, what it lacks "
-            "being random"
+            f"checkpoint {source} {'; it '.join(finding.text for finding in problems)}. "
+            + (
+                "strict=False loads what fits, but this"
+                if misfit
+                else "Pass strict=False to load it all the same: that"
+            )
+            + (" is another network than the file's" if misfit else " part starts at random")
         )
     model.load_state_dict(state, strict=False)
     notes = [f"{source} {finding.text}" for finding in findings if finding.kind != "expected"]
-    if broken := count_broken(checkpoint.tensors):
-        notes.append(f"{source} has {describe_broken(broken)}")
+    if checkpoint.broken:
+        notes.append(f"{source} has {describe_broken(checkpoint.broken)}")
     return model.eval(), notes
 
 
@@ -117,14 +123,21 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
     if any(name.startswith("pyramid.") for name in checkpoint.tensors):  # one there is no start afresh
         problems += [f.text for f in findings if f.kind == "random" and f.names[0].startswith("pyramid.")]
     if problems:
+        settings = read_backbone(checkpoint.tensors, grid=checkpoint.grid)
+        if find_variant(settings) is None:
+            sizes = f"{settings['embed_dim']} channels and {'+'.join(map(str, settings['depths']))} blocks"
+            raise UserError(
+                f"checkpoint {source} holds a network of {sizes}, which no model of `itpn list` has: `itpn train` "
+                "cannot start from it (itpn.load can)"
+            )
         options = describe_options(checkpoint, model)
         hint = f"; it takes {options}" if options else ""
         raise UserError(f"checkpoint {source} holds another model: it {problems[0]}{hint}")
     model.load_state_dict(state, strict=False)
     notes = [f"{source} {f.text}: it starts fresh" for f in findings if f.kind == "random"]
     notes += [f"{source} {f.text}" for f in findings if f.kind == "converted"]
-    if broken := count_broken(checkpoint.tensors):
-        notes.append(f"{source} has {describe_broken(broken)}")
+    if checkpoint.broken:
+        notes.append(f"{source} has {describe_broken(checkpoint.broken)}")
     return notes
 
 

@@ -8,7 +8,7 @@ import torch
 
 from itpn.checkpoints.architecture import TASKS, Architecture, Task, build, complete, read_architecture
 from itpn.checkpoints.diagnosis import Finding, fit, judge_others
-from itpn.checkpoints.files import Checkpoint, count_broken, read_checkpoint
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.loading import build_from, describe_broken, describe_options
 from itpn.config import ModelConfig
 from itpn.pretraining.build import build_masked_model
@@ -111,8 +111,9 @@ class Report:
 
     def __str__(self) -> str:
         lines = [self.source, *(f"  {title:<10}{line}" for title, line in self.summary.items())]
+        whole = "of no use" if self.broken else "ready"
         for use in self.uses:
-            lines.append(f"  {use.task:<16}{'ready' if use.ready else 'it ' + '; it '.join(use.missing)}")
+            lines.append(f"  {use.task:<16}{'it ' + '; it '.join(use.missing) if use.missing else whole}")
         return "\n".join(lines)
 
 
@@ -170,7 +171,7 @@ def inspect(checkpoint: str | Path, average: bool = False) -> Report:
         parameters=sum(tensor.numel() for tensor in found.tensors.values()) / 1e6,
         uses=uses,
         leftovers=judge_others(found, classifier=bool(architecture.backbone.get("num_classes"))),
-        broken=count_broken(found.tensors),
+        broken=found.broken,
     )
 
 

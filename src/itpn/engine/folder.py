@@ -48,6 +48,11 @@ class RunFolder:
         self._last_step = 0
         self._lock = FileLock(self.path / ".lock")
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run to go on with."""
+        return any(self.checkpoints.glob("*.ckpt"))
+
     def open(self, config: Config, recipe: str) -> None:
         """Make the folder, take it for this process and write down the settings.
 
@@ -65,7 +70,7 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"run folder {self.path} cannot be written: {error.strerror}; see --output-dir") from error
         settings = self.path / "config.yaml"
-        if settings.exists() and any(self.checkpoints.glob("*.ckpt")):
+        if settings.exists() and self.begun:
             _check_same_run(read_yaml(settings)[1], config, self.path)
         write_yaml(settings, recipe, config)
         for leftover in self.checkpoints.glob("*.tmp"):

@@ -24,7 +24,7 @@ def print_report(checkpoint: str) -> None:
         table.add_row(title, Text(line))
     table.add_section()
     for use in report.uses:
-        table.add_row(PURPOSES[use.task], _judge(use.findings))
+        table.add_row(PURPOSES[use.task], _judge(use.findings, bool(report.broken)))
         if use.command:
             table.add_row("", Text(use.command, style="cyan"))
     if report.leftovers:
@@ -38,6 +38,8 @@ def print_report(checkpoint: str) -> None:
     console.print(table, highlight=False)
 
 
-def _judge(findings: list[Finding]) -> Text:
+def _judge(findings: list[Finding], broken: bool) -> Text:
     problems = [f"it {finding.text}: {MISSING[finding.kind]}" for finding in findings if finding.kind in MISSING]
+    if broken:
+        problems.append("it has broken numbers: of no use")
     return Text("\n".join(problems), style="yellow") if problems else Text("everything is there", style="green")

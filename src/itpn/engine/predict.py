@@ -14,7 +14,7 @@ from rich.table import Table
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from itpn.checkpoints.files import Checkpoint, count_broken, read_checkpoint, write_whole
+from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_whole
 from itpn.checkpoints.loading import describe_broken, load_found
 from itpn.config import Config, DataConfig
 from itpn.data.files import ImageSource
@@ -44,8 +44,8 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
         UserError: no checkpoint that is known, one that only gives features, or no image can be read.
     """
     found = read_checkpoint(checkpoint)
-    if broken := count_broken(found.tensors):
-        raise UserError(f"checkpoint {checkpoint} has {describe_broken(broken)}")
+    if found.broken:
+        raise UserError(f"checkpoint {checkpoint} has {describe_broken(found.broken)}")
     model, notes = load_found(found)
     for note in notes:
         print_aside(note)
@@ -55,6 +55,8 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
     if features is not None:
         write_features(model, normalize, batches, features)
         return
+    if not isinstance(model, MaskedImageModel) and not (isinstance(model, HiViT) and model.num_classes):
+        raise UserError(f"checkpoint {checkpoint} has neither decoder nor classifier: it gives --features FILE only")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -63,10 +65,8 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
         task = PretrainingTask(model, config, "predict")
         for number, (_, images) in enumerate(batches):
             save_picture(draw_predictions(task, images), out, number)
-    elif isinstance(model, HiViT) and model.num_classes:
-        predict_classes(model, normalize, batches, found.metadata.get("classes"), out)
     else:
-        raise UserError(f"checkpoint {checkpoint} has neither decoder nor classifier: it gives --features FILE only")
+        predict_classes(model, normalize, batches, found.metadata.get("classes"), out)
 
 
 def settings_of(found: Checkpoint, model: nn.Module, seed: int) -> Config:

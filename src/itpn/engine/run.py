@@ -73,6 +73,9 @@ def train(config: Config, recipe: str, source: ImageSource | None = None) -> Pat
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_from(config)
     folder = RunFolder(config, recipe)
+    notes = []
+    if config.model.checkpoint is not None and not folder.begun:  # before the folder: a refusal leaves nothing behind
+        notes = load_weights(model, read_checkpoint(config.model.checkpoint))
     if launch.main:
         folder.open(config, recipe)
     task = None
@@ -81,7 +84,6 @@ def train(config: Config, recipe: str, source: ImageSource | None = None) -> Pat
         if resume is not None:
             console.print(f"going on from {resume}, step {step}", highlight=False)
         elif config.model.checkpoint is not None:
-            notes = load_weights(model, read_checkpoint(config.model.checkpoint))
             for note in [f"starting from the weights of {config.model.checkpoint}", *notes]:
                 console.print(note, highlight=False, soft_wrap=True)
         average = MovingAverageTeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None

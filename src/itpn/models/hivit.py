@@ -345,10 +345,17 @@ class HiViT(nn.Module):
             raise ValueError(f"patch_size must be divisible by 4 (a unit holds 4x4 tokens), not {patch_size}")
         if num_heads < 1 or embed_dim % 8 or embed_dim % num_heads:
             raise ValueError(f"embed_dim must be divisible by 8 and by num_heads={num_heads}, not {embed_dim}")
+        if in_chans < 1 or num_classes < 0:
+            raise ValueError(f"in_chans={in_chans} must be above 0 and num_classes={num_classes} at least 0")
         if not 0 <= migrate_ratio < 1:
             raise ValueError(f"migrate_ratio must be at least 0 and below 1, not {migrate_ratio}")
-        if gather_window and (gather_side < 1 or gather_window % gather_side):
-            raise ValueError(f"gather_window must be divisible by gather_side={gather_side}, not {gather_window}")
+        if migrate_from is not None and not 0 <= migrate_from < depths[2]:
+            raise ValueError(f"migrate_from must be one of the {depths[2]} blocks of stage 3, not {migrate_from}")
+        if gather_window < 0 or gather_side < 1 or gather_window % gather_side:
+            raise ValueError(
+                f"gather_window must be at least 0 and divisible by gather_side, which is at least 1, not "
+                f"{gather_window} and {gather_side}"
+            )
         if gather_window and rel_pos_bias:
             raise ValueError("gathering tokens have no relative position: use gather_window without rel_pos_bias")
         self.in_chans = in_chans
@@ -470,7 +477,7 @@ class HiViT(nn.Module):
     def grid_of(self, size: Sequence[int]) -> Grid:
         """Rows and columns of units in an image of this height and width; ValueError if they do not divide."""
         height, width = size
-        if height % self.patch_size or width % self.patch_size or not height or not width:
+        if height % self.patch_size or width % self.patch_size or height < 1 or width < 1:
             raise ValueError(
                 f"image size {height}x{width} is not a multiple of the patch size {self.patch_size}; "
                 f"pad or resize it, for example to {max(1, round(height / self.patch_size)) * self.patch_size}"

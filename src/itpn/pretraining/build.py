@@ -33,6 +33,9 @@ def build_masked_model(
     options: dict[str, Any] = {} if config.rel_pos_bias is None else {"rel_pos_bias": config.rel_pos_bias}
     if config.gather_window and {**BACKBONES[config.name], **options}.get("rel_pos_bias"):
         raise UserError("--model.gather-window needs --model.rel-pos-bias False: gathering tokens have no position")
+    last = BACKBONES[config.name]["depths"][2] - 1
+    if config.migrate_from is not None and config.migrate_from > last:
+        raise UserError(f"--model.migrate-from {config.migrate_from} is past the last block of {config.name}, {last}")
     backbone = create_model(
         config.name,
         img_size=img_size,

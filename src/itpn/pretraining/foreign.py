@@ -79,12 +79,14 @@ def read_state(path: str | Path, what: str, wanted: str, scripts: bool = False) 
     Raises:
         UserError: not there, damaged, no checkpoint, or with code or Python objects in it.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{what} does not exist")
     try:
+        if not Path(path).is_file():
+            raise UserError(f"{what} does not exist")
         state = _read_file(str(path), what, wanted, scripts)
     except UserError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{what} cannot be read: {error.strerror}") from error
     except Exception as error:  # of whatever class: damaged files are damaged in many ways
         raise UserError(f"{what} {_describe_damage(error)}; give {wanted}") from error
     if not isinstance(state, dict):
@@ -116,7 +118,8 @@ def _read_file(path: str, what: str, wanted: str, scripts: bool) -> Any:
                     warnings.simplefilter("ignore")  # deprecated, and yet what those files need
                     return torch.jit.load(path, map_location="cpu").state_dict()
     # weights_only: a checkpoint must not be able to run code
-    with torch.serialization.safe_globals(HARMLESS):
+    with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on pickles that torch did not write: an error follows
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
 
 
