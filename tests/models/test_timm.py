@@ -343,6 +343,21 @@ def test_trace(name):
     assert_equal(traced(other), model(other), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BACKBONES + PYRAMIDS)
+def test_script(name, tmp_path):
+    """Whole networks, and inside another module; any batch size, and after being saved."""
+    options = {} if "hivit" in name or "pyramid" in name else {"migrate_ratio": 0.5, "gather_window": 2}
+    model = build(name, depths=(1, 1, 2), **options)
+    expected = model(images())
+    torch.jit.script(model).save(tmp_path / "model.pt")
+    scripted = torch.jit.load(tmp_path / "model.pt")
+    several = images().repeat(2, 1, 1, 1)
+    assert_equal(scripted(several), model(several), rtol=1e-5, atol=1e-6)
+    if not isinstance(expected, dict):
+        assert_equal(torch.jit.script(nn.Sequential(model, nn.Softmax(1)))(images()), expected.softmax(1))
+
+
 @pytest.mark.parametrize("name", ["hivit_tiny", "itpn_nano_pyramid"])
 def test_construction_on_the_meta_device(name):
     """As large models are loaded: no memory until the weights are there, then what no file holds."""

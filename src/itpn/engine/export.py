@@ -103,7 +103,7 @@ def export_checkpoint(
     for note in notes:
         print_aside(note)
     backbone = find_backbone(model)
-    own = (backbone.grid_size[0] * backbone.patch_size, backbone.grid_size[1] * backbone.patch_size)
+    own = backbone.image_shape[1:]
     metadata = {"source": Path(checkpoint).name, "task": str(task)}
     metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
     print_exported(export_model(model, out, size or own, dynamic_size, metadata))

@@ -74,7 +74,7 @@ def settings_of(found: Checkpoint, model: nn.Module, seed: int) -> Config:
     backbone = find_backbone(model)
     config = found.config
     if config is None:
-        size = (backbone.grid_size[0] * backbone.patch_size, backbone.grid_size[1] * backbone.patch_size)
+        size = backbone.image_shape[1:]
         config = Config(data=DataConfig(img_size=size))
         config.model.in_chans = backbone.patch_embed.proj.in_channels
         if isinstance(own := found.metadata.get("preprocessing"), dict):

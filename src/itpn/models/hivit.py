@@ -33,6 +33,7 @@ from itpn.models.position import (
     sincos_position_table,
     square,
 )
+from itpn.models.scripting import Traced
 from itpn.models.windows import Windows, pick_distinct, put_back, take
 
 QkvBias = bool | Literal["qv"]
@@ -433,6 +434,9 @@ class HiViT(nn.Module):
 
     # --- timm's conventions
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return Traced(self, self.image_shape)
+
     @torch.jit.ignore
     def init_non_persistent_buffers(self) -> None:
         """Fill what no file holds, for loaders that build on the meta device (timm's name; transformers calls it)."""
@@ -484,6 +488,11 @@ class HiViT(nn.Module):
                 f"x{max(1, round(width / self.patch_size)) * self.patch_size}"
             )
         return height // self.patch_size, width // self.patch_size
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(in_chans, H, W) of the images that the position tables are made for."""
+        return self.in_chans, self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size
 
     def forward_stages(
         self,
@@ -544,7 +553,9 @@ class HiViT(nn.Module):
         for i, block in enumerate(self.stages[2]):
             if self.migrate_ratio and i == self.migrate_from:
                 left, gathered = x.tensor_split([x.shape[1] - gathering], dim=1)
-                keep = max(1, round(left.shape[1] * (1 - self.migrate_ratio)))
+                # a trace has tensors for sizes, which do not round
+                tokens = int(left.shape[1]) if torch.jit.is_tracing() else left.shape[1]
+                keep = max(1, round(tokens * (1 - self.migrate_ratio)))
                 picked = pick_distinct(left, keep, None if windows is None else windows.real)
                 x = torch.cat([take(left, picked), gathered], dim=1)
                 if windows is not None:

@@ -22,6 +22,7 @@ from itpn.models.hivit import (
     units_to_map,
 )
 from itpn.models.naming import detect_layout, to_ours
+from itpn.models.scripting import Traced
 
 
 class PatchSplit(nn.Module):
@@ -161,6 +162,9 @@ class PyramidBackbone(nn.Module):
         return OrderedDict((str(i), m) for i, m in enumerate(self.forward_maps(x)))
 
     # --- timm's conventions
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return Traced(self, self.backbone.image_shape)
 
     def forward_features(self, x: Tensor) -> list[Tensor]:
         return self.forward_maps(x)
