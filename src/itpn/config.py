@@ -447,11 +447,6 @@ def check_model(model: ModelConfig, teacher: TeacherConfig) -> None:
         )
     if model.migrate_from is not None and not model.migrate_ratio:
         raise UserError("--model.migrate-from has no effect without --model.migrate-ratio")
-    if model.gather_window and model.hidden_units == "dropped":
-        raise UserError(
-            "--model.gather-window has no effect where hidden units are dropped, for windows are of whole images: "
-            "leave it out, or use --model.hidden-units mask_token"
-        )
     if model.pyramid_head_width < 1 or model.pyramid_head_width % 64:
         raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")
     features = any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights])

@@ -96,11 +96,9 @@ def fit(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], li
     if heads and heads != backbone.num_heads:
         findings.append(Finding("harmful", [], f"has {heads} attention heads, the model {backbone.num_heads}"))
     if lost:
-        kinds = ", ".join(f"{count} x {name}" for name, count in Counter(map(_kind, lost)).items())
-        findings.append(Finding("harmful", lost, f"has tensors that the model has no place for: {kinds}"))
+        findings.append(Finding("harmful", lost, f"has tensors that the model has no place for: {_count(lost)}"))
     if missing:
-        kinds = ", ".join(f"{count} x {name}" for name, count in Counter(map(_kind, missing)).items())
-        findings.append(Finding("harmful", missing, f"lacks {kinds}, which would stay random"))
+        findings.append(Finding("harmful", missing, f"lacks {_count(missing)}, which would stay random"))
     if other:
         text = f"has another shape: {_describe(other[0], tensors, own)}"
         findings.append(Finding("harmful", other, text + (f", and {len(other) - 1} more" if len(other) > 1 else "")))
@@ -219,6 +217,11 @@ def _kind(name: str) -> str:
     if "relative_position_bias_table" in name or "rel_pos_" in name:
         return "relative position table"
     return ".".join(part for part in name.removeprefix("backbone.").split(".") if not part.isdigit())
+
+
+def _count(names: list[str]) -> str:
+    """How many of each kind."""
+    return _join([f"{count} x {kind}" for kind, count in Counter(map(_kind, names)).items()])
 
 
 def _join(names: list[str], most: int = 3) -> str:
