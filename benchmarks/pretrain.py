@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.config import image_size
 from itpn.data.files import find_training_images
-from itpn.engine.run import device_name, make_loader, peak_memory_gb
+from itpn.engine.launch import device_name, peak_memory_gb
+from itpn.engine.pretraining import make_loader
 from itpn.pretraining.average import MovingAverageTeacher
 from itpn.pretraining.build import build_masked_model
 from itpn.recipes import read_recipe

@@ -236,13 +236,13 @@ def test_info_of_the_published_recipes(capsys, size, parameters, flops):
 
 
 def test_every_option_is_explained(capsys):
-    from itpn.config import option_names
+    from itpn.config import Config, option_names
 
     with pytest.raises(SystemExit) as stop:
         main(["train", "itpn-pixel_nano", "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for name in option_names():
+    for name in option_names(Config):
         assert name in out
     words = out.split("--data.hflip")[1].split("--")[0]
     assert "Probability of a horizontal flip" in " ".join(words.replace("│", "").split())

@@ -7,7 +7,6 @@ from itpn.config import (
     DataConfig,
     ModelConfig,
     TeacherConfig,
-    check,
     from_dict,
     option_names,
     read_yaml,
@@ -22,7 +21,7 @@ from itpn.recipes import list_recipes, read_recipe
 def test_every_recipe_is_possible_and_survives_yaml(name, tmp_path):
     recipe, config = read_recipe(name)
     assert recipe == name
-    check(config)
+    config.check()
     config.data.img_size, config.optimizer.lr, config.data.root = (64, 96), 1e-5, ("a", "b")
     write_yaml(tmp_path / "config.yaml", name, config)
     assert read_yaml(tmp_path / "config.yaml") == (name, config)
@@ -120,7 +119,7 @@ def test_masked_feature_modelling_is_added_to_pixels():
 def test_impossible_objectives(model, teacher, message):
     config = Config(model=ModelConfig(**model), teacher=TeacherConfig(**teacher))
     with pytest.raises(UserError, match=message):
-        check(config)
+        config.check()
 
 
 def test_numbers_as_people_write_them_in_yaml(tmp_path):
@@ -160,13 +159,13 @@ def test_impossible_settings(section, field, value):
     config = Config()
     setattr(getattr(config, section), field, value)
     with pytest.raises(UserError) as error:
-        check(config)
+        config.check()
     assert field.replace("_", "-") in str(error.value).replace("_", "-")
     assert "\n" not in str(error.value)
 
 
 def test_everything_is_an_option():
-    options = option_names()
+    options = option_names(Config)
     assert len(options) == len(set(options))
     flat = sum(len(v) if isinstance(v, dict) else 1 for v in to_dict(Config()).values())
     assert len(options) == flat

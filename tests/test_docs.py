@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from itpn.config import option_names
+from itpn.config import CONFIGS, option_names
 from itpn.recipes import list_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -21,8 +21,8 @@ def test_links_resolve(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_and_recipes_exist(page):
     text = page.read_text()
-    known = option_names()
-    for option in re.findall(r"--(?:model|teacher|data|optimizer|trainer)\.[a-z-]+", text):
+    known = {name for config in CONFIGS.values() for name in option_names(config)}
+    for option in re.findall(r"--(?:model|teacher|data|optimizer|trainer|probe|evaluation)\.[a-z-]+", text):
         assert option in known, option
     for recipe in re.findall(r"(?<![\w-])(?:fast-)?itpn-[a-z]+_[\w-]*\w", text):
         assert recipe in list_recipes() or recipe.endswith("coslr"), recipe

@@ -15,10 +15,11 @@ from itpn.models.variants import BACKBONES, WITH_PYRAMID
 from itpn.recipes import list_recipes
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from itpn.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
     from itpn.checkpoints.loading import load
     from itpn.checkpoints.report import inspect
-    from itpn.pretraining.model import MaskedImageModel
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,21 +49,22 @@ def list_models(pattern: str = "*") -> list[str]:
     return fnmatch.filter([*BACKBONES, *WITH_PYRAMID.values()], pattern)
 
 
-def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: Any) -> "MaskedImageModel":
-    """Build the model of a recipe.
+def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: Any) -> "nn.Module":
+    """Build the model of a recipe: a masked model of pre-training, or a classifier.
 
     Args:
         recipe: a name of :func:`list_recipes`, or a recipe file.
         pretrained: False for fresh weights; a checkpoint of any kind that :func:`load` reads, as a path or as
             ``hf-hub:OWNER/NAME``, a repository of the Hugging Face hub that holds a ``model.safetensors``.
-        overrides: settings of :class:`itpn.config.ModelConfig` by name, and ``img_size``.
+        overrides: settings of the recipe's model (:class:`itpn.config.ModelConfig`,
+            :class:`itpn.config.ClassifierConfig`) by name, and ``img_size``; ``num_classes`` of a classifier.
 
     Raises:
         itpn.errors.UserError: no such recipe, setting or file, or weights of another model.
     """
     from itpn.checkpoints.files import read_checkpoint
-    from itpn.checkpoints.loading import build_from, load_weights
-    from itpn.config import override_model
+    from itpn.checkpoints.loading import build_from, load, load_weights
+    from itpn.config import Config, override_model
     from itpn.errors import UserError
     from itpn.recipes import read_recipe
 
@@ -71,7 +73,15 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
             f"no weights are published for {recipe}; give pretrained=PATH of a checkpoint, or "
             "pretrained='hf-hub:OWNER/NAME' of a hub repository with a model.safetensors"
         )
-    model = build_from(override_model(read_recipe(recipe)[1], overrides))
+    config = read_recipe(recipe)[1]
+    if not isinstance(config, Config):
+        from itpn.checkpoints.finetuning import build_fresh
+
+        classes = overrides.pop("num_classes", 1000)
+        if pretrained:
+            return load(pretrained, task="classification", num_classes=classes, strict=False, **overrides)
+        return build_fresh(override_model(config, overrides), classes)
+    model = build_from(override_model(config, overrides))
     if pretrained:
         for note in load_weights(model, read_checkpoint(pretrained)):
             warnings.warn(note, stacklevel=2)

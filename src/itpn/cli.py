@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from itpn.config import check, check_file, option_names
+from itpn.config import check_file, option_names
 from itpn.errors import ExportFailed, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
 
@@ -100,6 +100,15 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("recipe", help="a name of `itpn list` with an outside teacher, or a recipe file")
     _add_cache_options(add)
 
+    add = commands.add_parser(
+        "evaluate",
+        help="accuracy, confusion and calibration of a checkpoint on labelled images",
+        usage="itpn evaluate RECIPE|FILE.py --checkpoint CKPT [--out DIR] [--knn] [options of itpn train]",
+        description="The recipe says where the images are (--data.root); sizes and normalisation are the checkpoint's.",
+    )
+    add.add_argument("recipe", help="a recipe of `itpn list` for classifiers, a recipe file, or a run's config.yaml")
+    _add_evaluation_options(add)
+
     add = commands.add_parser("predict", help="reconstruct or classify images, or write their features")
     add.add_argument("checkpoint", help="a checkpoint of iTPN, Fast-iTPN or HiViT, see itpn inspect")
     add.add_argument("images", nargs="+", help="image files or folders")
@@ -152,6 +161,32 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", required=True, help="folder for the shards; give it as --data.root to train from them")
     parser.add_argument("--views", type=int, default=1, help="crops of each image, each an epoch's (default: 1)")
     parser.add_argument("--half", action="store_true", help="features in 16 bits: half the space, not the very numbers")
+
+
+def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint that `itpn inspect` knows")
+    parser.add_argument("--out", default="evaluation", help="folder for figures and pictures (default: %(default)s)")
+    parser.add_argument("--knn", action="store_true", help="ask nearest neighbours among the training images instead")
+
+
+def run_evaluate(recipe: str, options: list[str]) -> int:
+    name, config = read_recipe(recipe)
+    if config.task != "classification":
+        raise UserError(f"{recipe} is a recipe of {config.task}: give one for classifiers, e.g. classifier_small")
+    parser = _Parser(prog=f"itpn evaluate {recipe}", add_help=False)
+    _add_evaluation_options(parser)
+    if "--help" in options or "-h" in options:
+        make_parser().parse_args(["evaluate", "--help"])
+    own, rest = parser.parse_known_args(options)
+    config = parse_options(config, rest, f"itpn evaluate {recipe}", ("--checkpoint", "--out", "--knn"))
+    if any(option.startswith("--model.checkpoint") for option in rest):
+        raise UserError("give the checkpoint as --checkpoint, not as --model.checkpoint")
+    config.model.checkpoint, config.model.scratch = own.checkpoint, False
+    config.check()
+    from itpn.engine.evaluate import evaluate
+
+    evaluate(config, name, own.checkpoint, Path(own.out), own.knn)
+    return 0
 
 
 def run_cache_features(recipe: str, options: list[str]) -> int:
@@ -241,9 +276,12 @@ def check_early(config: Any) -> Any:
     from itpn.data.files import find_training_images
     from itpn.models.variants import BACKBONES
 
-    check(config)
-    if config.model.name not in BACKBONES:
-        raise UserError(f"no model {config.model.name!r}{nearest(config.model.name, list(BACKBONES))}; see `itpn list`")
+    config.check()
+    name = config.model.name
+    if name is not None and name not in BACKBONES:
+        raise UserError(f"no model {name!r}{nearest(name, list(BACKBONES))}; see `itpn list`")
+    if config.task != "pretraining":
+        return None  # labelled images are looked for with what reads them
     return find_training_images(config.data.root)
 
 
@@ -361,7 +399,7 @@ def run_demo(options: argparse.Namespace) -> int:
     return 0
 
 
-WITH_CONFIG = {"train": run_train, "cache-features": run_cache_features}
+WITH_CONFIG = {"train": run_train, "evaluate": run_evaluate, "cache-features": run_cache_features}
 COMMANDS = {
     "list": run_list,
     "info": run_info,

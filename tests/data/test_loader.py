@@ -17,7 +17,8 @@ from PIL import Image
 
 from itpn.data.augment import PretrainingTransform
 from itpn.data.files import ImageSource, find_images
-from itpn.data.loader import PretrainingLoader, SkippedImages, _PackedPaths
+from itpn.data.loader import SkippedImages, TrainingLoader
+from itpn.data.readers import PackedStrings
 from itpn.errors import UserError
 
 TRANSFORM = PretrainingTransform((8, 12))
@@ -51,12 +52,12 @@ def make_shards(folder: Path, counts: list[int], broken: tuple[int, ...] = ()) -
     return find_images([folder])
 
 
-def make_loader(source: ImageSource, workers: int = 0, **options: Any) -> PretrainingLoader:
+def make_loader(source: ImageSource, workers: int = 0, **options: Any) -> TrainingLoader:
     settings: dict[str, Any] = {"batch_size": 4, "num_workers": workers, "seed": 7, "shuffle_buffer": 5, **options}
-    return PretrainingLoader(source, TRANSFORM, **settings)
+    return TrainingLoader(source, TRANSFORM, **settings)
 
 
-def run(loader: PretrainingLoader, epochs: int) -> list[dict[str, Any]]:
+def run(loader: TrainingLoader, epochs: int) -> list[dict[str, Any]]:
     return [batch for _ in range(epochs) for batch in loader]
 
 
@@ -155,7 +156,7 @@ def test_a_teachers_view_comes_along(tmp_path: Path, workers: int) -> None:
     want = run(make_loader(source, workers), 1)
     assert all(set(batch) == {"image", "key", "broken"} for batch in want)
     transform = PretrainingTransform((8, 12), teacher_size=(6, 9))
-    loader = PretrainingLoader(source, transform, batch_size=4, num_workers=workers, seed=7, shuffle_buffer=5)
+    loader = TrainingLoader(source, transform, batch_size=4, num_workers=workers, seed=7, shuffle_buffer=5)
     batches = run(loader, 1)
     assert_same(batches, want)
     for batch in batches:
@@ -277,7 +278,7 @@ class WhoAmI:
 
 
 def test_workers_ignore_ctrl_c_and_outlive_epochs(tmp_path: Path) -> None:
-    loader = PretrainingLoader(make_files(tmp_path, 8), WhoAmI(), batch_size=2, num_workers=2, seed=0)
+    loader = TrainingLoader(make_files(tmp_path, 8), WhoAmI(), batch_size=2, num_workers=2, seed=0)
     facts = torch.cat([batch["image"] for batch in run(loader, 3)])
     workers = set(facts[:, 0].tolist())
     assert len(workers) == 2
@@ -295,7 +296,7 @@ def test_workers_ignore_ctrl_c_and_outlive_epochs(tmp_path: Path) -> None:
 
 def test_packed_paths_take_little_room() -> None:
     paths = [f"data/n{i % 100:03d}/bild_ü{i}_\udcff.jpg" for i in range(3000)]  # not even UTF-8
-    packed = _PackedPaths(paths)
+    packed = PackedStrings(paths)
     assert [packed[i] for i in range(len(packed))] == paths
     assert len(pickle.dumps(packed)) < 3000 * 40
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+import itpn.engine.pretraining
 import itpn.pretraining.model
 from itpn.config import read_yaml
 from itpn.engine.run import train
@@ -32,6 +33,6 @@ forward = itpn.pretraining.model.MaskedImageModel.forward
 itpn.pretraining.model.MaskedImageModel.forward = lambda self, images, mask=None, target=None: forward(
     self, images, mask_of_content(images, 0.75) if mask is None else mask, target
 )
-itpn.engine.run.PretrainingTask = Task
+itpn.engine.pretraining.PretrainingTask = Task
 recipe, config = read_yaml(Path(sys.argv[1]))
 train(config, recipe)

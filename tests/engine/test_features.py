@@ -18,7 +18,8 @@ from itpn.cli import main
 from itpn.config import TeacherConfig, image_size
 from itpn.data.cache import FeatureCache
 from itpn.data.files import find_training_images
-from itpn.engine.run import make_loader, train
+from itpn.engine.pretraining import make_loader
+from itpn.engine.run import train
 from itpn.errors import UserError
 from itpn.pretraining.average import MovingAverageTeacher, momentum_at
 from itpn.pretraining.build import build_masked_model

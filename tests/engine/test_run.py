@@ -16,9 +16,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import itpn
 from itpn.config import read_yaml
-from itpn.data.loader import PretrainingLoader
+from itpn.data.loader import TrainingLoader
 from itpn.engine.folder import RunFolder
-from itpn.engine.run import choose_precision, read_launch, train
+from itpn.engine.launch import choose_precision, read_launch
+from itpn.engine.run import train
 from itpn.errors import NonFiniteLoss, UserError
 from itpn.tasks.pretrain import PretrainingTask
 
@@ -278,13 +279,13 @@ def test_half_precision_trains(settings):
 
 def test_the_loader_gets_the_settings(settings, monkeypatch):
     seen = {}
-    original = PretrainingLoader.__init__
+    original = TrainingLoader.__init__
 
     def init(self, source, transform, **kwargs):
         seen.update(kwargs, transform=transform)
         original(self, source, transform, **kwargs)
 
-    monkeypatch.setattr(PretrainingLoader, "__init__", init)
+    monkeypatch.setattr(TrainingLoader, "__init__", init)
     config = settings(max_steps=1)
     config.data.crop_scale, config.data.hflip, config.seed = (0.5, 0.9), 0.0, 7
     train(config, "test")

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from itpn.config import Config, ModelConfig, check
+from itpn.config import Config, ModelConfig
 from itpn.data.shapes import write_shapes
 from itpn.engine.run import train
 from itpn.errors import UserError
@@ -31,7 +31,7 @@ def test_published_sizes(size):
 @pytest.mark.parametrize("name", [name for name in list_recipes("fast-itpn*") if "nano" not in name])
 def test_recipes_build(name):
     _, config = read_recipe(name)
-    check(config)
+    config.check()
     config.teacher.width = 768  # as of CLIP-L, which need not be built
     with torch.device("meta"):
         model = build_masked_model(config.model, (224, 224), config.teacher)
@@ -109,7 +109,7 @@ def test_settings_reach_the_network():
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(UserError, match=message):
-        check(Config(model=ModelConfig(**settings)))
+        Config(model=ModelConfig(**settings)).check()
 
 
 @pytest.mark.parametrize("settings", [{"rel_pos_bias": True}, {"name": "hivit_tiny"}])

@@ -7,10 +7,11 @@ import torch
 
 from itpn.config import DataConfig, OptimizerConfig, image_size
 from itpn.data.files import ImageSource
-from itpn.engine.run import make_loader
+from itpn.engine.pretraining import make_loader
 from itpn.pretraining.build import build_masked_model
 from itpn.recipes import read_recipe
-from itpn.tasks.pretrain import PretrainingTask, spread, warmup_cosine
+from itpn.tasks.pretrain import PretrainingTask, spread
+from itpn.tasks.training import warmup_cosine
 
 
 def make_task(world_size=1, accumulate=1, images=1_281_167, **data) -> PretrainingTask:

@@ -284,6 +284,18 @@ def _read_levels(checkpoint: Checkpoint) -> str:
     return "pyramid"
 
 
+def describe_classifier(model: HiViT) -> Architecture:
+    """What builds a network that is at hand."""
+    tensors = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    unseen = ("norm_eps", "pos_resample", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
+    return Architecture(
+        {
+            **read_backbone(tensors, model.num_heads, model.grid_size),
+            **{name: getattr(model, name) for name in unseen},
+        }
+    )
+
+
 def complete(architecture: Architecture, task: Task) -> Architecture:
     """The network of a task with what the file lacks as published: what it would have to start fresh."""
     backbone, pyramid, decoder = architecture.backbone, architecture.pyramid, architecture.decoder

@@ -191,7 +191,7 @@ def _judge(checkpoint: Checkpoint, name: str, classifier: bool) -> str:
         return "index"
     if name.startswith(OTHER_HEADS):
         return "heads"
-    if checkpoint.key and name.startswith(("teacher.", "average.", "ema_", "model.", "module.")):
+    if checkpoint.key and name.startswith(("teacher.", "average.", "ema.", "ema_", "model.", "module.")):
         return "copy"
     if "align_dim_16tofpn.weight" in checkpoint.others:
         return "pyramid"

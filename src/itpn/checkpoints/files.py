@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,17 @@ class Checkpoint:
     others: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     key: str = ""
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> "Checkpoint":
+        """The same file, as if it held other tensors."""
+        return replace(self, tensors=tensors)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """``mean``, ``std``, ``size`` and the like, as far as the file says so."""
+        config = self.config
+        own = self.metadata.get("preprocessing") or ({} if config is None else describe_preprocessing(config))
+        return own if isinstance(own, dict) else {}
 
     @cached_property
     def broken(self) -> dict[str, int]:

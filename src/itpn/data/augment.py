@@ -5,6 +5,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation, resize
@@ -78,6 +82,83 @@ class PretrainingTransform:
         return view.contiguous()
 
 
+@dataclass(frozen=True)
+class ClassificationTransform:
+    """timm's augmentation of classifiers: random resized crop, flip, RandAugment; up to what the device does better.
+
+    Args:
+        img_size: height and width of what comes out.
+        auto_augment: timm's name of an automatic augmentation; None for none, and then there is colour jitter.
+        crop_scale, crop_ratio, interpolation, hflip, color_jitter: as of :class:`PretrainingTransform`.
+
+    Raises:
+        UserError: no augmentation of that name.
+    """
+
+    img_size: tuple[int, int]
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    interpolation: str = "bicubic"
+    hflip: float = 0.5
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+
+    def __post_init__(self) -> None:
+        try:
+            transform = create_transform(
+                self.img_size,
+                is_training=True,
+                scale=self.crop_scale,
+                ratio=self.crop_ratio,
+                interpolation=self.interpolation,
+                hflip=self.hflip,
+                color_jitter=self.color_jitter,
+                auto_augment=self.auto_augment,
+                use_prefetcher=True,  # uint8 comes out, neither normalised nor erased
+            )
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            raise UserError(f"--data.auto-augment {self.auto_augment}: timm knows no such augmentation") from error
+        object.__setattr__(self, "_transform", transform)
+
+    def __call__(self, image: Tensor, rng: random.Random) -> dict[str, Tensor]:
+        """Augment one image, uint8 [3, any, any]; the same ``rng`` gives the same "image", uint8 [3, *img_size]."""
+        # timm draws from the global generators of three libraries, which must not notice
+        before = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                while True:
+                    seed = rng.getrandbits(32)
+                    random.seed(seed)
+                    np.random.seed(seed)
+                    torch.manual_seed(seed)
+                    try:
+                        return {"image": torch.as_tensor(self._transform(to_pil(image)))}  # type: ignore[attr-defined]
+                    except ValueError as error:
+                        # one image in some hundreds is to keep no bit, which newer Pillow refuses: draw again
+                        if "bits" not in str(error):
+                            raise
+        finally:
+            random.setstate(before[0])
+            np.random.set_state(before[1])
+
+
+class EvaluationTransform:
+    """timm's centre crop: the image is resized so that the crop is ``crop_pct`` of its side.
+
+    Args:
+        img_size: height and width of the crop.
+    """
+
+    def __init__(self, img_size: tuple[int, int], crop_pct: float, interpolation: str = "bicubic") -> None:
+        self._transform = create_transform(
+            img_size, is_training=False, crop_pct=crop_pct, interpolation=interpolation, use_prefetcher=True
+        )
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 [3, any, any] -> uint8 [3, *img_size]."""
+        return torch.as_tensor(self._transform(to_pil(image)))
+
+
 def draw_jitter(color_jitter: float, rng: random.Random) -> Jitter:
     """Draw factors for brightness, contrast and saturation within ``color_jitter`` (at most 1) of 1, and an order."""
     adjustments = (adjust_brightness, adjust_contrast, adjust_saturation)
@@ -115,3 +196,8 @@ def _largest_centre_crop(height: int, width: int, aspect: float) -> tuple[int, i
     crop_height = max(1, min(height, round(width / aspect)))
     crop_width = max(1, min(width, round(height * aspect)))
     return (height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """uint8 [3, height, width] as Pillow has it."""
+    return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

@@ -55,6 +55,13 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
             raise UnreadableImage(_reason(error)) from None
 
 
+def decode_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """As :func:`decode_image`, of what a reader gives: the bytes of a file, or why they cannot be had."""
+    if isinstance(data, UnreadableImage):
+        raise data
+    return decode_image(data, max_pixels)
+
+
 def _decode_with_pillow(image: Image.Image) -> Tensor:
     image.load()
     with suppress(Exception):  # damaged metadata is no reason to lose the picture

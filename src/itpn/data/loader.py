@@ -1,4 +1,4 @@
-"""Batches for pre-training as one endless stream: batch number n is the same whenever and wherever it is made.
+"""Batches to train on as one endless stream: batch number n is the same whenever and wherever it is made.
 
 That is what makes a resumed run equal an uninterrupted one: resuming starts the stream at another number. It
 also keeps the workers alive and prefetching over the ends of epochs.
@@ -6,12 +6,11 @@ also keeps the workers alive and prefetching over the ends of epochs.
 
 import itertools
 import math
-import os
 import random
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +20,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from itpn.data.cache import FeatureCache
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_image
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_sample
 from itpn.data.files import ImageSource
+from itpn.data.labelled import LabelledImages
+from itpn.data.readers import FileReader, Reader
 from itpn.data.shards import Sample, count_shard_images, shard_samples
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
@@ -33,21 +34,22 @@ Batch = dict[str, Any]
 MAX_SPARES = 1000  # so many broken files in a row, and the data cannot be what was meant
 
 
-class PretrainingLoader:
-    """Batches of augmented images from files or tar shards, without end, in epochs of ``len(loader)`` batches.
+class TrainingLoader:
+    """Batches of augmented images, without end, in epochs of ``len(loader)`` batches.
 
     Iterating yields what is left of the current epoch, and the next time the next epoch. A batch is a dict:
     "image" uint8 [batch_size, 3, H, W], "teacher_image" likewise if the transform makes one, "key" the images'
-    names, "broken" a list of (name, reason) for each file that could not be read while it was made. A broken file's
-    place is taken by the next readable one, so that batches keep their size. The batches depend on the seed, on
-    ``rank`` and ``world_size``, and with shards on ``num_workers``, and on nothing else.
+    names, "broken" a list of (name, reason) for each file that could not be read while it was made; of labelled images
+    also "label", int64 [batch_size]. A broken file's place is taken by the next readable one, so that batches keep
+    their size. The batches depend on the seed, on ``rank`` and ``world_size``, and with shards that are not labelled on
+    ``num_workers``, and on nothing else.
 
     Of files, each epoch has every image at most once over all ranks; what does not fill a batch on every rank is
     left out. Fewer images than one batch on every rank make one smaller batch. Of shards, each worker reads its
     own, and what it lacks at the end of an epoch it reads again.
 
     Args:
-        source: from `find_images`.
+        source: from `find_images`, or labelled images from `find_labelled`.
         transform: maps (uint8 [3, any, any], random.Random) to a dict of tensors, see `PretrainingTransform`.
         batch_size: images in a batch of this rank.
         num_workers: processes that read; 0 reads in this one, and leaves torch's global random numbers alone.
@@ -66,7 +68,7 @@ class PretrainingLoader:
 
     def __init__(
         self,
-        source: ImageSource,
+        source: ImageSource | LabelledImages,
         transform: Transform,
         *,
         batch_size: int,
@@ -79,15 +81,23 @@ class PretrainingLoader:
         samples_per_epoch: int | None = None,
         pin_memory: bool = False,
     ) -> None:
-        cache = FeatureCache(source.cache) if source.cache else None
+        cache: FeatureCache | None = None
+        files: Reader | None = None
+        if isinstance(source, LabelledImages):
+            files = source
+        elif source.cache:
+            cache = FeatureCache(source.cache)
+        elif source.images:
+            files = FileReader(source.images)
         if cache is not None:
             self.images = cache.index.images
-        elif source.images:
-            self.images = len(source.images)
+        elif files is not None:
+            self.images = len(files)
         else:
+            assert isinstance(source, ImageSource)
             self.images = samples_per_epoch or count_shard_images(source.shards)
-        if self.images == 0:
-            raise UserError(f"no images in the shards ({source.shards[0]} ...): is each an intact tar of images?")
+            if self.images == 0:
+                raise UserError(f"no images in the shards ({source.shards[0]} ...): is each an intact tar of images?")
         plan = _Plan(
             batch_size=min(batch_size, math.ceil(self.images / world_size)),
             batches=max(1, self.images // (batch_size * world_size)),
@@ -101,9 +111,10 @@ class PretrainingLoader:
         self._batches: _FileBatches | _ShardBatches | _CachedBatches
         if cache is not None:
             self._batches = _CachedBatches(cache, plan)
-        elif source.images:
-            self._batches = _FileBatches(_PackedPaths(source.images), plan)
+        elif files is not None:
+            self._batches = _FileBatches(files, plan)
         else:
+            assert isinstance(source, ImageSource)
             self._batches = _ShardBatches(source.shards, plan, shuffle_buffer)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
@@ -156,7 +167,7 @@ class PretrainingLoader:
             batch_size=None,  # the data set makes whole batches
             collate_fn=_unchanged,
             num_workers=self._num_workers,
-            worker_init_fn=_start_worker,
+            worker_init_fn=start_worker,
             pin_memory=self._pin_memory,
             generator=torch.Generator(),  # or else the loader draws a number from the global one
         )
@@ -190,15 +201,15 @@ class _Plan:
         keys: list[str] = []
         broken: list[tuple[str, str]] = []
         for sample, rng in samples:
-            for key, data in itertools.chain([sample], spares):
+            label: list[int]  # of labelled images, one
+            for key, data, *label in itertools.chain([sample], spares):
                 try:
-                    if isinstance(data, UnreadableImage):
-                        raise data
-                    image = decode_image(data, self.max_pixels)
+                    image = decode_sample(data, self.max_pixels)
                 except UnreadableImage as error:
                     broken.append((key, str(error)))
                     continue
-                views.append(self.transform(image, rng))
+                view = self.transform(image, rng)
+                views.append(view | {"label": torch.tensor(label[0])} if label else view)
                 keys.append(key)
                 break
             else:
@@ -227,10 +238,10 @@ class _EpochOrder:
 class _FileBatches(Dataset[Batch]):
     """Batch number -> batch, from single files."""
 
-    def __init__(self, paths: "_PackedPaths", plan: _Plan) -> None:
-        self.paths = paths
+    def __init__(self, files: Reader, plan: _Plan) -> None:
+        self.files = files
         self.plan = plan
-        self._order = _EpochOrder(len(paths), plan.seed)
+        self._order = _EpochOrder(len(files), plan.seed)
 
     def __getitem__(self, number: int) -> Batch:
         plan = self.plan
@@ -238,18 +249,10 @@ class _FileBatches(Dataset[Batch]):
         order = self._order(epoch)
         mine = plan.places(batch)
         indices = (int(order[place % len(order)]) for place in mine)
-        samples = ((self._read(index), plan.rng(epoch, index)) for index in indices)
+        samples = ((self.files[index], plan.rng(epoch, index)) for index in indices)
         others = range(mine.stop, mine.stop + min(len(order), MAX_SPARES))
-        spares = (self._read(int(order[place % len(order)])) for place in others)
+        spares = (self.files[int(order[place % len(order)])] for place in others)
         return plan.make_batch(samples, spares)
-
-    def _read(self, index: int) -> Sample:
-        path = self.paths[index]
-        try:
-            with open(path, "rb") as file:
-                return path, file.read()
-        except OSError as error:
-            return path, UnreadableImage(error.strerror or str(error))
 
 
 class _CachedBatches(Dataset[Batch]):
@@ -351,21 +354,6 @@ class _Lookahead:
             yield self._waiting[place]
 
 
-class _PackedPaths:
-    """Paths in two arrays. A list would be copied into every worker, as reading it touches reference counts."""
-
-    def __init__(self, paths: Sequence[str]) -> None:
-        encoded = [os.fsencode(path) for path in paths]
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-        self._ends = np.cumsum([0, *map(len, encoded)])
-
-    def __len__(self) -> int:
-        return len(self._ends) - 1
-
-    def __getitem__(self, index: int) -> str:
-        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
-
-
 class SkippedImages:
     """Counts broken images, names each once, and stops a run when there are too many.
 
@@ -428,7 +416,7 @@ def _nothing_readable(broken: list[tuple[str, str]]) -> str:
     )
 
 
-def _start_worker(worker: int) -> None:
+def start_worker(worker: int) -> None:
     # A signal to stop often goes to all processes. The main one answers it: it needs us for the step it is in, and
     # ends us itself. Only if it does not, an alarm does.
     for signum in (signal.SIGINT, signal.SIGUSR1):

@@ -17,7 +17,8 @@ from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, wri
 from itpn.data.files import CACHE_INDEX, ImageSource
 from itpn.data.loader import SkippedImages
 from itpn.engine.console import print_aside
-from itpn.engine.run import choose_precision, make_frozen_teacher, make_loader
+from itpn.engine.launch import choose_precision
+from itpn.engine.pretraining import make_frozen_teacher, make_loader
 from itpn.errors import UserError
 from itpn.pretraining.teacher import FeatureTeacher
 

@@ -4,7 +4,7 @@ import csv
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -13,16 +13,72 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from itpn.data.loader import PretrainingLoader, SkippedImages
+from itpn.data.loader import SkippedImages, TrainingLoader
 from itpn.engine.console import print_aside
 from itpn.engine.folder import RunFolder
-from itpn.engine.pictures import draw_predictions
 from itpn.errors import NonFiniteLoss, RunStopped
-from itpn.tasks.pretrain import PretrainingTask
+from itpn.tasks.training import TrainingTask
+
+
+class Watcher(L.Callback):
+    """Looks at the network at the end of every so many epochs, and of the run.
+
+    A watcher adds :meth:`look`, and ``score`` where checkpoints are judged by it.
+
+    Args:
+        names: of the figures that it finds.
+
+    Attributes:
+        figures: those found last; None each before.
+        score: of the last look, larger is better; None where figures do not say how good a network is.
+        step: of the last look.
+        seconds: spent looking, in this process.
+    """
+
+    def __init__(self, names: Sequence[str], every_n_epochs: int) -> None:
+        self.figures: dict[str, float | None] = dict.fromkeys(names)
+        self.every_n_epochs = every_n_epochs
+        self.score: float | None = None
+        self.step = -1
+        self.seconds = 0.0
+
+    def look(self, trainer: L.Trainer) -> dict[str, float]:
+        """Find the figures anew, on every process together."""
+        raise NotImplementedError
+
+    def describe(self) -> dict[str, str]:
+        """Rows of the table at the end."""
+        return {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"figures": self.figures}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.figures = state_dict["figures"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, TrainingTask)
+        self._step = trainer.global_step
+        self._total = int(trainer.estimated_stepping_batches)
+        self._every = self.every_n_epochs * pl_module.steps_per_epoch()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if step == self._step:
+            return  # in the middle of an accumulated batch
+        self._step = step
+        if step % self._every == 0 or step == self._total:
+            begin = time.perf_counter()
+            self.figures = {**self.figures, **self.look(trainer)}
+            self.step = step
+            self.seconds += time.perf_counter() - begin
 
 
 class Monitor(L.Callback):
@@ -31,13 +87,21 @@ class Monitor(L.Callback):
     Losses stay on the device and are read back every ``log_every_n_steps`` optimiser steps.
     """
 
-    def __init__(self, folder: RunFolder, skipped: SkippedImages, console: Console, every_n_steps: int) -> None:
+    def __init__(
+        self,
+        folder: RunFolder,
+        skipped: SkippedImages,
+        console: Console,
+        every_n_steps: int,
+        watcher: Watcher | None = None,
+    ) -> None:
         self.folder = folder
         self.every_n_steps = every_n_steps
         self.skipped = skipped
         self.console = console
         self.images_seen = 0
-        self.metrics: dict[str, float] = {}
+        self.watcher = watcher
+        self.metrics: dict[str, float | None] = {}
         self.seconds = 0.0  # of training, in this process
         self.images = 0  # likewise
         self.wait_fraction = 0.0
@@ -65,7 +129,7 @@ class Monitor(L.Callback):
         if not self.started:
             return
         self._begin = self._mark = time.perf_counter()
-        self._mark_images = self._mark_wait = 0.0
+        self._mark_images = self._mark_wait = self._mark_watched = 0.0
         self._printed = 0.0
         if trainer.is_global_zero:
             keep_rows_until(self.folder.metrics, trainer.global_step)
@@ -123,9 +187,9 @@ class Monitor(L.Callback):
         self.skipped.check(min(self.images_seen, images), epoch_ended=self.images_seen >= images)
 
     @staticmethod
-    def _loader(trainer: L.Trainer) -> PretrainingLoader:
+    def _loader(trainer: L.Trainer) -> TrainingLoader:
         task = trainer.lightning_module
-        assert isinstance(task, PretrainingTask)
+        assert isinstance(task, TrainingTask)
         assert task.loader is not None
         return task.loader
 
@@ -136,7 +200,7 @@ class Monitor(L.Callback):
             NonFiniteLoss: after writing batch, step and the names of such weights beside the checkpoints.
         """
         task = trainer.lightning_module
-        assert isinstance(task, PretrainingTask)
+        assert isinstance(task, TrainingTask)
         loss = float(self._sums["loss"]) / self._passes if self._passes else 0.0
         finite = math.isfinite(loss)
         if finite and weights:
@@ -170,18 +234,21 @@ class Monitor(L.Callback):
         self._count_skipped(trainer)
         now = time.perf_counter()
         loader = self._loader(trainer)
-        elapsed = now - self._mark
+        watched = 0.0 if self.watcher is None else self.watcher.seconds  # which is no training
+        elapsed = now - self._mark - (watched - self._mark_watched)
         reduced = {
             name: float(trainer.strategy.reduce(total / self._passes, reduce_op="mean"))
             for name, total in self._sums.items()
         }
         self.metrics = {
             **reduced,
-            "lr": trainer.optimizers[0].param_groups[0]["lr"],
+            "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
             "images_per_second": (self.images - self._mark_images) / elapsed,
             "data_wait_fraction": (loader.wait_seconds - self._mark_wait) / elapsed,
+            **({} if self.watcher is None else self.watcher.figures),
         }
-        self.seconds = now - self._begin
+        self.seconds = now - self._begin - watched
+        self._mark_watched = watched
         self.wait_fraction = loader.wait_seconds / self.seconds
         self._mark, self._mark_images, self._mark_wait = now, self.images, loader.wait_seconds
         self._sums, self._passes = {}, 0
@@ -190,11 +257,13 @@ class Monitor(L.Callback):
         self._warn_of_collapse(trainer)
         append_row(self.folder.metrics, {"step": self._step, "epoch": trainer.current_epoch, **self.metrics})
         for logger in trainer.loggers:
-            logger.log_metrics(self.metrics, step=self._step)
+            logger.log_metrics({name: v for name, v in self.metrics.items() if v is not None}, step=self._step)
         figures = (
             f"loss {self.metrics['loss']:.4f}  lr {self.metrics['lr']:.2e}  "
             f"{self.metrics['images_per_second']:.0f} images/s"
         )
+        if self.watcher is not None:
+            figures += "".join(f"  {name} {v:.3f}" for name, v in self.watcher.figures.items() if v is not None)
         if self._progress is not None:
             self._progress.update(self._bar, figures=figures)
         elif now - self._printed > 10 or self._step == self._total:  # a log file wants few lines
@@ -208,8 +277,9 @@ class Monitor(L.Callback):
     def _warn_of_collapse(self, trainer: L.Trainer) -> None:
         """Say once when the targets of a moving average become the same for all units of all images."""
         task = trainer.lightning_module
-        assert isinstance(task, PretrainingTask)
-        low = {n: v for n, v in self.metrics.items() if n.startswith("target_std_") and v < task.config.teacher.min_std}
+        assert isinstance(task, TrainingTask)
+        spreads = {name: value for name, value in self.metrics.items() if name.startswith("target_std_")}
+        low = {name: v for name, v in spreads.items() if v is not None and v < task.config.teacher.min_std}
         if low and not self._collapsed:
             name, value = next(iter(low.items()))
             self._collapsed = True
@@ -240,15 +310,15 @@ class Checkpointing(L.Callback):
         self.folder = folder
         self.monitor = monitor
         self.every_n_steps = every_n_steps
-        self.best_loss = float("inf")
+        self.best_score = float("-inf")
         self._signum: int | None = None
         self._handlers: dict[int, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_loss": self.best_loss}
+        return {"best_score": self.best_score}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best_loss = state_dict["best_loss"]
+        self.best_score = state_dict["best_score"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
@@ -279,16 +349,27 @@ class Checkpointing(L.Callback):
         stop = self._signum is not None
         if trainer.world_size > 1:  # all processes stop at the same step
             stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
-        if stop or self._step % self.every_n_steps == 0 or self._step == self._total:
+        watcher = self.monitor.watcher
+        judged = watcher is not None and watcher.step == self._step and watcher.score is not None
+        better = judged and self.score() > self.best_score
+        if stop or better or self._step % self.every_n_steps == 0 or self._step == self._total:
             self.save(trainer, batch)
         if stop:
             raise RunStopped(self._signum or signal.SIGTERM)
 
+    def score(self) -> float:
+        """How good the network is at this step: the watcher's score at its steps, or else the loss with its sign."""
+        watcher = self.monitor.watcher
+        if watcher is not None and watcher.score is not None:
+            return watcher.score if watcher.step == self._step else float("-inf")
+        loss = self.monitor.metrics.get("loss")
+        return float("-inf") if loss is None else -loss
+
     def save(self, trainer: L.Trainer, batch: dict[str, Any]) -> None:
         self.monitor.check_finite(trainer, batch, weights=True)
-        loss = self.monitor.metrics.get("loss", float("inf"))
-        best = loss < self.best_loss
-        self.best_loss = min(loss, self.best_loss)
+        score = self.score()
+        best = score > self.best_score
+        self.best_score = max(score, self.best_score)
         unfinished = self.folder.checkpoints / "unfinished.tmp"
         trainer.save_checkpoint(unfinished)
         if trainer.is_global_zero:
@@ -297,16 +378,16 @@ class Checkpointing(L.Callback):
 
 
 class Pictures(L.Callback):
-    """Reconstructions of the same images under the same masks at the start, during and at the end of a run.
+    """What the network makes of the same images at the start, during and at the end of a run.
 
     Args:
-        samples: gives uint8 images [n, 3, H, W], called once.
+        draw: draws it.
         every_n_steps: None for ten pictures in a run.
     """
 
-    def __init__(self, folder: RunFolder, samples: Callable[[], Tensor], every_n_steps: int | None) -> None:
+    def __init__(self, folder: RunFolder, draw: Callable[[], Image.Image], every_n_steps: int | None) -> None:
         self.folder = folder
-        self.samples = samples
+        self.draw = draw
         self.every_n_steps = every_n_steps
         self.latest: Path | None = None
 
@@ -314,10 +395,8 @@ class Pictures(L.Callback):
         self._step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
         self._every = self.every_n_steps or max(1, self._total // 10)
-        if trainer.is_global_zero:
-            self._images = self.samples()
-            if self._step < self._total:
-                self.draw(trainer, self._step)
+        if trainer.is_global_zero and self._step < self._total:
+            self.write(trainer, self._step)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
@@ -327,20 +406,18 @@ class Pictures(L.Callback):
             return
         self._step = step
         if step % self._every == 0 or step == self._total:
-            self.draw(trainer, step)
+            self.write(trainer, step)
 
-    def draw(self, trainer: L.Trainer, step: int) -> None:
-        task = trainer.lightning_module
-        assert isinstance(task, PretrainingTask)
-        picture = draw_predictions(task, self._images)
+    def write(self, trainer: L.Trainer, step: int) -> None:
+        picture = self.draw()
         self.latest = self.folder.pictures / f"step-{step:08d}.png"
         picture.save(self.latest)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image("reconstructions", np.asarray(picture), step, dataformats="HWC")
+                logger.experiment.add_image(self.folder.pictures.name, np.asarray(picture), step, dataformats="HWC")
 
 
-def append_row(path: Path, row: dict[str, float]) -> None:
+def append_row(path: Path, row: dict[str, Any]) -> None:
     """Add a row to a CSV file, with a header where it is new."""
     new = not path.exists()
     with path.open("a", newline="") as file:
@@ -359,4 +436,4 @@ def keep_rows_until(path: Path, step: int) -> None:
     path.unlink()
     for row in rows:
         if int(row["step"]) <= step:
-            append_row(path, row)  # type: ignore[arg-type]  # text from the file goes back as text
+            append_row(path, row)

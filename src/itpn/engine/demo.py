@@ -1,5 +1,6 @@
 """`itpn demo`: the whole path on generated images, in minutes on two cores."""
 
+import json
 from pathlib import Path
 
 import torch
@@ -7,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from itpn.config import ClassificationConfig, Config
 from itpn.data.files import find_images
 from itpn.data.shapes import write_shapes
 from itpn.engine.pictures import read_whole_images
@@ -14,6 +16,7 @@ from itpn.engine.probe import Accuracy, probe
 from itpn.engine.run import train
 from itpn.recipes import read_recipe
 
+FINE_TUNING_STEPS = 250
 RECIPES = {"pixels": "itpn-pixel_nano", "pixels and features (MFM)": "itpn-mfm_nano"}
 
 
@@ -33,6 +36,7 @@ def demo(output_dir: Path) -> None:
     runs = []
     for name in RECIPES.values():
         recipe, config = read_recipe(name)
+        assert isinstance(config, Config)
         config.data.root = (str(folders.imagefolder),)
         # many small steps: the most to be seen in a few minutes on two cores
         config.data.batch_size, config.data.num_workers = 8, 1
@@ -47,14 +51,42 @@ def demo(output_dir: Path) -> None:
         table.add_row(title, _last_loss(run), *_percent(probe(config, run / "model.safetensors", sets)))
     console.print(table)
     console.print("six shapes, so chance is 17 %; a few minutes are little for either: benchmarks/RESULTS.md has more")
+    title = f"shapes that a classifier names after {FINE_TUNING_STEPS} steps of fine-tuning"
+    table = Table("start", "accuracy", title=title)
+    starts = {"random weights": None, "pre-trained on pixels": runs[0][1] / "model.safetensors"}
+    for start, checkpoint in starts.items():
+        classifier = fine_tune(folders.imagefolder, checkpoint, output_dir)
+        figures = json.loads((classifier / "summary.json").read_text())["metrics"]
+        table.add_row(start, f"{figures['val_top1']:.1%}")
+    console.print(table)
     pictures = "\n".join(str(max((run / "reconstructions").glob("*.png"))) for _, run in runs)
     console.print(
         f"[bold]look at[/bold] these, three of four units were hidden:\n{pictures}\n"
-        f"weights: {runs[-1][1] / 'model.safetensors'}\ncurves: tensorboard --logdir {output_dir}\n"
+        f"weights: {runs[-1][1] / 'model.safetensors'}\nclassifier: {classifier / 'model.safetensors'}\n"
+        f"curves: tensorboard --logdir {output_dir}\n"
         f"your own images: itpn train itpn-mfm_tiny --data.root FOLDER",
         soft_wrap=True,
         highlight=False,
     )
+
+
+def fine_tune(images: Path, checkpoint: Path | None, output_dir: Path) -> Path:
+    """Train a classifier of the sample set from a checkpoint, or from scratch with the same steps."""
+    recipe, config = read_recipe("classifier_small")
+    assert isinstance(config, ClassificationConfig)
+    if checkpoint is None:
+        config.model.name, config.model.patch_size, config.model.scratch = "itpn_nano", 8, True
+        config.name = "scratch"
+    else:
+        config.model.checkpoint, config.name = str(checkpoint), "pre-trained"
+    config.data.root, config.data.img_size, config.data.crop_pct = (str(images),), 64, 1.0
+    config.data.batch_size, config.data.num_workers = 32, 1
+    config.optimizer.lr, config.optimizer.layer_decay = 1e-3, None
+    config.trainer.max_epochs, config.trainer.max_steps = 100, FINE_TUNING_STEPS
+    config.trainer.devices = 1
+    config.evaluation.every_n_epochs = 100  # at the end
+    config.output_dir = str(output_dir)
+    return train(config, recipe)
 
 
 def _read_labelled(folder: Path) -> tuple[Tensor, Tensor]:

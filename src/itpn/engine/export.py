@@ -22,7 +22,7 @@ from itpn.checkpoints.architecture import Task, read_architecture
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.loading import load_found
 from itpn.engine.console import print_aside
-from itpn.engine.run import make_table
+from itpn.engine.fitting import make_table
 from itpn.errors import ExportFailed, UserError
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from itpn.config import Config, read_yaml, to_dict, write_yaml
+from itpn.config import RunConfig, read_yaml, to_dict, write_yaml
 from itpn.errors import UserError
 
 # what may differ when a run goes on; anything else would make it another run
@@ -18,6 +18,8 @@ FREE = {
     "model": {"checkpoint", "grad_checkpointing"},
     "teacher": {"checkpoint", "min_std"},
     "data": {"num_workers", "max_broken"},
+    "probe": {"root", "every_n_epochs", "max_images"},
+    "evaluation": {"every_n_epochs", "batch_size", "neighbours"},
     "trainer": {
         "max_epochs",
         "max_steps",
@@ -37,10 +39,10 @@ FREE = {
 class RunFolder:
     """``OUTPUT_DIR/RECIPE/NAME``."""
 
-    def __init__(self, config: Config, recipe: str) -> None:
+    def __init__(self, config: RunConfig, recipe: str) -> None:
         self.path = Path(config.output_dir) / recipe / config.name
         self.checkpoints = self.path / "checkpoints"
-        self.pictures = self.path / "reconstructions"
+        self.pictures = self.path / ("reconstructions" if config.task == "pretraining" else "predictions")
         self.weights = self.path / "model.safetensors"
         self.metrics = self.path / "metrics.csv"
         self.last = self.checkpoints / "last.ckpt"
@@ -53,7 +55,7 @@ class RunFolder:
         """Whether there is a run to go on with."""
         return any(self.checkpoints.glob("*.ckpt"))
 
-    def open(self, config: Config, recipe: str) -> None:
+    def open(self, config: RunConfig, recipe: str) -> None:
         """Make the folder, take it for this process and write down the settings.
 
         Raises:
@@ -124,9 +126,11 @@ class RunFolder:
             path.unlink()
 
 
-def _check_same_run(earlier: Config, config: Config, path: Path) -> None:
+def _check_same_run(earlier: RunConfig, config: RunConfig, path: Path) -> None:
     before, now = to_dict(earlier), to_dict(config)
-    for section in ("model", "teacher", "data", "optimizer", "trainer"):
+    if earlier.task != config.task:
+        raise UserError(f"{path} holds a run of {earlier.task}, not of {config.task}; choose another --name")
+    for section in [name for name in now if isinstance(now[name], dict)]:
         for key, value in now[section].items():
             if value != before[section][key] and key not in FREE.get(section, set()):
                 _refuse(path, f"--{section}.{key.replace('_', '-')}", before[section][key], value)

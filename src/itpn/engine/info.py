@@ -9,7 +9,8 @@ from timm import create_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from itpn.config import Config, ModelConfig, image_size
+from itpn.checkpoints.finetuning import build_fresh
+from itpn.config import ClassificationConfig, Config, ModelConfig, RunConfig, image_size
 from itpn.models.hivit import HiViT
 from itpn.models.variants import WITH_PYRAMID
 from itpn.pretraining.average import MovingAverageTeacher
@@ -32,7 +33,7 @@ def count_flops(forward: Callable[..., object], *inputs: Tensor) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def print_info(name: str, config: Config | None) -> None:
+def print_info(name: str, config: RunConfig | None) -> None:
     """Print parameters, FLOPs and shapes of a recipe's model, or of a bare backbone when there is no config."""
     if config is None:
         base = next((plain for plain, whole in WITH_PYRAMID.items() if whole == name), name)
@@ -41,6 +42,9 @@ def print_info(name: str, config: Config | None) -> None:
         size, model = (224, 224), None
         if base in WITH_PYRAMID:
             model = build_masked_model(ModelConfig(name=base), size)
+    elif isinstance(config, ClassificationConfig):
+        backbone, model, base = build_fresh(config), None, name
+        size = (backbone.image_shape[1], backbone.image_shape[2])
     else:
         size = image_size(config.data)
         model = build_masked_model(config.model, size, config.teacher)
@@ -48,7 +52,7 @@ def print_info(name: str, config: Config | None) -> None:
     images = torch.zeros(1, backbone.patch_embed.proj.in_channels, *size)
 
     table = Table(title=name, show_header=False, title_justify="left")
-    if config is None:
+    if not isinstance(config, Config):
         aside = ", pyramid aside," if base != name else ""
         size_m = f"{count_parameters(backbone):.2f} M"
         table.add_row("parameters", f"{size_m}{aside} with a classifier of 1000 classes")
@@ -60,7 +64,7 @@ def print_info(name: str, config: Config | None) -> None:
             table.add_row("" if i else "teacher", line)
     gflops = count_flops(backbone.eval().forward_features, images)
     table.add_row("FLOPs", f"{gflops:.2f} G multiply-adds, backbone at {size[0]}x{size[1]} px, all units")
-    if config is not None and model is not None:
+    if isinstance(config, Config) and model is not None:
         hidden = f"{model.objective.mask_ratio:.0%} of the units hidden"
         table.add_row("", f"{_masked_flops(model, images):.2f} G for a forward pass in training, {hidden}")
         if config.teacher.name == "ema":

@@ -1,5 +1,6 @@
 """What the network predicts as a picture, and the images for it."""
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torchvision.transforms.v2.functional import resize
 from torchvision.utils import make_grid
 
 from itpn.data.augment import center_crop
-from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.decode import UnreadableImage, decode_image, decode_sample
 from itpn.data.files import ImageSource
 from itpn.data.shards import read_shard
 from itpn.tasks.pretrain import PretrainingTask
@@ -119,22 +120,23 @@ def read_whole_images(
     img_size: tuple[int, int],
     max_pixels: int,
     skipped: Callable[[str], None] = lambda message: None,
+    crop: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Decode images one after the other, cropped to the centre: name and uint8 [3, height, width].
 
     Args:
+        crop: makes images of that size; None for the largest centre crop.
         skipped: told "name: reason" of an unreadable one.
     """
+    crop = crop or functools.partial(center_crop, img_size=img_size)
     for name in source.images:
         try:
-            yield name, center_crop(decode_image(Path(name).read_bytes(), max_pixels), img_size)
+            yield name, crop(decode_image(Path(name).read_bytes(), max_pixels))
         except (UnreadableImage, OSError) as error:
             skipped(f"{name}: {error}")
     for shard in source.shards:
         for name, data in read_shard(shard):
             try:
-                if isinstance(data, UnreadableImage):
-                    raise data
-                yield name, center_crop(decode_image(data, max_pixels), img_size)
+                yield name, crop(decode_sample(data, max_pixels))
             except UnreadableImage as error:
                 skipped(f"{name}: {error}")

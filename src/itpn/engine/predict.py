@@ -3,8 +3,9 @@
 import csv
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_whole
 from itpn.checkpoints.loading import describe_broken, load_found
-from itpn.config import Config, DataConfig
+from itpn.config import Config, DataConfig, image_size
+from itpn.data.augment import EvaluationTransform
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
 from itpn.engine.console import print_aside
@@ -51,7 +53,9 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
         print_aside(note)
     config = settings_of(found, model, seed)
     normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
-    batches = read_batches(source, config)
+    crop_pct = found.preprocessing.get("crop_pct")  # a classifier of ours: as it was evaluated
+    crop = None if crop_pct is None else EvaluationTransform(image_size(config.data), crop_pct)
+    batches = read_batches(source, config, crop)
     if features is not None:
         write_features(model, normalize, batches, features)
         return
@@ -87,7 +91,9 @@ def settings_of(found: Checkpoint, model: nn.Module, seed: int) -> Config:
     return config
 
 
-def read_batches(source: ImageSource, config: Config) -> Iterator[tuple[list[str], Tensor]]:
+def read_batches(
+    source: ImageSource, config: Config, crop: Callable[[Tensor], Tensor] | None = None
+) -> Iterator[tuple[list[str], Tensor]]:
     """Names and uint8 images [n, 3, H, W] of a picture each.
 
     Raises:
@@ -97,8 +103,7 @@ def read_batches(source: ImageSource, config: Config) -> Iterator[tuple[list[str
     def skipped(message: str) -> None:
         print_aside(f"skipped {message}")
 
-    height, width = config.data.img_size if isinstance(config.data.img_size, tuple) else 2 * (config.data.img_size,)
-    images = read_whole_images(source, (height, width), config.data.max_pixels, skipped)
+    images = read_whole_images(source, image_size(config.data), config.data.max_pixels, skipped, crop)
     empty = True
     while batch := list(itertools.islice(images, PER_PICTURE)):
         empty = False
@@ -121,9 +126,13 @@ def predict_classes(
     classes: list[str] | None,
     out: Path,
 ) -> None:
-    """A table, ``predictions.csv`` and pictures with the likeliest classes; numbers where the file has no names."""
+    """A table, ``predictions.csv``, ``predictions.json`` and pictures with the likeliest classes.
+
+    Classes are numbers where the file has no names.
+    """
     table = Table("image", "class", "probability", "then", box=None, pad_edge=False, header_style="bold")
     path = out / "predictions.csv"
+    answers: list[dict[str, Any]] = []
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "rank", "class", "probability"])
@@ -133,6 +142,10 @@ def predict_classes(
             for name, values, indices in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
                 labels = [classes[i] if classes else str(i) for i in indices]
                 writer.writerows([name, rank, *pair] for rank, pair in enumerate(zip(labels, values, strict=True), 1))
+                likeliest = [
+                    {"class": label, "probability": value} for label, value in zip(labels, values, strict=True)
+                ]
+                answers.append({"image": name, "classes": likeliest})
                 others = ", ".join(
                     f"{label} {value:.0%}" for label, value in zip(labels[1:3], values[1:3], strict=True)
                 )
@@ -140,8 +153,11 @@ def predict_classes(
                     table.add_row(Path(name).name, labels[0], f"{values[0]:.1%}", others)
                 titles.append(f"{values[0]:.0%} {labels[0]}")  # a long name is cut at its end
             save_picture(draw_titles(images, titles), out, number)
+    path.with_suffix(".json").write_text(json.dumps(answers, indent=1) + "\n")
     Console().print(table, highlight=False)
-    Console().print(str(path), highlight=False, soft_wrap=True)
+    if len(answers) > ROWS:
+        Console().print(f"and {len(answers) - ROWS} more images in the files", highlight=False)
+    Console().print(f"{path}\n{path.with_suffix('.json')}", highlight=False, soft_wrap=True)
 
 
 def write_features(

@@ -448,12 +448,12 @@ class HiViT(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layer groups for layer-wise learning rates: stem, then block by block, merges among them."""
+        """Layers of layer-wise learning rates: stem, block by block, classifier; merges go with the block before."""
         return {
             "stem": r"^pos_embed|^patch_embed",
             "blocks": r"^stages\.(\d+)"
             if coarse
-            else [(r"^stages\.(\d+)\.(\d+)", None), (r"^merges\.(\d+)", (99998,)), (r"^fc_norm", (99999,))],
+            else [(r"^stages\.(\d+)\.(\d+)", None), (r"^merges\.(\d+)", (99999,)), (r"^fc_norm", (99999,))],
         }
 
     @torch.jit.ignore

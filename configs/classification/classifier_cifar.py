@@ -1,0 +1,5 @@
+"""A classifier of images of 32 px, from any checkpoint."""
+
+from itpn.recipes import cifar_fine_tuning
+
+config = cifar_fine_tuning()

@@ -1,0 +1,62 @@
+"""What a run is: typed settings that a recipe fills in and every command line option overrides.
+
+Light on purpose: nothing here imports torch, so that a mistake in an option is answered at once.
+"""
+
+from itpn.config.classification import (
+    ClassificationConfig,
+    ClassifierConfig,
+    EvaluationConfig,
+    FineTuningConfig,
+    LabelledDataConfig,
+)
+from itpn.config.files import CONFIGS, RunConfig, from_dict, read_yaml, write_yaml
+from itpn.config.pretraining import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    ProbeConfig,
+    TeacherConfig,
+    check_model,
+    override_model,
+)
+from itpn.config.training import (
+    HUB,
+    ImagesConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    check_file,
+    check_type,
+    image_size,
+    option_names,
+    to_dict,
+)
+
+__all__ = [
+    "CONFIGS",
+    "HUB",
+    "ClassificationConfig",
+    "ClassifierConfig",
+    "Config",
+    "DataConfig",
+    "EvaluationConfig",
+    "FineTuningConfig",
+    "ImagesConfig",
+    "LabelledDataConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ProbeConfig",
+    "RunConfig",
+    "TeacherConfig",
+    "TrainerConfig",
+    "check_file",
+    "check_model",
+    "check_type",
+    "from_dict",
+    "image_size",
+    "option_names",
+    "override_model",
+    "read_yaml",
+    "to_dict",
+    "write_yaml",
+]

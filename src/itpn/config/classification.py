@@ -1,0 +1,208 @@
+"""Settings of a classifier's run: fine-tuning, training from scratch, or a probe of frozen features."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from itpn.config.training import (
+    ImagesConfig,
+    OptimizerConfig,
+    TrainerConfig,
+    check_amounts,
+    check_counts,
+    check_file,
+    check_images,
+    check_shares,
+    check_size,
+    check_training,
+    check_types,
+    image_size,
+)
+from itpn.errors import UserError
+
+
+@dataclass
+class ClassifierConfig:
+    """The network."""
+
+    name: str | None = None
+    """Backbone, one of the models of `itpn list`; None for that of --model.checkpoint."""
+    checkpoint: str | None = None
+    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME."""
+    scratch: bool = False
+    """Start from random weights instead."""
+    freeze: bool = False
+    """Train a linear classifier on features that stay as they are, computed once, and nothing else."""
+    num_heads: int | None = None
+    """Attention heads, where the checkpoint cannot tell them."""
+    patch_size: int | None = None
+    """Side of a unit in pixels, divisible by 4; None for the checkpoint's, or 16."""
+    in_chans: int = 3
+    """Channels of the images: 3 for colour, 1 for grey."""
+    pos_embed: Literal["fixed", "learned"] = "learned"
+    """Keep the position table as it is, or train it."""
+    rel_pos_bias: bool | None = None
+    """A relative position bias in each attention block, beginning at zero where the checkpoint has none; None for the
+    checkpoint's, or the model's own."""
+    init_values: float | None = None
+    """From scratch: initial layer scale; None for no layer scale. A checkpoint's own stays."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block; it grows from 0 block by block."""
+    drop_rate: float = 0.0
+    """Dropout before the classifier."""
+    migrate_ratio: float = 0.0
+    """Share of the units that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
+    gather_window: int = 0
+    """Units of a side of the windows that attention stays in, with a gathering token each; 0 for global attention."""
+    ema_decay: float | None = None
+    """Share of a moving average of the weights that is kept at each step; the average is evaluated as well, and
+    written if it is better. None for no average."""
+    grad_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, slower."""
+
+
+@dataclass
+class LabelledDataConfig(ImagesConfig):
+    """Images with classes."""
+
+    root: tuple[str, ...] = ("data/imagenet",)
+    """A folder with `train` and `val` of a folder for each class, or of tar shards with .cls, or of parquet files; or
+    one of class folders alone."""
+    val_root: tuple[str, ...] | None = None
+    """The images to evaluate on, if they are not beside those of --data.root."""
+    val_share: float = 0.1
+    """Where there is no val set: share of the images of each class that is held out as one."""
+    label_share: float = 1.0
+    """Share of the training images of each class that is used, at least one."""
+    img_size: int | tuple[int, int] | None = None
+    """Pixels of a side, or height and width; None for the checkpoint's, or 224."""
+    test_size: int | tuple[int, int] | None = None
+    """Pixels of the images that are evaluated; None for --data.img-size."""
+    crop_pct: float | None = None
+    """Evaluation: the centre crop's side as a share of the resized image's, as timm does it; None for the
+    checkpoint's, or 0.875."""
+    mean: tuple[float, ...] | None = None
+    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with deviation 0.5."""
+    erase: float = 0.25
+    """Probability that a rectangle of an image is replaced by noise."""
+    mixup: float = 0.8
+    """Parameter of the beta distribution that two images are mixed by; 0 for no mixup."""
+    cutmix: float = 1.0
+    """The same for pasting a rectangle of one image into another; with mixup, each batch draws one of the two."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+
+
+@dataclass
+class FineTuningConfig(OptimizerConfig):
+    """AdamW with learning rates that fall from the classifier to the first layer; linear warm-up, then cosine."""
+
+    layer_decay: float | None = None
+    """Factor of the learning rate from layer to layer, towards the input; None for the same everywhere."""
+    layer_decay_over: int | None = 13
+    """Layers that --optimizer.layer-decay is meant for: a network of L layers takes its power 13 / L at each, as the
+    official code does. None takes it as it is."""
+
+
+@dataclass
+class EvaluationConfig:
+    """When the network is evaluated while it is trained, and how a file is."""
+
+    every_n_epochs: int = 1
+    """Epochs between evaluations; there is one at the end as well."""
+    batch_size: int = 256
+    """Images per process and forward pass."""
+    neighbours: int = 20
+    """`itpn evaluate --knn`: training images that are asked."""
+
+
+@dataclass
+class ClassificationConfig:
+    """Settings of a classifier's run."""
+
+    task: ClassVar[str] = "classification"
+    model: ClassifierConfig = field(default_factory=ClassifierConfig)
+    data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
+    optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    seed: int = 0
+    """All randomness of the run follows from this."""
+    name: str = "default"
+    """Name of the run; the same name goes on where it was stopped."""
+    output_dir: str = "runs"
+    """The run is written to OUTPUT_DIR/RECIPE/NAME."""
+
+    def check(self) -> None:
+        """Find impossible settings before anything heavy starts.
+
+        Raises:
+            UserError: the first that is found, with what to do.
+        """
+        check_types(self)
+        model, data, optimizer = self.model, self.data, self.optimizer
+        check_training(data, optimizer, self.trainer, self.seed, self.name)
+        check_counts(
+            {
+                "--model.patch-size": model.patch_size,
+                "--model.num-heads": model.num_heads,
+                "--evaluation.every-n-epochs": self.evaluation.every_n_epochs,
+                "--evaluation.batch-size": self.evaluation.batch_size,
+                "--evaluation.neighbours": self.evaluation.neighbours,
+            }
+        )
+        check_amounts(
+            {
+                "--model.init-values": model.init_values,
+                "--model.gather-window": model.gather_window,
+                "--data.mixup": data.mixup,
+                "--data.cutmix": data.cutmix,
+            }
+        )
+        check_shares(
+            {
+                "--model.drop-path-rate": model.drop_path_rate,
+                "--model.drop-rate": model.drop_rate,
+                "--model.ema-decay": model.ema_decay or 0.0,
+                "--data.val-share": data.val_share,
+                "--data.label-share": data.label_share,
+                "--data.crop-pct": 1.0 if data.crop_pct is None else data.crop_pct,
+                "--data.erase": data.erase,
+                "--data.label-smoothing": data.label_smoothing,
+                "--optimizer.layer-decay": 1.0 if optimizer.layer_decay is None else optimizer.layer_decay,
+            }
+        )
+        if not data.label_share or data.crop_pct == 0:
+            raise UserError("--data.label-share and --data.crop-pct must be above 0")
+        if optimizer.layer_decay == 0:
+            raise UserError("--optimizer.layer-decay must be above 0")
+        if (data.mixup or data.cutmix) and data.batch_size % 2:
+            raise UserError(
+                f"--data.batch-size must be even to mix images in pairs, not {data.batch_size}; or give --data.mixup 0 "
+                "--data.cutmix 0"
+            )
+        if model.patch_size is not None and model.patch_size % 4:
+            raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
+        if not 0 <= model.migrate_ratio < 1:
+            raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
+        check_images(data.mean or (0.0,), data.std or (1.0,), model.in_chans)
+        if model.checkpoint is not None:
+            check_file(model.checkpoint, "--model.checkpoint")
+            if model.scratch:
+                raise UserError("both --model.scratch and --model.checkpoint: choose one, or give --model.no-scratch")
+        elif not model.scratch:
+            raise UserError("give the weights to start from as --model.checkpoint FILE, or --model.scratch for none")
+        elif model.name is None:
+            raise UserError("--model.scratch needs a --model.name of `itpn list`")
+
+    def check_sizes(self) -> None:
+        """What :meth:`check` can only see once the checkpoint's patches and size are known."""
+        patch = self.model.patch_size
+        assert patch is not None
+        check_size(image_size(self.data), patch)
+        if self.data.test_size is not None:
+            size = self.data.test_size
+            check_size(size if isinstance(size, tuple) else (size, size), patch, "--data.test-size")

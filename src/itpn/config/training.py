@@ -1,0 +1,245 @@
+"""What all runs have: images, optimiser, trainer; and the checks of settings of any kind."""
+
+import dataclasses
+import re
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from itpn.errors import UserError
+
+HUB = "hf-hub:"  # before the name of a repository, as timm writes it
+
+
+@dataclass
+class ImagesConfig:
+    """How images are read and augmented."""
+
+    batch_size: int = 512
+    """Images per process and forward pass."""
+    num_workers: int = 8
+    """Processes that read images, for each training process; 0 reads in the training process."""
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of a random crop as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Aspect ratio (width over height) of a random crop."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How crops are resized."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+    max_broken: float = 0.05
+    """Share of unreadable images above which the run stops."""
+    max_pixels: int = 2**27  # as itpn.data.decode.MAX_PIXELS
+    """Images that declare more pixels than this are refused as decompression bombs."""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its schedule: linear warm-up, then cosine, step by step."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate for a global batch of 256 images; the true one scales with the global batch."""
+    lr: float | None = None
+    """Peak learning rate as it is; overrides --optimizer.base-lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's averages."""
+    weight_decay: float = 0.05
+    """Decay of everything but norms, biases, position embeddings and mask tokens."""
+    warmup_epochs: float = 40
+    """Epochs of linear warm-up."""
+    max_warmup: float = 0.1
+    """Largest share of the run that the warm-up may take, so that short runs get somewhere."""
+    warmup_start: float = 1e-4
+    """Share of the peak learning rate at the first step."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None does not clip."""
+
+
+@dataclass
+class TrainerConfig:
+    """How long, on what, and what is written meanwhile."""
+
+    max_epochs: int = 800
+    """Passes over the images; 0 in fine-tuning for as many as their number asks for."""
+    max_steps: int | None = None
+    """Optimiser steps at which the run ends, if epochs do not end it before; the schedule follows."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, 32 bits on a CPU."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """What to train on."""
+    devices: int | None = None
+    """Devices of this machine; None for all GPUs (or one CPU process), or what torchrun or Slurm started."""
+    num_nodes: int | None = None
+    """Machines; None for what torchrun or Slurm started, else one."""
+    accumulate_grad_batches: int = 1
+    """Forward passes per optimiser step; the global batch grows with it."""
+    compile: bool = False
+    """Compile the network, and its moving average, with torch.compile: minutes at the start, faster steps."""
+    checkpoint_every_n_steps: int = 500
+    """Optimiser steps between checkpoints: what a crash loses at most."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept, beside the best."""
+    log_every_n_steps: int = 10
+    """Optimiser steps between entries of metrics.csv and TensorBoard."""
+    picture_every_n_steps: int | None = None
+    """Optimiser steps between pictures of predictions; None for ten in a run."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of JSON and YAML types."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def check_type(value: Any, hint: Any, what: str) -> None:
+    """Raise :class:`UserError` if a value is not of the type of its annotation."""
+    import typeguard
+
+    try:
+        typeguard.check_type(value, hint, collection_check_strategy=typeguard.CollectionCheckStrategy.ALL_ITEMS)
+    except typeguard.TypeCheckError:
+        wanted = hint.__name__ if isinstance(hint, type) else re.sub(r"(\w+\.)+", "", str(hint))
+        raise UserError(f"{what} must be {wanted}, not {value!r}") from None
+
+
+def check_file(checkpoint: str, what: str = "checkpoint") -> None:
+    """Find a missing file without having imported torch.
+
+    Raises:
+        UserError: it is not there.
+    """
+    if checkpoint.startswith(HUB):
+        return
+    if "://" in checkpoint:
+        raise UserError(f"{what} {checkpoint} is an address: download the file and give its path, or {HUB}OWNER/NAME")
+    if not checkpoint or not Path(checkpoint).exists():
+        raise UserError(f"{what} {checkpoint or repr(checkpoint)} does not exist")
+
+
+def check_types(settings: Any, path: str = "") -> None:
+    """A recipe file may assign anything; find what is not of its field's type."""
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            check_types(value, f"{path}{field.name}.")
+        else:
+            check_type(value, hints[field.name], f"{path}{field.name}")
+
+
+def option_names(cls: Any, prefix: str = "") -> list[str]:
+    """Every setting as it is written on the command line, e.g. ``--data.batch-size``."""
+    hints = typing.get_type_hints(cls)
+    names = []
+    for field in dataclasses.fields(cls):
+        option, kind = f"{prefix}{field.name.replace('_', '-')}", hints[field.name]
+        names += option_names(kind, f"{option}.") if dataclasses.is_dataclass(kind) else [f"--{option}"]
+    return names
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """Height and width of the images that settings of data ask for."""
+    return config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)
+
+
+def check_counts(options: dict[str, int | None]) -> None:
+    for option, value in options.items():
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, not {value}")
+
+
+def check_amounts(options: dict[str, float | None]) -> None:
+    for option, amount in options.items():
+        if amount is not None and not 0 <= amount < float("inf"):
+            raise UserError(f"{option} must be at least 0, not {amount}")
+
+
+def check_shares(options: dict[str, float]) -> None:
+    for option, share in options.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"{option} must lie between 0 and 1, not {share}")
+
+
+def check_training(
+    data: ImagesConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, seed: int, name: str
+) -> None:
+    """Find impossible settings among those that all runs have.
+
+    Raises:
+        UserError: the first that is found.
+    """
+    check_counts(
+        {
+            "--data.batch-size": data.batch_size,
+            "--data.max-pixels": data.max_pixels,
+            "--trainer.max-steps": trainer.max_steps,
+            "--trainer.devices": trainer.devices,
+            "--trainer.num-nodes": trainer.num_nodes,
+            "--trainer.accumulate-grad-batches": trainer.accumulate_grad_batches,
+            "--trainer.checkpoint-every-n-steps": trainer.checkpoint_every_n_steps,
+            "--trainer.keep-checkpoints": trainer.keep_checkpoints,
+            "--trainer.log-every-n-steps": trainer.log_every_n_steps,
+            "--trainer.picture-every-n-steps": trainer.picture_every_n_steps,
+        }
+    )
+    check_amounts(
+        {
+            "--data.num-workers": data.num_workers,
+            "--trainer.max-epochs": trainer.max_epochs,
+            "--optimizer.base-lr": optimizer.base_lr,
+            "--optimizer.lr": optimizer.lr,
+            "--optimizer.weight-decay": optimizer.weight_decay,
+            "--optimizer.warmup-epochs": optimizer.warmup_epochs,
+            "--optimizer.warmup-start": optimizer.warmup_start,
+            "--optimizer.min-lr": optimizer.min_lr,
+            "--optimizer.clip-grad": optimizer.clip_grad,
+            "--seed": seed,
+        }
+    )
+    check_shares(
+        {
+            "--data.hflip": data.hflip,
+            "--data.max-broken": data.max_broken,
+            "--data.color-jitter": data.color_jitter,
+            "--optimizer.max-warmup": optimizer.max_warmup,
+        }
+    )
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
+    if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
+        raise UserError(f"--data.crop-ratio needs two ratios above 0, from small to large, not {data.crop_ratio}")
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        raise UserError(f"--data.crop-scale needs two shares of the area, from small to large, not {data.crop_scale}")
+    if not name or any(c in name for c in "/\\") or name in (".", ".."):
+        raise UserError(f"--name must be a plain folder name, not {name!r}")
+
+
+def check_images(mean: tuple[float, ...], std: tuple[float, ...], in_chans: int) -> None:
+    """Raise :class:`UserError` for channels that images do not have, or numbers that do not normalise them."""
+    if in_chans not in (1, 3):
+        raise UserError(f"--model.in-chans must be 1 (grey) or 3 (colour) to train on images, not {in_chans}")
+    for option, values in {"--data.mean": mean, "--data.std": std}.items():
+        if len(values) not in (1, in_chans):
+            raise UserError(f"{option} needs one number or one per channel ({in_chans}), not {len(values)}")
+    if not all(deviation > 0 for deviation in std):
+        raise UserError(f"--data.std must be above 0, not {std}")
+
+
+def check_size(size: tuple[int, int], patch: int, option: str = "--data.img-size") -> None:
+    """Raise :class:`UserError` for images that are not whole units."""
+    height, width = size
+    if height < patch or width < patch or height % patch or width % patch:
+        raise UserError(
+            f"{option} {height}x{width} is not a multiple of --model.patch-size {patch}; "
+            f"try {max(1, round(height / patch)) * patch}x{max(1, round(width / patch)) * patch}"
+        )

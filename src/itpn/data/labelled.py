@@ -1,0 +1,279 @@
+"""Images with classes: folders of classes, tar shards with .cls, parquet files; which are for training, which not."""
+
+import os
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from itpn.data.decode import UnreadableImage
+from itpn.data.files import IMAGE_SUFFIXES, find_images, is_hidden, is_image, is_shard
+from itpn.data.readers import FileReader, Reader, TableReader, TarReader, is_compressed
+from itpn.errors import UserError
+from itpn.seeding import derive_seed
+
+SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
+CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
+
+
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images in a fixed order, each with its class.
+
+    Attributes:
+        files: the encoded images.
+        labels: int64 [n], numbers of classes.
+        classes: their names.
+    """
+
+    files: Reader
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    rows: np.ndarray | None = None  # of files, where these are not all of them
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage, int]:
+        """Name, encoded image or why it cannot be had, and class."""
+        name, data = self.files[index if self.rows is None else int(self.rows[index])]
+        return name, data, int(self.labels[index])
+
+    def take(self, indices: np.ndarray) -> "LabelledImages":
+        """Some of the images."""
+        rows = indices if self.rows is None else self.rows[indices]
+        return LabelledImages(self.files, self.labels[indices], self.classes, rows)
+
+    def rename(self, classes: Sequence[str]) -> "LabelledImages":
+        """The same images with the numbers that another list of classes gives them.
+
+        Raises:
+            UserError: a class with images is not in it.
+        """
+        if self.classes == tuple(classes):
+            return self
+        numbers = {name: number for number, name in enumerate(classes)}
+        present = [self.classes[label] for label in np.unique(self.labels)]
+        if unknown := [name for name in present if name not in numbers]:
+            raise UserError(
+                f"{_join(unknown)} among the classes of the images, but not of the model, whose are {_join(classes)}"
+            )
+        new = np.array([numbers.get(name, -1) for name in self.classes])
+        return LabelledImages(self.files, new[self.labels], tuple(classes), self.rows)
+
+
+def find_labelled(
+    roots: Sequence[str], val_roots: Sequence[str] | None = None, val_share: float = 0.0, seed: int = 0
+) -> tuple[LabelledImages, LabelledImages | None]:
+    """Find the images to train on and those to evaluate on, with the same classes.
+
+    A root holds ``train`` and ``val`` (or ``validation``, or ``test``), which are folders of a folder for each class
+    or of tar shards, or beginnings of the names of shards or parquet files; or it holds class folders alone.
+
+    Args:
+        val_roots: where those to evaluate on are, if not beside the others.
+        val_share: where there are none, this share of each class is held out, the same by the same ``seed``.
+
+    Returns:
+        The second is None where there are none, and none are held out.
+
+    Raises:
+        UserError: nothing of this kind, an empty class, fewer than two classes, or classes to evaluate on that there
+            are none of to train on.
+    """
+    train = read_split(roots, "train")
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    where = ", ".join(roots)
+    if len(train) and 0 in counts:
+        empty = train.classes[int(counts.argmin())]
+        raise UserError(f"class {empty} in {where} has no images: add some, or remove it")
+    if len(train.classes) < 2:
+        raise UserError(
+            f"{where} holds {_count(len(train), 'image')} of {_count(len(train.classes), 'class')}: a classifier needs "
+            "two classes, a folder each"
+        )
+    val = read_split(val_roots or roots, "val", optional=val_roots is None)
+    if val is None:
+        if not val_share:
+            return train, None
+        held_out = draw_share(train, val_share, seed)
+        held_out = held_out[counts[train.labels[held_out]] > 1]  # a class must not lose its only image
+        if not len(held_out):
+            raise UserError(f"{where} holds an image of each class: none can be held out; give --data.val-share 0")
+        rest = np.setdiff1d(np.arange(len(train)), held_out)
+        return train.take(rest), train.take(held_out)
+    unknown = [val.classes[label] for label in np.unique(val.labels) if val.classes[label] not in train.classes]
+    if unknown:
+        raise UserError(
+            f"{_join(unknown)} among the classes to evaluate on, but not to train on in {where}: the same names are "
+            "needed in both"
+        )
+    return train, val.rename(train.classes)
+
+
+def read_split(roots: Sequence[str], split: str, optional: bool = False) -> Any:
+    """The images of ``train`` or ``val`` in some roots, see :func:`find_labelled`.
+
+    Returns:
+        :class:`LabelledImages`; None where ``optional`` and there is no such split.
+    """
+    for root in roots:
+        if not os.path.exists(root):
+            raise UserError(f"{root} does not exist: give a folder of class folders, tar shards or parquet files")
+    names = SPLITS[split]
+    folders = [os.path.join(root, name) for root in roots for name in names if os.path.isdir(os.path.join(root, name))]
+    inside = [root for root in roots if os.path.isdir(root)]
+    files = [path for root in inside for path in _list_files(root) if _of_split(path, names)]
+    if not folders and not files:
+        if optional:
+            return None
+        folders = list(roots)  # class folders alone, or files of whatever name
+    if folders:
+        files = [path for folder in folders for path in ([folder] if os.path.isfile(folder) else _list_files(folder))]
+    shards = [path for path in files if is_shard(path)]
+    tables = [path for path in files if path.endswith(".parquet")]
+    if shards:
+        return _read_shards(shards, [*folders, *inside])
+    if tables:
+        return _read_tables(tables)
+    return _read_folders(folders)
+
+
+def _list_files(folder: str) -> list[str]:
+    return [entry.path for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_file()]
+
+
+def _of_split(path: str, names: tuple[str, ...]) -> bool:
+    return os.path.basename(path).startswith(names) and (is_shard(path) or path.endswith(".parquet"))
+
+
+def _read_folders(folders: Sequence[str]) -> LabelledImages:
+    """A folder for each class; its images may lie at any depth."""
+    classes = sorted(
+        {entry.name for folder in folders for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."}
+    )
+    paths: list[str] = []
+    labels: list[int] = []
+    for folder in folders:
+        for label, name in enumerate(classes):
+            place = os.path.join(folder, name)
+            try:
+                found = find_images([place]).images if os.path.isdir(place) else ()
+            except UserError:  # an empty one
+                found = ()
+            paths += found
+            labels += [label] * len(found)
+        loose = [path for path in _list_files(folder) if is_image(path)]
+        if loose and classes:
+            raise UserError(f"{loose[0]} is in no class folder; {folder} holds a folder for each class")
+    if not paths:
+        where = ", ".join(folders)
+        hint = f" of images ({' '.join(IMAGE_SUFFIXES)})" if classes else ", tar shards with .cls or parquet files"
+        raise UserError(f"{where} holds no class folders{hint}")
+    return LabelledImages(FileReader(paths), np.array(labels, dtype=np.int64), tuple(classes))
+
+
+def _read_shards(shards: Sequence[str], folders: Sequence[str]) -> LabelledImages:
+    """Pairs of an image and its class, ``NAME.jpg`` and ``NAME.cls``, as WebDataset has them."""
+    places, names, texts = [], [], []
+    for number, path in enumerate(shards):
+        labels: dict[str, str] = {}
+        images: dict[str, tuple[int, int, str]] = {}
+        try:
+            # the places are those in the unpacked archive
+            with tarfile.open(path, "r:gz" if is_compressed(path) else "r:") as tar:
+                for member in tar:
+                    stem, _, ending = member.name.rpartition(".")
+                    if not member.isfile() or is_hidden(member.name):
+                        continue
+                    if ending == "cls":
+                        file = tar.extractfile(member)
+                        assert file is not None
+                        labels[stem] = file.read(1000).decode(errors="replace").strip()
+                    elif is_image(member.name):
+                        images[stem] = member.offset_data, member.size, member.name
+        except (tarfile.TarError, OSError, EOFError) as error:
+            raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
+        for stem, (start, size, name) in images.items():
+            if stem not in labels:
+                raise UserError(f"{name} in {path} has no {Path(stem).name}.cls beside it: its class is not known")
+            places.append((number, start, size))
+            names.append(f"{Path(path).name}/{name}")
+            texts.append(labels[stem])
+    if not places:
+        raise UserError(f"no images with .cls in the shards ({shards[0]} ...)")
+    classes = _read_class_names(folders)
+    if all(text.isdigit() for text in texts):
+        numbers = [int(text) for text in texts]
+        if classes is None:
+            classes = [str(number) for number in range(max(numbers) + 1)]
+        if max(numbers) >= len(classes):
+            raise UserError(f"class {max(numbers)} in the shards ({shards[0]} ...), but {CLASSES} has {len(classes)}")
+    else:
+        classes = sorted(set(texts)) if classes is None else classes
+        if unknown := sorted(set(texts) - set(classes)):
+            raise UserError(f"class {unknown[0]!r} in the shards ({shards[0]} ...) is not in {CLASSES}")
+        numbers = [classes.index(text) for text in texts]
+    reader = TarReader(shards, np.array(places, dtype=np.int64), names)
+    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes))
+
+
+def _read_class_names(folders: Sequence[str]) -> list[str] | None:
+    """Beside the shards, or beside the folder that they are in."""
+    for folder in folders:
+        for place in (Path(folder), Path(folder).parent):
+            if (place / CLASSES).is_file():
+                return (place / CLASSES).read_text().splitlines()
+    return None
+
+
+def _read_tables(files: Sequence[str]) -> LabelledImages:
+    """A data set of Hugging Face, as parquet files."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError("parquet files need the library `datasets`: pip install 'itpn[datasets]'") from error
+    datasets.disable_progress_bars()
+    try:
+        table = datasets.load_dataset("parquet", data_files=list(files), split="train")
+    except Exception as error:  # of whichever of its libraries
+        raise UserError(f"{files[0]} cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
+    features = table.features
+    images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
+    images += [name for name in ("image", "img") if name in features and name not in images]
+    labels = [name for name, feature in features.items() if isinstance(feature, datasets.ClassLabel)]
+    labels += [name for name in ("label", "labels", "fine_label", "class") if name in features and name not in labels]
+    if not images or not labels:
+        raise UserError(f"{files[0]} needs a column of images and one of labels; it has {', '.join(features)}")
+    table = table.cast_column(images[0], datasets.Image(decode=False)).select_columns([images[0], labels[0]])
+    values, feature = table[labels[0]], features[labels[0]]
+    if isinstance(feature, datasets.ClassLabel):
+        classes, numbers = list(feature.names), list(values)
+    elif all(isinstance(value, int) for value in values):
+        classes, numbers = [str(number) for number in range(max(values) + 1)], list(values)
+    else:
+        classes = sorted(set(values))
+        numbers = [classes.index(value) for value in values]
+    reader = TableReader(table.select_columns([images[0]]), images[0])
+    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes))
+
+
+def draw_share(images: LabelledImages, share: float, seed: int) -> np.ndarray:
+    """Indices of a share of each class, at least one image of each, ascending; the same by the same seed."""
+    rng = np.random.default_rng(derive_seed(seed, "share"))
+    chosen = []
+    for label in range(len(images.classes)):
+        own = np.flatnonzero(images.labels == label)
+        chosen.append(rng.permutation(own)[: max(1, round(share * len(own)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
+
+
+def _join(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

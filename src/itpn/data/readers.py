@@ -1,0 +1,108 @@
+"""Encoded images by number, from files, tar archives and tables: what can be read in any order."""
+
+import gzip
+import os
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from itpn.data.decode import UnreadableImage
+
+
+class Reader(Protocol):
+    """``reader[i]`` is an image's name, its file's bytes or why they cannot be had, and what else is known of it."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]: ...
+
+
+class PackedStrings:
+    """Strings in two arrays. A list would be copied into every worker, as reading it touches reference counts."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        encoded = [os.fsencode(string) for string in strings]
+        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+        self._ends = np.cumsum([0, *map(len, encoded)])
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
+
+
+class FileReader:
+    """Single files."""
+
+    def __init__(self, paths: Sequence[str]) -> None:
+        self.names = PackedStrings(paths)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
+        path = self.names[index]
+        try:
+            with open(path, "rb") as file:
+                return path, file.read()
+        except OSError as error:
+            return path, UnreadableImage(error.strerror or str(error))
+
+
+class TarReader:
+    """Members of tar archives, by their places in them; a compressed archive is unpacked into memory.
+
+    Args:
+        shards: the archives.
+        places: int64 [n, 3], the archive's number, the first byte and the number of bytes of each member.
+        names: of the members.
+    """
+
+    def __init__(self, shards: Sequence[str], places: np.ndarray, names: Sequence[str]) -> None:
+        self.shards = list(shards)
+        self.places = places
+        self.names = PackedStrings(names)
+        self._unpacked = {number: unpack(path) for number, path in enumerate(shards) if is_compressed(path)}
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
+        number, start, size = (int(value) for value in self.places[index])
+        name = self.names[index]
+        if number in self._unpacked:
+            return name, self._unpacked[number][start : start + size]
+        try:
+            with open(self.shards[number], "rb") as file:
+                file.seek(start)
+                return name, file.read(size)
+        except OSError as error:
+            return name, UnreadableImage(error.strerror or str(error))
+
+
+def is_compressed(path: str) -> bool:
+    with open(path, "rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def unpack(path: str) -> bytes:
+    with gzip.open(path) as file:
+        return file.read()
+
+
+class TableReader:
+    """Rows of a data set of Hugging Face's ``datasets`` with the encoded images in a column."""
+
+    def __init__(self, table: Any, column: str) -> None:
+        self.table = table
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
+        image = self.table[index][self.column]
+        name = f"{image['path'] or 'image'} in row {index}"
+        return name, image["bytes"] or UnreadableImage("no image in it")

@@ -1,0 +1,330 @@
+"""A classifier's run: what it starts from, its images, its evaluation while it goes on."""
+
+import functools
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import Tensor
+
+from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_safetensors
+from itpn.checkpoints.finetuning import make_classifier, settle
+from itpn.config import ClassificationConfig, image_size
+from itpn.data.augment import ClassificationTransform, EvaluationTransform
+from itpn.data.decode import UnreadableImage, decode_sample
+from itpn.data.evaluation import make_evaluation_loader
+from itpn.data.labelled import LabelledImages, draw_share, find_labelled
+from itpn.data.loader import TrainingLoader
+from itpn.engine.callbacks import Pictures, Watcher
+from itpn.engine.console import print_aside
+from itpn.engine.evaluation import Scores, collect_answers, collect_features, gather, gather_skipped, judge, score
+from itpn.engine.fitting import Job, fit, make_table, write_summary
+from itpn.engine.folder import RunFolder
+from itpn.engine.launch import device_name, read_launch
+from itpn.engine.pictures import draw_titles
+from itpn.engine.probe import WEIGHT_DECAYS, choose_weight_decay, fit_linear
+from itpn.errors import UserError
+from itpn.models.hivit import HiViT
+from itpn.seeding import derive_seed
+from itpn.tasks.classification import ClassificationTask, classify
+
+STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its images: so many steps, within these epochs
+
+Sets = tuple[LabelledImages, LabelledImages | None]
+
+
+def find_sets(config: ClassificationConfig) -> Sets:
+    """The images to train on, as many as ``label_share`` says, and those to evaluate on."""
+    data = config.data
+    train, val = find_labelled(data.root, data.val_root, data.val_share, config.seed)
+    if data.label_share < 1:
+        train = train.take(draw_share(train, data.label_share, config.seed))
+    return train, val
+
+
+def read_start(config: ClassificationConfig) -> Checkpoint | None:
+    """The checkpoint that a run starts from, if any; what the settings leave to it is filled in."""
+    path = config.model.checkpoint
+    found = None if path is None else read_checkpoint(path)
+    settle(config, found)
+    return found
+
+
+def scale_epochs(config: ClassificationConfig, images: int) -> None:
+    """Settle how long a run takes whose settings leave it to the number of images, in place."""
+    if not config.trainer.max_epochs:
+        steps = max(1, images // config.data.batch_size)
+        config.trainer.max_epochs = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
+
+
+def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | None = None) -> Path:
+    """Run, or go on with, a classifier's run; see :func:`itpn.engine.fitting.fit`.
+
+    Args:
+        sets: the images, where they have been looked for already.
+    """
+    if config.model.freeze:
+        return train_frozen(config, recipe, sets)
+    found = read_start(config)
+    train, val = sets or find_sets(config)
+    scale_epochs(config, len(train))
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model, notes = make_classifier(config, train.classes, found)
+    model.set_grad_checkpointing(config.model.grad_checkpointing)
+    transform = make_transform(config, len(train))
+    if found is not None:
+        notes = [f"starting from the weights of {found.source}", *notes]
+    if val is None:
+        notes.append("there are no images to evaluate on: give --data.val-root or --data.val-share")
+
+    def make() -> Job:
+        task = ClassificationTask(
+            model, config, recipe, train.classes, lambda rank, world: make_loader(config, train, transform, rank, world)
+        )
+        if config.trainer.compile:
+            model.compile()
+        validation = None if val is None else Validation(task, config, val)
+        shown = functools.cache(lambda: read_first(val or train, config))
+        return Job(
+            task,
+            lambda folder: Pictures(folder, lambda: draw_answers(task, *shown()), config.trainer.picture_every_n_steps),
+            {"data": f"{len(train.classes)} classes" + ("" if val is None else f", {len(val):,} more to evaluate on")},
+            len(train),
+            lambda path: save_classifier(path, task, validation),
+            validation,
+        )
+
+    return fit(config, recipe, lambda: notes, make)
+
+
+def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = None) -> Path:
+    """A linear classifier on features that are computed once, by the centre crops of evaluation, in one process.
+
+    Returns:
+        The run's folder, with a ``model.safetensors`` of the whole network.
+
+    Raises:
+        UserError: something in the settings, the weights or the folder is wrong.
+    """
+    began = time.perf_counter()
+    folder = RunFolder(config, recipe)
+    if not read_launch().main:
+        return folder.path
+    found = read_start(config)
+    assert found is not None
+    train, val = sets or find_sets(config)
+    model, notes = make_classifier(config, train.classes, found)
+    folder.open(config, recipe)
+    try:
+        for note in [f"starting from the weights of {found.source}", *notes]:
+            print_aside(note)
+        task = ClassificationTask(model, config, recipe, train.classes)
+        cuda = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu")
+        device = torch.device("cuda" if cuda else "cpu")
+        task.to(device).eval()
+        skipped: list[tuple[str, str]] = []
+        features, labels = collect_features(model, task.normalize, make_batches(train, config), device, skipped=skipped)
+        model.cpu()
+        model.fc_norm = torch.nn.Identity()
+        weight_decay = choose_weight_decay(features, labels, len(train.classes))
+        model.head = fit_linear(features, labels, len(train.classes), weight_decay)
+        figures = {"train_top1": float((model.head(features).argmax(dim=1) == labels).double().mean())}
+        if val is not None:
+            asked, answers = collect_features(
+                model.to(device), task.normalize, make_batches(val, config), device, skipped=skipped
+            )
+            with torch.no_grad():
+                probabilities = model.cpu().head(asked).softmax(dim=1)
+            scores = score(judge(torch.arange(len(asked)), answers, probabilities), len(train.classes))
+            figures |= {"val_top1": scores.top1, "val_top5": scores.top5, "val_loss": scores.loss}
+        for name, reason in skipped:
+            print_aside(f"skipped {name}: {reason}")
+        write_classifier(folder.weights, model, {"recipe": recipe, **task.describe()})
+        seconds = time.perf_counter() - began
+        rows = {"images": f"{len(features):,} to learn from, {0 if val is None else len(val):,} to be asked about"}
+        rows["weight decay"] = f"{weight_decay:g}, the best of {len(WEIGHT_DECAYS)} on a fifth of the images"
+        rows |= {name: f"{value:.2%}" if "top" in name else f"{value:.4f}" for name, value in figures.items()}
+        summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True, "metrics": figures}
+        summary |= {"images_skipped": len(skipped), "duration_seconds": seconds, "device": device_name(device)}
+        write_summary(folder, summary)
+        Console().print(make_table(f"{recipe} / {config.name}", {**rows, "weights": str(folder.weights)}))
+        return folder.path
+    finally:
+        folder.close()
+
+
+def make_batches(images: LabelledImages, config: ClassificationConfig, rank: int = 0, world_size: int = 1) -> Any:
+    """Every image once, as it is evaluated."""
+    return make_evaluation_loader(
+        images,
+        make_evaluation_transform(config),
+        config.evaluation.batch_size,
+        config.data.num_workers,
+        rank,
+        world_size,
+        config.data.max_pixels,
+    )
+
+
+def make_transform(config: ClassificationConfig, images: int) -> ClassificationTransform:
+    """The augmentation of ``images`` images.
+
+    Raises:
+        UserError: there is no such augmentation, or too few images for it.
+    """
+    data = config.data
+    if (data.mixup or data.cutmix) and images < data.batch_size and images % 2:
+        raise UserError(
+            f"{images} images make one batch of odd size, which cannot be mixed in pairs: give --data.batch-size "
+            f"{images - 1}, or --data.mixup 0 --data.cutmix 0"
+        )
+    return ClassificationTransform(
+        image_size(data),
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        interpolation=data.interpolation,
+        hflip=data.hflip,
+        color_jitter=data.color_jitter,
+        auto_augment=data.auto_augment,
+    )
+
+
+def make_loader(
+    config: ClassificationConfig,
+    images: LabelledImages,
+    transform: ClassificationTransform,
+    rank: int,
+    world_size: int,
+) -> TrainingLoader:
+    data = config.data
+    return TrainingLoader(
+        images,
+        transform,
+        batch_size=data.batch_size,
+        num_workers=data.num_workers,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        max_pixels=data.max_pixels,
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransform:
+    data = config.data
+    assert data.crop_pct is not None
+    size = data.test_size or image_size(data)
+    return EvaluationTransform(size if isinstance(size, tuple) else (size, size), data.crop_pct, data.interpolation)
+
+
+def read_first(images: LabelledImages, config: ClassificationConfig, count: int = 16) -> tuple[Tensor, list[str]]:
+    """Readable images from all over a set, uint8 [n, 3, H, W], and the names of their classes."""
+    transform = make_evaluation_transform(config)
+    pixels: list[Tensor] = []
+    names: list[str] = []
+    stride = max(1, len(images) // count)
+    for index in [*range(0, len(images), stride), *range(len(images))]:
+        if len(pixels) == count:
+            break
+        _, data, label = images[index]
+        try:
+            pixels.append(transform(decode_sample(data, config.data.max_pixels)))
+        except UnreadableImage:
+            continue
+        names.append(images.classes[label])
+    if not pixels:
+        raise UserError("none of the images to evaluate on can be read")
+    return torch.stack(pixels), names
+
+
+def draw_answers(task: ClassificationTask, images: Tensor, names: list[str]) -> Image.Image:
+    """What the network says of some images, and what they are where that is something else."""
+    training = task.training
+    task.eval()
+    probabilities = classify(task.model, task.normalize, images.to(task.device)).cpu()
+    task.train(training)
+    titles = []
+    for row, name in zip(probabilities, names, strict=True):
+        answer = task.classes[int(row.argmax())]
+        titles.append(f"{row.max():.0%} {answer}" + ("" if answer == name else f", is {name}"))
+    return draw_titles(images, titles)
+
+
+class Validation(Watcher):
+    """Evaluates the network, and the moving average of its weights where there is one."""
+
+    def __init__(self, task: ClassificationTask, config: ClassificationConfig, images: LabelledImages) -> None:
+        names = ["val_top1", "val_top5", "val_loss"]
+        if task.ema is not None:
+            names += [f"ema_{name}" for name in names]
+        super().__init__(names, config.evaluation.every_n_epochs)
+        self.task = task
+        self.config = config
+        self.images = images
+        self.said: set[str] = set()
+
+    def look(self, trainer: L.Trainer) -> dict[str, float]:
+        models: dict[str, Any] = {"": self.task.model}
+        if self.task.ema is not None:
+            models["ema_"] = self.task.ema.module
+        figures: dict[str, float] = {}
+        for prefix, model in models.items():
+            scores = self.evaluate(trainer, model)
+            figures |= {
+                f"{prefix}val_top1": scores.top1,
+                f"{prefix}val_top5": scores.top5,
+                f"{prefix}val_loss": scores.loss,
+            }
+        self.score = max(value for name, value in figures.items() if name.endswith("val_top1"))
+        return figures
+
+    def evaluate(self, trainer: L.Trainer, model: HiViT) -> Scores:
+        loader = make_batches(self.images, self.config, trainer.global_rank, trainer.world_size)
+        skipped: list[tuple[str, str]] = []
+        training = model.training
+        model.eval()
+        with trainer.precision_plugin.forward_context():
+            answers = collect_answers(
+                lambda images: classify(model, self.task.normalize, images), loader, self.task.device, skipped
+            )
+        model.train(training)
+        for name, reason in gather_skipped(skipped, trainer.world_size):
+            if trainer.is_global_zero and name not in self.said:
+                self.said.add(name)
+                print_aside(f"skipped {name}: {reason}")
+        answers = gather(answers, trainer.world_size)
+        if not len(answers.index):
+            raise UserError("none of the images to evaluate on can be read")
+        return score(answers, len(self.images.classes))
+
+    def describe(self) -> dict[str, str]:
+        figures = self.figures
+        shown = f"{figures['val_top1']:.1%} top-1, {figures['val_top5']:.1%} top-5"
+        if self.task.ema is not None:
+            shown += f"; moving average {figures['ema_val_top1']:.1%} top-1, {figures['ema_val_top5']:.1%} top-5"
+        return {"accuracy": f"{shown} of {len(self.images):,} images"}
+
+
+def save_classifier(path: Path, task: ClassificationTask, validation: Validation | None) -> dict[str, str]:
+    """Write the weights, or their moving average where that was better, as a file that `itpn.load` reads whole.
+
+    Returns:
+        Which of the two, for the summary.
+    """
+    model, which = task.model, "weights"
+    if task.ema is not None and validation is not None:
+        average, own = validation.figures["ema_val_top1"], validation.figures["val_top1"]
+        if average is not None and own is not None and average > own:
+            model, which = task.ema.module, "moving average"
+    write_classifier(path, model, {"recipe": task.recipe, **task.describe()})
+    return {"saved": which}
+
+
+def write_classifier(path: Path, model: HiViT, metadata: dict[str, Any]) -> None:
+    tensors = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
+    write_safetensors(path, tensors, metadata)

@@ -1,0 +1,225 @@
+"""How good a classifier is: each image of a set once, over any number of processes, and the figures that follow."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import matplotlib
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torchmetrics.functional.classification import (
+    binary_calibration_error,
+    multiclass_accuracy,
+    multiclass_confusion_matrix,
+)
+
+from itpn.data.normalize import Normalize
+from itpn.engine.console import print_aside
+from itpn.errors import UserError
+from itpn.models.hivit import HiViT
+
+TOP = 5
+Anything = TypeVar("Anything")
+
+
+@dataclass
+class Answers:
+    """What a network says about images, one row each, on the CPU.
+
+    Attributes:
+        index: of the image in its set, int64 [n].
+        label: its class, int64 [n].
+        top: the likeliest classes, likeliest first, int64 [n, up to 5].
+        probability: of the likeliest class, float32 [n].
+        loss: minus the logarithm of the probability of its class, float32 [n].
+    """
+
+    index: Tensor
+    label: Tensor
+    top: Tensor
+    probability: Tensor
+    loss: Tensor
+
+
+@dataclass
+class Scores:
+    """Figures of a classifier on a set.
+
+    Attributes:
+        top1, top5: shares of images whose class is the likeliest, or among the five likeliest.
+        loss: mean cross-entropy.
+        calibration_error: expected difference of confidence and accuracy, in 15 bins (Guo et al. 2017).
+        per_class: top-1 of each class's images, NaN where there are none, float64 [classes].
+        confusion: images by class (rows) and answer (columns), int64 [classes, classes].
+        images: how many there were.
+    """
+
+    top1: float
+    top5: float
+    loss: float
+    calibration_error: float
+    per_class: Tensor
+    confusion: Tensor
+    images: int
+
+
+@torch.no_grad()
+def collect_answers(
+    classify: Callable[[Tensor], Tensor],
+    batches: Iterable[dict[str, Any]],
+    device: torch.device,
+    skipped: list[tuple[str, str]] | None = None,
+) -> Answers:
+    """Ask a network about the images of an evaluation loader.
+
+    Args:
+        classify: uint8 [B, 3, H, W] -> probabilities [B, classes].
+        skipped: takes (name, reason) of images that cannot be read.
+    """
+    parts = []
+    for batch in batches:
+        if skipped is not None:
+            skipped += batch["broken"]
+        if batch["image"] is not None:
+            probabilities = classify(batch["image"].to(device, non_blocking=True)).cpu()
+            parts.append(judge(batch["index"], batch["label"], probabilities))
+    return join(parts)
+
+
+def judge(index: Tensor, label: Tensor, probabilities: Tensor) -> Answers:
+    """Args: int64 [n], int64 [n], float [n, classes]."""
+    top = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
+    own = probabilities.gather(1, label.unsqueeze(1)).squeeze(1)
+    return Answers(index, label, top.indices, top.values[:, 0], -own.clamp(min=1e-12).log())
+
+
+def join(parts: Sequence[Answers]) -> Answers:
+    """One after the other."""
+    if not parts:
+        return judge(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1))
+    return Answers(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+def gather(answers: Answers, world_size: int) -> Answers:
+    """The answers of all processes, in the order of the set, so that every sum is the same however they were shared."""
+    joined = join([part for part in share(answers, world_size) if len(part.index)])
+    order = joined.index.argsort()
+    return Answers(**{name: column[order] for name, column in vars(joined).items()})
+
+
+def gather_skipped(skipped: list[tuple[str, str]], world_size: int) -> list[tuple[str, str]]:
+    return sorted({item for part in share(skipped, world_size) for item in part})
+
+
+def share(thing: Anything, world_size: int) -> list[Anything]:
+    """What each process has, to each."""
+    if world_size == 1:
+        return [thing]
+    things: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(things, thing)
+    return things
+
+
+@torch.no_grad()
+def collect_features(
+    backbone: HiViT,
+    normalize: Normalize,
+    batches: Iterable[dict[str, Any]],
+    device: torch.device,
+    world_size: int = 1,
+    skipped: list[tuple[str, str]] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Means of the last stage over each image of an evaluation loader, of all processes in the order of the set.
+
+    Returns:
+        float32 [n, C], and the labels, int64 [n], on the CPU.
+    """
+    columns: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        if skipped is not None:
+            skipped += batch["broken"]
+        if batch["image"] is not None:
+            images = normalize(batch["image"].to(device, non_blocking=True))
+            features = backbone.forward_stages(images)[-1].mean(dim=(1, 2, 3)).float().cpu()
+            columns.append((batch["index"], batch["label"], features))
+    columns = [row for rows in share(columns, world_size) for row in rows]
+    if not columns:
+        raise UserError("none of the images can be read")
+    index, label, features = (torch.cat(column) for column in zip(*columns, strict=True))
+    order = index.argsort()
+    return features[order], label[order]
+
+
+def score(answers: Answers, classes: int) -> Scores:
+    """Figures of answers about a whole set."""
+    best, label = answers.top[:, 0], answers.label
+    right = best == label
+    per_class = multiclass_accuracy(best, label, classes, average="none").double()
+    present = torch.bincount(label, minlength=classes) > 0
+    return Scores(
+        top1=float(right.double().mean()),
+        top5=float((answers.top == label.unsqueeze(1)).any(dim=1).double().mean()),
+        loss=float(answers.loss.double().mean()),
+        calibration_error=float(binary_calibration_error(answers.probability.double(), right.long(), n_bins=15)),
+        per_class=per_class.masked_fill(~present, float("nan")),
+        confusion=multiclass_confusion_matrix(best, label, classes),
+        images=len(label),
+    )
+
+
+def warn_of_other_order(scores: Scores) -> None:
+    """A good network that is asked for the wrong names answers each class with one other class."""
+    agreement = float(scores.confusion.max(dim=1).values.sum()) / max(scores.images, 1)
+    answers = scores.confusion.argmax(dim=1)[scores.confusion.sum(dim=1) > 0]
+    if agreement > 0.5 and scores.top1 < agreement / 2 and len(answers.unique()) > len(answers) / 2:
+        print_aside(
+            f"warning: {agreement:.0%} of the images would be right under other names: the classes seem to be in "
+            "another order than in training"
+        )
+
+
+def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: dict[str, Any]) -> None:
+    """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {name: getattr(scores, name) for name in ("images", "top1", "top5", "loss", "calibration_error")}
+    (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n")
+    counts = scores.confusion.sum(dim=1).tolist()
+    with (folder / "classes.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "images", "top1"])
+        for name, count, accuracy in zip(classes, counts, scores.per_class.tolist(), strict=True):
+            writer.writerow([name, count, "" if count == 0 else accuracy])
+    with (folder / "confusion.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class \\ answer", *classes])
+        writer.writerows([name, *row] for name, row in zip(classes, scores.confusion.tolist(), strict=True))
+    draw_confusion(scores.confusion, classes, folder / "confusion.png")
+
+
+def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path) -> None:
+    """Shares of each class's images by answer; numbers and names where there is room for them."""
+    count = len(classes)
+    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    side = min(max(4.0, 0.42 * count + 2.2), 16.0)
+    with matplotlib.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
+        axes = figure.add_subplot()
+        image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        figure.colorbar(image, ax=axes, label="share of the class's images", fraction=0.046)
+        axes.set_xlabel("answer")
+        axes.set_ylabel("class")
+        if count <= 40:
+            axes.set_xticks(range(count), classes, rotation=90)
+            axes.set_yticks(range(count), classes)
+        if count <= 20:
+            for row in range(count):
+                for column in range(count):
+                    if confusion[row, column]:
+                        shade = "white" if shares[row, column] > 0.5 else "black"
+                        text = f"{int(confusion[row, column])}"
+                        axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
+        figure.savefig(path)

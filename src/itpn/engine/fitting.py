@@ -1,0 +1,260 @@
+"""A run of any kind from its settings to its last file."""
+
+import json
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
+from rich.console import Console
+from rich.table import Table
+
+from itpn.config import RunConfig, image_size
+from itpn.data.loader import SkippedImages
+from itpn.engine.callbacks import Checkpointing, Monitor, Pictures, Watcher
+from itpn.engine.folder import RunFolder
+from itpn.engine.launch import (
+    Launch,
+    choose_devices,
+    choose_precision,
+    device_name,
+    peak_memory_gb,
+    quieten_libraries,
+    read_launch,
+)
+from itpn.errors import RunStopped, UserError
+from itpn.tasks.training import TrainingTask
+
+
+@dataclass
+class Job:
+    """What one kind of run adds to what all kinds have.
+
+    Attributes:
+        task: what Lightning trains.
+        pictures: draws what the network predicts.
+        rows: of the table at the start, by title: what the images are and the like.
+        images: single files, of which only a share may be broken; None where that is not known beforehand.
+        watcher: looks at the network now and then, and adds to its figures.
+        save: writes ``model.safetensors``.
+    """
+
+    task: TrainingTask
+    pictures: Callable[[RunFolder], Pictures]
+    rows: dict[str, str]
+    images: int | None
+    save: Callable[[Path], dict[str, Any]]
+    watcher: Watcher | None = None
+
+
+def fit(
+    config: RunConfig, recipe: str, load: Callable[[], list[str]], make: Callable[[], Job], launch: Launch | None = None
+) -> Path:
+    """Run, or go on with, a run.
+
+    Args:
+        load: takes the weights that a new run begins with, and says what is remarkable about them.
+        make: called when the folder is open and those weights are there.
+
+    Returns:
+        The run's folder.
+
+    Raises:
+        UserError: something in the settings, the weights or the folder is wrong.
+        RunStopped: a signal stopped the run; its checkpoint is written.
+        NonFiniteLoss: the loss became infinite or not a number; the evidence is written.
+    """
+    launch = launch or read_launch()
+    console = Console(quiet=not launch.main)
+    quieten_libraries()
+    folder = RunFolder(config, recipe)
+    notes = [] if folder.begun else load()  # before the folder: a refusal leaves nothing behind
+    if launch.main:
+        folder.open(config, recipe)
+    job = None
+    try:
+        resume, step = folder.newest_checkpoint(launch.main)
+        if resume is not None:
+            console.print(f"going on from {resume}, step {step}", highlight=False)
+        for note in notes:
+            console.print(note, highlight=False, soft_wrap=True)
+        job = make()
+        task = job.task
+        watcher = [] if job.watcher is None else [job.watcher]
+        skipped = SkippedImages(job.images, config.data.max_broken)
+        monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher)
+        pictures = job.pictures(folder)
+        checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
+        start = StartTable(console, folder, job.rows)
+        trainer = make_trainer(config, folder, launch, step, [start, *watcher, monitor, pictures, checkpointing])
+        began = time.perf_counter()
+        checkpointing.listen()
+        try:
+            trainer.fit(task, ckpt_path=resume, weights_only=True if resume else None)
+        except RunStopped:
+            monitor.stop_bar()
+            if launch.main:
+                write_summary(folder, summarize(trainer, task, monitor, recipe, time.perf_counter() - began, False))
+            where = f"goes on from {folder.last}" if folder.last.exists() else "starts it again"
+            console.print(f"stopped at step {trainer.global_step}; the same command {where}", soft_wrap=True)
+            raise
+        finally:
+            checkpointing.unlisten()
+        if trainer.is_global_zero:
+            finish(console, folder, trainer, job, monitor, pictures, recipe, time.perf_counter() - began)
+        return folder.path
+    finally:
+        if job is not None and job.task.loader is not None:
+            job.task.loader.close()
+        folder.close()
+
+
+def make_trainer(
+    config: RunConfig, folder: RunFolder, launch: Launch, step: int, callbacks: list[L.Callback]
+) -> L.Trainer:
+    settings = config.trainer
+    devices = choose_devices(settings, launch)
+    try:
+        return L.Trainer(
+            accelerator=settings.accelerator,
+            devices=devices.count,
+            num_nodes=devices.nodes,
+            strategy=DDPStrategy(gradient_as_bucket_view=True) if devices.several else "auto",
+            precision=choose_precision(settings.precision, devices.cuda),
+            max_epochs=settings.max_epochs,
+            max_steps=settings.max_steps or -1,
+            accumulate_grad_batches=settings.accumulate_grad_batches,
+            gradient_clip_val=config.optimizer.clip_grad,
+            log_every_n_steps=settings.log_every_n_steps,
+            logger=TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=step or None),
+            callbacks=callbacks,
+            plugins=[launch.environment],
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=folder.path,
+        )
+    except (RuntimeError, ValueError, L.fabric.utilities.exceptions.MisconfigurationException) as error:
+        raise UserError(f"cannot train on these devices: {str(error).splitlines()[0]}") from error
+
+
+class StartTable(L.Callback):
+    """What is about to run, as a table."""
+
+    def __init__(self, console: Console, folder: RunFolder, rows: dict[str, str]) -> None:
+        self.console = console
+        self.folder = folder
+        self.rows = rows
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        task = pl_module
+        assert isinstance(task, TrainingTask)
+        assert task.loader is not None
+        if trainer.global_step >= trainer.estimated_stepping_batches:
+            return
+        config = task.config
+        name = config.model.name or "a network of its own sizes"
+        parameters = sum(p.numel() for p in task.model.parameters()) / 1e6
+        height, width = image_size(config.data)
+        passes = (
+            f" x {config.trainer.accumulate_grad_batches} passes" if config.trainer.accumulate_grad_batches > 1 else ""
+        )
+        processes = f" x {trainer.world_size} processes" if trainer.world_size > 1 else ""
+        per_process = min(config.data.batch_size, task.loader.images)
+        images = f"{task.loader.images:,} images ({self.rows['data']}) at {height}x{width} px"
+        rows = {
+            "model": f"{name}, {parameters:.2f} M parameters, patch size {config.model.patch_size}",
+            **self.rows,
+            "data": images,
+            "batch": f"{per_process}{processes}{passes}" + (f" = {task.global_batch()}" if processes or passes else ""),
+            "steps": f"{int(trainer.estimated_stepping_batches):,} ({task.steps_per_epoch():,} an epoch)",
+            "learning rate": f"{task.peak_lr():.3g} at its peak",
+            "device": f"{device_name(task.device)}, {trainer.precision}",
+            "folder": str(self.folder.path),
+        }
+        self.console.print(make_table(f"{task.recipe} / {config.name}", rows))
+
+
+def make_table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # a path must be readable whole
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def summarize(
+    trainer: L.Trainer, task: TrainingTask, monitor: Monitor, recipe: str, seconds: float, finished: bool
+) -> dict[str, Any]:
+    packages = ("itpn", "torch", "torchvision", "timm", "lightning")
+    return {
+        "recipe": recipe,
+        "name": task.config.name,
+        "task": task.config.task,
+        "finished": finished,
+        "epochs": trainer.global_step / task.steps_per_epoch(),
+        "steps": trainer.global_step,
+        "images_seen": monitor.images_seen,
+        "images_skipped": monitor.skipped.count,
+        "images_per_second": monitor.images / monitor.seconds if monitor.seconds else 0.0,
+        "data_wait_fraction": monitor.wait_fraction,
+        "peak_memory_gb": peak_memory_gb(monitor.device),
+        "duration_seconds": seconds,
+        "metrics": {name: value for name, value in monitor.metrics.items() if value is not None},
+        "device": device_name(monitor.device),
+        "processes": trainer.world_size,
+        "precision": str(trainer.precision),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+
+
+def write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
+    unfinished = folder.path / "summary.tmp"
+    unfinished.write_text(json.dumps(summary, indent=2) + "\n")
+    unfinished.replace(folder.path / "summary.json")
+
+
+def finish(
+    console: Console,
+    folder: RunFolder,
+    trainer: L.Trainer,
+    job: Job,
+    monitor: Monitor,
+    pictures: Pictures,
+    recipe: str,
+    seconds: float,
+) -> None:
+    """Write weights and summary, and show them."""
+    if not monitor.started:
+        console.print(
+            f"{folder.path} is complete at step {trainer.global_step}; raise --trainer.max-epochs or max-steps "
+            "to go on, or choose another --name",
+            highlight=False,
+        )
+        return
+    monitor.stop_bar()
+    written = job.save(folder.weights)
+    summary = {**summarize(trainer, job.task, monitor, recipe, seconds, True), **written}
+    write_summary(folder, summary)
+    shown = job.watcher.describe() if job.watcher is not None else {}
+    rows = {
+        "steps": f"{summary['steps']:,} ({summary['epochs']:.4g} epochs)",
+        "loss": f"{summary['metrics'].get('loss', float('nan')):.4f}",
+        **shown,
+        "images": f"{summary['images_seen']:,} seen, {summary['images_skipped']} files skipped",
+        "speed": f"{summary['images_per_second']:.1f} images/s, {summary['data_wait_fraction']:.1%} waiting for data",
+        "peak memory": f"{summary['peak_memory_gb']:.2f} GB",
+        "time": f"{seconds:.0f} s",
+        "weights": str(folder.weights),
+        "picture": str(pictures.latest),
+        "summary": str(folder.path / "summary.json"),
+    }
+    console.print(make_table("finished", rows))

@@ -1,0 +1,103 @@
+"""Where a command computes: processes, devices, precision."""
+
+import logging
+import os
+import platform
+import resource
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+
+from itpn.config import TrainerConfig
+from itpn.errors import UserError
+
+PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Who started this process, and among how many."""
+
+    environment: ClusterEnvironment
+    main: bool
+    processes: int | None = None  # per machine; None where Lightning starts them
+    machines: int | None = None
+
+
+def read_launch() -> Launch:
+    """Look for torchrun (inside Slurm as well), then for Slurm with several tasks; else Lightning starts processes."""
+    if TorchElasticEnvironment.detect():
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        torchrun = TorchElasticEnvironment()
+        return Launch(torchrun, torchrun.global_rank() == 0, local, torchrun.world_size() // local)
+    if SLURMEnvironment.detect() and int(os.environ["SLURM_NTASKS"]) > 1:
+        machines = int(os.environ.get("SLURM_NNODES", "1"))
+        # its requeueing would bring checkpoints of its own; ours resume by themselves
+        try:
+            slurm = SLURMEnvironment(auto_requeue=False)
+        except RuntimeError as error:  # tasks that were not given per node
+            raise UserError(str(error)) from error
+        return Launch(slurm, slurm.global_rank() == 0, slurm.world_size() // machines, machines)
+    own = LightningEnvironment()
+    return Launch(own, own.local_rank() == 0 and own.node_rank() == 0)
+
+
+@dataclass(frozen=True)
+class Devices:
+    """What Lightning is told of the devices."""
+
+    count: Any
+    nodes: int
+    several: bool
+    cuda: bool
+
+
+def choose_devices(settings: TrainerConfig, launch: Launch) -> Devices:
+    devices, nodes = launch.processes or settings.devices, launch.machines or settings.num_nodes or 1
+    cuda = torch.cuda.is_available() and settings.accelerator in ("auto", "gpu")
+    if cuda:
+        torch.set_float32_matmul_precision("high")
+    count = devices or (torch.cuda.device_count() if cuda else 1)
+    several = count * nodes > 1
+    return Devices(count if several or not cuda else (devices or "auto"), nodes, several, cuda)
+
+
+def choose_precision(wanted: str, cuda: bool) -> Any:
+    if wanted != "auto":
+        return PRECISIONS.get(wanted, wanted)
+    if not cuda:
+        return "32-true"
+    return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "16-mixed"
+
+
+def quieten_libraries() -> None:
+    """Lightning's remarks on what we decide on purpose."""
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for message in (
+        ".*smaller than the logging interval.*",
+        ".*LeafSpec.*is deprecated.*",
+        ".*in eval mode at the start of training.*",  # the teacher is
+    ):
+        warnings.filterwarnings("ignore", message=message)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak memory in GB (1e9 bytes): of the GPU where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

@@ -1,0 +1,134 @@
+"""What every task that is trained shares: its loader, its learning rate, what goes into checkpoints."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from itpn.config import OptimizerConfig, RunConfig
+from itpn.data.loader import TrainingLoader
+from itpn.data.normalize import Normalize
+from itpn.errors import UserError
+from itpn.seeding import derive_seed
+
+MakeLoader = Callable[[int, int], TrainingLoader]
+
+
+class TrainingTask(L.LightningModule):
+    """Trains a model by AdamW on batches of uint8 images, with linear warm-up and a cosine.
+
+    A task adds ``training_step``, which returns "loss" and "figures" (detached numbers to be logged), the groups that
+    its parameters are decayed in, and what a checkpoint says of it.
+
+    Args:
+        recipe: name of the recipe, kept in checkpoints.
+        make_loader: builds the loader of a process from its rank and the number of processes; needed to train.
+    """
+
+    def __init__(
+        self, model: nn.Module, config: RunConfig, recipe: str, normalize: Normalize, make_loader: MakeLoader | None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.config: Any = config
+        self.recipe = recipe
+        self.normalize = normalize
+        self.make_loader = make_loader
+        self.loader: TrainingLoader | None = None
+        self._loader_state: dict[str, int] | None = None
+        self.total_steps = 0
+
+    def describe(self) -> dict[str, Any]:
+        """What a checkpoint says about itself, beside its weights."""
+        raise NotImplementedError
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """For AdamW; ``lr_scale`` of a group is its share of the learning rate, 1 where there is none."""
+        raise NotImplementedError
+
+    def train_dataloader(self) -> TrainingLoader:
+        if self.loader is None:
+            assert self.make_loader is not None
+            self.loader = self.make_loader(self.trainer.global_rank, self.trainer.world_size)
+            if self._loader_state is not None:
+                self.loader.load_state_dict(self._loader_state)
+        return self.loader
+
+    def seed_step(self) -> int:
+        """Draw what is random in a step from seed, step and rank alone, so that a resumed run draws the same."""
+        step = self.trainer.fit_loop.epoch_loop.total_batch_idx
+        seed = derive_seed(self.config.seed, "step", step, self.global_rank)
+        torch.manual_seed(seed)
+        return seed
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        settings: OptimizerConfig = self.config.optimizer
+        groups = self.parameter_groups()
+        scales = [group.pop("lr_scale", 1.0) for group in groups]
+        # loss scaling and gradient clipping together need the gradients unscaled outside a fused step
+        fused = not (self.trainer.precision == "16-mixed" and settings.clip_grad)
+        optimizer = torch.optim.AdamW(groups, lr=self.peak_lr(), betas=settings.betas, fused=fused)
+        self.total_steps = int(self.trainer.estimated_stepping_batches)
+        share = warmup_cosine(settings, self.peak_lr(), self.total_steps, self.steps_per_epoch())
+        schedule = LambdaLR(optimizer, [_scaled(share, scale) for scale in scales])
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def global_batch(self) -> int:
+        """Images that one optimiser step sees, over all processes and accumulated passes."""
+        per_pass = min(self.config.data.batch_size * self.trainer.world_size, self.train_dataloader().images)
+        return per_pass * self.trainer.accumulate_grad_batches
+
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.train_dataloader()) / self.trainer.accumulate_grad_batches)
+
+    def peak_lr(self) -> float:
+        settings = self.config.optimizer
+        return settings.base_lr * self.global_batch() / 256 if settings.lr is None else settings.lr
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["itpn"] = {"recipe": self.recipe, **self.describe()}
+        checkpoint["itpn_processes"] = self.trainer.world_size
+        checkpoint["itpn_loader"] = self.train_dataloader().state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: another number of processes would change batch, learning rate and randomness.
+        """
+        before, now = checkpoint["itpn_processes"], self.trainer.world_size
+        if before != now:
+            raise UserError(
+                f"this run was trained by {before} processes, not {now}: start as many, or choose another --name and "
+                "begin from its weights with --model.checkpoint"
+            )
+        # Lightning restores loaders only if nobody has asked for the number of steps before, as our schedule does
+        self._loader_state = checkpoint["itpn_loader"]
+
+
+def _scaled(share: Callable[[int], float], scale: float) -> Callable[[int], float]:
+    return lambda step: scale * share(step)
+
+
+def warmup_cosine(
+    settings: OptimizerConfig, peak_lr: float, total_steps: int, steps_per_epoch: int
+) -> Callable[[int], float]:
+    """Learning rate as a share of the peak, by step: linear warm-up, then half a cosine to ``min_lr``.
+
+    The warm-up takes ``warmup_epochs``, but at most ``max_warmup`` of all steps, so that short runs get somewhere.
+    """
+    warmup = min(round(settings.warmup_epochs * steps_per_epoch), int(total_steps * settings.max_warmup))
+    last = settings.min_lr / peak_lr if peak_lr else 0.0
+
+    def share(step: int) -> float:
+        if step < warmup:
+            return settings.warmup_start + (1 - settings.warmup_start) * step / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return share

@@ -1,0 +1,233 @@
+"""Images with classes from each kind of place, and the mistakes that such sets have."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+
+from itpn.data.augment import EvaluationTransform
+from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.evaluation import make_evaluation_loader
+from itpn.data.labelled import draw_share, find_labelled
+from itpn.data.loader import TrainingLoader
+from itpn.errors import UserError
+
+CLASSES = ("bee", "cow", "dog")
+
+
+def encode(number: int) -> bytes:
+    """A tiny picture, no two alike."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def samples(count: int, first: int = 0) -> list[tuple[str, bytes, int]]:
+    return [(f"{i:04d}", encode(first + i), i % 3) for i in range(count)]
+
+
+def write_folders(root: Path, split: str, count: int, first: int = 0) -> None:
+    for name, data, label in samples(count, first):
+        path = root / split / CLASSES[label] / "deeper" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def write_shard(path: Path, content: list[tuple[str, bytes, int | str]], mode: str = "w") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, mode) as tar:
+        for name, data, label in content:
+            for ending, payload in (("cls", str(label).encode()), ("png", data)):
+                member = tarfile.TarInfo(f"{name}.{ending}")
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+
+
+def write_shards(root: Path, split: str, count: int, first: int = 0) -> None:
+    content = samples(count, first)
+    write_shard(root / f"{split}-0.tar", content[: count // 2])
+    write_shard(root / f"{split}-1.tar.gz", content[count // 2 :], "w:gz")
+    (root / "classes.txt").write_text("bee\ncow\ndog\n")
+
+
+def write_parquet(root: Path, split: str, count: int, first: int = 0) -> None:
+    root.mkdir(exist_ok=True)
+    content = samples(count, first)
+    rows = {"img": [{"bytes": data, "path": None} for _, data, _ in content], "label": [row[2] for row in content]}
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CLASSES))})
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(root / f"{split}-00000-of-00001.parquet")
+
+
+WRITERS = [write_folders, write_shards, write_parquet]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_the_same_set_in_each_form(tmp_path, write, monkeypatch):
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    root = tmp_path / "set"
+    write(root, "train", 20)
+    write(root, "validation" if write is write_parquet else "val", 7, first=100)
+    train, val = find_labelled([str(root)])
+    for images, first, count in ((train, 0, 20), (val, 100, 7)):
+        assert images.classes == CLASSES
+        found = {(data, label) for _, data, label in (images[i] for i in range(len(images)))}
+        assert found == {(data, label) for _, data, label in samples(count, first)}
+    loader = TrainingLoader(
+        train, lambda image, rng: {"image": image}, batch_size=5, num_workers=2 * (write is write_shards), seed=0
+    )
+    seen = {}
+    for batch in loader:
+        assert batch["label"].dtype == torch.int64
+        for image, label in zip(batch["image"], batch["label"].tolist(), strict=True):
+            seen[image.numpy().tobytes()] = label
+    assert seen == {decode_image(data).contiguous().numpy().tobytes(): label for _, data, label in samples(20)}
+
+
+def test_labels_of_a_share_and_held_out_images(tmp_path):
+    write_folders(tmp_path, "", 60)
+    train, val = find_labelled([str(tmp_path)], val_share=0.2, seed=3)
+    assert (len(train), len(val)) == (48, 12)
+    names = [{images[i][0] for i in range(len(images))} for images in (train, val)]
+    assert not names[0] & names[1]
+    assert np.bincount(val.labels).tolist() == [4, 4, 4]
+    again = find_labelled([str(tmp_path)], val_share=0.2, seed=3)[1]
+    assert [again[i][0] for i in range(12)] == [val[i][0] for i in range(12)]
+    other = find_labelled([str(tmp_path)], val_share=0.2, seed=4)[1]
+    assert [other[i][0] for i in range(12)] != [val[i][0] for i in range(12)]
+    few = train.take(draw_share(train, 0.01, 0))
+    assert np.bincount(few.labels).tolist() == [1, 1, 1]
+    assert all(Path(few[i][0]).parents[1].name == CLASSES[few[i][2]] for i in range(3))
+    assert find_labelled([str(tmp_path)])[1] is None
+
+
+def test_classes_are_matched_by_name(tmp_path):
+    write_shard(tmp_path / "a" / "train-0.tar", samples(6))
+    (tmp_path / "a" / "classes.txt").write_text("bee\ncow\ndog\n")
+    write_shard(tmp_path / "b" / "val-0.tar", [("x", encode(1), 0), ("y", encode(2), 2)])
+    (tmp_path / "b" / "classes.txt").write_text("dog\nbee\ncow\n")
+    _, val = find_labelled([str(tmp_path / "a")], [str(tmp_path / "b")])
+    assert val.classes == CLASSES
+    assert val.labels.tolist() == [2, 1]
+    write_shard(tmp_path / "c" / "train-0.tar", [("x", encode(1), "dog"), ("y", encode(2), "bee")])
+    assert find_labelled([str(tmp_path / "c")])[0].classes == ("bee", "dog")
+
+
+def break_empty_class(root: Path) -> str:
+    (root / "train" / "emu").mkdir()
+    return "class emu in .* has no images: add some, or remove it"
+
+
+def break_unknown_val_class(root: Path) -> str:
+    (root / "val" / "emu").mkdir()
+    (root / "val" / "emu" / "a.png").write_bytes(encode(0))
+    return "emu among the classes to evaluate on, but not to train on"
+
+
+def break_loose_image(root: Path) -> str:
+    (root / "train" / "loose.png").write_bytes(encode(0))
+    return r"loose.png is in no class folder"
+
+
+def break_cls_missing(root: Path) -> str:
+    with tarfile.open(root / "train-0.tar", "w") as tar:
+        member = tarfile.TarInfo("a.png")
+        member.size = len(encode(0))
+        tar.addfile(member, io.BytesIO(encode(0)))
+    for folder in ("train", "val"):
+        (root / folder).rename(root / f"no-{folder}")
+    return r"a.png in .*train-0.tar has no a.cls beside it"
+
+
+def break_damaged_shard(root: Path) -> str:
+    (root / "train" / "a.tar").write_bytes(b"no tar at all")
+    return "a.tar is damaged or no tar archive"
+
+
+def break_one_image(root: Path) -> str:
+    for path in [*(root / "train").rglob("*.png")][1:]:
+        path.unlink()
+    for folder in (root / "train").iterdir():
+        if not any(folder.rglob("*.png")):
+            for inner in folder.iterdir():
+                inner.rmdir()
+            folder.rmdir()
+    return "holds 1 image of 1 class: a classifier needs two classes"
+
+
+def break_no_images(root: Path) -> str:
+    for path in (root / "train").rglob("*.png"):
+        path.unlink()
+    return "holds no class folders of images"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        break_empty_class,
+        break_unknown_val_class,
+        break_loose_image,
+        break_cls_missing,
+        break_damaged_shard,
+        break_one_image,
+        break_no_images,
+    ],
+)
+def test_mistakes(tmp_path, damage):
+    write_folders(tmp_path, "train", 9)
+    write_folders(tmp_path, "val", 6)
+    with pytest.raises(UserError, match=damage(tmp_path)):
+        find_labelled([str(tmp_path)])
+
+
+def test_places_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="does not exist: give a folder of class folders"):
+        find_labelled([str(tmp_path / "nothing")])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"holds no class folders, tar shards with \.cls or parquet files"):
+        find_labelled([str(tmp_path / "empty")])
+    for name in CLASSES:
+        (tmp_path / "single" / name).mkdir(parents=True)
+        (tmp_path / "single" / name / "a.png").write_bytes(encode(0))
+    with pytest.raises(UserError, match="holds an image of each class: none can be held out"):
+        find_labelled([str(tmp_path / "single")], val_share=0.5)
+
+
+def test_parquet_without_labels(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match="needs a column of images and one of labels; it has text, label"):
+        find_labelled([str(tmp_path)])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_evaluation_sees_each_image_once(tmp_path, world_size):
+    write_folders(tmp_path, "train", 23)
+    broken = tmp_path / "train" / "bee" / "deeper" / "0006.png"
+    broken.write_bytes(b"no image")
+    images, _ = find_labelled([str(tmp_path)])
+    seen, bad = [], []
+    for rank in range(world_size):
+        loader = make_evaluation_loader(images, EvaluationTransform((6, 6), 1.0), 4, rank=rank, world_size=world_size)
+        for batch in loader:
+            assert batch["image"].shape[1:] == (3, 6, 6)
+            seen += zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
+            bad += batch["broken"]
+    assert [name for name, _ in bad] == [str(broken)]
+    whole = [i for i in range(23) if not isinstance(images[i][1], UnreadableImage) and images[i][0] != str(broken)]
+    assert sorted(seen) == [(i, int(images.labels[i])) for i in whole]
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 1.0])
+def test_the_centre_crop_is_timms(crop_pct):
+    pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3), dtype=np.uint8)
+    theirs = create_transform(24, crop_pct=crop_pct, interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
+    ours = EvaluationTransform((24, 24), crop_pct)(torch.from_numpy(pixels).permute(2, 0, 1))
+    assert torch.equal(ours.float() / 255, theirs(Image.fromarray(pixels)))

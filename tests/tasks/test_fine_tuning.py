@@ -1,0 +1,183 @@
+"""Layer-wise learning rates, decay and schedules of the published fine-tuning, against values worked out by hand."""
+
+import math
+import random
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+
+from itpn.checkpoints.finetuning import build_fresh
+from itpn.config import ClassificationConfig
+from itpn.recipes import read_recipe
+from itpn.tasks.classification import ClassificationTask, decay_per_layer
+from itpn.tasks.training import warmup_cosine
+
+PIXEL_B = "hivit-base-3324-p16_itpn-pixel-pre_8xb128-coslr-100e_in1k"
+PIXEL_L = "hivit-large-2240-p16_itpn-pixel-pre_8xb128-coslr-50e_in1k"
+CLIP_B = "hivit-base-3324-p16_itpn-clip-pre_8xb128-coslr-100e_in1k"
+CLIP_L = "hivit-large-2240-p16_itpn-clip-pre_8xb64-coslr-50e_in1k"
+
+
+def make_task(recipe: str) -> ClassificationTask:
+    """Without memory for its weights, on eight processes with ImageNet-1K."""
+    name, config = read_recipe(recipe)
+    assert isinstance(config, ClassificationConfig)
+    config.model.ema_decay = None
+    config.data.mean, config.data.std = (0.0,), (1.0,)
+    with torch.device("meta"):
+        model = build_fresh(config)
+    task = ClassificationTask(model, config, name, tuple(map(str, range(1000))))
+    loader = SimpleNamespace(images=1_281_167, __len__=lambda: 0)
+    task.train_dataloader = lambda: loader  # type: ignore[assignment]
+    task._trainer = SimpleNamespace(world_size=8, accumulate_grad_batches=config.trainer.accumulate_grad_batches)
+    return task
+
+
+@pytest.mark.parametrize(
+    ("recipe", "peak", "scales"),
+    [
+        # d^(13/31) is 0.80717 a layer; layer k of 31 has its power 31 - k
+        (
+            PIXEL_B,
+            1.6e-3,
+            {
+                "pos_embed": 0.00130607,
+                "patch_embed.proj.weight": 0.00130607,
+                "stages.0.0.mlp.fc1.weight": 0.00161808,
+                "stages.0.2.mlp.fc1.weight": 0.00248351,
+                "merges.0.reduction.weight": 0.00248351,
+                "stages.2.23.attn.qkv.weight": 0.80717305,
+                "fc_norm.weight": 0.80717305,
+                "head.weight": 1.0,
+            },
+        ),
+        # d^(13/45) is 0.84138
+        (
+            PIXEL_L,
+            4e-3,
+            {
+                "patch_embed.proj.weight": 0.00042142,
+                "stages.0.0.mlp.fc1.weight": 0.00050087,
+                "merges.1.reduction.weight": 0.00042142 / 0.84138287**4,
+                "stages.2.0.attn.proj.weight": 0.00042142 / 0.84138287**5,
+                "stages.2.39.attn.qkv.weight": 0.84138287,
+                "head.bias": 1.0,
+            },
+        ),
+        (CLIP_B, 5e-4, {"patch_embed.proj.weight": 0.00130607, "stages.2.23.mlp.fc2.weight": 0.80717305}),
+        (CLIP_L, 2e-4, {"patch_embed.proj.weight": 0.00042142, "stages.2.39.mlp.fc2.weight": 0.84138287}),
+    ],
+)
+def test_learning_rates_by_layer(recipe, peak, scales):
+    task = make_task(recipe)
+    assert task.peak_lr() == pytest.approx(peak)
+    groups = task.parameter_groups()
+    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+    found = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
+    assert set(found) == set(names.values())
+    for name, scale in scales.items():
+        assert found[name] == pytest.approx(scale, rel=2e-5), name
+
+
+@pytest.mark.parametrize("recipe", [PIXEL_B, PIXEL_L, CLIP_B, CLIP_L])
+def test_what_is_not_decayed(recipe):
+    """Norms, biases and position tables (REFERENCE, section 3)."""
+    task = make_task(recipe)
+    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+    for group in task.parameter_groups():
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            spared = "norm" in name or name.endswith(("bias", "pos_embed"))
+            assert group["weight_decay"] == (0.0 if spared else 0.05), name
+
+
+@pytest.mark.parametrize(
+    ("recipe", "epochs", "warmup", "drop_path", "batch"),
+    [
+        (PIXEL_B, 100, 5, 0.15, 1024),
+        (PIXEL_L, 50, 5, 0.2, 1024),
+        (CLIP_B, 100, 20, 0.1, 1024),
+        (CLIP_L, 50, 5, 0.25, 512),
+    ],
+)
+def test_published_settings(recipe, epochs, warmup, drop_path, batch):
+    """REFERENCE, section 3, and the schedule that follows: steps of 1024 or 512 of 1,281,167 images."""
+    config = read_recipe(recipe)[1]
+    data, optimizer = config.data, config.optimizer
+    assert (config.trainer.max_epochs, optimizer.warmup_epochs, config.model.drop_path_rate) == (
+        epochs,
+        warmup,
+        drop_path,
+    )
+    assert 8 * data.batch_size == batch
+    assert (data.mixup, data.cutmix, data.label_smoothing, data.erase) == (0.8, 1.0, 0.1, 0.25)
+    assert (data.auto_augment, optimizer.weight_decay) == ("rand-m9-mstd0.5-inc1", 0.05)
+    steps = 1_281_167 // batch
+    assert steps == {1024: 1251, 512: 2502}[batch]
+    share = warmup_cosine(optimizer, 1e-3, epochs * steps, steps)
+    first = warmup * steps  # not cut short, 20 of 100 epochs neither
+    assert share(0) == pytest.approx(1e-4)
+    assert share(first // 2) == pytest.approx(1e-4 + 0.9999 * (first // 2) / first)
+    assert share(first) == 1.0
+    half = first + (epochs * steps - first) // 2
+    assert share(half) == pytest.approx(0.5 * (1 + 1e-3), abs=1e-4)  # halfway down to 1e-6 of 1e-3
+    assert share(epochs * steps) == pytest.approx(1e-3)
+
+
+def test_layer_decay_as_it_is():
+    model = build_fresh(read_recipe("hivit-tiny-p16_8xb128-coslr-300e_in1k")[1])
+    assert decay_per_layer(model, 0.75, None) == 0.75
+    assert decay_per_layer(model, 0.75, 13) == pytest.approx(0.75 ** (13 / 15))
+
+
+def test_fast_itpn_keeps_its_global_batch():
+    for px, passes in ((224, 1), (384, 2), (512, 4)):
+        suffix = f"x{passes}" if passes > 1 else ""
+        config = read_recipe(f"fast-itpn-base-3324-p16_8xb{128 // passes}{suffix}-coslr-100e_in1k-{px}px")[1]
+        assert config.data.img_size == px
+        assert 8 * config.data.batch_size * config.trainer.accumulate_grad_batches == 1024
+
+
+def make_small_task(**data) -> ClassificationTask:
+    config = read_recipe("classifier_small")[1]
+    config.model.name, config.model.scratch, config.model.patch_size = "itpn_nano", True, 8
+    config.data.img_size, config.data.mean, config.data.std = 32, (0.5,), (0.25,)
+    for name, value in data.items():
+        setattr(config.data, name, value)
+    task = ClassificationTask(build_fresh(config, 3), config, "test", ("a", "b", "c")).eval()
+    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=7))
+    task._trainer = SimpleNamespace(fit_loop=fit_loop, global_rank=0, strategy=SimpleNamespace(root_device="cpu"))
+    return task
+
+
+def draw_batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return {"image": images, "label": torch.tensor([0, 1, 2, 1])}
+
+
+def test_loss_is_that_of_smoothed_labels():
+    task, batch = make_small_task(erase=0.0, label_smoothing=0.2), draw_batch()
+    logits = task.model(((batch["image"] / 255) - 0.5) / 0.25)
+    targets = F.one_hot(batch["label"], 3) * 0.8 + 0.2 / 3
+    expected = -(targets * logits.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(task.training_step(batch, 0)["loss"], expected)
+
+
+def test_loss_is_that_of_mixed_images():
+    """timm's mixup after the step's own seed, whatever was drawn before."""
+    task, batch = make_small_task(erase=0.0, mixup=0.8, cutmix=1.0), draw_batch()
+    random.random(), np.random.rand(3), torch.rand(2)
+    loss = task.training_step(batch, 0)["loss"]
+    seed = task.seed_step()
+    np.random.seed(seed % 2**32)
+    images, targets = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=3)(
+        ((batch["image"] / 255) - 0.5) / 0.25, batch["label"]
+    )
+    expected = -(targets * task.model(images).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+    assert not math.isclose(float(loss), float(F.cross_entropy(task.model(images), batch["label"])))
