@@ -235,14 +235,16 @@ def test_info_of_the_published_recipes(capsys, size, parameters, flops):
     assert float(printed) == pytest.approx(flops, rel=0.005)
 
 
-def test_every_option_is_explained(capsys):
-    from itpn.config import Config, option_names
+@pytest.mark.parametrize("recipe", ["itpn-pixel_nano", "classifier_small"])
+def test_every_option_is_explained(capsys, recipe):
+    from itpn.config import option_names
+    from itpn.recipes import read_recipe
 
     with pytest.raises(SystemExit) as stop:
-        main(["train", "itpn-pixel_nano", "--help"])
+        main(["train", recipe, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for name in option_names(Config):
+    for name in option_names(type(read_recipe(recipe)[1])):
         assert name in out
     words = out.split("--data.hflip")[1].split("--")[0]
     assert "Probability of a horizontal flip" in " ".join(words.replace("│", "").split())

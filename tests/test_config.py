@@ -3,6 +3,7 @@
 import pytest
 
 from itpn.config import (
+    ClassificationConfig,
     Config,
     DataConfig,
     ModelConfig,
@@ -21,6 +22,11 @@ from itpn.recipes import list_recipes, read_recipe
 def test_every_recipe_is_possible_and_survives_yaml(name, tmp_path):
     recipe, config = read_recipe(name)
     assert recipe == name
+    if isinstance(config, ClassificationConfig) and not config.model.scratch:
+        with pytest.raises(UserError, match=r"give the weights to start from as --model\.checkpoint FILE"):
+            config.check()
+        (tmp_path / "weights.pth").touch()
+        config.model.checkpoint = str(tmp_path / "weights.pth")
     config.check()
     config.data.img_size, config.optimizer.lr, config.data.root = (64, 96), 1e-5, ("a", "b")
     write_yaml(tmp_path / "config.yaml", name, config)

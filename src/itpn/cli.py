@@ -179,8 +179,13 @@ def run_evaluate(recipe: str, options: list[str]) -> int:
         make_parser().parse_args(["evaluate", "--help"])
     own, rest = parser.parse_known_args(options)
     config = parse_options(config, rest, f"itpn evaluate {recipe}", ("--checkpoint", "--out", "--knn"))
-    if any(option.startswith("--model.checkpoint") for option in rest):
-        raise UserError("give the checkpoint as --checkpoint, not as --model.checkpoint")
+    for option in rest:
+        if option.startswith("--model.checkpoint"):
+            raise UserError("give the checkpoint as --checkpoint, not as --model.checkpoint")
+        if option.startswith("--model.") and not option.startswith("--model.num-heads"):
+            raise UserError(f"{option} has no meaning here: the network is the checkpoint's")
+        if option.startswith("--data.img-size"):
+            raise UserError("images are evaluated at the checkpoint's size: give --data.test-size for another")
     config.model.checkpoint, config.model.scratch = own.checkpoint, False
     config.check()
     from itpn.engine.evaluate import evaluate

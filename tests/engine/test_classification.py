@@ -202,7 +202,14 @@ def test_evaluate_writes_what_the_run_found(settings, tmp_path, capsys):
     folder = train(settings(ema_decay=None), "test")
     found = json.loads((folder / "summary.json").read_text())["metrics"]
     command = ["evaluate", str(folder / "config.yaml"), "--checkpoint", str(folder / "model.safetensors")]
-    assert main([*command, "--out", str(tmp_path / "e"), "--model.checkpoint", "x"]) == 2
+    for option, words in {
+        "--model.checkpoint": "give the checkpoint as --checkpoint",
+        "--model.name": "--model.name has no meaning here",
+        "--data.img-size": "give --data.test-size for another",
+    }.items():
+        capsys.readouterr()
+        assert main([*command, "--out", str(tmp_path / "e"), option, "64"]) == 2
+        assert words in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "e")]) == 0
     figures = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert (figures["images"], figures["top1"], figures["loss"]) == (12, found["val_top1"], found["val_loss"])

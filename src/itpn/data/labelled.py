@@ -216,7 +216,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str]) -> LabelledImage
         classes = sorted(set(texts)) if classes is None else classes
         if unknown := sorted(set(texts) - set(classes)):
             raise UserError(f"class {unknown[0]!r} in the shards ({shards[0]} ...) is not in {CLASSES}")
-        numbers = [classes.index(text) for text in texts]
+        places_of = {name: number for number, name in enumerate(classes)}
+        numbers = [places_of[text] for text in texts]
     reader = TarReader(shards, np.array(places, dtype=np.int64), names)
     return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes))
 
@@ -256,7 +257,8 @@ def _read_tables(files: Sequence[str]) -> LabelledImages:
         classes, numbers = [str(number) for number in range(max(values) + 1)], list(values)
     else:
         classes = sorted(set(values))
-        numbers = [classes.index(value) for value in values]
+        places_of = {name: number for number, name in enumerate(classes)}
+        numbers = [places_of[value] for value in values]
     reader = TableReader(table.select_columns([images[0]]), images[0])
     return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes))
 

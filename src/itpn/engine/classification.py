@@ -128,22 +128,23 @@ def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = 
         device = torch.device("cuda" if cuda else "cpu")
         task.to(device).eval()
         skipped: list[tuple[str, str]] = []
-        features, labels = collect_features(model, task.normalize, make_batches(train, config), device, skipped=skipped)
-        model.cpu()
+        features, labels = (
+            x.to(device)
+            for x in collect_features(model, task.normalize, make_batches(train, config), device, skipped=skipped)
+        )
         model.fc_norm = torch.nn.Identity()
         weight_decay = choose_weight_decay(features, labels, len(train.classes))
         model.head = fit_linear(features, labels, len(train.classes), weight_decay)
         figures = {"train_top1": float((model.head(features).argmax(dim=1) == labels).double().mean())}
         if val is not None:
-            asked, answers = collect_features(
-                model.to(device), task.normalize, make_batches(val, config), device, skipped=skipped
-            )
+            asked, answers = collect_features(model, task.normalize, make_batches(val, config), device, skipped=skipped)
             with torch.no_grad():
-                probabilities = model.cpu().head(asked).softmax(dim=1)
+                probabilities = model.head(asked.to(device)).softmax(dim=1).cpu()
             scores = score(judge(torch.arange(len(asked)), answers, probabilities), len(train.classes))
             figures |= {"val_top1": scores.top1, "val_top5": scores.top5, "val_loss": scores.loss}
         for name, reason in skipped:
             print_aside(f"skipped {name}: {reason}")
+        model.cpu()
         write_classifier(folder.weights, model, {"recipe": recipe, **task.describe()})
         seconds = time.perf_counter() - began
         rows = {"images": f"{len(features):,} to learn from, {0 if val is None else len(val):,} to be asked about"}

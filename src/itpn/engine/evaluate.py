@@ -88,8 +88,9 @@ def evaluate(config: ClassificationConfig, recipe: str, checkpoint: str, out: Pa
                 )
         if knn:
             (train, train_labels), (test, labels) = sets
+            train, train_labels, test = (x.to(fabric.device) for x in (train, train_labels, test))
             votes = ask_neighbours(train, train_labels, test, len(asked.classes), config.evaluation.neighbours)
-            answers = judge(torch.arange(len(test)), labels, votes)
+            answers = judge(torch.arange(len(test)), labels, votes.cpu())
         else:
             answers = gather(own, fabric.world_size)
         unread = gather_skipped(skipped, fabric.world_size)

@@ -81,16 +81,16 @@ def ask_neighbours(
     """Weighted nearest neighbours by cosine (Wu et al. 2018, section 3.4), exactly.
 
     Args:
-        train, test: features [n, C].
-        train_labels: int64 [n].
+        train, test: features [n, C], on whichever device is to do it.
+        train_labels: int64 [n], there as well.
 
     Returns:
-        Shares of the votes, [n of test, classes].
+        Shares of the votes, [n of test, classes], there as well.
     """
     mean = train.mean(dim=0)  # without it all cosines are near 1: features of a network share a large mean
     keys, queries = (F.normalize(x - mean, dim=1) for x in (train, test))
     shares = []
-    for x in queries.split(1024):
+    for x in queries.split(256):  # against a million keys, a gigabyte
         similarity, nearest = (x @ keys.T).topk(min(k, len(keys)), dim=1)  # [b, k]
         weights = (similarity / temperature).exp()
         votes = weights.new_zeros(len(x), classes).scatter_add_(1, train_labels[nearest], weights)
@@ -132,7 +132,7 @@ def fit_linear(train: Tensor, train_labels: Tensor, classes: int, weight_decay: 
     deviation, mean = torch.std_mean(train, dim=0)
     scale = 1 / (deviation + 1e-6)
     x = (train - mean) * scale
-    classifier = nn.Linear(train.shape[1], classes)
+    classifier = nn.Linear(train.shape[1], classes, device=train.device)
     nn.init.zeros_(classifier.weight)
     nn.init.zeros_(classifier.bias)
     optimizer = torch.optim.LBFGS(classifier.parameters(), max_iter=200, line_search_fn="strong_wolfe")
