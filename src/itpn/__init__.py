@@ -63,7 +63,7 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
         itpn.errors.UserError: no such recipe, setting or file, or weights of another model.
     """
     from itpn.checkpoints.files import read_checkpoint
-    from itpn.checkpoints.loading import build_from, load, load_weights
+    from itpn.checkpoints.loading import build_from, load_weights
     from itpn.config import Config, override_model
     from itpn.errors import UserError
     from itpn.recipes import read_recipe
@@ -75,17 +75,19 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
         )
     config = read_recipe(recipe)[1]
     if not isinstance(config, Config):
-        from itpn.checkpoints.finetuning import build_fresh
+        from itpn.checkpoints.finetuning import build_classifier
 
         classes = overrides.pop("num_classes", 1000)
-        if pretrained:
-            return load(pretrained, task="classification", num_classes=classes, strict=False, **overrides)
-        return build_fresh(override_model(config, overrides), classes)
-    model = build_from(override_model(config, overrides))
-    if pretrained:
-        for note in load_weights(model, read_checkpoint(pretrained)):
+        found = read_checkpoint(pretrained) if pretrained else None
+        model, notes = build_classifier(override_model(config, overrides), classes, found)
+        for note in notes:
             warnings.warn(note, stacklevel=2)
-    return model
+        return model
+    masked = build_from(override_model(config, overrides))
+    if pretrained:
+        for note in load_weights(masked, read_checkpoint(pretrained)):
+            warnings.warn(note, stacklevel=2)
+    return masked
 
 
 def __getattr__(name: str) -> Any:

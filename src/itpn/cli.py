@@ -190,7 +190,8 @@ def run_evaluate(recipe: str, options: list[str]) -> int:
     config.check()
     from itpn.engine.evaluate import evaluate
 
-    evaluate(config, name, own.checkpoint, Path(own.out), own.knn)
+    given = {option.partition("=")[0].removeprefix("--data.").replace("-", "_") for option in rest}
+    evaluate(config, name, own.checkpoint, Path(own.out), own.knn, given)
     return 0
 
 
@@ -202,6 +203,8 @@ def run_cache_features(recipe: str, options: list[str]) -> int:
         make_parser().parse_args(["cache-features", "--help"])
     own, rest = parser.parse_known_args(options)
     config = parse_options(config, rest, f"itpn cache-features {recipe}", ("--out", "--views", "--half"))
+    if config.task != "pretraining":
+        raise UserError(f"{recipe} is a recipe of {config.task}, which has no teacher")
     source = check_early(config)
     if source.cache:
         raise UserError(f"{source.cache} holds cached features already: give the images as --data.root")

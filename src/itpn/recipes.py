@@ -137,7 +137,7 @@ def fine_tuning(
     max_epochs: int,
     *,
     base_lr: float,
-    layer_decay: float,
+    layer_decay: float | None,
     drop_path_rate: float,
     batch: int = 1024,
     warmup_epochs: int = 5,
@@ -168,10 +168,13 @@ def fine_tuning(
 
 
 def pixel_fine_tuning(model: str) -> ClassificationConfig:
-    """From pixel supervision."""
+    """From pixel supervision; relative positions are added, as the released fine-tuned weights have them."""
     if "large" in model:
-        return fine_tuning(model, 50, base_lr=1e-3, layer_decay=0.55, drop_path_rate=0.2)
-    return fine_tuning(model, 100, base_lr=4e-4, layer_decay=0.60, drop_path_rate=0.15)
+        config = fine_tuning(model, 50, base_lr=1e-3, layer_decay=0.55, drop_path_rate=0.2)
+    else:
+        config = fine_tuning(model, 100, base_lr=4e-4, layer_decay=0.60, drop_path_rate=0.15)
+    config.model.rel_pos_bias = True
+    return config
 
 
 def clip_fine_tuning(model: str) -> ClassificationConfig:
@@ -198,9 +201,9 @@ def fast_fine_tuning(model: str, img_size: int) -> ClassificationConfig:
 
 def from_scratch(model: str, drop_path_rate: float) -> ClassificationConfig:
     """Supervised training of HiViT as in mmpretrain: 300 epochs, 1024 images a step (Zhang et al. 2023)."""
-    config = fine_tuning(model, 300, base_lr=2.5e-4, layer_decay=1.0, drop_path_rate=drop_path_rate, warmup_epochs=20)
+    config = fine_tuning(model, 300, base_lr=2.5e-4, layer_decay=None, drop_path_rate=drop_path_rate, warmup_epochs=20)
     config.model.scratch = True
-    config.optimizer.layer_decay, config.optimizer.clip_grad, config.optimizer.min_lr = None, 5.0, 1e-5
+    config.optimizer.clip_grad, config.optimizer.min_lr = 5.0, 1e-5
     return config
 
 

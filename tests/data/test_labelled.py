@@ -120,6 +120,51 @@ def test_classes_are_matched_by_name(tmp_path):
     assert find_labelled([str(tmp_path / "c")])[0].classes == ("bee", "dog")
 
 
+def test_which_images_are_to_evaluate_on(tmp_path):
+    """A test set is kept for the end; a split is a word anywhere in a shard's name."""
+    for split, count, first in (("train", 9, 0), ("valid", 6, 100), ("test", 3, 200)):
+        write_folders(tmp_path / "a", split, count, first)
+    train, val = find_labelled([str(tmp_path / "a")])
+    assert (len(train), len(val)) == (9, 6)
+    (tmp_path / "a" / "valid").rename(tmp_path / "a" / "Val")
+    assert len(find_labelled([str(tmp_path / "a")])[1]) == 6
+    write_shard(tmp_path / "b" / "imagenet1k-train-0.tar", samples(9))
+    write_shard(tmp_path / "b" / "imagenet1k-validation-0.tar", samples(6, 100))
+    (tmp_path / "b" / "classes.txt").write_text("bee\ncow\ndog\n")
+    train, val = find_labelled([str(tmp_path / "b")])
+    assert (len(train), len(val)) == (9, 6)
+    train, val = find_labelled([str(tmp_path / "b")], [str(tmp_path / "a")])
+    assert (len(train), len(val)) == (9, 6)
+    (tmp_path / "c" / "bee").mkdir(parents=True)
+    with pytest.raises(UserError, match="c has nothing called train, unlike another"):
+        find_labelled([str(tmp_path / "a"), str(tmp_path / "c")])
+    (tmp_path / "b" / "imagenet1k-train-0.tar").rename(tmp_path / "b" / "rest.tar")
+    with pytest.raises(UserError, match=r"validation-0.tar is to evaluate on, but there is nothing called train"):
+        find_labelled([str(tmp_path / "b")])
+
+
+@pytest.mark.parametrize("place", [0.3, 0.7])
+def test_a_shard_that_breaks_off(tmp_path, place):
+    path = tmp_path / "train-0.tar"
+    write_shard(path, samples(30))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(place * len(data)) // 512 * 512])
+    with pytest.raises(UserError, match=r"train-0.tar is damaged or no tar archive"):
+        find_labelled([str(tmp_path)])
+    path.write_bytes(data[: 512 * 20] + b"x" * 512 + data[512 * 21 :])
+    with pytest.raises(UserError, match=r"train-0.tar is damaged or no tar archive"):
+        find_labelled([str(tmp_path)])
+
+
+def test_held_out_images_stay_held_out(tmp_path):
+    """Elsewhere, and among more images, the same are drawn, as far as there is room for them."""
+    write_folders(tmp_path / "a", "", 60)
+    write_folders(tmp_path / "b", "", 66)
+    first, second = (find_labelled([str(tmp_path / name)], val_share=0.2)[1] for name in "ab")
+    names = [{images.name(i) for i in range(len(images))} for images in (first, second)]
+    assert len(names[0] & names[1]) >= 10
+
+
 def break_empty_class(root: Path) -> str:
     (root / "train" / "emu").mkdir()
     return "class emu in .* has no images: add some, or remove it"
@@ -204,6 +249,28 @@ def test_parquet_without_labels(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     datasets.Dataset.from_dict({"text": ["a"], "label": [0]}).to_parquet(tmp_path / "train.parquet")
     with pytest.raises(UserError, match="needs a column of images and one of labels; it has text, label"):
+        find_labelled([str(tmp_path)])
+
+
+@pytest.mark.parametrize(
+    ("columns", "words"),
+    [
+        ({"image": [1, 2], "label": [0, 1]}, "column image of .* holds no images"),
+        ({"image": [{"bytes": encode(0), "path": None}] * 2, "label": [0, None]}, "column label of .* lacks labels"),
+        ({"image": [{"bytes": encode(0), "path": None}] * 2, "label": [-1, -1]}, "column label of .* lacks labels"),
+    ],
+)
+def test_parquet_that_is_no_set(tmp_path, monkeypatch, columns, words):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(UserError, match=words):
+        find_labelled([str(tmp_path)])
+
+
+def test_a_name_for_two_classes(tmp_path):
+    write_shards(tmp_path, "train", 6)
+    (tmp_path / "classes.txt").write_text("crane\ncow\ncrane\n")
+    with pytest.raises(UserError, match=r"classes.txt names 'crane' twice"):
         find_labelled([str(tmp_path)])
 
 

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from public import save_public
 from safetensors.torch import load_file
+from timm.layers import DropPath
 
 import itpn
 from itpn.cli import main
@@ -27,9 +28,9 @@ from itpn.config import (
     write_yaml,
 )
 from itpn.engine.callbacks import Checkpointing
-from itpn.engine.evaluation import judge, score
 from itpn.engine.run import train
-from itpn.errors import RunStopped
+from itpn.engine.scores import judge, score
+from itpn.errors import RunStopped, UserError
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
@@ -86,7 +87,7 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
 
 def test_a_run_from_a_checkpoint_to_its_files(settings, tmp_path, coloured, capsys):
     pretrained = save_public(tmp_path, "mm_pixel")
-    config = settings(name=None, scratch=False, checkpoint=str(pretrained), patch_size=None)
+    config = settings(name=None, scratch=False, checkpoint=str(pretrained), patch_size=None, ema_decay=None)
     config.data.auto_augment, config.data.mixup, config.data.cutmix, config.data.erase = None, 0.0, 0.0, 0.0
     config.data.img_size = 64
     config.trainer.max_epochs = 8
@@ -114,8 +115,7 @@ def test_a_run_from_a_checkpoint_to_its_files(settings, tmp_path, coloured, caps
     # and so does a checkpoint of the run
     last = itpn.load(folder / "checkpoints" / "last.ckpt")
     own = load_file(folder / "model.safetensors")
-    if summary["saved"] == "weights":
-        assert all(torch.equal(tensor, own[f"backbone.{name}"]) for name, tensor in last.state_dict().items())
+    assert all(torch.equal(tensor, own[f"backbone.{name}"]) for name, tensor in last.state_dict().items())
 
 
 class StopAt(Checkpointing):
@@ -148,17 +148,24 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, monkeypatch, step, wor
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_better_of_weights_and_average_is_written(settings):
-    """An average that keeps nothing is the weights; one that keeps nearly all is still what it began with."""
-    config = settings(ema_decay=0.0)
-    folder = train(config, "test")
+@pytest.mark.parametrize("better", ["weights", "moving average"])
+def test_the_better_of_weights_and_average_is_written(settings, monkeypatch, better):
+    def look(self, trainer):
+        self.score = 1.0
+        return {"val_top1": 0.5, "val_top5": 1.0, "val_loss": 0.0, "ema_val_top5": 1.0, "ema_val_loss": 0.0} | {
+            "ema_val_top1": 0.6 if better == "moving average" else 0.4
+        }
+
+    monkeypatch.setattr("itpn.engine.classification.Validation.look", look)
+    folder = train(settings(), "test")
+    assert json.loads((folder / "summary.json").read_text())["saved"] == better
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
-    for name, tensor in state.items():
-        if name.startswith("model."):
-            torch.testing.assert_close(state[f"ema.module.{name.removeprefix('model.')}"], tensor)
-    assert json.loads((folder / "summary.json").read_text())["saved"] == "weights"
-    rows = read_rows(folder)
-    assert rows[-1]["ema_val_loss"] == rows[-1]["val_loss"]
+    prefix, other = ("model.", "ema.module.") if better == "weights" else ("ema.module.", "model.")
+    written = load_file(folder / "model.safetensors")
+    for name, tensor in written.items():
+        name = name.removeprefix("backbone.")
+        assert torch.equal(tensor, state[prefix + name])
+    assert not torch.equal(state[prefix + "head.weight"], state[other + "head.weight"])
 
 
 def test_a_classifier_of_the_same_classes_is_kept(settings, tmp_path, coloured, capsys):
@@ -179,6 +186,102 @@ def test_a_classifier_of_the_same_classes_is_kept(settings, tmp_path, coloured, 
     kept.data.root, kept.name = (str(tmp_path / "renamed"),), "renamed"
     train(kept, "test")
     assert "has no classifier: it starts fresh" in " ".join(capsys.readouterr().out.split())
+
+
+def test_other_classes_than_the_run_began_with(settings, tmp_path, coloured):
+    """The same command over folders that were renamed, or of which there are more."""
+    config = settings()
+    root = tmp_path / "set"
+    for split in ("train", "val"):
+        (root / split).mkdir(parents=True)
+        for name in COLOURS:
+            (root / split / name).symlink_to(coloured / split / name)
+    config.data.root = (str(root),)
+    train(config, "test")
+    config.trainer.max_epochs = 4
+    for split in ("train", "val"):
+        (root / split / "blue").rename(root / split / "zblue")
+    with pytest.raises(UserError, match="the run has 3 classes and the images have 3, and they differ in blue, zblue"):
+        train(config, "test")
+    for split in ("train", "val"):
+        (root / split / "blue").symlink_to(coloured / split / "blue")
+    with pytest.raises(UserError, match="the run has 3 classes and the images have 4, and they differ in zblue"):
+        train(config, "test")
+
+
+def test_a_probe_may_come_later(settings, coloured, tmp_path):
+    """Columns that a resumed run adds are empty in the rows before."""
+    common = ["train", "itpn-pixel_nano", "--data.root", str(coloured), "--output-dir", str(tmp_path)]
+    common += [
+        "--data.img-size",
+        "32",
+        "--data.batch-size",
+        "8",
+        "--data.num-workers",
+        "0",
+        "--model.decoder-depth",
+        "1",
+    ]
+    common += ["--trainer.log-every-n-steps", "1", "--trainer.max-epochs"]
+    assert main([*common, "1"]) == 0
+    assert main([*common, "2", "--probe.root", str(coloured), "--probe.every-n-epochs", "1"]) == 0
+    assert main([*common, "3"]) == 0
+    rows = read_rows(tmp_path / "itpn-pixel_nano" / "default")
+    assert [row["step"] for row in rows] == [str(step) for step in range(1, 10)]
+    assert [row["probe_knn"] == "" for row in rows] == [True] * 5 + [False] + [True] * 3
+    assert all(float(row["loss"]) > 0 for row in rows)
+
+
+def test_mixed_pairs_of_few_images(settings, coloured):
+    """24 images on one process are pairs already; of an odd number one is left out; too few are refused."""
+    from itpn.engine.classification import find_sets, make_loader, make_transform
+
+    config = settings()
+    config.data.batch_size = 100
+    images, _ = find_sets(config)
+    for count, world, size in ((24, 1, 24), (23, 1, 22), (10, 2, 4), (10, 3, 2)):
+        few = images.take(np.arange(count))
+        config.data.img_size = (32, 32)
+        loader = make_loader(config, few, make_transform(config), 0, world)
+        assert len(next(iter(loader))["label"]) == size
+    with pytest.raises(UserError, match="3 images are too few to be mixed in pairs by 2 processes"):
+        make_loader(config, images.take(np.arange(3)), make_transform(config), 0, 2)
+
+
+PAIRS = [
+    ("itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k", "hivit-base-p16_itpn-pixel-pre_8xb128-coslr-100e_in1k"),
+    ("itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-300e_in1k", "hivit-base-p16_itpn-clip-pre_8xb128-coslr-100e_in1k"),
+    (
+        "itpn-clip-b_hivit-base-3324-p16_8xb256-amp-coslr-800e_in1k",
+        "hivit-base-3324-p16_itpn-clip-pre_8xb128-coslr-100e_in1k",
+    ),
+    (
+        "fast-itpn-clip-l_tiny-1112-p16_8xb256-amp-coslr-1600e_in1k",
+        "fast-itpn-tiny-1112-p16_8xb64x2-coslr-100e_in1k-384px",
+    ),
+]
+
+
+@pytest.mark.parametrize(("pretraining", "finetuning"), PAIRS)
+def test_recipes_take_the_checkpoints_that_they_are_named_after(pretraining, finetuning, tmp_path):
+    """Whole sizes; only the classifier starts fresh, and all of the backbone arrives."""
+    from itpn.pretraining.build import build_masked_model
+    from itpn.recipes import read_recipe
+
+    config = read_recipe(pretraining)[1]
+    config.teacher.width = 8
+    path = tmp_path / "pretrained.pth"
+    source = build_masked_model(config.model, (224, 224), config.teacher)
+    torch.save(source.backbone.state_dict(), path)
+    with pytest.warns(UserWarning, match="has no classifier: it starts fresh") as said:
+        model = itpn.get_model(finetuning, pretrained=path, num_classes=7)
+    assert all("no classifier" in str(w.message) or "another image size" in str(w.message) for w in said)
+    own = source.backbone.state_dict()
+    for name, tensor in model.state_dict().items():
+        if name in own and own[name].shape == tensor.shape:
+            assert torch.equal(tensor, own[name]), name
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    assert max(rates) == pytest.approx(read_recipe(finetuning)[1].model.drop_path_rate)
 
 
 def test_linear_probe(settings, tmp_path):
@@ -230,7 +333,7 @@ def test_evaluate_writes_what_the_run_found(settings, tmp_path, capsys):
 
 def test_scores_by_hand():
     probabilities = torch.tensor([[0.7, 0.2, 0.1], [0.3, 0.6, 0.1], [0.2, 0.5, 0.3], [0.9, 0.1, 0.0]])
-    scores = score(judge(torch.arange(4), torch.tensor([0, 1, 2, 1]), probabilities), 4)
+    scores = score(judge(torch.arange(4), torch.tensor([0, 1, 2, 1]), probabilities.log()), 4)
     assert scores.top1 == 0.5
     assert scores.top5 == 1.0
     assert scores.per_class[:3].tolist() == [1.0, 0.5, 0.0]
@@ -363,9 +466,9 @@ def test_epochs_scale_with_the_images(settings):
     from itpn.engine.classification import scale_epochs
 
     config = settings()
-    for images, epochs in ((24, 200), (6 * 100, 20), (6 * 10_000, 10)):
+    for images, processes, epochs in ((24, 1, 200), (6 * 100, 1, 20), (6 * 100, 8, 167), (6 * 10_000, 1, 10)):
         config.trainer.max_epochs = 0
-        scale_epochs(config, images)
+        scale_epochs(config, images, processes)
         assert config.trainer.max_epochs == epochs
 
 

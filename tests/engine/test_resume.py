@@ -202,3 +202,13 @@ def test_a_finished_run_is_left_alone_and_can_be_prolonged(settings, capsys):
     config.trainer.max_epochs = 4
     train(config, "test")
     assert torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["global_step"] == 24
+
+
+def test_a_run_is_prolonged_more_than_once(settings):
+    config = settings()
+    for epochs in (1, 2, 3, 5):
+        config.trainer.max_epochs = epochs
+        folder = train(config, "test")
+    assert [step for step, *_ in losses(folder)] == [str(step) for step in range(1, 31)]
+    with (folder / "metrics.csv").open() as file:
+        assert [int(row["epoch"]) for row in csv.DictReader(file)] == [step // 6 for step in range(30)]

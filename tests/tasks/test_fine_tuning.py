@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 
-from itpn.checkpoints.finetuning import build_fresh
+from itpn.checkpoints.finetuning import build_classifier
 from itpn.config import ClassificationConfig
 from itpn.recipes import read_recipe
 from itpn.tasks.classification import ClassificationTask, decay_per_layer
@@ -22,14 +22,14 @@ CLIP_B = "hivit-base-3324-p16_itpn-clip-pre_8xb128-coslr-100e_in1k"
 CLIP_L = "hivit-large-2240-p16_itpn-clip-pre_8xb64-coslr-50e_in1k"
 
 
-def make_task(recipe: str) -> ClassificationTask:
+def make_task(recipe: str, init_values: float | None = None) -> ClassificationTask:
     """Without memory for its weights, on eight processes with ImageNet-1K."""
     name, config = read_recipe(recipe)
     assert isinstance(config, ClassificationConfig)
-    config.model.ema_decay = None
+    config.model.ema_decay, config.model.init_values = None, init_values
     config.data.mean, config.data.std = (0.0,), (1.0,)
     with torch.device("meta"):
-        model = build_fresh(config)
+        model = build_classifier(config)[0]
     task = ClassificationTask(model, config, name, tuple(map(str, range(1000))))
     loader = SimpleNamespace(images=1_281_167, __len__=lambda: 0)
     task.train_dataloader = lambda: loader  # type: ignore[assignment]
@@ -85,13 +85,13 @@ def test_learning_rates_by_layer(recipe, peak, scales):
 
 @pytest.mark.parametrize("recipe", [PIXEL_B, PIXEL_L, CLIP_B, CLIP_L])
 def test_what_is_not_decayed(recipe):
-    """Norms, biases and position tables (REFERENCE, section 3)."""
-    task = make_task(recipe)
+    """Norms, biases, position tables and layer scale (REFERENCE, section 3)."""
+    task = make_task(recipe, init_values=0.1)
     names = {id(parameter): name for name, parameter in task.model.named_parameters()}
     for group in task.parameter_groups():
         for parameter in group["params"]:
             name = names[id(parameter)]
-            spared = "norm" in name or name.endswith(("bias", "pos_embed"))
+            spared = "norm" in name or name.endswith(("bias", "pos_embed", "bias_table", "gamma"))
             assert group["weight_decay"] == (0.0 if spared else 0.05), name
 
 
@@ -129,7 +129,7 @@ def test_published_settings(recipe, epochs, warmup, drop_path, batch):
 
 
 def test_layer_decay_as_it_is():
-    model = build_fresh(read_recipe("hivit-tiny-p16_8xb128-coslr-300e_in1k")[1])
+    model = build_classifier(read_recipe("hivit-tiny-p16_8xb128-coslr-300e_in1k")[1])[0]
     assert decay_per_layer(model, 0.75, None) == 0.75
     assert decay_per_layer(model, 0.75, 13) == pytest.approx(0.75 ** (13 / 15))
 
@@ -148,7 +148,7 @@ def make_small_task(**data) -> ClassificationTask:
     config.data.img_size, config.data.mean, config.data.std = 32, (0.5,), (0.25,)
     for name, value in data.items():
         setattr(config.data, name, value)
-    task = ClassificationTask(build_fresh(config, 3), config, "test", ("a", "b", "c")).eval()
+    task = ClassificationTask(build_classifier(config, 3)[0], config, "test", ("a", "b", "c")).eval()
     fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=7))
     task._trainer = SimpleNamespace(fit_loop=fit_loop, global_rank=0, strategy=SimpleNamespace(root_device="cpu"))
     return task

@@ -69,13 +69,15 @@ class Architecture:
 def find_variant(backbone: Mapping[str, Any]) -> str | None:
     """The registered model of these widths and depths; of several, one with the same relative positions."""
 
-    def alike(settings: Mapping[str, Any]) -> bool:
-        keys = ("embed_dim", "depths", "swiglu", "sub_norm")
-        return all(_plain(settings.get(key, False)) == _plain(backbone.get(key, False)) for key in keys)
-
-    found = [name for name, settings in BACKBONES.items() if alike(settings)]
+    found = [name for name, settings in BACKBONES.items() if same_sizes(settings, backbone)]
     biased = bool(backbone.get("rel_pos_bias"))
     return min(found, key=lambda name: BACKBONES[name].get("rel_pos_bias", False) != biased, default=None)
+
+
+def same_sizes(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether networks have the same widths, depths and kind of blocks."""
+    keys = ("embed_dim", "depths", "swiglu", "sub_norm")
+    return all(_plain(one.get(key, False)) == _plain(other.get(key, False)) for key in keys)
 
 
 def _plain(value: Any) -> Any:

@@ -165,7 +165,7 @@ def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, An
     try:
         parts: dict[str, Any] = {
             name: json.loads(stored[name])
-            for name in ("config", "architecture", "preprocessing", "classes")
+            for name in ("config", "settings", "architecture", "preprocessing", "classes")
             if name in stored
         }
     except ValueError as error:

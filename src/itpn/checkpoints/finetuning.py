@@ -6,7 +6,7 @@ from typing import Any
 from timm import create_model
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
-from itpn.checkpoints.architecture import Architecture, build, find_variant, read_architecture
+from itpn.checkpoints.architecture import Architecture, build, find_variant, read_architecture, same_sizes
 from itpn.checkpoints.diagnosis import fit
 from itpn.checkpoints.files import Checkpoint
 from itpn.checkpoints.loading import describe_broken
@@ -29,7 +29,7 @@ def settle(config: ClassificationConfig, found: Checkpoint | None) -> None:
     if found is not None:
         own = read_architecture(found, model.num_heads).backbone
         name = find_variant(own)
-        if model.name not in (None, name):
+        if model.name is not None and not same_sizes(BACKBONES.get(model.name, {}), own):
             sizes = f"{own['embed_dim']} channels and {'+'.join(map(str, own['depths']))} blocks"
             hint = f": give --model.name {name}" if name else ", which no model of `itpn list` has: leave it out"
             raise UserError(f"checkpoint {found.source} holds a network of {sizes}, not {model.name}{hint}")
@@ -38,7 +38,7 @@ def settle(config: ClassificationConfig, found: Checkpoint | None) -> None:
                 f"checkpoint {found.source} has patches of {own['patch_size']} px, not {model.patch_size}: leave out "
                 "--model.patch-size"
             )
-        model.name, model.patch_size = name, own["patch_size"]
+        model.name, model.patch_size = model.name or name, own["patch_size"]
         height, width = own["img_size"] if isinstance(own["img_size"], list | tuple) else 2 * (own["img_size"],)
         if data.img_size is None:
             data.img_size = height if height == width else (height, width)
@@ -57,17 +57,22 @@ def settle(config: ClassificationConfig, found: Checkpoint | None) -> None:
     config.check_sizes()
 
 
-def build_fresh(config: ClassificationConfig, num_classes: int = 1000) -> HiViT:
-    """The network of a recipe from scratch; the recipe stays as it is.
+def build_classifier(
+    config: ClassificationConfig, num_classes: int = 1000, found: Checkpoint | None = None
+) -> tuple[HiViT, list[str]]:
+    """:func:`make_classifier` of a recipe, which stays as it is, with classes that have no names.
 
     Raises:
-        UserError: the recipe takes its network from a checkpoint.
+        UserError: the recipe takes its network from a checkpoint and there is none, or the weights do not fit.
     """
-    if config.model.name is None:
+    if config.model.name is None and found is None:
         raise UserError("this recipe takes its network from --model.checkpoint: see `itpn inspect CHECKPOINT`")
     config = copy.deepcopy(config)
-    settle(config, None)
-    return make_classifier(config, tuple(map(str, range(num_classes))), None)[0]
+    settle(config, found)
+    classes = [] if found is None else found.metadata.get("classes") or []
+    if len(classes) != num_classes:
+        classes = [str(number) for number in range(num_classes)]
+    return make_classifier(config, tuple(classes), found)
 
 
 def make_classifier(
@@ -94,11 +99,10 @@ def make_classifier(
         "pos_embed": model.pos_embed,
         "drop_path_rate": model.drop_path_rate,
         "drop_rate": model.drop_rate,
-        "migrate_ratio": model.migrate_ratio,
-        "gather_window": model.gather_window,
     }
-    if model.rel_pos_bias is not None:
-        options["rel_pos_bias"] = model.rel_pos_bias
+    for name in ("rel_pos_bias", "migrate_ratio", "gather_window"):
+        if getattr(model, name) is not None:
+            options[name] = getattr(model, name)
     if found is None:
         assert model.name is not None
         settings = {**options, "patch_size": model.patch_size, "init_values": model.init_values}
@@ -109,11 +113,13 @@ def make_classifier(
         assert isinstance(network, HiViT)
         return network, []
     architecture = read_architecture(found, model.num_heads)
-    network = build(Architecture({**architecture.backbone, "fc_norm": True}), "classification", **options)
-    assert isinstance(network, HiViT)
     tensors = dict(found.tensors)
     names = found.metadata.get("classes")
-    if names is not None and tuple(names) != classes:
+    kept = architecture.backbone.get("num_classes") == len(classes) and (names is None or tuple(names) == classes)
+    backbone = architecture.backbone if kept else {**architecture.backbone, "fc_norm": True}
+    network = build(Architecture(backbone), "classification", **options)
+    assert isinstance(network, HiViT)
+    if not kept:
         tensors = {
             name: t for name, t in tensors.items() if not name.startswith(("backbone.head.", "backbone.fc_norm."))
         }

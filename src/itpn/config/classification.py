@@ -49,10 +49,12 @@ class ClassifierConfig:
     """Stochastic depth of the last block; it grows from 0 block by block."""
     drop_rate: float = 0.0
     """Dropout before the classifier."""
-    migrate_ratio: float = 0.0
-    """Share of the units that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
-    gather_window: int = 0
-    """Units of a side of the windows that attention stays in, with a gathering token each; 0 for global attention."""
+    migrate_ratio: float | None = None
+    """Share of the units that skip the last blocks of stage 3 (token migration): faster, for a little accuracy. None
+    for the checkpoint's, or none."""
+    gather_window: int | None = None
+    """Units of a side of the windows that attention stays in, with a gathering token each; 0 for global attention,
+    None for the checkpoint's, or global."""
     ema_decay: float | None = None
     """Share of a moving average of the weights that is kept at each step; the average is evaluated as well, and
     written if it is better. None for no average."""
@@ -177,6 +179,13 @@ class ClassificationConfig:
         )
         if not data.label_share or data.crop_pct == 0:
             raise UserError("--data.label-share and --data.crop-pct must be above 0")
+        if data.val_share == 1:
+            raise UserError("--data.val-share must be below 1: nothing would be left to train on")
+        if data.color_jitter and data.auto_augment is not None:
+            raise UserError(
+                "--data.color-jitter has no effect beside --data.auto-augment, which changes colours itself: give "
+                "--data.auto-augment None, or --data.color-jitter 0"
+            )
         if optimizer.layer_decay == 0:
             raise UserError("--optimizer.layer-decay must be above 0")
         if (data.mixup or data.cutmix) and data.batch_size % 2:
@@ -186,7 +195,7 @@ class ClassificationConfig:
             )
         if model.patch_size is not None and model.patch_size % 4:
             raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
-        if not 0 <= model.migrate_ratio < 1:
+        if model.migrate_ratio is not None and not 0 <= model.migrate_ratio < 1:
             raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
         check_images(data.mean or (0.0,), data.std or (1.0,), model.in_chans)
         if model.checkpoint is not None:

@@ -46,7 +46,7 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
         return ImageSource(cache=caches[0])
     for root in names:
         if os.path.isdir(root):
-            found = list(_walk(root))
+            found = list(walk(root))
             images_here = [path for path in found if is_image(path)]
             images.update(dict.fromkeys(images_here))
             if not images_here:
@@ -88,7 +88,7 @@ def is_hidden(name: str) -> bool:
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
-def _walk(root: str) -> Iterator[str]:
+def walk(root: str) -> Iterator[str]:
     """Paths of all images and shards under a folder, sorted by name within each folder, files before folders."""
     seen: set[tuple[int, int]] = set()  # links may lead back to where they start
     folders = [root]

@@ -1,21 +1,25 @@
 """Images with classes: folders of classes, tar shards with .cls, parquet files; which are for training, which not."""
 
 import os
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, overload
 
 import numpy as np
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import IMAGE_SUFFIXES, find_images, is_hidden, is_image, is_shard
+from itpn.data.files import IMAGE_SUFFIXES, is_hidden, is_image, is_shard, walk
 from itpn.data.readers import FileReader, Reader, TableReader, TarReader, is_compressed
+from itpn.data.shards import TAR_ERRORS, StrictTarInfo
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
-SPLITS = {"train": ("train",), "val": ("val", "validation", "test")}
+# by name; a test set is for the end, and taken for evaluation only where there is nothing else
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
 
 
@@ -41,6 +45,11 @@ class LabelledImages:
         """Name, encoded image or why it cannot be had, and class."""
         name, data = self.files[index if self.rows is None else int(self.rows[index])]
         return name, data, int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Of an image, without the folders above its class."""
+        name = self.files.name(index if self.rows is None else int(self.rows[index]))
+        return f"{self.classes[self.labels[index]]}/{os.path.basename(name)}"
 
     def take(self, indices: np.ndarray) -> "LabelledImages":
         """Some of the images."""
@@ -70,8 +79,8 @@ def find_labelled(
 ) -> tuple[LabelledImages, LabelledImages | None]:
     """Find the images to train on and those to evaluate on, with the same classes.
 
-    A root holds ``train`` and ``val`` (or ``validation``, or ``test``), which are folders of a folder for each class
-    or of tar shards, or beginnings of the names of shards or parquet files; or it holds class folders alone.
+    A root holds ``train`` and ``val`` (or ``validation``, ``valid``, or else ``test``), which are folders of a folder
+    for each class or of tar shards, or words in the names of shards or parquet files; or it holds class folders alone.
 
     Args:
         val_roots: where those to evaluate on are, if not beside the others.
@@ -114,40 +123,74 @@ def find_labelled(
     return train, val.rename(train.classes)
 
 
-def read_split(roots: Sequence[str], split: str, optional: bool = False) -> Any:
+@overload
+def read_split(roots: Sequence[str], split: str, optional: Literal[False] = False) -> LabelledImages: ...
+
+
+@overload
+def read_split(roots: Sequence[str], split: str, optional: bool) -> LabelledImages | None: ...
+
+
+def read_split(roots: Sequence[str], split: str, optional: bool = False) -> LabelledImages | None:
     """The images of ``train`` or ``val`` in some roots, see :func:`find_labelled`.
 
     Returns:
-        :class:`LabelledImages`; None where ``optional`` and there is no such split.
+        None where ``optional`` and there is no such split.
     """
     for root in roots:
         if not os.path.exists(root):
             raise UserError(f"{root} does not exist: give a folder of class folders, tar shards or parquet files")
-    names = SPLITS[split]
-    folders = [os.path.join(root, name) for root in roots for name in names if os.path.isdir(os.path.join(root, name))]
-    inside = [root for root in roots if os.path.isdir(root)]
-    files = [path for root in inside for path in _list_files(root) if _of_split(path, names)]
-    if not folders and not files:
+    found = _find_split(roots, SPLITS[split])
+    if found is None:
         if optional:
             return None
-        folders = list(roots)  # class folders alone, or files of whatever name
-    if folders:
-        files = [path for folder in folders for path in ([folder] if os.path.isfile(folder) else _list_files(folder))]
+        if split == "train" and (other := _find_split(roots, SPLITS["val"])) is not None:
+            raise UserError(f"{other[0]} is to evaluate on, but there is nothing called train beside it to train on")
+        found = list(roots)  # class folders alone, or files of whatever name
+    folders = [path for path in found if os.path.isdir(path)]
+    files = [path for path in found if os.path.isfile(path)]
+    files += [path for folder in folders for path in _list_files(folder)]
     shards = [path for path in files if is_shard(path)]
     tables = [path for path in files if path.endswith(".parquet")]
     if shards:
-        return _read_shards(shards, [*folders, *inside])
+        return _read_shards(shards, [*folders, *(root for root in roots if os.path.isdir(root))])
     if tables:
         return _read_tables(tables)
     return _read_folders(folders)
 
 
+def _find_split(roots: Sequence[str], names: Sequence[str]) -> list[str] | None:
+    """Folders and files of the first of some names that there is anything of.
+
+    Raises:
+        UserError: one root has it and another has not.
+    """
+    for name in names:
+        places = [[path for path in _list_places(root) if _is_called(path, name)] for root in roots]
+        if any(places):
+            if name == "train" and not all(places):
+                without = next(root for root, own in zip(roots, places, strict=True) if not own)
+                raise UserError(
+                    f"{without} has nothing called train, unlike another --data.root: give roots of one kind"
+                )
+            return [path for own in places for path in own]
+    return None
+
+
+def _list_places(root: str) -> list[str]:
+    return sorted(entry.path for entry in os.scandir(root)) if os.path.isdir(root) else [root]
+
+
+def _is_called(path: str, name: str) -> bool:
+    """A folder of that name, or a file with it as a word in its name."""
+    own = os.path.basename(path).lower()
+    if os.path.isdir(path):
+        return own == name
+    return (is_shard(own) or own.endswith(".parquet")) and bool(re.search(rf"(^|[^a-z]){name}([^a-z]|$)", own))
+
+
 def _list_files(folder: str) -> list[str]:
     return [entry.path for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_file()]
-
-
-def _of_split(path: str, names: tuple[str, ...]) -> bool:
-    return os.path.basename(path).startswith(names) and (is_shard(path) or path.endswith(".parquet"))
 
 
 def _read_folders(folders: Sequence[str]) -> LabelledImages:
@@ -160,12 +203,10 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
     for folder in folders:
         for label, name in enumerate(classes):
             place = os.path.join(folder, name)
-            try:
-                found = find_images([place]).images if os.path.isdir(place) else ()
-            except UserError:  # an empty one
-                found = ()
-            paths += found
-            labels += [label] * len(found)
+            if os.path.isdir(place):
+                found = [path for path in walk(place) if is_image(path)]
+                paths += found
+                labels += [label] * len(found)
         loose = [path for path in _list_files(folder) if is_image(path)]
         if loose and classes:
             raise UserError(f"{loose[0]} is in no class folder; {folder} holds a folder for each class")
@@ -184,7 +225,7 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str]) -> LabelledImage
         images: dict[str, tuple[int, int, str]] = {}
         try:
             # the places are those in the unpacked archive
-            with tarfile.open(path, "r:gz" if is_compressed(path) else "r:") as tar:
+            with tarfile.open(path, "r:gz" if is_compressed(path) else "r:", tarinfo=StrictTarInfo) as tar:
                 for member in tar:
                     stem, _, ending = member.name.rpartition(".")
                     if not member.isfile() or is_hidden(member.name):
@@ -195,7 +236,7 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str]) -> LabelledImage
                         labels[stem] = file.read(1000).decode(errors="replace").strip()
                     elif is_image(member.name):
                         images[stem] = member.offset_data, member.size, member.name
-        except (tarfile.TarError, OSError, EOFError) as error:
+        except TAR_ERRORS as error:
             raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
         for stem, (start, size, name) in images.items():
             if stem not in labels:
@@ -227,7 +268,10 @@ def _read_class_names(folders: Sequence[str]) -> list[str] | None:
     for folder in folders:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
-                return (place / CLASSES).read_text().splitlines()
+                names = (place / CLASSES).read_text().splitlines()
+                if twice := sorted(name for name, count in Counter(names).items() if count > 1):
+                    raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
+                return names
     return None
 
 
@@ -249,27 +293,35 @@ def _read_tables(files: Sequence[str]) -> LabelledImages:
     labels += [name for name in ("label", "labels", "fine_label", "class") if name in features and name not in labels]
     if not images or not labels:
         raise UserError(f"{files[0]} needs a column of images and one of labels; it has {', '.join(features)}")
-    table = table.cast_column(images[0], datasets.Image(decode=False)).select_columns([images[0], labels[0]])
     values, feature = table[labels[0]], features[labels[0]]
+    try:
+        table = table.cast_column(images[0], datasets.Image(decode=False)).select_columns([images[0]])
+    except Exception as error:  # of whichever of its libraries
+        raise UserError(f"column {images[0]} of {files[0]} holds no images ({type(error).__name__})") from error
+    if any(value is None or (isinstance(value, int) and value < 0) for value in values):
+        raise UserError(f"column {labels[0]} of {files[0]} lacks labels (as test sets' do): leave the file out")
     if isinstance(feature, datasets.ClassLabel):
         classes, numbers = list(feature.names), list(values)
-    elif all(isinstance(value, int) for value in values):
+    elif all(isinstance(value, int) for value in values) and max(values) < 10 * len(values):
         classes, numbers = [str(number) for number in range(max(values) + 1)], list(values)
     else:
-        classes = sorted(set(values))
-        places_of = {name: number for number, name in enumerate(classes)}
-        numbers = [places_of[value] for value in values]
-    reader = TableReader(table.select_columns([images[0]]), images[0])
-    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes))
+        classes = sorted({str(value) for value in values})
+        places = {name: number for number, name in enumerate(classes)}
+        numbers = [places[str(value)] for value in values]
+    return LabelledImages(TableReader(table, images[0]), np.array(numbers, dtype=np.int64), tuple(classes))
 
 
 def draw_share(images: LabelledImages, share: float, seed: int) -> np.ndarray:
-    """Indices of a share of each class, at least one image of each, ascending; the same by the same seed."""
-    rng = np.random.default_rng(derive_seed(seed, "share"))
+    """Indices of a share of each class, at least one image of each, ascending.
+
+    An image is drawn by seed and name alone: where the images lie, and which others there are, changes little.
+    """
+    order = np.array([derive_seed(seed, "share", images.name(index)) for index in range(len(images))], dtype=np.uint64)
     chosen = []
     for label in range(len(images.classes)):
         own = np.flatnonzero(images.labels == label)
-        chosen.append(rng.permutation(own)[: max(1, round(share * len(own)))])
+        if len(own):
+            chosen.append(own[np.argsort(order[own], kind="stable")][: max(1, round(share * len(own)))])
     return np.sort(np.concatenate(chosen))
 
 

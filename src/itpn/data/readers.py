@@ -17,6 +17,8 @@ class Reader(Protocol):
 
     def __getitem__(self, index: int) -> tuple[Any, ...]: ...
 
+    def name(self, index: int) -> str: ...
+
 
 class PackedStrings:
     """Strings in two arrays. A list would be copied into every worker, as reading it touches reference counts."""
@@ -41,6 +43,9 @@ class FileReader:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
         path = self.names[index]
@@ -68,6 +73,9 @@ class TarReader:
 
     def __len__(self) -> int:
         return len(self.names)
+
+    def name(self, index: int) -> str:
+        return self.names[index]
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
         number, start, size = (int(value) for value in self.places[index])
@@ -102,7 +110,9 @@ class TableReader:
     def __len__(self) -> int:
         return len(self.table)
 
+    def name(self, index: int) -> str:
+        return f"row {index}"
+
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
-        image = self.table[index][self.column]
-        name = f"{image['path'] or 'image'} in row {index}"
-        return name, image["bytes"] or UnreadableImage("no image in it")
+        image = self.table[index][self.column] or {}
+        return self.name(index), image.get("bytes") or UnreadableImage("no image in it")

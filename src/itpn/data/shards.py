@@ -13,14 +13,14 @@ from itpn.data.files import is_hidden, is_image
 from itpn.seeding import derive_seed
 
 Sample = tuple[str, bytes | UnreadableImage]  # a name, and what its file holds or why that cannot be had
-_TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
 
 
-class _StrictTarInfo(tarfile.TarInfo):
+class StrictTarInfo(tarfile.TarInfo):
     """tarfile takes a header that is damaged or missing for the end; here only the end marker is one."""
 
     @classmethod
-    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "_StrictTarInfo":
+    def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "StrictTarInfo":
         try:
             return super().fromtarfile(tarfile_)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
@@ -36,12 +36,12 @@ def read_shard(path: str | Path) -> Iterator[Sample]:
     """
     shard = Path(path).name
     try:
-        with tarfile.open(path, "r|*", tarinfo=_StrictTarInfo) as tar:
+        with tarfile.open(path, "r|*", tarinfo=StrictTarInfo) as tar:
             for member in _image_members(tar):
                 file = tar.extractfile(member)
                 assert file is not None
                 yield f"{shard}/{member.name}", file.read()
-    except _TAR_ERRORS as error:
+    except TAR_ERRORS as error:
         yield str(path), UnreadableImage(_reason(error))
 
 
@@ -50,10 +50,10 @@ def count_shard_images(shards: Sequence[str | Path]) -> int:
     count = 0
     for path in shards:
         try:
-            with tarfile.open(path, "r:*", tarinfo=_StrictTarInfo) as tar:
+            with tarfile.open(path, "r:*", tarinfo=StrictTarInfo) as tar:
                 for _ in _image_members(tar):
                     count += 1
-        except _TAR_ERRORS:
+        except TAR_ERRORS:
             pass
     return count
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from itpn.data.loader import SkippedImages, TrainingLoader
 from itpn.engine.console import print_aside
 from itpn.engine.folder import RunFolder
+from itpn.engine.scores import gather_skipped
 from itpn.errors import NonFiniteLoss, RunStopped
 from itpn.tasks.training import TrainingTask
 
@@ -46,6 +47,14 @@ class Watcher(L.Callback):
         self.score: float | None = None
         self.step = -1
         self.seconds = 0.0
+        self._said: set[str] = set()
+
+    def say_skipped(self, trainer: L.Trainer, skipped: list[tuple[str, str]]) -> None:
+        """Name images of all processes that could not be read, each once in a run."""
+        for name, reason in gather_skipped(skipped, trainer.world_size):
+            if trainer.is_global_zero and name not in self._said:
+                self._said.add(name)
+                print_aside(f"skipped {name}: {reason}")
 
     def look(self, trainer: L.Trainer) -> dict[str, float]:
         """Find the figures anew, on every process together."""
@@ -418,12 +427,23 @@ class Pictures(L.Callback):
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, with a header where it is new."""
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, row)
-        if new:
+    """Add a row to a CSV file, with a header where it is new; a file with other columns gets those that it lacks."""
+    earlier: list[dict[str, Any]] | None = None
+    names = list(row)
+    if path.exists():
+        with path.open(newline="") as file:
+            reader = csv.DictReader(file)
+            header = list(reader.fieldnames or ())
+            if header != names:
+                earlier = list(reader)
+                names = header + [name for name in names if name not in header]
+    else:
+        earlier = []
+    with path.open("a" if earlier is None else "w", newline="") as file:
+        writer = csv.DictWriter(file, names, restval="")
+        if earlier is not None:
             writer.writeheader()
+            writer.writerows(earlier)
         writer.writerow(row)
 
 

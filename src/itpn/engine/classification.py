@@ -22,12 +22,12 @@ from itpn.data.labelled import LabelledImages, draw_share, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.console import print_aside
-from itpn.engine.evaluation import Scores, collect_answers, collect_features, gather, gather_skipped, judge, score
 from itpn.engine.fitting import Job, fit, make_table, write_summary
 from itpn.engine.folder import RunFolder
-from itpn.engine.launch import device_name, read_launch
+from itpn.engine.launch import choose_devices, describe_machine, read_launch, start_fabric
 from itpn.engine.pictures import draw_titles
 from itpn.engine.probe import WEIGHT_DECAYS, choose_weight_decay, fit_linear
+from itpn.engine.scores import collect_answers, collect_features, gather, judge, score
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
 from itpn.seeding import derive_seed
@@ -55,10 +55,11 @@ def read_start(config: ClassificationConfig) -> Checkpoint | None:
     return found
 
 
-def scale_epochs(config: ClassificationConfig, images: int) -> None:
+def scale_epochs(config: ClassificationConfig, images: int, processes: int = 1) -> None:
     """Settle how long a run takes whose settings leave it to the number of images, in place."""
     if not config.trainer.max_epochs:
-        steps = max(1, images // config.data.batch_size)
+        batch = config.data.batch_size * processes * config.trainer.accumulate_grad_batches
+        steps = max(1, images // batch)
         config.trainer.max_epochs = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
 
 
@@ -72,11 +73,11 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
         return train_frozen(config, recipe, sets)
     found = read_start(config)
     train, val = sets or find_sets(config)
-    scale_epochs(config, len(train))
+    scale_epochs(config, len(train), choose_devices(config.trainer, read_launch()).processes)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model, notes = make_classifier(config, train.classes, found)
     model.set_grad_checkpointing(config.model.grad_checkpointing)
-    transform = make_transform(config, len(train))
+    transform = make_transform(config)
     if found is not None:
         notes = [f"starting from the weights of {found.source}", *notes]
     if val is None:
@@ -88,6 +89,8 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
         )
         if config.trainer.compile:
             model.compile()
+            if task.ema is not None:
+                task.ema.module.compile()
         validation = None if val is None else Validation(task, config, val)
         shown = functools.cache(lambda: read_first(val or train, config))
         return Job(
@@ -116,31 +119,31 @@ def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = 
     if not read_launch().main:
         return folder.path
     found = read_start(config)
-    assert found is not None
+    torch.manual_seed(derive_seed(config.seed, "weights"))
     train, val = sets or find_sets(config)
     model, notes = make_classifier(config, train.classes, found)
     folder.open(config, recipe)
     try:
-        for note in [f"starting from the weights of {found.source}", *notes]:
+        for note in notes if found is None else [f"starting from the weights of {found.source}", *notes]:
             print_aside(note)
         task = ClassificationTask(model, config, recipe, train.classes)
-        cuda = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu")
-        device = torch.device("cuda" if cuda else "cpu")
-        task.to(device).eval()
         skipped: list[tuple[str, str]] = []
-        features, labels = (
-            x.to(device)
-            for x in collect_features(model, task.normalize, make_batches(train, config), device, skipped=skipped)
-        )
+        with start_fabric(config.trainer, single=True) as fabric, fabric.autocast():
+            device = fabric.device
+            task.to(device).eval()
+            known, *others = [
+                collect_features(model, task.normalize, make_batches(images, config), device, skipped)
+                for images in (train, *([] if val is None else [val]))
+            ]
+        features, labels = (x.to(device) for x in known)
         model.fc_norm = torch.nn.Identity()
         weight_decay = choose_weight_decay(features, labels, len(train.classes))
         model.head = fit_linear(features, labels, len(train.classes), weight_decay)
         figures = {"train_top1": float((model.head(features).argmax(dim=1) == labels).double().mean())}
-        if val is not None:
-            asked, answers = collect_features(model, task.normalize, make_batches(val, config), device, skipped=skipped)
+        for asked, answers in others:
             with torch.no_grad():
-                probabilities = model.head(asked.to(device)).softmax(dim=1).cpu()
-            scores = score(judge(torch.arange(len(asked)), answers, probabilities), len(train.classes))
+                answered = model.head(asked.to(device)).log_softmax(dim=1).cpu()
+            scores = score(judge(torch.arange(len(asked)), answers, answered), len(train.classes))
             figures |= {"val_top1": scores.top1, "val_top5": scores.top5, "val_loss": scores.loss}
         for name, reason in skipped:
             print_aside(f"skipped {name}: {reason}")
@@ -151,8 +154,9 @@ def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = 
         rows["weight decay"] = f"{weight_decay:g}, the best of {len(WEIGHT_DECAYS)} on a fifth of the images"
         rows |= {name: f"{value:.2%}" if "top" in name else f"{value:.4f}" for name, value in figures.items()}
         summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True, "metrics": figures}
-        summary |= {"images_skipped": len(skipped), "duration_seconds": seconds, "device": device_name(device)}
-        write_summary(folder, summary)
+        summary |= {"epochs": 1, "steps": 0, "images_seen": len(features), "images_skipped": len(skipped)}
+        summary |= {"images_per_second": len(features) / seconds, "duration_seconds": seconds, "saved": "weights"}
+        write_summary(folder, summary | describe_machine(device, 1, str(fabric._precision.precision)))
         Console().print(make_table(f"{recipe} / {config.name}", {**rows, "weights": str(folder.weights)}))
         return folder.path
     finally:
@@ -172,18 +176,9 @@ def make_batches(images: LabelledImages, config: ClassificationConfig, rank: int
     )
 
 
-def make_transform(config: ClassificationConfig, images: int) -> ClassificationTransform:
-    """The augmentation of ``images`` images.
-
-    Raises:
-        UserError: there is no such augmentation, or too few images for it.
-    """
+def make_transform(config: ClassificationConfig) -> ClassificationTransform:
+    """The augmentation; UserError if there is none of that name."""
     data = config.data
-    if (data.mixup or data.cutmix) and images < data.batch_size and images % 2:
-        raise UserError(
-            f"{images} images make one batch of odd size, which cannot be mixed in pairs: give --data.batch-size "
-            f"{images - 1}, or --data.mixup 0 --data.cutmix 0"
-        )
     return ClassificationTransform(
         image_size(data),
         crop_scale=data.crop_scale,
@@ -203,10 +198,18 @@ def make_loader(
     world_size: int,
 ) -> TrainingLoader:
     data = config.data
+    batch_size = data.batch_size
+    if data.mixup or data.cutmix:  # in pairs: of a set smaller than a batch, an even number
+        batch_size = min(batch_size, len(images) // world_size // 2 * 2)
+        if not batch_size:
+            raise UserError(
+                f"{len(images)} images are too few to be mixed in pairs by {world_size} processes: give --data.mixup 0 "
+                "--data.cutmix 0"
+            )
     return TrainingLoader(
         images,
         transform,
-        batch_size=data.batch_size,
+        batch_size=batch_size,
         num_workers=data.num_workers,
         seed=config.seed,
         rank=rank,
@@ -247,7 +250,7 @@ def draw_answers(task: ClassificationTask, images: Tensor, names: list[str]) -> 
     """What the network says of some images, and what they are where that is something else."""
     training = task.training
     task.eval()
-    probabilities = classify(task.model, task.normalize, images.to(task.device)).cpu()
+    probabilities = classify(task.model, task.normalize, images.to(task.device)).exp().cpu()
     task.train(training)
     titles = []
     for row, name in zip(probabilities, names, strict=True):
@@ -267,41 +270,34 @@ class Validation(Watcher):
         self.task = task
         self.config = config
         self.images = images
-        self.said: set[str] = set()
 
     def look(self, trainer: L.Trainer) -> dict[str, float]:
         models: dict[str, Any] = {"": self.task.model}
         if self.task.ema is not None:
             models["ema_"] = self.task.ema.module
-        figures: dict[str, float] = {}
-        for prefix, model in models.items():
-            scores = self.evaluate(trainer, model)
-            figures |= {
-                f"{prefix}val_top1": scores.top1,
-                f"{prefix}val_top5": scores.top5,
-                f"{prefix}val_loss": scores.loss,
-            }
-        self.score = max(value for name, value in figures.items() if name.endswith("val_top1"))
-        return figures
-
-    def evaluate(self, trainer: L.Trainer, model: HiViT) -> Scores:
-        loader = make_batches(self.images, self.config, trainer.global_rank, trainer.world_size)
         skipped: list[tuple[str, str]] = []
-        training = model.training
-        model.eval()
+        training = self.task.training
+        self.task.eval()
         with trainer.precision_plugin.forward_context():
             answers = collect_answers(
-                lambda images: classify(model, self.task.normalize, images), loader, self.task.device, skipped
+                [functools.partial(classify, model, self.task.normalize) for model in models.values()],
+                make_batches(self.images, self.config, trainer.global_rank, trainer.world_size),
+                self.task.device,
+                skipped,
             )
-        model.train(training)
-        for name, reason in gather_skipped(skipped, trainer.world_size):
-            if trainer.is_global_zero and name not in self.said:
-                self.said.add(name)
-                print_aside(f"skipped {name}: {reason}")
-        answers = gather(answers, trainer.world_size)
-        if not len(answers.index):
-            raise UserError("none of the images to evaluate on can be read")
-        return score(answers, len(self.images.classes))
+        self.task.train(training)
+        self.say_skipped(trainer, skipped)
+        figures = {}
+        for prefix, own in zip(models, answers, strict=True):
+            gathered = gather(own, trainer.world_size)
+            if not len(gathered.index):
+                raise UserError("none of the images to evaluate on can be read")
+            scores = score(gathered, len(self.images.classes))
+            figures[f"{prefix}val_top1"] = scores.top1
+            figures[f"{prefix}val_top5"] = scores.top5
+            figures[f"{prefix}val_loss"] = scores.loss
+        self.score = max(value for name, value in figures.items() if name.endswith("val_top1"))
+        return figures
 
     def describe(self) -> dict[str, str]:
         figures = self.figures

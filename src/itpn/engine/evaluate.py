@@ -1,11 +1,12 @@
 """`itpn evaluate`: a checkpoint and labelled images, in figures."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import functools
+import math
+import os
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from rich.console import Console
 
@@ -15,9 +16,12 @@ from itpn.checkpoints.loading import describe_broken, load_found
 from itpn.config import ClassificationConfig
 from itpn.data.labelled import LabelledImages, find_labelled, read_split
 from itpn.data.normalize import Normalize
-from itpn.engine.classification import make_batches
+from itpn.engine.classification import find_sets, make_batches
 from itpn.engine.console import print_aside
-from itpn.engine.evaluation import (
+from itpn.engine.fitting import make_table
+from itpn.engine.launch import quieten_libraries, start_fabric
+from itpn.engine.probe import ask_neighbours
+from itpn.engine.scores import (
     Scores,
     collect_answers,
     collect_features,
@@ -28,19 +32,25 @@ from itpn.engine.evaluation import (
     warn_of_other_order,
     write_scores,
 )
-from itpn.engine.fitting import make_table
-from itpn.engine.launch import choose_devices, choose_precision, quieten_libraries, read_launch
-from itpn.engine.probe import ask_neighbours
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.tasks.classification import classify
 
 
-def evaluate(config: ClassificationConfig, recipe: str, checkpoint: str, out: Path, knn: bool = False) -> Scores:
+def evaluate(
+    config: ClassificationConfig,
+    recipe: str,
+    checkpoint: str,
+    out: Path,
+    knn: bool = False,
+    given: Collection[str] = (),
+) -> Scores:
     """Evaluate a checkpoint on the images that the settings name, and write the figures.
 
     Args:
         out: folder of ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``.
+        given: settings of the data that were asked for, and are not the checkpoint's affair: mean, std, crop_pct,
+            interpolation, val_share.
         knn: ask the nearest neighbours among the training images, by the backbone's features, and no classifier.
 
     Raises:
@@ -56,15 +66,22 @@ def evaluate(config: ClassificationConfig, recipe: str, checkpoint: str, out: Pa
         )
     # the network and its images are the checkpoint's affair; the recipe says where they are
     config.model.name = config.model.patch_size = config.data.img_size = None
+    for name in ("mean", "std", "crop_pct", "interpolation"):
+        if name in found.preprocessing and name not in given:
+            setattr(config.data, name, found.preprocessing[name] if name == "interpolation" else None)
     heads: dict[str, Any] = {} if config.model.num_heads is None else {"num_heads": config.model.num_heads}
     model, notes = load_found(found, "backbone" if knn else "classification", **heads)
     backbone = find_backbone(model)
     config.model.in_chans = backbone.in_chans
     settle(config, found)
-    known, asked = find_images(config, found, backbone, knn)
+    known, asked, which = find_images(config, found, backbone, knn, given)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
 
     quieten_libraries()
-    with start(config) as fabric:
+    with start_fabric(config.trainer) as fabric:
         model.to(fabric.device)
         mean, std = config.data.mean, config.data.std
         assert mean is not None
@@ -79,18 +96,17 @@ def evaluate(config: ClassificationConfig, recipe: str, checkpoint: str, out: Pa
             if knn:
                 assert known is not None
                 sets = [
-                    collect_features(backbone, normalize, batches(images), fabric.device, fabric.world_size, skipped)
+                    collect_features(backbone, normalize, batches(images), fabric.device, skipped, fabric.world_size)
                     for images in (known, asked)
                 ]
             else:
-                own = collect_answers(
-                    lambda images: classify(backbone, normalize, images), batches(asked), fabric.device, skipped
-                )
+                ask = functools.partial(classify, backbone, normalize)
+                (own,) = collect_answers([ask], batches(asked), fabric.device, skipped)
         if knn:
             (train, train_labels), (test, labels) = sets
             train, train_labels, test = (x.to(fabric.device) for x in (train, train_labels, test))
             votes = ask_neighbours(train, train_labels, test, len(asked.classes), config.evaluation.neighbours)
-            answers = judge(torch.arange(len(test)), labels, votes.cpu())
+            answers = judge(torch.arange(len(test)), labels, votes.log().cpu())
         else:
             answers = gather(own, fabric.world_size)
         unread = gather_skipped(skipped, fabric.world_size)
@@ -102,83 +118,70 @@ def evaluate(config: ClassificationConfig, recipe: str, checkpoint: str, out: Pa
                 print_aside(note)
             for name, reason in unread:
                 print_aside(f"skipped {name}: {reason}")
-            if not knn:
+            if "classes" not in found.metadata and not knn:
                 warn_of_other_order(scores)
-            about = {"checkpoint": checkpoint, "recipe": recipe, "images_skipped": len(unread)}
+            about = {"checkpoint": checkpoint, "recipe": recipe, "of": which, "images_skipped": len(unread)}
             about |= {"by": f"{config.evaluation.neighbours} nearest neighbours"} if knn else {"by": "classifier"}
-            report(scores, asked.classes, out, about, config)
+            report(scores, asked.classes, out, about)
     return scores
 
 
-@contextmanager
-def start(config: ClassificationConfig) -> Iterator[L.Fabric]:
-    """The processes and devices that the settings and whoever started this ask for."""
-    launch = read_launch()
-    devices = choose_devices(config.trainer, launch)
-    try:
-        fabric = L.Fabric(
-            accelerator=config.trainer.accelerator,
-            devices=devices.count,
-            num_nodes=devices.nodes,
-            strategy="ddp" if devices.several else "auto",
-            precision=choose_precision(config.trainer.precision, devices.cuda),
-            plugins=[launch.environment],
-        )
-        fabric.launch()
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"cannot compute on these devices: {str(error).splitlines()[0]}") from error
-    try:
-        yield fabric
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
 def find_images(
-    config: ClassificationConfig, found: Checkpoint, model: HiViT, knn: bool
-) -> tuple[LabelledImages | None, LabelledImages]:
-    """The images whose neighbours are asked for, with ``knn``, and those to evaluate on, with the model's classes.
+    config: ClassificationConfig, found: Checkpoint, model: HiViT, knn: bool, given: Collection[str]
+) -> tuple[LabelledImages | None, LabelledImages, str]:
+    """The images whose neighbours are asked for, with ``knn``, those to evaluate on, and which these are.
+
+    Where a checkpoint's own run held out a share of the very same folder, the same is held out.
 
     Raises:
         UserError: none, or classes that the model does not know.
     """
     data = config.data
-    own = read_split(data.val_root or data.root, "val", optional=True)
-    if knn or own is None:
-        train, held_out = find_labelled(data.root, data.val_root, data.val_share, config.seed)
-        if held_out is None:
-            if knn:
-                raise UserError("there are no images to evaluate on: give --data.val-root or --data.val-share")
-            held_out = train  # a folder of classes that was given to be evaluated
-        if knn:
-            return train, held_out
-        own = held_out
+    trained = found.metadata.get("settings", {})
+    if _places(trained.get("data", {}).get("root", ())) == _places(data.root) and "val_share" not in given:
+        data.val_share, config.seed = trained["data"]["val_share"], trained["seed"]
+    which = f"of {', '.join(data.val_root or data.root)}"
+    if knn:
+        known, asked = find_sets(config)
+        if asked is None:
+            raise UserError("there are no images to evaluate on: give --data.val-root or --data.val-share")
+        return known, asked, which
+    own = read_split(data.val_root, "val") if data.val_root else read_split(data.root, "val", optional=True)
+    if own is None:
+        own = read_split(data.root, "train")
+        # a folder of classes alone: a test set, unless the network was trained on it
+        if _places(trained.get("data", {}).get("root", ())) == _places(data.root) or "val_share" in given:
+            _, held_out = find_labelled(data.root, None, data.val_share, config.seed)
+            if held_out is not None:
+                own, which = held_out, f"{data.val_share:.0%} held out {which}"
     names = found.metadata.get("classes")
     if names is not None:
         if set(names) == set(own.classes) and list(names) != list(own.classes):
             print_aside("the classes of the images come in another order than the model's: they are matched by name")
-        return None, own.rename(names)
+        return None, own.rename(names), which
     if len(own.classes) != model.num_classes:
         raise UserError(
             f"the images have {len(own.classes)} classes and the model {model.num_classes}, whose names its file does "
             "not hold: they cannot be matched"
         )
-    return None, own
+    return None, own, which
 
 
-def report(
-    scores: Scores, classes: tuple[str, ...], out: Path, about: dict[str, Any], config: ClassificationConfig
-) -> None:
+def _places(roots: Sequence[str]) -> list[str]:
+    return [os.path.realpath(root) for root in roots]
+
+
+def report(scores: Scores, classes: tuple[str, ...], out: Path, about: dict[str, Any]) -> None:
     """Write the figures, and show them."""
     try:
         write_scores(scores, classes, out, about)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     rows = {
-        "images": f"{scores.images:,} of {len(classes)} classes, {about['images_skipped']} skipped",
+        "images": f"{scores.images:,} of {len(classes)} classes, {about['images_skipped']} skipped; {about['of']}",
         "top-1": f"{scores.top1:.2%}",
         "top-5": f"{scores.top5:.2%}",
-        "cross-entropy": f"{scores.loss:.4f}",
+        **({"cross-entropy": f"{scores.loss:.4f}"} if math.isfinite(scores.loss) else {}),
         "calibration": f"{scores.calibration_error:.2%} expected error of the confidence",
     }
     present = [i for i in range(len(classes)) if not scores.per_class[i].isnan()]

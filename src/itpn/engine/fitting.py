@@ -1,11 +1,9 @@
 """A run of any kind from its settings to its last file."""
 
 import json
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from itpn.config import RunConfig, image_size
 from itpn.data.loader import SkippedImages
@@ -23,8 +22,8 @@ from itpn.engine.launch import (
     Launch,
     choose_devices,
     choose_precision,
+    describe_machine,
     device_name,
-    peak_memory_gb,
     quieten_libraries,
     read_launch,
 )
@@ -83,7 +82,7 @@ def fit(
         if resume is not None:
             console.print(f"going on from {resume}, step {step}", highlight=False)
         for note in notes:
-            console.print(note, highlight=False, soft_wrap=True)
+            console.print(note, markup=False, highlight=False, soft_wrap=True)
         job = make()
         task = job.task
         watcher = [] if job.watcher is None else [job.watcher]
@@ -187,14 +186,13 @@ def make_table(title: str, rows: dict[str, str]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")  # a path must be readable whole
     for name, value in rows.items():
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # never markup: a class may be called anything
     return table
 
 
 def summarize(
     trainer: L.Trainer, task: TrainingTask, monitor: Monitor, recipe: str, seconds: float, finished: bool
 ) -> dict[str, Any]:
-    packages = ("itpn", "torch", "torchvision", "timm", "lightning")
     return {
         "recipe": recipe,
         "name": task.config.name,
@@ -206,13 +204,9 @@ def summarize(
         "images_skipped": monitor.skipped.count,
         "images_per_second": monitor.images / monitor.seconds if monitor.seconds else 0.0,
         "data_wait_fraction": monitor.wait_fraction,
-        "peak_memory_gb": peak_memory_gb(monitor.device),
         "duration_seconds": seconds,
         "metrics": {name: value for name, value in monitor.metrics.items() if value is not None},
-        "device": device_name(monitor.device),
-        "processes": trainer.world_size,
-        "precision": str(trainer.precision),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        **describe_machine(monitor.device, trainer.world_size, str(trainer.precision)),
     }
 
 

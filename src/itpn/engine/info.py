@@ -9,7 +9,7 @@ from timm import create_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from itpn.checkpoints.finetuning import build_fresh
+from itpn.checkpoints.finetuning import build_classifier
 from itpn.config import ClassificationConfig, Config, ModelConfig, RunConfig, image_size
 from itpn.models.hivit import HiViT
 from itpn.models.variants import WITH_PYRAMID
@@ -43,7 +43,7 @@ def print_info(name: str, config: RunConfig | None) -> None:
         if base in WITH_PYRAMID:
             model = build_masked_model(ModelConfig(name=base), size)
     elif isinstance(config, ClassificationConfig):
-        backbone, model, base = build_fresh(config), None, name
+        backbone, model, base = build_classifier(config)[0], None, name
         size = (backbone.image_shape[1], backbone.image_shape[2])
     else:
         size = image_size(config.data)

@@ -6,10 +6,15 @@ import platform
 import resource
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
+import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -57,8 +62,12 @@ class Devices:
 
     count: Any
     nodes: int
-    several: bool
+    processes: int  # over all nodes
     cuda: bool
+
+    @property
+    def several(self) -> bool:
+        return self.processes > 1
 
 
 def choose_devices(settings: TrainerConfig, launch: Launch) -> Devices:
@@ -68,7 +77,38 @@ def choose_devices(settings: TrainerConfig, launch: Launch) -> Devices:
         torch.set_float32_matmul_precision("high")
     count = devices or (torch.cuda.device_count() if cuda else 1)
     several = count * nodes > 1
-    return Devices(count if several or not cuda else (devices or "auto"), nodes, several, cuda)
+    return Devices(count if several or not cuda else (devices or "auto"), nodes, max(count * nodes, 1), cuda)
+
+
+@contextmanager
+def start_fabric(settings: TrainerConfig, single: bool = False) -> Iterator[L.Fabric]:
+    """The processes and devices that settings and whoever started this ask for, to compute without training.
+
+    Args:
+        single: one process alone.
+
+    Raises:
+        UserError: there are no such devices.
+    """
+    launch = Launch(LightningEnvironment(), True) if single else read_launch()
+    devices = choose_devices(replace(settings, devices=1, num_nodes=1) if single else settings, launch)
+    try:
+        fabric = L.Fabric(
+            accelerator=settings.accelerator,
+            devices=devices.count,
+            num_nodes=devices.nodes,
+            strategy="ddp" if devices.several else "auto",
+            precision=choose_precision(settings.precision, devices.cuda),
+            plugins=[launch.environment] if devices.several else [],
+        )
+        fabric.launch()
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"cannot compute on these devices: {str(error).splitlines()[0]}") from error
+    try:
+        yield fabric
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def choose_precision(wanted: str, cuda: bool) -> Any:
@@ -101,3 +141,15 @@ def peak_memory_gb(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 1e9
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def describe_machine(device: torch.device, processes: int, precision: str) -> dict[str, Any]:
+    """What a summary says of where it was computed."""
+    packages = ("itpn", "torch", "torchvision", "timm", "lightning")
+    return {
+        "peak_memory_gb": peak_memory_gb(device),
+        "device": device_name(device),
+        "processes": processes,
+        "precision": precision,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }

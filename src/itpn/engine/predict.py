@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -54,7 +55,11 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
     config = settings_of(found, model, seed)
     normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
     crop_pct = found.preprocessing.get("crop_pct")  # a classifier of ours: as it was evaluated
-    crop = None if crop_pct is None else EvaluationTransform(image_size(config.data), crop_pct)
+    crop = (
+        None
+        if crop_pct is None
+        else EvaluationTransform(image_size(config.data), crop_pct, found.preprocessing.get("interpolation", "bicubic"))
+    )
     batches = read_batches(source, config, crop)
     if features is not None:
         write_features(model, normalize, batches, features)
@@ -150,7 +155,7 @@ def predict_classes(
                     f"{label} {value:.0%}" for label, value in zip(labels[1:3], values[1:3], strict=True)
                 )
                 if table.row_count < ROWS:
-                    table.add_row(Path(name).name, labels[0], f"{values[0]:.1%}", others)
+                    table.add_row(*map(Text, (Path(name).name, labels[0], f"{values[0]:.1%}", others)))
                 titles.append(f"{values[0]:.0%} {labels[0]}")  # a long name is cut at its end
             save_picture(draw_titles(images, titles), out, number)
     path.with_suffix(".json").write_text(json.dumps(answers, indent=1) + "\n")

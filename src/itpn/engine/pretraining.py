@@ -18,11 +18,10 @@ from itpn.data.files import ImageSource, find_training_images
 from itpn.data.labelled import LabelledImages, draw_share, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.engine.callbacks import Pictures, Watcher
-from itpn.engine.console import print_aside
-from itpn.engine.evaluation import collect_features, gather_skipped
 from itpn.engine.fitting import Job, fit
 from itpn.engine.pictures import draw_predictions, read_whole_images
 from itpn.engine.probe import knn_accuracy, linear_accuracy
+from itpn.engine.scores import collect_features
 from itpn.errors import UserError
 from itpn.pretraining.average import MovingAverageTeacher
 from itpn.pretraining.teacher import FeatureTeacher, build_teacher
@@ -105,7 +104,6 @@ class FeatureProbe(Watcher):
         self.task = task
         self.config = config
         self.sets = known, asked
-        self.said: set[str] = set()
 
     def look(self, trainer: L.Trainer) -> dict[str, float]:
         data, task = self.config.data, self.task
@@ -114,25 +112,17 @@ class FeatureProbe(Watcher):
         task.eval()
         skipped: list[tuple[str, str]] = []
         columns: list[Tensor] = []
+        rank, processes = trainer.global_rank, trainer.world_size
         with trainer.precision_plugin.forward_context():
             for images in self.sets:
                 batches = make_evaluation_loader(
-                    images,
-                    transform,
-                    data.batch_size,
-                    data.num_workers,
-                    trainer.global_rank,
-                    trainer.world_size,
-                    data.max_pixels,
+                    images, transform, data.batch_size, data.num_workers, rank, processes, data.max_pixels
                 )
                 columns += collect_features(
-                    task.model.backbone, task.normalize, batches, task.device, trainer.world_size, skipped
+                    task.model.backbone, task.normalize, batches, task.device, skipped, processes
                 )
         task.train(training)
-        for name, reason in gather_skipped(skipped, trainer.world_size):
-            if trainer.is_global_zero and name not in self.said:
-                self.said.add(name)
-                print_aside(f"skipped {name}: {reason}")
+        self.say_skipped(trainer, skipped)
         with torch.random.fork_rng(devices=[]):  # a new layer draws weights, of which training must not notice
             known, labels, asked, answers = columns
             return {

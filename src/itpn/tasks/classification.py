@@ -16,6 +16,7 @@ from torch import Tensor
 from itpn.checkpoints.architecture import describe_classifier
 from itpn.config import ClassificationConfig, image_size, to_dict
 from itpn.data.normalize import Normalize
+from itpn.errors import UserError
 from itpn.models.hivit import HiViT
 from itpn.tasks.training import MakeLoader, TrainingTask
 
@@ -84,9 +85,25 @@ class ClassificationTask(TrainingTask):
             self.model, settings.weight_decay, no_weight_decay_list=spared, layer_decay=decay
         )
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: as of :class:`TrainingTask`; or the folders hold other classes now.
+        """
+        super().on_load_checkpoint(checkpoint)
+        before = checkpoint["itpn"]["classes"]
+        if before != list(self.classes):
+            different = sorted(set(before) ^ set(self.classes)) or ["their order"]
+            raise UserError(
+                f"the run has {len(before)} classes and the images have {len(self.classes)}, and they differ in "
+                f"{', '.join(different[:3])}: choose another --name"
+            )
+
     def describe(self) -> dict[str, Any]:
         data = self.config.data
         preprocessing = {"mean": data.mean, "std": data.std, "size": image_size(data), "crop_pct": data.crop_pct}
+        preprocessing["interpolation"] = data.interpolation
         return {
             "task": self.config.task,
             "settings": to_dict(self.config),
@@ -107,5 +124,5 @@ def decay_per_layer(model: HiViT, decay: float, over: int | None) -> float:
 
 @torch.no_grad()
 def classify(model: HiViT, normalize: Normalize, images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> probabilities, float32 [B, classes]."""
-    return model(normalize(images)).float().softmax(dim=-1)
+    """uint8 [B, 3, H, W] -> logarithms of probabilities, float32 [B, classes]."""
+    return model(normalize(images)).float().log_softmax(dim=-1)

@@ -107,6 +107,11 @@ class TrainingTask(L.LightningModule):
                 f"this run was trained by {before} processes, not {now}: start as many, or choose another --name and "
                 "begin from its weights with --model.checkpoint"
             )
+        # after an epoch's last batch Lightning's own count is one epoch behind, if the run was resumed before
+        place = checkpoint["itpn_loader"]
+        done = place["epoch"] - (place["batch"] == 0)
+        for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
+            counts |= {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
         # Lightning restores loaders only if nobody has asked for the number of steps before, as our schedule does
         self._loader_state = checkpoint["itpn_loader"]
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ class Answers:
     Attributes:
         index: of the image in its set, int64 [n].
         label: its class, int64 [n].
-        top: the likeliest classes, likeliest first, int64 [n, up to 5].
+        top: the likeliest classes, likeliest first, int64 [n, up to 5]; -1 where there are no more.
         probability: of the likeliest class, float32 [n].
         loss: minus the logarithm of the probability of its class, float32 [n].
     """
@@ -69,32 +70,32 @@ class Scores:
 
 @torch.no_grad()
 def collect_answers(
-    classify: Callable[[Tensor], Tensor],
+    classifiers: Sequence[Callable[[Tensor], Tensor]],
     batches: Iterable[dict[str, Any]],
     device: torch.device,
-    skipped: list[tuple[str, str]] | None = None,
-) -> Answers:
-    """Ask a network about the images of an evaluation loader.
+    skipped: list[tuple[str, str]],
+) -> list[Answers]:
+    """Ask networks about the images of an evaluation loader, each image read once.
 
     Args:
-        classify: uint8 [B, 3, H, W] -> probabilities [B, classes].
+        classifiers: uint8 [B, 3, H, W] -> logarithms of probabilities [B, classes], each.
         skipped: takes (name, reason) of images that cannot be read.
     """
-    parts = []
+    parts: list[list[Answers]] = [[] for _ in classifiers]
     for batch in batches:
-        if skipped is not None:
-            skipped += batch["broken"]
+        skipped += batch["broken"]
         if batch["image"] is not None:
-            probabilities = classify(batch["image"].to(device, non_blocking=True)).cpu()
-            parts.append(judge(batch["index"], batch["label"], probabilities))
-    return join(parts)
+            images = batch["image"].to(device, non_blocking=True)
+            for classify, own in zip(classifiers, parts, strict=True):
+                own.append(judge(batch["index"], batch["label"], classify(images).cpu()))
+    return [join(own) for own in parts]
 
 
-def judge(index: Tensor, label: Tensor, probabilities: Tensor) -> Answers:
-    """Args: int64 [n], int64 [n], float [n, classes]."""
-    top = probabilities.topk(min(TOP, probabilities.shape[1]), dim=1)
-    own = probabilities.gather(1, label.unsqueeze(1)).squeeze(1)
-    return Answers(index, label, top.indices, top.values[:, 0], -own.clamp(min=1e-12).log())
+def judge(index: Tensor, label: Tensor, log_probabilities: Tensor) -> Answers:
+    """Args: int64 [n], int64 [n], float [n, classes]; classes of probability 0 are no answers."""
+    top = log_probabilities.topk(min(TOP, log_probabilities.shape[1]), dim=1)
+    own = log_probabilities.gather(1, label.unsqueeze(1)).squeeze(1)
+    return Answers(index, label, top.indices.masked_fill(top.values.isneginf(), -1), top.values[:, 0].exp(), -own)
 
 
 def join(parts: Sequence[Answers]) -> Answers:
@@ -112,7 +113,7 @@ def gather(answers: Answers, world_size: int) -> Answers:
 
 
 def gather_skipped(skipped: list[tuple[str, str]], world_size: int) -> list[tuple[str, str]]:
-    return sorted({item for part in share(skipped, world_size) for item in part})
+    return sorted({(name, reason) for part in share(skipped, world_size) for name, reason in part})
 
 
 def share(thing: Anything, world_size: int) -> list[Anything]:
@@ -130,8 +131,8 @@ def collect_features(
     normalize: Normalize,
     batches: Iterable[dict[str, Any]],
     device: torch.device,
+    skipped: list[tuple[str, str]],
     world_size: int = 1,
-    skipped: list[tuple[str, str]] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Means of the last stage over each image of an evaluation loader, of all processes in the order of the set.
 
@@ -140,8 +141,7 @@ def collect_features(
     """
     columns: list[tuple[Tensor, ...]] = []
     for batch in batches:
-        if skipped is not None:
-            skipped += batch["broken"]
+        skipped += batch["broken"]
         if batch["image"] is not None:
             images = normalize(batch["image"].to(device, non_blocking=True))
             features = backbone.forward_stages(images)[-1].mean(dim=(1, 2, 3)).float().cpu()
@@ -175,7 +175,8 @@ def warn_of_other_order(scores: Scores) -> None:
     """A good network that is asked for the wrong names answers each class with one other class."""
     agreement = float(scores.confusion.max(dim=1).values.sum()) / max(scores.images, 1)
     answers = scores.confusion.argmax(dim=1)[scores.confusion.sum(dim=1) > 0]
-    if agreement > 0.5 and scores.top1 < agreement / 2 and len(answers.unique()) > len(answers) / 2:
+    several = scores.images >= 4 * len(answers)  # of a single image, its answer is always the same
+    if several and agreement > 0.5 and scores.top1 < agreement / 2 and len(answers.unique()) > len(answers) / 2:
         print_aside(
             f"warning: {agreement:.0%} of the images would be right under other names: the classes seem to be in "
             "another order than in training"
@@ -184,8 +185,9 @@ def warn_of_other_order(scores: Scores) -> None:
 
 def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: dict[str, Any]) -> None:
     """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
-    folder.mkdir(parents=True, exist_ok=True)
     figures = {name: getattr(scores, name) for name in ("images", "top1", "top5", "loss", "calibration_error")}
+    if not math.isfinite(scores.loss):  # of neighbours, none of whom has the class
+        figures["loss"] = None
     (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n")
     counts = scores.confusion.sum(dim=1).tolist()
     with (folder / "classes.csv").open("w", newline="") as file:
@@ -213,8 +215,8 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path) -> N
         axes.set_xlabel("answer")
         axes.set_ylabel("class")
         if count <= 40:
-            axes.set_xticks(range(count), classes, rotation=90)
-            axes.set_yticks(range(count), classes)
+            axes.set_xticks(range(count), classes, rotation=90, parse_math=False)
+            axes.set_yticks(range(count), classes, parse_math=False)
         if count <= 20:
             for row in range(count):
                 for column in range(count):
