@@ -301,6 +301,50 @@ def test_linear_probe(settings, tmp_path):
     assert evaluated["top1"] == figures["val_top1"]
 
 
+def test_a_probe_of_random_weights(settings):
+    """What any pre-training has to beat."""
+    folder = train(settings(freeze=True, ema_decay=None), "test")
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["metrics"]["val_top1"] > 0.5
+    assert {"versions", "peak_memory_gb", "device", "images_per_second", "processes"} <= summary.keys()
+
+
+def test_names_with_markup(settings, tmp_path, coloured, capsys):
+    """Neither rich nor matplotlib may read a class's name."""
+    for split in ("train", "val"):
+        (tmp_path / "odd" / split).mkdir(parents=True)
+        for name, odd in zip(COLOURS, (r"$\\foo$", "blue [navy]", "[bold]"), strict=True):
+            (tmp_path / "odd" / split / odd).symlink_to(coloured / split / name)
+    config = settings(ema_decay=None)
+    config.data.root, config.trainer.max_epochs = (str(tmp_path / "odd"),), 1
+    folder = train(config, "test")
+    model = str(folder / "model.safetensors")
+    capsys.readouterr()
+    assert main(["evaluate", str(folder / "config.yaml"), "--checkpoint", model, "--out", str(tmp_path / "e")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "blue [navy]" in said
+    assert "[bold]" in said
+
+
+def test_evaluating_one_set_of_class_folders(settings, tmp_path, coloured, capsys):
+    """A test set as a whole; the folder that the run was trained on, but for what the run held out."""
+    config = settings(ema_decay=None)
+    config.data.root, config.data.val_share, config.seed = (str(coloured / "train"),), 0.25, 5
+    config.trainer.max_epochs = 1
+    folder = train(config, "test")
+    found = json.loads((folder / "summary.json").read_text())["metrics"]
+    common = ["evaluate", "classifier_small", "--checkpoint", str(folder / "model.safetensors"), "--out", str(tmp_path)]
+    common += ["--data.num-workers", "0", "--data.root"]
+    assert main([*common, str(coloured / "train")]) == 0
+    figures = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (figures["images"], figures["loss"]) == (6, found["val_loss"])
+    assert figures["of"].startswith("25% held out of ")
+    assert main([*common, str(coloured / "val")]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["images"] == 12
+    assert main([*common, "nowhere", "--data.val-root", str(coloured / "val")]) == 0
+    assert json.loads((tmp_path / "evaluation.json").read_text())["images"] == 12
+
+
 def test_evaluate_writes_what_the_run_found(settings, tmp_path, capsys):
     folder = train(settings(ema_decay=None), "test")
     found = json.loads((folder / "summary.json").read_text())["metrics"]

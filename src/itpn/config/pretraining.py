@@ -144,7 +144,7 @@ class ProbeConfig:
     every_n_epochs: int = 10
     """Epochs between probes; there is one at the end as well."""
     max_images: int = 5000
-    """Images of either set that are looked at, evenly from all."""
+    """Images of either set that are looked at, evenly from all classes; at least one of each."""
 
 
 @dataclass
