@@ -16,7 +16,7 @@ from itpn.engine.probe import Accuracy, probe
 from itpn.engine.run import train
 from itpn.recipes import read_recipe
 
-FINE_TUNING_STEPS = 250
+FINE_TUNING_STEPS = 400
 RECIPES = {"pixels": "itpn-pixel_nano", "pixels and features (MFM)": "itpn-mfm_nano"}
 
 
@@ -81,6 +81,8 @@ def fine_tune(images: Path, checkpoint: Path | None, output_dir: Path) -> Path:
         config.model.checkpoint, config.name = str(checkpoint), "pre-trained"
     config.data.root, config.data.img_size, config.data.crop_pct = (str(images),), 64, 1.0
     config.data.batch_size, config.data.num_workers = 32, 1
+    # so few steps are for the shapes, not for what colours and small crops may do to them
+    config.data.crop_scale, config.data.auto_augment, config.data.erase = (0.7, 1.0), None, 0.0
     config.optimizer.lr, config.optimizer.layer_decay = 1e-3, None
     config.trainer.max_epochs, config.trainer.max_steps = 100, FINE_TUNING_STEPS
     config.trainer.devices = 1
