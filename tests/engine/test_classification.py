@@ -85,6 +85,13 @@ def read_rows(folder: Path) -> list[dict[str, str]]:
         ]
 
 
+def pretrain_command(images: Path, output_dir: Path) -> list[str]:
+    """3 steps an epoch, each a row of metrics.csv."""
+    command = f"train itpn-pixel_nano --data.root {images} --output-dir {output_dir} --data.img-size 32"
+    command += " --data.batch-size 8 --data.num-workers 0 --model.decoder-depth 1 --trainer.log-every-n-steps 1"
+    return command.split()
+
+
 def test_a_run_from_a_checkpoint_to_its_files(settings, tmp_path, coloured, capsys):
     pretrained = save_public(tmp_path, "mm_pixel")
     config = settings(name=None, scratch=False, checkpoint=str(pretrained), patch_size=None, ema_decay=None)
@@ -211,18 +218,7 @@ def test_other_classes_than_the_run_began_with(settings, tmp_path, coloured):
 
 def test_a_probe_may_come_later(settings, coloured, tmp_path):
     """Columns that a resumed run adds are empty in the rows before."""
-    common = ["train", "itpn-pixel_nano", "--data.root", str(coloured), "--output-dir", str(tmp_path)]
-    common += [
-        "--data.img-size",
-        "32",
-        "--data.batch-size",
-        "8",
-        "--data.num-workers",
-        "0",
-        "--model.decoder-depth",
-        "1",
-    ]
-    common += ["--trainer.log-every-n-steps", "1", "--trainer.max-epochs"]
+    common = [*pretrain_command(coloured, tmp_path), "--trainer.max-epochs"]
     assert main([*common, "1"]) == 0
     assert main([*common, "2", "--probe.root", str(coloured), "--probe.every-n-epochs", "1"]) == 0
     assert main([*common, "3"]) == 0
@@ -539,18 +535,7 @@ def test_relative_positions_begin_at_zero(settings, tmp_path):
 
 def test_a_pretraining_run_is_probed(coloured, tmp_path, capsys):
     """Columns from the first row on, figures from the first probe on; training itself does not notice."""
-    common = ["train", "itpn-pixel_nano", "--data.root", str(coloured), "--output-dir", str(tmp_path)]
-    common += [
-        "--data.img-size",
-        "32",
-        "--data.batch-size",
-        "8",
-        "--data.num-workers",
-        "0",
-        "--trainer.max-epochs",
-        "2",
-    ]
-    common += ["--trainer.log-every-n-steps", "1", "--model.decoder-depth", "1"]
+    common = [*pretrain_command(coloured, tmp_path), "--trainer.max-epochs", "2"]
     assert main([*common, "--name", "plain"]) == 0
     probed = ["--name", "probed", "--probe.root", str(coloured), "--probe.every-n-epochs", "1"]
     assert main([*common, *probed]) == 0

@@ -22,6 +22,8 @@ from itpn.pretraining.model import MaskedImageModel, Objective
 
 Task = Literal["pretraining", "classification", "pyramid", "backbone"]
 TASKS: tuple[Task, ...] = ("pretraining", "classification", "pyramid", "backbone")
+# what a backbone computes with and no tensor shows
+UNSHOWN = ("num_heads", "norm_eps", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
 
 
 @dataclass
@@ -289,13 +291,8 @@ def _read_levels(checkpoint: Checkpoint) -> str:
 def describe_classifier(model: HiViT) -> Architecture:
     """What builds a network that is at hand."""
     tensors = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
-    unseen = ("norm_eps", "pos_resample", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
-    return Architecture(
-        {
-            **read_backbone(tensors, model.num_heads, model.grid_size),
-            **{name: getattr(model, name) for name in unseen},
-        }
-    )
+    unshown = {name: getattr(model, name) for name in (*UNSHOWN, "pos_resample")}
+    return Architecture(read_backbone(tensors, model.num_heads, model.grid_size) | unshown)
 
 
 def complete(architecture: Architecture, task: Task) -> Architecture:
@@ -347,11 +344,8 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
             )
         kwargs["num_classes"] = classes if task == "classification" else 0
         return _make(HiViT, {name: name for name in BACKBONES}, kwargs)
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # an argument of no such name, or sizes that do not fit one another
+    # an argument of no such name, or sizes that do not fit one another
+    except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).rpartition("__init__() ")[2]
         raise UserError(f"no {task} network can be built with these settings: {reason}") from error
 

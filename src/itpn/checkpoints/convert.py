@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from itpn.checkpoints.architecture import read_architecture
+from itpn.checkpoints.architecture import UNSHOWN, read_architecture
 from itpn.checkpoints.files import Checkpoint, describe_preprocessing, read_checkpoint, write_safetensors, write_whole
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
@@ -17,8 +17,6 @@ from itpn.models.naming import Layout, from_ours
 
 Form = Literal["itpn", "official", "mmpretrain"]
 FORMS: tuple[Form, ...] = ("itpn", "official", "mmpretrain")
-# what a network computes with and no tensor shows
-UNSHOWN = ("num_heads", "norm_eps", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
 DEFAULTS = {name: inspect.signature(HiViT).parameters[name].default for name in UNSHOWN}
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,10 +48,6 @@ class Checkpoint:
     others: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict[str, Any] = field(default_factory=dict)
     key: str = ""
-
-    def with_tensors(self, tensors: dict[str, Tensor]) -> "Checkpoint":
-        """The same file, as if it held other tensors."""
-        return replace(self, tensors=tensors)
 
     @property
     def preprocessing(self) -> dict[str, Any]:

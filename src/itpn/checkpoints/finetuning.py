@@ -1,6 +1,7 @@
 """A classifier to be trained: from a checkpoint of any kind, or from scratch."""
 
 import copy
+import dataclasses
 from typing import Any
 
 from timm import create_model
@@ -127,7 +128,7 @@ def make_classifier(
         # tables of zeros change nothing, and are then learned
         own = network.state_dict()
         tensors |= {f"backbone.{n}": own[n] for n in own if n.endswith("relative_position_bias_table")}
-    state, findings = fit(found.with_tensors(tensors), network)
+    state, findings = fit(dataclasses.replace(found, tensors=tensors), network)
     if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
         raise UserError(f"checkpoint {found.source} cannot be fine-tuned: it {'; it '.join(problems)}")
     if found.broken:

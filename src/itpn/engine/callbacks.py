@@ -4,6 +4,7 @@ import csv
 import math
 import signal
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -26,7 +27,7 @@ from itpn.errors import NonFiniteLoss, RunStopped
 from itpn.tasks.training import TrainingTask
 
 
-class Watcher(L.Callback):
+class Watcher(L.Callback, ABC):
     """Looks at the network at the end of every so many epochs, and of the run.
 
     A watcher adds :meth:`look`, and ``score`` where checkpoints are judged by it.
@@ -56,9 +57,9 @@ class Watcher(L.Callback):
                 self._said.add(name)
                 print_aside(f"skipped {name}: {reason}")
 
+    @abstractmethod
     def look(self, trainer: L.Trainer) -> dict[str, float]:
-        """Find the figures anew, on every process together."""
-        raise NotImplementedError
+        """Find the figures anew, on every process together, the task in eval mode."""
 
     def describe(self) -> dict[str, str]:
         """Rows of the table at the end."""
@@ -85,7 +86,10 @@ class Watcher(L.Callback):
         self._step = step
         if step % self._every == 0 or step == self._total:
             begin = time.perf_counter()
+            training = pl_module.training
+            pl_module.eval()
             self.figures = {**self.figures, **self.look(trainer)}
+            pl_module.train(training)
             self.step = step
             self.seconds += time.perf_counter() - begin
 

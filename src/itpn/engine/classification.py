@@ -55,6 +55,15 @@ def read_start(config: ClassificationConfig) -> Checkpoint | None:
     return found
 
 
+def start_network(
+    config: ClassificationConfig, classes: tuple[str, ...], found: Checkpoint | None
+) -> tuple[HiViT, list[str]]:
+    """The network that a run begins with, and what is remarkable about its weights."""
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model, notes = make_classifier(config, classes, found)
+    return model, notes if found is None else [f"starting from the weights of {found.source}", *notes]
+
+
 def scale_epochs(config: ClassificationConfig, images: int, processes: int = 1) -> None:
     """Settle how long a run takes whose settings leave it to the number of images, in place."""
     if not config.trainer.max_epochs:
@@ -74,12 +83,9 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
     found = read_start(config)
     train, val = sets or find_sets(config)
     scale_epochs(config, len(train), choose_devices(config.trainer, read_launch()).processes)
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, notes = make_classifier(config, train.classes, found)
+    model, notes = start_network(config, train.classes, found)
     model.set_grad_checkpointing(config.model.grad_checkpointing)
     transform = make_transform(config)
-    if found is not None:
-        notes = [f"starting from the weights of {found.source}", *notes]
     if val is None:
         notes.append("there are no images to evaluate on: give --data.val-root or --data.val-share")
 
@@ -119,12 +125,11 @@ def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = 
     if not read_launch().main:
         return folder.path
     found = read_start(config)
-    torch.manual_seed(derive_seed(config.seed, "weights"))
     train, val = sets or find_sets(config)
-    model, notes = make_classifier(config, train.classes, found)
+    model, notes = start_network(config, train.classes, found)
     folder.open(config, recipe)
     try:
-        for note in notes if found is None else [f"starting from the weights of {found.source}", *notes]:
+        for note in notes:
             print_aside(note)
         task = ClassificationTask(model, config, recipe, train.classes)
         skipped: list[tuple[str, str]] = []
@@ -276,8 +281,6 @@ class Validation(Watcher):
         if self.task.ema is not None:
             models["ema_"] = self.task.ema.module
         skipped: list[tuple[str, str]] = []
-        training = self.task.training
-        self.task.eval()
         with trainer.precision_plugin.forward_context():
             answers = collect_answers(
                 [functools.partial(classify, model, self.task.normalize) for model in models.values()],
@@ -285,7 +288,6 @@ class Validation(Watcher):
                 self.task.device,
                 skipped,
             )
-        self.task.train(training)
         self.say_skipped(trainer, skipped)
         figures = {}
         for prefix, own in zip(models, answers, strict=True):

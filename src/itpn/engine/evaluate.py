@@ -138,7 +138,8 @@ def find_images(
     """
     data = config.data
     trained = found.metadata.get("settings", {})
-    if _places(trained.get("data", {}).get("root", ())) == _places(data.root) and "val_share" not in given:
+    trained_here = _places(trained.get("data", {}).get("root", ())) == _places(data.root)
+    if trained_here and "val_share" not in given:
         data.val_share, config.seed = trained["data"]["val_share"], trained["seed"]
     which = f"of {', '.join(data.val_root or data.root)}"
     if knn:
@@ -150,7 +151,7 @@ def find_images(
     if own is None:
         own = read_split(data.root, "train")
         # a folder of classes alone: a test set, unless the network was trained on it
-        if _places(trained.get("data", {}).get("root", ())) == _places(data.root) or "val_share" in given:
+        if trained_here or "val_share" in given:
             _, held_out = find_labelled(data.root, None, data.val_share, config.seed)
             if held_out is not None:
                 own, which = held_out, f"{data.val_share:.0%} held out {which}"

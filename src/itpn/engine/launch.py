@@ -76,8 +76,8 @@ def choose_devices(settings: TrainerConfig, launch: Launch) -> Devices:
     if cuda:
         torch.set_float32_matmul_precision("high")
     count = devices or (torch.cuda.device_count() if cuda else 1)
-    several = count * nodes > 1
-    return Devices(count if several or not cuda else (devices or "auto"), nodes, max(count * nodes, 1), cuda)
+    processes = max(count * nodes, 1)
+    return Devices(count if processes > 1 or not cuda else (devices or "auto"), nodes, processes, cuda)
 
 
 @contextmanager

@@ -108,8 +108,6 @@ class FeatureProbe(Watcher):
     def look(self, trainer: L.Trainer) -> dict[str, float]:
         data, task = self.config.data, self.task
         transform = EvaluationTransform(image_size(data), 1.0, data.interpolation)
-        training = task.training
-        task.eval()
         skipped: list[tuple[str, str]] = []
         columns: list[Tensor] = []
         rank, processes = trainer.global_rank, trainer.world_size
@@ -121,7 +119,6 @@ class FeatureProbe(Watcher):
                 columns += collect_features(
                     task.model.backbone, task.normalize, batches, task.device, skipped, processes
                 )
-        task.train(training)
         self.say_skipped(trainer, skipped)
         with torch.random.fork_rng(devices=[]):  # a new layer draws weights, of which training must not notice
             known, labels, asked, answers = columns

@@ -1,6 +1,7 @@
 """What every task that is trained shares: its loader, its learning rate, what goes into checkpoints."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +20,7 @@ from itpn.seeding import derive_seed
 MakeLoader = Callable[[int, int], TrainingLoader]
 
 
-class TrainingTask(L.LightningModule):
+class TrainingTask(L.LightningModule, ABC):
     """Trains a model by AdamW on batches of uint8 images, with linear warm-up and a cosine.
 
     A task adds ``training_step``, which returns "loss" and "figures" (detached numbers to be logged), the groups that
@@ -43,13 +44,13 @@ class TrainingTask(L.LightningModule):
         self._loader_state: dict[str, int] | None = None
         self.total_steps = 0
 
+    @abstractmethod
     def describe(self) -> dict[str, Any]:
         """What a checkpoint says about itself, beside its weights."""
-        raise NotImplementedError
 
+    @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """For AdamW; ``lr_scale`` of a group is its share of the learning rate, 1 where there is none."""
-        raise NotImplementedError
 
     def train_dataloader(self) -> TrainingLoader:
         if self.loader is None:
