@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all the set-up there is: each makes .venv on a fresh machine.
+# `make install`, `make demo` and `make test` are all the set-up there is: each makes .venv on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -7,7 +7,9 @@ BIN := .venv/bin
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,dev]'
 	touch $@
 
-.PHONY: demo test lint format
+.PHONY: install demo test lint format
+install: .venv/.installed
+
 demo: .venv/.installed
 	$(BIN)/itpn demo
 

@@ -50,14 +50,15 @@ def list_models(pattern: str = "*") -> list[str]:
 
 
 def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: Any) -> "nn.Module":
-    """Build the model of a recipe: a masked model of pre-training, or a classifier.
+    """Build the model of a recipe: a masked model of pre-training, a classifier, or a detector.
 
     Args:
         recipe: a name of :func:`list_recipes`, or a recipe file.
         pretrained: False for fresh weights; a checkpoint of any kind that :func:`load` reads, as a path or as
             ``hf-hub:OWNER/NAME``, a repository of the Hugging Face hub that holds a ``model.safetensors``.
         overrides: settings of the recipe's model (:class:`itpn.config.ModelConfig`,
-            :class:`itpn.config.ClassifierConfig`) by name, and ``img_size``; ``num_classes`` of a classifier.
+            :class:`itpn.config.ClassifierConfig`, :class:`itpn.config.DetectorConfig`) by name, and ``img_size``;
+            ``num_classes`` of a classifier or detector, without the background.
 
     Raises:
         itpn.errors.UserError: no such recipe, setting or file, or weights of another model.
@@ -75,11 +76,11 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
         )
     config = read_recipe(recipe)[1]
     if not isinstance(config, Config):
-        from itpn.checkpoints.finetuning import build_classifier
+        from itpn.checkpoints.finetuning import build_recipe
 
-        classes = overrides.pop("num_classes", 1000)
+        classes = overrides.pop("num_classes", None)
         found = read_checkpoint(pretrained) if pretrained else None
-        model, notes = build_classifier(override_model(config, overrides), classes, found)
+        model, notes = build_recipe(override_model(config, overrides), classes, found)
         for note in notes:
             warnings.warn(note, stacklevel=2)
         return model

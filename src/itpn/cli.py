@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from itpn.config import check_file, option_names
+from itpn.config import HUB, Config, DetectionConfig, check_file, option_names
 from itpn.errors import ExportFailed, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
 
@@ -82,6 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("info", help="parameters, FLOPs and shapes of a recipe or model")
     add.add_argument("name", help="a name of `itpn list`, or a recipe file")
+    add.add_argument("--checkpoint", help="gives the network of a recipe that takes it from one")
 
     add = commands.add_parser(
         "train",
@@ -102,18 +103,19 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser(
         "evaluate",
-        help="accuracy, confusion and calibration of a checkpoint on labelled images",
+        help="figures of a classifier or detector on labelled images",
         usage="itpn evaluate RECIPE|FILE.py --checkpoint CKPT [--out DIR] [--knn] [options of itpn train]",
         description="The recipe says where the images are (--data.root); sizes and normalisation are the checkpoint's.",
     )
-    add.add_argument("recipe", help="a recipe of `itpn list` for classifiers, a recipe file, or a run's config.yaml")
+    add.add_argument("recipe", help="a recipe of `itpn list` for its task, a recipe file, or a run's config.yaml")
     _add_evaluation_options(add)
 
-    add = commands.add_parser("predict", help="reconstruct or classify images, or write their features")
+    add = commands.add_parser("predict", help="reconstruct, classify or detect, or write features")
     add.add_argument("checkpoint", help="a checkpoint of iTPN, Fast-iTPN or HiViT, see itpn inspect")
     add.add_argument("images", nargs="+", help="image files or folders")
     add.add_argument("--out", default="predictions", help="folder for the pictures (default: %(default)s)")
     add.add_argument("--seed", type=int, default=0, help="which units are hidden (default: %(default)s)")
+    add.add_argument("--min-score", type=float, default=0.5, help="of a detector's objects (default: %(default)s)")
     add.add_argument("--features", metavar="FILE", help="write features to this .safetensors or .npy file instead")
 
     add = commands.add_parser("inspect", help="what a checkpoint is, and what it can be used for")
@@ -165,34 +167,69 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a checkpoint that `itpn inspect` knows")
-    parser.add_argument("--out", default="evaluation", help="folder for figures and pictures (default: %(default)s)")
+    parser.add_argument("--out", help="folder for figures and pictures (default: `evaluation` beside the checkpoint)")
     parser.add_argument("--knn", action="store_true", help="ask nearest neighbours among the training images instead")
+
+
+# what evaluation goes by, beside the checkpoint
+EVALUATION = (
+    *("--evaluation.", "--data.num-workers", "--data.max-pixels", "--data.mean", "--data.std", "--seed"),
+    *("--trainer.precision", "--trainer.accelerator", "--trainer.devices", "--trainer.num-nodes", "--model.num-heads"),
+)
+EVALUATION_OF = {
+    "classification": (
+        *("--data.root", "--data.val-root", "--data.val-share", "--data.label-share"),
+        *("--data.test-size", "--data.crop-pct", "--data.interpolation"),
+    ),
+    "detection": ("--data.root", "--data.val-root", "--data.mistakes", "--data.img-size", "--data.max-size"),
+}
 
 
 def run_evaluate(recipe: str, options: list[str]) -> int:
     name, config = read_recipe(recipe)
-    if config.task != "classification":
-        raise UserError(f"{recipe} is a recipe of {config.task}: give one for classifiers, e.g. classifier_small")
+    if isinstance(config, Config):
+        raise UserError(f"{recipe} is a recipe of pretraining: give one of a classifier or detector")
     parser = _Parser(prog=f"itpn evaluate {recipe}", add_help=False)
     _add_evaluation_options(parser)
     if "--help" in options or "-h" in options:
         make_parser().parse_args(["evaluate", "--help"])
     own, rest = parser.parse_known_args(options)
+    if own.knn and config.task != "classification":
+        raise UserError("--knn is for classes of images: give a recipe of a classifier")
     config = parse_options(config, rest, f"itpn evaluate {recipe}", ("--checkpoint", "--out", "--knn"))
     for option in rest:
         if option.startswith("--model.checkpoint"):
             raise UserError("give the checkpoint as --checkpoint, not as --model.checkpoint")
-        if option.startswith("--model.") and not option.startswith("--model.num-heads"):
-            raise UserError(f"{option} has no meaning here: the network is the checkpoint's")
-        if option.startswith("--data.img-size"):
+        if option.startswith("--data.img-size") and config.task == "classification":
             raise UserError("images are evaluated at the checkpoint's size: give --data.test-size for another")
+        if option.startswith("--") and not option.replace("_", "-").startswith(
+            (*EVALUATION, *EVALUATION_OF[config.task])
+        ):
+            raise UserError(f"{option} has no meaning here: the network is the checkpoint's, and it is not trained")
     config.model.checkpoint, config.model.scratch = own.checkpoint, False
     config.check()
-    from itpn.engine.evaluate import evaluate
-
+    out = Path(own.out) if own.out else _evaluation_folder(own.checkpoint, own.knn)
     given = {option.partition("=")[0].removeprefix("--data.").replace("-", "_") for option in rest}
-    evaluate(config, name, own.checkpoint, Path(own.out), own.knn, given)
+    if isinstance(config, DetectionConfig):
+        from itpn.engine.evaluate_objects import evaluate_objects
+
+        evaluate_objects(config, name, own.checkpoint, out, given)
+    else:
+        from itpn.engine.evaluate import evaluate
+
+        evaluate(config, name, own.checkpoint, out, own.knn, given)
     return 0
+
+
+def _evaluation_folder(checkpoint: str, knn: bool) -> Path:
+    """Beside the checkpoint, so that evaluations of two do not overwrite each other."""
+    path = Path(checkpoint)
+    words = ["evaluation", *(["knn"] if knn else [])]
+    if checkpoint.startswith(HUB):
+        return Path("-".join([checkpoint.removeprefix(HUB).replace("/", "-"), *words]))
+    if path.is_dir():
+        return path / "-".join(words)
+    return path.parent / "-".join([*([] if path.name == "model.safetensors" else [path.stem]), *words])
 
 
 def run_cache_features(recipe: str, options: list[str]) -> int:
@@ -341,7 +378,9 @@ def run_info(options: argparse.Namespace) -> int:
         config = read_recipe(options.name)[1]
     from itpn.engine.info import print_info
 
-    print_info(options.name, config)
+    if config is None and options.checkpoint is not None:
+        raise UserError("--checkpoint is for recipes; `itpn inspect` tells what a checkpoint is")
+    print_info(options.name, config, options.checkpoint)
     return 0
 
 
@@ -355,7 +394,7 @@ def run_predict(options: argparse.Namespace) -> int:
         raise UserError(f"--features {features} must end in .safetensors or .npy")
     from itpn.engine.predict import predict
 
-    predict(options.checkpoint, source, Path(options.out), options.seed, features)
+    predict(options.checkpoint, source, Path(options.out), options.seed, features, options.min_score)
     return 0
 
 

@@ -1,5 +1,6 @@
 """Images with classes from each kind of place, and the mistakes that such sets have."""
 
+import functools
 import io
 import tarfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from timm.data import create_transform
 
 from itpn.data.augment import EvaluationTransform
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.evaluation import make_evaluation_loader
+from itpn.data.evaluation import make_evaluation_loader, view_labelled
 from itpn.data.labelled import draw_share, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
@@ -80,9 +81,11 @@ def test_the_same_set_in_each_form(tmp_path, write, monkeypatch):
         assert images.classes == CLASSES
         found = {(data, label) for _, data, label in (images[i] for i in range(len(images)))}
         assert found == {(data, label) for _, data, label in samples(count, first)}
-    loader = TrainingLoader(
-        train, lambda image, rng: {"image": image}, batch_size=5, num_workers=2 * (write is write_shards), seed=0
-    )
+
+    def view(image, rng, label):
+        return {"image": image, "label": torch.tensor(label)}
+
+    loader = TrainingLoader(train, view, batch_size=5, num_workers=2 * (write is write_shards), seed=0)
     seen = {}
     for batch in loader:
         assert batch["label"].dtype == torch.int64
@@ -173,7 +176,7 @@ def break_empty_class(root: Path) -> str:
 def break_unknown_val_class(root: Path) -> str:
     (root / "val" / "emu").mkdir()
     (root / "val" / "emu" / "a.png").write_bytes(encode(0))
-    return "emu among the classes to evaluate on, but not to train on"
+    return "'emu' among the classes to evaluate on, but not to train on"
 
 
 def break_loose_image(root: Path) -> str:
@@ -282,7 +285,8 @@ def test_evaluation_sees_each_image_once(tmp_path, world_size):
     images, _ = find_labelled([str(tmp_path)])
     seen, bad = [], []
     for rank in range(world_size):
-        loader = make_evaluation_loader(images, EvaluationTransform((6, 6), 1.0), 4, rank=rank, world_size=world_size)
+        view = functools.partial(view_labelled, EvaluationTransform((6, 6), 1.0))
+        loader = make_evaluation_loader(images, view, 4, rank=rank, world_size=world_size)
         for batch in loader:
             assert batch["image"].shape[1:] == (3, 6, 6)
             seen += zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from public import save_public
@@ -78,6 +80,14 @@ def settings(coloured, tmp_path):
     return make
 
 
+@pytest.fixture
+def trained(settings):
+    """The folder of a finished run of two steps."""
+    config = settings()
+    config.trainer.max_steps = 2
+    return train(config, "test")
+
+
 def read_rows(folder: Path) -> list[dict[str, str]]:
     with (folder / "metrics.csv").open() as file:
         return [
@@ -101,7 +111,8 @@ def test_a_run_from_a_checkpoint_to_its_files(settings, tmp_path, coloured, caps
     folder = train(config, "test")
     said = " ".join(capsys.readouterr().out.split())
     assert "has no classifier: it starts fresh" in said
-    assert "24 images (3 classes, 12 more to evaluate on) at 64x64 px" in said
+    assert "24 images (3 classes, 12 more to evaluate on)" in said
+    assert "64x64 px" in said
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["task"] == "classification"
     assert summary["metrics"]["val_top1"] == 1.0  # colours are easy
@@ -192,7 +203,9 @@ def test_a_classifier_of_the_same_classes_is_kept(settings, tmp_path, coloured, 
             target.symlink_to(coloured / split / name)
     kept.data.root, kept.name = (str(tmp_path / "renamed"),), "renamed"
     train(kept, "test")
-    assert "has no classifier: it starts fresh" in " ".join(capsys.readouterr().out.split())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "names 3 classes (blue, green, red), and the images have others: what names them starts fresh" in said
+    assert "has no classifier" not in said
 
 
 def test_other_classes_than_the_run_began_with(settings, tmp_path, coloured):
@@ -404,7 +417,9 @@ def test_classes_in_another_order(settings, tmp_path, coloured, capsys):
     assert main([*command, *nameless]) == 0
     assert "the classes seem to be in another order than in training" in " ".join("".join(capsys.readouterr()).split())
     assert main([*command, str(tmp_path / "reversed"), "--checkpoint", str(folder / "model.safetensors")]) == 2
-    assert "0, 1, 2 among the classes of the images, but not of the model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "'0', '1', '2' among the classes of the images, but not of the model" in said
+    assert "shards take names from a classes.txt" in said
 
 
 def test_two_processes_evaluate_as_one(settings, tmp_path):
@@ -488,7 +503,7 @@ def test_no_weights_to_start_from(coloured, capsys):
     assert main(["train", "classifier_small", "--data.root", str(coloured)]) == 2
     assert "give the weights to start from as --model.checkpoint FILE, or --model.scratch" in capsys.readouterr().err
     assert main(["evaluate", "itpn-pixel_nano", "--checkpoint", "x.pth"]) == 2
-    assert "is a recipe of pretraining: give one for classifiers" in capsys.readouterr().err
+    assert "is a recipe of pretraining: give one of a classifier or detector" in capsys.readouterr().err
 
 
 def test_evaluating_what_has_no_classifier(tmp_path, coloured, capsys):
@@ -541,8 +556,57 @@ def test_a_pretraining_run_is_probed(coloured, tmp_path, capsys):
     assert main([*common, *probed]) == 0
     plain, rows = (read_rows(tmp_path / "itpn-pixel_nano" / name) for name in ("plain", "probed"))
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
-    assert [row["probe_knn"] == "" for row in rows] == [True, True, False, False, False, False]
+    # figures stand at the steps that they were found at, the ends of the two epochs
+    assert [row["probe_knn"] == "" for row in rows] == [True, True, False, True, True, False]
     assert float(rows[-1]["probe_linear"]) > 0.9
     assert "by nearest neighbours" in capsys.readouterr().out
     assert main([*common, "--name", "wrong", "--probe.root", "nowhere"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
+
+
+def test_what_a_file_says_goes_with_the_network(trained, tmp_path, coloured, capsys):
+    """Preprocessing and names of classes, to timm's users and through the hub's layout back to ours."""
+    folder = trained
+    model = itpn.load(folder / "model.safetensors")
+    data = timm.data.resolve_model_data_config(model)
+    stored = itpn.inspect(folder / "model.safetensors")
+    assert data["input_size"] == (3, *stored.preprocessing["size"])
+    assert [list(data[name]) for name in ("mean", "std")] == [stored.preprocessing[name] for name in ("mean", "std")]
+    assert data["crop_pct"] == stored.preprocessing["crop_pct"]
+    assert stored.classes == ("blue", "green", "red") == tuple(model.pretrained_cfg["label_names"])
+    assert "blue, green, red" in str(stored)
+    itpn.save_pretrained(model, tmp_path / "hub")
+    written = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert written["label_names"] == ["blue", "green", "red"]
+    assert written["pretrained_cfg"]["crop_pct"] == data["crop_pct"]
+    assert main(["predict", str(tmp_path / "hub"), str(coloured / "val" / "red"), "--out", str(tmp_path / "out")]) == 0
+    answers = json.loads((tmp_path / "out" / "predictions.json").read_text())
+    assert {answer["classes"][0]["class"] for answer in answers} <= {"blue", "green", "red"}
+
+
+@pytest.mark.parametrize("option", ["--optimizer.lr 1", "--data.erase 0.9", "--trainer.max-epochs 3", "--model.name x"])
+def test_options_without_a_meaning_for_evaluation(trained, coloured, option, capsys):
+    command = ["evaluate", "classifier_small", "--checkpoint", str(trained / "model.safetensors")]
+    if option.startswith("--model.name"):
+        option = "--model.name itpn_nano"
+    assert main([*command, "--data.root", str(coloured), *option.split()]) == 2
+    assert "has no meaning here" in capsys.readouterr().err
+
+
+def test_evaluations_have_a_folder_each(trained, coloured, tmp_path):
+    shutil.copytree(trained, tmp_path / "run")
+    command = ["evaluate", "classifier_small", "--data.root", str(coloured), "--data.num-workers", "0"]
+    assert main([*command, "--checkpoint", str(tmp_path / "run" / "model.safetensors")]) == 0
+    assert (tmp_path / "run" / "evaluation" / "evaluation.json").exists()
+    shutil.copy(tmp_path / "run" / "model.safetensors", tmp_path / "other.safetensors")
+    assert main([*command, "--checkpoint", str(tmp_path / "other.safetensors"), "--knn"]) == 0
+    assert (tmp_path / "other-evaluation-knn" / "evaluation.json").exists()
+
+
+def test_a_class_that_is_not_evaluated_is_named(settings, tmp_path, coloured, capsys):
+    shutil.copytree(coloured, tmp_path / "less")
+    shutil.rmtree(tmp_path / "less" / "val" / "green")
+    config = settings()
+    config.data.root, config.trainer.max_steps = (str(tmp_path / "less"),), 1
+    train(config, "test")
+    assert "there are no images of 'green' to evaluate on" in " ".join(capsys.readouterr().out.split())

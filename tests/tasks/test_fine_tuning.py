@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 
-from itpn.checkpoints.finetuning import build_classifier
+from itpn.checkpoints.finetuning import build_recipe
 from itpn.config import ClassificationConfig
 from itpn.recipes import read_recipe
-from itpn.tasks.classification import ClassificationTask, decay_per_layer
-from itpn.tasks.training import warmup_cosine
+from itpn.tasks.classification import ClassificationTask
+from itpn.tasks.finetuning import decay_per_layer
+from itpn.tasks.training import learning_rate
 
 PIXEL_B = "hivit-base-3324-p16_itpn-pixel-pre_8xb128-coslr-100e_in1k"
 PIXEL_L = "hivit-large-2240-p16_itpn-pixel-pre_8xb128-coslr-50e_in1k"
@@ -29,7 +30,7 @@ def make_task(recipe: str, init_values: float | None = None) -> ClassificationTa
     config.model.ema_decay, config.model.init_values = None, init_values
     config.data.mean, config.data.std = (0.0,), (1.0,)
     with torch.device("meta"):
-        model = build_classifier(config)[0]
+        model = build_recipe(config)[0]
     task = ClassificationTask(model, config, name, tuple(map(str, range(1000))))
     loader = SimpleNamespace(images=1_281_167, __len__=lambda: 0)
     task.train_dataloader = lambda: loader  # type: ignore[assignment]
@@ -118,7 +119,7 @@ def test_published_settings(recipe, epochs, warmup, drop_path, batch):
     assert (data.auto_augment, optimizer.weight_decay) == ("rand-m9-mstd0.5-inc1", 0.05)
     steps = 1_281_167 // batch
     assert steps == {1024: 1251, 512: 2502}[batch]
-    share = warmup_cosine(optimizer, 1e-3, epochs * steps, steps)
+    share = learning_rate(optimizer, 1e-3, epochs * steps, steps)
     first = warmup * steps  # not cut short, 20 of 100 epochs neither
     assert share(0) == pytest.approx(1e-4)
     assert share(first // 2) == pytest.approx(1e-4 + 0.9999 * (first // 2) / first)
@@ -129,7 +130,7 @@ def test_published_settings(recipe, epochs, warmup, drop_path, batch):
 
 
 def test_layer_decay_as_it_is():
-    model = build_classifier(read_recipe("hivit-tiny-p16_8xb128-coslr-300e_in1k")[1])[0]
+    model = build_recipe(read_recipe("hivit-tiny-p16_8xb128-coslr-300e_in1k")[1])[0]
     assert decay_per_layer(model, 0.75, None) == 0.75
     assert decay_per_layer(model, 0.75, 13) == pytest.approx(0.75 ** (13 / 15))
 
@@ -148,7 +149,7 @@ def make_small_task(**data) -> ClassificationTask:
     config.data.img_size, config.data.mean, config.data.std = 32, (0.5,), (0.25,)
     for name, value in data.items():
         setattr(config.data, name, value)
-    task = ClassificationTask(build_classifier(config, 3)[0], config, "test", ("a", "b", "c")).eval()
+    task = ClassificationTask(build_recipe(config, 3)[0], config, "test", ("a", "b", "c")).eval()
     fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=7))
     task._trainer = SimpleNamespace(fit_loop=fit_loop, global_rank=0, strategy=SimpleNamespace(root_device="cpu"))
     return task

@@ -11,7 +11,7 @@ from itpn.engine.pretraining import make_loader
 from itpn.pretraining.build import build_masked_model
 from itpn.recipes import read_recipe
 from itpn.tasks.pretrain import PretrainingTask, spread
-from itpn.tasks.training import warmup_cosine
+from itpn.tasks.training import learning_rate
 
 
 def make_task(world_size=1, accumulate=1, images=1_281_167, **data) -> PretrainingTask:
@@ -55,7 +55,7 @@ def test_schedule_of_800_epochs():
     """312 steps an epoch, 40 of 800 epochs of warm-up from 1e-4 of the peak, cosine to 0."""
     task = make_task(8)
     assert task.steps_per_epoch() == 1_281_167 // 4096 == 312
-    share = warmup_cosine(task.config.optimizer, 2.4e-3, 800 * 312, 312)
+    share = learning_rate(task.config.optimizer, 2.4e-3, 800 * 312, 312)
     assert share(0) == pytest.approx(1e-4)
     assert share(20 * 312) == pytest.approx(0.50005)
     assert share(40 * 312) == 1.0
@@ -65,11 +65,11 @@ def test_schedule_of_800_epochs():
 
 
 def test_short_runs_warm_up_for_a_tenth():
-    share = warmup_cosine(OptimizerConfig(warmup_epochs=40), 1.0, 100, 10)
+    share = learning_rate(OptimizerConfig(warmup_epochs=40), 1.0, 100, 10)
     assert share(9) < 1
     assert share(10) == 1
-    assert warmup_cosine(OptimizerConfig(), 1.0, 1, 1)(0) == 1  # a single step is not wasted on warming up
-    assert warmup_cosine(OptimizerConfig(min_lr=0.1), 0.5, 100, 10)(100) == pytest.approx(0.2)
+    assert learning_rate(OptimizerConfig(), 1.0, 1, 1)(0) == 1  # a single step is not wasted on warming up
+    assert learning_rate(OptimizerConfig(min_lr=0.1), 0.5, 100, 10)(100) == pytest.approx(0.2)
 
 
 def test_no_decay_on_norms_biases_positions_and_mask_token():

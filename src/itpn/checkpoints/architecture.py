@@ -9,9 +9,10 @@ from typing import Any, Literal, get_type_hints
 from timm import create_model
 from torch import Tensor, nn
 
-from itpn.checkpoints.files import Checkpoint
+from itpn.checkpoints.files import Checkpoint, named_tensors
 from itpn.config import check_type
 from itpn.errors import UserError
+from itpn.models.detector import Detector, FPNBackbone
 from itpn.models.hivit import HiViT
 from itpn.models.naming import read_depths
 from itpn.models.position import Grid, square
@@ -20,8 +21,8 @@ from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PY
 from itpn.pretraining.decoder import AuxiliaryHead, Decoder
 from itpn.pretraining.model import MaskedImageModel, Objective
 
-Task = Literal["pretraining", "classification", "pyramid", "backbone"]
-TASKS: tuple[Task, ...] = ("pretraining", "classification", "pyramid", "backbone")
+Task = Literal["pretraining", "detection", "classification", "pyramid", "backbone"]
+TASKS: tuple[Task, ...] = ("pretraining", "detection", "classification", "pyramid", "backbone")
 # what a backbone computes with and no tensor shows
 UNSHOWN = ("num_heads", "norm_eps", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
 
@@ -36,6 +37,8 @@ class Architecture:
         decoder: arguments of :class:`itpn.pretraining.decoder.Decoder`; None where there is none.
         auxiliary: arguments of :class:`itpn.pretraining.decoder.AuxiliaryHead`.
         objective: arguments of :class:`itpn.pretraining.model.Objective`.
+        detector: arguments of :class:`itpn.models.detector.Detector`; None where there is none. One with
+            ``fpn_width`` has a feature pyramid network of so many channels in the pyramid's place.
         levels: the maps that a pyramid gives, see :class:`itpn.models.pyramid.PyramidBackbone`.
         guessed: what the tensors do not say.
     """
@@ -45,6 +48,7 @@ class Architecture:
     decoder: dict[str, Any] | None = None
     auxiliary: dict[str, Any] | None = None
     objective: dict[str, Any] = field(default_factory=dict)
+    detector: dict[str, Any] | None = None
     levels: str = "pyramid"
     guessed: list[str] = field(default_factory=list)
 
@@ -58,6 +62,7 @@ class Architecture:
         """What can be built whole, the richest first."""
         whole = {
             "pretraining": self.decoder is not None,
+            "detection": self.detector is not None,
             "classification": bool(self.backbone.get("num_classes")),
             "pyramid": self.pyramid is not None,
             "backbone": True,
@@ -177,7 +182,7 @@ def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_heads: int | No
         levels = arguments.get("levels", levels)
         backbone |= {name: arguments[name] for name in inspect.signature(HiViT).parameters if name in arguments}
         guessed = []
-    return Architecture(backbone, pyramid, decoder, auxiliary, objective, levels, guessed)
+    return Architecture(backbone, pyramid, decoder, auxiliary, objective, read_detector(tensors), levels, guessed)
 
 
 def read_backbone(
@@ -243,6 +248,17 @@ def read_pyramid(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     }
 
 
+def read_detector(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Arguments of :class:`itpn.models.detector.Detector`; None where there is none."""
+    predictor = tensors.get("roi_heads.box_predictor.cls_score.weight")
+    if predictor is None:
+        return None
+    found: dict[str, Any] = {"num_classes": len(predictor), "head_width": predictor.shape[1] // 4}
+    found["masks"] = "roi_heads.mask_predictor.mask_fcn_logits.weight" in tensors
+    neck = tensors.get("fpn.layer_blocks.0.0.weight")
+    return found if neck is None else found | {"fpn_width": len(neck)}
+
+
 def _heads(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """What the decoder predicts, and how many numbers a unit."""
     names = [m[1] for name in tensors if (m := re.match(r"decoder\.heads\.(\w+)\.weight", name))]
@@ -295,18 +311,48 @@ def describe_classifier(model: HiViT) -> Architecture:
     return Architecture(read_backbone(tensors, model.num_heads, model.grid_size) | unshown)
 
 
+def describe_detector(model: Detector) -> Architecture:
+    """What builds a detector that is at hand, and what it was given."""
+    tensors = named_tensors(model)
+    backbone = model.backbone
+    resize, heads, rpn = model.transform, model.roi_heads, model.rpn
+    detector = read_detector(tensors)
+    assert detector is not None
+    detector |= {
+        "min_size": list(resize.min_size),
+        "max_size": resize.max_size,
+        "image_mean": list(resize.image_mean),
+        "image_std": list(resize.image_std),
+        "box_loss_weight": heads.box_loss_weight,
+        "rpn_post_nms_top_n_train": rpn._post_nms_top_n["training"],
+        "rpn_post_nms_top_n_test": rpn._post_nms_top_n["testing"],
+        "box_batch_size_per_image": heads.fg_bg_sampler.batch_size_per_image,
+        "box_score_thresh": heads.score_thresh,
+        "box_nms_thresh": heads.nms_thresh,
+        "box_detections_per_img": heads.detections_per_img,
+    }
+    trunk = describe_classifier(backbone.backbone).backbone
+    return Architecture(trunk, read_pyramid(tensors), detector=detector, levels="detection")
+
+
 def complete(architecture: Architecture, task: Task) -> Architecture:
     """The network of a task with what the file lacks as published: what it would have to start fresh."""
     backbone, pyramid, decoder = architecture.backbone, architecture.pyramid, architecture.decoder
     if task == "classification" and not backbone.get("num_classes"):
         backbone = {**backbone, "num_classes": 1000}
-    if task in ("pretraining", "pyramid") and pyramid is None:
+    detector = architecture.detector
+    if task == "detection" and detector is None:
+        detector = {"num_classes": 91}
+    fpn = "fpn_width" in (detector or {})
+    if task in ("pretraining", "pyramid", "detection") and pyramid is None and not (task == "detection" and fpn):
         pyramid = dict(PYRAMIDS.get(architecture.name or "", PUBLISHED_PYRAMID))
     objective = architecture.objective
     if task == "pretraining" and decoder is None:
         assert pyramid is not None
         decoder, objective = {"heads": {"pixel": 0}, "pyramid_width": pyramid["width"]}, {}
-    return replace(architecture, backbone=backbone, pyramid=pyramid, decoder=decoder, objective=objective)
+    return replace(
+        architecture, backbone=backbone, pyramid=pyramid, decoder=decoder, objective=objective, detector=detector
+    )
 
 
 def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module:
@@ -322,6 +368,8 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
     for name, value in overrides.items():
         if name in hints:
             check_type(tuple(value) if isinstance(value, list) else value, hints[name], name)
+    own = inspect.signature(Detector).parameters if task == "detection" else ()
+    detector = {**(architecture.detector or {}), **{name: overrides.pop(name) for name in own if name in overrides}}
     kwargs = {**architecture.backbone, **overrides}
     for size in ("img_size", "rel_pos_size"):
         if isinstance(kwargs.get(size), list):  # of JSON
@@ -333,9 +381,9 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
         if task == "pretraining":
             return _build_masked(architecture, kwargs)
         if task == "pyramid":
-            own = architecture.pyramid or {}
-            settings = {f"pyramid_{name}" if name != "mlp_ratio" else name: value for name, value in own.items()}
-            return _make(PyramidBackbone, WITH_PYRAMID, {"levels": architecture.levels, **settings, **kwargs})
+            return _build_pyramid(architecture, {"levels": architecture.levels, **kwargs})
+        if task == "detection":
+            return _build_detector(architecture, detector, kwargs)
         if task == "classification" and not classes:
             raise UserError(
                 "a classifier needs num_classes above 0; task='backbone' gives the network without one"
@@ -348,6 +396,27 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
     except (TypeError, ValueError, RuntimeError) as error:
         reason = str(error).rpartition("__init__() ")[2]
         raise UserError(f"no {task} network can be built with these settings: {reason}") from error
+
+
+def _build_pyramid(architecture: Architecture, kwargs: dict[str, Any]) -> nn.Module:
+    own = architecture.pyramid or {}
+    settings = {f"pyramid_{name}" if name != "mlp_ratio" else name: value for name, value in own.items()}
+    return _make(PyramidBackbone, WITH_PYRAMID, {**settings, **kwargs})
+
+
+def _build_detector(architecture: Architecture, settings: dict[str, Any], kwargs: dict[str, Any]) -> Detector:
+    if "num_classes" not in settings:
+        raise UserError(
+            "there is no detector to build: itpn.load with task='detection', num_classes=N and strict=False starts a "
+            "fresh one; N counts the background"
+        )
+    width = settings.pop("fpn_width", None)
+    backbone = (
+        _build_pyramid(architecture, {**kwargs, "levels": "detection"})
+        if width is None
+        else FPNBackbone(width, **kwargs)
+    )
+    return Detector(backbone, **settings)  # type: ignore[arg-type]  # timm builds Modules
 
 
 def _make(kind: type[nn.Module], names: Mapping[str, str], kwargs: dict[str, Any]) -> nn.Module:

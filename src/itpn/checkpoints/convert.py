@@ -84,7 +84,11 @@ def _unsaid(found: Checkpoint, target: Path, num_heads: int | None) -> dict[str,
     """Settings of the backbone that are not read back from what was written."""
     before = {**DEFAULTS, **read_architecture(found, num_heads).backbone}
     after = {**DEFAULTS, **read_architecture(read_checkpoint(target)).backbone}
-    return {name: before[name] for name in DEFAULTS if before[name] != after[name]}
+    idle = [
+        *(["migrate_from"] if not before["migrate_ratio"] else []),
+        *(["gather_side"] if not before["gather_window"] else []),
+    ]
+    return {name: before[name] for name in DEFAULTS if before[name] != after[name] and name not in idle}
 
 
 def _rename(found: Checkpoint, form: Form) -> tuple[dict[str, Tensor], list[str], str]:

@@ -9,7 +9,7 @@ from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from itpn.checkpoints.architecture import known_heads
-from itpn.checkpoints.files import OTHER_HEADS, Checkpoint
+from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone, fit_tables
 from itpn.models.position import Grid
@@ -23,6 +23,11 @@ PARTS = {
     "pyramid.": "pyramid",
     "backbone.head.": "classifier",
     "backbone.fc_norm.": "classifier",
+    "fpn.": "feature pyramid network",
+    "roi_heads.box_predictor.": "predictor of objects' classes",
+    "roi_heads.mask_predictor.mask_fcn_logits.": "predictor of objects' classes",
+    "rpn.": "set of detection heads",
+    "roi_heads.": "set of detection heads",
 }
 PRETRAINING = ("decoder", "auxiliary head", "set of heads for pyramid levels", "mask token")
 
@@ -55,14 +60,13 @@ def fit(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], li
     that does not fit as a whole is left out as a whole: half a decoder is of no use.
 
     Args:
-        model: a :class:`HiViT`, or what has one as ``backbone``.
+        model: any of our networks.
 
     Returns:
         A state dict for the model without what has to stay random, and the findings.
     """
-    alone = isinstance(model, HiViT)
     backbone = find_backbone(model)
-    own = {f"backbone.{name}" if alone else name: tensor for name, tensor in model.state_dict().items()}
+    own = named_tensors(model)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "relative_position_index" not in name}
     findings = _convert(tensors, own)
     try:
@@ -103,8 +107,8 @@ def fit(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], li
         text = f"has another shape: {_describe(other[0], tensors, own)}"
         findings.append(Finding("harmful", other, text + (f", and {len(other) - 1} more" if len(other) > 1 else "")))
     findings += judge_others(checkpoint, bool(backbone.num_classes))
-    state = {name: t for name, t in tensors.items() if name in own and own[name].shape == t.shape}
-    return ({name.removeprefix("backbone."): t for name, t in state.items()} if alone else state), findings
+    names = dict(zip(own, model.state_dict(), strict=True))
+    return {names[n]: t for n, t in tensors.items() if n in own and own[n].shape == t.shape}, findings
 
 
 def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding]:

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from safetensors.torch import save as serialize
-from torch import Tensor
+from torch import Tensor, nn
 
 from itpn.config import HUB, Config, check_file, from_dict, image_size, to_dict
 from itpn.errors import UserError
+from itpn.models.detector import Detector
+from itpn.models.hivit import HiViT
 from itpn.models.naming import Layout, detect_layout, to_ours
 from itpn.models.position import Grid
 from itpn.pretraining.foreign import check_hub, one_line, read_state, unwrap
@@ -131,6 +133,8 @@ def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
     tensors = {name: t for name, t in tensors.items() if name not in heads}
     if found := next((m for name in tensors if (m := PUBLIC_INSIDE.match(name))), None):
         tensors = {name.removeprefix(found[1]): t for name, t in tensors.items()}
+    if any(name.startswith("backbone.backbone.") for name in tensors):  # a detector's own names
+        tensors = {name.removeprefix("backbone."): tensor for name, tensor in tensors.items()}
     layout = detect_layout(tensors)
     if layout is None:
         some = ", ".join(list(tensors)[:3])
@@ -206,6 +210,16 @@ def save_weights(path: Path, model: MaskedImageModel, recipe: str, config: Confi
 
 def describe_preprocessing(config: Config) -> dict[str, Any]:
     return {"mean": config.data.mean, "std": config.data.std, "size": image_size(config.data)}
+
+
+def named_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A network's tensors as files name them: backbone and pyramid alike in all networks."""
+    state = model.state_dict()
+    if isinstance(model, HiViT):
+        return {f"backbone.{name}": tensor for name, tensor in state.items()}
+    if isinstance(model, Detector):  # which has both as its backbone
+        return {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
+    return state
 
 
 def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:

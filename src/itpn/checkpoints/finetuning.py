@@ -1,4 +1,4 @@
-"""A classifier to be trained: from a checkpoint of any kind, or from scratch."""
+"""A network to be fine-tuned: from a checkpoint of any kind, or from scratch."""
 
 import copy
 import dataclasses
@@ -6,27 +6,35 @@ from typing import Any
 
 from timm import create_model
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
 
-from itpn.checkpoints.architecture import Architecture, build, find_variant, read_architecture, same_sizes
+from itpn.checkpoints.architecture import Architecture, build, complete, find_variant, read_architecture, same_sizes
 from itpn.checkpoints.diagnosis import fit
-from itpn.checkpoints.files import Checkpoint
+from itpn.checkpoints.files import Checkpoint, named_tensors
 from itpn.checkpoints.loading import describe_broken
-from itpn.config import ClassificationConfig, image_size
+from itpn.config import ClassificationConfig, ClassifierConfig, DetectionConfig, image_size
 from itpn.errors import UserError
+from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT
-from itpn.models.variants import BACKBONES
+from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
 
 CROP_PCT = 0.875  # of ImageNet since the first networks
+NO_NETWORK = (
+    "this recipe takes its network from a checkpoint: give one, as --model.checkpoint of `itpn train`, --checkpoint of "
+    "`itpn info` or pretrained= of itpn.get_model"
+)
+PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
 
-def settle(config: ClassificationConfig, found: Checkpoint | None) -> None:
-    """Fill in what the settings leave to the checkpoint, in place: sizes, mean and deviation.
+def settle(config: ClassificationConfig | DetectionConfig, found: Checkpoint | None) -> None:
+    """Fill in what the settings leave to the checkpoint, in place: network, sizes, mean and deviation.
 
     Raises:
         UserError: the checkpoint is of another network than the settings name, or the images do not fit its patches.
     """
     model, data = config.model, config.data
     preprocessing: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     if found is not None:
         own = read_architecture(found, model.num_heads).backbone
         name = find_variant(own)
@@ -40,40 +48,52 @@ def settle(config: ClassificationConfig, found: Checkpoint | None) -> None:
                 "--model.patch-size"
             )
         model.name, model.patch_size = model.name or name, own["patch_size"]
-        height, width = own["img_size"] if isinstance(own["img_size"], list | tuple) else 2 * (own["img_size"],)
-        if data.img_size is None:
-            data.img_size = height if height == width else (height, width)
         preprocessing = found.preprocessing
     elif model.name not in BACKBONES:
         raise UserError(f"no model {model.name!r}; models are {', '.join(BACKBONES)}")
     model.patch_size = model.patch_size or 16
-    data.img_size = data.img_size or 224
-    colour = model.in_chans == 3
+    channels = model.in_chans if isinstance(model, ClassifierConfig) else 3
     for what, usual in {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}.items():
         if getattr(data, what) is None:
             values = tuple(preprocessing.get(what, ()))
             grey = (sum(usual) / 3,)
-            setattr(data, what, values if len(values) in (1, model.in_chans) else usual if colour else grey)
-    data.crop_pct = data.crop_pct or preprocessing.get("crop_pct", CROP_PCT)
-    config.check_sizes()
+            setattr(data, what, values if len(values) in (1, channels) else usual if channels == 3 else grey)
+    if isinstance(config, ClassificationConfig):
+        if config.data.img_size is None:
+            size = own.get("img_size", 224)
+            height, width = size if isinstance(size, list | tuple) else (size, size)
+            config.data.img_size = height if height == width else (height, width)
+        config.data.crop_pct = config.data.crop_pct or preprocessing.get("crop_pct", CROP_PCT)
+        config.check_sizes()
 
 
-def build_classifier(
-    config: ClassificationConfig, num_classes: int = 1000, found: Checkpoint | None = None
-) -> tuple[HiViT, list[str]]:
-    """:func:`make_classifier` of a recipe, which stays as it is, with classes that have no names.
+def build_recipe(
+    config: ClassificationConfig | DetectionConfig, num_classes: int | None = None, found: Checkpoint | None = None
+) -> tuple[HiViT | Detector, list[str]]:
+    """The network of a recipe, which stays as it is, with classes that have no names but those of the checkpoint.
+
+    Args:
+        num_classes: None for ImageNet's 1000 or COCO's 80.
+
+    Returns:
+        As of :func:`make_classifier` and :func:`make_detector`.
 
     Raises:
         UserError: the recipe takes its network from a checkpoint and there is none, or the weights do not fit.
     """
     if config.model.name is None and found is None:
-        raise UserError("this recipe takes its network from --model.checkpoint: see `itpn inspect CHECKPOINT`")
+        raise UserError(NO_NETWORK)
     config = copy.deepcopy(config)
     settle(config, found)
-    classes = [] if found is None else found.metadata.get("classes") or []
-    if len(classes) != num_classes:
-        classes = [str(number) for number in range(num_classes)]
-    return make_classifier(config, tuple(classes), found)
+    if isinstance(config, DetectionConfig):
+        return make_detector(config, name_classes(found, num_classes or 80), config.model.masks is not False, found)
+    return make_classifier(config, name_classes(found, num_classes or 1000), found)
+
+
+def name_classes(found: Checkpoint | None, count: int) -> tuple[str, ...]:
+    """The names that a checkpoint has for so many classes, or else numbers."""
+    names = [] if found is None else found.metadata.get("classes") or []
+    return tuple(names if len(names) == count else map(str, range(count)))
 
 
 def make_classifier(
@@ -115,8 +135,7 @@ def make_classifier(
         return network, []
     architecture = read_architecture(found, model.num_heads)
     tensors = dict(found.tensors)
-    names = found.metadata.get("classes")
-    kept = architecture.backbone.get("num_classes") == len(classes) and (names is None or tuple(names) == classes)
+    kept, replaced = replace_names(found, classes, architecture.backbone.get("num_classes"))
     backbone = architecture.backbone if kept else {**architecture.backbone, "fc_norm": True}
     network = build(Architecture(backbone), "classification", **options)
     assert isinstance(network, HiViT)
@@ -124,15 +143,106 @@ def make_classifier(
         tensors = {
             name: t for name, t in tensors.items() if not name.startswith(("backbone.head.", "backbone.fc_norm."))
         }
-    if model.rel_pos_bias and not architecture.backbone.get("rel_pos_bias"):
+    notes = start_from(network, found, tensors, bool(model.rel_pos_bias and not architecture.backbone["rel_pos_bias"]))
+    return network, replaced + notes
+
+
+def start_from(network: nn.Module, found: Checkpoint, tensors: dict[str, Tensor], fresh_tables: bool) -> list[str]:
+    """Give a network the tensors of a checkpoint.
+
+    Args:
+        tensors: those of the file that are wanted.
+        fresh_tables: the network has relative positions, which the file has not: they begin at zero.
+
+    Returns:
+        What is not as in the checkpoint, a sentence each.
+
+    Raises:
+        UserError: they do not fit.
+    """
+    if fresh_tables:
         # tables of zeros change nothing, and are then learned
-        own = network.state_dict()
-        tensors |= {f"backbone.{n}": own[n] for n in own if n.endswith("relative_position_bias_table")}
+        own = named_tensors(network)
+        tensors = tensors | {n: t for n, t in own.items() if n.endswith("relative_position_bias_table")}
     state, findings = fit(dataclasses.replace(found, tensors=tensors), network)
     if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
         raise UserError(f"checkpoint {found.source} cannot be fine-tuned: it {'; it '.join(problems)}")
     if found.broken:
         raise UserError(f"checkpoint {found.source} has {describe_broken(found.broken)}")
     network.load_state_dict(state, strict=False)
-    notes = [f"{found.source} {f.text}: it starts fresh" for f in findings if f.kind == "random"]
-    return network, notes + [f"{found.source} {f.text}" for f in findings if f.kind == "converted"]
+    # a part that was not wanted has been spoken of already
+    missing = [f for f in findings if f.kind == "random" and not set(f.names) & set(found.tensors)]
+    notes = [f"{found.source} {f.text}: it starts fresh" for f in missing]
+    return notes + [f"{found.source} {f.text}" for f in findings if f.kind == "converted"]
+
+
+def replace_names(found: Checkpoint, ours: tuple[str, ...], theirs: int | None) -> tuple[bool, list[str]]:
+    """Whether a checkpoint's own predictor can go on, and what to say if not.
+
+    It can if it names the same classes, or none and as many.
+
+    Args:
+        theirs: number of its classes; None for a file without a predictor.
+    """
+    if theirs is None:
+        return False, []
+    names = found.metadata.get("classes")
+    if theirs == len(ours) and (names is None or tuple(names) == ours):
+        return True, []
+    some = "" if names is None else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    kinds = f"{theirs} class{'es' * (theirs != 1)}{some}"
+    return False, [f"{found.source} names {kinds}, and the images have others: what names them starts fresh"]
+
+
+def make_detector(
+    config: DetectionConfig, classes: tuple[str, ...], masks: bool, found: Checkpoint | None
+) -> tuple[Detector, list[str]]:
+    """Build a detector, with a checkpoint's weights where there is one.
+
+    Args:
+        config: as :func:`settle` leaves it.
+        masks: predict masks as well.
+
+    Returns:
+        The network, and what is not as in the checkpoint, a sentence each.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    model, data = config.model, config.data
+    detector: dict[str, Any] = {
+        "num_classes": 1 + len(classes),
+        "masks": masks,
+        "min_size": data.img_size,
+        "max_size": data.longest,
+        "image_mean": data.mean,
+        "image_std": data.std,
+        "head_width": model.head_width,
+        "rpn_post_nms_top_n_train": model.proposals,
+        "rpn_post_nms_top_n_test": max(1, model.proposals // 2),
+        "box_batch_size_per_image": model.samples,
+    }
+    if found is None:
+        assert model.name is not None
+        assert model.patch_size is not None
+        side = max(1, round(data.img_size / model.patch_size)) * model.patch_size
+        own = {**BACKBONES[model.name], "img_size": side, "patch_size": model.patch_size, "rel_pos_bias": False}
+        architecture = Architecture({**own, "init_values": model.init_values})
+    else:
+        architecture = read_architecture(found, model.num_heads)
+    theirs = architecture.detector
+    width = (architecture.pyramid or PYRAMIDS.get(model.name or "", PUBLISHED_PYRAMID))["width"]
+    detector |= {"fpn_width": (theirs or {}).get("fpn_width", width)} if model.neck == "fpn" else {}
+    whole = complete(dataclasses.replace(architecture, detector=detector), "detection")
+    options = {"pos_embed": model.pos_embed, "drop_path_rate": model.drop_path_rate}
+    if model.rel_pos_bias is not None:
+        options["rel_pos_bias"] = model.rel_pos_bias
+    network = build(whole, "detection", **options)
+    assert isinstance(network, Detector)
+    if found is None:
+        return network, []
+    kept, replaced = replace_names(found, classes, None if theirs is None else theirs["num_classes"] - 1)
+    unwanted = (*(() if kept else PREDICTORS), "pyramid." if model.neck == "fpn" else "fpn.")
+    tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(unwanted)}
+    fresh_tables = bool(model.rel_pos_bias and not architecture.backbone["rel_pos_bias"])
+    return network, replaced + start_from(network, found, tensors, fresh_tables)

@@ -21,7 +21,9 @@ from itpn.checkpoints.diagnosis import fit
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.config import Config, image_size, override_model
 from itpn.errors import UserError
+from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.position import Grid
+from itpn.models.pyramid import PyramidBackbone
 from itpn.models.variants import PUBLISHED_PYRAMID, PYRAMIDS
 from itpn.pretraining.build import build_masked_model
 from itpn.pretraining.model import MaskedImageModel
@@ -83,10 +85,26 @@ def load_found(
             + (" is another network than the file's" if misfit else " part starts at random")
         )
     model.load_state_dict(state, strict=False)
+    describe_weights(model, checkpoint)
     notes = [f"{source} {finding.text}" for finding in findings if finding.kind != "expected"]
     if checkpoint.broken:
         notes.append(f"{source} has {describe_broken(checkpoint.broken)}")
     return model.eval(), notes
+
+
+def describe_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put what a file says of its images and classes where timm's users look for it, ``model.pretrained_cfg``."""
+    if not isinstance(model, HiViT | PyramidBackbone) or not hasattr(model, "pretrained_cfg"):
+        return
+    own = checkpoint.preprocessing
+    cfg: dict[str, Any] = {name: own[name] for name in ("mean", "std", "crop_pct", "interpolation") if name in own}
+    for name in ("mean", "std"):  # one number for all channels
+        if name in cfg:
+            cfg[name] = tuple(cfg[name]) * (model.in_chans if len(cfg[name]) == 1 else 1)
+    names = checkpoint.metadata.get("classes")
+    cfg |= {"label_names": names} if names and len(names) == model.num_classes else {}
+    shape = {"input_size": find_backbone(model).image_shape, "num_classes": model.num_classes}
+    model.pretrained_cfg = {**model.pretrained_cfg, **shape, **cfg}
 
 
 def make_model(checkpoint: Checkpoint, task: Task | None, overrides: dict[str, Any]) -> nn.Module:
@@ -145,6 +163,9 @@ def describe_options(checkpoint: Checkpoint, model: MaskedImageModel) -> str:
     """The options of `itpn train` that turn a recipe's network into the file's; empty where none would."""
     theirs = _settings(checkpoint.tensors, checkpoint.grid)
     ours = _settings(model.state_dict(), model.backbone.grid_size)
+    if checkpoint.config is not None and theirs["decoder-depth"]:
+        theirs["decoder-heads"] = checkpoint.config.model.decoder_heads  # which no tensor shows
+        ours["decoder-heads"] = model.decoder.num_heads if model.decoder is not None else None
     if theirs["name"] != ours["name"]:
         own = PYRAMIDS.get(str(theirs["name"]), PUBLISHED_PYRAMID)  # comes with the name
         ours |= {"pyramid-width": own["width"], "pyramid-depth": own["depth"]}
@@ -163,6 +184,7 @@ def _settings(tensors: Mapping[str, Tensor], grid: Grid | None) -> dict[str, str
         "pyramid-depth": pyramid.get("depth"),
         "decoder-width": None,
         "decoder-depth": None,
+        "decoder-heads": None,
     }
     if "decoder.norm.weight" in tensors:
         settings["decoder-width"] = len(tensors["decoder.norm.weight"])

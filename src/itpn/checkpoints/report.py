@@ -19,6 +19,9 @@ LAYOUTS = {
     "official_fast": "the authors' code (Fast-iTPN)",
     "mmpretrain": "mmpretrain",
 }
+# what names things, and the recipe that trains one
+PREDICTORS = {"classification": "backbone.head", "detection": "roi_heads.box_predictor.cls_score"}
+SMALL = {"classification": "classifier_small", "detection": "detector_small"}
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Report:
         uses: one for each task.
         leftovers: tensors that none of our networks has a place for, and whether it matters.
         broken: tensors with NaN or infinite numbers, and how many.
+        classes: names of what a classifier or detector tells apart, if the file has them.
+        preprocessing: of the images, as far as the file says so: mean, std, size and the like.
     """
 
     source: str
@@ -68,6 +73,8 @@ class Report:
     uses: list[Use]
     leftovers: list[Finding]
     broken: dict[str, int]
+    classes: tuple[str, ...] = ()
+    preprocessing: dict[str, Any] = field(default_factory=dict)
 
     def use(self, task: Task) -> Use:
         return next(use for use in self.uses if use.task == task)
@@ -80,9 +87,11 @@ class Report:
             self.architecture.pyramid,
             self.architecture.decoder,
         )
+        detector = self.architecture.detector or {}
         family = "Fast-iTPN" if backbone["swiglu"] else "HiViT" if pyramid is None else "iTPN"
         made_for = {
             "pretraining": f"pre-trained to predict {' and '.join(decoder['heads'] if decoder else ())}",
+            "detection": f"a detector of {detector.get('num_classes', 0) - 1} kinds of objects",
             "classification": f"a classifier of {backbone.get('num_classes')} classes",
             "pyramid": "backbone and pyramid of a detector or segmenter",
             "backbone": "a backbone",
@@ -103,6 +112,9 @@ class Report:
         if decoder:
             predicted = ", ".join(f"{width} numbers a unit ({name})" for name, width in decoder["heads"].items())
             rows["decoder"] = f"{decoder['width']} channels, {_count(decoder['depth'], 'block')}, {predicted}"
+        if self.classes:
+            some = ", ".join(self.classes[:5])
+            rows["classes"] = f"{some}, ... ({len(self.classes)})" if len(self.classes) > 5 else some
         if self.architecture.guessed:
             rows["guessed"] = f"{', '.join(self.architecture.guessed)}: not in the file, give them if they differ"
         if self.broken:
@@ -172,6 +184,8 @@ def inspect(checkpoint: str | Path, average: bool = False) -> Report:
         uses=uses,
         leftovers=judge_others(found, classifier=bool(architecture.backbone.get("num_classes"))),
         broken=found.broken,
+        classes=tuple(found.metadata.get("classes") or ()),
+        preprocessing=found.preprocessing,
     )
 
 
@@ -179,10 +193,11 @@ def _command(checkpoint: Checkpoint, task: Task, model: str | None, findings: li
     """How a file is used for a task."""
     source = checkpoint.source
     if task != "pretraining":
-        new = task == "classification" and "backbone.head.weight" not in checkpoint.tensors
-        classes = ", num_classes=N" if new else ""
+        predictor = PREDICTORS.get(task)
+        if predictor is not None and f"{predictor}.weight" not in checkpoint.tensors:
+            return f"itpn train {SMALL[task]} --model.checkpoint {source}"
         fresh = ", strict=False" if any(finding.kind in ("random", "harmful") for finding in findings) else ""
-        return f"itpn.load({source!r}, task={task!r}{classes}{fresh})"
+        return f"itpn.load({source!r}, task={task!r}{fresh})"
     if model is None:
         return f"itpn.load({source!r})" if "decoder.embeds.0.weight" in checkpoint.tensors else ""
     options = describe_options(checkpoint, build_masked_model(ModelConfig(name=model), (224, 224)))

@@ -7,10 +7,11 @@ from itpn.config.classification import (
     ClassificationConfig,
     ClassifierConfig,
     EvaluationConfig,
-    FineTuningConfig,
     LabelledDataConfig,
 )
+from itpn.config.detection import DetectionConfig, DetectionEvaluationConfig, DetectorConfig, ObjectsConfig
 from itpn.config.files import CONFIGS, RunConfig, from_dict, read_yaml, write_yaml
+from itpn.config.finetuning import FineTuningConfig, NetworkConfig
 from itpn.config.pretraining import (
     Config,
     DataConfig,
@@ -22,6 +23,7 @@ from itpn.config.pretraining import (
 )
 from itpn.config.training import (
     HUB,
+    CropsConfig,
     ImagesConfig,
     OptimizerConfig,
     TrainerConfig,
@@ -38,12 +40,18 @@ __all__ = [
     "ClassificationConfig",
     "ClassifierConfig",
     "Config",
+    "CropsConfig",
     "DataConfig",
+    "DetectionConfig",
+    "DetectionEvaluationConfig",
+    "DetectorConfig",
     "EvaluationConfig",
     "FineTuningConfig",
     "ImagesConfig",
     "LabelledDataConfig",
     "ModelConfig",
+    "NetworkConfig",
+    "ObjectsConfig",
     "OptimizerConfig",
     "ProbeConfig",
     "RunConfig",

@@ -1,15 +1,15 @@
 """Settings of a classifier's run: fine-tuning, training from scratch, or a probe of frozen features."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar
 
+from itpn.config.finetuning import FineTuningConfig, NetworkConfig, check_fine_tuning
 from itpn.config.training import (
-    ImagesConfig,
-    OptimizerConfig,
-    TrainerConfig,
+    CropsConfig,
+    RunSettings,
     check_amounts,
     check_counts,
-    check_file,
+    check_crops,
     check_images,
     check_shares,
     check_size,
@@ -21,32 +21,13 @@ from itpn.errors import UserError
 
 
 @dataclass
-class ClassifierConfig:
+class ClassifierConfig(NetworkConfig):
     """The network."""
 
-    name: str | None = None
-    """Backbone, one of the models of `itpn list`; None for that of --model.checkpoint."""
-    checkpoint: str | None = None
-    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME."""
-    scratch: bool = False
-    """Start from random weights instead."""
     freeze: bool = False
     """Train a linear classifier on features that stay as they are, computed once, and nothing else."""
-    num_heads: int | None = None
-    """Attention heads, where the checkpoint cannot tell them."""
-    patch_size: int | None = None
-    """Side of a unit in pixels, divisible by 4; None for the checkpoint's, or 16."""
     in_chans: int = 3
     """Channels of the images: 3 for colour, 1 for grey."""
-    pos_embed: Literal["fixed", "learned"] = "learned"
-    """Keep the position table as it is, or train it."""
-    rel_pos_bias: bool | None = None
-    """A relative position bias in each attention block, beginning at zero where the checkpoint has none; None for the
-    checkpoint's, or the model's own."""
-    init_values: float | None = None
-    """From scratch: initial layer scale; None for no layer scale. A checkpoint's own stays."""
-    drop_path_rate: float = 0.0
-    """Stochastic depth of the last block; it grows from 0 block by block."""
     drop_rate: float = 0.0
     """Dropout before the classifier."""
     migrate_ratio: float | None = None
@@ -58,12 +39,10 @@ class ClassifierConfig:
     ema_decay: float | None = None
     """Share of a moving average of the weights that is kept at each step; the average is evaluated as well, and
     written if it is better. None for no average."""
-    grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, slower."""
 
 
 @dataclass
-class LabelledDataConfig(ImagesConfig):
+class LabelledDataConfig(CropsConfig):
     """Images with classes."""
 
     root: tuple[str, ...] = ("data/imagenet",)
@@ -99,17 +78,6 @@ class LabelledDataConfig(ImagesConfig):
 
 
 @dataclass
-class FineTuningConfig(OptimizerConfig):
-    """AdamW with learning rates that fall from the classifier to the first layer; linear warm-up, then cosine."""
-
-    layer_decay: float | None = None
-    """Factor of the learning rate from layer to layer, towards the input; None for the same everywhere."""
-    layer_decay_over: int | None = 13
-    """Layers that --optimizer.layer-decay is meant for: a network of L layers takes its power 13 / L at each, as the
-    official code does. None takes it as it is."""
-
-
-@dataclass
 class EvaluationConfig:
     """When the network is evaluated while it is trained, and how a file is."""
 
@@ -122,21 +90,14 @@ class EvaluationConfig:
 
 
 @dataclass
-class ClassificationConfig:
+class ClassificationConfig(RunSettings):
     """Settings of a classifier's run."""
 
     task: ClassVar[str] = "classification"
     model: ClassifierConfig = field(default_factory=ClassifierConfig)
     data: LabelledDataConfig = field(default_factory=LabelledDataConfig)
     optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    seed: int = 0
-    """All randomness of the run follows from this."""
-    name: str = "default"
-    """Name of the run; the same name goes on where it was stopped."""
-    output_dir: str = "runs"
-    """The run is written to OUTPUT_DIR/RECIPE/NAME."""
 
     def check(self) -> None:
         """Find impossible settings before anything heavy starts.
@@ -145,12 +106,11 @@ class ClassificationConfig:
             UserError: the first that is found, with what to do.
         """
         check_types(self)
-        model, data, optimizer = self.model, self.data, self.optimizer
-        check_training(data, optimizer, self.trainer, self.seed, self.name)
+        model, data = self.model, self.data
+        check_training(data, self.optimizer, self.trainer, self.seed, self.name)
+        check_crops(data)
         check_counts(
             {
-                "--model.patch-size": model.patch_size,
-                "--model.num-heads": model.num_heads,
                 "--evaluation.every-n-epochs": self.evaluation.every_n_epochs,
                 "--evaluation.batch-size": self.evaluation.batch_size,
                 "--evaluation.neighbours": self.evaluation.neighbours,
@@ -158,7 +118,6 @@ class ClassificationConfig:
         )
         check_amounts(
             {
-                "--model.init-values": model.init_values,
                 "--model.gather-window": model.gather_window,
                 "--data.mixup": data.mixup,
                 "--data.cutmix": data.cutmix,
@@ -166,7 +125,6 @@ class ClassificationConfig:
         )
         check_shares(
             {
-                "--model.drop-path-rate": model.drop_path_rate,
                 "--model.drop-rate": model.drop_rate,
                 "--model.ema-decay": model.ema_decay or 0.0,
                 "--data.val-share": data.val_share,
@@ -174,11 +132,11 @@ class ClassificationConfig:
                 "--data.crop-pct": 1.0 if data.crop_pct is None else data.crop_pct,
                 "--data.erase": data.erase,
                 "--data.label-smoothing": data.label_smoothing,
-                "--optimizer.layer-decay": 1.0 if optimizer.layer_decay is None else optimizer.layer_decay,
             }
         )
-        if not data.label_share or data.crop_pct == 0:
-            raise UserError("--data.label-share and --data.crop-pct must be above 0")
+        for option, share in {"--data.label-share": data.label_share, "--data.crop-pct": data.crop_pct}.items():
+            if share == 0:
+                raise UserError(f"{option} must be above 0")
         if data.val_share == 1:
             raise UserError("--data.val-share must be below 1: nothing would be left to train on")
         if data.color_jitter and data.auto_augment is not None:
@@ -186,26 +144,15 @@ class ClassificationConfig:
                 "--data.color-jitter has no effect beside --data.auto-augment, which changes colours itself: give "
                 "--data.auto-augment None, or --data.color-jitter 0"
             )
-        if optimizer.layer_decay == 0:
-            raise UserError("--optimizer.layer-decay must be above 0")
         if (data.mixup or data.cutmix) and data.batch_size % 2:
             raise UserError(
                 f"--data.batch-size must be even to mix images in pairs, not {data.batch_size}; or give --data.mixup 0 "
                 "--data.cutmix 0"
             )
-        if model.patch_size is not None and model.patch_size % 4:
-            raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
         if model.migrate_ratio is not None and not 0 <= model.migrate_ratio < 1:
             raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
         check_images(data.mean or (0.0,), data.std or (1.0,), model.in_chans)
-        if model.checkpoint is not None:
-            check_file(model.checkpoint, "--model.checkpoint")
-            if model.scratch:
-                raise UserError("both --model.scratch and --model.checkpoint: choose one, or give --model.no-scratch")
-        elif not model.scratch:
-            raise UserError("give the weights to start from as --model.checkpoint FILE, or --model.scratch for none")
-        elif model.name is None:
-            raise UserError("--model.scratch needs a --model.name of `itpn list`")
+        check_fine_tuning(model, self.optimizer)
 
     def check_sizes(self) -> None:
         """What :meth:`check` can only see once the checkpoint's patches and size are known."""

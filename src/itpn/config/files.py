@@ -8,12 +8,13 @@ from typing import Any
 import yaml
 
 from itpn.config.classification import ClassificationConfig
+from itpn.config.detection import DetectionConfig
 from itpn.config.pretraining import Config
 from itpn.config.training import to_dict
 from itpn.errors import UserError
 
-RunConfig = Config | ClassificationConfig
-CONFIGS: dict[str, type[RunConfig]] = {cls.task: cls for cls in (Config, ClassificationConfig)}
+RunConfig = Config | ClassificationConfig | DetectionConfig
+CONFIGS: dict[str, type[RunConfig]] = {cls.task: cls for cls in (Config, ClassificationConfig, DetectionConfig)}
 
 
 def from_dict(settings: dict[str, Any], cls: Any = Config) -> Any:

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 from itpn.config.training import (
-    ImagesConfig,
+    CropsConfig,
     OptimizerConfig,
-    TrainerConfig,
+    RunSettings,
     check_amounts,
     check_counts,
+    check_crops,
     check_file,
     check_images,
     check_shares,
@@ -118,7 +119,7 @@ class TeacherConfig:
 
 
 @dataclass
-class DataConfig(ImagesConfig):
+class DataConfig(CropsConfig):
     """The images."""
 
     root: tuple[str, ...] = ("data/imagenet",)
@@ -148,7 +149,7 @@ class ProbeConfig:
 
 
 @dataclass
-class Config:
+class Config(RunSettings):
     """Settings of a pre-training run."""
 
     task: ClassVar[str] = "pretraining"
@@ -156,14 +157,7 @@ class Config:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     probe: ProbeConfig = field(default_factory=ProbeConfig)
-    seed: int = 0
-    """All randomness of the run follows from this."""
-    name: str = "default"
-    """Name of the run; the same name goes on where it was stopped."""
-    output_dir: str = "runs"
-    """The run is written to OUTPUT_DIR/RECIPE/NAME."""
 
     def check(self) -> None:
         """Find impossible settings before anything heavy starts.
@@ -175,6 +169,7 @@ class Config:
         check_model(self.model, self.teacher)
         model, data = self.model, self.data
         check_training(data, self.optimizer, self.trainer, self.seed, self.name)
+        check_crops(data)
         check_counts(
             {
                 "--trainer.max-epochs": self.trainer.max_epochs,

@@ -20,16 +20,10 @@ class ImagesConfig:
     """Images per process and forward pass."""
     num_workers: int = 8
     """Processes that read images, for each training process; 0 reads in the training process."""
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of a random crop as a share of the image."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
-    """Aspect ratio (width over height) of a random crop."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
-    """How crops are resized."""
+    """How images are resized."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
-    color_jitter: float = 0.0
-    """Largest relative change of brightness, contrast and saturation."""
     max_broken: float = 0.05
     """Share of unreadable images above which the run stops."""
     max_pixels: int = 2**27  # as itpn.data.decode.MAX_PIXELS
@@ -37,8 +31,20 @@ class ImagesConfig:
 
 
 @dataclass
+class CropsConfig(ImagesConfig):
+    """Random crops of one size."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of a random crop as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Aspect ratio (width over height) of a random crop."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+
+
+@dataclass
 class OptimizerConfig:
-    """AdamW and its schedule: linear warm-up, then cosine, step by step."""
+    """AdamW and its schedule: linear warm-up, then a cosine or steps."""
 
     base_lr: float = 1.5e-4
     """Learning rate for a global batch of 256 images; the true one scales with the global batch."""
@@ -52,8 +58,14 @@ class OptimizerConfig:
     """Epochs of linear warm-up."""
     max_warmup: float = 0.1
     """Largest share of the run that the warm-up may take, so that short runs get somewhere."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; overrides --optimizer.warmup-epochs."""
     warmup_start: float = 1e-4
     """Share of the peak learning rate at the first step."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """After the warm-up: half a cosine down to --optimizer.min-lr, or a tenth at each of --optimizer.milestones."""
+    milestones: tuple[float, ...] = (9 / 12, 11 / 12)
+    """Shares of the run after which the step schedule lowers the learning rate to a tenth."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine."""
     clip_grad: float | None = None
@@ -88,6 +100,19 @@ class TrainerConfig:
     """Optimiser steps between entries of metrics.csv and TensorBoard."""
     picture_every_n_steps: int | None = None
     """Optimiser steps between pictures of predictions; None for ten in a run."""
+
+
+@dataclass
+class RunSettings:
+    """What every run has, whatever is trained."""
+
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    seed: int = 0
+    """All randomness of the run follows from this."""
+    name: str = "default"
+    """Name of the run; the same name goes on where it was stopped."""
+    output_dir: str = "runs"
+    """The run is written to OUTPUT_DIR/RECIPE/NAME."""
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -200,6 +225,7 @@ def check_training(
             "--optimizer.lr": optimizer.lr,
             "--optimizer.weight-decay": optimizer.weight_decay,
             "--optimizer.warmup-epochs": optimizer.warmup_epochs,
+            "--optimizer.warmup-steps": optimizer.warmup_steps,
             "--optimizer.warmup-start": optimizer.warmup_start,
             "--optimizer.min-lr": optimizer.min_lr,
             "--optimizer.clip-grad": optimizer.clip_grad,
@@ -210,18 +236,26 @@ def check_training(
         {
             "--data.hflip": data.hflip,
             "--data.max-broken": data.max_broken,
-            "--data.color-jitter": data.color_jitter,
             "--optimizer.max-warmup": optimizer.max_warmup,
         }
     )
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
+    if not all(0 < share < 1 for share in optimizer.milestones) or list(optimizer.milestones) != sorted(
+        optimizer.milestones
+    ):
+        raise UserError(f"--optimizer.milestones must be rising shares of the run, not {optimizer.milestones}")
+    if not name or any(c in name for c in "/\\") or name in (".", ".."):
+        raise UserError(f"--name must be a plain folder name, not {name!r}")
+
+
+def check_crops(data: CropsConfig) -> None:
+    """Raise :class:`UserError` for crops that cannot be."""
+    check_shares({"--data.color-jitter": data.color_jitter})
     if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
         raise UserError(f"--data.crop-ratio needs two ratios above 0, from small to large, not {data.crop_ratio}")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         raise UserError(f"--data.crop-scale needs two shares of the area, from small to large, not {data.crop_scale}")
-    if not name or any(c in name for c in "/\\") or name in (".", ".."):
-        raise UserError(f"--name must be a plain folder name, not {name!r}")
 
 
 def check_images(mean: tuple[float, ...], std: tuple[float, ...], in_chans: int) -> None:

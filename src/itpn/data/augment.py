@@ -120,8 +120,12 @@ class ClassificationTransform:
             raise UserError(f"--data.auto-augment {self.auto_augment}: timm knows no such augmentation") from error
         object.__setattr__(self, "_transform", transform)
 
-    def __call__(self, image: Tensor, rng: random.Random) -> dict[str, Tensor]:
-        """Augment one image, uint8 [3, any, any]; the same ``rng`` gives the same "image", uint8 [3, *img_size]."""
+    def __call__(self, image: Tensor, rng: random.Random, label: int) -> dict[str, Tensor]:
+        """Augment one image, uint8 [3, any, any]; the same ``rng`` gives the same.
+
+        Returns:
+            "image" uint8 [3, *img_size], and "label" as it is.
+        """
         # timm draws from the global generators of three libraries, which must not notice
         before = random.getstate(), np.random.get_state()
         try:
@@ -132,7 +136,8 @@ class ClassificationTransform:
                     np.random.seed(seed)
                     torch.manual_seed(seed)
                     try:
-                        return {"image": torch.as_tensor(self._transform(to_pil(image)))}  # type: ignore[attr-defined]
+                        view = torch.as_tensor(self._transform(to_pil(image)))  # type: ignore[attr-defined]
+                        return {"image": view, "label": torch.tensor(label)}
                     except ValueError as error:
                         # one image in some hundreds is to keep no bit, which newer Pillow refuses: draw again
                         if "bits" not in str(error):

@@ -68,7 +68,8 @@ class LabelledImages:
         present = [self.classes[label] for label in np.unique(self.labels)]
         if unknown := [name for name in present if name not in numbers]:
             raise UserError(
-                f"{_join(unknown)} among the classes of the images, but not of the model, whose are {_join(classes)}"
+                f"{join_names(unknown)} among the classes of the images, but not of the model, whose are "
+                f"{join_names(classes)}{_hint(present)}"
             )
         new = np.array([numbers.get(name, -1) for name in self.classes])
         return LabelledImages(self.files, new[self.labels], tuple(classes), self.rows)
@@ -117,8 +118,8 @@ def find_labelled(
     unknown = [val.classes[label] for label in np.unique(val.labels) if val.classes[label] not in train.classes]
     if unknown:
         raise UserError(
-            f"{_join(unknown)} among the classes to evaluate on, but not to train on in {where}: the same names are "
-            "needed in both"
+            f"{join_names(unknown)} among the classes to evaluate on, but not to train on in {where}: the same names "
+            f"are needed in both{_hint(unknown)}"
         )
     return train, val.rename(train.classes)
 
@@ -329,5 +330,13 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}{'' if number == 1 else 'es' if what.endswith('s') else 's'}"
 
 
-def _join(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _hint(names: Sequence[str]) -> str:
+    """Of names that are numbers."""
+    return f"; shards take names from a {CLASSES} beside them" if all(name.isdigit() for name in names) else ""
+
+
+def join_names(names: Sequence[str], most: int = 3) -> str:
+    """The first few, each set off from the sentence."""
+    return ", ".join(f"'{name}'" for name in names[:most]) + (
+        f" and {len(names) - most} more" if len(names) > most else ""
+    )

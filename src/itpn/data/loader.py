@@ -16,20 +16,30 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from itpn.data.cache import FeatureCache
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_sample
 from itpn.data.files import ImageSource
-from itpn.data.labelled import LabelledImages
 from itpn.data.readers import FileReader, Reader
 from itpn.data.shards import Sample, count_shard_images, shard_samples
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
-Transform = Callable[[Tensor, random.Random], dict[str, Tensor]]
+View = dict[str, Any]
+Transform = Callable[..., View]  # of an image, its random numbers, and what is known of it
 Batch = dict[str, Any]
+
+
+def stack(views: list[View]) -> Batch:
+    """Tensors of the same size, along a new first axis."""
+    return {name: torch.stack([view[name] for view in views]) for name in views[0]}
+
+
+def collect(views: list[View]) -> Batch:
+    """Lists, of what has a size of its own."""
+    return {name: [view[name] for view in views] for name in views[0]}
+
 
 MAX_SPARES = 1000  # so many broken files in a row, and the data cannot be what was meant
 
@@ -37,26 +47,28 @@ MAX_SPARES = 1000  # so many broken files in a row, and the data cannot be what 
 class TrainingLoader:
     """Batches of augmented images, without end, in epochs of ``len(loader)`` batches.
 
-    Iterating yields what is left of the current epoch, and the next time the next epoch. A batch is a dict:
-    "image" uint8 [batch_size, 3, H, W], "teacher_image" likewise if the transform makes one, "key" the images'
-    names, "broken" a list of (name, reason) for each file that could not be read while it was made; of labelled images
-    also "label", int64 [batch_size]. A broken file's place is taken by the next readable one, so that batches keep
-    their size. The batches depend on the seed, on ``rank`` and ``world_size``, and with shards that are not labelled on
-    ``num_workers``, and on nothing else.
+    Iterating yields what is left of the current epoch, and the next time the next epoch. A batch is a dict: what the
+    transform makes of the images ("image" uint8 [batch_size, 3, H, W], "teacher_image", "label"), "key" the images'
+    names, "broken" a list of (name, reason) for each file that could not be read while it was made. A broken file's
+    place is taken by the next readable one, so that batches keep their size. The batches depend on the seed, on
+    ``rank`` and ``world_size``, and with shards that are not labelled on ``num_workers``, and on nothing else.
 
     Of files, each epoch has every image at most once over all ranks; what does not fill a batch on every rank is
-    left out. Fewer images than one batch on every rank make one smaller batch. Of shards, each worker reads its
-    own, and what it lacks at the end of an epoch it reads again.
+    left out. Images that come in groups (of wide and of high ones) are batched with their like. Fewer images than one
+    batch on every rank make one smaller batch. Of shards, each worker reads its own, and what it lacks at the end of an
+    epoch it reads again.
 
     Args:
-        source: from `find_images`, or labelled images from `find_labelled`.
-        transform: maps (uint8 [3, any, any], random.Random) to a dict of tensors, see `PretrainingTransform`.
+        source: from `find_images`, or images with labels or objects from `find_labelled` or `find_objects`.
+        transform: maps (uint8 [3, any, any], random.Random, what is known of the image) to a dict, see
+            `PretrainingTransform`.
         batch_size: images in a batch of this rank.
         num_workers: processes that read; 0 reads in this one, and leaves torch's global random numbers alone.
         rank, world_size: this process among those that train together.
         max_pixels: larger images count as broken.
         shuffle_buffer: undecoded images that each worker keeps to shuffle a shard's.
         samples_per_epoch: images in an epoch over all ranks, for shards only; counted when None.
+        collate: makes a batch of what the transform returns.
 
     Raises:
         UserError: the shards hold no image; later, while iterating, no readable image was found.
@@ -68,7 +80,7 @@ class TrainingLoader:
 
     def __init__(
         self,
-        source: ImageSource | LabelledImages,
+        source: ImageSource | Reader,
         transform: Transform,
         *,
         batch_size: int,
@@ -80,10 +92,11 @@ class TrainingLoader:
         shuffle_buffer: int = 1000,
         samples_per_epoch: int | None = None,
         pin_memory: bool = False,
+        collate: Callable[[list[View]], Batch] = stack,
     ) -> None:
         cache: FeatureCache | None = None
         files: Reader | None = None
-        if isinstance(source, LabelledImages):
+        if not isinstance(source, ImageSource):
             files = source
         elif source.cache:
             cache = FeatureCache(source.cache)
@@ -106,6 +119,7 @@ class TrainingLoader:
             seed=seed,
             max_pixels=max_pixels,
             transform=transform,
+            collate=collate,
         )
         self._length = plan.batches
         self._batches: _FileBatches | _ShardBatches | _CachedBatches
@@ -185,6 +199,7 @@ class _Plan:
     seed: int
     max_pixels: int
     transform: Transform
+    collate: Callable[[list[View]], Batch]
 
     def rng(self, *sample: int | str) -> random.Random:
         """The random numbers of a sample, given by its epoch and its place or name."""
@@ -197,33 +212,37 @@ class _Plan:
 
     def make_batch(self, samples: Iterable[tuple[Sample, random.Random]], spares: Iterator[Sample]) -> Batch:
         """Decode and augment some samples, each with its own random numbers; spares stand in for broken ones."""
-        views: list[dict[str, Tensor]] = []
+        views: list[View] = []
         keys: list[str] = []
         broken: list[tuple[str, str]] = []
         for sample, rng in samples:
-            label: list[int]  # of labelled images, one
-            for key, data, *label in itertools.chain([sample], spares):
+            known: list[Any]
+            for key, data, *known in itertools.chain([sample], spares):
                 try:
-                    image = decode_sample(data, self.max_pixels)
+                    view = self.transform(decode_sample(data, self.max_pixels), rng, *known)
                 except UnreadableImage as error:
                     broken.append((key, str(error)))
                     continue
-                view = self.transform(image, rng)
-                views.append(view | {"label": torch.tensor(label[0])} if label else view)
+                views.append(view)
                 keys.append(key)
                 break
             else:
                 return {"image": None, "key": [], "broken": broken}
-        stacked = {name: torch.stack([view[name] for view in views]) for name in views[0]}
-        return {**stacked, "key": keys, "broken": broken}
+        return {**self.collate(views), "key": keys, "broken": broken}
 
 
 class _EpochOrder:
-    """The order of samples in an epoch, drawn anew for each."""
+    """The order of samples in an epoch, drawn anew for each.
 
-    def __init__(self, samples: int, seed: int) -> None:
+    Args:
+        groups: int64 [samples]; samples of a group come together, ``batch`` at a time, those left over at the end.
+    """
+
+    def __init__(self, samples: int, seed: int, groups: np.ndarray | None = None, batch: int = 1) -> None:
         self._samples = samples
         self._seed = seed
+        self._groups = groups
+        self._batch = batch
         self._order = np.empty(0, dtype=np.int64)
         self._epoch = -1
 
@@ -231,8 +250,20 @@ class _EpochOrder:
         if epoch != self._epoch:
             rng = np.random.default_rng(derive_seed(self._seed, epoch, "order"))
             self._order = rng.permutation(self._samples)
+            if self._groups is not None:
+                self._order = self._sort(self._order, rng)
             self._epoch = epoch
         return self._order
+
+    def _sort(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        assert self._groups is not None
+        whole, left = [], []
+        for group in np.unique(self._groups):
+            members = order[self._groups[order] == group]
+            end = len(members) // self._batch * self._batch
+            whole += np.split(members[:end], end // self._batch) if end else []
+            left.append(members[end:])
+        return np.concatenate([*(whole[i] for i in rng.permutation(len(whole))), *left])
 
 
 class _FileBatches(Dataset[Batch]):
@@ -241,7 +272,8 @@ class _FileBatches(Dataset[Batch]):
     def __init__(self, files: Reader, plan: _Plan) -> None:
         self.files = files
         self.plan = plan
-        self._order = _EpochOrder(len(files), plan.seed)
+        groups = getattr(files, "groups", None)
+        self._order = _EpochOrder(len(files), plan.seed, groups, plan.batch_size * plan.world_size)
 
     def __getitem__(self, number: int) -> Batch:
         plan = self.plan

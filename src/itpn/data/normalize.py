@@ -20,7 +20,9 @@ class Normalize(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         for name, values in {"mean": mean, "std": std}.items():
-            self.register_buffer(name, torch.tensor(values).expand(channels).reshape(-1, 1, 1), persistent=False)
+            # a copy: processes cannot send one another a number that stands for all channels
+            own = torch.tensor(values).expand(channels).reshape(-1, 1, 1).clone()
+            self.register_buffer(name, own, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
         x = images.float() / 255

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from rich.console import Console
@@ -50,12 +51,14 @@ class Watcher(L.Callback, ABC):
         self.seconds = 0.0
         self._said: set[str] = set()
 
-    def say_skipped(self, trainer: L.Trainer, skipped: list[tuple[str, str]]) -> None:
-        """Name images of all processes that could not be read, each once in a run."""
-        for name, reason in gather_skipped(skipped, trainer.world_size):
+    def say_skipped(self, trainer: L.Trainer, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Name images of all processes that could not be read, each once in a run; returns all of them."""
+        gathered = gather_skipped(skipped, trainer.world_size)
+        for name, reason in gathered:
             if trainer.is_global_zero and name not in self._said:
                 self._said.add(name)
                 print_aside(f"skipped {name}: {reason}")
+        return gathered
 
     @abstractmethod
     def look(self, trainer: L.Trainer) -> dict[str, float]:
@@ -141,6 +144,7 @@ class Monitor(L.Callback):
         self.started = self._step < self._total  # Lightning calls this for a complete run as well
         if not self.started:
             return
+        self._marked_step = self._step
         self._begin = self._mark = time.perf_counter()
         self._mark_images = self._mark_wait = self._mark_watched = 0.0
         self._printed = 0.0
@@ -180,7 +184,8 @@ class Monitor(L.Callback):
         self._step = trainer.global_step
         if self._progress is not None:
             self._progress.update(self._bar, completed=self._step, epoch=trainer.current_epoch)
-        due = stepped and (self._step % self.every_n_steps == 0 or self._step == self._total)
+        watched = self.watcher is not None and self.watcher.step == self._step
+        due = stepped and (self._step % self.every_n_steps == 0 or self._step == self._total or watched)
         # on a GPU only with the figures: asking makes the device wait
         if due or pl_module.device.type == "cpu":
             self.check_finite(trainer, batch)
@@ -231,7 +236,7 @@ class Monitor(L.Callback):
                 # on a GPU the loss is read now and then, so the batch at hand may come after the first bad one, which
                 # the same settings make again
                 "first_batch_with_nonfinite_loss": int(self._first_bad) if self._first_bad is not None else -1,
-                "batch": {"image": batch["image"].cpu(), "key": batch["key"]},
+                "batch": {"image": move_data_to_device(batch["image"], "cpu"), "key": batch["key"]},
                 "nonfinite_parameters": broken,
             },
             evidence,
@@ -264,13 +269,18 @@ class Monitor(L.Callback):
         self._mark_watched = watched
         self.wait_fraction = loader.wait_seconds / self.seconds
         self._mark, self._mark_images, self._mark_wait = now, self.images, loader.wait_seconds
+        steps, self._marked_step = self._step - self._marked_step, self._step
         self._sums, self._passes = {}, 0
         if not trainer.is_global_zero:
             return
         self._warn_of_collapse(trainer)
-        append_row(self.folder.metrics, {"step": self._step, "epoch": trainer.current_epoch, **self.metrics})
+        found = {} if self.watcher is None else self.watcher.figures
+        if self.watcher is not None and self.watcher.step != self._step:  # they are of a step before
+            found = dict.fromkeys(found)
+        row = {**self.metrics, **found}
+        append_row(self.folder.metrics, {"step": self._step, "epoch": trainer.current_epoch, **row})
         for logger in trainer.loggers:
-            logger.log_metrics({name: v for name, v in self.metrics.items() if v is not None}, step=self._step)
+            logger.log_metrics({name: v for name, v in row.items() if v is not None}, step=self._step)
         figures = (
             f"loss {self.metrics['loss']:.4f}  lr {self.metrics['lr']:.2e}  "
             f"{self.metrics['images_per_second']:.0f} images/s"
@@ -281,7 +291,7 @@ class Monitor(L.Callback):
             self._progress.update(self._bar, figures=figures)
         elif now - self._printed > 10 or self._step == self._total:  # a log file wants few lines
             self._printed = now
-            left = (self._total - self._step) * elapsed / self.every_n_steps
+            left = (self._total - self._step) * elapsed / steps
             self.console.print(
                 f"step {self._step}/{self._total}  epoch {trainer.current_epoch}  {figures}  {left:.0f} s left",
                 highlight=False,
@@ -407,7 +417,7 @@ class Pictures(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
-        self._every = self.every_n_steps or max(1, self._total // 10)
+        self._every = self.every_n_steps or math.ceil(self._total / 10)
         if trainer.is_global_zero and self._step < self._total:
             self.write(trainer, self._step)
 

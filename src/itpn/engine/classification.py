@@ -7,27 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_safetensors
+from itpn.checkpoints.files import Checkpoint, named_tensors, read_checkpoint, write_safetensors
 from itpn.checkpoints.finetuning import make_classifier, settle
-from itpn.config import ClassificationConfig, image_size
+from itpn.config import ClassificationConfig, DetectionConfig, image_size
 from itpn.data.augment import ClassificationTransform, EvaluationTransform
 from itpn.data.decode import UnreadableImage, decode_sample
-from itpn.data.evaluation import make_evaluation_loader
-from itpn.data.labelled import LabelledImages, draw_share, find_labelled
+from itpn.data.evaluation import make_evaluation_loader, view_labelled
+from itpn.data.labelled import LabelledImages, draw_share, find_labelled, join_names
 from itpn.data.loader import TrainingLoader
 from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.console import print_aside
-from itpn.engine.fitting import Job, fit, make_table, write_summary
+from itpn.engine.fitting import Job, describe_size, fit, make_table, make_training_loader, write_summary
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import choose_devices, describe_machine, read_launch, start_fabric
 from itpn.engine.pictures import draw_titles
 from itpn.engine.probe import WEIGHT_DECAYS, choose_weight_decay, fit_linear
-from itpn.engine.scores import collect_answers, collect_features, gather, judge, score
+from itpn.engine.scores import collect_answers, collect_features, gather, judge, nothing_readable, score
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
 from itpn.seeding import derive_seed
@@ -47,7 +48,7 @@ def find_sets(config: ClassificationConfig) -> Sets:
     return train, val
 
 
-def read_start(config: ClassificationConfig) -> Checkpoint | None:
+def read_start(config: ClassificationConfig | DetectionConfig) -> Checkpoint | None:
     """The checkpoint that a run starts from, if any; what the settings leave to it is filled in."""
     path = config.model.checkpoint
     found = None if path is None else read_checkpoint(path)
@@ -64,7 +65,15 @@ def start_network(
     return model, notes if found is None else [f"starting from the weights of {found.source}", *notes]
 
 
-def scale_epochs(config: ClassificationConfig, images: int, processes: int = 1) -> None:
+def note_unevaluated(train: LabelledImages, val: LabelledImages | None) -> list[str]:
+    """What the accuracies will not say, in a sentence."""
+    if val is None:
+        return ["there are no images to evaluate on: give --data.val-root or --data.val-share"]
+    lost = sorted({train.classes[label] for label in np.setdiff1d(train.labels, val.labels)})
+    return [f"there are no images of {join_names(lost)} to evaluate on"] if lost else []
+
+
+def scale_epochs(config: ClassificationConfig | DetectionConfig, images: int, processes: int = 1) -> None:
     """Settle how long a run takes whose settings leave it to the number of images, in place."""
     if not config.trainer.max_epochs:
         batch = config.data.batch_size * processes * config.trainer.accumulate_grad_batches
@@ -86,8 +95,7 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
     model, notes = start_network(config, train.classes, found)
     model.set_grad_checkpointing(config.model.grad_checkpointing)
     transform = make_transform(config)
-    if val is None:
-        notes.append("there are no images to evaluate on: give --data.val-root or --data.val-share")
+    notes += note_unevaluated(train, val)
 
     def make() -> Job:
         task = ClassificationTask(
@@ -99,10 +107,11 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
                 task.ema.module.compile()
         validation = None if val is None else Validation(task, config, val)
         shown = functools.cache(lambda: read_first(val or train, config))
+        more = "" if val is None else f", {len(val):,} more to evaluate on"
         return Job(
             task,
             lambda folder: Pictures(folder, lambda: draw_answers(task, *shown()), config.trainer.picture_every_n_steps),
-            {"data": f"{len(train.classes)} classes" + ("" if val is None else f", {len(val):,} more to evaluate on")},
+            {"data": f"{len(train.classes)} classes{more}", "size": describe_size(image_size(config.data))},
             len(train),
             lambda path: save_classifier(path, task, validation),
             validation,
@@ -127,6 +136,7 @@ def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = 
     found = read_start(config)
     train, val = sets or find_sets(config)
     model, notes = start_network(config, train.classes, found)
+    notes += note_unevaluated(train, val)
     folder.open(config, recipe)
     try:
         for note in notes:
@@ -172,7 +182,7 @@ def make_batches(images: LabelledImages, config: ClassificationConfig, rank: int
     """Every image once, as it is evaluated."""
     return make_evaluation_loader(
         images,
-        make_evaluation_transform(config),
+        functools.partial(view_labelled, make_evaluation_transform(config)),
         config.evaluation.batch_size,
         config.data.num_workers,
         rank,
@@ -211,17 +221,7 @@ def make_loader(
                 f"{len(images)} images are too few to be mixed in pairs by {world_size} processes: give --data.mixup 0 "
                 "--data.cutmix 0"
             )
-    return TrainingLoader(
-        images,
-        transform,
-        batch_size=batch_size,
-        num_workers=data.num_workers,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        max_pixels=data.max_pixels,
-        pin_memory=torch.cuda.is_available(),
-    )
+    return make_training_loader(config, images, transform, rank, world_size, batch_size=batch_size)
 
 
 def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransform:
@@ -288,12 +288,12 @@ class Validation(Watcher):
                 self.task.device,
                 skipped,
             )
-        self.say_skipped(trainer, skipped)
+        unread = self.say_skipped(trainer, skipped)
         figures = {}
         for prefix, own in zip(models, answers, strict=True):
             gathered = gather(own, trainer.world_size)
             if not len(gathered.index):
-                raise UserError("none of the images to evaluate on can be read")
+                raise nothing_readable(unread)
             scores = score(gathered, len(self.images.classes))
             figures[f"{prefix}val_top1"] = scores.top1
             figures[f"{prefix}val_top5"] = scores.top5
@@ -325,5 +325,4 @@ def save_classifier(path: Path, task: ClassificationTask, validation: Validation
 
 
 def write_classifier(path: Path, model: HiViT, metadata: dict[str, Any]) -> None:
-    tensors = {f"backbone.{name}": tensor for name, tensor in model.state_dict().items()}
-    write_safetensors(path, tensors, metadata)
+    write_safetensors(path, named_tensors(model), metadata)

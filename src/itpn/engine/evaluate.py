@@ -1,9 +1,10 @@
 """`itpn evaluate`: a checkpoint and labelled images, in figures."""
 
+import contextlib
 import functools
 import math
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from itpn.engine.scores import (
     gather,
     gather_skipped,
     judge,
+    nothing_readable,
     score,
     warn_of_other_order,
     write_scores,
@@ -75,11 +77,7 @@ def evaluate(
     config.model.in_chans = backbone.in_chans
     settle(config, found)
     known, asked, which = find_images(config, found, backbone, knn, given)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
-
+    make_folder(out)
     quieten_libraries()
     with start_fabric(config.trainer) as fabric:
         model.to(fabric.device)
@@ -111,7 +109,7 @@ def evaluate(
             answers = gather(own, fabric.world_size)
         unread = gather_skipped(skipped, fabric.world_size)
         if not len(answers.index):
-            raise UserError("none of the images to evaluate on can be read")
+            raise nothing_readable(unread)
         scores = score(answers, len(asked.classes))
         if fabric.is_global_zero:
             for note in notes:
@@ -124,6 +122,20 @@ def evaluate(
             about |= {"by": f"{config.evaluation.neighbours} nearest neighbours"} if knn else {"by": "classifier"}
             report(scores, asked.classes, out, about)
     return scores
+
+
+def make_folder(out: Path) -> None:
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Raise :class:`UserError` for files that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 def find_images(
@@ -174,25 +186,33 @@ def _places(roots: Sequence[str]) -> list[str]:
 
 def report(scores: Scores, classes: tuple[str, ...], out: Path, about: dict[str, Any]) -> None:
     """Write the figures, and show them."""
-    try:
+    with writing_to(out):
         write_scores(scores, classes, out, about)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
     rows = {
         "images": f"{scores.images:,} of {len(classes)} classes, {about['images_skipped']} skipped; {about['of']}",
         "top-1": f"{scores.top1:.2%}",
-        "top-5": f"{scores.top5:.2%}",
+        **({"top-5": f"{scores.top5:.2%}"} if len(classes) > 5 else {}),
         **({"cross-entropy": f"{scores.loss:.4f}"} if math.isfinite(scores.loss) else {}),
         "calibration": f"{scores.calibration_error:.2%} expected error of the confidence",
     }
     present = [i for i in range(len(classes)) if not scores.per_class[i].isnan()]
-    ranked = sorted(present, key=lambda i: float(scores.per_class[i]))
-    rows["hardest"] = ", ".join(f"{classes[i]} {float(scores.per_class[i]):.0%}" for i in ranked[:3])
-    rows["easiest"] = ", ".join(f"{classes[i]} {float(scores.per_class[i]):.0%}" for i in ranked[:-4:-1])
+    rows |= rank_classes({classes[i]: float(scores.per_class[i]) for i in present})
     if mix := most_confused(scores, classes):
         rows["most confused"] = mix
     rows["files"] = f"{out}/evaluation.json, classes.csv, confusion.csv, confusion.png"
     Console().print(make_table(f"{about['checkpoint']} by {about['by']}", rows))
+
+
+def rank_classes(figures: dict[str, float]) -> dict[str, str]:
+    """Rows with the classes of the lowest and of the highest figures; of few classes, with all of them."""
+    ranked = sorted(figures, key=lambda name: figures[name])
+    shown = {name: f"{name} {figures[name]:.0%}" for name in ranked}
+    if len(ranked) <= 6:
+        return {"classes": ", ".join(shown[name] for name in ranked[::-1])}
+    return {
+        "hardest": ", ".join(shown[name] for name in ranked[:3]),
+        "easiest": ", ".join(shown[name] for name in ranked[:-4:-1]),
+    }
 
 
 def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:

@@ -8,14 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from itpn.config import RunConfig, image_size
-from itpn.data.loader import SkippedImages
+from itpn.config import RunConfig
+from itpn.data.files import ImageSource
+from itpn.data.loader import SkippedImages, TrainingLoader, Transform
+from itpn.data.readers import Reader
 from itpn.engine.callbacks import Checkpointing, Monitor, Pictures, Watcher
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import (
@@ -38,7 +41,7 @@ class Job:
     Attributes:
         task: what Lightning trains.
         pictures: draws what the network predicts.
-        rows: of the table at the start, by title: what the images are and the like.
+        rows: of the table at the start, by title: "data", what the images are, "size", what is made of them, and more.
         images: single files, of which only a share may be broken; None where that is not known beforehand.
         watcher: looks at the network now and then, and adds to its figures.
         save: writes ``model.safetensors``.
@@ -161,17 +164,15 @@ class StartTable(L.Callback):
         config = task.config
         name = config.model.name or "a network of its own sizes"
         parameters = sum(p.numel() for p in task.model.parameters()) / 1e6
-        height, width = image_size(config.data)
         passes = (
             f" x {config.trainer.accumulate_grad_batches} passes" if config.trainer.accumulate_grad_batches > 1 else ""
         )
         processes = f" x {trainer.world_size} processes" if trainer.world_size > 1 else ""
         per_process = min(config.data.batch_size, task.loader.images)
-        images = f"{task.loader.images:,} images ({self.rows['data']}) at {height}x{width} px"
         rows = {
             "model": f"{name}, {parameters:.2f} M parameters, patch size {config.model.patch_size}",
-            **self.rows,
-            "data": images,
+            **{title: row for title, row in self.rows.items() if title != "size"},
+            "data": f"{task.loader.images:,} images ({self.rows['data']}), {self.rows['size']}",
             "batch": f"{per_process}{processes}{passes}" + (f" = {task.global_batch()}" if processes or passes else ""),
             "steps": f"{int(trainer.estimated_stepping_batches):,} ({task.steps_per_epoch():,} an epoch)",
             "learning rate": f"{task.peak_lr():.3g} at its peak",
@@ -179,6 +180,39 @@ class StartTable(L.Callback):
             "folder": str(self.folder.path),
         }
         self.console.print(make_table(f"{task.recipe} / {config.name}", rows))
+
+
+def make_training_loader(
+    config: RunConfig,
+    source: ImageSource | Reader,
+    transform: Transform,
+    rank: int,
+    world_size: int,
+    batch_size: int | None = None,
+    **own: Any,
+) -> TrainingLoader:
+    """The loader that the settings of any run ask for.
+
+    Args:
+        batch_size: None for that of the settings.
+        own: what only some kinds of runs have, as of :class:`TrainingLoader`.
+    """
+    return TrainingLoader(
+        source,
+        transform,
+        batch_size=batch_size or config.data.batch_size,
+        num_workers=config.data.num_workers,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        max_pixels=config.data.max_pixels,
+        pin_memory=torch.cuda.is_available(),
+        **own,
+    )
+
+
+def describe_size(size: tuple[int, int]) -> str:
+    return f"crops of {size[0]}x{size[1]} px"
 
 
 def make_table(title: str, rows: dict[str, str]) -> Table:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from itpn.config import RunConfig, read_yaml, to_dict, write_yaml
+from itpn.engine.console import print_aside
 from itpn.errors import UserError
 
 # what may differ when a run goes on; anything else would make it another run
@@ -84,7 +84,7 @@ class RunFolder:
     def newest_checkpoint(self, main: bool) -> tuple[Path | None, int]:
         """The newest whole checkpoint and its optimiser step, (None, 0) where there is none.
 
-        A damaged one is passed over with a warning, and put aside by the ``main`` process.
+        A damaged one is passed over with a remark, and put aside by the ``main`` process.
 
         Raises:
             UserError: there are checkpoints, but none can be read.
@@ -99,10 +99,8 @@ class RunFolder:
                 self._last_step = int(stored["global_step"])
                 return path, self._last_step
             except Exception as error:  # whatever damage raises
-                warnings.warn(
-                    f"checkpoint {path} is damaged ({type(error).__name__}): passing to the one before", stacklevel=2
-                )
                 if main:
+                    print_aside(f"checkpoint {path} is damaged ({type(error).__name__}): passing to the one before")
                     path.replace(path.with_suffix(".damaged"))
         if present:
             raise UserError(f"none of the checkpoints in {self.checkpoints} can be read; choose another --name")

@@ -9,8 +9,10 @@ from timm import create_model
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from itpn.checkpoints.finetuning import build_classifier
-from itpn.config import ClassificationConfig, Config, ModelConfig, RunConfig, image_size
+from itpn.checkpoints.files import read_checkpoint
+from itpn.checkpoints.finetuning import build_recipe
+from itpn.config import ClassificationConfig, Config, DetectionConfig, ModelConfig, RunConfig, image_size
+from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT
 from itpn.models.variants import WITH_PYRAMID
 from itpn.pretraining.average import MovingAverageTeacher
@@ -33,8 +35,13 @@ def count_flops(forward: Callable[..., object], *inputs: Tensor) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def print_info(name: str, config: RunConfig | None) -> None:
-    """Print parameters, FLOPs and shapes of a recipe's model, or of a bare backbone when there is no config."""
+def print_info(name: str, config: RunConfig | None, checkpoint: str | None = None) -> None:
+    """Print parameters, FLOPs and shapes of a recipe's model, or of a bare backbone when there is no config.
+
+    Args:
+        checkpoint: gives the network of a recipe that takes it from one.
+    """
+    found = None if checkpoint is None else read_checkpoint(checkpoint)
     if config is None:
         base = next((plain for plain, whole in WITH_PYRAMID.items() if whole == name), name)
         backbone = create_model(base)
@@ -42,8 +49,12 @@ def print_info(name: str, config: RunConfig | None) -> None:
         size, model = (224, 224), None
         if base in WITH_PYRAMID:
             model = build_masked_model(ModelConfig(name=base), size)
-    elif isinstance(config, ClassificationConfig):
-        backbone, model, base = build_classifier(config)[0], None, name
+    elif isinstance(config, ClassificationConfig | DetectionConfig):
+        built = build_recipe(config, found=found)[0]
+        if isinstance(built, Detector):
+            print_detector(name, built)
+            return
+        backbone, model, base = built, None, name
         size = (backbone.image_shape[1], backbone.image_shape[2])
     else:
         size = image_size(config.data)
@@ -78,6 +89,26 @@ def print_info(name: str, config: RunConfig | None) -> None:
     if model is not None:
         for i, level in enumerate(model.eval().extract_pyramid(images)):
             table.add_row(f"pyramid {i + 1}", _shape(level, backbone.feature_info[i]["reduction"]))
+    Console().print(table)
+
+
+def print_detector(name: str, model: Detector) -> None:
+    """Print parameters, FLOPs and shapes of a detector."""
+    whole, trunk = count_parameters(model), count_parameters(model.backbone.backbone)
+    neck = count_parameters(model.backbone) - trunk
+    # as torchvision pads an image whose sides are 3:5
+    step = model.transform.size_divisible
+    sides = [-(-side // step) * step for side in (model.transform.min_size[-1], model.transform.max_size)]
+    table = Table(title=name, show_header=False, title_justify="left")
+    heads = f"pyramid {neck:.2f}, heads for {model.num_classes - 1} classes {whole - trunk - neck:.2f}"
+    table.add_row("parameters", f"{whole:.2f} M: backbone {trunk:.2f}, {heads}")
+    backbone = model.backbone.eval().to("meta")
+    images = torch.zeros(1, 3, *sides, device="meta")
+    gflops = count_flops(backbone, images)
+    table.add_row("FLOPs", f"{gflops:.2f} G multiply-adds, backbone and pyramid at {sides[0]}x{sides[1]} px")
+    table.add_section()
+    for i, level in enumerate(backbone(images).values()):
+        table.add_row(f"level {i + 1}", _shape(level, backbone.feature_info[i]["reduction"]))
     Console().print(table)
 
 

@@ -1,7 +1,8 @@
 """What the network predicts as a picture, and the images for it."""
 
+import colorsys
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -10,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
-from torchvision.utils import make_grid
+from torchvision.utils import draw_segmentation_masks, make_grid
 
 from itpn.data.augment import center_crop
 from itpn.data.decode import UnreadableImage, decode_image, decode_sample
@@ -140,3 +141,65 @@ def read_whole_images(
                 yield name, crop(decode_sample(data, max_pixels))
             except UnreadableImage as error:
                 skipped(f"{name}: {error}")
+
+
+# --- objects
+
+TILE = 448  # pixels: longest side of a picture among others
+
+
+def draw_objects(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], threshold: float) -> Image.Image:
+    """An image with the objects that were found in it: masks, boxes, names and scores, the likeliest on top.
+
+    Args:
+        image: uint8 [3, H, W].
+        found: "boxes" [n, 4], "labels" int64 [n] from 1, "scores" [n] and perhaps "masks" [n, 1, H, W] as
+            probabilities; objects that are known (an annotation) have no "scores" and masks of 0 and 1 [n, H, W].
+    """
+    scores = found.get("scores", torch.ones(len(found["boxes"])))
+    order = [row for row in scores.argsort().tolist() if scores[row] >= threshold]
+    height, width = image.shape[-2:]
+    scale = max(1, 320 // max(height, width))  # small images are shown larger
+    image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    colours = [name_colour(int(found["labels"][row])) for row in order]
+    if "masks" in found and order:
+        masks = (found["masks"][order].reshape(len(order), height, width) > 0.5).repeat_interleave(scale, 1)
+        image = draw_segmentation_masks(image, masks.repeat_interleave(scale, 2), alpha=0.45, colors=colours)
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
+    draw, side = ImageDraw.Draw(picture), max(picture.size)
+    font, line = ImageFont.load_default(size=max(11, side // 50)), max(2, side // 320)
+    tags = []
+    for row, colour in zip(order, colours, strict=True):
+        x0, y0, x1, y1 = (scale * value for value in found["boxes"][row].tolist())
+        draw.rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour, width=line)
+        name = classes[int(found["labels"][row]) - 1]
+        tags.append((x0, y0, f"{name} {float(scores[row]):.0%}" if "scores" in found else name, colour))
+    for x0, y0, text, colour in tags:  # above all boxes, or they could not be read
+        left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+        across, down = right - left + 6, bottom - top + 6
+        x, y = min(max(x0, 0), max(picture.width - across, 0)), y0 - down if y0 >= down else y0
+        draw.rectangle((x, y, x + across, y + down), fill=colour)
+        draw.text((x + 3 - left, y + 3 - top), text, fill="black" if sum(colour) > 380 else "white", font=font)
+    return picture
+
+
+def name_colour(label: int) -> tuple[int, int, int]:
+    """A colour for a class, unlike those of its neighbours."""
+    red, green, blue = colorsys.hsv_to_rgb(label * 0.61803398875 % 1, 0.75, 0.95)  # steps of the golden ratio
+    return round(255 * red), round(255 * green), round(255 * blue)
+
+
+def join_pictures(pictures: Sequence[Image.Image], per_row: int = 4) -> Image.Image:
+    """Pictures of any size in rows, each as large as fits."""
+    tiles = [picture.copy() for picture in pictures]
+    for tile in tiles:
+        tile.thumbnail((TILE, TILE))
+    width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
+    columns = min(per_row, len(tiles))
+    rows = -(-len(tiles) // columns)
+    size = (columns * (width + PADDING) + PADDING, rows * (height + PADDING) + PADDING)
+    board = Image.new("RGB", size, "white")
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        board.paste(tile, (PADDING + column * (width + PADDING), PADDING + row * (height + PADDING)))
+    return board

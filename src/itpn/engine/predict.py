@@ -22,26 +22,38 @@ from itpn.config import Config, DataConfig, image_size
 from itpn.data.augment import EvaluationTransform
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
+from itpn.engine.coco import to_results
 from itpn.engine.console import print_aside
-from itpn.engine.pictures import draw_predictions, draw_titles, read_whole_images
+from itpn.engine.pictures import draw_objects, draw_predictions, draw_titles, read_whole_images
 from itpn.errors import UserError
+from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
 from itpn.pretraining.model import MaskedImageModel
+from itpn.tasks.detection import detect
 from itpn.tasks.pretrain import PretrainingTask
 
 PER_PICTURE = 16
 TOP = 5  # classes of an image in predictions.csv
 ROWS = 20  # images in the table
+MIN_SCORE = 0.5  # of objects
 
 
-def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, features: Path | None = None) -> None:
+def predict(
+    checkpoint: str,
+    source: ImageSource,
+    out: Path,
+    seed: int = 0,
+    features: Path | None = None,
+    min_score: float = MIN_SCORE,
+) -> None:
     """Write what a checkpoint has to say about images; unreadable ones are named and skipped.
 
     Args:
-        out: folder of the pictures, and of a classifier's ``predictions.csv``.
+        out: folder of the pictures, and of ``predictions.csv`` and ``predictions.json`` of what has names.
         seed: which units a pre-training model does not get to see.
         features: a ``.safetensors`` or ``.npy`` file to be written instead: see :func:`compute_features`.
+        min_score: of the objects that a detector's pictures and files show.
 
     Raises:
         UserError: no checkpoint that is known, one that only gives features, or no image can be read.
@@ -64,8 +76,10 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
     if features is not None:
         write_features(model, normalize, batches, features)
         return
-    if not isinstance(model, MaskedImageModel) and not (isinstance(model, HiViT) and model.num_classes):
-        raise UserError(f"checkpoint {checkpoint} has neither decoder nor classifier: it gives --features FILE only")
+    if not isinstance(model, MaskedImageModel | Detector) and not (isinstance(model, HiViT) and model.num_classes):
+        raise UserError(
+            f"checkpoint {checkpoint} has neither decoder, classifier nor detector: it gives --features FILE only"
+        )
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -74,6 +88,9 @@ def predict(checkpoint: str, source: ImageSource, out: Path, seed: int = 0, feat
         task = PretrainingTask(model, config, "predict")
         for number, (_, images) in enumerate(batches):
             save_picture(draw_predictions(task, images), out, number)
+    elif isinstance(model, Detector):
+        names = found.metadata.get("classes") or [str(number) for number in range(1, model.num_classes)]
+        predict_objects(model, read_whole(source, config.data.max_pixels), names, out, min_score)
     else:
         predict_classes(model, normalize, batches, found.metadata.get("classes"), out)
 
@@ -165,6 +182,55 @@ def predict_classes(
     Console().print(f"{path}\n{path.with_suffix('.json')}", highlight=False, soft_wrap=True)
 
 
+def read_whole(source: ImageSource, max_pixels: int) -> Iterator[tuple[str, Tensor]]:
+    """Names and uint8 images [3, any, any] as they are; UserError if none can be read."""
+    images = read_whole_images(
+        source, (0, 0), max_pixels, lambda message: print_aside(f"skipped {message}"), lambda x: x
+    )
+    empty = True
+    for name, image in images:
+        empty = False
+        yield name, image
+    if empty:
+        raise UserError("none of the images can be read")
+
+
+def predict_objects(
+    model: Detector, images: Iterator[tuple[str, Tensor]], classes: list[str], out: Path, min_score: float
+) -> None:
+    """A picture of each image with what is found in it, and all of it in ``predictions.json`` and ``predictions.csv``.
+
+    Boxes are x0, y0, x1, y1 in pixels of the image; masks are COCO's compressed run lengths.
+    """
+    normalize = Normalize(3, (0.0,), (1.0,))
+    answers: list[dict[str, Any]] = []
+    table = Table("image", "objects", "likeliest", box=None, pad_edge=False, header_style="bold")
+    for number, (name, image) in enumerate(images):
+        (found,) = detect(model, normalize, [image])
+        keep = found["scores"] >= min_score
+        found = {key: value[keep] for key, value in found.items()}
+        results = to_results(found, number, tuple(range(len(classes))))
+        objects = []
+        for result, box in zip(results, found["boxes"].tolist(), strict=True):
+            one = {"class": classes[result["category_id"]], "score": result["score"], "box": box}
+            objects.append(one | ({"mask": result["segmentation"]} if "segmentation" in result else {}))
+        answers.append({"image": name, "size": list(image.shape[-2:]), "objects": objects})
+        draw_objects(image, found, classes, min_score).save(out / f"{number:04d}-{Path(name).stem}.png")
+        if table.row_count < ROWS:
+            some = ", ".join(f"{one['class']} {one['score']:.0%}" for one in objects[:4])
+            table.add_row(*map(Text, (Path(name).name, str(len(objects)), some)))
+    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n")
+    with (out / "predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "class", "score", "x0", "y0", "x1", "y1"])
+        for answer in answers:
+            writer.writerows([answer["image"], one["class"], one["score"], *one["box"]] for one in answer["objects"])
+    Console().print(table, highlight=False)
+    if len(answers) > ROWS:
+        Console().print(f"and {len(answers) - ROWS} more images in the files", highlight=False)
+    Console().print(f"{out}/0000-*.png ...\n{out}/predictions.csv, predictions.json", highlight=False, soft_wrap=True)
+
+
 def write_features(
     model: nn.Module, normalize: Normalize, batches: Iterator[tuple[list[str], Tensor]], path: Path
 ) -> None:
@@ -200,7 +266,8 @@ def compute_features(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     backbone = find_backbone(model)
     stages = backbone.forward_stages(x)
     means = {"features": stages[-1].mean(dim=(1, 2, 3))}
-    if isinstance(model, MaskedImageModel | PyramidBackbone):
-        levels = model.pyramid(stages)
+    whole = model.backbone if isinstance(model, Detector) else model
+    if isinstance(whole, MaskedImageModel | PyramidBackbone):
+        levels = whole.pyramid(stages)
         means |= {f"pyramid_{i}": level.mean(dim=(1, 2, 3)) for i, level in enumerate(levels, start=1)}
     return means

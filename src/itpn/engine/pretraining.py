@@ -13,12 +13,12 @@ from itpn.checkpoints.loading import build_from, load_weights
 from itpn.config import Config, image_size
 from itpn.data.augment import EvaluationTransform, PretrainingTransform
 from itpn.data.cache import FeatureCache, read_index
-from itpn.data.evaluation import make_evaluation_loader
+from itpn.data.evaluation import make_evaluation_loader, view_labelled
 from itpn.data.files import ImageSource, find_training_images
 from itpn.data.labelled import LabelledImages, draw_share, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.engine.callbacks import Pictures, Watcher
-from itpn.engine.fitting import Job, fit
+from itpn.engine.fitting import Job, describe_size, fit, make_training_loader
 from itpn.engine.pictures import draw_predictions, read_whole_images
 from itpn.engine.probe import knn_accuracy, linear_accuracy
 from itpn.engine.scores import collect_features
@@ -76,7 +76,11 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None) -> 
             lambda folder: Pictures(
                 folder, lambda: draw_predictions(task, samples()), config.trainer.picture_every_n_steps
             ),
-            {**({"teacher": describe_teacher(config, images)} if config.teacher.name else {}), "data": kind},
+            {
+                **({"teacher": describe_teacher(config, images)} if config.teacher.name else {}),
+                "data": kind,
+                "size": describe_size(image_size(config.data)),
+            },
             len(images.images) or None,
             save,
             watcher,
@@ -114,7 +118,13 @@ class FeatureProbe(Watcher):
         with trainer.precision_plugin.forward_context():
             for images in self.sets:
                 batches = make_evaluation_loader(
-                    images, transform, data.batch_size, data.num_workers, rank, processes, data.max_pixels
+                    images,
+                    functools.partial(view_labelled, transform),
+                    data.batch_size,
+                    data.num_workers,
+                    rank,
+                    processes,
+                    data.max_pixels,
                 )
                 columns += collect_features(
                     task.model.backbone, task.normalize, batches, task.device, skipped, processes
@@ -181,18 +191,14 @@ def make_loader(
         color_jitter=data.color_jitter,
         teacher_size=teacher_size,
     )
-    return TrainingLoader(
+    return make_training_loader(
+        config,
         source,
         transform,
-        batch_size=data.batch_size,
-        num_workers=data.num_workers,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        max_pixels=data.max_pixels,
+        rank,
+        world_size,
         shuffle_buffer=data.shuffle_buffer,
         samples_per_epoch=data.samples_per_epoch,
-        pin_memory=torch.cuda.is_available(),
     )
 
 

@@ -3,8 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from itpn.config import Config, RunConfig
+from itpn.config import Config, DetectionConfig, RunConfig
 from itpn.engine.classification import train_classifier
+from itpn.engine.detection import train_detector
 from itpn.engine.pretraining import pretrain
 
 
@@ -17,4 +18,6 @@ def train(config: RunConfig, recipe: str, source: Any = None) -> Path:
     config.check()
     if isinstance(config, Config):
         return pretrain(config, recipe, source)
+    if isinstance(config, DetectionConfig):
+        return train_detector(config, recipe, source)
     return train_classifier(config, recipe, source)

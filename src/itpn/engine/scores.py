@@ -116,6 +116,12 @@ def gather_skipped(skipped: list[tuple[str, str]], world_size: int) -> list[tupl
     return sorted({(name, reason) for part in share(skipped, world_size) for name, reason in part})
 
 
+def nothing_readable(skipped: Sequence[tuple[str, str]]) -> UserError:
+    """None of the images to evaluate on can be read: why the first cannot."""
+    first = f": {skipped[0][0]} {skipped[0][1]}" if skipped else ""
+    return UserError(f"none of the images to evaluate on can be read{first}")
+
+
 def share(thing: Anything, world_size: int) -> list[Anything]:
     """What each process has, to each."""
     if world_size == 1:
@@ -148,7 +154,7 @@ def collect_features(
             columns.append((batch["index"], batch["label"], features))
     columns = [row for rows in share(columns, world_size) for row in rows]
     if not columns:
-        raise UserError("none of the images can be read")
+        raise nothing_readable(gather_skipped(skipped, world_size))
     index, label, features = (torch.cat(column) for column in zip(*columns, strict=True))
     order = index.argsort()
     return features[order], label[order]

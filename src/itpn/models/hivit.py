@@ -642,10 +642,21 @@ class HiViT(nn.Module):
 
 
 def find_backbone(model: nn.Module) -> HiViT:
-    """The backbone that a model is, or has as ``backbone``."""
-    backbone = model if isinstance(model, HiViT) else model.backbone
-    assert isinstance(backbone, HiViT)
-    return backbone
+    """The backbone that a model is, or has as ``backbone``; a detector's own has one."""
+    while not isinstance(model, HiViT):
+        model = model.backbone  # type: ignore[assignment]  # a module, or an AttributeError
+    return model
+
+
+def nest_groups(groups: dict[str, Any]) -> dict[str, Any]:
+    """Layers (see timm's ``group_matcher``) of a network that has the one with these layers as ``backbone``."""
+
+    def inside(pattern: str) -> str:
+        return "|".join(part.replace("^", r"^backbone\.", 1) for part in pattern.split("|"))
+
+    blocks = groups["blocks"]
+    nested = inside(blocks) if isinstance(blocks, str) else [(inside(pattern), order) for pattern, order in blocks]
+    return {"stem": inside(groups["stem"]), "blocks": nested}
 
 
 def check_intermediates(norm: bool, output_fmt: str) -> None:

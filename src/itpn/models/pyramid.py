@@ -18,6 +18,7 @@ from itpn.models.hivit import (
     check_intermediates,
     fit_tables,
     initialize_linears,
+    nest_groups,
     read_stored_grid,
     units_to_map,
 )
@@ -199,14 +200,7 @@ class PyramidBackbone(nn.Module):
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The backbone's groups, then the pyramid as a whole."""
-
-        def inside(pattern: str) -> str:
-            return "|".join(part.replace("^", r"^backbone\.", 1) for part in pattern.split("|"))
-
-        groups = self.backbone.group_matcher(coarse)
-        blocks = groups["blocks"]
-        blocks = inside(blocks) if coarse else [(inside(pattern), order) for pattern, order in blocks]
-        return {"stem": inside(groups["stem"]), "blocks": blocks, "pyramid": r"^pyramid"}
+        return nest_groups(self.backbone.group_matcher(coarse)) | {"pyramid": r"^pyramid"}
 
     def get_classifier(self) -> nn.Module:
         return nn.Identity()

@@ -9,25 +9,23 @@ import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor
 
 from itpn.checkpoints.architecture import describe_classifier
 from itpn.config import ClassificationConfig, image_size, to_dict
 from itpn.data.normalize import Normalize
-from itpn.errors import UserError
 from itpn.models.hivit import HiViT
-from itpn.tasks.training import MakeLoader, TrainingTask
+from itpn.tasks.finetuning import FineTuningTask
+from itpn.tasks.training import MakeLoader
 
 
-class ClassificationTask(TrainingTask):
+class ClassificationTask(FineTuningTask):
     """Trains a classifier on batches of uint8 images [B, 3, H, W] and labels [B].
 
     Args:
         config: with size, mean and deviation of the images settled.
-        classes: names of the model's classes.
-        recipe, make_loader: as of :class:`TrainingTask`.
+        recipe, classes, make_loader: as of :class:`FineTuningTask`.
     """
 
     def __init__(
@@ -41,9 +39,9 @@ class ClassificationTask(TrainingTask):
         data = config.data
         assert data.mean is not None
         assert data.std is not None
-        super().__init__(model, config, recipe, Normalize(config.model.in_chans, data.mean, data.std), make_loader)
+        normalize = Normalize(config.model.in_chans, data.mean, data.std)
+        super().__init__(model, config, recipe, classes, normalize, make_loader)
         self.model: HiViT
-        self.classes = classes
         decay = config.model.ema_decay
         # warmed up, so that a short run's average is not of its beginning
         self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False)
@@ -75,31 +73,6 @@ class ClassificationTask(TrainingTask):
         if self.ema is not None:
             self.ema.update(self.model, step=self.trainer.global_step)
 
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        settings = self.config.optimizer
-        spared = self.model.no_weight_decay()
-        if settings.layer_decay is None:
-            return param_groups_weight_decay(self.model, settings.weight_decay, no_weight_decay_list=spared)
-        decay = decay_per_layer(self.model, settings.layer_decay, settings.layer_decay_over)
-        return param_groups_layer_decay(
-            self.model, settings.weight_decay, no_weight_decay_list=spared, layer_decay=decay
-        )
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            UserError: as of :class:`TrainingTask`; or the folders hold other classes now.
-        """
-        super().on_load_checkpoint(checkpoint)
-        before = checkpoint["itpn"]["classes"]
-        if before != list(self.classes):
-            different = sorted(set(before) ^ set(self.classes)) or ["their order"]
-            raise UserError(
-                f"the run has {len(before)} classes and the images have {len(self.classes)}, and they differ in "
-                f"{', '.join(different[:3])}: choose another --name"
-            )
-
     def describe(self) -> dict[str, Any]:
         data = self.config.data
         preprocessing = {"mean": data.mean, "std": data.std, "size": image_size(data), "crop_pct": data.crop_pct}
@@ -111,15 +84,6 @@ class ClassificationTask(TrainingTask):
             "preprocessing": preprocessing,
             "classes": list(self.classes),
         }
-
-
-def decay_per_layer(model: HiViT, decay: float, over: int | None) -> float:
-    """Factor of the learning rate from one layer to the one before it.
-
-    The official fine-tuning means its decay for 13 layers, and takes the 13/L-th power of it in a network of L, the
-    number of blocks and one for the classifier; merges belong to the block before.
-    """
-    return decay if over is None else decay ** (over / (sum(model.depths) + 1))
 
 
 @torch.no_grad()

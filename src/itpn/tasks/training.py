@@ -21,7 +21,7 @@ MakeLoader = Callable[[int, int], TrainingLoader]
 
 
 class TrainingTask(L.LightningModule, ABC):
-    """Trains a model by AdamW on batches of uint8 images, with linear warm-up and a cosine.
+    """Trains a model by AdamW on batches of uint8 images, with linear warm-up and a schedule.
 
     A task adds ``training_step``, which returns "loss" and "figures" (detached numbers to be logged), the groups that
     its parameters are decayed in, and what a checkpoint says of it.
@@ -75,7 +75,7 @@ class TrainingTask(L.LightningModule, ABC):
         fused = not (self.trainer.precision == "16-mixed" and settings.clip_grad)
         optimizer = torch.optim.AdamW(groups, lr=self.peak_lr(), betas=settings.betas, fused=fused)
         self.total_steps = int(self.trainer.estimated_stepping_batches)
-        share = warmup_cosine(settings, self.peak_lr(), self.total_steps, self.steps_per_epoch())
+        share = learning_rate(settings, self.peak_lr(), self.total_steps, self.steps_per_epoch())
         schedule = LambdaLR(optimizer, [_scaled(share, scale) for scale in scales])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -121,19 +121,24 @@ def _scaled(share: Callable[[int], float], scale: float) -> Callable[[int], floa
     return lambda step: scale * share(step)
 
 
-def warmup_cosine(
+def learning_rate(
     settings: OptimizerConfig, peak_lr: float, total_steps: int, steps_per_epoch: int
 ) -> Callable[[int], float]:
-    """Learning rate as a share of the peak, by step: linear warm-up, then half a cosine to ``min_lr``.
+    """Learning rate as a share of the peak, by step: linear warm-up, then half a cosine to ``min_lr``, or steps.
 
-    The warm-up takes ``warmup_epochs``, but at most ``max_warmup`` of all steps, so that short runs get somewhere.
+    The warm-up takes ``warmup_epochs`` or ``warmup_steps``, but at most ``max_warmup`` of all steps, so that short runs
+    get somewhere.
     """
-    warmup = min(round(settings.warmup_epochs * steps_per_epoch), int(total_steps * settings.max_warmup))
+    wanted = settings.warmup_steps
+    wanted = round(settings.warmup_epochs * steps_per_epoch) if wanted is None else wanted
+    warmup = min(wanted, int(total_steps * settings.max_warmup))
     last = settings.min_lr / peak_lr if peak_lr else 0.0
 
     def share(step: int) -> float:
         if step < warmup:
             return settings.warmup_start + (1 - settings.warmup_start) * step / warmup
+        if settings.schedule == "step":
+            return 0.1 ** sum(step >= round(milestone * total_steps) for milestone in settings.milestones)
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -1,0 +1,235 @@
+"""Layouts of folders with annotated objects: COCO's, YOLO's and Pascal VOC's, each in COCO's terms.
+
+Each reader gives None where the folder has another layout, or not this set.
+"""
+
+import importlib
+import json
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from faster_coco_eval.core import mask as rle
+from PIL import Image
+
+from itpn.data.files import is_image, walk
+from itpn.data.labelled import SPLITS
+from itpn.errors import UserError
+
+Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON
+Size = tuple[int, int]  # height, width
+Parse = Callable[[Path, Size], Iterator[dict[str, Any]]]  # a file of annotations to objects
+Parts = tuple[Coco, Callable[[str], Path], str]  # what it says, where an image's file is, what to call it
+
+
+@dataclass
+class Mistakes:
+    """What cannot be right in annotations, by kind, with the first few examples."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, example: str) -> None:
+        self.counts[kind] += 1
+        if self.counts[kind] <= 3:
+            self.examples.setdefault(kind, []).append(example)
+
+    def lines(self) -> list[str]:
+        """A line for each kind, the commonest first."""
+        return [
+            f"{count:,} {kind} ({', '.join(self.examples[kind])}{', ...' if count > len(self.examples[kind]) else ''})"
+            for kind, count in self.counts.most_common()
+        ]
+
+
+def read_coco(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
+    for word in SPLITS[split]:
+        files = sorted((root / "annotations").glob(f"instances_{word}*.json"))
+        for folder in [p for p in (root / word, *sorted(root.glob(f"{word}20*"))) if p.is_dir()]:
+            files += sorted(folder.glob("*.json"))
+        if not files:
+            continue
+        if len(files) > 1:
+            raise UserError(
+                f"{len(files)} annotation files for {word} in {root} ({files[0].name}, {files[1].name}): keep one"
+            )
+        file = files[0]
+        year = file.stem.removeprefix("instances_")
+        places = (
+            [file.parent] if file.parent.name != "annotations" else [root / year, root / word, root / "images" / year]
+        )
+        places += [root / "images", root]
+        return _read_json(file), _searching(places), str(file)
+    return None
+
+
+def _searching(places: list[Path]) -> Callable[[str], Path]:
+    """Where a file is: in the first of several folders that has it."""
+
+    def path_of(name: str) -> Path:
+        return next((place / name for place in places if (place / name).is_file()), places[0] / name)
+
+    return path_of
+
+
+def _read_json(path: Path) -> Coco:
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}") from error
+    parts = ("images", "annotations", "categories")
+    if not isinstance(content, dict) or any(not isinstance(content.get(part), list) for part in parts):
+        raise UserError(f"{path} is not in COCO's form: it needs lists of images, annotations and categories")
+    return content
+
+
+def read_yolo(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
+    """``data.yaml`` names the classes and the folders of images; labels are text files beside or below ``labels``."""
+    file = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
+    if file is None:
+        return None
+    try:
+        settings = yaml.safe_load(file.read_text())
+        names, folders = settings["names"], [settings[w] for w in SPLITS[split] if settings.get(w)]
+        names = [str(names[key]) for key in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is not YOLO's: it needs names, train and val ({type(error).__name__}: {error})"
+        ) from error
+    if not folders:
+        return None
+    base = root / settings.get("path", ".") if (root / settings.get("path", ".")).is_dir() else root
+    parse = _yolo_parser()
+    coco: Coco = {"images": [], "annotations": [], "categories": _number(names)}
+    for folder in folders[0] if isinstance(folders[0], list) else [folders[0]]:
+        place = next((p for p in (base / folder, root / str(folder).removeprefix("../")) if p.is_dir()), None)
+        if place is None:
+            raise UserError(f"{file} speaks of images in {folder}, which is not a folder below {root}")
+        for image, size in _images_below(place, mistakes):
+            parts = list(image.parts)
+            if "images" in parts[len(root.parts) :]:
+                last = len(parts) - 1 - parts[::-1].index("images")
+                parts[last] = "labels"
+            labels = Path(*parts).with_suffix(".txt")
+            _append(coco, image, size, labels, parse, mistakes)
+    return coco, Path, str(file)
+
+
+def _yolo_parser() -> Callable[[Path, tuple[int, int]], Iterator[dict[str, Any]]]:
+    read = import_supervision()["yolo"].yolo_annotations_to_detections
+
+    def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
+        if not path.is_file():
+            return  # an image without objects
+        for line in filter(None, map(str.strip, path.read_text().splitlines())):
+            outlined = len(line.split()) > 6
+            yield from _from_supervision(read([line], resolution_wh=size[::-1], with_masks=outlined))
+
+    return parse
+
+
+def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
+    """An XML file for each image, and lists of the images of each set."""
+    images, notes = root / "JPEGImages", root / "Annotations"
+    if not images.is_dir() or not notes.is_dir():
+        return None
+    lists = root / "ImageSets" / "Main"
+    file = next((lists / f"{word}.txt" for word in SPLITS[split] if (lists / f"{word}.txt").is_file()), None)
+    if file is None:
+        if split == "train" and not lists.is_dir():
+            wanted = None  # all of them
+        else:
+            return None
+    else:
+        wanted = {line.split()[0] for line in file.read_text().splitlines() if line.split()}
+    read = import_supervision()["pascal_voc"].detections_from_xml_obj
+    parse_xml = importlib.import_module("defusedxml.ElementTree").parse  # supervision brings it
+
+    classes: list[str] = []
+    coco: Coco = {"images": [], "annotations": []}
+
+    def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
+        nonlocal classes
+        element = parse_xml(path).getroot()
+        detections, classes = read(element, classes, size[::-1])
+        crowds = [one.findtext("difficult", "0").strip() == "1" for one in element.findall("object")]
+        for one, crowd in zip(_from_supervision(detections), crowds, strict=True):
+            yield one | {"iscrowd": int(crowd)}  # difficult objects are neither asked for nor held against a detector
+
+    seen = set()
+    for image, size in _images_below(images, mistakes):
+        if wanted is not None and image.stem not in wanted:
+            continue
+        seen.add(image.stem)
+        path = notes / f"{image.stem}.xml"
+        _append(coco, image, size, path, parse, mistakes)
+    for name in sorted((wanted or set()) - seen):
+        mistakes.add("images not on disk", name)
+    order = sorted(classes)  # which must not depend on which image came first
+    for note in coco["annotations"]:
+        note["category_id"] = 1 + order.index(classes[note["category_id"] - 1])
+    return coco | {"categories": _number(order)}, Path, str(file or notes)
+
+
+def import_supervision() -> Any:
+    """Its readers of files, by layout."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of working without OpenCV
+            return {
+                name: importlib.import_module(f"supervision.dataset.formats.{name}") for name in ("yolo", "pascal_voc")
+            }
+    except ImportError as error:
+        raise UserError(
+            "reading YOLO's and Pascal VOC's layouts needs supervision: pip install 'itpn[formats]'"
+        ) from error
+
+
+def _from_supervision(detections: Any) -> Iterator[dict[str, Any]]:
+    for row, (x0, y0, x1, y1) in enumerate(np.asarray(detections.xyxy, dtype=np.float64).tolist()):
+        one = {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": 1 + int(detections.class_id[row])}
+        if detections.mask is not None:
+            encoded = rle.encode(np.asfortranarray(np.asarray(detections.mask[row]), dtype=np.uint8))
+            one["segmentation"] = {"size": encoded["size"], "counts": _text(encoded["counts"])}
+        yield one
+
+
+def _text(counts: Any) -> Any:
+    return counts.decode() if isinstance(counts, bytes) else counts
+
+
+def _images_below(folder: Path, mistakes: Mistakes) -> Iterator[tuple[Path, tuple[int, int]]]:
+    """Image files and their height and width, from their headers."""
+    for name in sorted(path for path in walk(str(folder)) if is_image(path)):
+        try:
+            with Image.open(name) as image:
+                width, height = image.size
+                if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # is shown on its side
+                    width, height = height, width
+        except Exception as error:  # whatever Pillow meets
+            mistakes.add(
+                "images that cannot be read", f"{name}: {str(error).splitlines()[0] if str(error) else error!r}"
+            )
+            continue
+        yield Path(name), (height, width)
+
+
+def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mistakes: Mistakes) -> None:
+    """Add an image with the objects that its file of annotations names."""
+    number = 1 + len(coco["images"])
+    coco["images"].append({"id": number, "file_name": str(image), "height": size[0], "width": size[1]})
+    try:
+        for one in parse(notes, size):
+            coco["annotations"].append({"id": 1 + len(coco["annotations"]), "image_id": number, **one})
+    except Exception as error:  # whatever a reader meets in a damaged file
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        mistakes.add("files of annotations that cannot be read", f"{notes}: {reason}")
+
+
+def _number(names: list[str]) -> list[dict[str, Any]]:
+    return [{"id": number, "name": name} for number, name in enumerate(names, start=1)]

@@ -1,0 +1,294 @@
+"""Images with objects: boxes, classes and outlines as they are kept, and as a network is trained on them."""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval.core import mask as rle
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from itpn.data.decode import UnreadableImage
+from itpn.data.readers import PackedStrings, Reader
+from itpn.errors import UserError
+
+CROP_SIDES = (0.5, 0.625, 0.75)  # of the size: 400, 500 and 600 of 800
+CROP_RANGE = (0.48, 0.75)  # 384 to 600
+SCALES = 11  # short sides: 480, 512, ... 800
+MIN_SIDE = 1.0  # pixels: boxes that a crop leaves less of are no objects any more
+
+
+@dataclass(frozen=True)
+class DetectionImages:
+    """Images in a fixed order, each with its objects.
+
+    Attributes:
+        files: the encoded images.
+        objects: a JSON list for each, in COCO's form: "bbox" [x, y, width, height], "label" (the number of its class),
+            "area", "iscrowd", and "segmentation" where it has one.
+        sizes: int64 [n, 2], height and width.
+        ids: of the images in the annotations, int64 [n].
+        classes: names, in the order of their ids.
+        class_ids: of the classes in the annotations.
+    """
+
+    files: Reader
+    objects: PackedStrings
+    sizes: np.ndarray
+    ids: np.ndarray
+    classes: tuple[str, ...]
+    class_ids: tuple[int, ...]
+    rows: np.ndarray | None = None  # of files and objects, where these are not all of them
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def _row(self, index: int) -> int:
+        return index if self.rows is None else int(self.rows[index])
+
+    def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage, dict[str, Any]]:
+        """Name, encoded image or why it cannot be had, and what is known of it: "id", "size", "objects"."""
+        name, data = self.files[self._row(index)]
+        height, width = self.sizes[index].tolist()
+        return name, data, {"id": int(self.ids[index]), "size": (height, width), "objects": self.objects_of(index)}
+
+    def name(self, index: int) -> str:
+        return self.files.name(self._row(index))
+
+    def objects_of(self, index: int) -> list[dict[str, Any]]:
+        return json.loads(self.objects[self._row(index)])
+
+    @property
+    def groups(self) -> np.ndarray:
+        """int64 [n], 1 for images that are wider than high: batches are of one kind, so that little is padded."""
+        return (self.sizes[:, 1] > self.sizes[:, 0]).astype(np.int64)
+
+    def take(self, indices: np.ndarray) -> "DetectionImages":
+        """Some of the images."""
+        rows = indices if self.rows is None else self.rows[indices]
+        return replace(self, sizes=self.sizes[indices], ids=self.ids[indices], rows=rows)
+
+    def with_objects(self) -> "DetectionImages":
+        """The images that have objects to be found, crowds aside."""
+        full = [any(not o["iscrowd"] for o in self.objects_of(index)) for index in range(len(self))]
+        return self.take(np.flatnonzero(full))
+
+    @property
+    def has_outlines(self) -> bool:
+        """Whether there are outlines to learn masks from."""
+        for index in range(len(self)):
+            for known in self.objects_of(index):
+                return "segmentation" in known
+        return False
+
+    def rename(self, classes: Sequence[str]) -> "DetectionImages":
+        """The same images with the numbers that another list of classes gives them.
+
+        Raises:
+            UserError: a class with objects is not in it.
+        """
+        if self.classes == tuple(classes):
+            return self
+        numbers = {name: number for number, name in enumerate(classes)}
+        ids = dict(zip(self.classes, self.class_ids, strict=True))
+        packed = []
+        for index in range(len(self)):
+            objects = self.objects_of(index)
+            for known in objects:
+                name = self.classes[known["label"]]
+                if name not in numbers:
+                    raise UserError(
+                        f"objects of class {name} in {self.name(index)}, which the model does not know; it knows "
+                        f"{', '.join(list(classes)[:5])}{' ...' if len(classes) > 5 else ''}"
+                    )
+                known["label"] = numbers[name]
+            packed.append(json.dumps(objects))
+        new_ids = tuple(ids.get(name, -1 - number) for number, name in enumerate(classes))
+        files = self.files if self.rows is None else _Rows(self.files, self.rows)
+        return replace(
+            self, files=files, objects=PackedStrings(packed), classes=tuple(classes), class_ids=new_ids, rows=None
+        )
+
+
+class _Rows:
+    """Some of a reader's images."""
+
+    def __init__(self, files: Reader, rows: np.ndarray) -> None:
+        self.files, self.rows = files, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.files[int(self.rows[index])]
+
+    def name(self, index: int) -> str:
+        return self.files.name(int(self.rows[index]))
+
+
+def encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
+    """COCO's polygons or run lengths, compressed or not, as compressed run lengths.
+
+    Raises:
+        ValueError: it is none of these, or of another image size.
+    """
+    if isinstance(outline, dict):
+        if list(outline["size"]) != [height, width]:
+            raise ValueError(f"run lengths for {outline['size']}")
+        if isinstance(outline["counts"], str | bytes):
+            return outline
+        if min(outline["counts"]) < 0 or sum(outline["counts"]) != height * width:
+            raise ValueError("run lengths that are not the image's")
+        return rle.frPyObjects(outline, height, width)
+    polygons = [[float(value) for value in polygon] for polygon in outline]
+    if not polygons or any(len(p) < 6 or len(p) % 2 or not np.isfinite(p).all() for p in polygons):
+        raise ValueError("polygons of less than three points")
+    return rle.merge(rle.frPyObjects(polygons, height, width))
+
+
+def draw_outlines(objects: Sequence[dict[str, Any]], height: int, width: int) -> Tensor:
+    """Masks of objects, uint8 [n, height, width]."""
+    if not objects:
+        return torch.zeros(0, height, width, dtype=torch.uint8)
+    encoded = [encode_outline(known["segmentation"], height, width) for known in objects]
+    return torch.from_numpy(np.ascontiguousarray(rle.decode(encoded).transpose(2, 0, 1)))
+
+
+def make_target(known: dict[str, Any], masks: bool) -> dict[str, Tensor]:
+    """The objects of an image as torchvision's detectors want them; crowds are left out.
+
+    Args:
+        known: "objects" and "size", see :class:`DetectionImages`.
+
+    Returns:
+        "boxes" float32 [n, 4] as x0, y0, x1, y1, "labels" int64 [n] from 1, "masks" uint8 [n, H, W] if wanted.
+    """
+    height, width = known["size"]
+    objects = [one for one in known["objects"] if not one["iscrowd"]]
+    boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    target = {"boxes": boxes, "labels": torch.tensor([1 + one["label"] for one in objects], dtype=torch.int64)}
+    return target | ({"masks": draw_outlines(objects, height, width)} if masks else {})
+
+
+# --- augmentation: boxes and masks go where the pixels go
+
+
+@dataclass(frozen=True)
+class DetectionTransform:
+    """Multi-scale training with random crops and flips, as published for Mask R-CNN on transformers (DETR's recipe).
+
+    Args:
+        size: largest short side in pixels.
+        longest: longest side.
+        scales: smallest and largest short side, as shares of ``size``.
+        crop_prob: share of the images that are resized and cropped before.
+        large_scale_jitter: instead, factors of a square of ``size`` to resize to before a crop of ``size`` (Ghiasi et
+            al. 2021).
+        hflip: probability of a mirror image.
+        interpolation: "bicubic" or "bilinear", always with antialiasing.
+        masks: whether targets have masks.
+    """
+
+    size: int = 800
+    longest: int = 1333
+    scales: tuple[float, float] = (0.6, 1.0)
+    crop_prob: float = 0.5
+    large_scale_jitter: tuple[float, float] | None = None
+    hflip: float = 0.5
+    interpolation: str = "bilinear"
+    masks: bool = True
+
+    def __call__(self, image: Tensor, rng: random.Random, known: dict[str, Any]) -> dict[str, Any]:
+        """Augment one image, uint8 [3, any, any], with what is known of it.
+
+        Returns:
+            "image" uint8 [3, any, any] and "target", see :func:`make_target`; objects that are cut away are left out.
+
+        Raises:
+            UnreadableImage: the image has another size than the annotations say.
+        """
+        check_size(image, known)
+        target = make_target(known, self.masks)
+        if self.large_scale_jitter is not None:
+            height, width = image.shape[-2:]
+            factor = rng.uniform(*self.large_scale_jitter) * self.size / max(height, width)
+            image, target = self._resize(image, target, max(1, round(height * factor)), max(1, round(width * factor)))
+            sides = min(self.size, image.shape[-2]), min(self.size, image.shape[-1])
+            image, target = _crop(image, target, sides, rng)
+        else:
+            if rng.random() < self.crop_prob:
+                side = rng.choice(CROP_SIDES) * self.size
+                image, target = self._resize(image, target, *fit_sides(image, side, self.longest))
+                low, high = (round(share * self.size) for share in CROP_RANGE)
+                rows, cols = (rng.randint(min(whole, low), min(whole, high)) for whole in image.shape[-2:])
+                image, target = _crop(image, target, (rows, cols), rng)
+            smallest, largest = self.scales
+            share = smallest + (largest - smallest) * rng.randrange(SCALES) / (SCALES - 1)
+            image, target = self._resize(image, target, *fit_sides(image, share * self.size, self.longest))
+        if rng.random() < self.hflip:
+            width = image.shape[-1]
+            image = image.flip(-1)
+            target["boxes"] = (
+                target["boxes"][:, [2, 1, 0, 3]]
+                .mul(torch.tensor([-1.0, 1, -1, 1]))
+                .add(torch.tensor([float(width), 0, width, 0]))
+            )
+            if self.masks:
+                target["masks"] = target["masks"].flip(-1)
+        return {"image": image.contiguous(), "target": _drop_lost(target)}
+
+    def _resize(
+        self, image: Tensor, target: dict[str, Tensor], height: int, width: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        scale = torch.tensor([width / image.shape[-1], height / image.shape[-2]]).repeat(2)
+        image = resize(image, [height, width], InterpolationMode(self.interpolation), antialias=True)
+        target = {**target, "boxes": target["boxes"] * scale}
+        if self.masks:
+            masks = target["masks"]
+            target["masks"] = (
+                resize(masks, [height, width], InterpolationMode.NEAREST_EXACT)
+                if len(masks)
+                else masks.new_zeros(0, height, width)
+            )
+        return image, target
+
+
+def check_size(image: Tensor, known: dict[str, Any]) -> None:
+    """Raise :class:`UnreadableImage` where the annotations mean another image."""
+    (height, width), (wanted_height, wanted_width) = image.shape[-2:], known["size"]
+    if (height, width) != (wanted_height, wanted_width):
+        raise UnreadableImage(f"{height}x{width} pixels, and {wanted_height}x{wanted_width} in the annotations")
+
+
+def fit_sides(image: Tensor, short: float, longest: float) -> tuple[int, int]:
+    """Height and width of an image whose short side is resized to ``short``, or less to keep the other in bounds."""
+    height, width = image.shape[-2:]
+    factor = min(short / min(height, width), longest / max(height, width))
+    return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+def _crop(
+    image: Tensor, target: dict[str, Tensor], sides: tuple[int, int], rng: random.Random
+) -> tuple[Tensor, dict[str, Tensor]]:
+    top, left = (rng.randint(0, whole - side) for whole, side in zip(image.shape[-2:], sides, strict=True))
+    height, width = sides
+    boxes = target["boxes"] - torch.tensor([float(left), top, left, top])
+    target = {**target, "boxes": boxes.clamp(min=0).minimum(torch.tensor([float(width), height, width, height]))}
+    if "masks" in target:
+        target["masks"] = target["masks"][:, top : top + height, left : left + width]
+    return image[:, top : top + height, left : left + width], target
+
+
+def _drop_lost(target: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without objects of which nothing is left to be seen."""
+    sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
+    keep = (sides >= MIN_SIDE).all(dim=1)
+    if "masks" in target:
+        keep &= (target["masks"].flatten(1) > 0).any(dim=1)
+    return {name: value[keep].contiguous() for name, value in target.items()}

@@ -1,0 +1,210 @@
+"""A detector's run: what it starts from, its images, its evaluation while it goes on."""
+
+import functools
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+from torch import Tensor
+
+from itpn.checkpoints.files import named_tensors, write_safetensors
+from itpn.checkpoints.finetuning import make_detector
+from itpn.config import DetectionConfig
+from itpn.data.annotations import find_objects
+from itpn.data.decode import UnreadableImage, decode_sample
+from itpn.data.evaluation import make_evaluation_loader
+from itpn.data.loader import TrainingLoader, collect
+from itpn.data.objects import DetectionImages, DetectionTransform, check_size
+from itpn.engine.callbacks import Pictures, Watcher
+from itpn.engine.classification import read_start, scale_epochs
+from itpn.engine.coco import collect_detections, gather_detections, score_detections
+from itpn.engine.console import print_aside
+from itpn.engine.fitting import Job, fit, make_training_loader
+from itpn.engine.launch import choose_devices, read_launch
+from itpn.engine.pictures import draw_objects, join_pictures
+from itpn.engine.scores import nothing_readable
+from itpn.errors import UserError
+from itpn.models.detector import Detector
+from itpn.seeding import derive_seed
+from itpn.tasks.detection import DetectionTask, detect
+
+Sets = tuple[DetectionImages, DetectionImages | None]
+SHOWN = 0.3  # score of the boxes in pictures
+
+
+def find_sets(config: DetectionConfig) -> Sets:
+    """The images to train on, and those to evaluate on."""
+    data = config.data
+    main = read_launch().main
+    train, val = find_objects(data.root, data.val_root, data.mistakes, print_aside if main else lambda line: None)
+    return train if data.empty_images else train.with_objects(), val
+
+
+def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = None) -> Path:
+    """Run, or go on with, a detector's run; see :func:`itpn.engine.fitting.fit`.
+
+    Args:
+        sets: the images, where they have been looked for already.
+    """
+    found = read_start(config)
+    train, val = sets or find_sets(config)
+    masks = config.model.masks
+    if masks is None:
+        masks = train.has_outlines
+    elif masks and not train.has_outlines:
+        raise UserError(f"the annotations in {config.data.root} have no outlines: give --model.masks False")
+    scale_epochs(config, len(train), choose_devices(config.trainer, read_launch()).processes)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model, notes = make_detector(config, train.classes, masks, found)
+    if found is not None:
+        notes = [f"starting from the weights of {found.source}", *notes]
+    model.set_grad_checkpointing(config.model.grad_checkpointing)
+    if val is None:
+        notes.append("there are no images to evaluate on: give --data.val-root")
+
+    def make() -> Job:
+        task = DetectionTask(
+            model, config, recipe, train.classes, lambda rank, world: make_loader(config, train, masks, rank, world)
+        )
+        if config.trainer.compile:
+            model.backbone.compile()  # the heads see as many boxes as there are
+        validation = None if val is None else DetectionValidation(task, config, val)
+        shown = functools.cache(lambda: read_shown(val or train, config))
+        more = "" if val is None else f", {len(val):,} more to evaluate on"
+        size = f"short side up to {config.data.img_size} px"
+        return Job(
+            task,
+            lambda folder: Pictures(folder, lambda: draw_found(task, shown()), config.trainer.picture_every_n_steps),
+            {"data": f"{len(train.classes)} classes{more}", "size": size},
+            len(train),
+            lambda path: save_detector(path, task),
+            validation,
+        )
+
+    return fit(config, recipe, lambda: notes, make)
+
+
+def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
+    data = config.data
+    return DetectionTransform(
+        data.img_size,
+        data.longest,
+        scales=data.scales,
+        crop_prob=data.crop_prob,
+        large_scale_jitter=data.large_scale_jitter,
+        hflip=data.hflip,
+        interpolation=data.interpolation,
+        masks=masks,
+    )
+
+
+def make_loader(
+    config: DetectionConfig, images: DetectionImages, masks: bool, rank: int, world_size: int
+) -> TrainingLoader:
+    return make_training_loader(config, images, make_transform(config, masks), rank, world_size, collate=collect)
+
+
+def view_whole(image: Tensor, known: dict[str, Any]) -> dict[str, Any]:
+    """An image as it is evaluated: the network resizes it."""
+    check_size(image, known)
+    return {"image": image}
+
+
+def make_batches(images: DetectionImages, config: DetectionConfig, rank: int = 0, world_size: int = 1) -> Any:
+    """Every image once, as it is evaluated."""
+    return make_evaluation_loader(
+        images,
+        view_whole,
+        config.evaluation.batch_size,
+        config.data.num_workers,
+        rank,
+        world_size,
+        config.data.max_pixels,
+        collate=collect,
+    )
+
+
+def read_shown(images: DetectionImages, config: DetectionConfig, count: int = 8) -> list[Tensor]:
+    """Readable images from all over a set, uint8 [3, any, any] each."""
+    shown: list[Tensor] = []
+    stride = max(1, len(images) // count)
+    for index in [*range(0, len(images), stride), *range(len(images))]:
+        if len(shown) == count:
+            break
+        try:
+            shown.append(decode_sample(images[index][1], config.data.max_pixels))
+        except UnreadableImage:
+            continue
+    if not shown:
+        raise UserError("none of the images to evaluate on can be read")
+    return shown
+
+
+def draw_found(task: DetectionTask, images: list[Tensor]) -> Image.Image:
+    """What the network finds in some images."""
+    training = task.training
+    task.eval()
+    found = detect(task.model, task.normalize, [image.to(task.device) for image in images])
+    task.train(training)
+    return join_pictures(
+        [draw_objects(image, one, task.classes, SHOWN) for image, one in zip(images, found, strict=True)]
+    )
+
+
+class DetectionValidation(Watcher):
+    """COCO's figures of the network."""
+
+    def __init__(self, task: DetectionTask, config: DetectionConfig, images: DetectionImages) -> None:
+        self.masks = task.model.has_masks and images.has_outlines
+        kinds = ("box", "mask") if self.masks else ("box",)
+        super().__init__(
+            [f"val_{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75")],
+            config.evaluation.every_n_epochs,
+        )
+        self.task = task
+        self.config = config
+        self.images = images
+
+    def look(self, trainer: L.Trainer) -> dict[str, float]:
+        skipped: list[tuple[str, str]] = []
+        with trainer.precision_plugin.forward_context():
+            results, seen = collect_detections(
+                functools.partial(detect, self.task.model, self.task.normalize),
+                self.images,
+                make_batches(self.images, self.config, trainer.global_rank, trainer.world_size),
+                self.task.device,
+                skipped,
+            )
+        unread = self.say_skipped(trainer, skipped)
+        results, seen = gather_detections(results, seen, trainer.world_size)
+        if not seen:
+            raise nothing_readable(unread)
+        flat = score_detections(self.images, results, seen, self.masks).flat("val_")
+        figures = {name: 0.0 if math.isnan(flat[name]) else flat[name] for name in self.figures}
+        self.score = figures["val_box_ap"]
+        return figures
+
+    def describe(self) -> dict[str, str]:
+        rows = {}
+        for kind, title in {"box": "boxes", "mask": "masks"}.items():
+            shown = [
+                f"{name.upper()} {100 * value:.1f}"
+                for name in ("ap", "ap50", "ap75")
+                if (value := self.figures.get(f"val_{kind}_{name}")) is not None
+            ]
+            if shown:
+                rows[title] = f"{', '.join(shown)} of {len(self.images):,} images"
+        return rows
+
+
+def save_detector(path: Path, task: DetectionTask) -> dict[str, str]:
+    """Write the weights as a file that `itpn.load` reads whole."""
+    write_detector(path, task.model, {"recipe": task.recipe, **task.describe()})
+    return {"saved": "weights"}
+
+
+def write_detector(path: Path, model: Detector, metadata: dict[str, Any]) -> None:
+    write_safetensors(path, named_tensors(model), metadata)

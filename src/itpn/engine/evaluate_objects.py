@@ -1,0 +1,121 @@
+"""`itpn evaluate` of detectors: a checkpoint and annotated images, in COCO's figures."""
+
+import functools
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from itpn.checkpoints.files import read_checkpoint
+from itpn.checkpoints.loading import describe_broken, load_found
+from itpn.config import DetectionConfig
+from itpn.data.annotations import read_objects
+from itpn.data.normalize import Normalize
+from itpn.engine.coco import (
+    DetectionScores,
+    collect_detections,
+    gather_detections,
+    score_detections,
+    write_detection_scores,
+)
+from itpn.engine.console import print_aside
+from itpn.engine.detection import make_batches
+from itpn.engine.evaluate import make_folder, rank_classes, writing_to
+from itpn.engine.fitting import make_table
+from itpn.engine.launch import quieten_libraries, read_launch, start_fabric
+from itpn.engine.scores import gather_skipped, nothing_readable
+from itpn.errors import UserError
+from itpn.models.detector import Detector
+from itpn.tasks.detection import detect
+
+
+def evaluate_objects(
+    config: DetectionConfig, recipe: str, checkpoint: str, out: Path, given: Collection[str] = ()
+) -> DetectionScores:
+    """Evaluate a detector on the images that the settings name, and write the figures.
+
+    Args:
+        out: folder of ``evaluation.json``, ``classes.csv`` and ``results.json``.
+        given: settings of the data that were asked for, and are not the checkpoint's affair: img_size, max_size.
+
+    Raises:
+        UserError: no such checkpoint, one without a detector, objects of other classes than it knows.
+    """
+    found = read_checkpoint(checkpoint)
+    if found.broken:
+        raise UserError(f"checkpoint {checkpoint} has {describe_broken(found.broken)}")
+    if "roi_heads.box_predictor.cls_score.weight" not in found.tensors:
+        raise UserError(f"checkpoint {checkpoint} has no detector: fine-tune it first (itpn train detector_small)")
+    options: dict[str, Any] = {} if config.model.num_heads is None else {"num_heads": config.model.num_heads}
+    if "img_size" in given:
+        options |= {"min_size": config.data.img_size, "max_size": config.data.longest}
+    elif "max_size" in given:
+        options["max_size"] = config.data.longest
+    model, notes = load_found(found, "detection", **options)
+    assert isinstance(model, Detector)
+    main = read_launch().main
+    data = config.data
+    tell = print_aside if main else lambda line: None
+    where = data.val_root or data.root
+    # a folder with one set alone: that
+    images = read_objects(where, "val", data.mistakes, tell, optional=True)
+    images = images or read_objects(where, "train", data.mistakes, tell)
+    assert images is not None
+    names = found.metadata.get("classes")
+    if names is not None:
+        images = images.rename(names)
+    elif len(images.classes) != model.num_classes - 1:
+        raise UserError(
+            f"the images have {len(images.classes)} classes and the model {model.num_classes - 1}, whose names its "
+            "file does not hold: they cannot be matched"
+        )
+    make_folder(out)
+    quieten_libraries()
+    with start_fabric(config.trainer) as fabric:
+        model.to(fabric.device).eval()
+        normalize = Normalize(3, (0.0,), (1.0,)).to(fabric.device)
+        skipped: list[tuple[str, str]] = []
+        with fabric.autocast():
+            results, seen = collect_detections(
+                functools.partial(detect, model, normalize),
+                images,
+                make_batches(images, config, fabric.global_rank, fabric.world_size),
+                fabric.device,
+                skipped,
+            )
+        results, seen = gather_detections(results, seen, fabric.world_size)
+        unread = gather_skipped(skipped, fabric.world_size)
+        if not seen:
+            raise nothing_readable(unread)
+        scores = score_detections(images, results, seen, model.has_masks and images.has_outlines)
+        if fabric.is_global_zero:
+            for note in notes:
+                print_aside(note)
+            for name, reason in unread:
+                print_aside(f"skipped {name}: {reason}")
+            about = {"checkpoint": checkpoint, "recipe": recipe, "images_skipped": len(unread)}
+            with writing_to(out):
+                write_detection_scores(scores, images.classes, results, out, about)
+            report(scores, images.classes, out, checkpoint, len(unread))
+    return scores
+
+
+def report(scores: DetectionScores, classes: tuple[str, ...], out: Path, checkpoint: str, skipped: int) -> None:
+    """Show the figures."""
+    rows = {"images": f"{scores.images:,} with {scores.objects:,} objects of {len(classes)} classes, {skipped} skipped"}
+    for kind, own in scores.figures.items():
+        first, then = [
+            "  ".join(f"{name.upper().replace('_', ' ')} {_percent(own[name])}" for name in names)
+            for names in (list(own)[:6], list(own)[6:])
+        ]
+        rows |= {f"{kind}": first, f"{kind} recall": then}
+    known = {name: v for name, v in zip(classes, scores.per_class["box"], strict=True) if not math.isnan(v)}
+    rows |= rank_classes(known)
+    rows["files"] = f"{out}/evaluation.json, classes.csv, results.json"
+    Console().print(make_table(checkpoint, rows))
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"

@@ -1,0 +1,317 @@
+"""Mask R-CNN and Faster R-CNN on the pre-trained pyramid (Tian et al. 2023, section 4.2), of torchvision's parts.
+
+The pyramid is the detector's neck: there is no other. Beside it, a torchvision feature pyramid network on the same
+backbone, to compare with and for backbones without one.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
+from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, generalized_box_iou_loss
+from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+
+from itpn.models.hivit import HiViT, find_backbone, nest_groups, units_to_map
+from itpn.models.pyramid import PyramidBackbone
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ANCHOR_SCALE = 8  # sides of anchors, in strides of their level
+
+
+class Detector(GeneralizedRCNN):
+    """Boxes, classes and masks of objects; takes and gives what torchvision's detectors do.
+
+    In training mode a list of images [3, H, W] in [0, 1] and a list of targets ("boxes" [n, 4] as x0, y0, x1, y1 in
+    pixels, "labels" int64 [n] from 1, "masks" uint8 [n, H, W]) give a dict of losses. In eval mode images give a dict
+    each: "boxes", "labels", "scores", "masks" [n, 1, H, W] as probabilities.
+
+    Heads as published: an anchor scale of 8 strides on five levels, four convolutions and a linear layer for boxes with
+    batch norm, generalised IoU of boxes with weight 10, four convolutions for masks.
+
+    Args:
+        backbone: gives five maps of as many channels: a :class:`PyramidBackbone` with ``levels="detection"``, or a
+            :class:`FPNBackbone`.
+        num_classes: of objects, and one for the background, as torchvision counts.
+        masks: predict masks as well (Mask R-CNN); else boxes alone (Faster R-CNN).
+        min_size: the short side that images are resized to; of several, training draws one and evaluation takes the
+            last.
+        max_size: longest side after that.
+        image_mean, image_std: of the pixels that the backbone was pre-trained with.
+        head_width: channels of the heads' convolutions; the linear layer has four times as many.
+        box_loss_weight: of the generalised IoU of boxes.
+        rpn_post_nms_top_n_train, rpn_post_nms_top_n_test, box_batch_size_per_image, box_score_thresh, box_nms_thresh,
+            box_detections_per_img: as of torchvision's detectors.
+        transform: further arguments of torchvision's GeneralizedRCNNTransform.
+    """
+
+    def __init__(
+        self,
+        backbone: "PyramidBackbone | FPNBackbone",
+        num_classes: int,
+        masks: bool = True,
+        min_size: int | Sequence[int] = 800,
+        max_size: int = 1333,
+        image_mean: Sequence[float] = IMAGENET_MEAN,
+        image_std: Sequence[float] = IMAGENET_STD,
+        head_width: int = 256,
+        box_loss_weight: float = 10.0,
+        rpn_post_nms_top_n_train: int = 2000,
+        rpn_post_nms_top_n_test: int = 1000,
+        box_batch_size_per_image: int = 512,
+        box_score_thresh: float = 0.05,
+        box_nms_thresh: float = 0.5,
+        box_detections_per_img: int = 100,
+        **transform: Any,
+    ) -> None:
+        strides = [level["reduction"] for level in backbone.feature_info]
+        if len(strides) != 5 or not isinstance(backbone.out_channels, int):
+            raise ValueError("a detector takes five maps of as many channels: levels='detection'")
+        if num_classes < 2:
+            raise ValueError(f"num_classes counts the background: at least 2, not {num_classes}")
+        width = backbone.out_channels
+        anchors = AnchorGenerator(tuple((ANCHOR_SCALE * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+        rpn = BalancedRPN(
+            anchors,
+            RPNHead(width, anchors.num_anchors_per_location()[0]),
+            fg_iou_thresh=0.7,
+            bg_iou_thresh=0.3,
+            batch_size_per_image=256,
+            positive_fraction=0.5,
+            pre_nms_top_n={"training": 2000, "testing": 1000},
+            post_nms_top_n={"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
+            nms_thresh=0.7,
+        )
+        layers = [head_width] * 4
+        pooled = [str(level) for level in range(4)]  # the coarsest level is for proposals alone
+        heads = BoxAndMaskHeads(
+            MultiScaleRoIAlign(pooled, output_size=7, sampling_ratio=2),
+            FastRCNNConvFCHead((width, 7, 7), layers, [4 * head_width], norm_layer=SyncedBatchNorm2d),
+            FastRCNNPredictor(4 * head_width, num_classes),
+            fg_iou_thresh=0.5,
+            bg_iou_thresh=0.5,
+            batch_size_per_image=box_batch_size_per_image,
+            positive_fraction=0.25,
+            bbox_reg_weights=None,
+            score_thresh=box_score_thresh,
+            nms_thresh=box_nms_thresh,
+            detections_per_img=box_detections_per_img,
+        )
+        heads.box_loss_weight = box_loss_weight
+        if masks:
+            heads.mask_roi_pool = MultiScaleRoIAlign(pooled, output_size=14, sampling_ratio=2)
+            heads.mask_head = MaskRCNNHeads(width, layers, dilation=1)
+            heads.mask_predictor = MaskRCNNPredictor(head_width, head_width, num_classes)
+        # torchvision finds a level's stride by dividing: whole only if the coarsest divides the image
+        resize = GeneralizedRCNNTransform(
+            min_size, max_size, list(image_mean), list(image_std), size_divisible=strides[-1], **transform
+        )
+        super().__init__(backbone, rpn, heads, resize)
+        self.num_classes = num_classes
+
+    @property
+    def has_masks(self) -> bool:
+        return bool(self.roi_heads.has_mask())
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        find_backbone(self).set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"backbone.backbone.{name}" for name in find_backbone(self).no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's layers; pyramid and heads are one group after the last of them."""
+        return nest_groups(nest_groups(find_backbone(self).group_matcher(coarse)))
+
+
+class FPNBackbone(nn.Module):
+    """A backbone with a feature pyramid network that is trained from nothing (Lin et al. 2017).
+
+    Args:
+        width: channels of every level.
+        backbone: arguments of :class:`itpn.models.hivit.HiViT`.
+    """
+
+    def __init__(self, width: int = 256, **backbone: Any) -> None:
+        super().__init__()
+        self.backbone = HiViT(num_classes=0, **backbone)
+        dims = [info["num_chs"] for info in self.backbone.feature_info]
+        self.fpn = FeaturePyramidNetwork(dims, width, extra_blocks=AveragePools(2))
+        self.out_channels = width
+        first = self.backbone.feature_info[0]["reduction"]
+        self.feature_info = [{"num_chs": width, "reduction": first * 2**i} for i in range(5)]
+
+    def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
+        """Images [B, in_chans, H, W] -> maps by name, "0" the finest."""
+        grid = self.backbone.grid_of(x.shape[-2:])
+        stages = self.backbone.forward_stages(x)
+        return self.fpn(OrderedDict((str(i), units_to_map(stage, grid)) for i, stage in enumerate(stages)))
+
+
+class AveragePools(ExtraFPNBlock):
+    """Coarser levels as the pre-trained pyramid has them: each the average of the one before."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
+        for _ in range(self.count):
+            results.append(F.avg_pool2d(results[-1], 2))
+            names.append(str(len(names)))
+        return results, names
+
+
+# --- heads
+
+
+class BoxAndMaskHeads(RoIHeads):
+    """torchvision's second stage with generalised IoU for boxes; losses are means over the batch of all processes."""
+
+    box_loss_weight: float
+
+    def forward(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None = None,
+    ) -> tuple[list[dict[str, Tensor]], dict[str, Tensor]]:
+        if self.training:
+            return [], self._compute_losses(features, proposals, image_shapes, targets)
+        return self._detect(features, proposals, image_shapes), {}
+
+    def _compute_losses(
+        self,
+        features: dict[str, Tensor],
+        proposals: list[Tensor],
+        image_shapes: list[tuple[int, int]],
+        targets: list[dict[str, Tensor]] | None,
+    ) -> dict[str, Tensor]:
+        proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
+        assert targets is not None  # or they would have been complained of
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        label = torch.cat(labels)
+        own = [label_ > 0 for label_ in labels]  # proposals with an object, by image
+        boxes = [box[chosen] for box, chosen in zip(proposals, own, strict=True)]
+        objects = [index[chosen] for index, chosen in zip(matched, own, strict=True)]
+        wanted = torch.cat([target["boxes"][index] for target, index in zip(targets, objects, strict=True)])
+        shares = batch_shares([len(label), len(wanted)], label.device)
+
+        positive = label.nonzero().squeeze(1)
+        deltas = deltas.unflatten(1, (-1, 4))[positive, label[positive]]  # of each object's own class
+        found = self.box_coder.decode_single(deltas.float(), torch.cat(boxes).float())
+        overlap = generalized_box_iou_loss(found, wanted.float(), reduction="sum") / max(len(label), 1)
+        losses = {
+            "loss_classifier": F.cross_entropy(logits.float(), label) * shares[0],
+            "loss_box_reg": self.box_loss_weight * overlap * shares[0],
+        }
+        if self.has_mask():
+            assert self.mask_roi_pool is not None
+            masks = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+            truth, classes = [t["masks"] for t in targets], [t["labels"] for t in targets]
+            losses["loss_mask"] = maskrcnn_loss(masks, boxes, truth, classes, objects) * shares[1]
+        return losses
+
+    def _detect(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
+        keys = ("boxes", "labels", "scores")
+        results = [dict(zip(keys, values, strict=True)) for values in zip(boxes, labels, scores, strict=True)]
+        if self.has_mask():
+            assert self.mask_roi_pool is not None
+            masks = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+            for result, own in zip(results, maskrcnn_inference(masks, labels), strict=True):
+                result["masks"] = own
+        return results
+
+
+class BalancedRPN(RegionProposalNetwork):
+    """torchvision's first stage; losses are means over the batch of all processes."""
+
+    def compute_loss(
+        self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        sampler, count = self.fg_bg_sampler, 0
+        for label in labels:
+            positive = min(int((label >= 1).sum()), int(sampler.batch_size_per_image * sampler.positive_fraction))
+            count += positive + min(int((label == 0).sum()), sampler.batch_size_per_image - positive)
+        (share,) = batch_shares([count], objectness.device)
+        own, boxes = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+        return own * share, boxes * share
+
+
+def processes() -> int:
+    """How many train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def batch_shares(counts: list[int], device: torch.device) -> Tensor:
+    """Factors that turn means over this process's samples into means over those of all, once gradients are averaged.
+
+    Without them, objects of an image that shares a process with few others would count for more.
+
+    Args:
+        counts: of samples that a loss is the mean of, here.
+    """
+    own = torch.tensor(counts, dtype=torch.float32, device=device)
+    if processes() == 1:
+        return torch.ones_like(own)
+    total = own.clone()
+    dist.all_reduce(total)
+    return own * processes() / total.clamp(min=1)
+
+
+class SyncedBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm over the batch of all processes, on any device (torch's own is for GPUs alone)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or processes() == 1:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision has too few digits for sums
+        count = wide.new_full((1,), wide.numel() / wide.shape[1])
+        sums = _sum_over_processes(torch.cat([wide.sum(dim=(0, 2, 3)), count]))
+        total = sums[-1].detach()
+        mean = sums[:-1] / total
+        centred = wide - mean[:, None, None]
+        variance = _sum_over_processes(centred.square().sum(dim=(0, 2, 3))) / total
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
+            self.running_var.lerp_((variance * total / (total - 1)).to(self.running_var), momentum)
+        scale = (variance + self.eps).rsqrt() * self.weight
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        grad = grads[0].clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+def _sum_over_processes(x: Tensor) -> Tensor:
+    return _SumOverProcesses.apply(x)

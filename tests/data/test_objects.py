@@ -1,0 +1,467 @@
+"""Images with objects: layouts, mistakes in annotations, boxes and masks through every augmentation."""
+
+import copy
+import json
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from pycocotools import mask as theirs
+from pycocotools.coco import COCO
+
+from itpn.data.annotations import find_objects, read_objects
+from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.loader import TrainingLoader, collect
+from itpn.data.objects import DetectionTransform, draw_outlines, encode_outline, make_target
+from itpn.data.shapes import CLASSES, write_shapes
+from itpn.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The sample set: 12 images to train on and 6 others."""
+    return write_shapes(tmp_path_factory.mktemp("shapes"), train=12, val=6, img_size=(64, 80)).coco
+
+
+@pytest.fixture
+def root(shapes, tmp_path):
+    """A copy of the sample set that may be damaged."""
+    return Path(shutil.copytree(shapes, tmp_path / "coco"))
+
+
+def edit(root: Path, change, split: str = "train") -> None:
+    path = root / "annotations" / f"instances_{split}2017.json"
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+
+
+def silent(line: str) -> None:
+    pass
+
+
+# --- layouts
+
+
+def test_coco(shapes):
+    train, val = find_objects(str(shapes))
+    assert (len(train), len(val)) == (12, 6)
+    assert train.classes == val.classes == CLASSES
+    assert train.class_ids == (1, 2, 3, 4, 5, 6)
+    truth = json.loads((shapes / "annotations" / "instances_train2017.json").read_text())
+    name, data, known = train[3]
+    assert name == str(shapes / "train2017" / truth["images"][3]["file_name"])
+    assert data == Path(name).read_bytes()
+    assert known["size"] == (64, 80)
+    wanted = [a for a in truth["annotations"] if a["image_id"] == known["id"]]
+    assert [o["bbox"] for o in known["objects"]] == [a["bbox"] for a in wanted]
+    assert [train.classes[o["label"]] for o in known["objects"]] == [CLASSES[a["category_id"] - 1] for a in wanted]
+    assert train.has_outlines
+    assert train.groups.tolist() == [1] * 12
+
+
+def test_a_folder_for_each_set(shapes, tmp_path):
+    """As Roboflow exports COCO's form."""
+    for split, folder in (("train", "train"), ("val", "valid")):
+        shutil.copytree(shapes / f"{split}2017", tmp_path / folder)
+        name = f"instances_{split}2017.json"
+        shutil.copy(shapes / "annotations" / name, tmp_path / folder / "_annotations.coco.json")
+    train, val = find_objects(str(tmp_path))
+    assert (len(train), len(val)) == (12, 6)
+    assert Path(val.name(0)).parent == tmp_path / "valid"
+
+
+def write_yolo(shapes: Path, root: Path, polygons: bool) -> None:
+    root.mkdir()
+    folders = {"train": "images/train", "val": "images/val", "names": dict(enumerate(CLASSES))}
+    (root / "data.yaml").write_text(yaml.safe_dump(folders))
+    for split in ("train", "val"):
+        shutil.copytree(shapes / f"{split}2017", root / "images" / split)
+        (root / "labels" / split).mkdir(parents=True)
+        coco = json.loads((shapes / "annotations" / f"instances_{split}2017.json").read_text())
+        for image in coco["images"]:
+            height, width = image["height"], image["width"]
+            lines = []
+            for one in coco["annotations"]:
+                if one["image_id"] != image["id"]:
+                    continue
+                x, y, w, h = one["bbox"]
+                numbers = [(x + w / 2) / width, (y + h / 2) / height, w / width, h / height]
+                if polygons:
+                    corners = [(x, y), (x + w, y), (x + w, y + h), (x, y + h)]
+                    numbers = [v for cx, cy in corners for v in (cx / width, cy / height)]
+                lines.append(" ".join([str(one["category_id"] - 1), *(f"{v:.6f}" for v in numbers)]))
+            labels = root / "labels" / split / Path(image["file_name"]).with_suffix(".txt")
+            labels.write_text("\n".join(lines))
+
+
+def write_voc(shapes: Path, root: Path) -> None:
+    for folder in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (root / folder).mkdir(parents=True)
+    for split in ("train", "val"):
+        coco = json.loads((shapes / "annotations" / f"instances_{split}2017.json").read_text())
+        stems = []
+        for image in coco["images"]:
+            stem = f"{split}_{Path(image['file_name']).stem}"
+            stems.append(stem)
+            shutil.copy(shapes / f"{split}2017" / image["file_name"], root / "JPEGImages" / f"{stem}.jpg")
+            objects = ""
+            for number, one in enumerate(a for a in coco["annotations"] if a["image_id"] == image["id"]):
+                x, y, w, h = one["bbox"]
+                objects += (
+                    f"<object><name>{CLASSES[one['category_id'] - 1]}</name><difficult>{int(number == 1)}</difficult>"
+                    f"<bndbox><xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + w}</xmax><ymax>{y + h}</ymax></bndbox>"
+                    "</object>"
+                )
+            (root / "Annotations" / f"{stem}.xml").write_text(f"<annotation>{objects}</annotation>")
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(stems))
+
+
+def boxes_of(images) -> list:
+    found = []
+    for index in range(len(images)):
+        objects = images.objects_of(index)
+        found.append(sorted((images.classes[o["label"]], *np.round(o["bbox"], 2).tolist()) for o in objects))
+    return found
+
+
+@pytest.mark.parametrize("polygons", [False, True])
+def test_yolo(shapes, tmp_path, polygons):
+    write_yolo(shapes, tmp_path / "yolo", polygons)
+    ours, theirs_ = find_objects(str(tmp_path / "yolo"), tell=pytest.fail), find_objects(str(shapes))
+    for one, other in zip(ours, theirs_, strict=True):
+        assert one.classes == other.classes
+        for box, wanted in zip(boxes_of(one), boxes_of(other), strict=True):
+            assert [row[0] for row in box] == [row[0] for row in wanted]
+            np.testing.assert_allclose([r[1:] for r in box], [r[1:] for r in wanted], atol=0.02)
+        assert one.has_outlines is polygons
+    if polygons:
+        _, _, known = ours[0][0]
+        target = make_target(known, masks=True)
+        for mask, (x0, y0, x1, y1) in zip(target["masks"], target["boxes"].round().int().tolist(), strict=True):
+            assert mask[y0:y1, x0:x1].float().mean() > 0.98  # a rectangle, but for how its edge is drawn
+
+
+def test_pascal_voc(shapes, tmp_path):
+    write_voc(shapes, tmp_path)
+    train, val = find_objects(str(tmp_path), tell=pytest.fail)
+    assert train.classes == tuple(sorted(CLASSES))
+    for one, other in zip((train, val), find_objects(str(shapes)), strict=True):
+        assert boxes_of(one) == boxes_of(other)
+    second = [objects[1]["iscrowd"] for i in range(12) if len(objects := train.objects_of(i)) > 1]
+    assert second == [1] * len(second)  # what is difficult is neither asked for nor wrong
+
+
+def test_formats_need_their_package(shapes, tmp_path, monkeypatch):
+    write_voc(shapes, tmp_path)
+    monkeypatch.setitem(__import__("sys").modules, "supervision.dataset.formats.yolo", None)
+    with pytest.raises(UserError, match=r"needs supervision: pip install 'itpn\[formats\]'"):
+        find_objects(str(tmp_path))
+
+
+# --- mistakes
+
+
+def first(content) -> dict:
+    return content["annotations"][0]
+
+
+MISTAKES = {
+    "boxes of no area": lambda c: first(c).update(bbox=[3, 4, 0, 5]),
+    "boxes outside their image": lambda c: first(c).update(bbox=[200, 4, 5, 5]),
+    "boxes partly outside their image, which were cut": lambda c: first(c).update(bbox=[70, 4, 50, 5]),
+    "objects whose box is not four numbers": lambda c: first(c).update(bbox=[1, 2, float("nan"), 3]),
+    "objects of an unknown class": lambda c: first(c).update(category_id=77),
+    "objects of an image that is not listed": lambda c: first(c).update(image_id=777),
+    "objects whose id another one has": lambda c: first(c).update(id=2),
+    "objects whose outline cannot be read": lambda c: first(c).update(segmentation=[[1, 2, 3]]),
+    "objects whose outline holds no pixel": lambda c: first(c).update(segmentation=[[5, 5, 5, 5, 5, 5]]),
+    "objects without an outline, where others have one": lambda c: first(c).pop("segmentation"),
+    "objects without image_id or category_id": lambda c: first(c).pop("category_id"),
+    "images not on disk": lambda c: c["images"][0].update(file_name="nowhere.jpg"),
+    "images whose id another one has": lambda c: c["images"][1].update(id=1),
+    "images without height or width": lambda c: c["images"][0].pop("height"),
+    "images without id or file_name": lambda c: c["images"][0].pop("file_name"),
+    "images whose id is no whole number": lambda c: c["images"][0].update(id="1"),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_each_mistake_is_found_named_and_left_out(root, kind):
+    edit(root, MISTAKES[kind])
+    said: list[str] = []
+    train = read_objects(str(root), "train", "summary", said.append)
+    assert any(line.strip().startswith(f"1 {kind} (") for line in said), said
+    whole = read_objects(str(root), "val", "summary", pytest.fail)
+    assert len(whole) == 6
+    cut = "cut" in kind
+    assert len(train) == (11 if kind.startswith("images") else 12)
+    count = sum(len(train.objects_of(i)) for i in range(len(train)))
+    truth = json.loads((root / "annotations" / "instances_train2017.json").read_text())
+    assert cut == (count == len(truth["annotations"]))
+    for index in range(len(train)):
+        height, width = train.sizes[index]
+        for known in train.objects_of(index):
+            x, y, w, h = known["bbox"]
+            assert w > 0 < h
+            assert x >= 0 <= y
+            assert x + w <= width
+            assert y + h <= height
+    with pytest.raises(UserError, match=rf"1 {kind}") as error:
+        read_objects(str(root), "train", "error", pytest.fail)
+    assert "\n" not in str(error.value)
+    said = []
+    read_objects(str(root), "train", "skip", said.append)
+    assert len(said) == 1
+    assert "left out (--data.mistakes summary shows" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda c: c.update(annotations=[]), "has no objects"),
+        (lambda c: c.update(images=[]), "has no images that can be used"),
+        (lambda c: c.update(images=[], annotations=[]), "has no images"),
+        (lambda c: c.update(categories=[]), "has no categories"),
+        (lambda c: c.pop("categories"), "is not in COCO's form: it needs lists of images, annotations and categories"),
+        (lambda c: c["categories"][1].update(id=1), "has two categories of id 1"),
+        (lambda c: c["categories"][1].update(name="disk"), "has two categories of name disk"),
+        (lambda c: c["categories"][1].pop("name"), "has categories without id or name"),
+        (lambda c: c["categories"][1].update(id="x"), "has categories without id or name|are no whole numbers"),
+        (lambda c: [i.update(file_name="no.jpg") for i in c["images"]], "12 images not on disk"),
+    ],
+)
+def test_annotations_of_no_use(root, change, words):
+    edit(root, change)
+    with pytest.raises(UserError, match=words) as error:
+        find_objects(str(root), tell=silent)
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_no_set(root, tmp_path):
+    (root / "annotations" / "instances_train2017.json").write_text("{")
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        find_objects(str(root))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"no annotations to train on in .*: give a folder of COCO's"):
+        find_objects(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="does not exist"):
+        find_objects(str(tmp_path / "nowhere"))
+
+
+def test_gaps_in_the_classes_and_classes_of_one_set(root):
+    def gap(content):
+        for one in content["categories"]:
+            one["id"] *= 10
+        for one in content["annotations"]:
+            one["category_id"] *= 10
+
+    edit(root, gap)
+    edit(root, gap, "val")
+    train, val = find_objects(str(root), tell=pytest.fail)
+    assert train.class_ids == val.class_ids == (10, 20, 30, 40, 50, 60)
+    assert {o["label"] for i in range(12) for o in train.objects_of(i)} == set(range(6))
+
+    def add(content):
+        content["categories"].append({"id": 7, "name": "blob"})
+
+    edit(root, add, "val")
+    find_objects(str(root), tell=pytest.fail)  # listed alone, it does no harm
+    edit(root, lambda c: first(c).update(category_id=7), "val")
+    with pytest.raises(UserError, match="class blob of the images to evaluate on is not among those to train on"):
+        find_objects(str(root))
+
+
+def test_a_damaged_file_of_labels(shapes, tmp_path):
+    write_yolo(shapes, tmp_path / "yolo", False)
+    files = sorted((tmp_path / "yolo" / "labels" / "train").iterdir())
+    files[0].write_text("0 0.5 0.5 nonsense 0.1")
+    files[1].unlink()
+    (tmp_path / "yolo" / "images" / "train" / "extra.jpg").write_bytes(b"no image")
+    said: list[str] = []
+    train = read_objects(str(tmp_path / "yolo"), "train", "summary", said.append)
+    assert len(train) == 12
+    assert not train.objects_of(0)
+    assert not train.objects_of(1)  # an image without a file has no objects
+    text = " ".join(said)
+    assert "1 files of annotations that cannot be read" in text
+    assert "1 images that cannot be read" in text
+
+
+# --- outlines
+
+
+def test_outlines_in_all_forms_are_pycocotools(shapes):
+    """Polygons, run lengths and compressed run lengths, of every object of the sample set."""
+    coco = COCO(str(shapes / "annotations" / "instances_train2017.json"))
+    forms = set()
+    for one in coco.dataset["annotations"]:
+        wanted = coco.annToMask(one)
+        compressed = theirs.encode(np.asfortranarray(wanted))
+        plain = {"size": [64, 80], "counts": run_lengths(wanted)}
+        compressed["counts"] = compressed["counts"].decode()
+        for outline in (one["segmentation"], plain, compressed):
+            assert np.array_equal(draw_outlines([{"segmentation": outline}], 64, 80)[0].numpy(), wanted)
+        forms.add(type(one["segmentation"]))
+    assert forms == {list, dict}
+
+
+def run_lengths(mask) -> list[int]:
+    flat = mask.flatten(order="F")
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *edges, flat.size]).tolist()
+    return [0, *counts] if flat[0] else counts
+
+
+def test_outlines_of_another_image():
+    for outline in ({"size": [3, 4], "counts": [12]}, {"size": [4, 4], "counts": [3, 4]}, [[1, 2, 3, 4]], []):
+        with pytest.raises(ValueError, match=r"run lengths|polygons"):
+            encode_outline(outline, 4, 4)
+
+
+def test_crowds_are_no_targets(shapes):
+    _, _, known = find_objects(str(shapes))[0][0]
+    known = copy.deepcopy(known)
+    count = len(known["objects"])
+    known["objects"][0]["iscrowd"] = 1
+    assert len(make_target(known, masks=True)["labels"]) == count - 1
+    for one in known["objects"]:
+        one["iscrowd"] = 1
+    target = make_target(known, masks=True)
+    assert target["boxes"].shape == (0, 4)
+    assert target["masks"].shape == (0, 64, 80)
+
+
+# --- augmentation
+
+
+def paint(masks) -> np.ndarray:
+    """A picture in which object n is of the colour n + 1."""
+    picture = np.zeros((*masks.shape[1:], 3), np.uint8)
+    for number, mask in enumerate(masks.numpy(), start=1):
+        picture[mask > 0] = (40 * number, 255 - 40 * number, 10 * number)
+    return picture
+
+
+TRANSFORMS = {
+    "scales": {"crop_prob": 0.0},
+    "crops": {"crop_prob": 1.0},
+    "flips": {"crop_prob": 0.0, "hflip": 1.0, "scales": (1.0, 1.0)},
+    "jitter": {"large_scale_jitter": (0.3, 2.0)},
+    "all": {},
+}
+
+
+@pytest.mark.parametrize("which", TRANSFORMS)
+def test_boxes_and_masks_go_where_the_pixels_go(shapes, which):
+    """The masks painted as an image, through the same transform: colours are still under the masks."""
+    train, _ = find_objects(str(shapes))
+    transform = DetectionTransform(128, 213, interpolation="bilinear", **TRANSFORMS[which])
+    objects, sizes = 0, set()
+    for index in range(12):
+        _, _, known = train[index]
+        painted = torch.from_numpy(paint(make_target(known, masks=True)["masks"])).permute(2, 0, 1)
+        numbered = copy.deepcopy(known)
+        for number, one in enumerate(numbered["objects"]):
+            one["label"] = number  # so that the target says which object it was
+        for seed in range(4):
+            view = transform(painted, random.Random(seed), numbered)
+            image, target = view["image"], view["target"]
+            sizes.add(tuple(image.shape[1:]))
+            height, width = image.shape[1:]
+            assert max(height, width) <= 213
+            assert len(target["boxes"]) == len(target["labels"]) == len(target["masks"])
+            for box, label, mask in zip(target["boxes"], target["labels"], target["masks"], strict=True):
+                objects += 1
+                x0, y0, x1, y1 = box.tolist()
+                assert 0 <= x0 < x1 <= width
+                assert 0 <= y0 < y1 <= height
+                rows, cols = (mask.any(dim=dim).nonzero().flatten() for dim in (1, 0))
+                # the mask fills its box, to a pixel; a crop may have taken the part that reached the box's side
+                assert cols[0] >= x0 - 1.5
+                assert cols[-1] <= x1 + 0.5
+                assert rows[0] >= y0 - 1.5
+                assert rows[-1] <= y1 + 0.5
+                if which in ("scales", "flips"):
+                    assert abs(cols[0] - x0) < 2.5
+                    assert abs(cols[-1] + 1 - x1) < 2.5
+                    assert abs(rows[0] - y0) < 2.5
+                    assert abs(rows[-1] + 1 - y1) < 2.5
+                colour = torch.tensor([40.0 * label, 255 - 40 * label, 10 * label])
+                inner = torch.nn.functional.avg_pool2d(mask[None].float(), 3, 1, 1)[0] > 0.99  # edges are blended
+                if inner.sum() > 20:
+                    near = (image[:, inner].float() - colour[:, None]).abs().amax(dim=0) < 30
+                    assert near.float().mean() > 0.85
+    assert objects > 50
+    assert len(sizes) >= (1 if which == "flips" else 3)
+    assert "target" in transform(painted, random.Random(0), numbered)
+    same = [transform(painted, random.Random(7), numbered)["image"] for _ in range(2)]
+    assert torch.equal(*same)
+
+
+def test_short_sides_are_the_published_ones():
+    """480 to 800 in steps of 32, the longest at most 1333."""
+    transform = DetectionTransform(crop_prob=0.0, masks=False)
+    known = {"id": 1, "size": (60, 80), "objects": []}
+    image = torch.zeros(3, 60, 80, dtype=torch.uint8)
+    short = {min(transform(image, random.Random(seed), known)["image"].shape[1:]) for seed in range(300)}
+    assert sorted(short) == list(range(480, 801, 32))
+    known["size"], image = (60, 200), torch.zeros(3, 60, 200, dtype=torch.uint8)
+    shapes = {tuple(transform(image, random.Random(seed), known)["image"].shape[1:]) for seed in range(30)}
+    assert {shape[1] for shape in shapes} == {1333}
+    cropped = DetectionTransform(crop_prob=1.0, scales=(1.0, 1.0), masks=False)
+    known["size"], image = (600, 800), torch.zeros(3, 600, 800, dtype=torch.uint8)
+    assert {min(cropped(image, random.Random(seed), known)["image"].shape[1:]) for seed in range(9)} == {800}
+
+
+def test_an_image_of_another_size_than_its_annotations(root):
+    name = root / "train2017" / "000000000001.jpg"
+    Image.open(name).resize((40, 30)).save(name)
+    train, _ = find_objects(str(root))
+    transform = DetectionTransform(64, 106)
+    with pytest.raises(UnreadableImage, match="30x40 pixels, and 64x80 in the annotations"):
+        transform(decode_image(name.read_bytes()), random.Random(0), train[0][2])
+    loader = TrainingLoader(train, transform, batch_size=4, num_workers=0, seed=0, collate=collect)
+    broken = [name for batch in loader for name, _ in batch["broken"]]
+    assert broken == [str(name)]
+
+
+def test_batches_are_of_one_shape(shapes, tmp_path):
+    """Wide images with wide ones and high ones with high ones, on all processes, each once."""
+    tall = write_shapes(tmp_path, train=9, val=6, img_size=(80, 64)).coco
+    both = tmp_path / "both"
+    (both / "train2017").mkdir(parents=True)
+    (both / "annotations").mkdir()
+    joined: dict = {"images": [], "annotations": []}
+    for number, source in enumerate((shapes, tall)):
+        coco = json.loads((source / "annotations" / "instances_train2017.json").read_text())
+        joined["categories"] = coco["categories"]
+        for image in coco["images"]:
+            name = f"{number}_{image['file_name']}"
+            shutil.copy(source / "train2017" / image["file_name"], both / "train2017" / name)
+            joined["images"].append({**image, "file_name": name, "id": 100 * number + image["id"]})
+        for one in coco["annotations"]:
+            own = {"id": len(joined["annotations"]), "image_id": 100 * number + one["image_id"]}
+            joined["annotations"].append({**one, **own})
+    (both / "annotations" / "instances_train2017.json").write_text(json.dumps(joined))
+    train, val = find_objects(str(both))
+    assert val is None
+    assert sorted(train.groups.tolist()) == [0] * 9 + [1] * 12
+    transform = DetectionTransform(64, 106, crop_prob=0.0)
+    loaders = [
+        TrainingLoader(train, transform, batch_size=2, num_workers=0, seed=1, rank=rank, world_size=2, collate=collect)
+        for rank in range(2)
+    ]
+    for _ in range(2):  # epochs
+        seen, mixed = [], 0
+        for batches in zip(*loaders, strict=True):
+            wide = {image.shape[2] > image.shape[1] for batch in batches for image in batch["image"]}
+            mixed += len(wide) > 1
+            seen += [key for batch in batches for key in batch["key"]]
+        assert len(seen) == len(set(seen)) == 20
+        assert mixed <= 1  # what was left over of both

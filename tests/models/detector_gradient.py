@@ -1,0 +1,34 @@
+"""Run by test_detector.py, alone and under torchrun: a training step of a detector; saves gradients and statistics.
+
+Usage: detector_gradient.py INPUT OUTPUT; each process takes its share of the images.
+"""
+
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from itpn.models.detector import Detector
+from itpn.models.pyramid import PyramidBackbone
+
+# anchors and proposals are drawn in an order that does not depend on which images came before
+torch.randperm = lambda n, **kwargs: torch.arange(n, device=kwargs.get("device"))
+
+rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+if world > 1:
+    dist.init_process_group("gloo")
+given = torch.load(sys.argv[1], weights_only=True)
+backbone = PyramidBackbone("detection", pyramid_width=32, pyramid_depth=1, **given["backbone"])
+model = Detector(backbone, num_classes=4, min_size=64, max_size=64, **given["options"])
+model.load_state_dict(given["state"])
+images, targets = given["images"][rank::world], given["targets"][rank::world]
+network = DistributedDataParallel(model) if world > 1 else model
+losses = network(images, targets)
+sum(losses.values()).backward()
+if rank == 0:
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    torch.save({"gradients": gradients, "buffers": dict(model.named_buffers())}, sys.argv[2])
+if world > 1:
+    dist.destroy_process_group()

@@ -1,0 +1,264 @@
+"""The detector: published maps inside it, its heads and losses, several processes, any image size."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from public import read_golden, save_public
+from timm.optim import param_groups_layer_decay
+from torch import nn
+from torchvision.models.detection.roi_heads import fastrcnn_loss
+from torchvision.ops import generalized_box_iou
+
+import itpn
+from itpn.errors import UserError
+from itpn.models.detector import Detector, FPNBackbone, SyncedBatchNorm2d
+from itpn.models.pyramid import PyramidBackbone
+
+# few boxes and narrow heads, to be quick
+LIGHT = {"head_width": 32, "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
+NANO = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depths": (1, 1, 2), "num_heads": 4}
+
+
+def make_detector(seed: int = 0, neck: str = "pyramid", **options) -> Detector:
+    torch.manual_seed(seed)
+    own = {name: options.pop(name) for name in ("rel_pos_bias", "drop_path_rate") if name in options}
+    backbone = (
+        PyramidBackbone("detection", pyramid_width=32, pyramid_depth=1, **NANO, **own)
+        if neck == "pyramid"
+        else FPNBackbone(32, **NANO, **own)
+    )
+    return Detector(backbone, **{"num_classes": 4, "min_size": 64, "max_size": 96, **LIGHT, **options})
+
+
+def make_targets(counts: list[int], size: int = 64) -> tuple[list, list]:
+    """Noise with so many objects in each image."""
+    generator = torch.Generator().manual_seed(1)
+    images, targets = [], []
+    for count in counts:
+        images.append(torch.rand(3, size, size, generator=generator))
+        corner = torch.randint(0, size // 2, (count, 2), generator=generator).float()
+        side = torch.randint(8, size // 2, (count, 2), generator=generator).float()
+        masks = torch.zeros(count, size, size, dtype=torch.uint8)
+        boxes = torch.cat([corner, corner + side], dim=1)
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.int().tolist(), strict=True):
+            mask[y0:y1, x0:x1] = 1
+        labels = torch.randint(1, 4, (count,), generator=generator)
+        targets.append({"boxes": boxes, "labels": labels, "masks": masks})
+    return images, targets
+
+
+@pytest.mark.parametrize("case", ["off_det_pixel", "off_det_clip", "off_det_clip_nonsquare"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_published_maps_inside_a_detector(tmp_path, case, checkpointing):
+    golden, _ = read_golden(case)
+    path = save_public(tmp_path, case)
+    with pytest.warns(UserWarning, match="has no set of detection heads"):
+        model = itpn.load(path, task="detection", num_classes=3, strict=False, num_heads=4, **LIGHT)
+    assert isinstance(model, Detector)
+    model.set_grad_checkpointing(checkpointing)
+    maps = model.backbone(golden["input"]["image"])
+    for i, level in enumerate(maps.values()):
+        assert (level - golden["output"][f"level_{i}"]).abs().max() < 2e-5
+    # and the heads take them, at the size that they come in
+    found = model([golden["input"]["image"][0]])[0]
+    assert set(found) == {"boxes", "labels", "scores", "masks"}
+
+
+def test_only_heads_start_at_random(tmp_path):
+    """From a pre-training file of ours: every parameter of backbone and pyramid is the file's."""
+    config = itpn.recipes.read_recipe("itpn-pixel_nano")[1]
+    torch.manual_seed(3)
+    pretrained = itpn.checkpoints.loading.build_from(config)
+    for parameter in pretrained.parameters():
+        parameter.data += 0.01  # nothing is what an initialisation could have made
+    path = tmp_path / "model.safetensors"
+    itpn.checkpoints.files.save_weights(path, pretrained, "itpn-pixel_nano", config)
+    with pytest.warns(UserWarning, match="has no"):
+        model = itpn.load(path, task="detection", num_classes=4, strict=False, **LIGHT)
+    theirs = pretrained.state_dict()
+    random = [
+        name
+        for name, tensor in model.state_dict().items()
+        if not torch.equal(tensor, theirs.get(name.removeprefix("backbone."), torch.tensor(torch.nan)))
+    ]
+    assert {name.partition(".")[0] for name in random} == {"rpn", "roi_heads"}
+    assert len(random) + sum(n.startswith(("backbone.", "pyramid.")) for n in theirs) == len(model.state_dict())
+    report = itpn.inspect(path)
+    assert [f.kind for f in report.use("detection").findings if f.kind != "expected"] == ["random", "random"]
+    with pytest.raises(UserError, match="num_classes=N"):
+        itpn.load(path, task="detection")
+    with pytest.raises(UserError, match="strict=False"):
+        itpn.load(path, task="detection", num_classes=4)
+
+
+@pytest.mark.parametrize("neck", ["pyramid", "fpn"])
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_plain_state_dict_is_read_back(tmp_path, neck, masks):
+    model = make_detector(neck=neck, masks=masks).eval()
+    torch.save(model.state_dict(), tmp_path / "detector.pth")
+    loaded = itpn.load(tmp_path / "detector.pth", num_heads=4, min_size=64, max_size=96, **LIGHT)
+    assert loaded.has_masks is masks
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    images, _ = make_targets([1])
+    with torch.no_grad():
+        ours, theirs = loaded(images)[0], model(images)[0]
+    for key, value in theirs.items():
+        assert torch.equal(ours[key], value)
+    assert itpn.inspect(tmp_path / "detector.pth").task == "detection"
+
+
+def test_other_classes_keep_the_other_heads(tmp_path):
+    """Of a detector of 3 classes, all but the predictors of classes goes into one of 5."""
+    model = make_detector()
+    torch.save(model.state_dict(), tmp_path / "detector.pth")
+    with pytest.warns(UserWarning, match="predictor of objects' classes that fits"):
+        other = itpn.load(tmp_path / "detector.pth", num_classes=6, strict=False, num_heads=4, **LIGHT)
+    theirs, ours = model.state_dict(), other.state_dict()
+    fresh = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert {name.rpartition(".")[0].partition(".")[2] for name in fresh} == {
+        "box_predictor.cls_score",
+        "box_predictor.bbox_pred",
+        "mask_predictor.mask_fcn_logits",
+    }
+
+
+def test_heads_are_the_published_ones():
+    model = Detector(PyramidBackbone("detection"), num_classes=81)
+    anchors = model.rpn.anchor_generator
+    assert [a.shape for a in anchors.cell_anchors] == [(3, 4)] * 5
+    for stride, cell in zip((4, 8, 16, 32, 64), anchors.cell_anchors, strict=True):
+        sides = cell[:, 2:] - cell[:, :2]
+        assert sides.prod(dim=1).sqrt().tolist() == pytest.approx([8 * stride] * 3, rel=0.03)  # rounded to pixels
+        assert (sides[:, 1] / sides[:, 0]).tolist() == pytest.approx([0.5, 1, 2], rel=0.07)
+    box, mask = model.roi_heads.box_head, model.roi_heads.mask_head
+    layers = [type(layer) for layer in box.modules() if isinstance(layer, nn.Conv2d | nn.Linear | nn.BatchNorm2d)]
+    assert layers == [nn.Conv2d, SyncedBatchNorm2d] * 4 + [nn.Linear]
+    assert [type(layer) for layer in mask.modules() if isinstance(layer, nn.Conv2d | nn.BatchNorm2d)] == [nn.Conv2d] * 4
+    assert model.roi_heads.box_loss_weight == 10
+    assert model.roi_heads.box_predictor.cls_score.out_features == 81
+
+
+def test_losses_of_boxes_by_hand():
+    """Generalised IoU of the decoded boxes of each object's class, summed, over all samples, times 10."""
+    model = make_detector()
+    images, targets = make_targets([2, 3])
+    kept = {}
+    heads = model.roi_heads
+    select, predict = heads.select_training_samples, heads.box_predictor.forward
+
+    def selected(*args):
+        kept["samples"] = select(*args)
+        return kept["samples"]
+
+    def predicted(x):
+        kept["answers"] = predict(x)
+        return kept["answers"]
+
+    heads.select_training_samples, heads.box_predictor.forward = selected, predicted
+    torch.manual_seed(0)
+    losses = model(images, targets)
+    (proposals, _, labels, regression), (logits, deltas) = kept["samples"], kept["answers"]
+    label = torch.cat(labels)
+    theirs, _ = fastrcnn_loss(logits, deltas, labels, list(regression))
+    assert losses["loss_classifier"].item() == pytest.approx(theirs.item())
+    boxes = heads.box_coder.decode(deltas, proposals)  # [n, classes, 4]
+    truth = heads.box_coder.decode(torch.cat(regression), proposals)[:, 0]  # as they were encoded
+    expected = 0.0
+    for i in label.nonzero().flatten().tolist():
+        expected += 1 - generalized_box_iou(boxes[i, label[i]][None], truth[i][None]).item()
+    assert len(label.nonzero()) >= 5
+    assert losses["loss_box_reg"].item() == pytest.approx(10 * expected / len(label), rel=1e-4)
+
+
+@pytest.mark.parametrize("counts", [[0, 2], [0, 0]])
+def test_images_without_objects(counts):
+    model = make_detector()
+    images, targets = make_targets(counts)
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name  # or processes would wait for one another for ever
+        assert parameter.grad.isfinite().all(), name
+
+
+@pytest.mark.parametrize("rel_pos_bias", [True, "decomposed"])
+def test_any_size(rel_pos_bias):
+    """Images of several shapes in a batch, whose grid the relative positions follow."""
+    model = make_detector(rel_pos_bias=rel_pos_bias, min_size=96, max_size=160)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "rel" in name:
+            parameter.data.normal_(generator=generator)
+    images = [torch.rand(3, 50, 83), torch.rand(3, 121, 64)]
+    _, targets = make_targets([1, 1], 50)
+    targets[1]["masks"] = torch.zeros(1, 121, 64, dtype=torch.uint8)
+    seen = []
+    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: seen.append((args, anchors)))
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    (batch, maps), _ = seen[0]
+    height, width = batch.tensors.shape[-2:]
+    assert height % 64 == width % 64 == 0
+    assert [(height // m.shape[-2], width // m.shape[-1]) for m in maps] == [(4 * 2**i,) * 2 for i in range(5)]
+    with torch.no_grad():
+        found = model.eval()(images)
+    for image, result in zip(images, found, strict=True):
+        assert result["masks"].shape[-2:] == image.shape[-2:]
+
+
+def test_layers_of_the_learning_rate():
+    """Stem, block after block, then pyramid and heads at the full rate."""
+    for neck in ("pyramid", "fpn"):
+        model = make_detector(neck=neck)
+        groups = param_groups_layer_decay(model, 0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5)
+        scales = {}
+        names = {id(p): name for name, p in model.named_parameters()}
+        for group in groups:
+            for parameter in group["params"]:
+                scales[names[id(parameter)]] = group["lr_scale"]
+                if names[id(parameter)].endswith("pos_embed"):
+                    assert group["weight_decay"] == 0
+        inside = "backbone.backbone."
+        assert scales[f"{inside}patch_embed.proj.weight"] == 0.5**5
+        assert scales[f"{inside}pos_embed"] == 0.5**5
+        assert scales[f"{inside}stages.0.0.mlp.fc1.weight"] == 0.5**4
+        assert scales[f"{inside}merges.0.norm.weight"] == 0.5**4
+        assert scales[f"{inside}stages.2.1.attn.qkv.weight"] == 0.5
+        heads = {scale for name, scale in scales.items() if not name.startswith(inside)}
+        assert heads == {1.0}
+        assert any(".pyramid." in name or ".fpn." in name for name in scales)
+
+
+def test_two_processes_are_one(tmp_path):
+    """Of unlike images, one with objects many and one with few: gradients, and the statistics of batch norm."""
+    model = make_detector()
+    images, targets = make_targets([6, 1])
+    given = {"backbone": NANO, "options": LIGHT, "state": model.state_dict(), "images": images, "targets": targets}
+    torch.save(given, tmp_path / "given.pt")
+    script = Path(__file__).with_name("detector_gradient.py")
+    results = []
+    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
+        out = tmp_path / f"{len(results)}.pt"
+        command = [sys.executable, *launcher, script, tmp_path / "given.pt", out]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    for name, gradient in one["gradients"].items():
+        assert (two["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
+    changed = 0
+    for name, buffer in one["buffers"].items():
+        assert torch.allclose(two["buffers"][name].float(), buffer.float(), rtol=1e-5, atol=1e-7), name
+        changed += name.endswith("running_mean")
+    assert changed == 4
+
+
+def test_what_cannot_be():
+    with pytest.raises(ValueError, match="five maps"):
+        Detector(PyramidBackbone("pyramid", **NANO), num_classes=3)
+    with pytest.raises(ValueError, match="background"):
+        make_detector(num_classes=1)
