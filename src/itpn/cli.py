@@ -132,8 +132,8 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--out", required=True, metavar="FILE", help=".onnx, or .pt2 for torch.export")
     add.add_argument(
         "--task",
-        choices=("classification", "pyramid", "backbone"),
-        help="logits, maps of the pyramid, or maps of the stages (default: the first that the file has)",
+        choices=("detection", "classification", "pyramid", "backbone"),
+        help="objects, logits, maps of the pyramid, or maps of the stages (default: the first that the file has)",
     )
     add.add_argument(
         "--levels",

@@ -459,3 +459,21 @@ def test_published_settings(name, model, drop_path, decay):
     assert optimizer.layer_decay_over is None
     assert (data.batch_size * 16, data.img_size, data.longest, data.crop_prob) == (32, 800, 1333, 0.5)
     assert config.evaluation == DetectionEvaluationConfig()
+
+
+def test_a_handful_of_images_is_learned_by_heart(settings, tmp_path):
+    root = write_shapes(tmp_path / "six", train=6, val=6, img_size=64).coco
+    shutil.rmtree(root / "val2017")
+    shutil.copytree(root / "train2017", root / "val2017")
+    annotations = root / "annotations"
+    shutil.copy(annotations / "instances_train2017.json", annotations / "instances_val2017.json")
+    config = settings(max_epochs=100, log_every_n_steps=50)
+    config.model.patch_size, config.model.head_width, config.model.drop_path_rate = 8, 32, 0.0
+    config.model.proposals, config.model.samples = 60, 32
+    config.data.root, config.data.batch_size = str(root), 6
+    config.data.crop_prob, config.data.scales, config.data.hflip = 0.0, (1.0, 1.0), 0.0
+    config.optimizer = FineTuningConfig(lr=2e-3, warmup_epochs=10, clip_grad=1.0)
+    config.evaluation.every_n_epochs = 100
+    metrics = json.loads((train(config, "test") / "summary.json").read_text())["metrics"]
+    assert metrics["val_box_ap"] > 0.5
+    assert metrics["val_mask_ap"] > 0.4

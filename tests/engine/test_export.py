@@ -6,8 +6,10 @@ import pytest
 import torch
 from timm import create_model
 
-from itpn.engine.export import check_out, export_model, print_exported
+from itpn.cli import main
+from itpn.engine.export import check_out, export_detector, export_model, print_exported
 from itpn.errors import ExportFailed, UserError
+from itpn.models.detector import MaskDetector
 from itpn.models.pyramid import PyramidBackbone
 
 SMALL = {"depths": (1, 1, 1), "img_size": 32, "patch_size": 8}
@@ -146,3 +148,33 @@ def test_missing_packages(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs onnx, onnxscript, onnxruntime: pip install 'itpn\[export\]'"):
         check_out(tmp_path / "model.onnx")
     check_out(tmp_path / "model.pt2")
+
+
+def test_a_detector(tmp_path, capsys):
+    """The file finds what PyTorch finds, in images that it was not traced with."""
+    torch.manual_seed(0)
+    backbone = PyramidBackbone(
+        "detection", pyramid_width=32, pyramid_depth=1, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1
+    )
+    options = {"rpn_post_nms_top_n_test": 20, "box_detections_per_img": 6, "box_score_thresh": 0.0}
+    model = MaskDetector(backbone, 4, min_size=64, max_size=96, head_width=16, **options).eval()
+    out = tmp_path / "detector.onnx"
+    exported = export_detector(model, out, (64, 96), {"classes": '["a", "b", "c"]'})
+    assert exported.difference < 1e-4
+    assert list(exported.outputs) == ["boxes", "labels", "scores", "masks"]
+    session = onnxruntime.InferenceSession(out)
+    assert session.get_modelmeta().custom_metadata_map["classes"] == '["a", "b", "c"]'
+    for seed in range(3):
+        image = torch.rand(3, 64, 96, generator=torch.Generator().manual_seed(seed))
+        with torch.no_grad():
+            theirs = model([image])[0]
+        found = session.run(None, {"image": image.numpy()})
+        for ours, name in zip(found, exported.outputs, strict=True):
+            assert torch.allclose(torch.from_numpy(ours), theirs[name], atol=1e-4), name
+    torch.save(model.state_dict(), tmp_path / "detector.pth")
+    command = ["export", str(tmp_path / "detector.pth"), "--out"]
+    assert main([*command, str(tmp_path / "detector.pt2")]) == 2
+    assert "a detector is exported to .onnx" in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "x.onnx"), "--dynamic-size"]) == 2
+    assert "for images of one size" in capsys.readouterr().err
+    assert not (tmp_path / "detector.pt2").exists()

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from itpn.models.detector import Detector
+from itpn.models.detector import MaskDetector
 from itpn.models.pyramid import PyramidBackbone
 
 # anchors and proposals are drawn in an order that does not depend on which images came before
@@ -21,7 +21,7 @@ if world > 1:
     dist.init_process_group("gloo")
 given = torch.load(sys.argv[1], weights_only=True)
 backbone = PyramidBackbone("detection", pyramid_width=32, pyramid_depth=1, **given["backbone"])
-model = Detector(backbone, num_classes=4, min_size=64, max_size=64, **given["options"])
+model = MaskDetector(backbone, num_classes=4, min_size=64, max_size=64, **given["options"])
 model.load_state_dict(given["state"])
 images, targets = given["images"][rank::world], given["targets"][rank::world]
 network = DistributedDataParallel(model) if world > 1 else model

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from itpn.checkpoints.files import Checkpoint, named_tensors
 from itpn.config import check_type
 from itpn.errors import UserError
-from itpn.models.detector import Detector, FPNBackbone
+from itpn.models.detector import Detector, FPNBackbone, MaskDetector
 from itpn.models.hivit import HiViT
 from itpn.models.naming import read_depths
 from itpn.models.position import Grid, square
@@ -37,8 +37,8 @@ class Architecture:
         decoder: arguments of :class:`itpn.pretraining.decoder.Decoder`; None where there is none.
         auxiliary: arguments of :class:`itpn.pretraining.decoder.AuxiliaryHead`.
         objective: arguments of :class:`itpn.pretraining.model.Objective`.
-        detector: arguments of :class:`itpn.models.detector.Detector`; None where there is none. One with
-            ``fpn_width`` has a feature pyramid network of so many channels in the pyramid's place.
+        detector: arguments of :class:`itpn.models.detector.Detector`, and whether it has ``masks``; None where there is
+            none. One with ``fpn_width`` has a feature pyramid network of so many channels in the pyramid's place.
         levels: the maps that a pyramid gives, see :class:`itpn.models.pyramid.PyramidBackbone`.
         guessed: what the tensors do not say.
     """
@@ -368,7 +368,7 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
     for name, value in overrides.items():
         if name in hints:
             check_type(tuple(value) if isinstance(value, list) else value, hints[name], name)
-    own = inspect.signature(Detector).parameters if task == "detection" else ()
+    own = (*inspect.signature(Detector).parameters, "masks") if task == "detection" else ()
     detector = {**(architecture.detector or {}), **{name: overrides.pop(name) for name in own if name in overrides}}
     kwargs = {**architecture.backbone, **overrides}
     for size in ("img_size", "rel_pos_size"):
@@ -416,7 +416,8 @@ def _build_detector(architecture: Architecture, settings: dict[str, Any], kwargs
         if width is None
         else FPNBackbone(width, **kwargs)
     )
-    return Detector(backbone, **settings)  # type: ignore[arg-type]  # timm builds Modules
+    kind = MaskDetector if settings.pop("masks", True) else Detector
+    return kind(backbone, **settings)  # type: ignore[arg-type]  # timm builds Modules
 
 
 def _make(kind: type[nn.Module], names: Mapping[str, str], kwargs: dict[str, Any]) -> nn.Module:

@@ -237,7 +237,7 @@ def read_first(images: LabelledImages, config: ClassificationConfig, count: int 
     pixels: list[Tensor] = []
     names: list[str] = []
     stride = max(1, len(images) // count)
-    for index in [*range(0, len(images), stride), *range(len(images))]:
+    for index in dict.fromkeys([*range(0, len(images), stride), *range(len(images))]):
         if len(pixels) == count:
             break
         _, data, label = images[index]

@@ -131,7 +131,7 @@ def read_shown(images: DetectionImages, config: DetectionConfig, count: int = 8)
     """Readable images from all over a set, uint8 [3, any, any] each."""
     shown: list[Tensor] = []
     stride = max(1, len(images) // count)
-    for index in [*range(0, len(images), stride), *range(len(images))]:
+    for index in dict.fromkeys([*range(0, len(images), stride), *range(len(images))]):
         if len(shown) == count:
             break
         try:

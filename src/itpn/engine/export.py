@@ -21,9 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from itpn.checkpoints.architecture import Task, read_architecture
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.loading import load_found
+from itpn.data.shapes import draw_scene
 from itpn.engine.console import print_aside
 from itpn.engine.fitting import make_table
 from itpn.errors import ExportFailed, UserError
+from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
 
@@ -99,14 +101,19 @@ def export_checkpoint(
     if task is None:
         task = next(task for task in read_architecture(found).tasks if task != "pretraining")
     model, notes = load_found(found, task, **overrides)
-    assert isinstance(model, HiViT | PyramidBackbone)
+    assert isinstance(model, HiViT | PyramidBackbone | Detector)
     for note in notes:
         print_aside(note)
     backbone = find_backbone(model)
     own = backbone.image_shape[1:]
     metadata = {"source": Path(checkpoint).name, "task": str(task)}
     metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
-    print_exported(export_model(model, out, size or own, dynamic_size, metadata))
+    if isinstance(model, Detector):
+        if dynamic_size:
+            raise UserError("a detector is exported for images of one size: leave out --dynamic-size")
+        print_exported(export_detector(model, out, size or (min(model.transform.min_size),) * 2, metadata))
+    else:
+        print_exported(export_model(model, out, size or own, dynamic_size, metadata))
 
 
 @torch.no_grad()
@@ -157,7 +164,7 @@ def export_model(
         checked += [(1, (height + patch, width)), (3, (height, width + 2 * patch))]
         # torch takes sizes of 1 in the example, those of pooled maps too, for fixed
         size = (max(height, 8 * patch), max(width, 8 * patch))
-    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
+    partial = name_partial(out)
     try:
         # traced with the plain attention, whose memory layout does not depend on what the tracing machine has
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
@@ -181,6 +188,73 @@ def export_model(
     results = next(node for node in program.graph.nodes if node.op == "output").args[0]
     outputs = {name: _describe(node, names) for name, node in zip(tried, results, strict=True)}
     return Exported(out, form, {"images": _describe(_images(program), names)}, outputs, difference, checked)
+
+
+@torch.no_grad()
+def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[str, str] | None = None) -> Exported:
+    """Write a detector to an ONNX file, and compare what the file finds with what PyTorch does.
+
+    Through torch's older exporter, for which torchvision's detectors are written; the newer one and torch.export do not
+    take them.
+
+    Args:
+        size: of the one image [3, height, width] in [0, 1], which the file takes at a time.
+
+    Raises:
+        UserError: see :func:`check_out`; or a file of another format.
+        ExportFailed: the file finds something else than PyTorch.
+    """
+    check_out(out)
+    if out.suffix != ".onnx":
+        raise UserError(f"a detector is exported to .onnx, not to {out.suffix}: torch.export does not take it")
+    import onnx
+
+    model = model.eval()
+    names = ["boxes", "labels", "scores", *(["masks"] if model.has_masks else [])]
+    images = [draw_example(number, size) for number in range(4)]
+    partial = name_partial(out)
+    try:
+        with _quiet(), sdpa_kernel(SDPBackend.MATH):
+            torch.onnx.export(
+                model,
+                ([images[0]],),
+                partial,
+                dynamo=False,
+                opset_version=17,
+                input_names=["image"],
+                output_names=names,
+            )
+        stored = onnx.load(partial)
+        onnx.helper.set_model_props(stored, dict(metadata or {}))
+        onnx.save(stored, partial)
+        run = _open(partial, "image")
+        difference, count = 0.0, 0
+        for image in images:
+            found = model([image])[0]
+            count += len(found["boxes"])
+            difference = max(difference, _compare(run(image), [found[name].float() for name in names]))
+        if not difference <= TOLERANCE:
+            raise ExportFailed(f"{out.name} is not written, for it differs from PyTorch by {difference:.1e}")
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+    shapes = {"boxes": "n, 4", "labels": "n", "scores": "n", "masks": f"n, 1, {size[0]}, {size[1]}"}
+    outputs = {name: shapes[name] for name in names}
+    inputs = {"image": f"3, {size[0]}, {size[1]}"}
+    form = f"ONNX opset 17, {count} objects compared"
+    return Exported(out, form, inputs, outputs, difference, [(len(images), size)])
+
+
+def draw_example(number: int, size: Size) -> Tensor:
+    """A picture with something in it, float32 [3, height, width] in [0, 1]: noise has no objects."""
+    image = draw_scene(0, "val", number, img_size=size).image
+    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+
+
+def name_partial(out: Path) -> Path:
+    return out.with_name(f".{out.stem}.partial{out.suffix}")
 
 
 def print_exported(exported: Exported) -> None:
@@ -237,7 +311,7 @@ def _write_onnx(
     return f"ONNX opset {next(used.version for used in model.opset_import if not used.domain)}"
 
 
-def _open(path: Path) -> Run:
+def _open(path: Path, name: str = "images") -> Run:
     if path.suffix == ".pt2":
         module = torch.export.load(path).module()
         return lambda images: list(module(images).values())
@@ -246,7 +320,7 @@ def _open(path: Path) -> Run:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return lambda images: [torch.from_numpy(output) for output in session.run(None, {"images": images.numpy()})]
+    return lambda images: [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
 
 
 def _compare(found: list[Tensor], expected: list[Tensor]) -> float:
@@ -255,6 +329,8 @@ def _compare(found: list[Tensor], expected: list[Tensor]) -> float:
     for ours, theirs in zip(found, expected, strict=True):
         if ours.shape != theirs.shape or not ours.isfinite().all():
             return float("inf")
+        if not theirs.numel():
+            continue
         worst = max(worst, float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12)))
     return worst
 

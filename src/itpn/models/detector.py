@@ -13,9 +13,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
-from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
+from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -27,23 +27,23 @@ from itpn.models.pyramid import PyramidBackbone
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ANCHOR_SCALE = 8  # sides of anchors, in strides of their level
+POOLED = ["0", "1", "2", "3"]  # levels that objects are looked at in; the coarsest is for proposals alone
 
 
-class Detector(GeneralizedRCNN):
-    """Boxes, classes and masks of objects; takes and gives what torchvision's detectors do.
+class Detector(FasterRCNN):
+    """Boxes and classes of objects: Faster R-CNN, which takes and gives what torchvision's detectors do.
 
     In training mode a list of images [3, H, W] in [0, 1] and a list of targets ("boxes" [n, 4] as x0, y0, x1, y1 in
-    pixels, "labels" int64 [n] from 1, "masks" uint8 [n, H, W]) give a dict of losses. In eval mode images give a dict
-    each: "boxes", "labels", "scores", "masks" [n, 1, H, W] as probabilities.
+    pixels, "labels" int64 [n] from 1) give a dict of losses. In eval mode images give a dict each: "boxes", "labels",
+    "scores".
 
     Heads as published: an anchor scale of 8 strides on five levels, four convolutions and a linear layer for boxes with
-    batch norm, generalised IoU of boxes with weight 10, four convolutions for masks.
+    batch norm, generalised IoU of boxes with weight 10.
 
     Args:
         backbone: gives five maps of as many channels: a :class:`PyramidBackbone` with ``levels="detection"``, or a
             :class:`FPNBackbone`.
         num_classes: of objects, and one for the background, as torchvision counts.
-        masks: predict masks as well (Mask R-CNN); else boxes alone (Faster R-CNN).
         min_size: the short side that images are resized to; of several, training draws one and evaluation takes the
             last.
         max_size: longest side after that.
@@ -59,7 +59,6 @@ class Detector(GeneralizedRCNN):
         self,
         backbone: "PyramidBackbone | FPNBackbone",
         num_classes: int,
-        masks: bool = True,
         min_size: int | Sequence[int] = 800,
         max_size: int = 1333,
         image_mean: Sequence[float] = IMAGENET_MEAN,
@@ -92,11 +91,9 @@ class Detector(GeneralizedRCNN):
             post_nms_top_n={"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
             nms_thresh=0.7,
         )
-        layers = [head_width] * 4
-        pooled = [str(level) for level in range(4)]  # the coarsest level is for proposals alone
         heads = BoxAndMaskHeads(
-            MultiScaleRoIAlign(pooled, output_size=7, sampling_ratio=2),
-            FastRCNNConvFCHead((width, 7, 7), layers, [4 * head_width], norm_layer=SyncedBatchNorm2d),
+            MultiScaleRoIAlign(POOLED, output_size=7, sampling_ratio=2),
+            FastRCNNConvFCHead((width, 7, 7), [head_width] * 4, [4 * head_width], norm_layer=SyncedBatchNorm2d),
             FastRCNNPredictor(4 * head_width, num_classes),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
@@ -108,15 +105,12 @@ class Detector(GeneralizedRCNN):
             detections_per_img=box_detections_per_img,
         )
         heads.box_loss_weight = box_loss_weight
-        if masks:
-            heads.mask_roi_pool = MultiScaleRoIAlign(pooled, output_size=14, sampling_ratio=2)
-            heads.mask_head = MaskRCNNHeads(width, layers, dilation=1)
-            heads.mask_predictor = MaskRCNNPredictor(head_width, head_width, num_classes)
         # torchvision finds a level's stride by dividing: whole only if the coarsest divides the image
         resize = GeneralizedRCNNTransform(
             min_size, max_size, list(image_mean), list(image_std), size_divisible=strides[-1], **transform
         )
-        super().__init__(backbone, rpn, heads, resize)
+        # of its parts, not of FasterRCNN's arguments, which know no other losses
+        GeneralizedRCNN.__init__(self, backbone, rpn, heads, resize)
         self.num_classes = num_classes
 
     @property
@@ -132,6 +126,25 @@ class Detector(GeneralizedRCNN):
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The backbone's layers; pyramid and heads are one group after the last of them."""
         return nest_groups(nest_groups(find_backbone(self).group_matcher(coarse)))
+
+
+class MaskDetector(Detector, MaskRCNN):
+    """Masks of objects as well: Mask R-CNN, with four convolutions for masks.
+
+    Targets have "masks" uint8 [n, H, W], and results "masks" [n, 1, H, W] as probabilities.
+
+    Args:
+        head_width, options: as of :class:`Detector`.
+    """
+
+    def __init__(
+        self, backbone: "PyramidBackbone | FPNBackbone", num_classes: int, *, head_width: int = 256, **options: Any
+    ) -> None:
+        super().__init__(backbone, num_classes, head_width=head_width, **options)
+        heads = self.roi_heads
+        heads.mask_roi_pool = MultiScaleRoIAlign(POOLED, output_size=14, sampling_ratio=2)
+        heads.mask_head = MaskRCNNHeads(backbone.out_channels, [head_width] * 4, dilation=1)
+        heads.mask_predictor = MaskRCNNPredictor(head_width, head_width, num_classes)
 
 
 class FPNBackbone(nn.Module):
