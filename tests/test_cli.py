@@ -101,7 +101,9 @@ def test_a_checkpoint_of_another_model(capsys, tmp_path, photos):
     capsys.readouterr()
     answer = mistake(capsys, "train", "itpn-pixel_tiny", *arguments, "--model.checkpoint", str(weights))
     assert "holds another model: it has 4 attention heads, the model 6" in answer
-    assert answer.strip().endswith("; it takes --model.name itpn_nano --model.decoder-width 32 --model.decoder-depth 1")
+    assert answer.strip().endswith(
+        "; it takes --model.name itpn_nano --model.decoder-width 32 --model.decoder-depth 1 --model.decoder-heads 4"
+    )
     foreign = tmp_path / "other.safetensors"
     foreign.write_bytes(b"not safetensors at all")
     other = ["--name", "other", "--model.checkpoint", str(foreign)]

@@ -196,7 +196,7 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
     edit(root, MISTAKES[kind])
     said: list[str] = []
     train = read_objects(str(root), "train", "summary", said.append)
-    assert any(line.strip().startswith(f"1 {kind} (") for line in said), said
+    assert any(line.strip().startswith(f"{kind}: 1 (") for line in said), said
     whole = read_objects(str(root), "val", "summary", pytest.fail)
     assert len(whole) == 6
     cut = "cut" in kind
@@ -212,7 +212,7 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
             assert x >= 0 <= y
             assert x + w <= width
             assert y + h <= height
-    with pytest.raises(UserError, match=rf"1 {kind}") as error:
+    with pytest.raises(UserError, match=f"{kind}: 1") as error:
         read_objects(str(root), "train", "error", pytest.fail)
     assert "\n" not in str(error.value)
     said = []
@@ -233,7 +233,7 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
         (lambda c: c["categories"][1].update(name="disk"), "has two categories of name disk"),
         (lambda c: c["categories"][1].pop("name"), "has categories without id or name"),
         (lambda c: c["categories"][1].update(id="x"), "has categories without id or name|are no whole numbers"),
-        (lambda c: [i.update(file_name="no.jpg") for i in c["images"]], "12 images not on disk"),
+        (lambda c: [i.update(file_name="no.jpg") for i in c["images"]], "images not on disk: 12"),
     ],
 )
 def test_annotations_of_no_use(root, change, words):
@@ -289,8 +289,8 @@ def test_a_damaged_file_of_labels(shapes, tmp_path):
     assert not train.objects_of(0)
     assert not train.objects_of(1)  # an image without a file has no objects
     text = " ".join(said)
-    assert "1 files of annotations that cannot be read" in text
-    assert "1 images that cannot be read" in text
+    assert "files of annotations that cannot be read: 1" in text
+    assert "images that cannot be read: 1" in text
 
 
 # --- outlines

@@ -322,12 +322,12 @@ def break_json(root: Path) -> str:
 
 def break_all_images(root: Path) -> str:
     shutil.rmtree(root / "train2017")
-    return "12 images not on disk"
+    return "images not on disk: 12"
 
 
 def break_one_image(root: Path) -> str:
     next((root / "train2017").iterdir()).unlink()
-    return "1 images not on disk"
+    return "images not on disk: 1"
 
 
 def break_objects(root: Path) -> str:
@@ -469,7 +469,7 @@ def test_a_handful_of_images_is_learned_by_heart(settings, tmp_path):
     shutil.copy(annotations / "instances_train2017.json", annotations / "instances_val2017.json")
     config = settings(max_epochs=100, log_every_n_steps=50)
     config.model.patch_size, config.model.head_width, config.model.drop_path_rate = 8, 32, 0.0
-    config.model.proposals, config.model.samples = 60, 32
+    config.model.proposals, config.model.samples = 40, 24
     config.data.root, config.data.batch_size = str(root), 6
     config.data.crop_prob, config.data.scales, config.data.hflip = 0.0, (1.0, 1.0), 0.0
     config.optimizer = FineTuningConfig(lr=2e-3, warmup_epochs=10, clip_grad=1.0)

@@ -42,7 +42,7 @@ class Mistakes:
     def lines(self) -> list[str]:
         """A line for each kind, the commonest first."""
         return [
-            f"{count:,} {kind} ({', '.join(self.examples[kind])}{', ...' if count > len(self.examples[kind]) else ''})"
+            f"{kind}: {count:,} ({', '.join(self.examples[kind])}{', ...' if count > len(self.examples[kind]) else ''})"
             for kind, count in self.counts.most_common()
         ]
 
@@ -120,7 +120,7 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     return coco, Path, str(file)
 
 
-def _yolo_parser() -> Callable[[Path, tuple[int, int]], Iterator[dict[str, Any]]]:
+def _yolo_parser() -> Parse:
     read = import_supervision()["yolo"].yolo_annotations_to_detections
 
     def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
@@ -140,13 +140,10 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
         return None
     lists = root / "ImageSets" / "Main"
     file = next((lists / f"{word}.txt" for word in SPLITS[split] if (lists / f"{word}.txt").is_file()), None)
-    if file is None:
-        if split == "train" and not lists.is_dir():
-            wanted = None  # all of them
-        else:
-            return None
-    else:
-        wanted = {line.split()[0] for line in file.read_text().splitlines() if line.split()}
+    if file is None and (split != "train" or lists.is_dir()):
+        return None
+    # without lists, all of them
+    wanted = None if file is None else {line.split()[0] for line in file.read_text().splitlines() if line.split()}
     read = import_supervision()["pascal_voc"].detections_from_xml_obj
     parse_xml = importlib.import_module("defusedxml.ElementTree").parse  # supervision brings it
 
@@ -162,9 +159,7 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
             yield one | {"iscrowd": int(crowd)}  # difficult objects are neither asked for nor held against a detector
 
     seen = set()
-    for image, size in _images_below(images, mistakes):
-        if wanted is not None and image.stem not in wanted:
-            continue
+    for image, size in _images_below(images, mistakes, wanted):
         seen.add(image.stem)
         path = notes / f"{image.stem}.xml"
         _append(coco, image, size, path, parse, mistakes)
@@ -203,9 +198,11 @@ def _text(counts: Any) -> Any:
     return counts.decode() if isinstance(counts, bytes) else counts
 
 
-def _images_below(folder: Path, mistakes: Mistakes) -> Iterator[tuple[Path, tuple[int, int]]]:
-    """Image files and their height and width, from their headers."""
+def _images_below(folder: Path, mistakes: Mistakes, stems: set[str] | None = None) -> Iterator[tuple[Path, Size]]:
+    """Image files and their height and width, from their headers; of some names alone, if given."""
     for name in sorted(path for path in walk(str(folder)) if is_image(path)):
+        if stems is not None and Path(name).stem not in stems:
+            continue
         try:
             with Image.open(name) as image:
                 width, height = image.size
