@@ -72,7 +72,7 @@ def read_objects(
     folder = Path(root)
     if not folder.is_dir():
         raise UserError(
-            f"--data.root {root} is not a folder" if folder.exists() else f"--data.root {root} does not exist"
+            f"{root} is not a folder" if folder.exists() else f"{root} does not exist: give a folder of {LAYOUTS}"
         )
     found = Mistakes()
     for read in (read_coco, read_yolo, read_voc):
