@@ -3,15 +3,16 @@
 import functools
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint, named_tensors, read_checkpoint, write_safetensors
 from itpn.checkpoints.finetuning import make_classifier, settle
@@ -36,6 +37,7 @@ from itpn.tasks.classification import ClassificationTask, classify
 
 STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its images: so many steps, within these epochs
 
+Network = TypeVar("Network", bound=nn.Module)
 Sets = tuple[LabelledImages, LabelledImages | None]
 
 
@@ -57,11 +59,17 @@ def read_start(config: ClassificationConfig | DetectionConfig) -> Checkpoint | N
 
 
 def start_network(
-    config: ClassificationConfig, classes: tuple[str, ...], found: Checkpoint | None
-) -> tuple[HiViT, list[str]]:
-    """The network that a run begins with, and what is remarkable about its weights."""
+    config: ClassificationConfig | DetectionConfig,
+    found: Checkpoint | None,
+    make: Callable[[], tuple[Network, list[str]]],
+) -> tuple[Network, list[str]]:
+    """The network that a run begins with, and what is remarkable about its weights.
+
+    Args:
+        make: builds it, with the weights of the checkpoint, and says what is not as there.
+    """
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, notes = make_classifier(config, classes, found)
+    model, notes = make()
     return model, notes if found is None else [f"starting from the weights of {found.source}", *notes]
 
 
@@ -92,7 +100,7 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
     found = read_start(config)
     train, val = sets or find_sets(config)
     scale_epochs(config, len(train), choose_devices(config.trainer, read_launch()).processes)
-    model, notes = start_network(config, train.classes, found)
+    model, notes = start_network(config, found, lambda: make_classifier(config, train.classes, found))
     model.set_grad_checkpointing(config.model.grad_checkpointing)
     transform = make_transform(config)
     notes += note_unevaluated(train, val)
@@ -135,7 +143,7 @@ def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = 
         return folder.path
     found = read_start(config)
     train, val = sets or find_sets(config)
-    model, notes = start_network(config, train.classes, found)
+    model, notes = start_network(config, found, lambda: make_classifier(config, train.classes, found))
     notes += note_unevaluated(train, val)
     folder.open(config, recipe)
     try:

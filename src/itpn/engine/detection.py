@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -19,7 +18,7 @@ from itpn.data.evaluation import make_evaluation_loader
 from itpn.data.loader import TrainingLoader, collect
 from itpn.data.objects import DetectionImages, DetectionTransform, check_size
 from itpn.engine.callbacks import Pictures, Watcher
-from itpn.engine.classification import read_start, scale_epochs
+from itpn.engine.classification import read_start, scale_epochs, start_network
 from itpn.engine.coco import collect_detections, gather_detections, score_detections
 from itpn.engine.console import print_aside
 from itpn.engine.fitting import Job, fit, make_training_loader
@@ -27,8 +26,6 @@ from itpn.engine.launch import choose_devices, read_launch
 from itpn.engine.pictures import draw_objects, join_pictures
 from itpn.engine.scores import nothing_readable
 from itpn.errors import UserError
-from itpn.models.detector import Detector
-from itpn.seeding import derive_seed
 from itpn.tasks.detection import DetectionTask, detect
 
 Sets = tuple[DetectionImages, DetectionImages | None]
@@ -57,10 +54,7 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
     elif masks and not train.has_outlines:
         raise UserError(f"the annotations in {config.data.root} have no outlines: give --model.masks False")
     scale_epochs(config, len(train), choose_devices(config.trainer, read_launch()).processes)
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, notes = make_detector(config, train.classes, masks, found)
-    if found is not None:
-        notes = [f"starting from the weights of {found.source}", *notes]
+    model, notes = start_network(config, found, lambda: make_detector(config, train.classes, masks, found))
     model.set_grad_checkpointing(config.model.grad_checkpointing)
     if val is None:
         notes.append("there are no images to evaluate on: give --data.val-root")
@@ -202,9 +196,5 @@ class DetectionValidation(Watcher):
 
 def save_detector(path: Path, task: DetectionTask) -> dict[str, str]:
     """Write the weights as a file that `itpn.load` reads whole."""
-    write_detector(path, task.model, {"recipe": task.recipe, **task.describe()})
+    write_safetensors(path, named_tensors(task.model), {"recipe": task.recipe, **task.describe()})
     return {"saved": "weights"}
-
-
-def write_detector(path: Path, model: Detector, metadata: dict[str, Any]) -> None:
-    write_safetensors(path, named_tensors(model), metadata)

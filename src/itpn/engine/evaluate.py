@@ -1,10 +1,9 @@
 """`itpn evaluate`: a checkpoint and labelled images, in figures."""
 
-import contextlib
 import functools
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from itpn.data.normalize import Normalize
 from itpn.engine.classification import find_sets, make_batches
 from itpn.engine.console import print_aside
 from itpn.engine.fitting import make_table
+from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.launch import quieten_libraries, start_fabric
 from itpn.engine.probe import ask_neighbours
 from itpn.engine.scores import (
@@ -122,20 +122,6 @@ def evaluate(
             about |= {"by": f"{config.evaluation.neighbours} nearest neighbours"} if knn else {"by": "classifier"}
             report(scores, asked.classes, out, about)
     return scores
-
-
-def make_folder(out: Path) -> None:
-    with writing_to(out):
-        out.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def writing_to(out: Path) -> Iterator[None]:
-    """Raise :class:`UserError` for files that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 def find_images(

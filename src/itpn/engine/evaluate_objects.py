@@ -22,8 +22,9 @@ from itpn.engine.coco import (
 )
 from itpn.engine.console import print_aside
 from itpn.engine.detection import make_batches
-from itpn.engine.evaluate import make_folder, rank_classes, writing_to
+from itpn.engine.evaluate import rank_classes
 from itpn.engine.fitting import make_table
+from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.launch import quieten_libraries, read_launch, start_fabric
 from itpn.engine.scores import gather_skipped, nothing_readable
 from itpn.errors import UserError

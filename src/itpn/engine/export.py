@@ -164,8 +164,7 @@ def export_model(
         checked += [(1, (height + patch, width)), (3, (height, width + 2 * patch))]
         # torch takes sizes of 1 in the example, those of pooled maps too, for fixed
         size = (max(height, 8 * patch), max(width, 8 * patch))
-    partial = name_partial(out)
-    try:
+    with writing(out) as partial:
         # traced with the plain attention, whose memory layout does not depend on what the tracing machine has
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
             program = _trace(network, draw(2, size), patch if dynamic_size else None)
@@ -178,13 +177,7 @@ def export_model(
         run = _open(partial)
         examples = [draw(batch, size) for batch, size in checked]
         difference = max(_compare(run(images), list(network(images).values())) for images in examples)
-        if not difference <= TOLERANCE:
-            raise ExportFailed(f"{out.name} is not written, for it differs from PyTorch by {difference:.1e}")
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        check_difference(out, difference)
     results = next(node for node in program.graph.nodes if node.op == "output").args[0]
     outputs = {name: _describe(node, names) for name, node in zip(tried, results, strict=True)}
     return Exported(out, form, {"images": _describe(_images(program), names)}, outputs, difference, checked)
@@ -212,8 +205,7 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
     model = model.eval()
     names = ["boxes", "labels", "scores", *(["masks"] if model.has_masks else [])]
     images = [draw_example(number, size) for number in range(4)]
-    partial = name_partial(out)
-    try:
+    with writing(out) as partial:
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
             torch.onnx.export(
                 model,
@@ -233,13 +225,7 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
             found = model([image])[0]
             count += len(found["boxes"])
             difference = max(difference, _compare(run(image), [found[name].float() for name in names]))
-        if not difference <= TOLERANCE:
-            raise ExportFailed(f"{out.name} is not written, for it differs from PyTorch by {difference:.1e}")
-        os.replace(partial, out)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        check_difference(out, difference)
     shapes = {"boxes": "n, 4", "labels": "n", "scores": "n", "masks": f"n, 1, {size[0]}, {size[1]}"}
     outputs = {name: shapes[name] for name in names}
     inputs = {"image": f"3, {size[0]}, {size[1]}"}
@@ -253,8 +239,22 @@ def draw_example(number: int, size: Size) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1).float() / 255
 
 
-def name_partial(out: Path) -> Path:
-    return out.with_name(f".{out.stem}.partial{out.suffix}")
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[Path]:
+    """A place to write to, which becomes ``out`` if all goes well."""
+    partial = out.with_name(f".{out.stem}.partial{out.suffix}")
+    try:
+        yield partial
+        os.replace(partial, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_difference(out: Path, difference: float) -> None:
+    if not difference <= TOLERANCE:
+        raise ExportFailed(f"{out.name} is not written, for it differs from PyTorch by {difference:.1e}")
 
 
 def print_exported(exported: Exported) -> None:

@@ -1,8 +1,10 @@
 """A run's folder: who may use it, what was run in it, and its checkpoints."""
 
+import contextlib
 import os
 import shutil
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,3 +143,18 @@ def _refuse(path: Path, option: str, before: Any, now: Any) -> None:
         f"{path} holds a run with {option} {before}, not {now}; choose another --name "
         f"(and --model.checkpoint {path}/checkpoints/last.ckpt to start from its weights)"
     )
+
+
+def make_folder(out: Path) -> None:
+    """A folder for results."""
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Raise :class:`UserError` for files that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error

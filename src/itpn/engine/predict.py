@@ -24,6 +24,7 @@ from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
 from itpn.engine.coco import to_results
 from itpn.engine.console import print_aside
+from itpn.engine.folder import make_folder
 from itpn.engine.pictures import draw_objects, draw_predictions, draw_titles, read_whole_images
 from itpn.errors import UserError
 from itpn.models.detector import Detector
@@ -80,17 +81,15 @@ def predict(
         raise UserError(
             f"checkpoint {checkpoint} has neither decoder, classifier nor detector: it gives --features FILE only"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+    make_folder(out)
     if isinstance(model, MaskedImageModel):
         task = PretrainingTask(model, config, "predict")
         for number, (_, images) in enumerate(batches):
             save_picture(draw_predictions(task, images), out, number)
     elif isinstance(model, Detector):
         names = found.metadata.get("classes") or [str(number) for number in range(1, model.num_classes)]
-        predict_objects(model, read_whole(source, config.data.max_pixels), names, out, min_score)
+        whole = read_images(source, (0, 0), config.data.max_pixels, lambda image: image)
+        predict_objects(model, whole, names, out, min_score)
     else:
         predict_classes(model, normalize, batches, found.metadata.get("classes"), out)
 
@@ -122,14 +121,19 @@ def read_batches(
         UserError: none of the images can be read.
     """
 
-    def skipped(message: str) -> None:
-        print_aside(f"skipped {message}")
-
-    images = read_whole_images(source, image_size(config.data), config.data.max_pixels, skipped, crop)
-    empty = True
+    images = read_images(source, image_size(config.data), config.data.max_pixels, crop)
     while batch := list(itertools.islice(images, PER_PICTURE)):
-        empty = False
         yield [name for name, _ in batch], torch.stack([image for _, image in batch])
+
+
+def read_images(
+    source: ImageSource, size: tuple[int, int], max_pixels: int, crop: Callable[[Tensor], Tensor] | None
+) -> Iterator[tuple[str, Tensor]]:
+    """Names and uint8 images, see :func:`read_whole_images`; unreadable ones are named, UserError if all are."""
+    empty = True
+    for named in read_whole_images(source, size, max_pixels, lambda text: print_aside(f"skipped {text}"), crop):
+        empty = False
+        yield named
     if empty:
         raise UserError("none of the images can be read")
 
@@ -180,19 +184,6 @@ def predict_classes(
     if len(answers) > ROWS:
         Console().print(f"and {len(answers) - ROWS} more images in the files", highlight=False)
     Console().print(f"{path}\n{path.with_suffix('.json')}", highlight=False, soft_wrap=True)
-
-
-def read_whole(source: ImageSource, max_pixels: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and uint8 images [3, any, any] as they are; UserError if none can be read."""
-    images = read_whole_images(
-        source, (0, 0), max_pixels, lambda message: print_aside(f"skipped {message}"), lambda x: x
-    )
-    empty = True
-    for name, image in images:
-        empty = False
-        yield name, image
-    if empty:
-        raise UserError("none of the images can be read")
 
 
 def predict_objects(
