@@ -173,13 +173,13 @@ def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
 
 # what evaluation goes by, beside the checkpoint
 EVALUATION = (
-    *("--evaluation.", "--data.num-workers", "--data.max-pixels", "--data.mean", "--data.std", "--seed"),
+    *("--evaluation.", "--data.num-workers", "--data.max-pixels", "--seed"),
     *("--trainer.precision", "--trainer.accelerator", "--trainer.devices", "--trainer.num-nodes", "--model.num-heads"),
 )
 EVALUATION_OF = {
     "classification": (
         *("--data.root", "--data.val-root", "--data.val-share", "--data.label-share"),
-        *("--data.test-size", "--data.crop-pct", "--data.interpolation"),
+        *("--data.test-size", "--data.crop-pct", "--data.interpolation", "--data.mean", "--data.std"),
     ),
     "detection": ("--data.root", "--data.val-root", "--data.mistakes", "--data.img-size", "--data.max-size"),
 }

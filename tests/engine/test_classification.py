@@ -518,7 +518,7 @@ def test_evaluating_what_has_no_classifier(tmp_path, coloured, capsys):
 
 
 def test_epochs_scale_with_the_images(settings):
-    from itpn.engine.classification import scale_epochs
+    from itpn.engine.finetuning import scale_epochs
 
     config = settings()
     for images, processes, epochs in ((24, 1, 200), (6 * 100, 1, 20), (6 * 100, 8, 167), (6 * 10_000, 1, 10)):

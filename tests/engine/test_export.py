@@ -161,6 +161,7 @@ def test_a_detector(tmp_path, capsys):
     out = tmp_path / "detector.onnx"
     exported = export_detector(model, out, (64, 96), {"classes": '["a", "b", "c"]'})
     assert exported.difference < 1e-4
+    assert "24 objects compared" in exported.form  # six in each of four
     assert list(exported.outputs) == ["boxes", "labels", "scores", "masks"]
     session = onnxruntime.InferenceSession(out)
     assert session.get_modelmeta().custom_metadata_map["classes"] == '["a", "b", "c"]'
@@ -171,6 +172,16 @@ def test_a_detector(tmp_path, capsys):
         found = session.run(None, {"image": image.numpy()})
         for ours, name in zip(found, exported.outputs, strict=True):
             assert torch.allclose(torch.from_numpy(ours), theirs[name], atol=1e-4), name
+    # of a size that is not the network's own it is not resized; what finds nothing is compared by all that it considers
+    model.roi_heads.score_thresh = 0.99
+    exported = export_detector(model, out, (96, 96))
+    assert "24 objects compared" in exported.form
+    assert (model.roi_heads.score_thresh, model.transform.min_size) == (0.99, (64,))
+    image = torch.rand(3, 96, 96)
+    model.transform.min_size = (96,)
+    with torch.no_grad():
+        assert len(model([image])[0]["boxes"]) == 0
+    assert len(onnxruntime.InferenceSession(out).run(None, {"image": image.numpy()})[0]) == 0
     torch.save(model.state_dict(), tmp_path / "detector.pth")
     command = ["export", str(tmp_path / "detector.pth"), "--out"]
     assert main([*command, str(tmp_path / "detector.pt2")]) == 2

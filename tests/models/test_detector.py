@@ -1,6 +1,8 @@
 """The detector: published maps inside it, its heads and losses, several processes, any image size."""
 
+import copy
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from torchvision.models.detection.roi_heads import fastrcnn_loss
 from torchvision.ops import generalized_box_iou
 
 import itpn
+from itpn.data.objects import DetectionTransform
 from itpn.errors import UserError
 from itpn.models.detector import Detector, FPNBackbone, MaskDetector, SyncedBatchNorm2d
 from itpn.models.pyramid import PyramidBackbone
@@ -92,7 +95,9 @@ def test_only_heads_start_at_random(tmp_path):
     assert {name.partition(".")[0] for name in random} == {"rpn", "roi_heads"}
     assert len(random) + sum(n.startswith(("backbone.", "pyramid.")) for n in theirs) == len(model.state_dict())
     report = itpn.inspect(path)
-    assert [f.kind for f in report.use("detection").findings if f.kind != "expected"] == ["random", "random"]
+    (missing,) = [f for f in report.use("detection").findings if f.kind != "expected"]
+    assert (missing.kind, missing.text) == ("random", "has no set of detection heads")
+    assert len(missing.names) == len(random)
     with pytest.raises(UserError, match="num_classes=N"):
         itpn.load(path, task="detection")
     with pytest.raises(UserError, match="strict=False"):
@@ -120,7 +125,7 @@ def test_other_classes_keep_the_other_heads(tmp_path):
     """Of a detector of 3 classes, all but the predictors of classes goes into one of 5."""
     model = make_detector()
     torch.save(model.state_dict(), tmp_path / "detector.pth")
-    with pytest.warns(UserWarning, match="predictor of objects' classes that fits"):
+    with pytest.warns(UserWarning, match="has no predictor of (boxes and classes|masks) that fits"):
         other = itpn.load(tmp_path / "detector.pth", num_classes=6, strict=False, num_heads=4, **LIGHT)
     theirs, ours = model.state_dict(), other.state_dict()
     fresh = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
@@ -213,6 +218,90 @@ def test_any_size(rel_pos_bias):
         found = model.eval()(images)
     for image, result in zip(images, found, strict=True):
         assert result["masks"].shape[-2:] == image.shape[-2:]
+
+
+def test_half_precision_leaves_boxes_precise():
+    """Hundreds of pixels and a fraction do not fit into the 8 digits of bfloat16."""
+    model = make_detector(min_size=640, max_size=1066)
+    seen: dict[str, list] = {"anchors": [], "proposals": []}
+    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: seen["anchors"].append(anchors[0]))
+    model.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, args: seen["proposals"].append(args[1][0]))
+    image = torch.rand(3, 640, 1000, generator=torch.Generator().manual_seed(0))
+    _, targets = make_targets([3], 640)
+    with torch.no_grad():
+        model.eval()([image])
+        with torch.autocast("cpu", torch.bfloat16):
+            (found,) = model([image])
+            losses = model.train()([image], [{**targets[0], "masks": torch.ones(3, 640, 1000, dtype=torch.uint8)}])
+    assert torch.equal(seen["anchors"][0], seen["anchors"][1])
+    for boxes in (*seen["proposals"], found["boxes"]):
+        assert boxes.dtype == torch.float32
+        assert (boxes != boxes.bfloat16()).any(dim=1).float().mean() > 0.5
+    assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
+
+
+@pytest.mark.parametrize("height", [40, 65, 88, 131])
+def test_strides_do_not_come_from_the_first_image(height):
+    """torchvision's pooling takes them from unpadded sizes, which a small image leads astray."""
+    model = make_detector(min_size=64, max_size=200, box_score_thresh=0.0).eval()
+    image = torch.rand(3, 96, 128)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)([image])[0]
+        model.transform.min_size = (height,)
+        model([torch.rand(3, height, height)])
+        model.transform.min_size = (64,)
+        found = model([image])[0]
+    assert model.roi_heads.box_roi_pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_large_images_are_resized_as_in_training():
+    """With antialiasing, or photographs would look rougher than what was learned; objects go with them."""
+    resize = make_detector(min_size=64, max_size=96).transform
+    generator = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8, generator=generator)
+    known = {"id": 1, "size": (300, 400), "objects": []}
+    trained = DetectionTransform(64, 96, scales=(1.0, 1.0), crop_prob=0.0, hflip=0.0, masks=False)
+    wanted = trained(pixels, random.Random(0), known)["image"]
+    ours, _ = resize.eval().resize(pixels / 255)
+    assert ours.shape == wanted.shape == (3, 64, 85)
+    assert (ours * 255 - wanted).abs().max() < 1
+    mask = torch.zeros(1, 300, 400, dtype=torch.uint8)
+    mask[0, 60:240, 40:200] = 1
+    target = {"boxes": torch.tensor([[40.0, 60, 200, 240]]), "masks": mask}
+    _, target = resize.train().resize(pixels / 255, target)
+    assert target["boxes"][0].tolist() == pytest.approx([8.5, 12.8, 42.5, 51.2])
+    rows, cols = (target["masks"][0].any(dim=dim).nonzero().flatten() for dim in (1, 0))
+    assert target["masks"].shape == (1, 64, 85)
+    assert (rows[0], rows[-1], cols[0], cols[-1]) == (13, 50, 8, 41)  # of 12.8 to 51.2 and 8.5 to 42.5
+    resize.in_training = False
+    assert resize.resize(pixels / 255)[0].shape == pixels.shape
+
+
+def test_checkpointing_keeps_less_for_the_same_gradients():
+    """Of backbone and pyramid."""
+    model = make_detector(rel_pos_bias=True)
+    image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    kept, gradients = [], []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        storages: dict[int, int] = {}
+
+        def keep(x, storages=storages):
+            storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            loss = sum(level.square().mean() for level in model.backbone(image).values())
+        kept.append(sum(storages.values()))
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.backbone.named_parameters()})
+        model.zero_grad(set_to_none=True)
+    for name, gradient in gradients[0].items():
+        assert torch.allclose(gradients[1][name], gradient, rtol=1e-4, atol=1e-8), name
+    parameters = sum(p.nbytes for p in model.backbone.parameters())
+    assert kept[1] - parameters < 0.4 * (kept[0] - parameters)
 
 
 def test_layers_of_the_learning_rate():

@@ -323,6 +323,7 @@ def describe_detector(model: Detector) -> Architecture:
         "max_size": resize.max_size,
         "image_mean": list(resize.image_mean),
         "image_std": list(resize.image_std),
+        "interpolation": resize.interpolation,
         "box_loss_weight": heads.box_loss_weight,
         "rpn_post_nms_top_n_train": rpn._post_nms_top_n["training"],
         "rpn_post_nms_top_n_test": rpn._post_nms_top_n["testing"],

@@ -14,6 +14,9 @@ from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone, fit_tables
 from itpn.models.position import Grid
 
+# the layers of a detector that know its classes
+CLASS_PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+
 # parts of our networks by the beginning of their tensors' names, as a message names them; all or nothing each
 PARTS = {
     "decoder.": "decoder",
@@ -24,11 +27,13 @@ PARTS = {
     "backbone.head.": "classifier",
     "backbone.fc_norm.": "classifier",
     "fpn.": "feature pyramid network",
-    "roi_heads.box_predictor.": "predictor of objects' classes",
-    "roi_heads.mask_predictor.mask_fcn_logits.": "predictor of objects' classes",
+    CLASS_PREDICTORS[0]: "predictor of boxes and classes",
+    CLASS_PREDICTORS[1]: "predictor of masks",
+    "roi_heads.mask_": "mask head",
     "rpn.": "set of detection heads",
     "roi_heads.": "set of detection heads",
 }
+DETECTION = ("predictor of boxes and classes", "predictor of masks", "mask head", "set of detection heads")
 PRETRAINING = ("decoder", "auxiliary head", "set of heads for pyramid levels", "mask token")
 
 
@@ -91,6 +96,8 @@ def fit(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], li
             continue
         tensors = {name: tensor for name, tensor in tensors.items() if name not in theirs}
 
+    if not any(find_part(name) in DETECTION for name in checkpoint.tensors):
+        findings = _join_heads(findings)
     findings += _describe_tables([name for name in changed if name in tensors], backbone)
     trunk = [name for name in {**own, **tensors} if find_part(name) is None]
     missing = [name for name in trunk if name not in tensors]
@@ -133,6 +140,15 @@ def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding
         text += ", and so was its prediction of pixels" if len(changed) > 1 else ""
         findings.append(Finding("converted", changed, text))
     return findings
+
+
+def _join_heads(findings: list[Finding]) -> list[Finding]:
+    """One finding for a detector whose heads are all missing."""
+    heads = [finding for finding in findings if finding.text in {f"has no {part}" for part in DETECTION}]
+    if not heads:
+        return findings
+    names = sorted(name for finding in heads for name in finding.names)
+    return [f for f in findings if f not in heads] + [Finding("random", names, f"has no {DETECTION[-1]}")]
 
 
 def _describe_tables(changed: list[str], backbone: HiViT) -> list[Finding]:

@@ -9,9 +9,9 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from itpn.checkpoints.architecture import Architecture, build, complete, find_variant, read_architecture, same_sizes
-from itpn.checkpoints.diagnosis import fit
+from itpn.checkpoints.diagnosis import CLASS_PREDICTORS, fit
 from itpn.checkpoints.files import Checkpoint, named_tensors
-from itpn.checkpoints.loading import describe_broken
+from itpn.checkpoints.loading import check_sound
 from itpn.config import ClassificationConfig, ClassifierConfig, DetectionConfig, image_size
 from itpn.errors import UserError
 from itpn.models.detector import Detector
@@ -23,7 +23,6 @@ NO_NETWORK = (
     "this recipe takes its network from a checkpoint: give one, as --model.checkpoint of `itpn train`, --checkpoint of "
     "`itpn info` or pretrained= of itpn.get_model"
 )
-PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
 
 
 def settle(config: ClassificationConfig | DetectionConfig, found: Checkpoint | None) -> None:
@@ -167,11 +166,10 @@ def start_from(network: nn.Module, found: Checkpoint, tensors: dict[str, Tensor]
     state, findings = fit(dataclasses.replace(found, tensors=tensors), network)
     if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
         raise UserError(f"checkpoint {found.source} cannot be fine-tuned: it {'; it '.join(problems)}")
-    if found.broken:
-        raise UserError(f"checkpoint {found.source} has {describe_broken(found.broken)}")
+    check_sound(found)
     network.load_state_dict(state, strict=False)
-    # a part that was not wanted has been spoken of already
-    missing = [f for f in findings if f.kind == "random" and not set(f.names) & set(found.tensors)]
+    unwanted = set(found.tensors) - set(tensors)  # which has been spoken of already
+    missing = [f for f in findings if f.kind == "random" and not set(f.names) & unwanted]
     notes = [f"{found.source} {f.text}: it starts fresh" for f in missing]
     return notes + [f"{found.source} {f.text}" for f in findings if f.kind == "converted"]
 
@@ -217,6 +215,7 @@ def make_detector(
         "max_size": data.longest,
         "image_mean": data.mean,
         "image_std": data.std,
+        "interpolation": data.interpolation,
         "head_width": model.head_width,
         "rpn_post_nms_top_n_train": model.proposals,
         "rpn_post_nms_top_n_test": max(1, model.proposals // 2),
@@ -226,11 +225,15 @@ def make_detector(
         assert model.name is not None
         assert model.patch_size is not None
         side = max(1, round(data.img_size / model.patch_size)) * model.patch_size
-        own = {**BACKBONES[model.name], "img_size": side, "patch_size": model.patch_size, "rel_pos_bias": False}
+        own = {**BACKBONES[model.name], "img_size": side, "patch_size": model.patch_size}
         architecture = Architecture({**own, "init_values": model.init_values})
     else:
         architecture = read_architecture(found, model.num_heads)
     theirs = architecture.detector
+    notes = []
+    if found is not None and theirs is not None and theirs["head_width"] != model.head_width:
+        detector["head_width"] = theirs["head_width"]
+        notes.append(f"the heads are of {theirs['head_width']} channels, as in {found.source}")
     width = (architecture.pyramid or PYRAMIDS.get(model.name or "", PUBLISHED_PYRAMID))["width"]
     detector |= {"fpn_width": (theirs or {}).get("fpn_width", width)} if model.neck == "fpn" else {}
     whole = complete(dataclasses.replace(architecture, detector=detector), "detection")
@@ -242,7 +245,7 @@ def make_detector(
     if found is None:
         return network, []
     kept, replaced = replace_names(found, classes, None if theirs is None else theirs["num_classes"] - 1)
-    unwanted = (*(() if kept else PREDICTORS), "pyramid." if model.neck == "fpn" else "fpn.")
+    unwanted = (*(() if kept else CLASS_PREDICTORS), "pyramid." if model.neck == "fpn" else "fpn.")
     tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(unwanted)}
     fresh_tables = bool(model.rel_pos_bias and not architecture.backbone["rel_pos_bias"])
-    return network, replaced + start_from(network, found, tensors, fresh_tables)
+    return network, notes + replaced + start_from(network, found, tensors, fresh_tables)

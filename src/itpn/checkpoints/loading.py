@@ -114,7 +114,14 @@ def make_model(checkpoint: Checkpoint, task: Task | None, overrides: dict[str, A
         return build_from(override_model(config, overrides))
     heads = {name: overrides.pop(name, None) for name in ("num_heads", "decoder_heads")}
     architecture = read_architecture(checkpoint, **heads)
-    return build(architecture, task or architecture.tasks[0], **overrides)
+    task = task or architecture.tasks[0]
+    if task == "detection" and architecture.detector is None:
+        # a fresh one sees images as its backbone did
+        for name in ("mean", "std"):
+            values = checkpoint.preprocessing.get(name, ())
+            if values:
+                overrides.setdefault(f"image_{name}", tuple(values) * (3 if len(values) == 1 else 1))
+    return build(architecture, task, **overrides)
 
 
 def build_from(config: Config) -> MaskedImageModel:
@@ -190,6 +197,12 @@ def _settings(tensors: Mapping[str, Tensor], grid: Grid | None) -> dict[str, str
         settings["decoder-width"] = len(tensors["decoder.norm.weight"])
         settings["decoder-depth"] = count_blocks(tensors, r"decoder\.blocks\.(\d+)\.")
     return settings
+
+
+def check_sound(checkpoint: Checkpoint) -> None:
+    """Raise :class:`UserError` where a file has infinite numbers or NaN."""
+    if checkpoint.broken:
+        raise UserError(f"checkpoint {checkpoint.source} has {describe_broken(checkpoint.broken)}")
 
 
 def describe_broken(broken: dict[str, int]) -> str:

@@ -38,9 +38,10 @@ class ObjectsConfig(ImagesConfig):
 
     root: str = "data/coco"
     """A folder of COCO's layout (`train2017`, `val2017`, `annotations/instances_*.json`, or a folder for each set with
-    its JSON inside), of YOLO's (`data.yaml`) or of Pascal VOC's (`JPEGImages`, `Annotations`, `ImageSets/Main`)."""
+    its JSON inside), of YOLO's (`data.yaml`) or of Pascal VOC's (`JPEGImages`, `Annotations`, `ImageSets/Main`); or a
+    JSON file of COCO's form."""
     val_root: str | None = None
-    """Where the images to evaluate on are, if they are not below --data.root."""
+    """Where the images to evaluate on are, if they are not below --data.root: a folder or a JSON file likewise."""
     mistakes: Literal["summary", "skip", "error"] = "summary"
     """Annotations that cannot be right are left out: with a summary of all kinds, or in a line. Or the first is an
     error."""

@@ -44,7 +44,9 @@ def find_objects(
     """
     train = read_objects(root, "train", mistakes, tell)
     assert train is not None
-    val = read_objects(val_root or root, "val", mistakes, tell, optional=val_root is None)
+    val = None
+    if val_root is not None or Path(root).is_dir():  # or else the one file is to train on
+        val = read_objects(val_root or root, "val", mistakes, tell, optional=val_root is None)
     if val is None:
         return train, None
     unknown = [name for name in val.classes if name not in train.classes]
@@ -70,12 +72,14 @@ def read_objects(
         None if there is no such set and it is ``optional``.
     """
     folder = Path(root)
-    if not folder.is_dir():
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".json"):
         raise UserError(
-            f"{root} is not a folder" if folder.exists() else f"{root} does not exist: give a folder of {LAYOUTS}"
+            f"{root} is neither a folder nor a JSON file"
+            if folder.exists()
+            else f"{root} does not exist: give a folder of {LAYOUTS}"
         )
     found = Mistakes()
-    for read in (read_coco, read_yolo, read_voc):
+    for read in (read_coco, read_yolo, read_voc) if folder.is_dir() else (read_coco,):
         parts = read(folder, split, found)
         if parts is not None:
             break
@@ -122,7 +126,7 @@ def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mis
             continue
         if not all(isinstance(entry.get(key), int) and entry[key] > 0 for key in ("height", "width")):
             mistakes.add("images without height or width", str(entry["file_name"]))
-        elif not isinstance(entry["id"], int):
+        elif not _is_id(entry["id"]):
             mistakes.add("images whose id is no whole number", f"{entry['id']!r}")
         elif entry["id"] in images:
             mistakes.add("images whose id another one has", f"{entry['id']}: {entry['file_name']}")
@@ -130,7 +134,7 @@ def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mis
             mistakes.add("images not on disk", str(path))
         else:
             images[entry["id"]] = {**entry, "path": str(path), "objects": []}
-    listed = {entry["id"] for entry in coco["images"] if isinstance(entry, dict) and isinstance(entry.get("id"), int)}
+    listed = {entry["id"] for entry in coco["images"] if isinstance(entry, dict) and _is_id(entry.get("id"))}
     outlined = any(isinstance(one, dict) and one.get("segmentation") for one in coco["annotations"])
     numbers = {id_: number for number, id_ in enumerate(ids)}
     seen: set[Any] = set()
@@ -144,12 +148,13 @@ def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mis
                 mistakes.add("objects whose id another one has", what)
                 continue
             seen.add(repr(one["id"]))
-        image = images.get(one["image_id"]) if isinstance(one["image_id"], int) else None
+        known_id = _is_id(one["image_id"])
+        image = images.get(one["image_id"]) if known_id else None
         if image is None:
-            if one["image_id"] not in listed:
+            if not known_id or one["image_id"] not in listed:
                 mistakes.add("objects of an image that is not listed", f"{what}: image {one['image_id']}")
             continue  # those of an image that cannot be used go with it
-        if not isinstance(one["category_id"], int) or one["category_id"] not in numbers:
+        if not _is_id(one["category_id"]) or one["category_id"] not in numbers:
             mistakes.add("objects of an unknown class", f"{what}: class {one['category_id']}")
             continue
         known = _check_object(one, image, outlined, what, mistakes)
@@ -176,7 +181,7 @@ def _check_categories(categories: list[Any], source: str) -> tuple[tuple[str, ..
     ids, names = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     if not pairs:
         raise UserError(f"{source} has no categories")
-    if not all(isinstance(id_, int) for id_ in ids):
+    if not all(_is_id(id_) for id_ in ids):
         raise UserError(f"{source} has categories whose ids are no whole numbers")
     for what, values in {"id": ids, "name": names}.items():
         twice = [value for value, count in Counter(values).items() if count > 1]
@@ -193,6 +198,7 @@ def _check_object(
     crowd = one.get("iscrowd", 0)
     box = one.get("bbox")
     kept: dict[str, Any] = {"iscrowd": int(bool(crowd))}
+    outlined_area: float | None = None
     if outlined:
         outline = one.get("segmentation")
         if not outline:
@@ -200,12 +206,14 @@ def _check_object(
             return None
         try:
             encoded = encode_outline(outline, height, width)
-            area = float(rle.area(encoded))
+            if isinstance(outline, dict):
+                rle.decode(encoded)  # or else runs that are not the image's are found out in training
+            outlined_area = float(rle.area(encoded))
         except Exception as error:  # malformed in any of many ways
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             mistakes.add("objects whose outline cannot be read", f"{what}: {reason}")
             return None
-        if not area:
+        if not outlined_area:
             mistakes.add("objects whose outline holds no pixel", what)
             return None
         kept["segmentation"] = outline
@@ -227,7 +235,12 @@ def _check_object(
     if max(-x, -y, x + w - width, y + h - height) > 0:
         x, y, w, h = x0, y0, x1 - x0, y1 - y0
     said: Any = one.get("area")
-    return kept | {"bbox": [x, y, w, h], "area": float(said) if _is_number(said) and said > 0 else w * h}
+    area = float(said) if _is_number(said) and said > 0 else outlined_area or w * h
+    return kept | {"bbox": [x, y, w, h], "area": area}
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _is_number(value: Any) -> bool:

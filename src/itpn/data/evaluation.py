@@ -13,6 +13,7 @@ from itpn.data.augment import EvaluationTransform
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_sample
 from itpn.data.loader import Batch, View, stack, start_worker
 from itpn.data.readers import Reader
+from itpn.errors import UserError
 
 MakeView = Callable[[Tensor, Any], View]  # of an image and what is known of it
 
@@ -20,6 +21,26 @@ MakeView = Callable[[Tensor, Any], View]  # of an image and what is known of it
 def view_labelled(transform: EvaluationTransform, image: Tensor, label: int) -> View:
     """A crop and its class."""
     return {"image": transform(image), "label": torch.tensor(label)}
+
+
+def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[tuple[int, Tensor]]:
+    """Readable images from all over a set, with their numbers in it.
+
+    Raises:
+        UserError: not one can be read.
+    """
+    found: list[tuple[int, Tensor]] = []
+    stride = max(1, len(images) // count)
+    for index in dict.fromkeys([*range(0, len(images), stride), *range(len(images))]):
+        if len(found) == count:
+            break
+        try:
+            found.append((index, decode_sample(images[index][1], max_pixels)))
+        except UnreadableImage:
+            continue
+    if not found:
+        raise UserError("none of the images to evaluate on can be read")
+    return found
 
 
 class EvaluationBatches(Dataset[dict[str, Any]]):

@@ -13,7 +13,7 @@ import numpy as np
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import IMAGE_SUFFIXES, is_hidden, is_image, is_shard, walk
-from itpn.data.readers import FileReader, Reader, TableReader, TarReader, is_compressed
+from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader, is_compressed
 from itpn.data.shards import TAR_ERRORS, StrictTarInfo
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
@@ -36,25 +36,22 @@ class LabelledImages:
     files: Reader
     labels: np.ndarray
     classes: tuple[str, ...]
-    rows: np.ndarray | None = None  # of files, where these are not all of them
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage, int]:
         """Name, encoded image or why it cannot be had, and class."""
-        name, data = self.files[index if self.rows is None else int(self.rows[index])]
+        name, data = self.files[index]
         return name, data, int(self.labels[index])
 
     def name(self, index: int) -> str:
         """Of an image, without the folders above its class."""
-        name = self.files.name(index if self.rows is None else int(self.rows[index]))
-        return f"{self.classes[self.labels[index]]}/{os.path.basename(name)}"
+        return f"{self.classes[self.labels[index]]}/{os.path.basename(self.files.name(index))}"
 
     def take(self, indices: np.ndarray) -> "LabelledImages":
         """Some of the images."""
-        rows = indices if self.rows is None else self.rows[indices]
-        return LabelledImages(self.files, self.labels[indices], self.classes, rows)
+        return LabelledImages(Subset(self.files, indices), self.labels[indices], self.classes)
 
     def rename(self, classes: Sequence[str]) -> "LabelledImages":
         """The same images with the numbers that another list of classes gives them.
@@ -72,7 +69,7 @@ class LabelledImages:
                 f"{join_names(classes)}{_hint(present)}"
             )
         new = np.array([numbers.get(name, -1) for name in self.classes])
-        return LabelledImages(self.files, new[self.labels], tuple(classes), self.rows)
+        return LabelledImages(self.files, new[self.labels], tuple(classes))
 
 
 def find_labelled(

@@ -5,6 +5,7 @@ Each reader gives None where the folder has another layout, or not this set.
 
 import importlib
 import json
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -48,23 +49,33 @@ class Mistakes:
 
 
 def read_coco(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
+    """A JSON file for each set; ``root`` may be such a file."""
+    file = root if root.is_file() else _find_json(root, split)
+    if file is None:
+        return None
+    places = [file.parent]
+    if file.parent.name == "annotations":
+        root = file.parent.parent
+        year = file.stem.removeprefix("instances_").removeprefix("image_info_")
+        word = re.match(r"[a-z]*", year)[0]  # type: ignore[index]  # matches anything
+        names = dict.fromkeys([year, year.replace("-dev", ""), word])
+        places = [*(root / name for name in names if name), root / "images" / year]
+    return _read_json(file), _searching([*places, root / "images", root]), str(file)
+
+
+def _find_json(root: Path, split: str) -> Path | None:
     for word in SPLITS[split]:
-        files = sorted((root / "annotations").glob(f"instances_{word}*.json"))
+        notes = root / "annotations"
+        files = sorted(notes.glob(f"instances_{word}*.json")) or sorted(notes.glob(f"image_info_{word}*.json"))
         for folder in [p for p in (root / word, *sorted(root.glob(f"{word}20*"))) if p.is_dir()]:
             files += sorted(folder.glob("*.json"))
-        if not files:
-            continue
         if len(files) > 1:
             raise UserError(
-                f"{len(files)} annotation files for {word} in {root} ({files[0].name}, {files[1].name}): keep one"
+                f"{len(files)} annotation files for {word} in {root} ({files[0].name}, {files[1].name}): keep one, or "
+                "give the file in place of the folder"
             )
-        file = files[0]
-        year = file.stem.removeprefix("instances_")
-        places = (
-            [file.parent] if file.parent.name != "annotations" else [root / year, root / word, root / "images" / year]
-        )
-        places += [root / "images", root]
-        return _read_json(file), _searching(places), str(file)
+        if files:
+            return files[0]
     return None
 
 
@@ -83,6 +94,8 @@ def _read_json(path: Path) -> Coco:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     parts = ("images", "annotations", "categories")
+    if isinstance(content, dict) and "images" in content:
+        content.setdefault("annotations", [])  # as for the images of the test server
     if not isinstance(content, dict) or any(not isinstance(content.get(part), list) for part in parts):
         raise UserError(f"{path} is not in COCO's form: it needs lists of images, annotations and categories")
     return content
@@ -96,18 +109,24 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     try:
         settings = yaml.safe_load(file.read_text())
         names, folders = settings["names"], [settings[w] for w in SPLITS[split] if settings.get(w)]
-        names = [str(names[key]) for key in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        if not isinstance(names, dict | list):
+            raise TypeError("names are no list")
+        names = {int(key): str(name) for key, name in (names.items() if isinstance(names, dict) else enumerate(names))}
+        folders = folders and [str(f) for f in (folders[0] if isinstance(folders[0], list) else [folders[0]])]
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} is not YOLO's: it needs names, train and val ({type(error).__name__}: {error})"
         ) from error
     if not folders:
         return None
-    base = root / settings.get("path", ".") if (root / settings.get("path", ".")).is_dir() else root
+    base = root / str(settings.get("path") or ".")
+    base = base if base.is_dir() else root
     parse = _yolo_parser()
-    coco: Coco = {"images": [], "annotations": [], "categories": _number(names)}
-    for folder in folders[0] if isinstance(folders[0], list) else [folders[0]]:
-        place = next((p for p in (base / folder, root / str(folder).removeprefix("../")) if p.is_dir()), None)
+    # labels are keys of the names, which may have gaps
+    categories = [{"id": 1 + key, "name": name} for key, name in sorted(names.items())]
+    coco: Coco = {"images": [], "annotations": [], "categories": categories}
+    for folder in folders:
+        place = next((p for p in (base / folder, root / folder.removeprefix("../")) if p.is_dir()), None)
         if place is None:
             raise UserError(f"{file} speaks of images in {folder}, which is not a folder below {root}")
         for image, size in _images_below(place, mistakes):
@@ -168,7 +187,8 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     order = sorted(classes)  # which must not depend on which image came first
     for note in coco["annotations"]:
         note["category_id"] = 1 + order.index(classes[note["category_id"] - 1])
-    return coco | {"categories": _number(order)}, Path, str(file or notes)
+    categories = [{"id": number, "name": name} for number, name in enumerate(order, start=1)]
+    return coco | {"categories": categories}, Path, str(file or notes)
 
 
 def import_supervision() -> Any:
@@ -226,7 +246,3 @@ def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mist
     except Exception as error:  # whatever a reader meets in a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         mistakes.add("files of annotations that cannot be read", f"{notes}: {reason}")
-
-
-def _number(names: list[str]) -> list[dict[str, Any]]:
-    return [{"id": number, "name": name} for number, name in enumerate(names, start=1)]

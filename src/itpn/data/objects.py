@@ -1,6 +1,7 @@
 """Images with objects: boxes, classes and outlines as they are kept, and as a network is trained on them."""
 
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,8 +15,9 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.readers import PackedStrings, Reader
+from itpn.data.readers import PackedStrings, Reader, Subset
 from itpn.errors import UserError
+from itpn.models.detector import fit_sides
 
 CROP_SIDES = (0.5, 0.625, 0.75)  # of the size: 400, 500 and 600 of 800
 CROP_RANGE = (0.48, 0.75)  # 384 to 600
@@ -43,25 +45,21 @@ class DetectionImages:
     ids: np.ndarray
     classes: tuple[str, ...]
     class_ids: tuple[int, ...]
-    rows: np.ndarray | None = None  # of files and objects, where these are not all of them
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _row(self, index: int) -> int:
-        return index if self.rows is None else int(self.rows[index])
-
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage, dict[str, Any]]:
         """Name, encoded image or why it cannot be had, and what is known of it: "id", "size", "objects"."""
-        name, data = self.files[self._row(index)]
+        name, data = self.files[index]
         height, width = self.sizes[index].tolist()
         return name, data, {"id": int(self.ids[index]), "size": (height, width), "objects": self.objects_of(index)}
 
     def name(self, index: int) -> str:
-        return self.files.name(self._row(index))
+        return self.files.name(index)
 
     def objects_of(self, index: int) -> list[dict[str, Any]]:
-        return json.loads(self.objects[self._row(index)])
+        return json.loads(self.objects[index])
 
     @property
     def groups(self) -> np.ndarray:
@@ -70,8 +68,9 @@ class DetectionImages:
 
     def take(self, indices: np.ndarray) -> "DetectionImages":
         """Some of the images."""
-        rows = indices if self.rows is None else self.rows[indices]
-        return replace(self, sizes=self.sizes[indices], ids=self.ids[indices], rows=rows)
+        objects = PackedStrings([self.objects[index] for index in indices])
+        files = Subset(self.files, indices)
+        return replace(self, files=files, objects=objects, sizes=self.sizes[indices], ids=self.ids[indices])
 
     def with_objects(self) -> "DetectionImages":
         """The images that have objects to be found, crowds aside."""
@@ -109,26 +108,7 @@ class DetectionImages:
                 known["label"] = numbers[name]
             packed.append(json.dumps(objects))
         new_ids = tuple(ids.get(name, -1 - number) for number, name in enumerate(classes))
-        files = self.files if self.rows is None else _Rows(self.files, self.rows)
-        return replace(
-            self, files=files, objects=PackedStrings(packed), classes=tuple(classes), class_ids=new_ids, rows=None
-        )
-
-
-class _Rows:
-    """Some of a reader's images."""
-
-    def __init__(self, files: Reader, rows: np.ndarray) -> None:
-        self.files, self.rows = files, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return self.files[int(self.rows[index])]
-
-    def name(self, index: int) -> str:
-        return self.files.name(int(self.rows[index]))
+        return replace(self, objects=PackedStrings(packed), classes=tuple(classes), class_ids=new_ids)
 
 
 def encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
@@ -224,13 +204,13 @@ class DetectionTransform:
         else:
             if rng.random() < self.crop_prob:
                 side = rng.choice(CROP_SIDES) * self.size
-                image, target = self._resize(image, target, *fit_sides(image, side, self.longest))
+                image, target = self._resize(image, target, *fit_sides(image.shape[-2:], side, math.inf))
                 low, high = (round(share * self.size) for share in CROP_RANGE)
                 rows, cols = (rng.randint(min(whole, low), min(whole, high)) for whole in image.shape[-2:])
                 image, target = _crop(image, target, (rows, cols), rng)
             smallest, largest = self.scales
             share = smallest + (largest - smallest) * rng.randrange(SCALES) / (SCALES - 1)
-            image, target = self._resize(image, target, *fit_sides(image, share * self.size, self.longest))
+            image, target = self._resize(image, target, *fit_sides(image.shape[-2:], share * self.size, self.longest))
         if rng.random() < self.hflip:
             width = image.shape[-1]
             image = image.flip(-1)
@@ -264,13 +244,6 @@ def check_size(image: Tensor, known: dict[str, Any]) -> None:
     (height, width), (wanted_height, wanted_width) = image.shape[-2:], known["size"]
     if (height, width) != (wanted_height, wanted_width):
         raise UnreadableImage(f"{height}x{width} pixels, and {wanted_height}x{wanted_width} in the annotations")
-
-
-def fit_sides(image: Tensor, short: float, longest: float) -> tuple[int, int]:
-    """Height and width of an image whose short side is resized to ``short``, or less to keep the other in bounds."""
-    height, width = image.shape[-2:]
-    factor = min(short / min(height, width), longest / max(height, width))
-    return max(1, round(height * factor)), max(1, round(width * factor))
 
 
 def _crop(

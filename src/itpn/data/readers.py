@@ -56,6 +56,26 @@ class FileReader:
             return path, UnreadableImage(error.strerror or str(error))
 
 
+class Subset:
+    """Some of a reader's images.
+
+    Args:
+        rows: int64 [n], which.
+    """
+
+    def __init__(self, files: Reader, rows: np.ndarray) -> None:
+        self.files, self.rows = files, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, index: int) -> str:
+        return self.files.name(int(self.rows[index]))
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self.files[int(self.rows[index])]
+
+
 class TarReader:
     """Members of tar archives, by their places in them; a compressed archive is unpacked into memory.
 

@@ -25,6 +25,7 @@ from itpn.engine.console import print_aside
 from itpn.engine.folder import RunFolder
 from itpn.engine.scores import gather_skipped
 from itpn.errors import NonFiniteLoss, RunStopped
+from itpn.models.modes import eval_mode
 from itpn.tasks.training import TrainingTask
 
 
@@ -89,10 +90,8 @@ class Watcher(L.Callback, ABC):
         self._step = step
         if step % self._every == 0 or step == self._total:
             begin = time.perf_counter()
-            training = pl_module.training
-            pl_module.eval()
-            self.figures = {**self.figures, **self.look(trainer)}
-            pl_module.train(training)
+            with eval_mode(pl_module):
+                self.figures = {**self.figures, **self.look(trainer)}
             self.step = step
             self.seconds += time.perf_counter() - begin
 
@@ -432,7 +431,8 @@ class Pictures(L.Callback):
             self.write(trainer, step)
 
     def write(self, trainer: L.Trainer, step: int) -> None:
-        picture = self.draw()
+        with trainer.precision_plugin.forward_context():
+            picture = self.draw()
         self.latest = self.folder.pictures / f"step-{step:08d}.png"
         picture.save(self.latest)
         for logger in trainer.loggers:

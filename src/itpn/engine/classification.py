@@ -1,29 +1,27 @@
 """A classifier's run: what it starts from, its images, its evaluation while it goes on."""
 
 import functools
-import math
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 from PIL import Image
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
-from itpn.checkpoints.files import Checkpoint, named_tensors, read_checkpoint, write_safetensors
-from itpn.checkpoints.finetuning import make_classifier, settle
-from itpn.config import ClassificationConfig, DetectionConfig, image_size
+from itpn.checkpoints.files import named_tensors, write_safetensors
+from itpn.checkpoints.finetuning import make_classifier
+from itpn.config import ClassificationConfig, image_size
 from itpn.data.augment import ClassificationTransform, EvaluationTransform
-from itpn.data.decode import UnreadableImage, decode_sample
-from itpn.data.evaluation import make_evaluation_loader, view_labelled
+from itpn.data.evaluation import make_evaluation_loader, read_some, view_labelled
 from itpn.data.labelled import LabelledImages, draw_share, find_labelled, join_names
 from itpn.data.loader import TrainingLoader
 from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.console import print_aside
+from itpn.engine.finetuning import read_start, scale_epochs, start_network
 from itpn.engine.fitting import Job, describe_size, fit, make_table, make_training_loader, write_summary
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import choose_devices, describe_machine, read_launch, start_fabric
@@ -32,12 +30,9 @@ from itpn.engine.probe import WEIGHT_DECAYS, choose_weight_decay, fit_linear
 from itpn.engine.scores import collect_answers, collect_features, gather, judge, nothing_readable, score
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
-from itpn.seeding import derive_seed
+from itpn.models.modes import eval_mode
 from itpn.tasks.classification import ClassificationTask, classify
 
-STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its images: so many steps, within these epochs
-
-Network = TypeVar("Network", bound=nn.Module)
 Sets = tuple[LabelledImages, LabelledImages | None]
 
 
@@ -50,43 +45,12 @@ def find_sets(config: ClassificationConfig) -> Sets:
     return train, val
 
 
-def read_start(config: ClassificationConfig | DetectionConfig) -> Checkpoint | None:
-    """The checkpoint that a run starts from, if any; what the settings leave to it is filled in."""
-    path = config.model.checkpoint
-    found = None if path is None else read_checkpoint(path)
-    settle(config, found)
-    return found
-
-
-def start_network(
-    config: ClassificationConfig | DetectionConfig,
-    found: Checkpoint | None,
-    make: Callable[[], tuple[Network, list[str]]],
-) -> tuple[Network, list[str]]:
-    """The network that a run begins with, and what is remarkable about its weights.
-
-    Args:
-        make: builds it, with the weights of the checkpoint, and says what is not as there.
-    """
-    torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, notes = make()
-    return model, notes if found is None else [f"starting from the weights of {found.source}", *notes]
-
-
 def note_unevaluated(train: LabelledImages, val: LabelledImages | None) -> list[str]:
     """What the accuracies will not say, in a sentence."""
     if val is None:
         return ["there are no images to evaluate on: give --data.val-root or --data.val-share"]
     lost = sorted({train.classes[label] for label in np.setdiff1d(train.labels, val.labels)})
     return [f"there are no images of {join_names(lost)} to evaluate on"] if lost else []
-
-
-def scale_epochs(config: ClassificationConfig | DetectionConfig, images: int, processes: int = 1) -> None:
-    """Settle how long a run takes whose settings leave it to the number of images, in place."""
-    if not config.trainer.max_epochs:
-        batch = config.data.batch_size * processes * config.trainer.accumulate_grad_batches
-        steps = max(1, images // batch)
-        config.trainer.max_epochs = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
 
 
 def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | None = None) -> Path:
@@ -242,29 +206,15 @@ def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransfo
 def read_first(images: LabelledImages, config: ClassificationConfig, count: int = 16) -> tuple[Tensor, list[str]]:
     """Readable images from all over a set, uint8 [n, 3, H, W], and the names of their classes."""
     transform = make_evaluation_transform(config)
-    pixels: list[Tensor] = []
-    names: list[str] = []
-    stride = max(1, len(images) // count)
-    for index in dict.fromkeys([*range(0, len(images), stride), *range(len(images))]):
-        if len(pixels) == count:
-            break
-        _, data, label = images[index]
-        try:
-            pixels.append(transform(decode_sample(data, config.data.max_pixels)))
-        except UnreadableImage:
-            continue
-        names.append(images.classes[label])
-    if not pixels:
-        raise UserError("none of the images to evaluate on can be read")
-    return torch.stack(pixels), names
+    chosen = read_some(images, count, config.data.max_pixels)
+    pixels = torch.stack([transform(image) for _, image in chosen])
+    return pixels, [images.classes[images.labels[index]] for index, _ in chosen]
 
 
 def draw_answers(task: ClassificationTask, images: Tensor, names: list[str]) -> Image.Image:
     """What the network says of some images, and what they are where that is something else."""
-    training = task.training
-    task.eval()
-    probabilities = classify(task.model, task.normalize, images.to(task.device)).exp().cpu()
-    task.train(training)
+    with eval_mode(task):
+        probabilities = classify(task.model, task.normalize, images.to(task.device)).exp().cpu()
     titles = []
     for row, name in zip(probabilities, names, strict=True):
         answer = task.classes[int(row.argmax())]

@@ -117,7 +117,10 @@ def score_detections(images: DetectionImages, results: Results, seen: list[int],
     for kind in KINDS if masks else ["box"]:
         with contextlib.redirect_stdout(io.StringIO()):  # it tells all that it does, and changes what it is given
             known = COCO(truth)
-            judged = COCOeval_faster(known, known.loadRes(copy.deepcopy(results)), KINDS[kind]) if results else None
+            own = copy.deepcopy(results)
+            for one in own if kind == "mask" else []:
+                del one["bbox"]  # or else a mask's size would be its box's
+            judged = COCOeval_faster(known, known.loadRes(own), KINDS[kind]) if own else None
             if judged is not None:
                 judged.evaluate()
                 judged.accumulate()
@@ -176,5 +179,9 @@ def write_detection_scores(
         writer.writerow(["class", *(f"{kind}_ap" for kind in scores.per_class)])
         for name, *own in zip(classes, *scores.per_class.values(), strict=True):
             writer.writerow([name, *("" if np.isnan(value) else value for value in own)])
-    rounded = [{**one, "bbox": [round(v, 2) for v in one["bbox"]], "score": round(one["score"], 5)} for one in results]
+    rounded = [
+        {**one, "bbox": [round(v, 2) for v in one["bbox"]], "score": round(one["score"], 5)}
+        for one in results
+        if one["category_id"] >= 0  # of classes that the annotations do not have
+    ]
     (folder / "results.json").write_text(json.dumps(rounded))

@@ -13,23 +13,23 @@ from itpn.checkpoints.files import named_tensors, write_safetensors
 from itpn.checkpoints.finetuning import make_detector
 from itpn.config import DetectionConfig
 from itpn.data.annotations import find_objects
-from itpn.data.decode import UnreadableImage, decode_sample
-from itpn.data.evaluation import make_evaluation_loader
+from itpn.data.evaluation import make_evaluation_loader, read_some
 from itpn.data.loader import TrainingLoader, collect
 from itpn.data.objects import DetectionImages, DetectionTransform, check_size
 from itpn.engine.callbacks import Pictures, Watcher
-from itpn.engine.classification import read_start, scale_epochs, start_network
 from itpn.engine.coco import collect_detections, gather_detections, score_detections
 from itpn.engine.console import print_aside
+from itpn.engine.finetuning import read_start, scale_epochs, start_network
 from itpn.engine.fitting import Job, fit, make_training_loader
 from itpn.engine.launch import choose_devices, read_launch
 from itpn.engine.pictures import draw_objects, join_pictures
 from itpn.engine.scores import nothing_readable
 from itpn.errors import UserError
+from itpn.models.modes import eval_mode
 from itpn.tasks.detection import DetectionTask, detect
 
 Sets = tuple[DetectionImages, DetectionImages | None]
-SHOWN = 0.3  # score of the boxes in pictures
+SHOWN, MIN_SCORE = 8, 0.3  # images in pictures, score of the boxes in them
 
 
 def find_sets(config: DetectionConfig) -> Sets:
@@ -66,7 +66,7 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
         if config.trainer.compile:
             model.backbone.compile()  # the heads see as many boxes as there are
         validation = None if val is None else DetectionValidation(task, config, val)
-        shown = functools.cache(lambda: read_shown(val or train, config))
+        shown = functools.cache(lambda: [i for _, i in read_some(val or train, SHOWN, config.data.max_pixels)])
         more = "" if val is None else f", {len(val):,} more to evaluate on"
         size = f"short side up to {config.data.img_size} px"
         return Job(
@@ -121,30 +121,12 @@ def make_batches(images: DetectionImages, config: DetectionConfig, rank: int = 0
     )
 
 
-def read_shown(images: DetectionImages, config: DetectionConfig, count: int = 8) -> list[Tensor]:
-    """Readable images from all over a set, uint8 [3, any, any] each."""
-    shown: list[Tensor] = []
-    stride = max(1, len(images) // count)
-    for index in dict.fromkeys([*range(0, len(images), stride), *range(len(images))]):
-        if len(shown) == count:
-            break
-        try:
-            shown.append(decode_sample(images[index][1], config.data.max_pixels))
-        except UnreadableImage:
-            continue
-    if not shown:
-        raise UserError("none of the images to evaluate on can be read")
-    return shown
-
-
 def draw_found(task: DetectionTask, images: list[Tensor]) -> Image.Image:
     """What the network finds in some images."""
-    training = task.training
-    task.eval()
-    found = detect(task.model, task.normalize, [image.to(task.device) for image in images])
-    task.train(training)
+    with eval_mode(task):  # one at a time: wide and high images together would be padded to squares
+        found = [detect(task.model, task.normalize, [image.to(task.device)])[0] for image in images]
     return join_pictures(
-        [draw_objects(image, one, task.classes, SHOWN) for image, one in zip(images, found, strict=True)]
+        [draw_objects(image, one, task.classes, MIN_SCORE) for image, one in zip(images, found, strict=True)]
     )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.finetuning import settle
-from itpn.checkpoints.loading import describe_broken, load_found
+from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import ClassificationConfig
 from itpn.data.labelled import LabelledImages, find_labelled, read_split
 from itpn.data.normalize import Normalize
@@ -30,6 +30,7 @@ from itpn.engine.scores import (
     gather_skipped,
     judge,
     nothing_readable,
+    rank_classes,
     score,
     warn_of_other_order,
     write_scores,
@@ -59,8 +60,7 @@ def evaluate(
         UserError: no such checkpoint, one without a classifier, images of other classes than it knows.
     """
     found = read_checkpoint(checkpoint)
-    if found.broken:
-        raise UserError(f"checkpoint {checkpoint} has {describe_broken(found.broken)}")
+    check_sound(found)
     has_classifier = "backbone.head.weight" in found.tensors
     if not knn and not has_classifier:
         raise UserError(
@@ -187,18 +187,6 @@ def report(scores: Scores, classes: tuple[str, ...], out: Path, about: dict[str,
         rows["most confused"] = mix
     rows["files"] = f"{out}/evaluation.json, classes.csv, confusion.csv, confusion.png"
     Console().print(make_table(f"{about['checkpoint']} by {about['by']}", rows))
-
-
-def rank_classes(figures: dict[str, float]) -> dict[str, str]:
-    """Rows with the classes of the lowest and of the highest figures; of few classes, with all of them."""
-    ranked = sorted(figures, key=lambda name: figures[name])
-    shown = {name: f"{name} {figures[name]:.0%}" for name in ranked}
-    if len(ranked) <= 6:
-        return {"classes": ", ".join(shown[name] for name in ranked[::-1])}
-    return {
-        "hardest": ", ".join(shown[name] for name in ranked[:3]),
-        "easiest": ", ".join(shown[name] for name in ranked[:-4:-1]),
-    }
 
 
 def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:

@@ -8,8 +8,9 @@ from typing import Any
 
 from rich.console import Console
 
+from itpn.checkpoints.architecture import read_detector
 from itpn.checkpoints.files import read_checkpoint
-from itpn.checkpoints.loading import describe_broken, load_found
+from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import DetectionConfig
 from itpn.data.annotations import read_objects
 from itpn.data.normalize import Normalize
@@ -22,11 +23,10 @@ from itpn.engine.coco import (
 )
 from itpn.engine.console import print_aside
 from itpn.engine.detection import make_batches
-from itpn.engine.evaluate import rank_classes
 from itpn.engine.fitting import make_table
 from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.launch import quieten_libraries, read_launch, start_fabric
-from itpn.engine.scores import gather_skipped, nothing_readable
+from itpn.engine.scores import gather_skipped, nothing_readable, rank_classes
 from itpn.errors import UserError
 from itpn.models.detector import Detector
 from itpn.tasks.detection import detect
@@ -45,9 +45,8 @@ def evaluate_objects(
         UserError: no such checkpoint, one without a detector, objects of other classes than it knows.
     """
     found = read_checkpoint(checkpoint)
-    if found.broken:
-        raise UserError(f"checkpoint {checkpoint} has {describe_broken(found.broken)}")
-    if "roi_heads.box_predictor.cls_score.weight" not in found.tensors:
+    check_sound(found)
+    if read_detector(found.tensors) is None:
         raise UserError(f"checkpoint {checkpoint} has no detector: fine-tune it first (itpn train detector_small)")
     options: dict[str, Any] = {} if config.model.num_heads is None else {"num_heads": config.model.num_heads}
     if "img_size" in given:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -191,7 +192,7 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
     take them.
 
     Args:
-        size: of the one image [3, height, width] in [0, 1], which the file takes at a time.
+        size: of the one image [3, height, width] in [0, 1], which the file takes at a time and does not resize.
 
     Raises:
         UserError: see :func:`check_out`; or a file of another format.
@@ -205,27 +206,37 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
     model = model.eval()
     names = ["boxes", "labels", "scores", *(["masks"] if model.has_masks else [])]
     images = [draw_example(number, size) for number in range(4)]
-    with writing(out) as partial:
+
+    def write(path: Path) -> tuple[float, int]:
+        """Returns the largest difference and how many objects there were to compare."""
         with _quiet(), sdpa_kernel(SDPBackend.MATH):
             torch.onnx.export(
-                model,
-                ([images[0]],),
-                partial,
-                dynamo=False,
-                opset_version=17,
-                input_names=["image"],
-                output_names=names,
+                model, ([images[0]],), path, dynamo=False, opset_version=17, input_names=["image"], output_names=names
             )
-        stored = onnx.load(partial)
+        stored = onnx.load(path)
         onnx.helper.set_model_props(stored, dict(metadata or {}))
-        onnx.save(stored, partial)
-        run = _open(partial, "image")
-        difference, count = 0.0, 0
-        for image in images:
-            found = model([image])[0]
-            count += len(found["boxes"])
-            difference = max(difference, _compare(run(image), [found[name].float() for name in names]))
-        check_difference(out, difference)
+        onnx.save(stored, path)
+        run = _open(path, "image")
+        found = [model([image])[0] for image in images]
+        differences = [
+            _compare(run(image), [one[name].float() for name in names])
+            for image, one in zip(images, found, strict=True)
+        ]
+        return max(differences), sum(len(one["boxes"]) for one in found)
+
+    resize, heads = model.transform, model.roi_heads
+    before = resize.min_size, resize.max_size, heads.score_thresh
+    resize.min_size, resize.max_size = (min(size),), max(size)  # the graph takes images as the network sees them
+    try:
+        with writing(out) as partial:
+            difference, count = write(partial)
+            if not count:  # of nothing: compare the same graph with all that it does not find worth a mention
+                heads.score_thresh = 0.0
+                with tempfile.TemporaryDirectory() as folder:
+                    difference, count = write(Path(folder) / "all.onnx")
+            check_difference(out, difference)
+    finally:
+        resize.min_size, resize.max_size, heads.score_thresh = before
     shapes = {"boxes": "n, 4", "labels": "n", "scores": "n", "masks": f"n, 1, {size[0]}, {size[1]}"}
     outputs = {name: shapes[name] for name in names}
     inputs = {"image": f"3, {size[0]}, {size[1]}"}

@@ -149,7 +149,9 @@ TILE = 448  # pixels: longest side of a picture among others
 
 
 def draw_objects(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], threshold: float) -> Image.Image:
-    """An image with the objects that were found in it: masks, boxes, names and scores, the likeliest on top.
+    """An image with the objects that were found in it: masks, boxes, names and scores.
+
+    The smallest masks and the likeliest boxes are on top.
 
     Args:
         image: uint8 [3, H, W].
@@ -163,8 +165,11 @@ def draw_objects(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]
     image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
     colours = [name_colour(int(found["labels"][row])) for row in order]
     if "masks" in found and order:
-        masks = (found["masks"][order].reshape(len(order), height, width) > 0.5).repeat_interleave(scale, 1)
-        image = draw_segmentation_masks(image, masks.repeat_interleave(scale, 2), alpha=0.45, colors=colours)
+        masks = found["masks"][order].reshape(len(order), height, width) > 0.5
+        smallest = masks.sum(dim=(1, 2)).argsort(stable=True)
+        masks[smallest] &= masks[smallest].cumsum(dim=0) <= 1  # pixels of two are the smaller one's
+        masks = masks.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+        image = draw_segmentation_masks(image, masks, alpha=0.45, colors=colours)
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     draw, side = ImageDraw.Draw(picture), max(picture.size)
     font, line = ImageFont.load_default(size=max(11, side // 50)), max(2, side // 320)

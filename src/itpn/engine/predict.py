@@ -17,7 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_whole
-from itpn.checkpoints.loading import describe_broken, load_found
+from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import Config, DataConfig, image_size
 from itpn.data.augment import EvaluationTransform
 from itpn.data.files import ImageSource
@@ -60,8 +60,7 @@ def predict(
         UserError: no checkpoint that is known, one that only gives features, or no image can be read.
     """
     found = read_checkpoint(checkpoint)
-    if found.broken:
-        raise UserError(f"checkpoint {checkpoint} has {describe_broken(found.broken)}")
+    check_sound(found)
     model, notes = load_found(found)
     for note in notes:
         print_aside(note)

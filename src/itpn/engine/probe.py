@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.loading import build_from, load_weights
 from itpn.config import Config
+from itpn.models.modes import eval_mode
 from itpn.seeding import derive_seed
 from itpn.tasks.pretrain import PretrainingTask
 
@@ -53,18 +54,14 @@ def compute_features(task: PretrainingTask, batches: Iterable[Tensor]) -> tuple[
     Returns:
         Of the last backbone stage, float32 [n, C], and of the pyramid's levels side by side, [n, 3 * width].
     """
-    training = task.training
-    task.eval()
-    try:
-        backbone, pyramid = [], []
+    backbone, pyramid = [], []
+    with eval_mode(task):
         for images in batches:
             stages = task.model.backbone.forward_stages(task.normalize(images.to(task.device)))
             levels = [level.mean(dim=(1, 2, 3)) for level in task.model.pyramid(stages)]
             backbone.append(stages[-1].mean(dim=(1, 2, 3)).float().cpu())
             pyramid.append(torch.cat(levels, dim=1).float().cpu())
-        return torch.cat(backbone), torch.cat(pyramid)
-    finally:
-        task.train(training)
+    return torch.cat(backbone), torch.cat(pyramid)
 
 
 def knn_accuracy(

@@ -231,3 +231,15 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path) -> N
                         text = f"{int(confusion[row, column])}"
                         axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
         figure.savefig(path)
+
+
+def rank_classes(figures: dict[str, float]) -> dict[str, str]:
+    """Rows with the classes of the lowest and of the highest figures; of few classes, with all of them."""
+    ranked = sorted(figures, key=lambda name: figures[name])
+    shown = {name: f"{name} {figures[name]:.0%}" for name in ranked}
+    if len(ranked) <= 6:
+        return {"classes": ", ".join(shown[name] for name in ranked[::-1])}
+    return {
+        "hardest": ", ".join(shown[name] for name in ranked[:3]),
+        "easiest": ", ".join(shown[name] for name in ranked[:-4:-1]),
+    }

@@ -4,9 +4,10 @@ The pyramid is the detector's neck: there is no other. Beside it, a torchvision 
 backbone, to compare with and for backbones without one.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FasterRCNN, FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
 from torchvision.models.detection.mask_rcnn import MaskRCNN, MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference, maskrcnn_loss
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
-from torchvision.models.detection.transform import GeneralizedRCNNTransform
+from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, generalized_box_iou_loss
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
+from torchvision.ops.poolers import initLevelMapper
 
 from itpn.models.hivit import HiViT, find_backbone, nest_groups, units_to_map
 from itpn.models.pyramid import PyramidBackbone
@@ -52,6 +55,7 @@ class Detector(FasterRCNN):
         box_loss_weight: of the generalised IoU of boxes.
         rpn_post_nms_top_n_train, rpn_post_nms_top_n_test, box_batch_size_per_image, box_score_thresh, box_nms_thresh,
             box_detections_per_img: as of torchvision's detectors.
+        interpolation: of images that are resized, always with antialiasing.
         transform: further arguments of torchvision's GeneralizedRCNNTransform.
     """
 
@@ -71,6 +75,7 @@ class Detector(FasterRCNN):
         box_score_thresh: float = 0.05,
         box_nms_thresh: float = 0.5,
         box_detections_per_img: int = 100,
+        interpolation: Literal["bicubic", "bilinear"] = "bilinear",
         **transform: Any,
     ) -> None:
         strides = [level["reduction"] for level in backbone.feature_info]
@@ -79,10 +84,10 @@ class Detector(FasterRCNN):
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background: at least 2, not {num_classes}")
         width = backbone.out_channels
-        anchors = AnchorGenerator(tuple((ANCHOR_SCALE * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+        anchors = PreciseAnchors(tuple((ANCHOR_SCALE * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
         rpn = BalancedRPN(
             anchors,
-            RPNHead(width, anchors.num_anchors_per_location()[0]),
+            PreciseRPNHead(width, anchors.num_anchors_per_location()[0]),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -92,7 +97,7 @@ class Detector(FasterRCNN):
             nms_thresh=0.7,
         )
         heads = BoxAndMaskHeads(
-            MultiScaleRoIAlign(POOLED, output_size=7, sampling_ratio=2),
+            make_pool(strides, 7),
             FastRCNNConvFCHead((width, 7, 7), [head_width] * 4, [4 * head_width], norm_layer=SyncedBatchNorm2d),
             FastRCNNPredictor(4 * head_width, num_classes),
             fg_iou_thresh=0.5,
@@ -105,9 +110,15 @@ class Detector(FasterRCNN):
             detections_per_img=box_detections_per_img,
         )
         heads.box_loss_weight = box_loss_weight
-        # torchvision finds a level's stride by dividing: whole only if the coarsest divides the image
-        resize = GeneralizedRCNNTransform(
-            min_size, max_size, list(image_mean), list(image_std), size_divisible=strides[-1], **transform
+        # the anchors' stride is found by dividing: whole only if the coarsest divides the image
+        resize = Resize(
+            min_size,
+            max_size,
+            list(image_mean),
+            list(image_std),
+            size_divisible=strides[-1],
+            interpolation=interpolation,
+            **transform,
         )
         # of its parts, not of FasterRCNN's arguments, which know no other losses
         GeneralizedRCNN.__init__(self, backbone, rpn, heads, resize)
@@ -117,8 +128,12 @@ class Detector(FasterRCNN):
     def has_masks(self) -> bool:
         return bool(self.roi_heads.has_mask())
 
+    transform: "Resize"
+
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        find_backbone(self).set_grad_checkpointing(enable)
+        trunk = self.backbone
+        assert isinstance(trunk, PyramidBackbone | FPNBackbone)
+        trunk.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:
         return {f"backbone.backbone.{name}" for name in find_backbone(self).no_weight_decay()}
@@ -142,7 +157,7 @@ class MaskDetector(Detector, MaskRCNN):
     ) -> None:
         super().__init__(backbone, num_classes, head_width=head_width, **options)
         heads = self.roi_heads
-        heads.mask_roi_pool = MultiScaleRoIAlign(POOLED, output_size=14, sampling_ratio=2)
+        heads.mask_roi_pool = make_pool([level["reduction"] for level in backbone.feature_info], 14)
         heads.mask_head = MaskRCNNHeads(backbone.out_channels, [head_width] * 4, dilation=1)
         heads.mask_predictor = MaskRCNNPredictor(head_width, head_width, num_classes)
 
@@ -163,6 +178,9 @@ class FPNBackbone(nn.Module):
         self.out_channels = width
         first = self.backbone.feature_info[0]["reduction"]
         self.feature_info = [{"num_chs": width, "reduction": first * 2**i} for i in range(5)]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         """Images [B, in_chans, H, W] -> maps by name, "0" the finest."""
@@ -185,7 +203,76 @@ class AveragePools(ExtraFPNBlock):
         return results, names
 
 
+class Resize(GeneralizedRCNNTransform):
+    """torchvision's, with antialiasing: large photographs look to the network as they did in training.
+
+    Args:
+        interpolation: "bicubic" or "bilinear".
+        options: of torchvision's.
+
+    Attributes:
+        in_training: resize images in training mode as well, and not only otherwise.
+    """
+
+    def __init__(self, *args: Any, interpolation: str = "bilinear", **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.interpolation = interpolation
+        self.in_training = True
+
+    def resize(self, image: Tensor, target: dict[str, Tensor] | None = None) -> tuple[Tensor, dict[str, Tensor] | None]:
+        if self.training and not self.in_training:
+            return image, target
+        short = self.torch_choice(list(self.min_size)) if self.training else self.min_size[-1]
+        before = [int(side) for side in image.shape[-2:]]
+        after = fit_sides(before, short, self.max_size)
+        if self.fixed_size is not None:
+            after = [self.fixed_size[1], self.fixed_size[0]]
+        if after == before:  # as in exported graphs, which cannot hold what follows
+            return image, target
+        image = F.interpolate(image[None], after, mode=self.interpolation, align_corners=False, antialias=True)[0]
+        if target is not None:
+            target["boxes"] = resize_boxes(target["boxes"], before, after)
+            if "masks" in target:
+                target["masks"] = F.interpolate(target["masks"][None], after, mode="nearest-exact")[0]
+        return image, target
+
+
+def fit_sides(sides: Sequence[int], short: float, longest: float) -> list[int]:
+    """Height and width of an image whose short side is resized to ``short``, or less to keep the other in bounds."""
+    factor = min(short / min(sides), longest / max(sides))
+    return [max(1, round(side * factor)) for side in sides]
+
+
 # --- heads
+
+
+class PreciseAnchors(AnchorGenerator):
+    """Anchors in float32 beside maps of half precision, which has no digits for hundreds of pixels."""
+
+    def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
+        return super().forward(image_list, [precise(level[:1, :1]) for level in feature_maps])
+
+
+class PreciseRPNHead(RPNHead):
+    """Offsets of boxes in float32, so that boxes are."""
+
+    def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        logits, deltas = super().forward(x)
+        return [precise(level) for level in logits], [precise(level) for level in deltas]
+
+
+def precise(x: Tensor) -> Tensor:
+    """At least in float32."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def make_pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
+    """Pooling of objects from the maps of known strides; torchvision's would guess them from its first images."""
+    pool = MultiScaleRoIAlign(POOLED, output_size=size, sampling_ratio=2)
+    used = strides[: len(POOLED)]
+    pool.scales = [1 / stride for stride in used]
+    pool.map_levels = initLevelMapper(int(math.log2(used[0])), int(math.log2(used[-1])))
+    return pool
 
 
 class BoxAndMaskHeads(RoIHeads):
@@ -213,7 +300,7 @@ class BoxAndMaskHeads(RoIHeads):
     ) -> dict[str, Tensor]:
         proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
         assert targets is not None  # or they would have been complained of
-        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        logits, deltas = self._predict_boxes(features, proposals, image_shapes)
         label = torch.cat(labels)
         own = [label_ > 0 for label_ in labels]  # proposals with an object, by image
         boxes = [box[chosen] for box, chosen in zip(proposals, own, strict=True)]
@@ -223,15 +310,14 @@ class BoxAndMaskHeads(RoIHeads):
 
         positive = label.nonzero().squeeze(1)
         deltas = deltas.unflatten(1, (-1, 4))[positive, label[positive]]  # of each object's own class
-        found = self.box_coder.decode_single(deltas.float(), torch.cat(boxes).float())
-        overlap = generalized_box_iou_loss(found, wanted.float(), reduction="sum") / max(len(label), 1)
+        found = self.box_coder.decode_single(deltas, torch.cat(boxes))
+        overlap = generalized_box_iou_loss(found, wanted.to(found.dtype), reduction="sum") / max(len(label), 1)
         losses = {
-            "loss_classifier": F.cross_entropy(logits.float(), label) * shares[0],
+            "loss_classifier": F.cross_entropy(logits, label) * shares[0],
             "loss_box_reg": self.box_loss_weight * overlap * shares[0],
         }
         if self.has_mask():
-            assert self.mask_roi_pool is not None
-            masks = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+            masks = self._predict_masks(features, boxes, image_shapes)
             truth, classes = [t["masks"] for t in targets], [t["labels"] for t in targets]
             losses["loss_mask"] = maskrcnn_loss(masks, boxes, truth, classes, objects) * shares[1]
         return losses
@@ -239,16 +325,29 @@ class BoxAndMaskHeads(RoIHeads):
     def _detect(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        logits, deltas = self._predict_boxes(features, proposals, image_shapes)
         boxes, scores, labels = self.postprocess_detections(logits, deltas, proposals, image_shapes)
         keys = ("boxes", "labels", "scores")
         results = [dict(zip(keys, values, strict=True)) for values in zip(boxes, labels, scores, strict=True)]
         if self.has_mask():
-            assert self.mask_roi_pool is not None
-            masks = self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes)))
+            masks = self._predict_masks(features, boxes, image_shapes)
             for result, own in zip(results, maskrcnn_inference(masks, labels), strict=True):
                 result["masks"] = own
         return results
+
+    def _predict_boxes(
+        self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> tuple[Tensor, Tensor]:
+        """Logits of classes [n, classes], offsets of boxes [n, 4 * classes]."""
+        logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
+        return precise(logits), precise(deltas)
+
+    def _predict_masks(
+        self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Logits [n, classes, 28, 28]."""
+        assert self.mask_roi_pool is not None
+        return precise(self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))))
 
 
 class BalancedRPN(RegionProposalNetwork):
@@ -296,7 +395,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision has too few digits for sums
+        wide = precise(x)  # half precision has too few digits for sums
         count = wide.new_full((1,), wide.numel() / wide.shape[1])
         sums = _sum_over_processes(torch.cat([wide.sum(dim=(0, 2, 3)), count]))
         total = sums[-1].detach()

@@ -4,10 +4,12 @@ It works unit by unit like stages 1 and 2 of the backbone, so hidden units never
 """
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -67,6 +69,7 @@ class FeaturePyramid(nn.Module):
         blocks = [[MlpBlock(width, mlp_ratio, norm_eps=norm_eps) for _ in range(depth)] for _ in range(2)]
         self.blocks = nn.ModuleList([nn.Sequential(*level) for level in blocks])
         self.outputs = nn.ModuleList([MlpBlock(width, mlp_ratio, norm_eps=norm_eps) for _ in range(3)])
+        self.grad_checkpointing = False
         initialize_linears(self, weight_init)
 
     def forward(self, stages: list[Tensor]) -> list[Tensor]:
@@ -80,10 +83,15 @@ class FeaturePyramid(nn.Module):
         """
         fine, middle, coarse = stages
         # stride 8 is split from the backbone's own output, not from the projected top level
-        level8 = self.blocks[1](self.splits[1](coarse) + self.laterals[1](middle))
-        level4 = self.blocks[0](self.splits[0](level8) + self.laterals[0](fine))
+        level8 = self._refine(self.blocks[1].children(), self.splits[1](coarse) + self.laterals[1](middle))
+        level4 = self._refine(self.blocks[0].children(), self.splits[0](level8) + self.laterals[0](fine))
         levels = [level4, level8, self.top(coarse)]
-        return [output(level) for output, level in zip(self.outputs, levels, strict=True)]
+        return [self._refine([output], level) for output, level in zip(self.outputs, levels, strict=True)]
+
+    def _refine(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+        for block in blocks:
+            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+        return x
 
 
 LEVELS = {"pyramid": 3, "detection": 5, "segmentation": 4}  # and how many maps
@@ -194,6 +202,7 @@ class PyramidBackbone(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
+        self.pyramid.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}

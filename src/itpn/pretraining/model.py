@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from itpn.models.hivit import POSITIONS, HiViT, units_to_map
+from itpn.models.modes import eval_mode
 from itpn.models.position import Grid
 from itpn.models.pyramid import FeaturePyramid
 from itpn.pretraining.decoder import AuxiliaryHead, Decoder, Split, pick_tokens
@@ -102,7 +103,7 @@ class MaskedImageModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
         for module in self.modules():
-            if isinstance(module, Decoder | AuxiliaryHead):
+            if isinstance(module, FeaturePyramid | Decoder | AuxiliaryHead):
                 module.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
@@ -248,12 +249,8 @@ class MaskedImageModel(nn.Module):
         self, images: Tensor, mask: Tensor | None = None, target: Mapping[str, Tensor] | None = None
     ) -> MaskedOutput:
         """:meth:`forward` in eval mode, whatever the mode; not compiled: it is for a picture once in a while."""
-        training = self.training
-        self.eval()
-        try:
+        with eval_mode(self):
             return self.forward(images, mask, target)
-        finally:
-            self.train(training)
 
     def mask_map(self, mask: Tensor, grid: Grid) -> Tensor:
         """bool [B, N] -> [B, 1, H, W]."""

@@ -17,6 +17,7 @@ class DetectionTask(FineTuningTask):
     """Trains a detector on lists of uint8 images [3, any, any] and of targets (see :class:`Detector`).
 
     Args:
+        model: from here on it leaves images in training mode as they are.
         recipe, classes, make_loader: as of :class:`FineTuningTask`.
     """
 
@@ -31,7 +32,7 @@ class DetectionTask(FineTuningTask):
         # the network subtracts mean and deviation itself, as torchvision's do
         super().__init__(model, config, recipe, classes, Normalize(3, (0.0,), (1.0,)), make_loader)
         self.model: Detector
-        model.transform._skip_resize = True  # in training, where the data are of their sizes already
+        model.transform.in_training = False  # the data are of their sizes already
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
         self.seed_step()  # which proposals are trained on, and stochastic depth

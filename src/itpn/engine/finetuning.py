@@ -1,0 +1,48 @@
+"""What runs of fine-tuning begin with: a network, with a checkpoint's weights or without, and a number of epochs."""
+
+import math
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
+from itpn.checkpoints.finetuning import settle
+from itpn.config import ClassificationConfig, DetectionConfig
+from itpn.seeding import derive_seed
+
+STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its images: so many steps, within these epochs
+
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def read_start(config: ClassificationConfig | DetectionConfig) -> Checkpoint | None:
+    """The checkpoint that a run starts from, if any; what the settings leave to it is filled in."""
+    path = config.model.checkpoint
+    found = None if path is None else read_checkpoint(path)
+    settle(config, found)
+    return found
+
+
+def start_network(
+    config: ClassificationConfig | DetectionConfig,
+    found: Checkpoint | None,
+    make: Callable[[], tuple[Network, list[str]]],
+) -> tuple[Network, list[str]]:
+    """The network that a run begins with, and what is remarkable about its weights.
+
+    Args:
+        make: builds it, with the weights of the checkpoint, and says what is not as there.
+    """
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model, notes = make()
+    return model, notes if found is None else [f"starting from the weights of {found.source}", *notes]
+
+
+def scale_epochs(config: ClassificationConfig | DetectionConfig, images: int, processes: int = 1) -> None:
+    """Settle how long a run takes whose settings leave it to the number of images, in place."""
+    if not config.trainer.max_epochs:
+        batch = config.data.batch_size * processes * config.trainer.accumulate_grad_batches
+        steps = max(1, images // batch)
+        config.trainer.max_epochs = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
