@@ -1,6 +1,7 @@
 """What it is worth that the neck is pre-trained: detection from three starts, all else equal.
 
-itpn train itpn-pixel_nano --data.root SHAPES/images --data.img-size 96 --name shapes
+python -c "from itpn.data.shapes import write_shapes; write_shapes('SHAPES')"
+itpn train itpn-pixel_nano --data.root SHAPES/coco/train2017 SHAPES/imagefolder/train --data.img-size 96 --name shapes
 python benchmarks/necks.py SHAPES/coco --checkpoint runs/itpn-pixel_nano/shapes/model.safetensors
 """
 
@@ -14,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from itpn.checkpoints.architecture import read_architecture
+from itpn.checkpoints.architecture import find_variant, read_architecture
 from itpn.checkpoints.files import read_checkpoint
 from itpn.engine.detection import find_sets
 from itpn.engine.run import train
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, help="of a pre-training run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--layer-decay", type=float, default=0.9)
@@ -52,9 +53,9 @@ def main() -> None:
             config = copy.deepcopy(base)
             config.seed, config.name = seed, f"{arm}-{seed}"
             if arm == "scratch":
-                config.model.scratch, config.model.patch_size = True, own["patch_size"]
-                config.model.name = "itpn_nano"
-                config.optimizer.layer_decay = None
+                config.model.scratch, config.model.name = True, find_variant(own)
+                config.model.patch_size = own["patch_size"]
+                config.optimizer.layer_decay = None  # which is for layers that know something
             else:
                 config.model.checkpoint = options.checkpoint
                 config.model.neck = "fpn" if arm == "fpn" else "pyramid"

@@ -7,14 +7,19 @@ import segmentation_models_pytorch as smp
 import timm
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
+from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
 from torchvision.models.detection import MaskRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.ops import MultiScaleRoIAlign
+from torchvision.transforms import v2
 from transformers import AutoBackbone, AutoConfig, TimmBackbone, TimmBackboneConfig
 
 import itpn  # noqa: F401  # registers our networks with timm
+from itpn.data.shapes import write_shapes
+from itpn.models.detector import MaskDetector
 
 NAMES = ["itpn_nano", "fast_itpn_nano", "itpn_nano_pyramid"]
 FOUR_STAGES = {"encoder_depth": 4}  # smp counts strides 2, 4, 8, 16: our three are 2 to 4 of these
@@ -95,6 +100,40 @@ def test_torchvision_mask_rcnn():
     for image, result in zip(images, found, strict=True):
         assert set(result) == {"boxes", "labels", "scores", "masks"}
         assert result["masks"].shape[1:] == (1, *image.shape[1:])
+
+
+def test_torchvision_reference_training(tmp_path):
+    """What torchvision's reference script does to a detector: its data, its step, its evaluation's questions."""
+    root = write_shapes(tmp_path / "shapes", train=6, val=6, img_size=64).coco
+    data = CocoDetection(root / "train2017", root / "annotations" / "instances_train2017.json", transforms=None)
+    data = wrap_dataset_for_transforms_v2(data, target_keys=("boxes", "labels", "masks", "image_id", "iscrowd"))
+    augment = v2.Compose([v2.ToImage(), v2.RandomHorizontalFlip(1.0), v2.ToDtype(torch.float32, scale=True)])
+    samples = [augment(*data[index]) for index in range(len(data))]
+    loader = DataLoader(samples, batch_size=2, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
+    torch.manual_seed(0)
+    backbone = timm.create_model("itpn_nano_pyramid", levels="detection")
+    model = MaskDetector(backbone, 7, min_size=64, max_size=96, head_width=16, box_detections_per_img=8)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=2)
+    scaler = torch.amp.GradScaler("cpu")
+    model.train()
+    for images, targets in loader:
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = model(list(images), [dict(target) for target in targets])
+            loss = sum(losses.values())
+        assert loss.isfinite()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        warmup.step()
+    assert isinstance(model, MaskRCNN)  # by which it tells whether masks are to be judged
+    assert_trains(model.named_parameters())
+    with torch.inference_mode():
+        found = model.eval()(list(images))
+    for image, target, result in zip(images, targets, found, strict=True):
+        assert result["masks"].shape[1:] == (1, *image.shape[1:])
+        assert result["boxes"].shape[1:] == target["boxes"].shape[1:]
 
 
 @pytest.mark.parametrize("name", NAMES)
