@@ -26,11 +26,13 @@ def main() -> None:
     parser.add_argument("--height", type=int, default=800)
     parser.add_argument("--width", type=int, default=1333)
     parser.add_argument("--checkpointing", action="store_true", help="of activations")
+    parser.add_argument("--relative", action="store_true", help="positions, as CLIP supervision has them")
     parser.add_argument("--steps", type=int, default=2)
     options = parser.parse_args()
     _, config = read_recipe(options.recipe)
     assert isinstance(config, DetectionConfig)
     config.model.name, config.model.scratch = options.model or config.model.name, True
+    config.model.rel_pos_bias = options.relative
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, _ = build_recipe(config)
     assert isinstance(model, Detector)

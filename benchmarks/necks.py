@@ -1,4 +1,4 @@
-"""What it is worth that the neck is pre-trained: detection from three starts, all else equal.
+"""What it is worth that the neck is pre-trained: detection from several starts, all else equal.
 
 python -c "from itpn.data.shapes import write_shapes; write_shapes('SHAPES')"
 itpn train itpn-pixel_nano --data.root SHAPES/coco/train2017 SHAPES/imagefolder/train --data.img-size 96 --name shapes
@@ -21,8 +21,8 @@ from itpn.engine.detection import find_sets
 from itpn.engine.run import train
 from itpn.recipes import read_recipe
 
-# pre-trained backbone and pyramid; pre-trained backbone, fresh feature pyramid network; nothing
-ARMS = ("pyramid", "fpn", "scratch")
+# backbone and pyramid pre-trained; the backbone alone, with a fresh pyramid or feature pyramid network; nothing
+ARMS = ("pyramid", "fresh", "fpn", "scratch")
 FIGURES = ("val_box_ap", "val_box_ap50", "val_mask_ap")
 
 
@@ -58,7 +58,7 @@ def main() -> None:
                 config.optimizer.layer_decay = None  # which is for layers that know something
             else:
                 config.model.checkpoint = options.checkpoint
-                config.model.neck = "fpn" if arm == "fpn" else "pyramid"
+                config.model.neck = arm
             metrics = json.loads((train(config, "necks", sets) / "summary.json").read_text())["metrics"]
             rows.append({"arm": arm, "seed": seed, **{name: metrics[name] for name in FIGURES}})
             Console().print(rows[-1])

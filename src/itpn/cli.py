@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from itpn.config import HUB, Config, DetectionConfig, check_file, option_names
+from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_names
 from itpn.errors import ExportFailed, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
 
@@ -182,13 +182,18 @@ EVALUATION_OF = {
         *("--data.test-size", "--data.crop-pct", "--data.interpolation", "--data.mean", "--data.std"),
     ),
     "detection": ("--data.root", "--data.val-root", "--data.mistakes", "--data.img-size", "--data.max-size"),
+    "segmentation": (
+        *("--data.root", "--data.masks", "--data.val-root", "--data.val-masks", "--data.val-share", "--data.classes"),
+        *("--data.reduce-zero-label", "--data.no-reduce-zero-label", "--data.ignore", "--data.mistakes"),
+        *("--data.img-size", "--data.short-side", "--data.interpolation", "--data.mean", "--data.std"),
+    ),
 }
 
 
 def run_evaluate(recipe: str, options: list[str]) -> int:
     name, config = read_recipe(recipe)
     if isinstance(config, Config):
-        raise UserError(f"{recipe} is a recipe of pretraining: give one of a classifier or detector")
+        raise UserError(f"{recipe} is a recipe of pretraining: give one of a classifier, detector or segmenter")
     parser = _Parser(prog=f"itpn evaluate {recipe}", add_help=False)
     _add_evaluation_options(parser)
     if "--help" in options or "-h" in options:
@@ -214,6 +219,10 @@ def run_evaluate(recipe: str, options: list[str]) -> int:
         from itpn.engine.evaluate_objects import evaluate_objects
 
         evaluate_objects(config, name, own.checkpoint, out, given)
+    elif isinstance(config, SegmentationConfig):
+        from itpn.engine.evaluate_pixels import evaluate_pixels
+
+        evaluate_pixels(config, name, own.checkpoint, out, given)
     else:
         from itpn.engine.evaluate import evaluate
 

@@ -7,6 +7,7 @@ import runpy
 from pathlib import Path
 
 from itpn.config import (
+    CONFIGS,
     ClassificationConfig,
     ClassifierConfig,
     Config,
@@ -16,10 +17,14 @@ from itpn.config import (
     DetectorConfig,
     FineTuningConfig,
     LabelledDataConfig,
+    MasksConfig,
     ModelConfig,
     ObjectsConfig,
     OptimizerConfig,
     RunConfig,
+    SegmentationConfig,
+    SegmentationEvaluationConfig,
+    SegmenterConfig,
     TeacherConfig,
     TrainerConfig,
     read_yaml,
@@ -309,6 +314,66 @@ def nano_detection() -> DetectionConfig:
     return config
 
 
+def segmentation(model: str, img_size: int = 512) -> SegmentationConfig:
+    """UPerNet on ADE20K as published: 16 images a step on 8 GPUs, 160,000 steps (Tian et al. 2023, section 4.2).
+
+    The layer decay is per layer.
+    """
+    return SegmentationConfig(
+        model=SegmenterConfig(name=model, drop_path_rate=0.1, grad_checkpointing="large" in model),
+        data=MasksConfig(
+            root="data/ade20k",
+            reduce_zero_label=True,
+            img_size=img_size,
+            batch_size=2,
+            num_workers=4,
+            interpolation="bilinear",
+        ),
+        optimizer=FineTuningConfig(
+            lr=3e-5,
+            betas=(0.9, 0.999),
+            weight_decay=0.05,
+            warmup_steps=1500,
+            warmup_start=1e-6,
+            schedule="linear",
+            layer_decay=0.9,
+            layer_decay_over=None,
+        ),
+        # 160,000 steps of 16 are 127 epochs of 20,210 images
+        trainer=TrainerConfig(max_epochs=1000, max_steps=160_000, checkpoint_every_n_steps=1000, log_every_n_steps=50),
+        evaluation=SegmentationEvaluationConfig(every_n_epochs=13),
+    )
+
+
+def small_segmentation() -> SegmentationConfig:
+    """Masks of one's own on one machine: the network is the checkpoint's, and epochs scale."""
+    return SegmentationConfig(
+        model=SegmenterConfig(drop_path_rate=0.1),
+        data=MasksConfig(root="data/scenes", batch_size=4, num_workers=2, interpolation="bilinear", val_share=0.1),
+        optimizer=FineTuningConfig(
+            lr=2e-4,
+            betas=(0.9, 0.999),
+            warmup_epochs=5,
+            min_lr=1e-6,
+            clip_grad=1.0,
+            layer_decay=0.9,
+            layer_decay_over=None,
+        ),
+        trainer=TrainerConfig(max_epochs=0, checkpoint_every_n_steps=200),
+        evaluation=SegmentationEvaluationConfig(every_n_epochs=5),
+    )
+
+
+def nano_segmentation() -> SegmentationConfig:
+    """Small images, as of the generated sample set, on a laptop: narrow heads."""
+    config = small_segmentation()
+    config.model.head_width, config.model.drop_path_rate = 64, 0.0
+    config.data.img_size, config.data.batch_size, config.data.reduce_zero_label = 96, 8, True
+    config.data.scales = (0.75, 1.5)
+    config.optimizer.lr = 1e-3
+    return config
+
+
 def recipe_files() -> dict[str, Path]:
     """Recipe name to file, sorted by name."""
     installed = Path(__file__).parent / "configs"  # in a wheel; beside src/ in a checkout
@@ -349,9 +414,8 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
     except Exception as error:  # whatever a user's file may raise
         raise UserError(f"recipe file {path} does not run: {type(error).__name__}: {error}") from error
     if not isinstance(config, RunConfig):
-        raise UserError(
-            f"recipe file {path} must set `config` to a Config, ClassificationConfig or DetectionConfig of itpn.config"
-        )
+        kinds = ", ".join(kind.__name__ for kind in CONFIGS.values())
+        raise UserError(f"recipe file {path} must set `config` to one of {kinds} of itpn.config")
     return path.stem, config
 
 

@@ -274,7 +274,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, monkeypatch):
 
 
 def test_three_starts(settings, tmp_path):
-    """The pre-trained pyramid, a fresh feature pyramid network on the pre-trained backbone, and nothing."""
+    """The pre-trained pyramid; on the pre-trained backbone a fresh pyramid, and a feature pyramid network."""
     pretraining = Config(
         model=ModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
         data=DataConfig(img_size=64),
@@ -284,7 +284,7 @@ def test_three_starts(settings, tmp_path):
     found = itpn.checkpoints.files.read_checkpoint(tmp_path / "pretrained.safetensors")
     theirs = pretrained.state_dict()
     random = {}
-    for neck in ("pyramid", "fpn"):
+    for neck in ("pyramid", "fresh", "fpn"):
         config = settings()
         config.model.neck, config.model.scratch, config.model.checkpoint = neck, False, "set"
         settle(config, found)
@@ -293,7 +293,8 @@ def test_three_starts(settings, tmp_path):
         random[neck] = {n.partition(".")[0] for n, t in own.items() if n not in theirs or not torch.equal(t, theirs[n])}
         assert any("feature pyramid network" in note for note in notes) == (neck == "fpn")
         assert not any("has no pyramid" in note for note in notes)
-    assert random == {"pyramid": {"rpn", "roi_heads"}, "fpn": {"fpn", "rpn", "roi_heads"}}
+    heads = {"rpn", "roi_heads"}
+    assert random == {"pyramid": heads, "fresh": {"pyramid", *heads}, "fpn": {"fpn", *heads}}
 
 
 @pytest.mark.parametrize(("masks", "width"), [(False, 16), (True, 24)])

@@ -1,14 +1,11 @@
 """The detector: published maps inside it, its heads and losses, several processes, any image size."""
 
 import copy
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import compare_processes
 from public import read_golden, save_public
 from timm.optim import param_groups_layer_decay
 from torch import nn
@@ -19,8 +16,9 @@ from torchvision.ops import generalized_box_iou
 import itpn
 from itpn.data.objects import DetectionTransform
 from itpn.errors import UserError
-from itpn.models.detector import Detector, FPNBackbone, MaskDetector, SyncedBatchNorm2d
+from itpn.models.detector import Detector, FPNBackbone, MaskDetector
 from itpn.models.pyramid import PyramidBackbone
+from itpn.models.synced import SyncedBatchNorm2d
 
 # few boxes and narrow heads, to be quick
 LIGHT = {"head_width": 32, "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
@@ -331,23 +329,9 @@ def test_two_processes_are_one(tmp_path):
     """Of unlike images, one with objects many and one with few: gradients, and the statistics of batch norm."""
     model = make_detector()
     images, targets = make_targets([6, 1])
-    given = {"backbone": NANO, "options": LIGHT, "state": model.state_dict(), "images": images, "targets": targets}
-    torch.save(given, tmp_path / "given.pt")
-    script = Path(__file__).with_name("detector_gradient.py")
-    results = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        out = tmp_path / f"{len(results)}.pt"
-        command = [sys.executable, *launcher, script, tmp_path / "given.pt", out]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        results.append(torch.load(out, weights_only=True))
-    one, two = results
-    for name, gradient in one["gradients"].items():
-        assert (two["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm(), name
-    changed = 0
-    for name, buffer in one["buffers"].items():
-        assert torch.allclose(two["buffers"][name].float(), buffer.float(), rtol=1e-5, atol=1e-7), name
-        changed += name.endswith("running_mean")
-    assert changed == 4
+    options = {**LIGHT, "min_size": 64, "max_size": 64}
+    given = {"backbone": NANO, "options": options, "state": model.state_dict(), "images": images, "targets": targets}
+    assert compare_processes(given, tmp_path) == 4
 
 
 def test_what_cannot_be():

@@ -17,12 +17,18 @@ from itpn.models.hivit import HiViT
 from itpn.models.naming import read_depths
 from itpn.models.position import Grid, square
 from itpn.models.pyramid import FeaturePyramid, PyramidBackbone
+from itpn.models.segmenter import Segmenter
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
 from itpn.pretraining.decoder import AuxiliaryHead, Decoder
 from itpn.pretraining.model import MaskedImageModel, Objective
 
-Task = Literal["pretraining", "detection", "classification", "pyramid", "backbone"]
-TASKS: tuple[Task, ...] = ("pretraining", "detection", "classification", "pyramid", "backbone")
+Task = Literal["pretraining", "segmentation", "detection", "classification", "pyramid", "backbone"]
+TASKS: tuple[Task, ...] = ("pretraining", "segmentation", "detection", "classification", "pyramid", "backbone")
+# arguments of the networks that are heads on a backbone
+HEADS: dict[Task, tuple[str, ...]] = {
+    "detection": (*inspect.signature(Detector).parameters, "masks"),
+    "segmentation": tuple(inspect.signature(Segmenter).parameters),
+}
 # what a backbone computes with and no tensor shows
 UNSHOWN = ("num_heads", "norm_eps", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
 
@@ -39,6 +45,7 @@ class Architecture:
         objective: arguments of :class:`itpn.pretraining.model.Objective`.
         detector: arguments of :class:`itpn.models.detector.Detector`, and whether it has ``masks``; None where there is
             none. One with ``fpn_width`` has a feature pyramid network of so many channels in the pyramid's place.
+        segmenter: arguments of :class:`itpn.models.segmenter.Segmenter`; None where there is none.
         levels: the maps that a pyramid gives, see :class:`itpn.models.pyramid.PyramidBackbone`.
         guessed: what the tensors do not say.
     """
@@ -49,6 +56,7 @@ class Architecture:
     auxiliary: dict[str, Any] | None = None
     objective: dict[str, Any] = field(default_factory=dict)
     detector: dict[str, Any] | None = None
+    segmenter: dict[str, Any] | None = None
     levels: str = "pyramid"
     guessed: list[str] = field(default_factory=list)
 
@@ -62,6 +70,7 @@ class Architecture:
         """What can be built whole, the richest first."""
         whole = {
             "pretraining": self.decoder is not None,
+            "segmentation": self.segmenter is not None,
             "detection": self.detector is not None,
             "classification": bool(self.backbone.get("num_classes")),
             "pyramid": self.pyramid is not None,
@@ -182,7 +191,8 @@ def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_heads: int | No
         levels = arguments.get("levels", levels)
         backbone |= {name: arguments[name] for name in inspect.signature(HiViT).parameters if name in arguments}
         guessed = []
-    return Architecture(backbone, pyramid, decoder, auxiliary, objective, read_detector(tensors), levels, guessed)
+    detector, segmenter = read_detector(tensors), read_segmenter(tensors)
+    return Architecture(backbone, pyramid, decoder, auxiliary, objective, detector, segmenter, levels, guessed)
 
 
 def read_backbone(
@@ -257,6 +267,15 @@ def read_detector(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
     found["masks"] = "roi_heads.mask_predictor.mask_fcn_logits.weight" in tensors
     neck = tensors.get("fpn.layer_blocks.0.0.weight")
     return found if neck is None else found | {"fpn_width": len(neck)}
+
+
+def read_segmenter(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Arguments of :class:`itpn.models.segmenter.Segmenter`; None where there is none."""
+    predictor = tensors.get("classifier.weight")
+    if predictor is None or not any(name.startswith("upernet.") for name in tensors):
+        return None
+    auxiliary = any(name.startswith("aux_classifier.") for name in tensors)
+    return {"num_classes": len(predictor), "head_width": predictor.shape[1], "auxiliary": auxiliary}
 
 
 def _heads(tensors: Mapping[str, Tensor]) -> dict[str, int]:
@@ -336,6 +355,14 @@ def describe_detector(model: Detector) -> Architecture:
     return Architecture(trunk, read_pyramid(tensors), detector=detector, levels="detection")
 
 
+def describe_segmenter(model: Segmenter) -> Architecture:
+    """What builds a segmenter that is at hand."""
+    tensors = named_tensors(model)
+    trunk = describe_classifier(model.backbone.backbone).backbone
+    segmenter = {**(read_segmenter(tensors) or {}), "drop_rate": model.dropout.p}
+    return Architecture(trunk, read_pyramid(tensors), segmenter=segmenter, levels="segmentation")
+
+
 def complete(architecture: Architecture, task: Task) -> Architecture:
     """The network of a task with what the file lacks as published: what it would have to start fresh."""
     backbone, pyramid, decoder = architecture.backbone, architecture.pyramid, architecture.decoder
@@ -344,15 +371,28 @@ def complete(architecture: Architecture, task: Task) -> Architecture:
     detector = architecture.detector
     if task == "detection" and detector is None:
         detector = {"num_classes": 91}
+    segmenter = architecture.segmenter
+    if task == "segmentation" and segmenter is None:
+        segmenter = {"num_classes": 150}
     fpn = "fpn_width" in (detector or {})
-    if task in ("pretraining", "pyramid", "detection") and pyramid is None and not (task == "detection" and fpn):
+    if (
+        task in ("pretraining", "pyramid", "detection", "segmentation")
+        and pyramid is None
+        and not (task == "detection" and fpn)
+    ):
         pyramid = dict(PYRAMIDS.get(architecture.name or "", PUBLISHED_PYRAMID))
     objective = architecture.objective
     if task == "pretraining" and decoder is None:
         assert pyramid is not None
         decoder, objective = {"heads": {"pixel": 0}, "pyramid_width": pyramid["width"]}, {}
     return replace(
-        architecture, backbone=backbone, pyramid=pyramid, decoder=decoder, objective=objective, detector=detector
+        architecture,
+        backbone=backbone,
+        pyramid=pyramid,
+        decoder=decoder,
+        objective=objective,
+        detector=detector,
+        segmenter=segmenter,
     )
 
 
@@ -369,8 +409,9 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
     for name, value in overrides.items():
         if name in hints:
             check_type(tuple(value) if isinstance(value, list) else value, hints[name], name)
-    own = (*inspect.signature(Detector).parameters, "masks") if task == "detection" else ()
-    detector = {**(architecture.detector or {}), **{name: overrides.pop(name) for name in own if name in overrides}}
+    own = HEADS.get(task, ())
+    heads = {name: overrides.pop(name) for name in own if name in overrides}
+    heads = {**((architecture.segmenter if task == "segmentation" else architecture.detector) or {}), **heads}
     kwargs = {**architecture.backbone, **overrides}
     for size in ("img_size", "rel_pos_size"):
         if isinstance(kwargs.get(size), list):  # of JSON
@@ -384,7 +425,9 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
         if task == "pyramid":
             return _build_pyramid(architecture, {"levels": architecture.levels, **kwargs})
         if task == "detection":
-            return _build_detector(architecture, detector, kwargs)
+            return _build_detector(architecture, heads, kwargs)
+        if task == "segmentation":
+            return _build_segmenter(architecture, heads, kwargs)
         if task == "classification" and not classes:
             raise UserError(
                 "a classifier needs num_classes above 0; task='backbone' gives the network without one"
@@ -419,6 +462,17 @@ def _build_detector(architecture: Architecture, settings: dict[str, Any], kwargs
     )
     kind = MaskDetector if settings.pop("masks", True) else Detector
     return kind(backbone, **settings)  # type: ignore[arg-type]  # timm builds Modules
+
+
+def _build_segmenter(architecture: Architecture, settings: dict[str, Any], kwargs: dict[str, Any]) -> Segmenter:
+    if "num_classes" not in settings:
+        raise UserError(
+            "there is no segmenter to build: itpn.load with task='segmentation', num_classes=N and strict=False starts "
+            "a fresh one"
+        )
+    backbone = _build_pyramid(architecture, {**kwargs, "levels": "segmentation"})
+    assert isinstance(backbone, PyramidBackbone)
+    return Segmenter(backbone, **settings)
 
 
 def _make(kind: type[nn.Module], names: Mapping[str, str], kwargs: dict[str, Any]) -> nn.Module:

@@ -14,8 +14,11 @@ from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone, fit_tables
 from itpn.models.position import Grid
 
-# the layers of a detector that know its classes
-CLASS_PREDICTORS = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+# the layers of a detector and of a segmenter that know its classes
+CLASS_PREDICTORS = (
+    *("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits."),
+    *("classifier.", "aux_classifier.4."),
+)
 
 # parts of our networks by the beginning of their tensors' names, as a message names them; all or nothing each
 PARTS = {
@@ -32,8 +35,17 @@ PARTS = {
     "roi_heads.mask_": "mask head",
     "rpn.": "set of detection heads",
     "roi_heads.": "set of detection heads",
+    CLASS_PREDICTORS[2]: "predictor of pixels' classes",
+    CLASS_PREDICTORS[3]: "auxiliary predictor of pixels' classes",
+    "aux_classifier.": "auxiliary segmentation head",
+    "upernet.": "segmentation head",
 }
+# parts that are one to who starts from a file without any of them; the last names them all
 DETECTION = ("predictor of boxes and classes", "predictor of masks", "mask head", "set of detection heads")
+SEGMENTATION = (
+    *("predictor of pixels' classes", "auxiliary predictor of pixels' classes"),
+    *("auxiliary segmentation head", "segmentation head"),
+)
 PRETRAINING = ("decoder", "auxiliary head", "set of heads for pyramid levels", "mask token")
 
 
@@ -96,8 +108,9 @@ def fit(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], li
             continue
         tensors = {name: tensor for name, tensor in tensors.items() if name not in theirs}
 
-    if not any(find_part(name) in DETECTION for name in checkpoint.tensors):
-        findings = _join_heads(findings)
+    for parts in (DETECTION, SEGMENTATION):
+        if not any(find_part(name) in parts for name in checkpoint.tensors):
+            findings = _join_heads(findings, parts)
     findings += _describe_tables([name for name in changed if name in tensors], backbone)
     trunk = [name for name in {**own, **tensors} if find_part(name) is None]
     missing = [name for name in trunk if name not in tensors]
@@ -142,13 +155,13 @@ def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding
     return findings
 
 
-def _join_heads(findings: list[Finding]) -> list[Finding]:
-    """One finding for a detector whose heads are all missing."""
-    heads = [finding for finding in findings if finding.text in {f"has no {part}" for part in DETECTION}]
+def _join_heads(findings: list[Finding], parts: tuple[str, ...]) -> list[Finding]:
+    """One finding for a network whose heads are all missing."""
+    heads = [finding for finding in findings if finding.text in {f"has no {part}" for part in parts}]
     if not heads:
         return findings
     names = sorted(name for finding in heads for name in finding.names)
-    return [f for f in findings if f not in heads] + [Finding("random", names, f"has no {DETECTION[-1]}")]
+    return [f for f in findings if f not in heads] + [Finding("random", names, f"has no {parts[-1]}")]
 
 
 def _describe_tables(changed: list[str], backbone: HiViT) -> list[Finding]:

@@ -19,6 +19,7 @@ from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT
 from itpn.models.naming import Layout, detect_layout, to_ours
 from itpn.models.position import Grid
+from itpn.models.segmenter import Segmenter
 from itpn.pretraining.foreign import check_hub, one_line, read_state, unwrap
 from itpn.pretraining.model import MaskedImageModel
 
@@ -165,7 +166,7 @@ def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, An
     try:
         parts: dict[str, Any] = {
             name: json.loads(stored[name])
-            for name in ("config", "settings", "architecture", "preprocessing", "classes")
+            for name in ("config", "settings", "architecture", "preprocessing", "classes", "colours")
             if name in stored
         }
     except ValueError as error:
@@ -217,7 +218,7 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     state = model.state_dict()
     if isinstance(model, HiViT):
         return {f"backbone.{name}": tensor for name, tensor in state.items()}
-    if isinstance(model, Detector):  # which has both as its backbone
+    if isinstance(model, Detector | Segmenter):  # which have both as their backbone
         return {name.removeprefix("backbone."): tensor for name, tensor in state.items()}
     return state
 

@@ -12,10 +12,19 @@ from itpn.checkpoints.architecture import Architecture, build, complete, find_va
 from itpn.checkpoints.diagnosis import CLASS_PREDICTORS, fit
 from itpn.checkpoints.files import Checkpoint, named_tensors
 from itpn.checkpoints.loading import check_sound
-from itpn.config import ClassificationConfig, ClassifierConfig, DetectionConfig, image_size
+from itpn.config import (
+    ClassificationConfig,
+    ClassifierConfig,
+    DetectionConfig,
+    FineTuningRun,
+    NetworkConfig,
+    SegmentationConfig,
+    image_size,
+)
 from itpn.errors import UserError
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT
+from itpn.models.segmenter import Segmenter
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
 
 CROP_PCT = 0.875  # of ImageNet since the first networks
@@ -25,7 +34,7 @@ NO_NETWORK = (
 )
 
 
-def settle(config: ClassificationConfig | DetectionConfig, found: Checkpoint | None) -> None:
+def settle(config: FineTuningRun, found: Checkpoint | None) -> None:
     """Fill in what the settings leave to the checkpoint, in place: network, sizes, mean and deviation.
 
     Raises:
@@ -67,15 +76,15 @@ def settle(config: ClassificationConfig | DetectionConfig, found: Checkpoint | N
 
 
 def build_recipe(
-    config: ClassificationConfig | DetectionConfig, num_classes: int | None = None, found: Checkpoint | None = None
-) -> tuple[HiViT | Detector, list[str]]:
+    config: FineTuningRun, num_classes: int | None = None, found: Checkpoint | None = None
+) -> tuple[HiViT | Detector | Segmenter, list[str]]:
     """The network of a recipe, which stays as it is, with classes that have no names but those of the checkpoint.
 
     Args:
-        num_classes: None for ImageNet's 1000 or COCO's 80.
+        num_classes: None for ImageNet's 1000, COCO's 80 or ADE20K's 150.
 
     Returns:
-        As of :func:`make_classifier` and :func:`make_detector`.
+        As of :func:`make_classifier`, :func:`make_detector` and :func:`make_segmenter`.
 
     Raises:
         UserError: the recipe takes its network from a checkpoint and there is none, or the weights do not fit.
@@ -84,6 +93,8 @@ def build_recipe(
         raise UserError(NO_NETWORK)
     config = copy.deepcopy(config)
     settle(config, found)
+    if isinstance(config, SegmentationConfig):
+        return make_segmenter(config, name_classes(found, num_classes or 150), found)
     if isinstance(config, DetectionConfig):
         return make_detector(config, name_classes(found, num_classes or 80), config.model.masks is not False, found)
     return make_classifier(config, name_classes(found, num_classes or 1000), found)
@@ -221,14 +232,7 @@ def make_detector(
         "rpn_post_nms_top_n_test": max(1, model.proposals // 2),
         "box_batch_size_per_image": model.samples,
     }
-    if found is None:
-        assert model.name is not None
-        assert model.patch_size is not None
-        side = max(1, round(data.img_size / model.patch_size)) * model.patch_size
-        own = {**BACKBONES[model.name], "img_size": side, "patch_size": model.patch_size}
-        architecture = Architecture({**own, "init_values": model.init_values})
-    else:
-        architecture = read_architecture(found, model.num_heads)
+    architecture = _find_architecture(config, found)
     theirs = architecture.detector
     notes = []
     if found is not None and theirs is not None and theirs["head_width"] != model.head_width:
@@ -237,15 +241,70 @@ def make_detector(
     width = (architecture.pyramid or PYRAMIDS.get(model.name or "", PUBLISHED_PYRAMID))["width"]
     detector |= {"fpn_width": (theirs or {}).get("fpn_width", width)} if model.neck == "fpn" else {}
     whole = complete(dataclasses.replace(architecture, detector=detector), "detection")
-    options = {"pos_embed": model.pos_embed, "drop_path_rate": model.drop_path_rate}
-    if model.rel_pos_bias is not None:
-        options["rel_pos_bias"] = model.rel_pos_bias
-    network = build(whole, "detection", **options)
+    network = build(whole, "detection", **_options(model))
     assert isinstance(network, Detector)
     if found is None:
         return network, []
     kept, replaced = replace_names(found, classes, None if theirs is None else theirs["num_classes"] - 1)
-    unwanted = (*(() if kept else CLASS_PREDICTORS), "pyramid." if model.neck == "fpn" else "fpn.")
+    unwanted = (*(() if kept else CLASS_PREDICTORS), "fpn." if model.neck == "pyramid" else "pyramid.")
     tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(unwanted)}
     fresh_tables = bool(model.rel_pos_bias and not architecture.backbone["rel_pos_bias"])
     return network, notes + replaced + start_from(network, found, tensors, fresh_tables)
+
+
+def make_segmenter(
+    config: SegmentationConfig, classes: tuple[str, ...], found: Checkpoint | None
+) -> tuple[Segmenter, list[str]]:
+    """Build a segmenter, with a checkpoint's weights where there is one.
+
+    Args:
+        config: as :func:`settle` leaves it.
+
+    Returns:
+        The network, and what is not as in the checkpoint, a sentence each.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    model = config.model
+    architecture = _find_architecture(config, found)
+    theirs = architecture.segmenter
+    segmenter: dict[str, Any] = {
+        "num_classes": len(classes),
+        "head_width": model.head_width,
+        "auxiliary": model.auxiliary_weight > 0,
+        "drop_rate": model.head_drop_rate,
+    }
+    notes = []
+    if found is not None and theirs is not None and theirs["head_width"] != model.head_width:
+        segmenter["head_width"] = theirs["head_width"]
+        if model.head_width is not None:
+            notes.append(f"the head is of {theirs['head_width']} channels, as in {found.source}")
+    whole = complete(dataclasses.replace(architecture, segmenter=segmenter), "segmentation")
+    network = build(whole, "segmentation", **_options(model))
+    assert isinstance(network, Segmenter)
+    if found is None:
+        return network, []
+    kept, replaced = replace_names(found, classes, None if theirs is None else theirs["num_classes"])
+    unwanted = (*(() if kept else CLASS_PREDICTORS), *(("pyramid.",) if model.neck == "fresh" else ()))
+    tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(unwanted)}
+    fresh_tables = bool(model.rel_pos_bias and not architecture.backbone["rel_pos_bias"])
+    return network, notes + replaced + start_from(network, found, tensors, fresh_tables)
+
+
+def _find_architecture(config: DetectionConfig | SegmentationConfig, found: Checkpoint | None) -> Architecture:
+    """The checkpoint's, or that of the model that the settings name, for images of their size."""
+    model = config.model
+    if found is not None:
+        return read_architecture(found, model.num_heads)
+    assert model.name is not None
+    assert model.patch_size is not None
+    side = max(1, round(config.data.img_size / model.patch_size)) * model.patch_size
+    own = {**BACKBONES[model.name], "img_size": side, "patch_size": model.patch_size}
+    return Architecture({**own, "init_values": model.init_values})
+
+
+def _options(model: NetworkConfig) -> dict[str, Any]:
+    """Arguments of a backbone that settings ask for."""
+    options: dict[str, Any] = {"pos_embed": model.pos_embed, "drop_path_rate": model.drop_path_rate}
+    return options | ({} if model.rel_pos_bias is None else {"rel_pos_bias": model.rel_pos_bias})

@@ -40,7 +40,9 @@ def load(
         checkpoint: a file, or ``hf-hub:OWNER/NAME``.
         task: ``"pretraining"`` gives a :class:`~itpn.pretraining.model.MaskedImageModel`, ``"classification"`` a
             :class:`~itpn.models.hivit.HiViT` with its classifier, ``"backbone"`` one without, ``"pyramid"`` a
-            :class:`~itpn.models.pyramid.PyramidBackbone` for detection and segmentation. By default the first of
+            :class:`~itpn.models.pyramid.PyramidBackbone` for detection and segmentation, ``"detection"`` a
+            :class:`~itpn.models.detector.Detector`, ``"segmentation"`` a
+            :class:`~itpn.models.segmenter.Segmenter`. By default the first of
             these that the file has everything for.
         strict: refuse a network of which a part would stay random, or a file of which a part would be lost; otherwise
             these are warnings.

@@ -20,8 +20,16 @@ LAYOUTS = {
     "mmpretrain": "mmpretrain",
 }
 # what names things, and the recipe that trains one
-PREDICTORS = {"classification": "backbone.head", "detection": "roi_heads.box_predictor.cls_score"}
-SMALL = {"classification": "classifier_small", "detection": "detector_small"}
+PREDICTORS = {
+    "classification": "backbone.head",
+    "detection": "roi_heads.box_predictor.cls_score",
+    "segmentation": "classifier",
+}
+SMALL = {
+    "classification": "classifier_small",
+    "detection": "detector_small",
+    "segmentation": "segmenter_small",
+}
 
 
 @dataclass
@@ -87,10 +95,11 @@ class Report:
             self.architecture.pyramid,
             self.architecture.decoder,
         )
-        detector = self.architecture.detector or {}
+        detector, segmenter = self.architecture.detector or {}, self.architecture.segmenter or {}
         family = "Fast-iTPN" if backbone["swiglu"] else "HiViT" if pyramid is None else "iTPN"
         made_for = {
             "pretraining": f"pre-trained to predict {' and '.join(decoder['heads'] if decoder else ())}",
+            "segmentation": f"a segmenter of {segmenter.get('num_classes')} classes of pixels",
             "detection": f"a detector of {detector.get('num_classes', 0) - 1} kinds of objects",
             "classification": f"a classifier of {backbone.get('num_classes')} classes",
             "pyramid": "backbone and pyramid of a detector or segmenter",

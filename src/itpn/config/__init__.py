@@ -10,7 +10,7 @@ from itpn.config.classification import (
     LabelledDataConfig,
 )
 from itpn.config.detection import DetectionConfig, DetectionEvaluationConfig, DetectorConfig, ObjectsConfig
-from itpn.config.files import CONFIGS, RunConfig, from_dict, read_yaml, write_yaml
+from itpn.config.files import CONFIGS, FineTuningRun, RunConfig, from_dict, read_yaml, write_yaml
 from itpn.config.finetuning import FineTuningConfig, NetworkConfig
 from itpn.config.pretraining import (
     Config,
@@ -20,6 +20,12 @@ from itpn.config.pretraining import (
     TeacherConfig,
     check_model,
     override_model,
+)
+from itpn.config.segmentation import (
+    MasksConfig,
+    SegmentationConfig,
+    SegmentationEvaluationConfig,
+    SegmenterConfig,
 )
 from itpn.config.training import (
     HUB,
@@ -47,14 +53,19 @@ __all__ = [
     "DetectorConfig",
     "EvaluationConfig",
     "FineTuningConfig",
+    "FineTuningRun",
     "ImagesConfig",
     "LabelledDataConfig",
+    "MasksConfig",
     "ModelConfig",
     "NetworkConfig",
     "ObjectsConfig",
     "OptimizerConfig",
     "ProbeConfig",
     "RunConfig",
+    "SegmentationConfig",
+    "SegmentationEvaluationConfig",
+    "SegmenterConfig",
     "TeacherConfig",
     "TrainerConfig",
     "check_file",

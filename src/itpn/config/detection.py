@@ -20,8 +20,9 @@ from itpn.errors import UserError
 class DetectorConfig(NetworkConfig):
     """The network: torchvision's Mask R-CNN on the pre-trained pyramid."""
 
-    neck: Literal["pyramid", "fpn"] = "pyramid"
-    """The pre-trained pyramid, or a feature pyramid network that starts from nothing, for backbones without one."""
+    neck: Literal["pyramid", "fresh", "fpn"] = "pyramid"
+    """The pre-trained pyramid; one that starts from nothing, to compare with; or a feature pyramid network that does,
+    for backbones without one."""
     masks: bool | None = None
     """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where the annotations have them."""
     head_width: int = 256

@@ -10,11 +10,15 @@ import yaml
 from itpn.config.classification import ClassificationConfig
 from itpn.config.detection import DetectionConfig
 from itpn.config.pretraining import Config
+from itpn.config.segmentation import SegmentationConfig
 from itpn.config.training import to_dict
 from itpn.errors import UserError
 
-RunConfig = Config | ClassificationConfig | DetectionConfig
-CONFIGS: dict[str, type[RunConfig]] = {cls.task: cls for cls in (Config, ClassificationConfig, DetectionConfig)}
+FineTuningRun = ClassificationConfig | DetectionConfig | SegmentationConfig
+RunConfig = Config | FineTuningRun
+CONFIGS: dict[str, type[RunConfig]] = {
+    cls.task: cls for cls in (Config, ClassificationConfig, DetectionConfig, SegmentationConfig)
+}
 
 
 def from_dict(settings: dict[str, Any], cls: Any = Config) -> Any:

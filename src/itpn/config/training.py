@@ -44,7 +44,7 @@ class CropsConfig(ImagesConfig):
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its schedule: linear warm-up, then a cosine or steps."""
+    """AdamW and its schedule: linear warm-up, then a cosine, a line or steps."""
 
     base_lr: float = 1.5e-4
     """Learning rate for a global batch of 256 images; the true one scales with the global batch."""
@@ -62,12 +62,13 @@ class OptimizerConfig:
     """Steps of linear warm-up; overrides --optimizer.warmup-epochs."""
     warmup_start: float = 1e-4
     """Share of the peak learning rate at the first step."""
-    schedule: Literal["cosine", "step"] = "cosine"
-    """After the warm-up: half a cosine down to --optimizer.min-lr, or a tenth at each of --optimizer.milestones."""
+    schedule: Literal["cosine", "linear", "step"] = "cosine"
+    """After the warm-up: half a cosine or a line down to --optimizer.min-lr, or a tenth at each of
+    --optimizer.milestones."""
     milestones: tuple[float, ...] = (9 / 12, 11 / 12)
     """Shares of the run after which the step schedule lowers the learning rate to a tenth."""
     min_lr: float = 0.0
-    """Learning rate at the end of the cosine."""
+    """Learning rate at the end of the cosine or the line."""
     clip_grad: float | None = None
     """Largest norm of the gradient; None does not clip."""
 

@@ -91,17 +91,7 @@ def read_objects(
         )
     coco, path_of, source = parts
     images = check(coco, path_of, source, found)
-    if found.counts:
-        lines = found.lines()
-        if mistakes == "error":
-            raise UserError(f"{source}: {'; '.join(lines)}; --data.mistakes skip leaves these out")
-        if mistakes == "summary":
-            tell(f"{source}: left out, or put right, are")
-            for line in lines:
-                tell(f"  {line}")
-        else:
-            count = sum(found.counts.values())
-            tell(f"{source}: {count:,} mistake{'s' * (count != 1)} left out (--data.mistakes summary shows which)")
+    found.report(source, mistakes, tell)
     if not len(images):
         raise UserError(f"{source} has no images" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
     if split == "train" and not len(images.with_objects()):

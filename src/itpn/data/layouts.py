@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import yaml
@@ -46,6 +46,25 @@ class Mistakes:
             f"{kind}: {count:,} ({', '.join(self.examples[kind])}{', ...' if count > len(self.examples[kind]) else ''})"
             for kind, count in self.counts.most_common()
         ]
+
+    def report(self, source: str, what_to_do: Literal["summary", "skip", "error"], tell: Callable[[str], None]) -> None:
+        """Tell what was found in ``source``, a line at a time, if anything was.
+
+        Raises:
+            UserError: mistakes are errors.
+        """
+        if not self.counts:
+            return
+        lines = self.lines()
+        if what_to_do == "error":
+            raise UserError(f"{source}: {'; '.join(lines)}; --data.mistakes skip leaves these out")
+        if what_to_do == "summary":
+            tell(f"{source}: left out, or put right, are")
+            for line in lines:
+                tell(f"  {line}")
+        else:
+            count = sum(self.counts.values())
+            tell(f"{source}: {count:,} mistake{'s' * (count != 1)} left out (--data.mistakes summary shows which)")
 
 
 def read_coco(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
@@ -224,16 +243,21 @@ def _images_below(folder: Path, mistakes: Mistakes, stems: set[str] | None = Non
         if stems is not None and Path(name).stem not in stems:
             continue
         try:
-            with Image.open(name) as image:
-                width, height = image.size
-                if image.getexif().get(0x0112, 1) in (5, 6, 7, 8):  # is shown on its side
-                    width, height = height, width
+            size = read_size(name)
         except Exception as error:  # whatever Pillow meets
             mistakes.add(
                 "images that cannot be read", f"{name}: {str(error).splitlines()[0] if str(error) else error!r}"
             )
             continue
-        yield Path(name), (height, width)
+        yield Path(name), size
+
+
+def read_size(path: str) -> Size:
+    """Height and width of an image as it is shown, from its header; whatever Pillow raises if it is none."""
+    with Image.open(path) as image:
+        width, height = image.size
+        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (width, height) if sideways else (height, width)
 
 
 def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mistakes: Mistakes) -> None:

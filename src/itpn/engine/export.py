@@ -29,6 +29,7 @@ from itpn.errors import ExportFailed, UserError
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
+from itpn.models.segmenter import Segmenter
 
 Size = tuple[int, int]  # height, width in pixels
 Run = Callable[[Tensor], list[Tensor]]  # images to all outputs, in order
@@ -53,11 +54,13 @@ class Exported:
 class NamedOutputs(nn.Module):
     """A network with the outputs of its file: ``logits``, or maps ``stage_1``... or ``level_1``..., finest first."""
 
-    def __init__(self, model: HiViT | PyramidBackbone) -> None:
+    def __init__(self, model: HiViT | PyramidBackbone | Segmenter) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
+        if isinstance(self.model, Segmenter):
+            return {"logits": self.model(images)["out"]}
         if isinstance(self.model, PyramidBackbone):
             name, maps = "level", self.model.forward_maps(images)
         elif not self.model.num_classes:
@@ -102,11 +105,13 @@ def export_checkpoint(
     if task is None:
         task = next(task for task in read_architecture(found).tasks if task != "pretraining")
     model, notes = load_found(found, task, **overrides)
-    assert isinstance(model, HiViT | PyramidBackbone | Detector)
+    assert isinstance(model, HiViT | PyramidBackbone | Detector | Segmenter)
     for note in notes:
         print_aside(note)
     backbone = find_backbone(model)
     own = backbone.image_shape[1:]
+    if isinstance(model, Segmenter):  # that of the crops that it was trained on
+        own = tuple(found.preprocessing.get("size", own))
     metadata = {"source": Path(checkpoint).name, "task": str(task)}
     metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
     if isinstance(model, Detector):
@@ -124,7 +129,8 @@ def export_model(
     """Write a network to a file, and compare what the file computes with PyTorch.
 
     Args:
-        model: a :class:`HiViT`, with or without classifier, or a :class:`PyramidBackbone`; set to eval mode.
+        model: a :class:`HiViT`, with or without classifier, a :class:`PyramidBackbone` or a :class:`Segmenter`; set to
+            eval mode.
         out: ``.onnx`` or ``.pt2``; not there unless all is well.
         size: of the images [B, in_chans, height, width]; the batch size is open.
         dynamic_size: leave height and width open too, as multiples of the patch size.
@@ -135,8 +141,12 @@ def export_model(
         ExportFailed: the file computes something else than PyTorch.
     """
     check_out(out)
-    if not isinstance(model, HiViT | PyramidBackbone):
-        raise UserError(f"only backbones, pyramids and classifiers can be exported, not {type(model).__name__}")
+    if not isinstance(model, HiViT | PyramidBackbone | Segmenter):
+        raise UserError(
+            f"only backbones, pyramids, classifiers and segmenters can be exported, not {type(model).__name__}"
+        )
+    if dynamic_size and isinstance(model, Segmenter):
+        raise UserError("a segmenter is exported for images of one size, whose maps it pools: leave out --dynamic-size")
     backbone = find_backbone(model)
     if dynamic_size and (backbone.migrate_ratio or backbone.gather_window):
         raise UserError("token migration and gathering count tokens and windows beforehand: export a fixed size")

@@ -9,7 +9,7 @@ from torch import nn
 
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.finetuning import settle
-from itpn.config import ClassificationConfig, DetectionConfig
+from itpn.config import FineTuningRun
 from itpn.seeding import derive_seed
 
 STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its images: so many steps, within these epochs
@@ -17,7 +17,7 @@ STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its image
 Network = TypeVar("Network", bound=nn.Module)
 
 
-def read_start(config: ClassificationConfig | DetectionConfig) -> Checkpoint | None:
+def read_start(config: FineTuningRun) -> Checkpoint | None:
     """The checkpoint that a run starts from, if any; what the settings leave to it is filled in."""
     path = config.model.checkpoint
     found = None if path is None else read_checkpoint(path)
@@ -26,7 +26,7 @@ def read_start(config: ClassificationConfig | DetectionConfig) -> Checkpoint | N
 
 
 def start_network(
-    config: ClassificationConfig | DetectionConfig,
+    config: FineTuningRun,
     found: Checkpoint | None,
     make: Callable[[], tuple[Network, list[str]]],
 ) -> tuple[Network, list[str]]:
@@ -40,7 +40,7 @@ def start_network(
     return model, notes if found is None else [f"starting from the weights of {found.source}", *notes]
 
 
-def scale_epochs(config: ClassificationConfig | DetectionConfig, images: int, processes: int = 1) -> None:
+def scale_epochs(config: FineTuningRun, images: int, processes: int = 1) -> None:
     """Settle how long a run takes whose settings leave it to the number of images, in place."""
     if not config.trainer.max_epochs:
         batch = config.data.batch_size * processes * config.trainer.accumulate_grad_batches

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.finetuning import build_recipe
-from itpn.config import ClassificationConfig, Config, DetectionConfig, ModelConfig, RunConfig, image_size
+from itpn.config import Config, ModelConfig, RunConfig, image_size
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT
+from itpn.models.segmenter import Segmenter
 from itpn.models.variants import WITH_PYRAMID
 from itpn.pretraining.average import MovingAverageTeacher
 from itpn.pretraining.build import build_masked_model
@@ -49,10 +50,10 @@ def print_info(name: str, config: RunConfig | None, checkpoint: str | None = Non
         size, model = (224, 224), None
         if base in WITH_PYRAMID:
             model = build_masked_model(ModelConfig(name=base), size)
-    elif isinstance(config, ClassificationConfig | DetectionConfig):
+    elif not isinstance(config, Config):
         built = build_recipe(config, found=found)[0]
-        if isinstance(built, Detector):
-            print_detector(name, built)
+        if isinstance(built, Detector | Segmenter):
+            print_headed(name, built, config)
             return
         backbone, model, base = built, None, name
         size = (backbone.image_shape[1], backbone.image_shape[2])
@@ -92,15 +93,19 @@ def print_info(name: str, config: RunConfig | None, checkpoint: str | None = Non
     Console().print(table)
 
 
-def print_detector(name: str, model: Detector) -> None:
-    """Print parameters, FLOPs and shapes of a detector."""
+def print_headed(name: str, model: Detector | Segmenter, config: RunConfig) -> None:
+    """Print parameters, FLOPs and shapes of a detector or segmenter."""
     whole, trunk = count_parameters(model), count_parameters(model.backbone.backbone)
     neck = count_parameters(model.backbone) - trunk
-    # as torchvision pads an image whose sides are 3:5
-    step = model.transform.size_divisible
-    sides = [-(-side // step) * step for side in (model.transform.min_size[-1], model.transform.max_size)]
+    if isinstance(model, Detector):
+        # as torchvision pads an image whose sides are 3:5
+        step, classes = model.transform.size_divisible, model.num_classes - 1
+        sides = [-(-side // step) * step for side in (model.transform.min_size[-1], model.transform.max_size)]
+    else:
+        step, classes = model.backbone.backbone.patch_size, model.num_classes
+        sides = [-(-side // step) * step for side in image_size(config.data)]
     table = Table(title=name, show_header=False, title_justify="left")
-    heads = f"pyramid {neck:.2f}, heads for {model.num_classes - 1} classes {whole - trunk - neck:.2f}"
+    heads = f"pyramid {neck:.2f}, heads for {classes} classes {whole - trunk - neck:.2f}"
     table.add_row("parameters", f"{whole:.2f} M: backbone {trunk:.2f}, {heads}")
     backbone = model.backbone.eval().to("meta")
     images = torch.zeros(1, 3, *sides, device="meta")

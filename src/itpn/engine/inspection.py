@@ -10,6 +10,7 @@ from itpn.checkpoints.report import inspect
 PURPOSES = {
     "pretraining": "going on with pre-training",
     "classification": "classification",
+    "segmentation": "classes of pixels",
     "detection": "boxes and masks",
     "pyramid": "detection, segmentation",
     "backbone": "features",

@@ -4,7 +4,9 @@ import colorsys
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -186,6 +188,61 @@ def draw_objects(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]
         draw.rectangle((x, y, x + across, y + down), fill=colour)
         draw.text((x + 3 - left, y + 3 - top), text, fill="black" if sum(colour) > 380 else "white", font=font)
     return picture
+
+
+def draw_labels(
+    image: Tensor, labels: Tensor, classes: Sequence[str], colours: Sequence[tuple[int, int, int]] | None = None
+) -> Image.Image:
+    """An image under the colours of its pixels' classes, with a legend of those that it has, the largest first.
+
+    Args:
+        image: uint8 [3, H, W].
+        labels: uint8 [H, W], numbers of classes; others are left uncoloured.
+        colours: of the classes; None for colours that are unlike one another.
+    """
+    colours = colours or [name_colour(number) for number in range(1, len(classes) + 1)]
+    scale = max(1, 320 // max(image.shape[-2:]))  # small images are shown larger
+    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+        (scale * image.shape[-1], scale * image.shape[-2]), Image.Resampling.NEAREST
+    )
+    palette = np.zeros((256, 3), np.uint8)
+    palette[: len(classes)] = colours
+    known = np.kron((labels < len(classes)).numpy(), np.ones((scale, scale), bool))
+    painted = np.kron(labels.numpy(), np.ones((scale, scale), np.uint8))
+    pixels = np.asarray(picture)
+    mixed = np.where(known[..., None], (0.4 * pixels + 0.6 * palette[painted]).round(), pixels).astype(np.uint8)
+    counts = labels.flatten().long().bincount(minlength=len(classes))[: len(classes)]
+    present = [number for number in counts.argsort(descending=True).tolist() if counts[number]]
+    font = ImageFont.load_default(size=max(11, max(picture.size) // 50))
+    return add_legend(Image.fromarray(mixed), [(classes[n], colours[n]) for n in present], font)
+
+
+def save_labels(labels: Tensor, classes: int, colours: Sequence[tuple[int, int, int]] | None, path: Path) -> None:
+    """Write classes of pixels, uint8 [H, W], as a PNG of their numbers that shows their colours."""
+    palette = colours or [name_colour(number) for number in range(1, classes + 1)]
+    picture = Image.fromarray(labels.numpy(), mode="P")
+    picture.putpalette([value for colour in palette for value in colour])
+    picture.save(path)
+
+
+def add_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]], font: Any) -> Image.Image:
+    """Names beside their colours, in rows below a picture."""
+    side = font.getbbox("Ag")[3] + 2
+    widths = [side + 6 + round(font.getlength(name)) + 14 for name, _ in entries]
+    places, x, row = [], 6, 0
+    for width in widths:
+        if x > 6 and x + width > picture.width:
+            x, row = 6, row + 1
+        places.append((x, row))
+        x += width
+    board = Image.new("RGB", (picture.width, picture.height + (row + 1) * (side + 6) + 4), "white")
+    board.paste(picture)
+    draw = ImageDraw.Draw(board)
+    for (name, colour), (x, row) in zip(entries, places, strict=True):
+        y = picture.height + 4 + row * (side + 6)
+        draw.rectangle((x, y, x + side, y + side), fill=colour, outline="black")
+        draw.text((x + side + 6, y), name, fill="black", font=font)
+    return board
 
 
 def name_colour(label: int) -> tuple[int, int, int]:

@@ -18,18 +18,28 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_whole
 from itpn.checkpoints.loading import check_sound, load_found
-from itpn.config import Config, DataConfig, image_size
+from itpn.config import Config, DataConfig, SegmentationConfig, image_size
 from itpn.data.augment import EvaluationTransform
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
 from itpn.engine.coco import to_results
 from itpn.engine.console import print_aside
+from itpn.engine.evaluate_pixels import take_over
 from itpn.engine.folder import make_folder
-from itpn.engine.pictures import draw_objects, draw_predictions, draw_titles, read_whole_images
+from itpn.engine.pictures import (
+    draw_labels,
+    draw_objects,
+    draw_predictions,
+    draw_titles,
+    read_whole_images,
+    save_labels,
+)
+from itpn.engine.segmentation import make_segmentation
 from itpn.errors import UserError
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
+from itpn.models.segmenter import Segmenter
 from itpn.pretraining.model import MaskedImageModel
 from itpn.tasks.detection import detect
 from itpn.tasks.pretrain import PretrainingTask
@@ -76,9 +86,12 @@ def predict(
     if features is not None:
         write_features(model, normalize, batches, features)
         return
-    if not isinstance(model, MaskedImageModel | Detector) and not (isinstance(model, HiViT) and model.num_classes):
+    if not isinstance(model, MaskedImageModel | Detector | Segmenter) and not (
+        isinstance(model, HiViT) and model.num_classes
+    ):
         raise UserError(
-            f"checkpoint {checkpoint} has neither decoder, classifier nor detector: it gives --features FILE only"
+            f"checkpoint {checkpoint} has neither decoder, classifier, detector nor segmenter: it gives --features "
+            "FILE only"
         )
     make_folder(out)
     if isinstance(model, MaskedImageModel):
@@ -89,6 +102,9 @@ def predict(
         names = found.metadata.get("classes") or [str(number) for number in range(1, model.num_classes)]
         whole = read_images(source, (0, 0), config.data.max_pixels, lambda image: image)
         predict_objects(model, whole, names, out, min_score)
+    elif isinstance(model, Segmenter):
+        whole = read_images(source, (0, 0), config.data.max_pixels, lambda image: image)
+        predict_scenes(model, found, whole, out)
     else:
         predict_classes(model, normalize, batches, found.metadata.get("classes"), out)
 
@@ -221,6 +237,48 @@ def predict_objects(
     Console().print(f"{out}/0000-*.png ...\n{out}/predictions.csv, predictions.json", highlight=False, soft_wrap=True)
 
 
+def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[str, Tensor]], out: Path) -> None:
+    """A picture of each image under its classes, and the classes as a PNG of numbers with a palette.
+
+    ``predictions.csv`` and ``.json`` say how much of each image is of which class.
+    """
+    config = SegmentationConfig()
+    take_over(config, found)
+    assert config.data.mean is not None
+    assert config.data.std is not None
+    segment, normalize = make_segmentation(config), Normalize(3, config.data.mean, config.data.std)
+    names = found.metadata.get("classes") or [str(number) for number in range(model.num_classes)]
+    colours = [tuple(colour) for colour in found.metadata.get("colours") or ()] or None
+    answers: list[dict[str, Any]] = []
+    table = Table("image", "classes, the largest first", box=None, pad_edge=False, header_style="bold")
+    for number, (name, image) in enumerate(images):
+        labels = segment(model, normalize, image)
+        stem = f"{number:04d}-{Path(name).stem}"
+        draw_labels(image, labels, names, colours).save(out / f"{stem}.png")
+        save_labels(labels, len(names), colours, out / f"{stem}-labels.png")
+        shares = (labels.flatten().bincount(minlength=len(names)) / labels.numel()).tolist()
+        order = sorted(range(len(names)), key=lambda row: -shares[row])
+        own = {names[row]: shares[row] for row in order if shares[row]}
+        answers.append({"image": name, "size": list(image.shape[-2:]), "labels": f"{stem}-labels.png", "shares": own})
+        if table.row_count < ROWS:
+            some = ", ".join(f"{one} {share:.0%}" for one, share in list(own.items())[:5])
+            table.add_row(*map(Text, (Path(name).name, some)))
+    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n")
+    with (out / "predictions.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "labels", *names])
+        for answer in answers:
+            writer.writerow([answer["image"], answer["labels"], *(answer["shares"].get(name, 0.0) for name in names)])
+    Console().print(table, highlight=False)
+    if len(answers) > ROWS:
+        Console().print(f"and {len(answers) - ROWS} more images in the files", highlight=False)
+    Console().print(
+        f"{out}/0000-*.png, 0000-*-labels.png ...\n{out}/predictions.csv, predictions.json",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
 def write_features(
     model: nn.Module, normalize: Normalize, batches: Iterator[tuple[list[str], Tensor]], path: Path
 ) -> None:
@@ -256,7 +314,7 @@ def compute_features(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     backbone = find_backbone(model)
     stages = backbone.forward_stages(x)
     means = {"features": stages[-1].mean(dim=(1, 2, 3))}
-    whole = model.backbone if isinstance(model, Detector) else model
+    whole = model.backbone if isinstance(model, Detector | Segmenter) else model
     if isinstance(whole, MaskedImageModel | PyramidBackbone):
         levels = whole.pyramid(stages)
         means |= {f"pyramid_{i}": level.mean(dim=(1, 2, 3)) for i, level in enumerate(levels, start=1)}

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-from itpn.config import Config, DetectionConfig, RunConfig
+from itpn.config import Config, DetectionConfig, RunConfig, SegmentationConfig
 from itpn.engine.classification import train_classifier
 from itpn.engine.detection import train_detector
 from itpn.engine.pretraining import pretrain
+from itpn.engine.segmentation import train_segmenter
 
 
 def train(config: RunConfig, recipe: str, source: Any = None) -> Path:
@@ -20,4 +21,6 @@ def train(config: RunConfig, recipe: str, source: Any = None) -> Path:
         return pretrain(config, recipe, source)
     if isinstance(config, DetectionConfig):
         return train_detector(config, recipe, source)
+    if isinstance(config, SegmentationConfig):
+        return train_segmenter(config, recipe, source)
     return train_classifier(config, recipe, source)

@@ -201,15 +201,20 @@ def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: 
         writer.writerow(["class", "images", "top1"])
         for name, count, accuracy in zip(classes, counts, scores.per_class.tolist(), strict=True):
             writer.writerow([name, count, "" if count == 0 else accuracy])
+    write_confusion(scores.confusion, classes, folder)
+
+
+def write_confusion(confusion: Tensor, classes: tuple[str, ...], folder: Path, unit: str = "images") -> None:
+    """Write ``confusion.csv`` and ``confusion.png``."""
     with (folder / "confusion.csv").open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["class \\ answer", *classes])
-        writer.writerows([name, *row] for name, row in zip(classes, scores.confusion.tolist(), strict=True))
-    draw_confusion(scores.confusion, classes, folder / "confusion.png")
+        writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
+    draw_confusion(confusion, classes, folder / "confusion.png", unit)
 
 
-def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path) -> None:
-    """Shares of each class's images by answer; numbers and names where there is room for them."""
+def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, unit: str = "images") -> None:
+    """Shares of each class's images, or pixels, by answer; numbers and names where there is room for them."""
     count = len(classes)
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     side = min(max(4.0, 0.42 * count + 2.2), 16.0)
@@ -217,7 +222,7 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path) -> N
         figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-        figure.colorbar(image, ax=axes, label="share of the class's images", fraction=0.046)
+        figure.colorbar(image, ax=axes, label=f"share of the class's {unit}", fraction=0.046)
         axes.set_xlabel("answer")
         axes.set_ylabel("class")
         if count <= 40:
@@ -228,7 +233,8 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path) -> N
                 for column in range(count):
                     if confusion[row, column]:
                         shade = "white" if shares[row, column] > 0.5 else "black"
-                        text = f"{int(confusion[row, column])}"
+                        share = float(shares[row, column])
+                        text = f"{int(confusion[row, column])}" if unit == "images" else f"{100 * share:.0f}"
                         axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
         figure.savefig(path)
 

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -25,15 +24,16 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, generaliz
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.poolers import initLevelMapper
 
-from itpn.models.hivit import HiViT, find_backbone, nest_groups, units_to_map
-from itpn.models.pyramid import PyramidBackbone
+from itpn.models.hivit import HiViT, units_to_map
+from itpn.models.pyramid import Headed, PyramidBackbone
+from itpn.models.synced import SyncedBatchNorm2d, batch_shares, precise
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ANCHOR_SCALE = 8  # sides of anchors, in strides of their level
 POOLED = ["0", "1", "2", "3"]  # levels that objects are looked at in; the coarsest is for proposals alone
 
 
-class Detector(FasterRCNN):
+class Detector(Headed, FasterRCNN):
     """Boxes and classes of objects: Faster R-CNN, which takes and gives what torchvision's detectors do.
 
     In training mode a list of images [3, H, W] in [0, 1] and a list of targets ("boxes" [n, 4] as x0, y0, x1, y1 in
@@ -130,18 +130,6 @@ class Detector(FasterRCNN):
 
     transform: "Resize"
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        trunk = self.backbone
-        assert isinstance(trunk, PyramidBackbone | FPNBackbone)
-        trunk.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"backbone.backbone.{name}" for name in find_backbone(self).no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The backbone's layers; pyramid and heads are one group after the last of them."""
-        return nest_groups(nest_groups(find_backbone(self).group_matcher(coarse)))
-
 
 class MaskDetector(Detector, MaskRCNN):
     """Masks of objects as well: Mask R-CNN, with four convolutions for masks.
@@ -162,7 +150,7 @@ class MaskDetector(Detector, MaskRCNN):
         heads.mask_predictor = MaskRCNNPredictor(head_width, head_width, num_classes)
 
 
-class FPNBackbone(nn.Module):
+class FPNBackbone(Headed, nn.Module):
     """A backbone with a feature pyramid network that is trained from nothing (Lin et al. 2017).
 
     Args:
@@ -178,9 +166,6 @@ class FPNBackbone(nn.Module):
         self.out_channels = width
         first = self.backbone.feature_info[0]["reduction"]
         self.feature_info = [{"num_chs": width, "reduction": first * 2**i} for i in range(5)]
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         """Images [B, in_chans, H, W] -> maps by name, "0" the finest."""
@@ -259,11 +244,6 @@ class PreciseRPNHead(RPNHead):
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
         return [precise(level) for level in logits], [precise(level) for level in deltas]
-
-
-def precise(x: Tensor) -> Tensor:
-    """At least in float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def make_pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
@@ -363,67 +343,3 @@ class BalancedRPN(RegionProposalNetwork):
         (share,) = batch_shares([count], objectness.device)
         own, boxes = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
         return own * share, boxes * share
-
-
-def processes() -> int:
-    """How many train together."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def batch_shares(counts: list[int], device: torch.device) -> Tensor:
-    """Factors that turn means over this process's samples into means over those of all, once gradients are averaged.
-
-    Without them, objects of an image that shares a process with few others would count for more.
-
-    Args:
-        counts: of samples that a loss is the mean of, here.
-    """
-    own = torch.tensor(counts, dtype=torch.float32, device=device)
-    if processes() == 1:
-        return torch.ones_like(own)
-    total = own.clone()
-    dist.all_reduce(total)
-    return own * processes() / total.clamp(min=1)
-
-
-class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batch of all processes, on any device (torch's own is for GPUs alone)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or processes() == 1:
-            return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        wide = precise(x)  # half precision has too few digits for sums
-        count = wide.new_full((1,), wide.numel() / wide.shape[1])
-        sums = _sum_over_processes(torch.cat([wide.sum(dim=(0, 2, 3)), count]))
-        total = sums[-1].detach()
-        mean = sums[:-1] / total
-        centred = wide - mean[:, None, None]
-        variance = _sum_over_processes(centred.square().sum(dim=(0, 2, 3))) / total
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
-            self.running_mean.lerp_(mean.to(self.running_mean), momentum)
-            self.running_var.lerp_((variance * total / (total - 1)).to(self.running_var), momentum)
-        scale = (variance + self.eps).rsqrt() * self.weight
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-def _sum_over_processes(x: Tensor) -> Tensor:
-    return _SumOverProcesses.apply(x)

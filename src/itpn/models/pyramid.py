@@ -18,6 +18,7 @@ from itpn.models.hivit import (
     MlpBlock,
     WeightInit,
     check_intermediates,
+    find_backbone,
     fit_tables,
     initialize_linears,
     nest_groups,
@@ -217,6 +218,26 @@ class PyramidBackbone(nn.Module):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         if num_classes:
             raise ValueError(f"a pyramid has no classifier: num_classes must be 0, not {num_classes}")
+
+
+class Headed:
+    """timm's conventions for networks of which ``self.backbone`` is a part."""
+
+    backbone: Any
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's layers; all else is one group after the last of them."""
+        inner: Any = self
+        groups = find_backbone(inner).group_matcher(coarse)
+        while not isinstance(inner, HiViT):
+            groups, inner = nest_groups(groups), inner.backbone
+        return groups
 
 
 def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyramidBackbone) -> dict[str, Tensor]:

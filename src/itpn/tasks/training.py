@@ -124,7 +124,8 @@ def _scaled(share: Callable[[int], float], scale: float) -> Callable[[int], floa
 def learning_rate(
     settings: OptimizerConfig, peak_lr: float, total_steps: int, steps_per_epoch: int
 ) -> Callable[[int], float]:
-    """Learning rate as a share of the peak, by step: linear warm-up, then half a cosine to ``min_lr``, or steps.
+    """Learning rate as a share of the peak, by step: linear warm-up, then half a cosine or a line to ``min_lr``,
+    or steps.
 
     The warm-up takes ``warmup_epochs`` or ``warmup_steps``, but at most ``max_warmup`` of all steps, so that short runs
     get somewhere.
@@ -140,6 +141,8 @@ def learning_rate(
         if settings.schedule == "step":
             return 0.1 ** sum(step >= round(milestone * total_steps) for milestone in settings.milestones)
         progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+        if settings.schedule == "linear":
+            return last + (1 - last) * (1 - progress)
         return last + (1 - last) * 0.5 * (1 + math.cos(math.pi * progress))
 
     return share

@@ -1,0 +1,500 @@
+"""Images with a class for each pixel: masks as they are kept, their mistakes, and both on their way to a network."""
+
+import csv
+import os
+import random
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import crop, pad, resize
+
+from itpn.data.decode import MAX_PIXELS, UnreadableImage
+from itpn.data.files import is_image, walk
+from itpn.data.labelled import SPLITS, join_names
+from itpn.data.layouts import Mistakes, read_size
+from itpn.data.readers import FileReader, PackedStrings, Reader, Subset
+from itpn.errors import UserError
+from itpn.models.detector import fit_sides
+from itpn.seeding import derive_seed
+
+IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
+MAX_CLASSES = 254
+MASK_FOLDERS = ("annotations", "masks", "labels")
+MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name
+NAME_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "objectInfo150.txt")  # ADE20K has the last
+CROP_TRIES = 10
+
+Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class LabelTable:
+    """What the numbers, or colours, in mask files mean.
+
+    Attributes:
+        classes: names.
+        numbers: uint8 [256], number in a file -> class, `IGNORED`, or 254 where it means nothing.
+        colours: of the classes, where their file says them.
+        by_colour: masks may be pictures in those colours; colour -> class or `IGNORED`.
+    """
+
+    classes: tuple[str, ...]
+    numbers: np.ndarray
+    colours: tuple[Colour, ...] | None = None
+    by_colour: dict[Colour, int] | None = None
+
+    def read(self, path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
+        """The classes of an image's pixels, uint8 [H, W].
+
+        Raises:
+            UnreadableImage: no mask, or of labels that no class has.
+        """
+        values = read_mask(path, max_pixels)
+        if values.ndim == 3 and self.by_colour is not None:
+            return torch.from_numpy(self._from_colours(values, self.by_colour))
+        values = ungrey(values)
+        if values.max(initial=0) > 255:
+            raise UnreadableImage(f"label {values.max()}, which no class has")
+        labels = self.numbers[values]
+        if (labels == MAX_CLASSES).any():
+            raise UnreadableImage(f"label {values[labels == MAX_CLASSES][0]}, which no class has")
+        return torch.from_numpy(labels)
+
+    def rename(self, classes: Sequence[str]) -> "LabelTable":
+        """With the numbers that another list of classes gives them.
+
+        Raises:
+            UserError: a class is not in it.
+        """
+        if self.classes == tuple(classes):
+            return self
+        if unknown := [name for name in self.classes if name not in classes]:
+            raise UserError(
+                f"{join_names(unknown)} among the classes of the masks, but not of the model, whose are "
+                f"{join_names(classes)}"
+            )
+        new = [list(classes).index(name) for name in self.classes]
+        numbers = self.numbers.copy()
+        for old, number in enumerate(new):
+            numbers[self.numbers == old] = number
+        by_colour = self.by_colour and {c: n if n == IGNORED else new[n] for c, n in self.by_colour.items()}
+        return LabelTable(tuple(classes), numbers, None, by_colour)
+
+    def _from_colours(self, values: np.ndarray, by_colour: dict[Colour, int]) -> np.ndarray:
+        packed = (values.astype(np.uint32) * np.array([65536, 256, 1], dtype=np.uint32)).sum(axis=2, dtype=np.uint32)
+        found, where = np.unique(packed, return_inverse=True)
+        labels = np.empty(len(found), dtype=np.uint8)
+        for row, value in enumerate(found.tolist()):
+            colour = (value >> 16, value >> 8 & 255, value & 255)
+            if colour not in by_colour:
+                raise UnreadableImage(f"colour {colour}, which no class has")
+            labels[row] = by_colour[colour]
+        return labels[where].reshape(packed.shape)
+
+
+def read_mask(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The numbers of a mask file, [H, W], or its colours, uint8 [H, W, 3].
+
+    Raises:
+        UnreadableImage: it is not there, damaged, too large, or transparent.
+    """
+    try:
+        with Image.open(path) as image:
+            if image.width * image.height > max_pixels:
+                raise UnreadableImage(f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed")
+            if image.mode == "1":
+                image = image.convert("L").point(lambda value: value // 255)
+            if image.mode not in ("L", "P", "RGB") and not image.mode.startswith("I"):
+                raise UnreadableImage(f"a picture of mode {image.mode}, not of labels")
+            values = np.asarray(image)  # of a palette, the numbers
+    except UnreadableImage:
+        raise
+    except Exception as error:  # whatever Pillow meets
+        raise UnreadableImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+    if values.min(initial=0) < 0:
+        raise UnreadableImage(f"label {values.min()}, which no class has")
+    return values
+
+
+def ungrey(values: np.ndarray) -> np.ndarray:
+    """Numbers that were saved as shades of grey in three channels.
+
+    Raises:
+        UnreadableImage: they are colours.
+    """
+    if values.ndim == 2:
+        return values
+    if (values != values[..., :1]).any():
+        raise UnreadableImage("a picture in colours: --data.classes needs a file of `NAME R G B` lines")
+    return values[..., 0]
+
+
+@dataclass(frozen=True)
+class LabelMaps:
+    """Images in a fixed order, each with its mask.
+
+    Attributes:
+        files: the encoded images.
+        masks: paths.
+        table: what is in them.
+    """
+
+    files: Reader
+    masks: PackedStrings
+    table: LabelTable
+
+    def __len__(self) -> int:
+        return len(self.masks)
+
+    def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage, str]:
+        """Name, encoded image or why it cannot be had, and the path of its mask."""
+        name, data = self.files[index]
+        return name, data, self.masks[index]
+
+    def name(self, index: int) -> str:
+        return self.files.name(index)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.table.classes
+
+    def rename(self, classes: Sequence[str]) -> "LabelMaps":
+        """The same images with the numbers that another list of classes gives them.
+
+        Raises:
+            UserError: a class is not in it.
+        """
+        return replace(self, table=self.table.rename(classes))
+
+    def take(self, indices: np.ndarray) -> "LabelMaps":
+        """Some of the images."""
+        return replace(
+            self, files=Subset(self.files, indices), masks=PackedStrings([self.masks[index] for index in indices])
+        )
+
+
+# --- where they are
+
+
+def find_label_maps(
+    root: str,
+    masks: str | None = None,
+    val_root: str | None = None,
+    val_masks: str | None = None,
+    *,
+    classes: str | None = None,
+    reduce_zero_label: bool = False,
+    ignore: Sequence[int] = (255,),
+    val_share: float = 0.0,
+    seed: int = 0,
+    mistakes: Literal["summary", "skip", "error"] = "summary",
+    tell: Callable[[str], None] = print,
+) -> tuple[LabelMaps, LabelMaps | None]:
+    """Find the images to train on and those to evaluate on, checked, with the same classes.
+
+    Args:
+        root: a folder of ADE20K's layout (``images/training``, ``annotations/training``), one that has ``images`` and
+            ``masks`` alone, a folder for each set with these inside, or, with ``masks``, a folder of images.
+        masks: the folder of their masks, of the same names.
+        classes: a file with a class a line, or with ``NAME R G B``; by default one beside the images, or numbers.
+        reduce_zero_label: label 0 is of no class, and the first class is 1, as in ADE20K.
+        ignore: labels that are of no class.
+        val_share: share of the images that is held out where there are none to evaluate on.
+        mistakes: what is done about masks that cannot be right: see `itpn.config.MasksConfig`.
+
+    Returns:
+        The second is None where there are none, and none are held out.
+
+    Raises:
+        UserError: nothing of a known layout, fewer than two classes, or a mistake if it is an error.
+    """
+    names = read_names(classes, root)
+    pairs = find_pairs(root, masks, "train")
+    if pairs is None:
+        raise UserError(
+            f"no images with masks to train on in {root}: give a folder with images and annotations (or masks), each "
+            "with training and validation inside, or --data.root IMAGES --data.masks MASKS"
+        )
+    train = check(pairs, names, reduce_zero_label, ignore, mistakes, tell)
+    table = train.table
+    val_pairs = find_pairs(val_root or root, val_masks or (masks if val_root is None else None), "val")
+    if val_root is not None and val_pairs is None:
+        raise UserError(f"no images with masks to evaluate on in {val_root}")
+    if val_pairs is not None and val_pairs[0] != pairs[0]:
+        return train, check(val_pairs, table, reduce_zero_label, ignore, mistakes, tell)
+    if not val_share:
+        return train, None
+    order = np.argsort([derive_seed(seed, "share", os.path.basename(train.name(i))) for i in range(len(train))])
+    count = min(max(1, round(val_share * len(train))), len(train) - 1)
+    return train.take(np.sort(order[count:])), train.take(np.sort(order[:count]))
+
+
+Pairs = tuple[list[str], str, str]  # images, the folder that they are in, the folder of their masks
+
+
+def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
+    """The images of a set and where their masks are; None where there is no such set."""
+    folder = Path(root)
+    if not folder.is_dir():
+        raise UserError(f"{root} is not a folder" if folder.exists() else f"{root} does not exist: give a folder")
+    if masks is not None:
+        if not os.path.isdir(masks):
+            raise UserError(f"{masks} is not a folder of masks")
+        places = [(folder / word, Path(masks) / word) for word in SPLITS[split]] + [(folder, Path(masks))]
+    else:
+        own = next((name for name in MASK_FOLDERS if (folder / name).is_dir()), MASK_FOLDERS[0])
+        places = [(folder / "images" / word, folder / own / word) for word in SPLITS[split]]
+        for word in SPLITS[split]:
+            own = next((name for name in MASK_FOLDERS if (folder / word / name).is_dir()), MASK_FOLDERS[0])
+            places.append((folder / word / "images", folder / word / own))
+        own = next((name for name in MASK_FOLDERS if (folder / name).is_dir()), MASK_FOLDERS[0])
+        places.append((folder / "images", folder / own))
+    words = {word for split in SPLITS.values() for word in split}
+    for images, others in places:
+        divided = images.is_dir() and words & {entry.name for entry in images.iterdir() if entry.is_dir()}
+        if images.is_dir() and others.is_dir() and not divided:
+            return sorted(path for path in walk(str(images)) if is_image(path)), str(images), str(others)
+    return None
+
+
+def read_names(file: str | None, root: str) -> list[tuple[str, Colour | None]] | None:
+    """Names of classes, and their colours where the file says them.
+
+    Raises:
+        UserError: no such file, or a line that is no class.
+    """
+    if file is None:
+        places = [place / name for place in (Path(root), Path(root).parent) for name in NAME_FILES]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            return None
+        file = str(found)
+    try:
+        lines = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"file of classes {file} cannot be read: {error}") from error
+    if lines and lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
+        return [(line.split("\t")[-1].split(",")[0].strip(), None) for line in lines[1:]]
+    names: list[tuple[str, Colour | None]] = []
+    for row in csv.reader(lines) if any("," in line for line in lines) else (line.split() for line in lines):
+        words = [word.strip() for word in row]
+        if [word.lower() for word in words] == ["name", "r", "g", "b"]:
+            continue
+        if len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:]):
+            red, green, blue = (int(word) for word in words[-3:])
+            names.append((" ".join(words[:-3]), (red, green, blue)))
+        else:
+            names.append((" ".join(words), None))
+    given: dict[str, list[Any]] = {"name": [n for n, _ in names], "colour": [c for _, c in names if c is not None]}
+    for what, values in given.items():
+        twice = [value for value in dict.fromkeys(values) if values.count(value) > 1]
+        if twice:
+            raise UserError(f"{file} has two classes of the {what} {twice[0]}")
+    if len({colour is None for _, colour in names}) > 1:
+        raise UserError(f"{file} has colours for some of the classes: give all or none")
+    return names
+
+
+def make_table(
+    names: Sequence[tuple[str, Colour | None]], reduce_zero_label: bool, ignore: Iterable[int]
+) -> LabelTable:
+    """What masks mean whose labels are lines of a file, from 0, or from 1 where label 0 is of no class.
+
+    Raises:
+        UserError: fewer than two classes, or more than 254.
+    """
+    first = int(reduce_zero_label)
+    left_out = {0, *ignore} if reduce_zero_label else set(ignore)
+    kept = [(first + line, name, colour) for line, (name, colour) in enumerate(names) if first + line not in left_out]
+    if not 2 <= len(kept) <= MAX_CLASSES:
+        raise UserError(f"{len(kept)} classes of pixels: there must be from 2 to {MAX_CLASSES}")
+    numbers = np.full(256, MAX_CLASSES, dtype=np.uint8)
+    numbers[[number for number in left_out if number < 256]] = IGNORED
+    for row, (number, _, _) in enumerate(kept):
+        if number < 256:
+            numbers[number] = row
+    by_colour = None
+    if names[0][1] is not None:
+        row_of = {number: row for row, (number, _, _) in enumerate(kept)}
+        by_colour = {c: row_of.get(first + line, IGNORED) for line, (_, c) in enumerate(names) if c is not None}
+    colours = tuple(colour for _, _, colour in kept if colour is not None) or None
+    return LabelTable(tuple(name for _, name, _ in kept), numbers, colours, by_colour)
+
+
+# --- mistakes
+
+
+def check(
+    pairs: Pairs,
+    names: Sequence[tuple[str, Colour | None]] | LabelTable | None,
+    reduce_zero_label: bool,
+    ignore: Sequence[int],
+    mistakes: Literal["summary", "skip", "error"],
+    tell: Callable[[str], None],
+) -> LabelMaps:
+    """The images whose masks can be used, every one of which is read.
+
+    Raises:
+        UserError: none can be; or a mistake if it is an error.
+    """
+    images, folder, others = pairs
+    found = Mistakes()
+    masks = match_masks(images, folder, others, found)
+    paths = [path for path in images if path in masks]
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        if names is None:  # classes are the numbers that there are
+            largest = max(
+                pool.map(_largest_label, [masks[path] for path in paths], [set(ignore)] * len(paths)), default=0
+            )
+            names = [(str(number), None) for number in range(int(reduce_zero_label), largest + 1)]
+        table = names if isinstance(names, LabelTable) else make_table(names, reduce_zero_label, ignore)
+        wrong = pool.map(_check_pair, paths, [masks[path] for path in paths], [table] * len(paths))
+        kept = []
+        for path, mistake in zip(paths, wrong, strict=True):
+            if mistake is None:
+                kept.append(path)
+            else:
+                found.add(*mistake)
+    found.report(others, mistakes, tell)
+    if not kept:
+        raise UserError(f"{folder} has no images" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
+    return LabelMaps(FileReader(kept), PackedStrings([masks[path] for path in kept]), table)
+
+
+def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mistakes) -> dict[str, str]:
+    """Image to mask: of the same name below the other folder, or with a word after it (``x_mask.png``)."""
+    stems = {os.path.splitext(os.path.relpath(path, others))[0]: path for path in walk(others) if is_image(path)}
+    found: dict[str, str] = {}
+    for path in images:
+        stem = os.path.splitext(os.path.relpath(path, folder))[0]
+        names = [stem + ending for ending in MASK_ENDINGS] + [stem.removesuffix("_leftImg8bit") + MASK_ENDINGS[-1]]
+        mask = next((stems[name] for name in names if name in stems), None)
+        if mask is None:
+            mistakes.add("images without a mask", path)
+        else:
+            found[path] = mask
+    for path in sorted(set(stems.values()) - set(found.values())):
+        mistakes.add("masks without an image", path)
+    return found
+
+
+def _largest_label(path: str, ignored: set[int]) -> int:
+    try:
+        present = np.unique(ungrey(read_mask(path)))
+    except UnreadableImage:
+        return 0  # which is told of later
+    return max((int(value) for value in present if int(value) not in ignored), default=0)
+
+
+def _check_pair(image: str, mask: str, table: LabelTable) -> tuple[str, str] | None:
+    """The kind of mistake and what is wrong, if anything is."""
+    try:
+        height, width = read_size(image)
+    except Exception as error:  # whatever Pillow meets
+        return "images that cannot be read", f"{image}: {str(error).splitlines()[0] if str(error) else error!r}"
+    try:
+        labels = table.read(mask)
+    except UnreadableImage as error:
+        kind = "masks of labels that no class has" if "no class has" in str(error) else "masks that cannot be read"
+        return kind, f"{mask}: {error}"
+    if labels.shape != (height, width):
+        return (
+            "masks of another size than their image",
+            f"{mask}: {labels.shape[1]}x{labels.shape[0]}, {width}x{height}",
+        )
+    return None
+
+
+# --- augmentation: the mask goes where the pixels go
+
+
+@dataclass(frozen=True)
+class SegmentationTransform:
+    """Random scale, crop, mirror image and colours, as mmsegmentation has them for ADE20K.
+
+    Args:
+        table: what masks mean.
+        size: side of the crops in pixels.
+        short: short side that an image of scale 1 has.
+        scales: smallest and largest scale.
+        max_share: of a crop that may be of one class; after ten tries it may be more.
+        hflip: probability of a mirror image.
+        photometric: change brightness, contrast, saturation and hue.
+        interpolation: "bicubic" or "bilinear", always with antialiasing.
+        fill: colour beside images that are smaller than a crop.
+        max_pixels: of a mask.
+    """
+
+    table: LabelTable
+    size: int = 512
+    short: int = 512
+    scales: tuple[float, float] = (0.5, 2.0)
+    max_share: float = 0.75
+    hflip: float = 0.5
+    photometric: bool = True
+    interpolation: str = "bilinear"
+    fill: Colour = (124, 116, 104)
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, image: Tensor, rng: random.Random, mask: str) -> dict[str, Any]:
+        """uint8 [3, H, W] and the path of its mask -> "image" uint8 [3, size, size], "target" uint8 [size, size].
+
+        Raises:
+            UnreadableImage: the mask cannot be read, or is of another size.
+        """
+        picture, labels = self._resize(
+            tv_tensors.Image(image), view_labels(image, self.table, mask, self.max_pixels), rng
+        )
+        picture, labels = self._crop(picture, labels, rng)
+        if rng.random() < self.hflip:
+            picture, labels = picture.flip(-1), labels.flip(-1)
+        if self.photometric:
+            # torchvision draws from the global generator, which stays as it was
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(rng.getrandbits(63))
+                picture = v2.RandomPhotometricDistort()(picture)
+        return {"image": picture.as_subclass(Tensor).contiguous(), "target": labels.as_subclass(Tensor).contiguous()}
+
+    def _resize(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+        short = rng.uniform(*self.scales) * self.short
+        sides = fit_sides(image.shape[-2:], short, 4 * short)
+        mode = v2.InterpolationMode(self.interpolation)
+        return resize(image, sides, mode, antialias=True), resize(labels, sides)
+
+    def _crop(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+        height, width = image.shape[-2:]
+        right, below = max(0, self.size - width), max(0, self.size - height)
+        if right or below:
+            image = pad(image, [0, 0, right, below], fill=list(self.fill))
+            labels = pad(labels, [0, 0, right, below], fill=IGNORED)
+        height, width = image.shape[-2:]
+        for _ in range(CROP_TRIES):
+            top, left = rng.randint(0, height - self.size), rng.randint(0, width - self.size)
+            part = crop(labels, top, left, self.size, self.size)
+            counts = part.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
+            if len(counts.nonzero()) > 1 and counts.max() < self.max_share * counts.sum():
+                break
+        return crop(image, top, left, self.size, self.size), part
+
+
+def view_labels(image: Tensor, table: LabelTable, mask: str, max_pixels: int = MAX_PIXELS) -> tv_tensors.Mask:
+    """The mask of an image, uint8 [H, W].
+
+    Raises:
+        UnreadableImage: it cannot be read, or is of another size.
+    """
+    labels = table.read(mask, max_pixels)
+    if labels.shape != image.shape[-2:]:
+        raise UnreadableImage(
+            f"{image.shape[-1]}x{image.shape[-2]} pixels, and {labels.shape[1]}x{labels.shape[0]} in {mask}"
+        )
+    return tv_tensors.Mask(labels)

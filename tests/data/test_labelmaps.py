@@ -1,0 +1,308 @@
+"""Images with masks: layouts, encodings, mistakes, image and mask through every augmentation."""
+
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.labelmaps import IGNORED, SegmentationTransform, find_label_maps, make_table, read_names
+from itpn.data.loader import TrainingLoader
+from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
+from itpn.errors import UserError
+
+NAMES = (*GROUNDS, *CLASSES)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """The sample set: 12 images to train on and 6 others."""
+    return write_shapes(tmp_path_factory.mktemp("shapes"), train=12, val=6, img_size=(64, 80)).ade20k
+
+
+@pytest.fixture
+def root(shapes, tmp_path):
+    """A copy of the sample set that may be damaged."""
+    return Path(shutil.copytree(shapes, tmp_path / "ade20k"))
+
+
+def find(root, **options):
+    return find_label_maps(str(root), **{"reduce_zero_label": True, "tell": pytest.fail, **options})
+
+
+def write_pair(folder: Path, name: str, mask: Image.Image, size: tuple[int, int] = (6, 4)) -> None:
+    """An image and a mask in ``images`` and ``masks``."""
+    for part in ("images", "masks"):
+        (folder / part).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, "grey").save(folder / "images" / f"{name}.jpg")
+    mask.save(folder / "masks" / f"{name}.png")
+
+
+def labels_of(images, index: int = 0) -> np.ndarray:
+    return images.table.read(images[index][2]).numpy()
+
+
+# --- layouts
+
+
+def test_ade20k(shapes):
+    train, val = find(shapes)
+    assert (len(train), len(val)) == (12, 6)
+    assert train.classes == val.classes == NAMES
+    for index in range(12):
+        name, data, mask = train[index]
+        raw = np.asarray(Image.open(mask))
+        assert Path(mask).stem == Path(name).stem
+        assert data == Path(name).read_bytes()
+        assert np.array_equal(labels_of(train, index), np.where(raw == 0, IGNORED, raw.astype(int) - 1))
+    assert any((np.asarray(Image.open(train[i][2])) == 0).any() for i in range(12))
+
+
+def test_other_layouts(shapes, tmp_path):
+    """A folder for each set, two folders of pairs, images and masks alone."""
+    sets = tmp_path / "sets"
+    for split, word in (("training", "train"), ("validation", "val")):
+        shutil.copytree(shapes / "images" / split, sets / word / "images")
+        shutil.copytree(shapes / "annotations" / split, sets / word / "labels")
+    shutil.copy(shapes / "classes.txt", sets)
+    train, val = find(sets)
+    assert (len(train), len(val), train.classes) == (12, 6, NAMES)
+    pair = {"masks": str(sets / "train" / "labels"), "classes": str(sets / "classes.txt")}
+    train, val = find(sets / "train" / "images", **pair)
+    assert (len(train), val) == (12, None)
+    other = {"val_root": str(sets / "val" / "images"), "val_masks": str(sets / "val" / "labels")}
+    train, val = find(sets / "train" / "images", **pair, **other)
+    assert (len(train), len(val)) == (12, 6)
+    shutil.copy(shapes / "classes.txt", sets / "train")
+    train, val = find(sets / "train", val_share=0.25, seed=3)
+    assert (len(train), len(val)) == (9, 3)
+    assert not {train.name(i) for i in range(9)} & {val.name(i) for i in range(3)}
+    again = find(sets / "train", val_share=0.25, seed=3)[1]
+    assert [again.name(i) for i in range(3)] == [val.name(i) for i in range(3)]
+
+
+@pytest.mark.parametrize("ending", ["_mask", "_L", "_labels"])
+def test_names_of_masks(shapes, tmp_path, ending):
+    root = Path(shutil.copytree(shapes, tmp_path / "ade20k"))
+    for path in list((root / "annotations" / "training").iterdir()):
+        path.rename(path.with_stem(path.stem + ending))
+    assert len(find(root)[0]) == 12
+
+
+# --- encodings
+
+
+def test_masks_in_every_encoding(tmp_path):
+    """Numbers with a palette, of 16 bits, in three equal channels, black and white; colours."""
+    numbers = np.array([[0, 1, 2, 2, 1, 0]] * 4, dtype=np.uint8)
+    palette = Image.fromarray(numbers, mode="P")
+    palette.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255])
+    masks = {
+        "palette": palette,
+        "grey": Image.fromarray(numbers),
+        "wide": Image.fromarray(numbers.astype(np.uint16)),
+        "three": Image.fromarray(np.repeat(numbers[..., None], 3, axis=2)),
+    }
+    for name, mask in masks.items():
+        write_pair(tmp_path / name, name, mask)
+        train, _ = find(tmp_path / name, reduce_zero_label=False)
+        assert train.classes == ("0", "1", "2")
+        assert np.array_equal(labels_of(train), numbers), name
+    write_pair(tmp_path / "two", "two", Image.fromarray(numbers > 0))
+    train, _ = find(tmp_path / "two", reduce_zero_label=False)
+    assert train.classes == ("0", "1")
+    assert np.array_equal(labels_of(train), numbers > 0)
+
+    colours = np.array([[128, 0, 0], [0, 128, 0], [0, 0, 0]], dtype=np.uint8)[numbers]
+    write_pair(tmp_path / "rgb", "rgb", Image.fromarray(colours))
+    write_pair(tmp_path / "rgb", "void", Image.new("RGB", (6, 4)))  # grey, but of a colour all the same
+    for text in ("road 128 0 0\ntree 0 128 0\nvoid 0 0 0\n", "name,r,g,b\nroad,128,0,0\ntree,0,128,0\nvoid,0,0,0\n"):
+        (tmp_path / "rgb" / "classes.txt").write_text(text)
+        train, _ = find(tmp_path / "rgb", reduce_zero_label=False, ignore=(2, 255))
+        assert train.classes == ("road", "tree")
+        assert train.table.colours == ((128, 0, 0), (0, 128, 0))
+        assert np.array_equal(labels_of(train), np.array([0, 1, IGNORED])[numbers])
+        assert (labels_of(train, 1) == IGNORED).all()
+
+
+def test_labels_of_no_class_leave_gaps():
+    names = [(name, None) for name in "abcd"]
+    table = make_table(names, False, (1, 255))
+    assert table.classes == ("a", "c", "d")
+    assert table.numbers[[0, 1, 2, 3, 4, 255]].tolist() == [0, IGNORED, 1, 2, 254, IGNORED]
+    table = make_table(names, True, (255,))
+    assert table.numbers[[0, 1, 4, 5]].tolist() == [IGNORED, 0, 3, 254]
+
+
+def test_classes_by_name():
+    """A model's order of classes."""
+    table = make_table([(name, (9 * i, 0, 0)) for i, name in enumerate("abc")], False, (255,))
+    other = table.rename(("c", "x", "a", "b"))
+    assert other.numbers[[0, 1, 2, 3, 255]].tolist() == [2, 3, 0, 254, IGNORED]
+    assert other.by_colour == {(0, 0, 0): 2, (9, 0, 0): 3, (18, 0, 0): 0}
+    with pytest.raises(UserError, match="'b' among the classes of the masks, but not of the model"):
+        table.rename(("c", "x", "a"))
+
+
+def test_files_of_names(tmp_path):
+    file = tmp_path / "objectInfo150.txt"
+    file.write_text("Idx\tRatio\tTrain\tVal\tStuff\tName\n1\t0.1\t2\t3\t1\twall\n2\t0.1\t2\t3\t1\tbuilding, edifice\n")
+    assert read_names(None, str(tmp_path)) == [("wall", None), ("building", None)]
+    (tmp_path / "x.txt").write_text("traffic light 1 2 3\nroad 4 5 6\n")
+    assert read_names(str(tmp_path / "x.txt"), "") == [("traffic light", (1, 2, 3)), ("road", (4, 5, 6))]
+    for text, words in {
+        "a\na\n": "two classes of the name a",
+        "a 1 2 3\nb 1 2 3\n": r"two classes of the colour \(1, 2, 3\)",
+        "a 1 2 3\nb\n": "colours for some of the classes",
+    }.items():
+        (tmp_path / "x.txt").write_text(text)
+        with pytest.raises(UserError, match=words):
+            read_names(str(tmp_path / "x.txt"), "")
+
+
+# --- mistakes
+
+
+def mask_of(root: Path, number: int = 0) -> Path:
+    return sorted((root / "annotations" / "training").iterdir())[number]
+
+
+MISTAKES = {
+    "images without a mask": lambda root: mask_of(root).unlink(),
+    "masks without an image": lambda root: sorted((root / "images" / "training").iterdir())[0].unlink(),
+    "masks of labels that no class has": lambda root: Image.new("L", (80, 64), 77).save(mask_of(root)),
+    "masks of another size than their image": lambda root: Image.new("L", (64, 80), 1).save(mask_of(root)),
+    "masks that cannot be read": lambda root: mask_of(root).write_bytes(b"no image"),
+    "masks that cannot be read: 1 (.*colours": lambda root: Image.new("RGB", (80, 64), "red").save(mask_of(root)),
+    "masks that cannot be read: 1 (.*mode RGBA": lambda root: Image.new("RGBA", (80, 64)).save(mask_of(root)),
+    "images that cannot be read": lambda root: sorted((root / "images" / "training").iterdir())[0].write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("kind", MISTAKES)
+def test_each_mistake_is_found_named_and_left_out(root, kind):
+    MISTAKES[kind](root)
+    pattern = kind.replace("(", r"\(") if "(" in kind else f"{kind}: 1 "
+    said: list[str] = []
+    train, val = find(root, tell=said.append)
+    assert any(re.search(pattern, line) for line in said), said
+    assert (len(train), len(val)) == (11, 6)
+    with pytest.raises(UserError, match=pattern) as error:
+        find(root, mistakes="error")
+    assert "\n" not in str(error.value)
+    said = []
+    find(root, mistakes="skip", tell=said.append)
+    assert len(said) == 1
+    assert "left out (--data.mistakes summary shows" in said[0]
+
+
+def test_what_is_no_set(root, tmp_path):
+    for folder, words in {
+        tmp_path / "nowhere": "does not exist",
+        tmp_path: "no images with masks to train on",
+    }.items():
+        with pytest.raises(UserError, match=words):
+            find(folder)
+    with pytest.raises(UserError, match="is not a folder of masks"):
+        find(root, masks=str(tmp_path / "nowhere"))
+    with pytest.raises(UserError, match="no images with masks to evaluate on"):
+        find(root, val_root=str(tmp_path))
+    (root / "classes.txt").write_text("all\n")
+    with pytest.raises(UserError, match="1 classes of pixels: there must be from 2 to 254"):
+        find(root)
+    shutil.rmtree(root / "annotations" / "training")
+    (root / "annotations" / "training").mkdir()
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    with pytest.raises(UserError, match="has no images that can be used: images without a mask: 12"):
+        find(root, tell=lambda line: None)
+
+
+# --- augmentation
+
+
+def painted(labels: np.ndarray) -> torch.Tensor:
+    """A picture in which class n is of a colour of its own, uint8 [3, H, W]."""
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    colours[: len(NAMES)] = [(25 * n, 255 - 25 * n, 60 * (n % 4)) for n in range(len(NAMES))]
+    colours[IGNORED] = (7, 7, 7)
+    return torch.from_numpy(colours[labels]).permute(2, 0, 1).contiguous()
+
+
+@pytest.mark.parametrize("options", [{"scales": (1.0, 1.0)}, {"scales": (0.5, 2.0)}, {"hflip": 1.0}, {"size": 160}])
+def test_the_mask_goes_where_the_pixels_go(shapes, options):
+    """The mask painted as an image, through the same transform: colours are still those of the classes."""
+    train, _ = find(shapes)
+    transform = SegmentationTransform(
+        train.table, **{"size": 48, "short": 64, "photometric": False, "fill": (7, 7, 7), **options}
+    )
+    for index in range(6):
+        mask = train[index][2]
+        picture = painted(labels_of(train, index))
+        for seed in range(3):
+            view = transform(picture, random.Random(seed), mask)
+            image, target = view["image"], view["target"]
+            assert image.shape == (3, transform.size, transform.size)
+            assert target.shape == (transform.size, transform.size)
+            assert (image.dtype, target.dtype) == (torch.uint8, torch.uint8)
+            wanted = painted(target.numpy())
+            same = (
+                torch.nn.functional.max_pool2d(target[None].float(), 5, 1, 2)[0]
+                == -torch.nn.functional.max_pool2d(-target[None].float(), 5, 1, 2)[0]
+            )  # edges are blended
+            assert same.float().mean() > 0.2
+            assert ((image.int() - wanted.int()).abs().amax(dim=0)[same] <= 1).float().mean() > 0.99
+
+
+def test_photometric_changes_colours_alone(shapes):
+    train, _ = find(shapes)
+    _, data, mask = train[0]
+    image = decode_image(data)
+    plain, changed = (
+        SegmentationTransform(train.table, 48, 64, photometric=photometric) for photometric in (False, True)
+    )
+    state = torch.random.get_rng_state()
+    views = [changed(image, random.Random(seed), mask) for seed in range(8)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    different = 0
+    for seed, view in enumerate(views):
+        other = plain(image, random.Random(seed), mask)
+        assert torch.equal(view["target"], other["target"])
+        different += not torch.equal(view["image"], other["image"])
+        again = changed(image, random.Random(seed), mask)
+        assert torch.equal(view["image"], again["image"])
+    assert different >= 6
+
+
+def test_crops_are_of_several_classes(tmp_path):
+    """Nine tenths of the image are of one class: crops are drawn until less than three quarters are."""
+    labels = np.zeros((100, 400), dtype=np.uint8)
+    labels[:, 180:220] = 1
+    Image.fromarray(labels).save(tmp_path / "mask.png")
+    table = make_table([("a", None), ("b", None)], False, (255,))
+    shares = {}
+    for most in (0.75, 1.0):
+        transform = SegmentationTransform(table, 100, 100, scales=(1.0, 1.0), max_share=most, photometric=False)
+        views = [
+            transform(torch.zeros(3, 100, 400, dtype=torch.uint8), random.Random(s), str(tmp_path / "mask.png"))
+            for s in range(60)
+        ]
+        shares[most] = np.mean([(view["target"] == 0).float().mean() < 0.75 for view in views])
+    assert shares[0.75] > 0.9 > shares[1.0] + 0.1
+
+
+def test_a_mask_that_is_lost_while_training(root):
+    train, _ = find(root)
+    lost = Path(train[3][2])
+    Image.new("L", (20, 10), 1).save(lost)
+    transform = SegmentationTransform(train.table, 48, 64)
+    loader = TrainingLoader(train, transform, batch_size=4, num_workers=0, seed=0)
+    broken = [entry for batch in loader for entry in batch["broken"]]
+    assert broken == [(train.name(3), f"80x64 pixels, and 20x10 in {lost}")]
+    Image.new("L", (80, 64), 77).save(lost)
+    with pytest.raises(UnreadableImage, match="label 77, which no class has"):
+        train.table.read(str(lost))
