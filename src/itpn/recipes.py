@@ -285,20 +285,25 @@ def clip_detection(model: str, epochs: int) -> DetectionConfig:
     return config
 
 
+def small_dense_optimizer() -> FineTuningConfig:
+    """For objects and pixels of one's own."""
+    return FineTuningConfig(
+        lr=2e-4,
+        betas=(0.9, 0.999),
+        warmup_epochs=5,
+        min_lr=1e-6,
+        clip_grad=1.0,
+        layer_decay=0.9,
+        layer_decay_over=None,
+    )
+
+
 def small_detection() -> DetectionConfig:
     """A detector of one's own objects on one machine: the network is the checkpoint's, and epochs scale."""
     return DetectionConfig(
         model=DetectorConfig(drop_path_rate=0.1),
         data=ObjectsConfig(root="data/objects", batch_size=2, num_workers=2, interpolation="bilinear"),
-        optimizer=FineTuningConfig(
-            lr=2e-4,
-            betas=(0.9, 0.999),
-            warmup_epochs=5,
-            min_lr=1e-6,
-            clip_grad=1.0,
-            layer_decay=0.9,
-            layer_decay_over=None,
-        ),
+        optimizer=small_dense_optimizer(),
         trainer=TrainerConfig(max_epochs=0, checkpoint_every_n_steps=200),
         evaluation=DetectionEvaluationConfig(every_n_epochs=5),
     )
@@ -350,15 +355,7 @@ def small_segmentation() -> SegmentationConfig:
     return SegmentationConfig(
         model=SegmenterConfig(drop_path_rate=0.1),
         data=MasksConfig(root="data/scenes", batch_size=4, num_workers=2, interpolation="bilinear", val_share=0.1),
-        optimizer=FineTuningConfig(
-            lr=2e-4,
-            betas=(0.9, 0.999),
-            warmup_epochs=5,
-            min_lr=1e-6,
-            clip_grad=1.0,
-            layer_decay=0.9,
-            layer_decay_over=None,
-        ),
+        optimizer=small_dense_optimizer(),
         trainer=TrainerConfig(max_epochs=0, checkpoint_every_n_steps=200),
         evaluation=SegmentationEvaluationConfig(every_n_epochs=5),
     )

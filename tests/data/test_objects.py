@@ -258,6 +258,10 @@ MISTAKES = {
     ),
     "objects of an image that is not listed: 1 (annotation 1: image [1])": lambda c: first(c).update(image_id=[1]),
     "images whose id is no whole number: 1 (1180591620717411303424": lambda c: c["images"][0].update(id=2**70),
+    "objects whose outline cannot be read: 1 (annotation 1: polygons far outside": lambda c: first(c).update(
+        segmentation=[[1e30, 1, 5, 5, 1e30, 1e30]]
+    ),
+    "images of more pixels than can be": lambda c: c["images"][0].update(height=10**12),
     "objects whose outline holds no pixel": lambda c: first(c).update(segmentation=[[5, 5, 5, 5, 5, 5]]),
     "objects without an outline, where others have one": lambda c: first(c).pop("segmentation"),
     "objects without image_id or category_id": lambda c: first(c).pop("category_id"),

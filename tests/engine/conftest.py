@@ -2,7 +2,30 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig
+from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainerConfig
+from itpn.engine.callbacks import Checkpointing
+from itpn.engine.run import train
+from itpn.errors import RunStopped
+
+
+@pytest.fixture
+def train_until(monkeypatch):
+    """Stops a run after a step, as Ctrl-C does."""
+
+    def run(config: RunConfig, step: int) -> None:
+        on_train_batch_end = Checkpointing.on_train_batch_end
+
+        def stop(self, trainer, *args):
+            if trainer.global_step == step:
+                self._signum = 2
+            on_train_batch_end(self, trainer, *args)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Checkpointing, "on_train_batch_end", stop)
+            with pytest.raises(RunStopped):
+                train(config, "test")
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -37,10 +37,8 @@ from itpn.config import (
 )
 from itpn.data.annotations import read_objects
 from itpn.data.shapes import CLASSES, write_shapes
-from itpn.engine.callbacks import Checkpointing
 from itpn.engine.coco import FIGURES, score_detections, write_detection_scores
 from itpn.engine.run import train
-from itpn.errors import RunStopped
 from itpn.models.detector import Detector
 
 MINI = Path(__file__).parents[3] / "shared" / "data" / "coco_mini"
@@ -248,20 +246,10 @@ def test_boxes_alone(settings, tmp_path, shapes):
     assert "val_mask_ap" not in metrics
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(settings, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_it_had_not(settings, train_until):
     straight = train(replace(settings(), name="straight"), "test")
     config = replace(settings(), name="stopped")
-    on_train_batch_end = Checkpointing.on_train_batch_end
-
-    def stop(self, trainer, *args):
-        if trainer.global_step == 4:
-            self._signum = 2
-        on_train_batch_end(self, trainer, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Checkpointing, "on_train_batch_end", stop)
-        with pytest.raises(RunStopped):
-            train(config, "test")
+    train_until(config, 4)
     resumed = train(replace(settings(), name="stopped"), "test")
     one, two = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     assert all(torch.equal(one[name], two[name]) for name in one)

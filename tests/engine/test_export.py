@@ -11,6 +11,7 @@ from itpn.engine.export import check_out, export_detector, export_model, print_e
 from itpn.errors import ExportFailed, UserError
 from itpn.models.detector import MaskDetector
 from itpn.models.pyramid import PyramidBackbone
+from itpn.models.segmenter import Segmenter
 
 SMALL = {"depths": (1, 1, 1), "img_size": 32, "patch_size": 8}
 
@@ -148,6 +149,22 @@ def test_missing_packages(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"needs onnx, onnxscript, onnxruntime: pip install 'itpn\[export\]'"):
         check_out(tmp_path / "model.onnx")
     check_out(tmp_path / "model.pt2")
+
+
+@pytest.mark.parametrize("form", ["onnx", "pt2"])
+def test_a_segmenter(tmp_path, form, capsys):
+    """Of a size whose maps its pools do not divide."""
+    torch.manual_seed(0)
+    backbone = PyramidBackbone(
+        "segmentation", pyramid_width=32, pyramid_depth=1, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1
+    )
+    model = Segmenter(backbone, 4, head_width=16).eval()
+    exported = export_model(model, tmp_path / f"segmenter.{form}", (64, 160))
+    assert exported.difference < 1e-4
+    assert exported.outputs == {"logits": "batch, 4, 64, 160"}
+    torch.save(model.state_dict(), tmp_path / "segmenter.pth")
+    assert main(["export", str(tmp_path / "segmenter.pth"), "--out", str(tmp_path / "x.onnx"), "--dynamic-size"]) == 2
+    assert "a segmenter is exported for images of one size" in capsys.readouterr().err
 
 
 def test_a_detector(tmp_path, capsys):

@@ -38,10 +38,8 @@ from itpn.config import (
 from itpn.data.labelmaps import IGNORED
 from itpn.data.normalize import Normalize
 from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
-from itpn.engine.callbacks import Checkpointing
 from itpn.engine.confusion import PixelScores, compare
 from itpn.engine.run import train
-from itpn.errors import RunStopped
 from itpn.models.segmenter import Segmenter
 from itpn.recipes import read_recipe
 from itpn.tasks.segmentation import Segmentation, enlarge_labels, pixel_loss
@@ -295,20 +293,10 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
     assert (out / f"0000-{photo.stem}.png").exists()
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(settings, monkeypatch):
+def test_a_stopped_run_goes_on_as_if_it_had_not(settings, train_until):
     straight = train(replace(settings(), name="straight"), "test")
     config = replace(settings(), name="stopped")
-    on_train_batch_end = Checkpointing.on_train_batch_end
-
-    def stop(self, trainer, *args):
-        if trainer.global_step == 4:
-            self._signum = 2
-        on_train_batch_end(self, trainer, *args)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Checkpointing, "on_train_batch_end", stop)
-        with pytest.raises(RunStopped):
-            train(config, "test")
+    train_until(config, 4)
     resumed = train(replace(settings(), name="stopped"), "test")
     one, two = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     assert all(torch.equal(one[name], two[name]) for name in one)

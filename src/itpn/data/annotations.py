@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from faster_coco_eval.core import mask as rle
 
+from itpn.data.decode import MAX_PIXELS
 from itpn.data.layouts import Coco, Mistakes, read_coco, read_voc, read_yolo
 from itpn.data.objects import DetectionImages, encode_outline
 from itpn.data.readers import FileReader, PackedStrings
@@ -116,6 +117,10 @@ def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mis
             continue
         if not all(isinstance(entry.get(key), int) and entry[key] > 0 for key in ("height", "width")):
             mistakes.add("images without height or width", str(entry["file_name"]))
+        elif entry["height"] * entry["width"] > MAX_PIXELS:
+            mistakes.add(
+                "images of more pixels than can be", f"{entry['file_name']}: {entry['width']}x{entry['height']}"
+            )
         elif not _is_id(entry["id"]):
             mistakes.add("images whose id is no whole number", f"{entry['id']!r}")
         elif entry["id"] in images:

@@ -22,6 +22,7 @@ from itpn.models.detector import fit_sides
 CROP_SIDES = (0.5, 0.625, 0.75)  # of the size: 400, 500 and 600 of 800
 CROP_RANGE = (0.48, 0.75)  # 384 to 600
 SCALES = 11  # short sides: 480, 512, ... 800
+FAR = 10  # sides of the image: beyond, a polygon is a mistake
 MIN_SIDE = 1.0  # pixels: boxes that a crop leaves less of are no objects any more
 
 
@@ -128,6 +129,8 @@ def encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
     polygons = [[float(value) for value in polygon] for polygon in outline]
     if not polygons or any(len(p) < 6 or len(p) % 2 or not np.isfinite(p).all() for p in polygons):
         raise ValueError("polygons of less than three points")
+    if max(abs(value) for polygon in polygons for value in polygon) > FAR * max(height, width):
+        raise ValueError("polygons far outside their image")  # whose edges would take memory without end
     return rle.merge(rle.frPyObjects(polygons, height, width))
 
 

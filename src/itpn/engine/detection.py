@@ -9,7 +9,6 @@ import lightning as L
 from PIL import Image
 from torch import Tensor
 
-from itpn.checkpoints.files import named_tensors, write_safetensors
 from itpn.checkpoints.finetuning import make_detector
 from itpn.config import DetectionConfig
 from itpn.data.annotations import find_objects
@@ -19,7 +18,7 @@ from itpn.data.objects import DetectionImages, DetectionTransform, check_size
 from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.coco import collect_detections, gather_detections, score_detections
 from itpn.engine.console import print_aside
-from itpn.engine.finetuning import read_start, scale_epochs, start_network
+from itpn.engine.finetuning import read_start, save_network, scale_epochs, start_network
 from itpn.engine.fitting import Job, fit, make_training_loader
 from itpn.engine.launch import choose_devices, read_launch
 from itpn.engine.pictures import draw_objects, join_pictures
@@ -74,7 +73,7 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
             lambda folder: Pictures(folder, lambda: draw_found(task, shown()), config.trainer.picture_every_n_steps),
             {"data": f"{len(train.classes)} classes{more}", "size": size},
             len(train),
-            lambda path: save_detector(path, task),
+            lambda path: save_network(path, task),
             validation,
         )
 
@@ -174,9 +173,3 @@ class DetectionValidation(Watcher):
             if shown:
                 rows[title] = f"{', '.join(shown)} of {len(self.images):,} images"
         return rows
-
-
-def save_detector(path: Path, task: DetectionTask) -> dict[str, str]:
-    """Write the weights as a file that `itpn.load` reads whole."""
-    write_safetensors(path, named_tensors(task.model), {"recipe": task.recipe, **task.describe()})
-    return {"saved": "weights"}

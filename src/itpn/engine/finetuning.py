@@ -2,15 +2,17 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import nn
 
-from itpn.checkpoints.files import Checkpoint, read_checkpoint
+from itpn.checkpoints.files import Checkpoint, named_tensors, read_checkpoint, write_safetensors
 from itpn.checkpoints.finetuning import settle
 from itpn.config import FineTuningRun
 from itpn.seeding import derive_seed
+from itpn.tasks.finetuning import FineTuningTask
 
 STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its images: so many steps, within these epochs
 
@@ -46,3 +48,9 @@ def scale_epochs(config: FineTuningRun, images: int, processes: int = 1) -> None
         batch = config.data.batch_size * processes * config.trainer.accumulate_grad_batches
         steps = max(1, images // batch)
         config.trainer.max_epochs = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
+
+
+def save_network(path: Path, task: FineTuningTask) -> dict[str, str]:
+    """Write the weights as a file that `itpn.load` reads whole."""
+    write_safetensors(path, named_tensors(task.model), {"recipe": task.recipe, **task.describe()})
+    return {"saved": "weights"}

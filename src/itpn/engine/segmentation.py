@@ -8,7 +8,6 @@ import lightning as L
 from PIL import Image
 from torch import Tensor
 
-from itpn.checkpoints.files import named_tensors, write_safetensors
 from itpn.checkpoints.finetuning import make_segmenter
 from itpn.config import SegmentationConfig
 from itpn.data.evaluation import make_evaluation_loader, read_some
@@ -17,7 +16,7 @@ from itpn.data.loader import TrainingLoader, collect
 from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.confusion import collect_confusion, gather_confusion
 from itpn.engine.console import print_aside
-from itpn.engine.finetuning import read_start, scale_epochs, start_network
+from itpn.engine.finetuning import read_start, save_network, scale_epochs, start_network
 from itpn.engine.fitting import Job, describe_size, fit, make_training_loader
 from itpn.engine.launch import choose_devices, read_launch
 from itpn.engine.pictures import draw_labels, join_pictures
@@ -88,7 +87,7 @@ def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None =
             ),
             {"data": f"{len(train.classes)} classes of pixels{more}", "size": describe_size(size)},
             len(train),
-            lambda path: save_segmenter(path, task),
+            lambda path: save_network(path, task),
             validation,
         )
 
@@ -188,9 +187,3 @@ class SegmentationValidation(Watcher):
             "pixels": f"mIoU {100 * miou:.1f}, accuracy {100 * pixels:.1f}, of classes {100 * mean:.1f} "
             f"of {len(self.images):,} images"
         }
-
-
-def save_segmenter(path: Path, task: SegmentationTask) -> dict[str, str]:
-    """Write the weights as a file that `itpn.load` reads whole."""
-    write_safetensors(path, named_tensors(task.model), {"recipe": task.recipe, **task.describe()})
-    return {"saved": "weights"}
