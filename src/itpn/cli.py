@@ -183,7 +183,7 @@ EVALUATION_OF = {
     ),
     "detection": ("--data.root", "--data.val-root", "--data.mistakes", "--data.img-size", "--data.max-size"),
     "segmentation": (
-        *("--data.root", "--data.masks", "--data.val-root", "--data.val-masks", "--data.val-share", "--data.classes"),
+        *("--data.root", "--data.masks", "--data.val-root", "--data.val-masks", "--data.classes"),
         *("--data.reduce-zero-label", "--data.no-reduce-zero-label", "--data.ignore", "--data.mistakes"),
         *("--data.img-size", "--data.short-side", "--data.interpolation", "--data.mean", "--data.std"),
     ),

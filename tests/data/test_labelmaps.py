@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.labelmaps import IGNORED, SegmentationTransform, find_label_maps, make_table, read_names
+from itpn.data.labelmaps import IGNORED, MaskRules, SegmentationTransform, find_label_maps, make_table, read_names
 from itpn.data.loader import TrainingLoader
 from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
 from itpn.errors import UserError
@@ -31,8 +31,13 @@ def root(shapes, tmp_path):
     return Path(shutil.copytree(shapes, tmp_path / "ade20k"))
 
 
+RULES = ("classes", "reduce_zero_label", "ignore", "mistakes", "tell")
+
+
 def find(root, **options):
-    return find_label_maps(str(root), **{"reduce_zero_label": True, "tell": pytest.fail, **options})
+    rules = {name: options.pop(name) for name in RULES if name in options}
+    rules = MaskRules(**{"reduce_zero_label": True, "tell": pytest.fail, **rules})
+    return find_label_maps(str(root), rules=rules, **options)
 
 
 def write_pair(folder: Path, name: str, mask: Image.Image, size: tuple[int, int] = (6, 4)) -> None:

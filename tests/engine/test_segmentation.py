@@ -453,3 +453,12 @@ def test_evaluating_what_is_no_segmenter(shapes, trained, pretrained, tmp_path, 
     assert "'comet' among the classes of the masks, but not of the model" in capsys.readouterr().err
     assert main([*command, str(trained / "model.safetensors"), "--data.scales", "1", "2"]) == 2
     assert "--data.scales has no meaning here" in capsys.readouterr().err
+    (other / "classes.txt").unlink()
+    assert main([*command, str(trained / "model.safetensors")]) == 2
+    assert "--data.classes FILE names them" in capsys.readouterr().err
+    # a folder of one set alone
+    shutil.copy(shapes / "classes.txt", other)
+    for part in ("images", "annotations"):
+        shutil.rmtree(other / part / "training")
+    assert main([*command, str(trained / "model.safetensors"), "--out", str(tmp_path / "one")]) == 0
+    assert json.loads((tmp_path / "one" / "evaluation.json").read_text())["images"] == 7

@@ -32,6 +32,10 @@ MASK_FOLDERS = ("annotations", "masks", "labels")
 MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name
 NAME_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "objectInfo150.txt")  # ADE20K has the last
 CROP_TRIES = 10
+LAYOUTS = (
+    "give a folder with images and annotations (or masks), each with training and validation inside, or --data.root "
+    "IMAGES --data.masks MASKS"
+)
 
 Colour = tuple[int, int, int]
 
@@ -78,9 +82,10 @@ class LabelTable:
         if self.classes == tuple(classes):
             return self
         if unknown := [name for name in self.classes if name not in classes]:
+            hint = "; --data.classes FILE names them" if all(name.isdigit() for name in unknown) else ""
             raise UserError(
                 f"{join_names(unknown)} among the classes of the masks, but not of the model, whose are "
-                f"{join_names(classes)}"
+                f"{join_names(classes)}{hint}"
             )
         new = [list(classes).index(name) for name in self.classes]
         numbers = self.numbers.copy()
@@ -185,19 +190,34 @@ class LabelMaps:
 # --- where they are
 
 
+@dataclass(frozen=True)
+class MaskRules:
+    """What masks mean, and what is done about those that cannot be right.
+
+    Attributes:
+        classes: a file with a class a line, or with ``NAME R G B``; None for one beside the images, or for numbers.
+        reduce_zero_label: label 0 is of no class, and the first class is 1, as in ADE20K.
+        ignore: labels that are of no class.
+        mistakes: see `itpn.config.MasksConfig`.
+        tell: takes the summary of mistakes, a line at a time.
+    """
+
+    classes: str | None = None
+    reduce_zero_label: bool = False
+    ignore: tuple[int, ...] = (255,)
+    mistakes: Literal["summary", "skip", "error"] = "summary"
+    tell: Callable[[str], None] = print
+
+
 def find_label_maps(
     root: str,
     masks: str | None = None,
     val_root: str | None = None,
     val_masks: str | None = None,
     *,
-    classes: str | None = None,
-    reduce_zero_label: bool = False,
-    ignore: Sequence[int] = (255,),
+    rules: MaskRules,
     val_share: float = 0.0,
     seed: int = 0,
-    mistakes: Literal["summary", "skip", "error"] = "summary",
-    tell: Callable[[str], None] = print,
 ) -> tuple[LabelMaps, LabelMaps | None]:
     """Find the images to train on and those to evaluate on, checked, with the same classes.
 
@@ -205,11 +225,7 @@ def find_label_maps(
         root: a folder of ADE20K's layout (``images/training``, ``annotations/training``), one that has ``images`` and
             ``masks`` alone, a folder for each set with these inside, or, with ``masks``, a folder of images.
         masks: the folder of their masks, of the same names.
-        classes: a file with a class a line, or with ``NAME R G B``; by default one beside the images, or numbers.
-        reduce_zero_label: label 0 is of no class, and the first class is 1, as in ADE20K.
-        ignore: labels that are of no class.
         val_share: share of the images that is held out where there are none to evaluate on.
-        mistakes: what is done about masks that cannot be right: see `itpn.config.MasksConfig`.
 
     Returns:
         The second is None where there are none, and none are held out.
@@ -217,25 +233,41 @@ def find_label_maps(
     Raises:
         UserError: nothing of a known layout, fewer than two classes, or a mistake if it is an error.
     """
-    names = read_names(classes, root)
     pairs = find_pairs(root, masks, "train")
     if pairs is None:
-        raise UserError(
-            f"no images with masks to train on in {root}: give a folder with images and annotations (or masks), each "
-            "with training and validation inside, or --data.root IMAGES --data.masks MASKS"
-        )
-    train = check(pairs, names, reduce_zero_label, ignore, mistakes, tell)
-    table = train.table
-    val_pairs = find_pairs(val_root or root, val_masks or (masks if val_root is None else None), "val")
-    if val_root is not None and val_pairs is None:
-        raise UserError(f"no images with masks to evaluate on in {val_root}")
-    if val_pairs is not None and val_pairs[0] != pairs[0]:
-        return train, check(val_pairs, table, reduce_zero_label, ignore, mistakes, tell)
+        raise UserError(f"no images with masks to train on in {root}: {LAYOUTS}")
+    train = check(pairs, read_names(rules.classes, root), rules)
+    val = find_to_evaluate(root, masks, val_root, val_masks)
+    if val is not None and val[0] != pairs[0]:
+        return train, check(val, train.table, rules)
     if not val_share:
         return train, None
     order = np.argsort([derive_seed(seed, "share", os.path.basename(train.name(i))) for i in range(len(train))])
     count = min(max(1, round(val_share * len(train))), len(train) - 1)
     return train.take(np.sort(order[count:])), train.take(np.sort(order[:count]))
+
+
+def read_to_evaluate(
+    root: str, masks: str | None, val_root: str | None, val_masks: str | None, rules: MaskRules
+) -> LabelMaps:
+    """The images to evaluate a finished model on: of a folder with one set alone, that.
+
+    Raises:
+        UserError: as of :func:`find_label_maps`.
+    """
+    pairs = find_to_evaluate(root, masks, val_root, val_masks) or find_pairs(root, masks, "train")
+    if pairs is None:
+        raise UserError(f"no images with masks to evaluate on in {root}: {LAYOUTS}")
+    return check(pairs, read_names(rules.classes, val_root or root), rules)
+
+
+def find_to_evaluate(root: str, masks: str | None, val_root: str | None, val_masks: str | None) -> "Pairs | None":
+    if val_root is None:
+        return find_pairs(root, masks, "val")
+    pairs = find_pairs(val_root, val_masks, "val")
+    if pairs is None:
+        raise UserError(f"no images with masks to evaluate on in {val_root}: {LAYOUTS}")
+    return pairs
 
 
 Pairs = tuple[list[str], str, str]  # images, the folder that they are in, the folder of their masks
@@ -333,14 +365,7 @@ def make_table(
 # --- mistakes
 
 
-def check(
-    pairs: Pairs,
-    names: Sequence[tuple[str, Colour | None]] | LabelTable | None,
-    reduce_zero_label: bool,
-    ignore: Sequence[int],
-    mistakes: Literal["summary", "skip", "error"],
-    tell: Callable[[str], None],
-) -> LabelMaps:
+def check(pairs: Pairs, names: Sequence[tuple[str, Colour | None]] | LabelTable | None, rules: MaskRules) -> LabelMaps:
     """The images whose masks can be used, every one of which is read.
 
     Raises:
@@ -353,10 +378,10 @@ def check(
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         if names is None:  # classes are the numbers that there are
             largest = max(
-                pool.map(_largest_label, [masks[path] for path in paths], [set(ignore)] * len(paths)), default=0
+                pool.map(_largest_label, [masks[path] for path in paths], [set(rules.ignore)] * len(paths)), default=0
             )
-            names = [(str(number), None) for number in range(int(reduce_zero_label), largest + 1)]
-        table = names if isinstance(names, LabelTable) else make_table(names, reduce_zero_label, ignore)
+            names = [(str(number), None) for number in range(int(rules.reduce_zero_label), largest + 1)]
+        table = names if isinstance(names, LabelTable) else make_table(names, rules.reduce_zero_label, rules.ignore)
         wrong = pool.map(_check_pair, paths, [masks[path] for path in paths], [table] * len(paths))
         kept = []
         for path, mistake in zip(paths, wrong, strict=True):
@@ -364,7 +389,7 @@ def check(
                 kept.append(path)
             else:
                 found.add(*mistake)
-    found.report(others, mistakes, tell)
+    found.report(others, rules.mistakes, rules.tell)
     if not kept:
         raise UserError(f"{folder} has no images" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
     return LabelMaps(FileReader(kept), PackedStrings([masks[path] for path in kept]), table)

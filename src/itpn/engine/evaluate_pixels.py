@@ -12,7 +12,7 @@ from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.finetuning import settle
 from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import SegmentationConfig
-from itpn.data.labelmaps import LabelMaps
+from itpn.data.labelmaps import LabelMaps, read_to_evaluate
 from itpn.data.normalize import Normalize
 from itpn.engine.confusion import PixelScores, collect_confusion, gather_confusion, write_pixel_scores
 from itpn.engine.console import print_aside
@@ -20,7 +20,7 @@ from itpn.engine.fitting import make_table
 from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.launch import quieten_libraries, start_fabric
 from itpn.engine.scores import gather_skipped, nothing_readable, rank_classes
-from itpn.engine.segmentation import find_sets, make_batches, make_segmentation
+from itpn.engine.segmentation import make_batches, make_rules, make_segmentation
 from itpn.errors import UserError
 from itpn.models.segmenter import Segmenter
 
@@ -45,8 +45,9 @@ def evaluate_pixels(
     options: dict[str, Any] = {} if config.model.num_heads is None else {"num_heads": config.model.num_heads}
     model, notes = load_found(found, "segmentation", **options)
     assert isinstance(model, Segmenter)
-    train, val = find_sets(config)
-    images = match_classes(val or train, found, model)
+    data = config.data
+    own = read_to_evaluate(data.root, data.masks, data.val_root, data.val_masks, make_rules(config))
+    images = match_classes(own, found, model)
     make_folder(out)
     quieten_libraries()
     with start_fabric(config.trainer) as fabric:
@@ -72,9 +73,9 @@ def evaluate_pixels(
                 print_aside(note)
             for name, reason in unread:
                 print_aside(f"skipped {name}: {reason}")
-            own = config.evaluation
+            how = config.evaluation
             about = {"checkpoint": checkpoint, "recipe": recipe, "images_skipped": len(unread)}
-            about |= {"mode": own.mode, "scales": own.scales, "flip": own.flip}
+            about |= {"mode": how.mode, "scales": how.scales, "flip": how.flip}
             with writing_to(out):
                 write_pixel_scores(scores, images.classes, out, about)
             report(scores, images.classes, out, checkpoint, len(unread))

@@ -11,7 +11,14 @@ from torch import Tensor
 from itpn.checkpoints.finetuning import make_segmenter
 from itpn.config import SegmentationConfig
 from itpn.data.evaluation import make_evaluation_loader, read_some
-from itpn.data.labelmaps import LabelMaps, LabelTable, SegmentationTransform, find_label_maps, view_labels
+from itpn.data.labelmaps import (
+    LabelMaps,
+    LabelTable,
+    MaskRules,
+    SegmentationTransform,
+    find_label_maps,
+    view_labels,
+)
 from itpn.data.loader import TrainingLoader, collect
 from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.confusion import collect_confusion, gather_confusion
@@ -30,6 +37,12 @@ SHOWN = 6  # images in pictures
 FIGURES = ("miou", "mean_accuracy", "pixel_accuracy")
 
 
+def make_rules(config: SegmentationConfig) -> MaskRules:
+    data = config.data
+    tell = print_aside if read_launch().main else lambda line: None
+    return MaskRules(data.classes, data.reduce_zero_label, data.ignore, data.mistakes, tell)
+
+
 def find_sets(config: SegmentationConfig) -> Sets:
     """The images to train on, and those to evaluate on."""
     data = config.data
@@ -38,13 +51,9 @@ def find_sets(config: SegmentationConfig) -> Sets:
         data.masks,
         data.val_root,
         data.val_masks,
-        classes=data.classes,
-        reduce_zero_label=data.reduce_zero_label,
-        ignore=data.ignore,
+        rules=make_rules(config),
         val_share=data.val_share,
         seed=config.seed,
-        mistakes=data.mistakes,
-        tell=print_aside if read_launch().main else lambda line: None,
     )
 
 
