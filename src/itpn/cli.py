@@ -115,7 +115,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("images", nargs="+", help="image files or folders")
     add.add_argument("--out", default="predictions", help="folder for the pictures (default: %(default)s)")
     add.add_argument("--seed", type=int, default=0, help="which units are hidden (default: %(default)s)")
-    add.add_argument("--min-score", type=float, default=0.5, help="of a detector's objects (default: %(default)s)")
+    add.add_argument("--min-score", type=float, default=0.5, help="of objects, above 0.05 (default: %(default)s)")
     add.add_argument("--features", metavar="FILE", help="write features to this .safetensors or .npy file instead")
 
     add = commands.add_parser("inspect", help="what a checkpoint is, and what it can be used for")
@@ -396,6 +396,8 @@ def run_info(options: argparse.Namespace) -> int:
 def run_predict(options: argparse.Namespace) -> int:
     from itpn.data.files import find_images
 
+    if not 0 <= options.min_score <= 1:
+        raise UserError(f"--min-score must lie between 0 and 1, not {options.min_score}")
     source = find_images(options.images)
     check_file(options.checkpoint)
     features = None if options.features is None else Path(options.features)

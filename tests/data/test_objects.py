@@ -263,7 +263,7 @@ MISTAKES = {
     ),
     "images of more pixels than can be": lambda c: c["images"][0].update(height=10**12),
     "objects whose outline holds no pixel": lambda c: first(c).update(segmentation=[[5, 5, 5, 5, 5, 5]]),
-    "objects without an outline, where others have one": lambda c: first(c).pop("segmentation"),
+    "objects whose iscrowd is neither 0 nor 1": lambda c: first(c).update(iscrowd="0"),
     "objects without image_id or category_id": lambda c: first(c).pop("category_id"),
     "images not on disk": lambda c: c["images"][0].update(file_name="nowhere.jpg"),
     "images whose id another one has": lambda c: c["images"][1].update(id=1),
@@ -309,7 +309,9 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
         (lambda c: c.update(annotations=[]), "has no objects"),
         (lambda c: c.update(images=[]), "has no images that can be used"),
         (lambda c: c.update(images=[], annotations=[]), "has no images"),
-        (lambda c: c.update(categories=[]), "has no categories"),
+        (lambda c: c.update(categories=[]), "has no classes"),
+        (lambda c: c["categories"][1].update(name=None), "has categories without id or name"),
+        (lambda c: [i.update(file_name="x" * 5000) for i in c["images"]], "images not on disk: 12"),
         (lambda c: c.pop("categories"), "is not in COCO's form: it needs lists of images, annotations and categories"),
         (lambda c: c["categories"][1].update(id=1), "has two categories of id 1"),
         (lambda c: c["categories"][1].update(name="disk"), "has two categories of name disk"),
@@ -326,6 +328,9 @@ def test_annotations_of_no_use(root, change, words):
 
 
 def test_what_is_no_set(root, tmp_path):
+    (root / "annotations" / "instances_train2017.json").write_text("[" * 100000)
+    with pytest.raises(UserError, match="cannot be read as JSON"):
+        find_objects(str(root))
     (root / "annotations" / "instances_train2017.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read as JSON"):
         find_objects(str(root))
@@ -362,17 +367,57 @@ def test_gaps_in_the_classes_and_classes_of_one_set(root):
 def test_a_damaged_file_of_labels(shapes, tmp_path):
     write_yolo(shapes, tmp_path / "yolo", False)
     files = sorted((tmp_path / "yolo" / "labels" / "train").iterdir())
-    files[0].write_text("0 0.5 0.5 nonsense 0.1")
+    files[0].write_text("0 0.5 0.5 0.1 0.1\n0 0.5 0.5 nonsense 0.1")
     files[1].unlink()
     (tmp_path / "yolo" / "images" / "train" / "extra.jpg").write_bytes(b"no image")
     said: list[str] = []
     train = read_objects(str(tmp_path / "yolo"), "train", "summary", said.append)
-    assert len(train) == 12
-    assert not train.objects_of(0)
-    assert not train.objects_of(1)  # an image without a file has no objects
+    assert len(train) == 11  # without the first: what is not read of it would count as background
+    assert train.objects_of(1)
+    assert not train.objects_of(0)  # an image without a file has no objects
     text = " ".join(said)
-    assert "files of annotations that cannot be read: 1" in text
+    assert f"images whose annotations cannot be read: 1 ({files[0]}: line 2: could not convert" in text
     assert "images that cannot be read: 1" in text
+
+
+def test_lines_of_labels_are_named(shapes, tmp_path):
+    write_yolo(shapes, tmp_path / "yolo", False)
+    file = sorted((tmp_path / "yolo" / "labels" / "train").iterdir())[0]
+    file.write_text("0 0.5 0.5 0.2 0.2\n\n77 0.5 0.5 0.2 0.2\n1 5 5 2 2")
+    said: list[str] = []
+    train = read_objects(str(tmp_path / "yolo"), "train", "summary", said.append)
+    assert len(train.objects_of(0)) == 1
+    assert any(f"unknown class: 1 ({file} line 3: class 77)" in line for line in said), said
+    assert any(f"boxes outside their image: 1 ({file} line 4)" in line for line in said)
+    shutil.rmtree(tmp_path / "yolo" / "labels")
+    with pytest.raises(UserError, match=r"but no labels: .*000000000001\.txt is not there"):
+        read_objects(str(tmp_path / "yolo"), "train")
+
+
+def test_objects_without_an_outline(root):
+    """Stay: boxes are learned from all, masks from the others."""
+    edit(root, lambda c: [one.pop("segmentation") for one in c["annotations"][1:]])
+    train = read_objects(str(root), "train", tell=pytest.fail)
+    count = sum(len(train.objects_of(i)) for i in range(len(train)))
+    assert train.outlined == (1, count - 1)
+    assert train.has_outlines
+    rest = train.with_outlines()
+    assert rest.outlined == (1, 0)
+    assert len(rest) == 12
+    assert len(rest.with_objects()) == 1
+
+
+def test_images_of_another_size_than_pascal_voc_says(shapes, tmp_path):
+    write_voc(shapes, tmp_path)
+    path = sorted((tmp_path / "Annotations").glob("train*.xml"))[0]
+    text = path.read_text()
+    path.write_text(text.replace("<annotation>", "<annotation><size><width>160</width><height>128</height></size>"))
+    said: list[str] = []
+    assert len(read_objects(str(tmp_path), "train", "summary", said.append)) == 11
+    assert any("is of 160x128 pixels, the image of 80x64" in line for line in said)
+    path.write_text(text.replace("<annotation>", "<annotation><size><width>80</width><height>64</height></size>"))
+    (tmp_path / "ImageSets" / "Main" / "train.txt").rename(tmp_path / "ImageSets" / "Main" / "trainval.txt")
+    assert len(read_objects(str(tmp_path), "train", tell=pytest.fail)) == 12
 
 
 # --- outlines
@@ -402,7 +447,7 @@ def run_lengths(mask) -> list[int]:
 
 def test_outlines_of_another_image():
     for outline in ({"size": [3, 4], "counts": [12]}, {"size": [4, 4], "counts": [3, 4]}, [[1, 2, 3, 4]], []):
-        with pytest.raises(ValueError, match=r"run lengths|polygons"):
+        with pytest.raises(ValueError, match=r"run lengths|polygons of three"):
             encode_outline(outline, 4, 4)
 
 
@@ -511,6 +556,9 @@ def test_an_image_of_another_size_than_its_annotations(root):
     Image.open(name).resize((40, 30)).save(name)
     train, _ = find_objects(str(root))
     transform = DetectionTransform(64, 106)
+    turned = torch.zeros(3, 80, 64, dtype=torch.uint8)
+    with pytest.raises(UnreadableImage, match="it is turned by EXIF, its annotations are not"):
+        transform(turned, random.Random(0), train[0][2])
     with pytest.raises(UnreadableImage, match="30x40 pixels, and 64x80 in the annotations"):
         transform(decode_image(name.read_bytes()), random.Random(0), train[0][2])
     loader = TrainingLoader(train, transform, batch_size=4, num_workers=0, seed=0, collate=collect)

@@ -246,6 +246,47 @@ def test_boxes_alone(settings, tmp_path, shapes):
     assert "val_mask_ap" not in metrics
 
 
+def test_boxes_beside_outlines(settings, tmp_path, shapes, capsys):
+    """Objects without an outline are no part of a Mask R-CNN's run, and all of a Faster R-CNN's."""
+    root = Path(shutil.copytree(shapes, tmp_path / "coco"))
+    for file in (root / "annotations").iterdir():
+        content = json.loads(file.read_text())
+        for one in content["annotations"][3:]:
+            del one["segmentation"]
+        file.write_text(json.dumps(content))
+    objects = len(json.loads((root / "annotations" / "instances_val2017.json").read_text())["annotations"])
+    for masks, judged in ((True, 3), (False, objects)):
+        config = settings(max_steps=1)
+        config.data.root, config.model.masks, config.name = str(root), masks, f"masks {masks}"
+        folder = train(config, "test")
+        said = " ".join(capsys.readouterr().out.split())
+        assert ("objects without an outline are left out" in said) == masks
+        command = ["evaluate", "detector_nano", "--data.root", str(root), "--data.num-workers", "0"]
+        assert main([*command, "--checkpoint", str(folder / "model.safetensors")]) == 0
+        assert json.loads((folder / "evaluation" / "evaluation.json").read_text())["objects"] == judged
+
+
+def test_a_set_without_objects_is_not_evaluated_on(settings, tmp_path, shapes, capsys):
+    root = Path(shutil.copytree(shapes, tmp_path / "coco"))
+    file = root / "annotations" / "instances_val2017.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "annotations": []}))
+    config = settings(max_steps=1)
+    config.data.root = str(root)
+    folder = train(config, "test")
+    assert "there are no objects to evaluate on" in " ".join(capsys.readouterr().out.split())
+    assert "val_box_ap" not in json.loads((folder / "summary.json").read_text())["metrics"]
+
+
+def test_info_of_a_detector(trained, capsys):
+    """Its own classes and heads, not the recipe's."""
+    assert main(["info", "detector_nano", "--checkpoint", str(trained / "model.safetensors")]) == 0
+    text = capsys.readouterr().out
+    weights = load_file(trained / "model.safetensors")
+    count = sum(t.numel() for n, t in weights.items() if "running" not in n and "num_batches" not in n) / 1e6
+    assert "heads for 6 classes" in text
+    assert f"{count:.2f} M" in text
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not(settings, train_until):
     straight = train(replace(settings(), name="straight"), "test")
     config = replace(settings(), name="stopped")
@@ -299,6 +340,7 @@ def test_heads_of_a_detector_go_on(settings, trained, masks, width):
     assert fresh == predictors | ({"roi_heads.mask_predictor.mask_fcn_logits"} if masks else set())
     assert any("what names them starts fresh" in note for note in notes)
     assert any("heads are of 16 channels" in note for note in notes) == (width == 24)
+    assert config.model.head_width == 16  # as config.yaml will say
 
 
 def test_heads_that_are_not_there_are_named(settings, tmp_path, shapes):
@@ -471,6 +513,8 @@ def test_evaluating_what_is_no_detector(shapes, trained, tmp_path, capsys):
     assert "objects of class comet" in capsys.readouterr().err
     assert main([*command, str(trained / "model.safetensors"), "--knn"]) == 2
     assert "--knn is for classes of images" in capsys.readouterr().err
+    assert main(["predict", str(trained / "model.safetensors"), str(shapes), "--out", "x", "--min-score", "nan"]) == 2
+    assert "--min-score must lie between 0 and 1" in capsys.readouterr().err
     assert main([*command, str(trained / "model.safetensors"), "--data.mean", "0.5"]) == 2
     assert "--data.mean has no meaning here" in capsys.readouterr().err
 

@@ -128,7 +128,10 @@ def test_convert(tmp_path, capsys):
         (["inspect", "{text}"], "damaged or no checkpoint"),
         (["convert", "{det}", "a.zip"], "say which names a.zip gets"),
         (["convert", "{det}", "a.pth", "--to", "keras"], "invalid choice: 'keras'"),
-        (["predict", "{det}", "{photos}"], "has neither decoder, classifier nor detector: it gives --features"),
+        (
+            ["predict", "{det}", "{photos}"],
+            "has neither decoder, classifier, detector nor segmenter: it gives --features",
+        ),
         (["predict", "{det}", "{photos}", "--features", "a.csv"], "must end in .safetensors or .npy"),
         (["predict", "{text}", "{photos}"], "damaged or no checkpoint"),
     ],

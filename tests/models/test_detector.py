@@ -273,6 +273,10 @@ def test_large_images_are_resized_as_in_training():
     rows, cols = (target["masks"][0].any(dim=dim).nonzero().flatten() for dim in (1, 0))
     assert target["masks"].shape == (1, 64, 85)
     assert (rows[0], rows[-1], cols[0], cols[-1]) == (13, 50, 8, 41)  # of 12.8 to 51.2 and 8.5 to 42.5
+    empty = {"boxes": torch.zeros(0, 4), "masks": torch.zeros(0, 300, 400, dtype=torch.bool)}
+    assert resize.resize(pixels / 255, empty)[1]["masks"].shape == (0, 64, 85)
+    target = {"boxes": torch.ones(1, 4), "masks": mask.bool()}
+    assert resize.resize(pixels / 255, target)[1]["masks"].dtype == torch.uint8
     resize.in_training = False
     assert resize.resize(pixels / 255)[0].shape == pixels.shape
 

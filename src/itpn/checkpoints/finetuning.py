@@ -8,7 +8,16 @@ from timm import create_model
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from itpn.checkpoints.architecture import Architecture, build, complete, find_variant, read_architecture, same_sizes
+from itpn.checkpoints.architecture import (
+    Architecture,
+    build,
+    complete,
+    find_variant,
+    read_architecture,
+    read_detector,
+    read_segmenter,
+    same_sizes,
+)
 from itpn.checkpoints.diagnosis import CLASS_PREDICTORS, fit
 from itpn.checkpoints.files import Checkpoint, named_tensors
 from itpn.checkpoints.loading import check_sound
@@ -81,7 +90,7 @@ def build_recipe(
     """The network of a recipe, which stays as it is, with classes that have no names but those of the checkpoint.
 
     Args:
-        num_classes: None for ImageNet's 1000, COCO's 80 or ADE20K's 150.
+        num_classes: None for the checkpoint's own, or ImageNet's 1000, COCO's 80 or ADE20K's 150.
 
     Returns:
         As of :func:`make_classifier`, :func:`make_detector` and :func:`make_segmenter`.
@@ -94,9 +103,12 @@ def build_recipe(
     config = copy.deepcopy(config)
     settle(config, found)
     if isinstance(config, SegmentationConfig):
-        return make_segmenter(config, name_classes(found, num_classes or 150), found)
+        segmenter = (None if found is None else read_segmenter(found.tensors)) or {"num_classes": 150}
+        return make_segmenter(config, name_classes(found, num_classes or segmenter["num_classes"]), found)
     if isinstance(config, DetectionConfig):
-        return make_detector(config, name_classes(found, num_classes or 80), config.model.masks is not False, found)
+        detector = (None if found is None else read_detector(found.tensors)) or {"num_classes": 81, "masks": True}
+        masks = detector["masks"] if config.model.masks is None else config.model.masks
+        return make_detector(config, name_classes(found, num_classes or detector["num_classes"] - 1), masks, found)
     return make_classifier(config, name_classes(found, num_classes or 1000), found)
 
 
@@ -209,7 +221,7 @@ def make_detector(
     """Build a detector, with a checkpoint's weights where there is one.
 
     Args:
-        config: as :func:`settle` leaves it.
+        config: as :func:`settle` leaves it; a width of heads that the checkpoint has is filled in.
         masks: predict masks as well.
 
     Returns:
@@ -236,7 +248,7 @@ def make_detector(
     theirs = architecture.detector
     notes = []
     if found is not None and theirs is not None and theirs["head_width"] != model.head_width:
-        detector["head_width"] = theirs["head_width"]
+        detector["head_width"] = model.head_width = theirs["head_width"]
         notes.append(f"the heads are of {theirs['head_width']} channels, as in {found.source}")
     width = (architecture.pyramid or PYRAMIDS.get(model.name or "", PUBLISHED_PYRAMID))["width"]
     detector |= {"fpn_width": (theirs or {}).get("fpn_width", width)} if model.neck == "fpn" else {}
@@ -258,7 +270,7 @@ def make_segmenter(
     """Build a segmenter, with a checkpoint's weights where there is one.
 
     Args:
-        config: as :func:`settle` leaves it.
+        config: as :func:`settle` leaves it; a width of heads that the checkpoint has is filled in.
 
     Returns:
         The network, and what is not as in the checkpoint, a sentence each.
@@ -277,9 +289,9 @@ def make_segmenter(
     }
     notes = []
     if found is not None and theirs is not None and theirs["head_width"] != model.head_width:
-        segmenter["head_width"] = theirs["head_width"]
         if model.head_width is not None:
             notes.append(f"the head is of {theirs['head_width']} channels, as in {found.source}")
+        segmenter["head_width"] = model.head_width = theirs["head_width"]
     whole = complete(dataclasses.replace(architecture, segmenter=segmenter), "segmentation")
     network = build(whole, "segmentation", **_options(model))
     assert isinstance(network, Segmenter)

@@ -109,7 +109,7 @@ def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mis
     Raises:
         UserError: classes that are none.
     """
-    names, ids = _check_categories(coco["categories"], source)
+    names, ids = _check_categories(coco["categories"], source, mistakes)
     images: dict[Any, dict[str, Any]] = {}
     for entry in coco["images"]:
         if not isinstance(entry, dict) or any(key not in entry for key in ("id", "file_name")):
@@ -130,14 +130,13 @@ def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mis
         else:
             images[entry["id"]] = {**entry, "path": str(path), "objects": []}
     listed = {entry["id"] for entry in coco["images"] if isinstance(entry, dict) and _is_id(entry.get("id"))}
-    outlined = any(isinstance(one, dict) and one.get("segmentation") for one in coco["annotations"])
     numbers = {id_: number for number, id_ in enumerate(ids)}
     seen: set[Any] = set()
     for one in coco["annotations"]:
         if not isinstance(one, dict) or any(key not in one for key in ("image_id", "category_id")):
             mistakes.add("objects without image_id or category_id", str(one)[:60])
             continue
-        what = f"annotation {one.get('id', '?')}"
+        what = one.get("where") or f"annotation {one.get('id', '?')}"
         if one.get("id") is not None:
             if repr(one["id"]) in seen:
                 mistakes.add("objects whose id another one has", what)
@@ -150,9 +149,9 @@ def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mis
                 mistakes.add("objects of an image that is not listed", f"{what}: image {one['image_id']}")
             continue  # those of an image that cannot be used go with it
         if not _is_id(one["category_id"]) or one["category_id"] not in numbers:
-            mistakes.add("objects of an unknown class", f"{what}: class {one['category_id']}")
+            mistakes.add("objects of an unknown class", f"{what}: class {one.get('label', one['category_id'])}")
             continue
-        known = _check_object(one, image, outlined, what, mistakes)
+        known = _check_object(one, image, what, mistakes)
         if known is not None:
             image["objects"].append({**known, "label": numbers[one["category_id"]]})
     entries = list(images.values())
@@ -167,15 +166,19 @@ def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mis
     )
 
 
-def _check_categories(categories: list[Any], source: str) -> tuple[tuple[str, ...], tuple[int, ...]]:
+def _check_categories(
+    categories: list[Any], source: str, mistakes: Mistakes
+) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Names and ids, in the order of the ids, which may have gaps, as COCO's have."""
     try:
-        pairs = sorted((entry["id"], str(entry["name"])) for entry in categories)
+        if not all(isinstance(entry["name"], str) for entry in categories):
+            raise TypeError
+        pairs = sorted((entry["id"], entry["name"]) for entry in categories)
     except (TypeError, KeyError) as error:
         raise UserError(f"{source} has categories without id or name") from error
     ids, names = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
     if not pairs:
-        raise UserError(f"{source} has no categories")
+        raise UserError(f"{source} has no classes" + (f": {mistakes.lines()[0]}" if mistakes.counts else ""))
     if not all(_is_id(id_) for id_ in ids):
         raise UserError(f"{source} has categories whose ids are no whole numbers")
     for what, values in {"id": ids, "name": names}.items():
@@ -185,27 +188,26 @@ def _check_categories(categories: list[Any], source: str) -> tuple[tuple[str, ..
     return tuple(names), tuple(ids)
 
 
-def _check_object(
-    one: dict[str, Any], image: dict[str, Any], outlined: bool, what: str, mistakes: Mistakes
-) -> dict[str, Any] | None:
+def _check_object(one: dict[str, Any], image: dict[str, Any], what: str, mistakes: Mistakes) -> dict[str, Any] | None:
     """An object as it is kept, its box inside the image; None if it is of no use."""
     height, width = image["height"], image["width"]
     crowd = one.get("iscrowd", 0)
+    if crowd not in (0, 1, None) or isinstance(crowd, float):
+        mistakes.add("objects whose iscrowd is neither 0 nor 1", f"{what}: {crowd!r}")
+        return None
     box = one.get("bbox")
     kept: dict[str, Any] = {"iscrowd": int(bool(crowd))}
     outlined_area: float | None = None
-    if outlined:
-        outline = one.get("segmentation")
-        if not outline:
-            mistakes.add("objects without an outline, where others have one", what)
-            return None
+    outline = one.get("segmentation")
+    if outline:
         try:
             encoded = encode_outline(outline, height, width)
             if isinstance(outline, dict):
                 rle.decode(encoded)  # or else runs that are not the image's are found out in training
             outlined_area = float(rle.area(encoded))
         except Exception as error:  # malformed in any of many ways
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            plain = isinstance(error, ValueError) and str(error)
+            reason = str(error).splitlines()[0] if plain else "in none of COCO's forms"
             mistakes.add("objects whose outline cannot be read", f"{what}: {reason}")
             return None
         if not outlined_area:

@@ -3,6 +3,7 @@
 Each reader gives None where the folder has another layout, or not this set.
 """
 
+import contextlib
 import importlib
 import json
 import re
@@ -102,7 +103,9 @@ def _searching(places: list[Path]) -> Callable[[str], Path]:
     """Where a file is: in the first of several folders that has it."""
 
     def path_of(name: str) -> Path:
-        return next((place / name for place in places if (place / name).is_file()), places[0] / name)
+        with contextlib.suppress(OSError):  # no name of a file
+            return next((place / name for place in places if (place / name).is_file()), places[0] / name)
+        return places[0] / name[:100]
 
     return path_of
 
@@ -110,7 +113,7 @@ def _searching(places: list[Path]) -> Callable[[str], Path]:
 def _read_json(path: Path) -> Coco:
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     parts = ("images", "annotations", "categories")
     if isinstance(content, dict) and "images" in content:
@@ -144,6 +147,7 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     # labels are keys of the names, which may have gaps
     categories = [{"id": 1 + key, "name": name} for key, name in sorted(names.items())]
     coco: Coco = {"images": [], "annotations": [], "categories": categories}
+    missing, found = None, 0
     for folder in folders:
         place = next((p for p in (base / folder, root / folder.removeprefix("../")) if p.is_dir()), None)
         if place is None:
@@ -154,7 +158,11 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
                 last = len(parts) - 1 - parts[::-1].index("images")
                 parts[last] = "labels"
             labels = Path(*parts).with_suffix(".txt")
+            missing = missing or (None if labels.is_file() else labels)
+            found += labels.is_file()
             _append(coco, image, size, labels, parse, mistakes)
+    if missing is not None and not found:
+        raise UserError(f"{file} has images in {', '.join(folders)}, but no labels: {missing} is not there, nor others")
     return coco, Path, str(file)
 
 
@@ -164,9 +172,18 @@ def _yolo_parser() -> Parse:
     def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
         if not path.is_file():
             return  # an image without objects
-        for line in filter(None, map(str.strip, path.read_text().splitlines())):
-            outlined = len(line.split()) > 6
-            yield from _from_supervision(read([line], resolution_wh=size[::-1], with_masks=outlined))
+        for number, line in enumerate(map(str.strip, path.read_text().splitlines()), start=1):
+            if not line:
+                continue
+            where = f"{path} line {number}"
+            try:
+                objects = list(
+                    _from_supervision(read([line], resolution_wh=size[::-1], with_masks=len(line.split()) > 6))
+                )
+            except Exception as error:  # whatever it meets
+                raise ValueError(f"line {number}: {error}") from error
+            for one in objects:
+                yield one | {"where": where, "label": one["category_id"] - 1}
 
     return parse
 
@@ -177,7 +194,8 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     if not images.is_dir() or not notes.is_dir():
         return None
     lists = root / "ImageSets" / "Main"
-    file = next((lists / f"{word}.txt" for word in SPLITS[split] if (lists / f"{word}.txt").is_file()), None)
+    words = (*SPLITS[split], *(["trainval"] if split == "train" else []))
+    file = next((lists / f"{word}.txt" for word in words if (lists / f"{word}.txt").is_file()), None)
     if file is None and (split != "train" or lists.is_dir()):
         return None
     # without lists, all of them
@@ -191,6 +209,9 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
         nonlocal classes
         element = parse_xml(path).getroot()
+        said = tuple(int(element.findtext(f"size/{side}", "0")) for side in ("height", "width"))
+        if all(said) and said != size:
+            raise ValueError(f"is of {said[1]}x{said[0]} pixels, the image of {size[1]}x{size[0]}")
         detections, classes = read(element, classes, size[::-1])
         crowds = [one.findtext("difficult", "0").strip() == "1" for one in element.findall("object")]
         for one, crowd in zip(_from_supervision(detections), crowds, strict=True):
@@ -261,12 +282,14 @@ def read_size(path: str) -> Size:
 
 
 def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mistakes: Mistakes) -> None:
-    """Add an image with the objects that its file of annotations names."""
-    number = 1 + len(coco["images"])
-    coco["images"].append({"id": number, "file_name": str(image), "height": size[0], "width": size[1]})
+    """Add an image with the objects that its file of annotations names; neither, if that cannot be read whole."""
     try:
-        for one in parse(notes, size):
-            coco["annotations"].append({"id": 1 + len(coco["annotations"]), "image_id": number, **one})
+        objects = list(parse(notes, size))
     except Exception as error:  # whatever a reader meets in a damaged file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        mistakes.add("files of annotations that cannot be read", f"{notes}: {reason}")
+        mistakes.add("images whose annotations cannot be read", f"{notes}: {reason}")
+        return
+    number = 1 + len(coco["images"])
+    coco["images"].append({"id": number, "file_name": str(image), "height": size[0], "width": size[1]})
+    for one in objects:
+        coco["annotations"].append({"where": str(notes), "id": 1 + len(coco["annotations"]), "image_id": number, **one})

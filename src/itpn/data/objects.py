@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,13 +79,23 @@ class DetectionImages:
         full = [any(not o["iscrowd"] for o in self.objects_of(index)) for index in range(len(self))]
         return self.take(np.flatnonzero(full))
 
+    @cached_property
+    def outlined(self) -> tuple[int, int]:
+        """How many objects have an outline, and how many have none."""
+        every = ["segmentation" in known for index in range(len(self)) for known in self.objects_of(index)]
+        return sum(every), len(every) - sum(every)
+
     @property
     def has_outlines(self) -> bool:
         """Whether there are outlines to learn masks from."""
-        for index in range(len(self)):
-            for known in self.objects_of(index):
-                return "segmentation" in known
-        return False
+        return self.outlined[0] > 0
+
+    def with_outlines(self) -> "DetectionImages":
+        """The same images with those objects alone that have an outline."""
+        if not self.outlined[1]:
+            return self
+        kept = [[one for one in self.objects_of(index) if "segmentation" in one] for index in range(len(self))]
+        return replace(self, objects=PackedStrings([json.dumps(objects) for objects in kept]))
 
     def rename(self, classes: Sequence[str]) -> "DetectionImages":
         """The same images with the numbers that another list of classes gives them.
@@ -128,7 +139,7 @@ def encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
         return rle.frPyObjects(outline, height, width)
     polygons = [[float(value) for value in polygon] for polygon in outline]
     if not polygons or any(len(p) < 6 or len(p) % 2 or not np.isfinite(p).all() for p in polygons):
-        raise ValueError("polygons of less than three points")
+        raise ValueError("not polygons of three points or more")
     if max(abs(value) for polygon in polygons for value in polygon) > FAR * max(height, width):
         raise ValueError("polygons far outside their image")  # whose edges would take memory without end
     return rle.merge(rle.frPyObjects(polygons, height, width))
@@ -246,7 +257,8 @@ def check_size(image: Tensor, known: dict[str, Any]) -> None:
     """Raise :class:`UnreadableImage` where the annotations mean another image."""
     (height, width), (wanted_height, wanted_width) = image.shape[-2:], known["size"]
     if (height, width) != (wanted_height, wanted_width):
-        raise UnreadableImage(f"{height}x{width} pixels, and {wanted_height}x{wanted_width} in the annotations")
+        turned = ": it is turned by EXIF, its annotations are not" if (width, height) == known["size"] else ""
+        raise UnreadableImage(f"{height}x{width} pixels, and {wanted_height}x{wanted_width} in the annotations{turned}")
 
 
 def _crop(

@@ -52,11 +52,20 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
         masks = train.has_outlines
     elif masks and not train.has_outlines:
         raise UserError(f"the annotations in {config.data.root} have no outlines: give --model.masks False")
+    notes = []
+    if masks and train.outlined[1]:
+        notes.append(f"{train.outlined[1]:,} objects without an outline are left out: --model.masks False learns boxes")
+        train, val = train.with_outlines(), None if val is None else val.with_outlines()
+        train = train if config.data.empty_images else train.with_objects()
+    if val is None or not len(val.with_objects()):
+        notes.append(
+            "there are no " + ("images" if val is None else "objects") + " to evaluate on: give --data.val-root"
+        )
+        val = None
     scale_epochs(config, len(train), choose_devices(config.trainer, read_launch()).processes)
-    model, notes = start_network(config, found, lambda: make_detector(config, train.classes, masks, found))
+    model, others = start_network(config, found, lambda: make_detector(config, train.classes, masks, found))
+    notes += others
     model.set_grad_checkpointing(config.model.grad_checkpointing)
-    if val is None:
-        notes.append("there are no images to evaluate on: give --data.val-root")
 
     def make() -> Job:
         task = DetectionTask(

@@ -61,8 +61,13 @@ def evaluate_objects(
     where = data.val_root or data.root
     # a folder with one set alone: that
     images = read_objects(where, "val", data.mistakes, tell, optional=True)
-    images = images or read_objects(where, "train", data.mistakes, tell)
+    if images is None:
+        images = read_objects(where, "train", data.mistakes, tell)
+        tell(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
+    if model.has_masks and images.has_outlines and images.outlined[1]:
+        tell(f"{images.outlined[1]:,} objects without an outline are left out")
+        images = images.with_outlines()
     names = found.metadata.get("classes")
     if names is not None:
         images = images.rename(names)
@@ -95,7 +100,7 @@ def evaluate_objects(
                 print_aside(note)
             for name, reason in unread:
                 print_aside(f"skipped {name}: {reason}")
-            about = {"checkpoint": checkpoint, "recipe": recipe, "images_skipped": len(unread)}
+            about = {"checkpoint": checkpoint, "recipe": recipe, "data": where, "images_skipped": len(unread)}
             with writing_to(out):
                 write_detection_scores(scores, images.classes, results, out, about)
             report(scores, images.classes, out, checkpoint, len(unread))

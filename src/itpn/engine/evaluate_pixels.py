@@ -74,7 +74,8 @@ def evaluate_pixels(
             for name, reason in unread:
                 print_aside(f"skipped {name}: {reason}")
             how = config.evaluation
-            about = {"checkpoint": checkpoint, "recipe": recipe, "images_skipped": len(unread)}
+            about: dict[str, Any] = {"checkpoint": checkpoint, "recipe": recipe, "data": data.val_root or data.root}
+            about |= {"images_skipped": len(unread)}
             about |= {"mode": how.mode, "scales": how.scales, "flip": how.flip}
             with writing_to(out):
                 write_pixel_scores(scores, images.classes, out, about)

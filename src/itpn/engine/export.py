@@ -224,6 +224,7 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
                 model, ([images[0]],), path, dynamo=False, opset_version=17, input_names=["image"], output_names=names
             )
         stored = onnx.load(path)
+        del stored.graph.value_info[:]  # shapes inside, as many as there happened to be: a runtime complains of others
         onnx.helper.set_model_props(stored, dict(metadata or {}))
         onnx.save(stored, path)
         run = _open(path, "image")

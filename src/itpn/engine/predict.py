@@ -25,7 +25,7 @@ from itpn.data.normalize import Normalize
 from itpn.engine.coco import to_results
 from itpn.engine.console import print_aside
 from itpn.engine.evaluate_pixels import take_over
-from itpn.engine.folder import make_folder
+from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.pictures import (
     draw_labels,
     draw_objects,
@@ -94,6 +94,20 @@ def predict(
             "FILE only"
         )
     make_folder(out)
+    with writing_to(out):
+        _predict(found, model, config, normalize, source, batches, out, min_score)
+
+
+def _predict(
+    found: Checkpoint,
+    model: nn.Module,
+    config: Config,
+    normalize: Normalize,
+    source: ImageSource,
+    batches: Iterator[tuple[list[str], Tensor]],
+    out: Path,
+    min_score: float,
+) -> None:
     if isinstance(model, MaskedImageModel):
         task = PretrainingTask(model, config, "predict")
         for number, (_, images) in enumerate(batches):
@@ -106,6 +120,7 @@ def predict(
         whole = read_images(source, (0, 0), config.data.max_pixels, lambda image: image)
         predict_scenes(model, found, whole, out)
     else:
+        assert isinstance(model, HiViT)
         predict_classes(model, normalize, batches, found.metadata.get("classes"), out)
 
 

@@ -218,7 +218,11 @@ class Resize(GeneralizedRCNNTransform):
         if target is not None:
             target["boxes"] = resize_boxes(target["boxes"], before, after)
             if "masks" in target:
-                target["masks"] = F.interpolate(target["masks"][None], after, mode="nearest-exact")[0]
+                masks = target["masks"].to(torch.uint8)
+                resized = masks.new_zeros(0, *after)
+                if len(masks):
+                    resized = F.interpolate(masks[None], after, mode="nearest-exact")[0]
+                target["masks"] = resized
         return image, target
 
 
