@@ -196,8 +196,8 @@ def test_other_sizes_channels_and_classes(tmp_path):
     torch.testing.assert_close(grey.patch_embed.proj.weight, golden["patch_embed.proj.weight"].sum(1, keepdim=True))
     with pytest.raises(UserError, match=r"has no classifier that fits \(backbone.head.bias is 10 there and 3 here\)"):
         itpn.load(path, num_classes=3)
-    with pytest.raises(UserError, match="no task 'segmentation'; there are pretraining, detection, classification"):
-        itpn.load(path, task="segmentation")
+    with pytest.raises(UserError, match="no task 'tracking'; there are pretraining, segmentation, detection"):
+        itpn.load(path, task="tracking")
     with pytest.raises(
         UserError, match=r"no classification network can be built with these settings: got an .* 'depht'"
     ):

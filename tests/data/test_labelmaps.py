@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.labelmaps import IGNORED, MaskRules, SegmentationTransform, find_label_maps, make_table, read_names
+from itpn.data.labelmaps import MaskRules, SegmentationTransform, find_label_maps
 from itpn.data.loader import TrainingLoader
+from itpn.data.masks import IGNORED, make_table, read_names
 from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
 from itpn.errors import UserError
 

@@ -39,6 +39,7 @@ from itpn.data.annotations import read_objects
 from itpn.data.shapes import CLASSES, write_shapes
 from itpn.engine.coco import FIGURES, score_detections, write_detection_scores
 from itpn.engine.run import train
+from itpn.errors import UserError
 from itpn.models.detector import Detector
 
 MINI = Path(__file__).parents[3] / "shared" / "data" / "coco_mini"
@@ -254,13 +255,18 @@ def test_boxes_beside_outlines(settings, tmp_path, shapes, capsys):
         for one in content["annotations"][3:]:
             del one["segmentation"]
         file.write_text(json.dumps(content))
+    config = settings(max_steps=1)
+    config.data.root, config.model.masks, config.data.mistakes = str(root), True, "error"
+    with pytest.raises(UserError, match=r"objects without an outline in .*: --model.masks False learns boxes alone"):
+        train(config, "test")
     objects = len(json.loads((root / "annotations" / "instances_val2017.json").read_text())["annotations"])
-    for masks, judged in ((True, 3), (False, objects)):
+    for masks, judged in ((True, 3), (False, objects), (None, objects)):
         config = settings(max_steps=1)
         config.data.root, config.model.masks, config.name = str(root), masks, f"masks {masks}"
         folder = train(config, "test")
         said = " ".join(capsys.readouterr().out.split())
-        assert ("objects without an outline are left out" in said) == masks
+        assert ("objects without an outline are left out" in said) == bool(masks)
+        assert ("masks are not learned, for" in said) == (masks is None)
         command = ["evaluate", "detector_nano", "--data.root", str(root), "--data.num-workers", "0"]
         assert main([*command, "--checkpoint", str(folder / "model.safetensors")]) == 0
         assert json.loads((folder / "evaluation" / "evaluation.json").read_text())["objects"] == judged

@@ -35,7 +35,7 @@ from itpn.config import (
     TrainerConfig,
     write_yaml,
 )
-from itpn.data.labelmaps import IGNORED
+from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
 from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
 from itpn.engine.confusion import PixelScores, compare

@@ -24,7 +24,7 @@ class DetectorConfig(NetworkConfig):
     """The pre-trained pyramid; one that starts from nothing, to compare with; or a feature pyramid network that does,
     for backbones without one."""
     masks: bool | None = None
-    """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where the annotations have them."""
+    """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where most objects have an outline."""
     head_width: int = 256
     """Channels of the heads."""
     proposals: int = 2000

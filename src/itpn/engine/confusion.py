@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
-from itpn.data.labelmaps import IGNORED
+from itpn.data.masks import IGNORED
 from itpn.engine.scores import share, write_confusion
 
 

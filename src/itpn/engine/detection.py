@@ -47,14 +47,18 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
     """
     found = read_start(config)
     train, val = sets or find_sets(config)
-    masks = config.model.masks
-    if masks is None:
-        masks = train.has_outlines
-    elif masks and not train.has_outlines:
+    outlined, others = train.outlined
+    masks = outlined > others if config.model.masks is None else config.model.masks
+    if masks and not outlined:
         raise UserError(f"the annotations in {config.data.root} have no outlines: give --model.masks False")
     notes = []
-    if masks and train.outlined[1]:
-        notes.append(f"{train.outlined[1]:,} objects without an outline are left out: --model.masks False learns boxes")
+    if config.model.masks is None and 0 < outlined <= others:
+        notes.append(f"masks are not learned, for {others:,} of {outlined + others:,} objects have no outline")
+    if masks and others:
+        words = f"{others:,} objects without an outline"
+        if config.data.mistakes == "error":
+            raise UserError(f"{words} in {config.data.root}: --model.masks False learns boxes alone")
+        notes.append(f"{words} are left out: --model.masks False learns all boxes")
         train, val = train.with_outlines(), None if val is None else val.with_outlines()
         train = train if config.data.empty_images else train.with_objects()
     if val is None or not len(val.with_objects()):
@@ -63,8 +67,8 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
         )
         val = None
     scale_epochs(config, len(train), choose_devices(config.trainer, read_launch()).processes)
-    model, others = start_network(config, found, lambda: make_detector(config, train.classes, masks, found))
-    notes += others
+    model, more_notes = start_network(config, found, lambda: make_detector(config, train.classes, masks, found))
+    notes += more_notes
     model.set_grad_checkpointing(config.model.grad_checkpointing)
 
     def make() -> Job:

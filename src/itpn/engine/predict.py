@@ -95,10 +95,10 @@ def predict(
         )
     make_folder(out)
     with writing_to(out):
-        _predict(found, model, config, normalize, source, batches, out, min_score)
+        write_predictions(found, model, config, normalize, source, batches, out, min_score)
 
 
-def _predict(
+def write_predictions(
     found: Checkpoint,
     model: nn.Module,
     config: Config,
@@ -108,6 +108,7 @@ def _predict(
     out: Path,
     min_score: float,
 ) -> None:
+    """What a network says, by what it is; see :func:`predict`."""
     if isinstance(model, MaskedImageModel):
         task = PretrainingTask(model, config, "predict")
         for number, (_, images) in enumerate(batches):

@@ -13,13 +13,13 @@ from itpn.config import SegmentationConfig
 from itpn.data.evaluation import make_evaluation_loader, read_some
 from itpn.data.labelmaps import (
     LabelMaps,
-    LabelTable,
     MaskRules,
     SegmentationTransform,
     find_label_maps,
     view_labels,
 )
 from itpn.data.loader import TrainingLoader, collect
+from itpn.data.masks import LabelTable
 from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.confusion import collect_confusion, gather_confusion
 from itpn.engine.console import print_aside

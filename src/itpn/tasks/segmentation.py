@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import resize
 
 from itpn.checkpoints.architecture import describe_segmenter
 from itpn.config import SegmentationConfig, to_dict
-from itpn.data.labelmaps import IGNORED
+from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
 from itpn.models.detector import fit_sides
 from itpn.models.segmenter import Segmenter
