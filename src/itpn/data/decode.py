@@ -52,7 +52,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
         except UnidentifiedImageError:
             raise UnreadableImage("not an image of a known format") from None
         except Exception as error:  # decoders raise a dozen types on damaged input
-            raise UnreadableImage(_reason(error)) from None
+            raise UnreadableImage(reason_of(error)) from None
 
 
 def decode_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -88,7 +88,7 @@ def _to_8_bits(values: np.ndarray, mode: str, format: str | None) -> np.ndarray:
     return scaled.round().astype(np.uint8)
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     """The first line of a decoder's complaint, without the place in its source that torchvision puts before it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^.*\.cpp:\d+,?\s*", "", lines[0])

@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
-from itpn.data.decode import MAX_PIXELS, UnreadableImage
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, reason_of
 from itpn.data.files import is_image, walk
 from itpn.data.labelled import SPLITS
 from itpn.data.layouts import Mistakes, read_size
@@ -182,19 +182,22 @@ def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
             raise UserError(f"{masks} is not a folder of masks")
         places = [(folder / word, Path(masks) / word) for word in SPLITS[split]] + [(folder, Path(masks))]
     else:
-        own = next((name for name in MASK_FOLDERS if (folder / name).is_dir()), MASK_FOLDERS[0])
-        places = [(folder / "images" / word, folder / own / word) for word in SPLITS[split]]
-        for word in SPLITS[split]:
-            own = next((name for name in MASK_FOLDERS if (folder / word / name).is_dir()), MASK_FOLDERS[0])
-            places.append((folder / word / "images", folder / word / own))
-        own = next((name for name in MASK_FOLDERS if (folder / name).is_dir()), MASK_FOLDERS[0])
-        places.append((folder / "images", folder / own))
+        others = _find_masks(folder)
+        places = [(folder / "images" / word, others / word) for word in SPLITS[split]]
+        places += [(folder / word / "images", _find_masks(folder / word)) for word in SPLITS[split]]
+        places.append((folder / "images", others))
     words = {word for split in SPLITS.values() for word in split}
     for images, others in places:
         divided = images.is_dir() and words & {entry.name for entry in images.iterdir() if entry.is_dir()}
         if images.is_dir() and others.is_dir() and not divided:
             return sorted(path for path in walk(str(images)) if is_image(path)), str(images), str(others)
     return None
+
+
+def _find_masks(folder: Path) -> Path:
+    """Beside the images of a folder, by whichever name."""
+    places = [folder / name for name in MASK_FOLDERS]
+    return next((place for place in places if place.is_dir()), places[0])
 
 
 # --- mistakes
@@ -260,7 +263,7 @@ def _check_pair(image: str, mask: str, table: LabelTable) -> tuple[str, str] | N
     try:
         height, width = read_size(image)
     except Exception as error:  # whatever Pillow meets
-        return "images that cannot be read", f"{image}: {str(error).splitlines()[0] if str(error) else error!r}"
+        return "images that cannot be read", f"{image}: {reason_of(error)}"
     try:
         labels = table.read(mask)
     except UnreadableImage as error:

@@ -19,6 +19,7 @@ import yaml
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 
+from itpn.data.decode import reason_of
 from itpn.data.files import is_image, walk
 from itpn.data.labelled import SPLITS
 from itpn.errors import UserError
@@ -266,9 +267,7 @@ def _images_below(folder: Path, mistakes: Mistakes, stems: set[str] | None = Non
         try:
             size = read_size(name)
         except Exception as error:  # whatever Pillow meets
-            mistakes.add(
-                "images that cannot be read", f"{name}: {str(error).splitlines()[0] if str(error) else error!r}"
-            )
+            mistakes.add("images that cannot be read", f"{name}: {reason_of(error)}")
             continue
         yield Path(name), size
 
@@ -286,8 +285,7 @@ def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mist
     try:
         objects = list(parse(notes, size))
     except Exception as error:  # whatever a reader meets in a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        mistakes.add("images whose annotations cannot be read", f"{notes}: {reason}")
+        mistakes.add("images whose annotations cannot be read", f"{notes}: {reason_of(error)}")
         return
     number = 1 + len(coco["images"])
     coco["images"].append({"id": number, "file_name": str(image), "height": size[0], "width": size[1]})

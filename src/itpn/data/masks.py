@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from itpn.data.decode import MAX_PIXELS, UnreadableImage
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, reason_of
 from itpn.data.labelled import join_names
 from itpn.errors import UserError
 
@@ -106,7 +106,7 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     except UnreadableImage:
         raise
     except Exception as error:  # whatever Pillow meets
-        raise UnreadableImage(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+        raise UnreadableImage(reason_of(error)) from None
     if values.min(initial=0) < 0:
         raise UnreadableImage(f"label {values.min()}, which no class has")
     return values

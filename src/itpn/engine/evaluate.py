@@ -29,9 +29,11 @@ from itpn.engine.scores import (
     gather,
     gather_skipped,
     judge,
+    match_classes,
     nothing_readable,
     rank_classes,
     score,
+    tell_asides,
     warn_of_other_order,
     write_scores,
 )
@@ -112,10 +114,7 @@ def evaluate(
             raise nothing_readable(unread)
         scores = score(answers, len(asked.classes))
         if fabric.is_global_zero:
-            for note in notes:
-                print_aside(note)
-            for name, reason in unread:
-                print_aside(f"skipped {name}: {reason}")
+            tell_asides(notes, unread)
             if "classes" not in found.metadata and not knn:
                 warn_of_other_order(scores)
             about = {"checkpoint": checkpoint, "recipe": recipe, "of": which, "images_skipped": len(unread)}
@@ -154,16 +153,9 @@ def find_images(
             if held_out is not None:
                 own, which = held_out, f"{data.val_share:.0%} held out {which}"
     names = found.metadata.get("classes")
-    if names is not None:
-        if set(names) == set(own.classes) and list(names) != list(own.classes):
-            print_aside("the classes of the images come in another order than the model's: they are matched by name")
-        return None, own.rename(names), which
-    if len(own.classes) != model.num_classes:
-        raise UserError(
-            f"the images have {len(own.classes)} classes and the model {model.num_classes}, whose names its file does "
-            "not hold: they cannot be matched"
-        )
-    return None, own, which
+    if names is not None and set(names) == set(own.classes) and list(names) != list(own.classes):
+        print_aside("the classes of the images come in another order than the model's: they are matched by name")
+    return None, match_classes(own, names, model.num_classes), which
 
 
 def _places(roots: Sequence[str]) -> list[str]:

@@ -26,7 +26,7 @@ from itpn.engine.detection import make_batches
 from itpn.engine.fitting import make_table
 from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.launch import quieten_libraries, read_launch, start_fabric
-from itpn.engine.scores import gather_skipped, nothing_readable, rank_classes
+from itpn.engine.scores import gather_skipped, match_classes, nothing_readable, rank_classes, tell_asides
 from itpn.errors import UserError
 from itpn.models.detector import Detector
 from itpn.tasks.detection import detect
@@ -68,14 +68,7 @@ def evaluate_objects(
     if model.has_masks and images.has_outlines and images.outlined[1]:
         tell(f"{images.outlined[1]:,} objects without an outline are left out")
         images = images.with_outlines()
-    names = found.metadata.get("classes")
-    if names is not None:
-        images = images.rename(names)
-    elif len(images.classes) != model.num_classes - 1:
-        raise UserError(
-            f"the images have {len(images.classes)} classes and the model {model.num_classes - 1}, whose names its "
-            "file does not hold: they cannot be matched"
-        )
+    images = match_classes(images, found.metadata.get("classes"), model.num_classes - 1)
     make_folder(out)
     quieten_libraries()
     with start_fabric(config.trainer) as fabric:
@@ -96,10 +89,7 @@ def evaluate_objects(
             raise nothing_readable(unread)
         scores = score_detections(images, results, seen, model.has_masks and images.has_outlines)
         if fabric.is_global_zero:
-            for note in notes:
-                print_aside(note)
-            for name, reason in unread:
-                print_aside(f"skipped {name}: {reason}")
+            tell_asides(notes, unread)
             about = {"checkpoint": checkpoint, "recipe": recipe, "data": where, "images_skipped": len(unread)}
             with writing_to(out):
                 write_detection_scores(scores, images.classes, results, out, about)

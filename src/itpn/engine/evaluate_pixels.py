@@ -12,14 +12,13 @@ from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.finetuning import settle
 from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import SegmentationConfig
-from itpn.data.labelmaps import LabelMaps, read_to_evaluate
+from itpn.data.labelmaps import read_to_evaluate
 from itpn.data.normalize import Normalize
 from itpn.engine.confusion import PixelScores, collect_confusion, gather_confusion, write_pixel_scores
-from itpn.engine.console import print_aside
 from itpn.engine.fitting import make_table
 from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.launch import quieten_libraries, start_fabric
-from itpn.engine.scores import gather_skipped, nothing_readable, rank_classes
+from itpn.engine.scores import gather_skipped, match_classes, nothing_readable, rank_classes, tell_asides
 from itpn.engine.segmentation import make_batches, make_rules, make_segmentation
 from itpn.errors import UserError
 from itpn.models.segmenter import Segmenter
@@ -47,7 +46,7 @@ def evaluate_pixels(
     assert isinstance(model, Segmenter)
     data = config.data
     own = read_to_evaluate(data.root, data.masks, data.val_root, data.val_masks, make_rules(config))
-    images = match_classes(own, found, model)
+    images = match_classes(own, found.metadata.get("classes"), model.num_classes, "masks")
     make_folder(out)
     quieten_libraries()
     with start_fabric(config.trainer) as fabric:
@@ -69,10 +68,7 @@ def evaluate_pixels(
         if not scores.images:
             raise nothing_readable(unread)
         if fabric.is_global_zero:
-            for note in notes:
-                print_aside(note)
-            for name, reason in unread:
-                print_aside(f"skipped {name}: {reason}")
+            tell_asides(notes, unread)
             how = config.evaluation
             about: dict[str, Any] = {"checkpoint": checkpoint, "recipe": recipe, "data": data.val_root or data.root}
             about |= {"images_skipped": len(unread)}
@@ -96,23 +92,6 @@ def take_over(config: SegmentationConfig, found: Checkpoint, given: Collection[s
         if name not in given and name in own:
             setattr(data, name, own[name])
     settle(config, found)
-
-
-def match_classes(images: LabelMaps, found: Checkpoint, model: Segmenter) -> LabelMaps:
-    """The images with the model's numbers.
-
-    Raises:
-        UserError: classes that the model does not know.
-    """
-    names = found.metadata.get("classes")
-    if names is not None:
-        return images.rename(names)
-    if len(images.classes) != model.num_classes:
-        raise UserError(
-            f"the masks have {len(images.classes)} classes and the model {model.num_classes}, whose names its file "
-            "does not hold: they cannot be matched"
-        )
-    return images
 
 
 def report(scores: PixelScores, classes: tuple[str, ...], out: Path, checkpoint: str, skipped: int) -> None:

@@ -211,10 +211,7 @@ def predict_classes(
                 titles.append(f"{values[0]:.0%} {labels[0]}")  # a long name is cut at its end
             save_picture(draw_titles(images, titles), out, number)
     path.with_suffix(".json").write_text(json.dumps(answers, indent=1) + "\n")
-    Console().print(table, highlight=False)
-    if len(answers) > ROWS:
-        Console().print(f"and {len(answers) - ROWS} more images in the files", highlight=False)
-    Console().print(f"{path}\n{path.with_suffix('.json')}", highlight=False, soft_wrap=True)
+    print_answers(table, len(answers), f"{path}\n{path.with_suffix('.json')}")
 
 
 def predict_objects(
@@ -247,10 +244,7 @@ def predict_objects(
         writer.writerow(["image", "class", "score", "x0", "y0", "x1", "y1"])
         for answer in answers:
             writer.writerows([answer["image"], one["class"], one["score"], *one["box"]] for one in answer["objects"])
-    Console().print(table, highlight=False)
-    if len(answers) > ROWS:
-        Console().print(f"and {len(answers) - ROWS} more images in the files", highlight=False)
-    Console().print(f"{out}/0000-*.png ...\n{out}/predictions.csv, predictions.json", highlight=False, soft_wrap=True)
+    print_answers(table, len(answers), f"{out}/0000-*.png ...\n{out}/predictions.csv, predictions.json")
 
 
 def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[str, Tensor]], out: Path) -> None:
@@ -285,14 +279,16 @@ def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[s
         writer.writerow(["image", "labels", *names])
         for answer in answers:
             writer.writerow([answer["image"], answer["labels"], *(answer["shares"].get(name, 0.0) for name in names)])
+    files = f"{out}/0000-*.png, 0000-*-labels.png ...\n{out}/predictions.csv, predictions.json"
+    print_answers(table, len(answers), files)
+
+
+def print_answers(table: Table, count: int, files: str) -> None:
+    """The first answers, how many more there are, and where."""
     Console().print(table, highlight=False)
-    if len(answers) > ROWS:
-        Console().print(f"and {len(answers) - ROWS} more images in the files", highlight=False)
-    Console().print(
-        f"{out}/0000-*.png, 0000-*-labels.png ...\n{out}/predictions.csv, predictions.json",
-        highlight=False,
-        soft_wrap=True,
-    )
+    if count > ROWS:
+        Console().print(f"and {count - ROWS} more images in the files", highlight=False)
+    Console().print(files, highlight=False, soft_wrap=True)
 
 
 def write_features(

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import matplotlib
 import torch
@@ -25,6 +25,18 @@ from itpn.models.hivit import HiViT
 
 TOP = 5
 Anything = TypeVar("Anything")
+
+
+class HasClasses(Protocol):
+    """Images whose classes have names and numbers."""
+
+    @property
+    def classes(self) -> tuple[str, ...]: ...
+
+    def rename(self, classes: Sequence[str]) -> Any: ...
+
+
+Named = TypeVar("Named", bound=HasClasses)
 
 
 @dataclass
@@ -114,6 +126,35 @@ def gather(answers: Answers, world_size: int) -> Answers:
 
 def gather_skipped(skipped: list[tuple[str, str]], world_size: int) -> list[tuple[str, str]]:
     return sorted({(name, reason) for part in share(skipped, world_size) for name, reason in part})
+
+
+def tell_asides(notes: Iterable[str], skipped: Iterable[tuple[str, str]]) -> None:
+    """What is remarkable about the weights, and the images that could not be read."""
+    for note in notes:
+        print_aside(note)
+    for name, reason in skipped:
+        print_aside(f"skipped {name}: {reason}")
+
+
+def match_classes(images: Named, names: Sequence[str] | None, count: int, what: str = "images") -> Named:
+    """Images with the numbers that a model's classes have.
+
+    Args:
+        names: of the model's classes; None where its file does not hold them.
+        count: of the model's classes.
+        what: has the classes, in a message.
+
+    Raises:
+        UserError: classes that the model does not know, or another number of them.
+    """
+    if names is not None:
+        return images.rename(names)
+    if len(images.classes) != count:
+        raise UserError(
+            f"the {what} have {len(images.classes)} classes and the model {count}, whose names its file does not hold: "
+            "they cannot be matched"
+        )
+    return images
 
 
 def nothing_readable(skipped: Sequence[tuple[str, str]]) -> UserError:

@@ -105,7 +105,8 @@ def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None =
 
 def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
     data = config.data
-    red, green, blue = (round(255 * value) for value in (data.mean or (0.0,)) * (4 - len(data.mean or (0.0,))))
+    assert data.mean is not None
+    red, green, blue = (round(255 * value) for value in (data.mean * 3)[:3])  # one number is for all channels
     return SegmentationTransform(
         table,
         data.img_size,
