@@ -1,8 +1,9 @@
-"""What it is worth that the neck is pre-trained: detection from several starts, all else equal.
+"""What it is worth that the neck is pre-trained: detection or segmentation from several starts, all else equal.
 
-python -c "from itpn.data.shapes import write_shapes; write_shapes('SHAPES')"
-itpn train itpn-pixel_nano --data.root SHAPES/coco/train2017 SHAPES/imagefolder/train --data.img-size 96 --name shapes
-python benchmarks/necks.py SHAPES/coco --checkpoint runs/itpn-pixel_nano/shapes/model.safetensors
+python -c "from itpn.data.shapes import write_shapes; write_shapes('S')"
+itpn train itpn-pixel_nano --data.root S/coco/train2017 S/imagefolder/train --data.img-size 96 --name shapes
+python benchmarks/necks.py detector_nano --data.root S/coco --checkpoint runs/itpn-pixel_nano/s/model.safetensors
+python benchmarks/necks.py segmenter_nano --data.root S/ade20k --checkpoint runs/itpn-pixel_nano/s/model.safetensors
 """
 
 import argparse
@@ -17,39 +18,45 @@ from rich.table import Table
 
 from itpn.checkpoints.architecture import find_variant, read_architecture
 from itpn.checkpoints.files import read_checkpoint
-from itpn.engine.detection import find_sets
+from itpn.cli import parse_options
+from itpn.config import DetectionConfig, SegmentationConfig
 from itpn.engine.run import train
 from itpn.recipes import read_recipe
 
 # backbone and pyramid pre-trained; the backbone alone, with a fresh pyramid or feature pyramid network; nothing
 ARMS = ("pyramid", "fresh", "fpn", "scratch")
-FIGURES = ("val_box_ap", "val_box_ap50", "val_mask_ap")
+FIGURES = {
+    "detection": ("val_box_ap", "val_box_ap50", "val_mask_ap"),
+    "segmentation": ("val_miou", "val_mean_accuracy", "val_pixel_accuracy"),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", help="folder of COCO's layout")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="all other options are the recipe's",
+    )
+    parser.add_argument("recipe", help="of a detector or segmenter")
     parser.add_argument("--checkpoint", required=True, help="of a pre-training run")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
-    parser.add_argument("--steps", type=int, default=400)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--layer-decay", type=float, default=0.9)
+    parser.add_argument("--arms", nargs="+", choices=ARMS, help="all that the task has, by default")
     parser.add_argument("--out", type=Path, default=Path("runs/necks"))
-    options = parser.parse_args()
+    options, others = parser.parse_known_args()
     own = read_architecture(read_checkpoint(options.checkpoint)).backbone
-    _, base = read_recipe("detector_nano")
-    base.data.root, base.data.batch_size, base.data.num_workers = options.data, options.batch_size, 0
-    base.optimizer.lr, base.optimizer.layer_decay = options.lr, options.layer_decay
-    base.trainer.max_epochs, base.trainer.max_steps = 10**6, options.steps
+    recipe, base = read_recipe(options.recipe)
+    assert isinstance(base, DetectionConfig | SegmentationConfig)
+    base.data.num_workers, base.optimizer.layer_decay = 0, 0.9
+    base.trainer.max_epochs, base.trainer.max_steps = 10**6, 400
     base.trainer.picture_every_n_steps = base.evaluation.every_n_epochs = 10**6  # both at the end
     base.trainer.checkpoint_every_n_steps = 10**6
     base.output_dir = str(options.out)
-    sets = find_sets(base)
+    base = parse_options(base, others, "necks.py")
+    arms = options.arms or [arm for arm in ARMS if arm != "fpn" or base.task == "detection"]
+    figures = FIGURES[base.task]
     rows = []
     for seed in options.seeds:
-        for arm in options.arms:
+        for arm in arms:
             config = copy.deepcopy(base)
             config.seed, config.name = seed, f"{arm}-{seed}"
             if arm == "scratch":
@@ -59,19 +66,20 @@ def main() -> None:
             else:
                 config.model.checkpoint = options.checkpoint
                 config.model.neck = arm
-            metrics = json.loads((train(config, "necks", sets) / "summary.json").read_text())["metrics"]
-            rows.append({"arm": arm, "seed": seed, **{name: metrics[name] for name in FIGURES}})
+            metrics = json.loads((train(config, recipe) / "summary.json").read_text())["metrics"]
+            rows.append({"arm": arm, "seed": seed, **{name: metrics[name] for name in figures}})
             Console().print(rows[-1])
             options.out.mkdir(parents=True, exist_ok=True)
-            name = f"necks-{'-'.join(options.arms)}-{'-'.join(map(str, options.seeds))}.csv"
+            name = f"{recipe}-{'-'.join(arms)}-{'-'.join(map(str, options.seeds))}.csv"
             with (options.out / name).open("w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0])
                 writer.writeheader()
                 writer.writerows(rows)
-    table = Table("arm", *FIGURES, title=f"in %, {options.steps} steps of {options.batch_size}")
-    for arm in options.arms:
+    title = f"in %, {base.trainer.max_steps} steps of {base.data.batch_size}"
+    table = Table("arm", *figures, title=title)
+    for arm in arms:
         cells = []
-        for figure in FIGURES:
+        for figure in figures:
             values = torch.tensor([100 * row[figure] for row in rows if row["arm"] == arm])
             cells.append(f"{values.mean():.1f}" + (f" \u00b1 {values.std():.1f}" if len(values) > 1 else ""))
         table.add_row(arm, *cells)

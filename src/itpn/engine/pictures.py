@@ -22,29 +22,18 @@ from itpn.data.shards import read_shard
 from itpn.tasks.pretrain import PretrainingTask
 
 HEADER, PADDING = 20, 4  # pixels
+SMALL, LARGE = 224, 320  # pixels: sides that smaller images are enlarged towards
 
 
 def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Image.Image:
     """Rows of original, masked and predicted images, the latter with the visible units kept; of features instead of
     pixels, the teacher's (where there is one) and the prediction, three principal components as colours.
 
-    The same images get the same masks, so that pictures of a run can be compared.
-
     Args:
         images: uint8 [n, 3, H, W].
         sets: rows side by side.
     """
-    images = images.to(task.device)
-    x = task.normalize(images)
-    grid = task.model.backbone.grid_of(x.shape[-2:])
-    generator = torch.Generator().manual_seed(task.config.seed)
-    mask = task.model.draw_mask(len(x), grid, generator=generator).to(x.device)
-    if "pixel" in task.model.objective.weights:
-        pictures = [task.normalize.undo(picture) for picture in task.model.reconstruct(x, mask)[:2]]
-        columns = dict(zip(("original", "masked", "predicted"), [images, *pictures], strict=True))
-    else:
-        masked = task.normalize.undo(x.masked_fill(task.model.mask_map(mask, grid), 0.0))
-        columns = {"original": images, "masked": masked, **_draw_features(task, images, x, mask, grid)}
+    columns = hide_and_predict(task, images)
     stack = torch.stack(list(columns.values()), dim=1)  # [n, columns, 3, H, W]
     tiles = enlarge(stack.flatten(0, 1).cpu())
     count = len(columns) * min(sets, len(images))
@@ -54,6 +43,23 @@ def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Im
     titles = [list(columns)[column % len(columns)] for column in range(count)]
     write_row(picture, titles, tiles.shape[-1], top=0)
     return picture
+
+
+def hide_and_predict(task: PretrainingTask, images: Tensor) -> dict[str, Tensor]:
+    """The columns of :func:`draw_predictions` by title, uint8 [n, 3, H, W] each.
+
+    The same images get the same masks, so that pictures of a run can be compared.
+    """
+    images = images.to(task.device)
+    x = task.normalize(images)
+    grid = task.model.backbone.grid_of(x.shape[-2:])
+    generator = torch.Generator().manual_seed(task.config.seed)
+    mask = task.model.draw_mask(len(x), grid, generator=generator).to(x.device)
+    if "pixel" in task.model.objective.weights:
+        pictures = [task.normalize.undo(picture) for picture in task.model.reconstruct(x, mask)[:2]]
+        return dict(zip(("original", "masked", "predicted"), [images, *pictures], strict=True))
+    masked = task.normalize.undo(x.masked_fill(task.model.mask_map(mask, grid), 0.0))
+    return {"original": images, "masked": masked, **_draw_features(task, images, x, mask, grid)}
 
 
 def draw_titles(images: Tensor, titles: list[str], per_row: int = 4) -> Image.Image:
@@ -73,10 +79,14 @@ def draw_titles(images: Tensor, titles: list[str], per_row: int = 4) -> Image.Im
     return picture
 
 
-def enlarge(images: Tensor) -> Tensor:
-    """Small images are shown larger."""
-    scale = max(1, 224 // images.shape[-1])
-    return images.repeat_interleave(scale, 2).repeat_interleave(scale, 3)
+def enlarge(images: Tensor, side: int = SMALL) -> Tensor:
+    """Small images [..., H, W] are shown larger, by a whole number of times."""
+    scale = find_scale(images, side)
+    return images.repeat_interleave(scale, -2).repeat_interleave(scale, -1)
+
+
+def find_scale(images: Tensor, side: int) -> int:
+    return max(1, side // max(images.shape[-2:]))
 
 
 def write_row(picture: Image.Image, titles: list[str], width: int, top: int) -> None:
@@ -163,15 +173,14 @@ def draw_objects(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]
     scores = found.get("scores", torch.ones(len(found["boxes"])))
     order = [row for row in scores.argsort().tolist() if scores[row] >= threshold]
     height, width = image.shape[-2:]
-    scale = max(1, 320 // max(height, width))  # small images are shown larger
-    image = image.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
+    scale = find_scale(image, LARGE)
+    image = enlarge(image, LARGE)
     colours = [name_colour(int(found["labels"][row])) for row in order]
     if "masks" in found and order:
         masks = found["masks"][order].reshape(len(order), height, width) > 0.5
         smallest = masks.sum(dim=(1, 2)).argsort(stable=True)
         masks[smallest] &= masks[smallest].cumsum(dim=0) <= 1  # pixels of two are the smaller one's
-        masks = masks.repeat_interleave(scale, 1).repeat_interleave(scale, 2)
-        image = draw_segmentation_masks(image, masks, alpha=0.45, colors=colours)
+        image = draw_segmentation_masks(image, enlarge(masks, LARGE), alpha=0.45, colors=colours)
     picture = Image.fromarray(image.permute(1, 2, 0).numpy())
     draw, side = ImageDraw.Draw(picture), max(picture.size)
     font, line = ImageFont.load_default(size=max(11, side // 50)), max(2, side // 320)
@@ -201,19 +210,14 @@ def draw_labels(
         colours: of the classes; None for colours that are unlike one another.
     """
     colours = colours or [name_colour(number) for number in range(1, len(classes) + 1)]
-    scale = max(1, 320 // max(image.shape[-2:]))  # small images are shown larger
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
-        (scale * image.shape[-1], scale * image.shape[-2]), Image.Resampling.NEAREST
-    )
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(classes)] = colours
-    known = np.kron((labels < len(classes)).numpy(), np.ones((scale, scale), bool))
-    painted = np.kron(labels.numpy(), np.ones((scale, scale), np.uint8))
-    pixels = np.asarray(picture)
-    mixed = np.where(known[..., None], (0.4 * pixels + 0.6 * palette[painted]).round(), pixels).astype(np.uint8)
+    pixels, painted = enlarge(image, LARGE).permute(1, 2, 0).numpy(), enlarge(labels, LARGE).numpy()
+    known = painted[..., None] < len(classes)
+    mixed = np.where(known, (0.4 * pixels + 0.6 * palette[painted]).round(), pixels).astype(np.uint8)
     counts = labels.flatten().long().bincount(minlength=len(classes))[: len(classes)]
     present = [number for number in counts.argsort(descending=True).tolist() if counts[number]]
-    font = ImageFont.load_default(size=max(11, max(picture.size) // 50))
+    font = ImageFont.load_default(size=max(11, max(pixels.shape) // 50))
     return add_legend(Image.fromarray(mixed), [(classes[n], colours[n]) for n in present], font)
 
 
@@ -252,17 +256,19 @@ def name_colour(label: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def join_pictures(pictures: Sequence[Image.Image], per_row: int = 4) -> Image.Image:
-    """Pictures of any size in rows, each as large as fits."""
+def join_pictures(pictures: Sequence[Image.Image], per_row: int = 4, titles: Sequence[str] = ()) -> Image.Image:
+    """Pictures of any size in rows, each as large as fits; titles are of the columns."""
     tiles = [picture.copy() for picture in pictures]
     for tile in tiles:
         tile.thumbnail((TILE, TILE))
     width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
     columns = min(per_row, len(tiles))
     rows = -(-len(tiles) // columns)
-    size = (columns * (width + PADDING) + PADDING, rows * (height + PADDING) + PADDING)
+    top = HEADER if titles else 0
+    size = (columns * (width + PADDING) + PADDING, top + rows * (height + PADDING) + PADDING)
     board = Image.new("RGB", size, "white")
+    write_row(board, list(titles), width, top=0)
     for number, tile in enumerate(tiles):
         row, column = divmod(number, columns)
-        board.paste(tile, (PADDING + column * (width + PADDING), PADDING + row * (height + PADDING)))
+        board.paste(tile, (PADDING + column * (width + PADDING), top + PADDING + row * (height + PADDING)))
     return board
