@@ -124,16 +124,78 @@ def test_masks_in_every_encoding(tmp_path):
     assert train.classes == ("0", "1")
     assert np.array_equal(labels_of(train), numbers > 0)
 
+    write_pair(tmp_path / "far", "far", Image.fromarray(np.where(numbers == 2, 65535, numbers.astype(np.uint16))))
+    train, _ = find(tmp_path / "far", reduce_zero_label=False, ignore=(65535,))
+    assert train.classes == ("0", "1")
+    assert np.array_equal(labels_of(train), np.where(numbers == 2, IGNORED, numbers))
+
     colours = np.array([[128, 0, 0], [0, 128, 0], [0, 0, 0]], dtype=np.uint8)[numbers]
     write_pair(tmp_path / "rgb", "rgb", Image.fromarray(colours))
     write_pair(tmp_path / "rgb", "void", Image.new("RGB", (6, 4)))  # grey, but of a colour all the same
-    for text in ("road 128 0 0\ntree 0 128 0\nvoid 0 0 0\n", "name,r,g,b\nroad,128,0,0\ntree,0,128,0\nvoid,0,0,0\n"):
-        (tmp_path / "rgb" / "classes.txt").write_text(text)
+    adaptive = Image.fromarray(colours).quantize(3)  # whose numbers follow the colours, not the classes
+    assert not np.array_equal(np.asarray(adaptive), numbers)
+    write_pair(tmp_path / "rgb", "palette", adaptive)
+    for text in (
+        "road 128 0 0\ntree 0 128 0\nvoid 0 0 0\n",
+        "128 0 0 road\n0 128 0 tree\n0 0 0 void\n",
+        "\ufeffname,r,g,b\nroad,128,0,0\ntree,0,128,0\nvoid,0,0,0\n",
+    ):
+        (tmp_path / "rgb" / "classes.txt").write_text(text, encoding="utf-8")
         train, _ = find(tmp_path / "rgb", reduce_zero_label=False, ignore=(2, 255))
         assert train.classes == ("road", "tree")
         assert train.table.colours == ((128, 0, 0), (0, 128, 0))
-        assert np.array_equal(labels_of(train), np.array([0, 1, IGNORED])[numbers])
-        assert (labels_of(train, 1) == IGNORED).all()
+        wanted = np.array([0, 1, IGNORED])[numbers]
+        for index, name in enumerate(("palette", "rgb", "void")):
+            assert Path(train.name(index)).stem == name
+            assert np.array_equal(labels_of(train, index), np.full_like(wanted, IGNORED) if name == "void" else wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [(None, 0), ("back\nfront\n", 0), ("back 0 0 0\nfront 255 255 255\n", 0), ("front 255 255 255\nback 0 0 0\n", 1)],
+)
+def test_black_and_white(tmp_path, text, first):
+    """Masks of 0 and 255, which is otherwise of no class; some are all black."""
+    black = np.zeros((4, 6), dtype=np.uint8)
+    mixed = black.copy()
+    mixed[:, 4:] = 255
+    write_pair(tmp_path, "a", Image.fromarray(black))
+    write_pair(tmp_path, "b", Image.fromarray(mixed))
+    if text:
+        (tmp_path / "classes.txt").write_text(text)
+    said: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    assert len(train.classes) == 2
+    assert (labels_of(train, 0) == first).all()
+    assert np.array_equal(labels_of(train, 1), np.where(mixed == 255, 1 - first, first))
+    assert len(said) == (not text or "255" not in text)
+    assert all("black and white" in line for line in said)
+
+
+def test_images_and_masks_in_one_folder(tmp_path):
+    for name in "ab":
+        Image.new("RGB", (6, 4)).save(tmp_path / f"{name}.png")
+        Image.fromarray(np.eye(4, 6, dtype=np.uint8)).save(tmp_path / f"{name}_mask.png")
+    train, _ = find(tmp_path, masks=str(tmp_path), reduce_zero_label=False)
+    pairs = [(Path(train.name(i)).name, Path(train[i][2]).name) for i in range(len(train))]
+    assert pairs == [("a.png", "a_mask.png"), ("b.png", "b_mask.png")]
+
+
+def test_classes_that_no_mask_has(tmp_path):
+    write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint8)))
+    (tmp_path / "classes.txt").write_text("road\ntree\nsky\n")
+    said: list[str] = []
+    assert find(tmp_path, reduce_zero_label=False, tell=said.append)[0].classes == ("road", "tree", "sky")
+    assert said == [f"{tmp_path / 'masks'}: no mask has 'sky'"]
+    write_pair(tmp_path, "a", Image.new("L", (6, 4), 255))
+    with pytest.raises(UserError, match=r"no mask in .* has a pixel of a class"):
+        find(tmp_path, reduce_zero_label=False)
+
+
+def test_a_single_image_is_not_held_out(tmp_path):
+    write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint8)))
+    train, val = find(tmp_path, reduce_zero_label=False, val_share=0.5)
+    assert (len(train), val) == (1, None)
 
 
 def test_labels_of_no_class_leave_gaps():
@@ -165,6 +227,7 @@ def test_files_of_names(tmp_path):
         "a\na\n": "two classes of the name a",
         "a 1 2 3\nb 1 2 3\n": r"two classes of the colour \(1, 2, 3\)",
         "a 1 2 3\nb\n": "colours for some of the classes",
+        "\n": "is empty",
     }.items():
         (tmp_path / "x.txt").write_text(text)
         with pytest.raises(UserError, match=words):
@@ -205,6 +268,24 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
     find(root, mistakes="skip", tell=said.append)
     assert len(said) == 1
     assert "left out (--data.mistakes summary shows" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (Image.new("RGB", (6, 4), "red"), "colours: --data.classes needs a file"),
+        (Image.new("RGBA", (6, 4)), "mode RGBA"),
+        (None, "images without a mask: 1"),
+    ],
+)
+def test_mistakes_where_nothing_names_the_classes(tmp_path, mask, words):
+    write_pair(tmp_path, "a", mask or Image.new("L", (6, 4)))
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "instances.json").write_text("{}")  # masks are in the other folder
+    if mask is None:
+        (tmp_path / "masks" / "a.png").rename(tmp_path / "masks" / "b.png")
+    with pytest.raises(UserError, match=words):
+        find(tmp_path, reduce_zero_label=False, tell=lambda line: None)
 
 
 def test_what_is_no_set(root, tmp_path):
@@ -262,6 +343,45 @@ def test_the_mask_goes_where_the_pixels_go(shapes, options):
             )  # edges are blended
             assert same.float().mean() > 0.2
             assert ((image.int() - wanted.int()).abs().amax(dim=0)[same] <= 1).float().mean() > 0.99
+
+
+@pytest.mark.parametrize("sizes", [(2000, 250), (960, 300), (300, 960)])
+def test_an_edge_stays_where_it_is(tmp_path, sizes):
+    """Image and mask do not move against each other when they are resized: by less than a fifth of a pixel."""
+    side, short = sizes
+    table = make_table([("a", None), ("b", None)], False, (255,))
+    transform = SegmentationTransform(table, short, short, (1.0, 1.0), hflip=0.0, photometric=False)
+    moved = []
+    for edge in range(side // 2 - 12, side // 2 + 12):
+        labels = np.zeros((side, side), dtype=np.uint8)
+        labels[:, edge:] = 1
+        Image.fromarray(labels).save(tmp_path / "mask.png", compress_level=1)
+        view = transform(torch.from_numpy(255 * labels).expand(3, -1, -1), random.Random(0), str(tmp_path / "mask.png"))
+        in_image = (1 - view["image"][0].float() / 255).sum(dim=1).mean()
+        in_mask = (view["target"] == 0).float().sum(dim=1).mean()
+        moved.append(in_mask - in_image)
+    assert abs(sum(moved) / len(moved)) < 0.2
+
+
+def test_what_is_beside_the_image_keeps_its_colour(shapes):
+    train, _ = find(shapes)
+    _, data, mask = train[0]
+    transform = SegmentationTransform(train.table, 160, 64, scales=(1.0, 1.0), fill=(1, 2, 3))
+    view = transform(decode_image(data), random.Random(0), mask)
+    beside = view["image"][:, 100:]
+    assert (beside == torch.tensor([1, 2, 3])[:, None, None]).all()
+    assert (view["target"][100:] == IGNORED).all()
+
+
+def test_channels_keep_their_places(shapes):
+    """A red that is changed is still more red than green."""
+    train, _ = find(shapes)
+    red = torch.zeros(3, 64, 80, dtype=torch.uint8)
+    red[0], red[1] = 200, 20
+    transform = SegmentationTransform(train.table, 48, 64)
+    views = [transform(red, random.Random(seed), train[0][2])["image"] for seed in range(40)]
+    tops = {int(view[:, 0, 0].argmax()) for view in views}
+    assert tops == {0}
 
 
 def test_photometric_changes_colours_alone(shapes):

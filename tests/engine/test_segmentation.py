@@ -209,6 +209,15 @@ def test_an_image_is_segmented_as_by_an_obvious_reference(size, window, stride, 
         assert (ours(model, PLAIN, image) == wanted).float().mean() > 0.998  # but for ties
 
 
+def test_where_windows_start():
+    """Windows of 512 px with steps of 341, the last one against the edge."""
+    starts = Segmentation(512, 512, 2 / 3)._starts
+    assert list(starts(512, 512)) == [0]
+    assert list(starts(600, 512)) == [0, 88]
+    assert list(starts(1024, 512)) == [0, 341, 512]
+    assert list(starts(1194, 512)) == [0, 341, 682]
+
+
 @pytest.mark.parametrize("size", [(200, 90), (30, 40), (7, 333)])
 def test_labels_are_enlarged_as_by_interpolation(size):
     probabilities = torch.rand(7, 33, 47, generator=torch.Generator().manual_seed(0))
@@ -260,6 +269,8 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
         assert float(row["loss"]) == pytest.approx(float(row["loss_out"]) + 0.4 * float(row["loss_aux"]), rel=1e-5)
     model = itpn.load(folder / "model.safetensors")
     assert isinstance(model, Segmenter)
+    narrow = Segmentation(64, 48)(model, PLAIN, torch.zeros(3, 5, 70, dtype=torch.uint8))  # less than two units high
+    assert narrow.shape == (5, 70)
     assert itpn.inspect(folder / "model.safetensors").classes == NAMES
     last = itpn.load(folder / "checkpoints" / "last.ckpt")
     for name, tensor in model.state_dict().items():
@@ -355,6 +366,43 @@ def test_two_processes_train_and_evaluate_as_one(settings, tmp_path, processes):
         assert figures[name] == pytest.approx(summary["metrics"][f"val_{name}"], abs=1e-6)
 
 
+@pytest.mark.parametrize("recipe", ["segmenter_nano", "segmenter_small"])
+def test_the_checkpoint_says_what_labels_mean(settings, shapes, recipe):
+    """Figures are the same by any recipe, though only one of these leaves label 0 out; the run ignored 10 as well."""
+    config = settings(max_steps=1)
+    config.data.ignore = (10, 255)
+    folder = train(config, "test")
+    summary = json.loads((folder / "summary.json").read_text())["metrics"]
+    command = ["evaluate", recipe, "--data.root", str(shapes), "--data.num-workers", "0"]
+    assert main([*command, "--checkpoint", str(folder / "model.safetensors")]) == 0
+    figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    assert (figures["images"], figures["images_skipped"], figures["short_side"]) == (7, 0, 64)
+    for name in ("miou", "mean_accuracy", "pixel_accuracy"):
+        assert figures[name] == pytest.approx(summary[f"val_{name}"], abs=1e-6)
+    assert main([*command, "--checkpoint", str(folder / "model.safetensors"), "--data.ignore", "255"]) == 2
+
+
+def test_what_was_held_out_is_evaluated(settings, shapes, tmp_path, capsys):
+    """Of the folder that the run was trained on; another of one set is evaluated whole."""
+    roots = [tmp_path / "own", tmp_path / "other"]
+    for root in roots:
+        for part, name in (("images", "images"), ("annotations", "masks")):
+            shutil.copytree(shapes / part / "training", root / name)
+        shutil.copy(shapes / "classes.txt", root)
+    config = settings(max_steps=1)
+    config.data.root, config.data.val_share, config.seed = str(roots[0]), 0.25, 5
+    folder = train(config, "test")
+    summary = json.loads((folder / "summary.json").read_text())["metrics"]
+    for root, count in zip(roots, (3, 12), strict=True):
+        # the recipe holds a tenth out
+        command = ["evaluate", "segmenter_small", "--data.root", str(root), "--data.num-workers", "0"]
+        assert main([*command, "--checkpoint", str(folder / "model.safetensors")]) == 0
+        figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+        assert figures["images"] == count
+        assert (figures["miou"] == pytest.approx(summary["val_miou"], abs=1e-6)) == (count == 3)
+        assert ("25% held out of" in figures["data"]) == (count == 3)
+
+
 # --- recipes
 
 
@@ -363,6 +411,7 @@ def test_two_processes_train_and_evaluate_as_one(settings, tmp_path, processes):
     [
         ("pixel-base_512", "itpn_base_3324", 512),
         ("clip-base_512", "itpn_base_3324", 512),
+        ("clip-large_512", "itpn_large_2240", 512),
         ("pixel-large_512", "itpn_large_2240", 512),
         ("clip-large_640", "itpn_large_2240", 640),
     ],
@@ -404,12 +453,27 @@ def break_labels(root: Path) -> str:
     return "masks of labels that no class has: 1"
 
 
+def break_all_but_one(root: Path) -> str:
+    for path in sorted((root / "images" / "training").iterdir())[1:]:
+        path.unlink()
+        (root / "annotations" / "training" / f"{path.stem}.png").unlink()
+    return "batch norm needs two images at a time: give more images than one"
+
+
+def break_pixels(root: Path) -> str:
+    for path in (root / "annotations" / "validation").iterdir():
+        Image.new("L", (64, 64), 255).save(path)
+    return "has a pixel of a class"
+
+
 def break_sizes(root: Path) -> str:
     Image.new("L", (6, 64), 1).save(sorted((root / "annotations" / "training").iterdir())[0])
     return "masks of another size than their image: 1"
 
 
-@pytest.mark.parametrize("damage", [break_masks, break_names, break_labels, break_sizes])
+@pytest.mark.parametrize(
+    "damage", [break_masks, break_names, break_labels, break_sizes, break_all_but_one, break_pixels]
+)
 def test_hostile_masks(shapes, tmp_path, damage, capsys):
     root = Path(shutil.copytree(shapes, tmp_path / "ade20k"))
     words = damage(root)

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,13 +17,14 @@ from torchvision.transforms.v2.functional import crop, pad, resize
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, reason_of
 from itpn.data.files import is_image, walk
-from itpn.data.labelled import SPLITS
+from itpn.data.labelled import SPLITS, join_names
 from itpn.data.layouts import Mistakes, read_size
 from itpn.data.masks import (
     IGNORED,
     Colour,
     LabelTable,
     make_table,
+    pack,
     read_mask,
     read_names,
     ungrey,
@@ -50,11 +51,13 @@ class LabelMaps:
         files: the encoded images.
         masks: paths.
         table: what is in them.
+        left_out: how many images are not among them for a mistake.
     """
 
     files: Reader
     masks: PackedStrings
     table: LabelTable
+    left_out: int = 0
 
     def __len__(self) -> int:
         return len(self.masks)
@@ -99,6 +102,7 @@ class MaskRules:
         ignore: labels that are of no class.
         mistakes: see `itpn.config.MasksConfig`.
         tell: takes the summary of mistakes, a line at a time.
+        max_pixels: of a mask.
     """
 
     classes: str | None = None
@@ -106,6 +110,7 @@ class MaskRules:
     ignore: tuple[int, ...] = (255,)
     mistakes: Literal["summary", "skip", "error"] = "summary"
     tell: Callable[[str], None] = print
+    max_pixels: int = MAX_PIXELS
 
 
 def find_label_maps(
@@ -139,25 +144,40 @@ def find_label_maps(
     val = find_to_evaluate(root, masks, val_root, val_masks)
     if val is not None and val[0] != pairs[0]:
         return train, check(val, train.table, rules)
-    if not val_share:
+    count = min(max(1, round(val_share * len(train))), len(train) - 1) if val_share else 0
+    if not count:
         return train, None
     order = np.argsort([derive_seed(seed, "share", os.path.basename(train.name(i))) for i in range(len(train))])
-    count = min(max(1, round(val_share * len(train))), len(train) - 1)
     return train.take(np.sort(order[count:])), train.take(np.sort(order[:count]))
 
 
 def read_to_evaluate(
-    root: str, masks: str | None, val_root: str | None, val_masks: str | None, rules: MaskRules
-) -> LabelMaps:
-    """The images to evaluate a finished model on: of a folder with one set alone, that.
+    root: str,
+    masks: str | None,
+    val_root: str | None,
+    val_masks: str | None,
+    *,
+    rules: MaskRules,
+    val_share: float = 0.0,
+    seed: int = 0,
+) -> tuple[LabelMaps, bool]:
+    """The images to evaluate a finished model on: of a folder with one set alone, that, or what is held out of it.
+
+    Returns:
+        The images, and whether they were held out.
 
     Raises:
         UserError: as of :func:`find_label_maps`.
     """
-    pairs = find_to_evaluate(root, masks, val_root, val_masks) or find_pairs(root, masks, "train")
+    own = find_pairs(root, masks, "train")
+    pairs = find_to_evaluate(root, masks, val_root, val_masks) or own
+    if val_share and pairs == own is not None:
+        _, held_out = find_label_maps(root, masks, rules=rules, val_share=val_share, seed=seed)
+        if held_out is not None:
+            return held_out, True
     if pairs is None:
         raise UserError(f"no images with masks to evaluate on in {root}: {LAYOUTS}")
-    return check(pairs, read_names(rules.classes, val_root or root), rules)
+    return check(pairs, read_names(rules.classes, val_root or root), rules), False
 
 
 def find_to_evaluate(root: str, masks: str | None, val_root: str | None, val_masks: str | None) -> "Pairs | None":
@@ -195,16 +215,31 @@ def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
 
 
 def _find_masks(folder: Path) -> Path:
-    """Beside the images of a folder, by whichever name."""
-    places = [folder / name for name in MASK_FOLDERS]
-    return next((place for place in places if place.is_dir()), places[0])
+    """Beside the images of a folder, by whichever name; one with pictures, if there is one."""
+    places = [place for name in MASK_FOLDERS if (place := folder / name).is_dir()]
+    drawn = (place for place in places if any(is_image(path) for path in walk(str(place))))
+    return next(drawn, places[0] if places else folder / MASK_FOLDERS[0])
 
 
 # --- mistakes
 
 
+@dataclass(frozen=True)
+class Look:
+    """What a mask holds.
+
+    Attributes:
+        size: height, width.
+        values: its numbers; of pictures in colours these, see `itpn.data.masks.pack`.
+    """
+
+    size: tuple[int, int]
+    values: frozenset[int]
+    coloured: bool
+
+
 def check(pairs: Pairs, names: Sequence[tuple[str, Colour | None]] | LabelTable | None, rules: MaskRules) -> LabelMaps:
-    """The images whose masks can be used, every one of which is read.
+    """The images whose masks can be used, every one of which is read, once.
 
     Raises:
         UserError: none can be; or a mistake if it is an error.
@@ -212,72 +247,126 @@ def check(pairs: Pairs, names: Sequence[tuple[str, Colour | None]] | LabelTable 
     images, folder, others = pairs
     found = Mistakes()
     masks = match_masks(images, folder, others, found)
-    paths = [path for path in images if path in masks]
+    known = names.by_colour if isinstance(names, LabelTable) else names and {c: 0 for _, c in names if c is not None}
+    looks: dict[str, Look] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        if names is None:  # classes are the numbers that there are
-            largest = max(
-                pool.map(_largest_label, [masks[path] for path in paths], [set(rules.ignore)] * len(paths)), default=0
-            )
-            names = [(str(number), None) for number in range(int(rules.reduce_zero_label), largest + 1)]
-        table = names if isinstance(names, LabelTable) else make_table(names, rules.reduce_zero_label, rules.ignore)
-        wrong = pool.map(_check_pair, paths, [masks[path] for path in paths], [table] * len(paths))
-        kept = []
-        for path, mistake in zip(paths, wrong, strict=True):
-            if mistake is None:
-                kept.append(path)
-            else:
-                found.add(*mistake)
+        jobs = [(path, mask, pool.submit(look_at, mask, rules.max_pixels, known or {})) for path, mask in masks.items()]
+        for path, mask, job in jobs:
+            try:
+                looks[path] = job.result()
+            except UnreadableImage as error:
+                found.add("masks that cannot be read", f"{mask}: {error}")
+    numbers = {value for look in looks.values() if not look.coloured for value in look.values}
+    table = None
+    if looks:
+        table = names if isinstance(names, LabelTable) else _make_table(names, numbers, others, rules)
+    present: set[int] = set()
+    kept = []
+    for path, look in looks.items():
+        assert table is not None
+        classes = {value: table.find(value, look.coloured) for value in look.values}
+        mistake = _find_mistake(path, masks[path], look, table, classes)
+        if mistake is None:
+            kept.append(path)
+            present |= {number for number in classes.values() if number is not None}
+        else:
+            found.add(*mistake)
     found.report(others, rules.mistakes, rules.tell)
     if not kept:
         raise UserError(f"{folder} has no images" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
-    return LabelMaps(FileReader(kept), PackedStrings([masks[path] for path in kept]), table)
+    assert table is not None
+    if not present - {IGNORED}:
+        raise UserError(f"no mask in {others} has a pixel of a class: see --data.ignore and --data.reduce-zero-label")
+    absent = [name for number, name in enumerate(table.classes) if number not in present]
+    if absent and not isinstance(names, LabelTable) and rules.mistakes == "summary":
+        rules.tell(f"{others}: no mask has {join_names(absent)}")
+    return LabelMaps(FileReader(kept), PackedStrings([masks[path] for path in kept]), table, len(images) - len(kept))
+
+
+def _make_table(
+    names: Sequence[tuple[str, Colour | None]] | None, numbers: set[int], others: str, rules: MaskRules
+) -> LabelTable:
+    """What a set of masks means, of which all numbers are known."""
+    if names is None:  # classes are the numbers that there are
+        largest = max(numbers - set(rules.ignore), default=0)
+        if numbers == {0, 255}:
+            largest = 1
+        names = [(str(number), None) for number in range(int(rules.reduce_zero_label), largest + 1)]
+    table = make_table(names, rules.reduce_zero_label, rules.ignore)
+    greys = table.read_greys(numbers)
+    if greys is None:
+        return table
+    if table.by_colour is None:
+        rules.tell(f"{others}: black and white masks, of {table.classes[0]} and {table.classes[1]}")
+    return greys
+
+
+def look_at(path: str, max_pixels: int, colours: Container[Colour]) -> Look:
+    """Size of a mask, and what is in it.
+
+    Raises:
+        UnreadableImage: it cannot be read, or is a picture in colours, and there are none.
+    """
+    values = read_mask(path, max_pixels, colours)
+    coloured = values.ndim == 3 and bool(colours)
+    size = values.shape[:2]
+    if coloured:
+        seen = np.zeros(2**24, dtype=bool)
+        seen[pack(values)] = True
+        return Look(size, frozenset(seen.nonzero()[0].tolist()), True)
+    return Look(size, frozenset(np.unique(ungrey(values)).tolist()), False)
 
 
 def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mistakes) -> dict[str, str]:
-    """Image to mask: of the same name below the other folder, or with a word after it (``x_mask.png``)."""
-    stems = {os.path.splitext(os.path.relpath(path, others))[0]: path for path in walk(others) if is_image(path)}
+    """Image to mask: of the same name below the other folder, or with a word after it (``x_mask.png``).
+
+    Where both are in one folder, no image is its own mask, and no mask an image.
+    """
+    stems: dict[str, list[str]] = {}
+    for path in walk(others):
+        if is_image(path):
+            stems.setdefault(os.path.splitext(os.path.relpath(path, others))[0], []).append(path)
     found: dict[str, str] = {}
     for path in images:
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
         names = [stem + ending for ending in MASK_ENDINGS] + [stem.removesuffix("_leftImg8bit") + MASK_ENDINGS[-1]]
-        mask = next((stems[name] for name in names if name in stems), None)
-        if mask is None:
-            mistakes.add("images without a mask", path)
-        else:
+        mask = next((mask for name in names for mask in stems.get(name, ()) if mask != path), None)
+        if mask is not None:
             found[path] = mask
-    for path in sorted(set(stems.values()) - set(found.values())):
+    masks = set(found.values())
+    found = {path: mask for path, mask in found.items() if path not in masks}
+    for path in images:
+        if path not in found and path not in masks:
+            mistakes.add("images without a mask", path)
+    for path in sorted({path for paths in stems.values() for path in paths} - masks - set(images)):
         mistakes.add("masks without an image", path)
     return found
 
 
-def _largest_label(path: str, ignored: set[int]) -> int:
-    try:
-        present = np.unique(ungrey(read_mask(path)))
-    except UnreadableImage:
-        return 0  # which is told of later
-    return max((int(value) for value in present if int(value) not in ignored), default=0)
-
-
-def _check_pair(image: str, mask: str, table: LabelTable) -> tuple[str, str] | None:
+def _find_mistake(
+    image: str, mask: str, look: Look, table: LabelTable, classes: Mapping[int, int | None]
+) -> tuple[str, str] | None:
     """The kind of mistake and what is wrong, if anything is."""
     try:
-        height, width = read_size(image)
+        size = read_size(image)
     except Exception as error:  # whatever Pillow meets
         return "images that cannot be read", f"{image}: {reason_of(error)}"
-    try:
-        labels = table.read(mask)
-    except UnreadableImage as error:
-        kind = "masks of labels that no class has" if "no class has" in str(error) else "masks that cannot be read"
-        return kind, f"{mask}: {error}"
-    if labels.shape != (height, width):
-        return (
-            "masks of another size than their image",
-            f"{mask}: {labels.shape[1]}x{labels.shape[0]}, {width}x{height}",
-        )
+    unknown = [value for value, number in classes.items() if number is None]
+    if unknown:
+        return "masks of labels that no class has", f"{mask}: {table.explain(min(unknown), look.coloured)}"
+    if look.size != tuple(size):
+        return "masks of another size than their image", f"{mask}: {look.size[1]}x{look.size[0]}, {size[1]}x{size[0]}"
     return None
 
 
 # --- augmentation: the mask goes where the pixels go
+
+
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """Brightness, contrast, saturation and hue; torchvision's swaps channels as well, so that skies turn red."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
 @dataclass(frozen=True)
@@ -318,35 +407,36 @@ class SegmentationTransform:
             tv_tensors.Image(image), view_labels(image, self.table, mask, self.max_pixels), rng
         )
         picture, labels = self._crop(picture, labels, rng)
+        right, below = self.size - labels.shape[-1], self.size - labels.shape[-2]
         if rng.random() < self.hflip:
             picture, labels = picture.flip(-1), labels.flip(-1)
         if self.photometric:
             # torchvision draws from the global generator, which stays as it was
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
-                picture = v2.RandomPhotometricDistort()(picture)
-        return {"image": picture.as_subclass(Tensor).contiguous(), "target": labels.as_subclass(Tensor).contiguous()}
+                picture = PhotometricDistort(hue=(-0.1, 0.1))(picture)
+        picture = pad(picture, [0, 0, right, below], fill=list(self.fill))
+        labels = pad(labels, [0, 0, right, below], fill=IGNORED)
+        return {"image": picture.as_subclass(Tensor).contiguous(), "target": labels[0]}
 
     def _resize(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
         short = rng.uniform(*self.scales) * self.short
         sides = fit_sides(image.shape[-2:], short, 4 * short)
         mode = v2.InterpolationMode(self.interpolation)
-        return resize(image, sides, mode, antialias=True), resize(labels, sides)
+        # the pixel that is nearest to the middle; a tv_tensors.Mask would get the one before it
+        nearest = resize(labels.as_subclass(Tensor)[None], sides, v2.InterpolationMode.NEAREST_EXACT)
+        return resize(image, sides, mode, antialias=True), nearest
 
     def _crop(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
         height, width = image.shape[-2:]
-        right, below = max(0, self.size - width), max(0, self.size - height)
-        if right or below:
-            image = pad(image, [0, 0, right, below], fill=list(self.fill))
-            labels = pad(labels, [0, 0, right, below], fill=IGNORED)
-        height, width = image.shape[-2:]
-        for _ in range(CROP_TRIES):
-            top, left = rng.randint(0, height - self.size), rng.randint(0, width - self.size)
-            part = crop(labels, top, left, self.size, self.size)
+        rows, columns = min(self.size, height), min(self.size, width)
+        for _ in range(CROP_TRIES if self.max_share < 1 else 1):
+            top, left = rng.randint(0, height - rows), rng.randint(0, width - columns)
+            part = crop(labels, top, left, rows, columns)
             counts = part.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
             if len(counts.nonzero()) > 1 and counts.max() < self.max_share * counts.sum():
                 break
-        return crop(image, top, left, self.size, self.size), part
+        return crop(image, top, left, rows, columns), part
 
 
 def view_labels(image: Tensor, table: LabelTable, mask: str, max_pixels: int = MAX_PIXELS) -> tv_tensors.Mask:

@@ -1,8 +1,8 @@
 """Masks of classes: what their numbers or colours mean, and how they are read."""
 
 import csv
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +31,14 @@ class LabelTable:
         numbers: uint8 [256], number in a file -> class, `IGNORED`, or 254 where it means nothing.
         colours: of the classes, where their file says them.
         by_colour: masks may be pictures in those colours; colour -> class or `IGNORED`.
+        beyond: labels above 255 that are of no class.
     """
 
     classes: tuple[str, ...]
     numbers: np.ndarray
     colours: tuple[Colour, ...] | None = None
     by_colour: dict[Colour, int] | None = None
+    beyond: tuple[int, ...] = ()
 
     def read(self, path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
         """The classes of an image's pixels, uint8 [H, W].
@@ -44,16 +46,53 @@ class LabelTable:
         Raises:
             UnreadableImage: no mask, or of labels that no class has.
         """
-        values = read_mask(path, max_pixels)
+        values = read_mask(path, max_pixels, self.by_colour or ())
         if values.ndim == 3 and self.by_colour is not None:
-            return torch.from_numpy(self._from_colours(values, self.by_colour))
-        values = ungrey(values)
-        if values.max(initial=0) > 255:
-            raise UnreadableImage(f"label {values.max()}, which no class has")
-        labels = self.numbers[values]
-        if (labels == MAX_CLASSES).any():
-            raise UnreadableImage(f"label {values[labels == MAX_CLASSES][0]}, which no class has")
+            colours = sorted((pack(np.array(colour)), number) for colour, number in self.by_colour.items())
+            packed = pack(values)
+            places = np.searchsorted([colour for colour, _ in colours], packed).clip(max=len(colours) - 1)
+            labels = np.array([number for _, number in colours], dtype=np.uint8)[places]
+            known = np.array([colour for colour, _ in colours])[places] == packed
+        else:
+            values = packed = ungrey(values)
+            above = values > 255
+            labels = np.where(above, IGNORED, self.numbers[np.where(above, 0, values)])
+            known = (labels != MAX_CLASSES) & (~above | np.isin(values, self.beyond))
+        if not known.all():
+            raise UnreadableImage(self.explain(int(packed[~known][0]), colour=values.ndim == 3))
         return torch.from_numpy(labels)
+
+    def find(self, value: int, colour: bool) -> int | None:
+        """The class of a number in a file, or of a colour (see `pack`), or `IGNORED`; None where it means nothing."""
+        if colour:
+            return (self.by_colour or {}).get(unpack(value))
+        if value > 255:
+            return IGNORED if value in self.beyond else None
+        return None if self.numbers[value] == MAX_CLASSES else int(self.numbers[value])
+
+    def explain(self, value: int, colour: bool) -> str:
+        return f"colour {unpack(value)}, which no class has" if colour else f"label {value}, which no class has"
+
+    def read_greys(self, present: set[int]) -> "LabelTable | None":
+        """With shades of grey that are colours, not numbers: those of the file of classes, or black and white.
+
+        Args:
+            present: all numbers in a set of masks.
+
+        Returns:
+            None where they are numbers.
+        """
+        numbers = self.numbers.copy()
+        if self.by_colour is not None:
+            greys = {value: self.by_colour.get((value, value, value)) for value in present}
+            if not present or max(present) < len(self.by_colour) or None in greys.values():
+                return None
+            numbers[list(greys)] = [number for number in greys.values() if number is not None]
+        elif present == {0, 255} and len(self.classes) == 2 and numbers[0] == 0 and numbers[255] >= MAX_CLASSES:
+            numbers[255] = 1
+        else:
+            return None
+        return replace(self, numbers=numbers)
 
     def rename(self, classes: Sequence[str]) -> "LabelTable":
         """With the numbers that another list of classes gives them.
@@ -64,7 +103,8 @@ class LabelTable:
         if self.classes == tuple(classes):
             return self
         if unknown := [name for name in self.classes if name not in classes]:
-            hint = "; --data.classes FILE names them" if all(name.isdigit() for name in unknown) else ""
+            unnamed = all(name.isdigit() for name in unknown)
+            hint = "; --data.classes FILE names them" if unnamed else "; --data.ignore leaves labels out"
             raise UserError(
                 f"{join_names(unknown)} among the classes of the masks, but not of the model, whose are "
                 f"{join_names(classes)}{hint}"
@@ -74,22 +114,24 @@ class LabelTable:
         for old, number in enumerate(new):
             numbers[self.numbers == old] = number
         by_colour = self.by_colour and {c: n if n == IGNORED else new[n] for c, n in self.by_colour.items()}
-        return LabelTable(tuple(classes), numbers, None, by_colour)
-
-    def _from_colours(self, values: np.ndarray, by_colour: dict[Colour, int]) -> np.ndarray:
-        packed = (values.astype(np.uint32) * np.array([65536, 256, 1], dtype=np.uint32)).sum(axis=2, dtype=np.uint32)
-        found, where = np.unique(packed, return_inverse=True)
-        labels = np.empty(len(found), dtype=np.uint8)
-        for row, value in enumerate(found.tolist()):
-            colour = (value >> 16, value >> 8 & 255, value & 255)
-            if colour not in by_colour:
-                raise UnreadableImage(f"colour {colour}, which no class has")
-            labels[row] = by_colour[colour]
-        return labels[where].reshape(packed.shape)
+        return replace(self, classes=tuple(classes), numbers=numbers, colours=None, by_colour=by_colour)
 
 
-def read_mask(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def pack(colours: np.ndarray) -> np.ndarray:
+    """Colours [..., 3] as numbers of 24 bits."""
+    red, green, blue = (colours[..., i].astype(np.int32) for i in range(3))
+    return red << 16 | green << 8 | blue
+
+
+def unpack(value: int) -> Colour:
+    return value >> 16, value >> 8 & 255, value & 255
+
+
+def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour] = ()) -> np.ndarray:
     """The numbers of a mask file, [H, W], or its colours, uint8 [H, W, 3].
+
+    Args:
+        colours: a palette of these alone is for colours, whatever its numbers are.
 
     Raises:
         UnreadableImage: it is not there, damaged, too large, or transparent.
@@ -102,6 +144,11 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
                 image = image.convert("L").point(lambda value: value // 255)
             if image.mode not in ("L", "P", "RGB") and not image.mode.startswith("I"):
                 raise UnreadableImage(f"a picture of mode {image.mode}, not of labels")
+            if image.mode == "P" and colours:
+                palette = image.getpalette("RGB") or []
+                used = [tuple(palette[3 * n : 3 * n + 3]) for _, n in image.getcolors() or ()]
+                if all(colour in colours for colour in used):
+                    image = image.convert("RGB")
             values = np.asarray(image)  # of a palette, the numbers
     except UnreadableImage:
         raise
@@ -138,9 +185,12 @@ def read_names(file: str | None, root: str) -> list[tuple[str, Colour | None]] |
             return None
         file = str(found)
     try:
-        lines = [line.strip() for line in Path(file).read_text().splitlines() if line.strip()]
+        text = Path(file).read_text(encoding="utf-8-sig")  # a byte-order mark is none of the first name
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"file of classes {file} cannot be read: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
     if lines and lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
         return [(line.split("\t")[-1].split(",")[0].strip(), None) for line in lines[1:]]
     names: list[tuple[str, Colour | None]] = []
@@ -148,9 +198,11 @@ def read_names(file: str | None, root: str) -> list[tuple[str, Colour | None]] |
         words = [word.strip() for word in row]
         if [word.lower() for word in words] == ["name", "r", "g", "b"]:
             continue
-        if len(words) > 3 and all(word.isdigit() and int(word) < 256 for word in words[-3:]):
-            red, green, blue = (int(word) for word in words[-3:])
-            names.append((" ".join(words[:-3]), (red, green, blue)))
+        for name, colour in ((words[:-3], words[-3:]), (words[3:], words[:3])):
+            if name and len(colour) == 3 and all(word.isdigit() and int(word) < 256 for word in colour):
+                red, green, blue = (int(word) for word in colour)
+                names.append((" ".join(name), (red, green, blue)))
+                break
         else:
             names.append((" ".join(words), None))
     given: dict[str, list[Any]] = {"name": [n for n, _ in names], "colour": [c for _, c in names if c is not None]}
@@ -172,11 +224,12 @@ def make_table(
         UserError: fewer than two classes, or more than 254.
     """
     first = int(reduce_zero_label)
-    left_out = {0, *ignore} if reduce_zero_label else set(ignore)
+    left_out = {*ignore, *range(first)}
     kept = [(first + line, name, colour) for line, (name, colour) in enumerate(names) if first + line not in left_out]
     if not 2 <= len(kept) <= MAX_CLASSES:
         raise UserError(f"{len(kept)} classes of pixels: there must be from 2 to {MAX_CLASSES}")
     numbers = np.full(256, MAX_CLASSES, dtype=np.uint8)
+    beyond = tuple(number for number in left_out if number > 255)
     numbers[[number for number in left_out if number < 256]] = IGNORED
     for row, (number, _, _) in enumerate(kept):
         if number < 256:
@@ -186,4 +239,4 @@ def make_table(
         row_of = {number: row for row, (number, _, _) in enumerate(kept)}
         by_colour = {c: row_of.get(first + line, IGNORED) for line, (_, c) in enumerate(names) if c is not None}
     colours = tuple(colour for _, _, colour in kept if colour is not None) or None
-    return LabelTable(tuple(name for _, name, _ in kept), numbers, colours, by_colour)
+    return LabelTable(tuple(name for _, name, _ in kept), numbers, colours, by_colour, beyond)

@@ -14,6 +14,8 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from itpn.data.masks import IGNORED
 from itpn.engine.scores import share, write_confusion
 
+PIXELS = 2**20  # that are compared at a time
+
 
 @dataclass
 class PixelScores:
@@ -72,9 +74,13 @@ def collect_confusion(
 
 def compare(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     """Pixels by class and answer, int64 [classes, classes], those of no class left out."""
-    return multiclass_confusion_matrix(
-        labels.flatten().long(), target.flatten().long(), classes, ignore_index=IGNORED, validate_args=False
-    )
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    # a part at a time, for they are compared as numbers of eight bytes
+    for some, true in zip(labels.flatten().split(PIXELS), target.flatten().split(PIXELS), strict=True):
+        confusion += multiclass_confusion_matrix(
+            some.long(), true.long(), classes, ignore_index=IGNORED, validate_args=False
+        )
+    return confusion
 
 
 def gather_confusion(scores: PixelScores, world_size: int) -> PixelScores:

@@ -1,7 +1,8 @@
 """`itpn evaluate` of segmenters: a checkpoint and images with masks, in figures over all pixels."""
 
 import functools
-from collections.abc import Collection
+import os
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,15 @@ def evaluate_pixels(
     model, notes = load_found(found, "segmentation", **options)
     assert isinstance(model, Segmenter)
     data = config.data
-    own = read_to_evaluate(data.root, data.masks, data.val_root, data.val_masks, make_rules(config))
+    own, held_out = read_to_evaluate(
+        data.root,
+        data.masks,
+        data.val_root,
+        data.val_masks,
+        rules=make_rules(config),
+        val_share=data.val_share,
+        seed=config.seed,
+    )
     images = match_classes(own, found.metadata.get("classes"), model.num_classes, "masks")
     make_folder(out)
     quieten_libraries()
@@ -70,38 +79,63 @@ def evaluate_pixels(
         if fabric.is_global_zero:
             tell_asides(notes, unread)
             how = config.evaluation
-            about: dict[str, Any] = {"checkpoint": checkpoint, "recipe": recipe, "data": data.val_root or data.root}
-            about |= {"images_skipped": len(unread)}
-            about |= {"mode": how.mode, "scales": how.scales, "flip": how.flip}
+            which = f"{data.val_share:.0%} held out of " * held_out + (data.val_root or data.root)
+            about: dict[str, Any] = {"checkpoint": checkpoint, "recipe": recipe, "data": which}
+            about |= {"images_skipped": len(unread) + own.left_out}
+            about |= {"img_size": data.img_size, "short_side": data.short, "interpolation": data.interpolation}
+            about |= {"mode": how.mode, "stride": how.stride, "scales": how.scales, "flip": how.flip}
             with writing_to(out):
                 write_pixel_scores(scores, images.classes, out, about)
-            report(scores, images.classes, out, checkpoint, len(unread))
+            report(scores, images.classes, out, about)
     return scores
 
 
 def take_over(config: SegmentationConfig, found: Checkpoint, given: Collection[str] = ()) -> None:
-    """Settings of the data that a checkpoint was trained with, where no others were asked for, in place."""
+    """Settings of the data that a checkpoint was trained with, where no others were asked for, in place.
+
+    Among them what its labels mean, and, of the very folder that it was trained on, which images were held out.
+    """
     own, data = found.preprocessing, config.data
+    trained = found.metadata.get("settings", {}).get("data", {})
+    if "reduce_zero_label" in trained and not {"reduce_zero_label", "no_reduce_zero_label"} & set(given):
+        data.reduce_zero_label = trained["reduce_zero_label"]
+    if "ignore" in trained and "ignore" not in given:
+        data.ignore = tuple(trained["ignore"])
+    if _places(trained) == _places(vars(data)):
+        for name in ("val_share", "val_root", "val_masks"):
+            if name not in given:
+                setattr(data, name, trained[name])
+        config.seed = found.metadata["settings"]["seed"]
+    elif "val_share" not in given:
+        data.val_share = 0.0  # another folder of one set is for evaluation as a whole
     config.model.name = config.model.patch_size = None
     for name in ("mean", "std"):
         if name not in given:
             setattr(data, name, None)
     if "img_size" not in given and "size" in own:
         data.img_size = own["size"][0]
-    for name in ("short_side", "interpolation"):
-        if name not in given and name in own:
-            setattr(data, name, own[name])
+    if "short_side" not in given:
+        data.short_side = trained.get("short_side")
+    if "interpolation" not in given and "interpolation" in own:
+        data.interpolation = own["interpolation"]
     settle(config, found)
 
 
-def report(scores: PixelScores, classes: tuple[str, ...], out: Path, checkpoint: str, skipped: int) -> None:
+def _places(data: Mapping[str, Any]) -> list[str | None]:
+    """Where images and masks are, in settings of data."""
+    return [path and os.path.realpath(path) for path in (data.get("root"), data.get("masks"))]
+
+
+def report(scores: PixelScores, classes: tuple[str, ...], out: Path, about: Mapping[str, Any]) -> None:
     """Show the figures."""
     figures = {name: f"{100 * value:.1f} %" for name, value in scores.figures.items()}
+    pixels = int(scores.confusion.sum())
     rows = {
-        "images": f"{scores.images:,} with {int(scores.confusion.sum()):,} labelled pixels, {skipped} skipped",
+        "images": f"{scores.images:,} with {pixels:,} labelled pixels, {about['images_skipped']} skipped; of "
+        f"{about['data']}",
         "mIoU": figures["miou"],
         "accuracy": f"{figures['pixel_accuracy']} of the pixels, {figures['mean_accuracy']} of the mean class's",
     }
     rows |= rank_classes({name: v for name, v in zip(classes, scores.iou.tolist(), strict=True) if v == v})
     rows["files"] = f"{out}/evaluation.json, classes.csv, confusion.csv, confusion.png"
-    Console().print(make_table(checkpoint, rows))
+    Console().print(make_table(about["checkpoint"], rows))

@@ -212,13 +212,14 @@ def draw_labels(
     colours = colours or [name_colour(number) for number in range(1, len(classes) + 1)]
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(classes)] = colours
-    pixels, painted = enlarge(image, LARGE).permute(1, 2, 0).numpy(), enlarge(labels, LARGE).numpy()
-    known = painted[..., None] < len(classes)
-    mixed = np.where(known, (0.4 * pixels + 0.6 * palette[painted]).round(), pixels).astype(np.uint8)
-    counts = labels.flatten().long().bincount(minlength=len(classes))[: len(classes)]
+    shown = enlarge(labels, LARGE).numpy()
+    picture = Image.fromarray(enlarge(image, LARGE).permute(1, 2, 0).numpy())
+    mixed = Image.blend(picture, Image.fromarray(palette[shown]), 0.6)
+    picture.paste(mixed, mask=Image.fromarray(shown < len(classes)))
+    counts = labels.flatten().bincount(minlength=len(classes))[: len(classes)]
     present = [number for number in counts.argsort(descending=True).tolist() if counts[number]]
-    font = ImageFont.load_default(size=max(11, max(pixels.shape) // 50))
-    return add_legend(Image.fromarray(mixed), [(classes[n], colours[n]) for n in present], font)
+    font = ImageFont.load_default(size=max(11, max(picture.size) // 50))
+    return add_legend(picture, [(classes[n], colours[n]) for n in present], font)
 
 
 def save_labels(labels: Tensor, classes: int, colours: Sequence[tuple[int, int, int]] | None, path: Path) -> None:

@@ -40,7 +40,7 @@ FIGURES = ("miou", "mean_accuracy", "pixel_accuracy")
 def make_rules(config: SegmentationConfig) -> MaskRules:
     data = config.data
     tell = print_aside if read_launch().main else lambda line: None
-    return MaskRules(data.classes, data.reduce_zero_label, data.ignore, data.mistakes, tell)
+    return MaskRules(data.classes, data.reduce_zero_label, data.ignore, data.mistakes, tell, data.max_pixels)
 
 
 def find_sets(config: SegmentationConfig) -> Sets:
@@ -66,8 +66,11 @@ def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None =
     found = read_start(config)
     train, val = sets or find_sets(config)
     processes = choose_devices(config.trainer, read_launch()).processes
-    if config.data.batch_size * processes == 1:
-        raise UserError("batch norm needs two images at a time: give --data.batch-size 2 or more")
+    if min(config.data.batch_size * processes, len(train)) == 1:
+        raise UserError(
+            "batch norm needs two images at a time: give "
+            + ("--data.batch-size 2 or more" if len(train) > 1 else f"more images than one in {config.data.root}")
+        )
     scale_epochs(config, len(train), processes)
     model, notes = start_network(config, found, lambda: make_segmenter(config, train.classes, found))
     model.set_grad_checkpointing(config.model.grad_checkpointing)

@@ -54,14 +54,15 @@ class Segmenter(Headed, nn.Module):
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         """Normalised images [B, in_chans, H, W] -> "out": logits [B, num_classes, H, W]; in training mode "aux" too.
 
-        Any size: what is missing to whole units is filled with zeros, the mean of normalised images.
+        Any size: what is missing to whole units, and to two of them, is filled with zeros, the mean of normalised
+        images.
         """
         return OrderedDict((name, self._enlarge(logits, x)) for name, logits in self.forward_logits(x).items())
 
     def forward_logits(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         """As :meth:`forward`, of the strides that they are computed in, for the image with what is missing filled."""
-        unit = find_backbone(self).patch_size
-        x = F.pad(x, (0, -x.shape[-1] % unit, 0, -x.shape[-2] % unit))
+        height, width = self._fill(x)
+        x = F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2]))
         maps = self.backbone.forward_maps(x)
         logits = OrderedDict(out=precise(self.classifier(self.dropout(self.upernet([x, x, *maps])))))
         if self.training and self.aux_classifier is not None:
@@ -70,6 +71,9 @@ class Segmenter(Headed, nn.Module):
 
     def _enlarge(self, logits: Tensor, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
+        return F.interpolate(logits, self._fill(x), mode="bilinear", align_corners=False)[..., :height, :width]
+
+    def _fill(self, x: Tensor) -> list[int]:
+        """Height and width with what is missing; the coarsest map is of every second unit."""
         unit = find_backbone(self).patch_size
-        filled = [height + -height % unit, width + -width % unit]
-        return F.interpolate(logits, filled, mode="bilinear", align_corners=False)[..., :height, :width]
+        return [max(2 * unit, -(-side // unit) * unit) for side in x.shape[-2:]]
