@@ -14,7 +14,7 @@ def test_the_whole_story(monkeypatch, tmp_path, capsys):
         return write_shapes(root, train=8, val=6, img_size=img_size)
 
     monkeypatch.setattr(demo, "write_shapes", write_few)
-    monkeypatch.setattr(demo, "TASKS", tuple(dataclasses.replace(t, steps=2, batch_size=2) for t in demo.TASKS))
+    monkeypatch.setattr(demo, "TASKS", tuple(dataclasses.replace(task, steps=2) for task in demo.TASKS))
     assert main(["demo", "--output-dir", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     for task in ("classify", "detect", "segment"):

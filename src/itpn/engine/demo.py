@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from itpn.checkpoints.loading import load
-from itpn.config import Config, FineTuningRun, SegmentationConfig
+from itpn.config import ClassificationConfig, Config, FineTuningRun, SegmentationConfig
 from itpn.data.decode import decode_image
 from itpn.data.normalize import Normalize
 from itpn.data.shapes import CLASSES, GROUNDS, ShapesFolders, write_shapes
@@ -35,30 +35,40 @@ from itpn.tasks.pretrain import PretrainingTask
 
 IMG_SIZE, PER_SET = 64, 4  # pixels; rows of the picture
 RECIPE = "itpn-pixel_nano"
-# of segmentation, shapes as in detection
-COLOURS = [
-    name_colour(number)
-    for number in (*range(len(CLASSES) + 1, len(CLASSES) + len(GROUNDS) + 1), *range(1, len(CLASSES) + 1))
+FIRST_GROUND = len(CLASSES) + 1
+COLOURS = [  # of segmentation; shapes have those that they have in detection
+    *map(name_colour, range(FIRST_GROUND, FIRST_GROUND + len(GROUNDS))),
+    *map(name_colour, range(1, FIRST_GROUND)),
 ]
 
 
 @dataclass(frozen=True)
 class Task:
-    """A fine-tuning of the demo: which figure of its summary says what it is worth."""
+    """A fine-tuning of the demo.
+
+    Attributes:
+        layout: of the sample set.
+        settings: of its recipe, to be others.
+        figure: of its summary, which says what a start is worth.
+        title: of that figure.
+    """
 
     verb: str
     recipe: str
-    layout: str  # of the sample set
+    layout: str
     steps: int
-    batch_size: int
+    settings: dict[str, dict[str, Any]]
     figure: str
     title: str
 
 
+# so few steps are for the shapes, not for what colours and small crops may do to them
+MILD = {"batch_size": 32, "crop_pct": 1.0, "crop_scale": (0.7, 1.0), "auto_augment": None, "erase": 0.0}
+NARROW = {"head_width": 32, "samples": 32, "proposals": 100}
 TASKS = (
-    Task("classify", "classifier_small", "imagefolder", 300, 32, "val_top1", "images named"),
-    Task("detect", "detector_nano", "coco", 150, 8, "val_box_ap50", "AP50 of boxes"),
-    Task("segment", "segmenter_nano", "ade20k", 200, 8, "val_miou", "mean IoU"),
+    Task("classify", "classifier_small", "imagefolder", 300, {"data": MILD}, "val_top1", "images named"),
+    Task("detect", "detector_nano", "coco", 150, {"model": NARROW}, "val_box_ap50", "AP50 of boxes"),
+    Task("segment", "segmenter_nano", "ade20k", 200, {}, "val_miou", "mean IoU"),
 )
 
 
@@ -90,7 +100,7 @@ def demo(output_dir: Path) -> None:
             run = fine_tune(task, folders, start, output_dir)
             cells.append(f"{json.loads((run / 'summary.json').read_text())['metrics'][task.figure]:.1%}")
         networks[task.verb] = run / "model.safetensors"
-        table.add_row(task.verb, f"{task.steps} of {task.batch_size}", task.title, *cells)
+        table.add_row(task.verb, str(task.steps), task.title, *cells)
     console.print(table)
     console.print("in these minutes everything is learned from 2,400 images: benchmarks/RESULTS.md has more")
     picture = output_dir / "demo.png"
@@ -114,13 +124,12 @@ def fine_tune(task: Task, folders: ShapesFolders, checkpoint: Path | None, outpu
         config.name = "scratch"
     else:
         config.model.checkpoint, config.name = str(checkpoint), "pre-trained"
-    data: Any = config.data
-    data.root = str(getattr(folders, task.layout))
-    data.img_size, data.batch_size, data.num_workers = IMG_SIZE, task.batch_size, 1
-    if task.verb == "classify":
-        data.root, data.crop_pct = (data.root,), 1.0
-        # so few steps are for the shapes, not for what colours and small crops may do to them
-        data.crop_scale, data.auto_augment, data.erase = (0.7, 1.0), None, 0.0
+    root = str(getattr(folders, task.layout))
+    config.data.root = (root,) if isinstance(config, ClassificationConfig) else root
+    config.data.img_size, config.data.num_workers = IMG_SIZE, 1
+    for part, settings in task.settings.items():
+        for name, value in settings.items():
+            setattr(getattr(config, part), name, value)
     config.optimizer.lr, config.optimizer.layer_decay = 1e-3, None
     config.trainer.max_epochs, config.trainer.max_steps = 100, task.steps
     config.trainer.devices = 1
