@@ -1,9 +1,9 @@
 """What it is worth that the neck is pre-trained: detection or segmentation from several starts, all else equal.
 
 python -c "from itpn.data.shapes import write_shapes; write_shapes('S')"
-itpn train itpn-pixel_nano --data.root S/coco/train2017 S/imagefolder/train --data.img-size 96 --name shapes
-python benchmarks/necks.py detector_nano --data.root S/coco --checkpoint runs/itpn-pixel_nano/s/model.safetensors
-python benchmarks/necks.py segmenter_nano --data.root S/ade20k --checkpoint runs/itpn-pixel_nano/s/model.safetensors
+itpn train itpn-pixel_nano --data.root S/coco/train2017 S/imagefolder/train --data.img-size 96 --data.batch-size 32 ...
+python benchmarks/necks.py detector_nano --data.root S/coco --checkpoint CKPT
+python benchmarks/necks.py segmenter_nano --data.root S/ade20k --data.reduce-zero-label --checkpoint CKPT
 """
 
 import argparse

@@ -211,6 +211,7 @@ def run_evaluate(recipe: str, options: list[str]) -> int:
             (*EVALUATION, *EVALUATION_OF[config.task])
         ):
             raise UserError(f"{option} has no meaning here: the network is the checkpoint's, and it is not trained")
+    check_file(own.checkpoint)
     config.model.checkpoint, config.model.scratch = own.checkpoint, False
     config.check()
     out = Path(own.out) if own.out else _evaluation_folder(own.checkpoint, own.knn)

@@ -365,7 +365,7 @@ def nano_segmentation() -> SegmentationConfig:
     """Small images, as of the generated sample set, on a laptop: narrow heads."""
     config = small_segmentation()
     config.model.head_width, config.model.drop_path_rate = 64, 0.0
-    config.data.img_size, config.data.batch_size, config.data.reduce_zero_label = 96, 8, True
+    config.data.img_size, config.data.batch_size = 96, 8
     config.data.scales = (0.75, 1.5)
     config.optimizer.lr = 1e-3
     return config

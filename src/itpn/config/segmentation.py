@@ -137,7 +137,7 @@ class SegmentationConfig(RunSettings):
         if not 0 < data.scales[0] <= data.scales[1]:
             raise UserError(f"--data.scales needs two factors above 0, from small to large, not {data.scales}")
         if not evaluation.scales or min(evaluation.scales) <= 0:
-            raise UserError(f"--evaluation.scales must be above 0, not {evaluation.scales}")
+            raise UserError("--evaluation.scales must be numbers above 0")
         if (data.val_masks is not None) and data.val_root is None:
             raise UserError("--data.val-masks needs --data.val-root, the folder of their images")
         check_images(data.mean or (0.0,), data.std or (1.0,), in_chans=3)

@@ -52,13 +52,13 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
             if not images_here:
                 shards.update(dict.fromkeys(found))
         elif not os.path.exists(root):
-            raise UserError(f"{root} does not exist: give a folder of images, or tar shards, as the data root")
+            raise UserError(f"{root} does not exist: give a folder of images, or tar shards")
         elif is_image(root):
             images[root] = None
         elif is_shard(root):
             shards[root] = None
         else:
-            raise UserError(f"{root} is neither a folder, an image nor a tar shard: give one as the data root")
+            raise UserError(f"{root} is neither a folder, an image nor a tar shard")
     if images and shards:
         raise UserError(
             f"both images ({next(iter(images))}) and tar shards ({next(iter(shards))}) were given: choose one kind"

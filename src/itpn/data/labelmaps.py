@@ -23,6 +23,7 @@ from itpn.data.masks import (
     IGNORED,
     Colour,
     LabelTable,
+    Names,
     make_table,
     pack,
     read_mask,
@@ -160,8 +161,12 @@ def read_to_evaluate(
     rules: MaskRules,
     val_share: float = 0.0,
     seed: int = 0,
+    names: Names | None = None,
 ) -> tuple[LabelMaps, bool]:
     """The images to evaluate a finished model on: of a folder with one set alone, that, or what is held out of it.
+
+    Args:
+        names: of the labels, where no file says them.
 
     Returns:
         The images, and whether they were held out.
@@ -177,7 +182,7 @@ def read_to_evaluate(
             return held_out, True
     if pairs is None:
         raise UserError(f"no images with masks to evaluate on in {root}: {LAYOUTS}")
-    return check(pairs, read_names(rules.classes, val_root or root), rules), False
+    return check(pairs, read_names(rules.classes, val_root or root) or names, rules), False
 
 
 def find_to_evaluate(root: str, masks: str | None, val_root: str | None, val_masks: str | None) -> "Pairs | None":
@@ -238,7 +243,7 @@ class Look:
     coloured: bool
 
 
-def check(pairs: Pairs, names: Sequence[tuple[str, Colour | None]] | LabelTable | None, rules: MaskRules) -> LabelMaps:
+def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> LabelMaps:
     """The images whose masks can be used, every one of which is read, once.
 
     Raises:
@@ -256,10 +261,10 @@ def check(pairs: Pairs, names: Sequence[tuple[str, Colour | None]] | LabelTable 
                 looks[path] = job.result()
             except UnreadableImage as error:
                 found.add("masks that cannot be read", f"{mask}: {error}")
-    numbers = {value for look in looks.values() if not look.coloured for value in look.values}
     table = None
     if looks:
-        table = names if isinstance(names, LabelTable) else _make_table(names, numbers, others, rules)
+        plain = {masks[path]: look.values for path, look in looks.items() if not look.coloured}
+        table = names if isinstance(names, LabelTable) else _make_table(names, plain, others, rules)
     present: set[int] = set()
     kept = []
     for path, look in looks.items():
@@ -271,30 +276,35 @@ def check(pairs: Pairs, names: Sequence[tuple[str, Colour | None]] | LabelTable 
             present |= {number for number in classes.values() if number is not None}
         else:
             found.add(*mistake)
-    found.report(others, rules.mistakes, rules.tell)
     if not kept:
         raise UserError(f"{folder} has no images" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
+    found.report(others, rules.mistakes, rules.tell)
     assert table is not None
     if not present - {IGNORED}:
         raise UserError(f"no mask in {others} has a pixel of a class: see --data.ignore and --data.reduce-zero-label")
     absent = [name for number, name in enumerate(table.classes) if number not in present]
     if absent and not isinstance(names, LabelTable) and rules.mistakes == "summary":
-        rules.tell(f"{others}: no mask has {join_names(absent)}")
+        reason = "; label 0 is of no class (--data.reduce-zero-label)" if rules.reduce_zero_label else ""
+        rules.tell(f"{others}: no mask has {join_names(absent)}{reason}")
     return LabelMaps(FileReader(kept), PackedStrings([masks[path] for path in kept]), table, len(images) - len(kept))
 
 
-def _make_table(
-    names: Sequence[tuple[str, Colour | None]] | None, numbers: set[int], others: str, rules: MaskRules
-) -> LabelTable:
-    """What a set of masks means, of which all numbers are known."""
+def _make_table(names: Names | None, masks: Mapping[str, frozenset[int]], others: str, rules: MaskRules) -> LabelTable:
+    """What a set of masks means; ``masks`` are those of numbers, and which."""
+    numbers = set().union(*masks.values())
     if names is None:  # classes are the numbers that there are
         largest = max(numbers - set(rules.ignore), default=0)
         if numbers == {0, 255}:
             largest = 1
+        if largest >= IGNORED:
+            example = next(mask for mask, values in masks.items() if largest in values)
+            raise UserError(f"label {largest} in {example}: labels end at 254, but for those of --data.ignore")
         names = [(str(number), None) for number in range(int(rules.reduce_zero_label), largest + 1)]
     table = make_table(names, rules.reduce_zero_label, rules.ignore)
     greys = table.read_greys(numbers)
     if greys is None:
+        if numbers == {0, 255} and table.numbers[255] == IGNORED:
+            rules.tell(f"{others}: masks of 0 and 255, but not of two classes: 255 is of no class (--data.ignore)")
         return table
     if table.by_colour is None:
         rules.tell(f"{others}: black and white masks, of {table.classes[0]} and {table.classes[1]}")
@@ -322,9 +332,10 @@ def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mista
 
     Where both are in one folder, no image is its own mask, and no mask an image.
     """
+    together = os.path.realpath(folder) == os.path.realpath(others)
     stems: dict[str, list[str]] = {}
     for path in walk(others):
-        if is_image(path):
+        if is_image(path) and not (together and path.lower().endswith((".jpg", ".jpeg"))):
             stems.setdefault(os.path.splitext(os.path.relpath(path, others))[0], []).append(path)
     found: dict[str, str] = {}
     for path in images:
@@ -353,9 +364,15 @@ def _find_mistake(
         return "images that cannot be read", f"{image}: {reason_of(error)}"
     unknown = [value for value, number in classes.items() if number is None]
     if unknown:
-        return "masks of labels that no class has", f"{mask}: {table.explain(min(unknown), look.coloured)}"
-    if look.size != tuple(size):
-        return "masks of another size than their image", f"{mask}: {look.size[1]}x{look.size[0]}, {size[1]}x{size[0]}"
+        kind = "masks of labels that are no classes (--data.classes), nor ignored (--data.ignore)"
+        return kind, f"{mask}: {table.explain(min(unknown), look.coloured)}"
+    height, width = size
+    if look.size != (height, width):
+        turned = ", as EXIF turns it" if look.size == (width, height) else ""
+        return (
+            "masks of another size than their image",
+            f"{mask}: {look.size[1]}x{look.size[0]}, the image {width}x{height}{turned}",
+        )
     return None
 
 

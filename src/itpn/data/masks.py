@@ -20,6 +20,7 @@ MAX_CLASSES = 254
 NAME_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "objectInfo150.txt")  # ADE20K has the last
 
 Colour = tuple[int, int, int]
+Names = Sequence[tuple[str, Colour | None]]  # of labels in turn, and their colours
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,7 @@ def ungrey(values: np.ndarray) -> np.ndarray:
     return values[..., 0]
 
 
-def read_names(file: str | None, root: str) -> list[tuple[str, Colour | None]] | None:
+def read_names(file: str | None, root: str) -> Names | None:
     """Names of classes, and their colours where the file says them.
 
     Raises:
@@ -186,8 +187,10 @@ def read_names(file: str | None, root: str) -> list[tuple[str, Colour | None]] |
         file = str(found)
     try:
         text = Path(file).read_text(encoding="utf-8-sig")  # a byte-order mark is none of the first name
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"file of classes {file} cannot be read: {error}") from error
+    except OSError as error:
+        raise UserError(f"file of classes {file} cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"file of classes {file} cannot be read: it is not text") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
@@ -215,9 +218,21 @@ def read_names(file: str | None, root: str) -> list[tuple[str, Colour | None]] |
     return names
 
 
-def make_table(
-    names: Sequence[tuple[str, Colour | None]], reduce_zero_label: bool, ignore: Iterable[int]
-) -> LabelTable:
+def name_labels(
+    classes: Sequence[str], colours: Sequence[Colour] | None, reduce_zero_label: bool, ignore: Iterable[int]
+) -> Names:
+    """The names that :func:`make_table` makes these classes of; of labels that are left out, their numbers."""
+    known: Sequence[Colour | None] = colours or [None] * len(classes)
+    rest, left_out = list(zip(classes, known, strict=True)), set(ignore)
+    names: list[tuple[str, Colour | None]] = []
+    for label in range(int(reduce_zero_label), IGNORED + len(classes)):
+        if not rest:
+            break
+        names.append((str(label), None) if label in left_out else rest.pop(0))
+    return names
+
+
+def make_table(names: Names, reduce_zero_label: bool, ignore: Iterable[int]) -> LabelTable:
     """What masks mean whose labels are lines of a file, from 0, or from 1 where label 0 is of no class.
 
     Raises:
@@ -235,7 +250,7 @@ def make_table(
         if number < 256:
             numbers[number] = row
     by_colour = None
-    if names[0][1] is not None:
+    if any(colour is not None for _, colour in names):
         row_of = {number: row for row, (number, _, _) in enumerate(kept)}
         by_colour = {c: row_of.get(first + line, IGNORED) for line, (_, c) in enumerate(names) if c is not None}
     colours = tuple(colour for _, _, colour in kept if colour is not None) or None

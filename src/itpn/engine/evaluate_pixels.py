@@ -14,6 +14,7 @@ from itpn.checkpoints.finetuning import settle
 from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import SegmentationConfig
 from itpn.data.labelmaps import read_to_evaluate
+from itpn.data.masks import Names, name_labels
 from itpn.data.normalize import Normalize
 from itpn.engine.confusion import PixelScores, collect_confusion, gather_confusion, write_pixel_scores
 from itpn.engine.fitting import make_table
@@ -54,6 +55,7 @@ def evaluate_pixels(
         rules=make_rules(config),
         val_share=data.val_share,
         seed=config.seed,
+        names=_names(config, found),
     )
     images = match_classes(own, found.metadata.get("classes"), model.num_classes, "masks")
     make_folder(out)
@@ -119,6 +121,15 @@ def take_over(config: SegmentationConfig, found: Checkpoint, given: Collection[s
     if "interpolation" not in given and "interpolation" in own:
         data.interpolation = own["interpolation"]
     settle(config, found)
+
+
+def _names(config: SegmentationConfig, found: Checkpoint) -> Names | None:
+    """What labels mean to the checkpoint."""
+    classes, colours = found.metadata.get("classes"), found.metadata.get("colours")
+    if classes is None:
+        return None
+    known = colours and [(red, green, blue) for red, green, blue in colours]
+    return name_labels(classes, known, config.data.reduce_zero_label, config.data.ignore)
 
 
 def _places(data: Mapping[str, Any]) -> list[str | None]:

@@ -202,7 +202,8 @@ def draw_objects(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]
 def draw_labels(
     image: Tensor, labels: Tensor, classes: Sequence[str], colours: Sequence[tuple[int, int, int]] | None = None
 ) -> Image.Image:
-    """An image under the colours of its pixels' classes, with a legend of those that it has, the largest first.
+    """An image under the colours of its pixels' classes, outlined, with a legend of those that it has, the largest
+    first.
 
     Args:
         image: uint8 [3, H, W].
@@ -216,6 +217,10 @@ def draw_labels(
     picture = Image.fromarray(enlarge(image, LARGE).permute(1, 2, 0).numpy())
     mixed = Image.blend(picture, Image.fromarray(palette[shown]), 0.6)
     picture.paste(mixed, mask=Image.fromarray(shown < len(classes)))
+    edges = np.zeros_like(shown, dtype=bool)
+    edges[:, 1:] |= shown[:, 1:] != shown[:, :-1]
+    edges[1:] |= shown[1:] != shown[:-1]
+    picture.paste("black", mask=Image.fromarray(edges))
     counts = labels.flatten().bincount(minlength=len(classes))[: len(classes)]
     present = [number for number in counts.argsort(descending=True).tolist() if counts[number]]
     font = ImageFont.load_default(size=max(11, max(picture.size) // 50))
@@ -252,7 +257,7 @@ def add_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int
 
 def name_colour(label: int) -> tuple[int, int, int]:
     """A colour for a class, unlike those of its neighbours."""
-    saturation, value = ((0.75, 0.95), (0.9, 0.6), (0.4, 0.85))[label // 7 % 3]  # where hues come close again
+    saturation, value = ((0.75, 0.95), (0.9, 0.6), (0.4, 0.85))[(label + label // 21) % 3]  # hues come close again
     red, green, blue = colorsys.hsv_to_rgb(label * 0.61803398875 % 1, saturation, value)  # steps of the golden ratio
     return round(255 * red), round(255 * green), round(255 * blue)
 
