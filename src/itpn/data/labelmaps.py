@@ -176,7 +176,7 @@ def read_to_evaluate(
     """
     own = find_pairs(root, masks, "train")
     pairs = find_to_evaluate(root, masks, val_root, val_masks) or own
-    if val_share and pairs == own is not None:
+    if val_share and own is not None and pairs == own:
         _, held_out = find_label_maps(root, masks, rules=rules, val_share=val_share, seed=seed)
         if held_out is not None:
             return held_out, True
@@ -324,7 +324,9 @@ def look_at(path: str, max_pixels: int, colours: Container[Colour]) -> Look:
         seen = np.zeros(2**24, dtype=bool)
         seen[pack(values)] = True
         return Look(size, frozenset(seen.nonzero()[0].tolist()), True)
-    return Look(size, frozenset(np.unique(ungrey(values)).tolist()), False)
+    values = ungrey(values)
+    present = np.bincount(values.ravel()).nonzero()[0] if values.dtype == np.uint8 else np.unique(values)
+    return Look(size, frozenset(present.tolist()), False)
 
 
 def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mistakes) -> dict[str, str]:

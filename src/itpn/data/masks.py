@@ -56,9 +56,12 @@ class LabelTable:
             known = np.array([colour for colour, _ in colours])[places] == packed
         else:
             values = packed = ungrey(values)
-            above = values > 255
-            labels = np.where(above, IGNORED, self.numbers[np.where(above, 0, values)])
-            known = (labels != MAX_CLASSES) & (~above | np.isin(values, self.beyond))
+            labels = self.numbers[values.clip(max=255)]
+            known = labels != MAX_CLASSES
+            if values.max(initial=0) > 255:
+                above = values > 255
+                labels[above] = IGNORED
+                known = np.where(above, np.isin(values, self.beyond), known)
         if not known.all():
             raise UnreadableImage(self.explain(int(packed[~known][0]), colour=values.ndim == 3))
         return torch.from_numpy(labels)

@@ -158,7 +158,8 @@ def draw_story(networks: dict[str, Path], folders: ShapesFolders) -> Image.Image
     pictures = []
     for row, scene in enumerate(scenes):
         share, label = named[row].max(dim=0)
-        entry = (f"{CLASSES[int(label)]} {float(share):.0%}", name_colour(int(label) + 1))
+        name = models["classify"].pretrained_cfg["label_names"][int(label)]  # folders come by the alphabet
+        entry = (f"{name} {float(share):.0%}", name_colour(CLASSES.index(name) + 1))
         (found,) = detect(models["detect"], Normalize(3, (0.0,), (1.0,)), [scene])
         pictures += [
             *(_show(columns[name][row]) for name in ("masked", "predicted")),
