@@ -215,7 +215,7 @@ def run_evaluate(recipe: str, options: list[str]) -> int:
     config.model.checkpoint, config.model.scratch = own.checkpoint, False
     config.check()
     out = Path(own.out) if own.out else _evaluation_folder(own.checkpoint, own.knn)
-    given = {option.partition("=")[0].removeprefix("--data.").replace("-", "_") for option in rest}
+    given = {option.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in rest}
     if isinstance(config, DetectionConfig):
         from itpn.engine.evaluate_objects import evaluate_objects
 

@@ -11,7 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
@@ -174,8 +173,9 @@ def read_to_evaluate(
     Raises:
         UserError: as of :func:`find_label_maps`.
     """
-    own = find_pairs(root, masks, "train")
-    pairs = find_to_evaluate(root, masks, val_root, val_masks) or own
+    pairs = find_to_evaluate(root, masks, val_root, val_masks)
+    own = find_pairs(root, masks, "train") if pairs is None or val_share else None
+    pairs = pairs or own
     if val_share and own is not None and pairs == own:
         _, held_out = find_label_maps(root, masks, rules=rules, val_share=val_share, seed=seed)
         if held_out is not None:
@@ -388,6 +388,9 @@ class PhotometricDistort(v2.RandomPhotometricDistort):
         return {**super().make_params(flat_inputs), "channel_permutation": None}
 
 
+DISTORT = PhotometricDistort(hue=(-0.1, 0.1))
+
+
 @dataclass(frozen=True)
 class SegmentationTransform:
     """Random scale, crop, mirror image and colours, as mmsegmentation has them for ADE20K.
@@ -422,9 +425,7 @@ class SegmentationTransform:
         Raises:
             UnreadableImage: the mask cannot be read, or is of another size.
         """
-        picture, labels = self._resize(
-            tv_tensors.Image(image), view_labels(image, self.table, mask, self.max_pixels), rng
-        )
+        picture, labels = self._resize(image, view_labels(image, self.table, mask, self.max_pixels), rng)
         picture, labels = self._crop(picture, labels, rng)
         right, below = self.size - labels.shape[-1], self.size - labels.shape[-2]
         if rng.random() < self.hflip:
@@ -433,17 +434,17 @@ class SegmentationTransform:
             # torchvision draws from the global generator, which stays as it was
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
-                picture = PhotometricDistort(hue=(-0.1, 0.1))(picture)
+                picture = DISTORT(picture)
         picture = pad(picture, [0, 0, right, below], fill=list(self.fill))
         labels = pad(labels, [0, 0, right, below], fill=IGNORED)
-        return {"image": picture.as_subclass(Tensor).contiguous(), "target": labels[0]}
+        return {"image": picture.contiguous(), "target": labels[0]}
 
     def _resize(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
         short = rng.uniform(*self.scales) * self.short
         sides = fit_sides(image.shape[-2:], short, 4 * short)
         mode = v2.InterpolationMode(self.interpolation)
-        # the pixel that is nearest to the middle; a tv_tensors.Mask would get the one before it
-        nearest = resize(labels.as_subclass(Tensor)[None], sides, v2.InterpolationMode.NEAREST_EXACT)
+        # the pixel that is nearest to the middle; a mask of torchvision's would get the one before it
+        nearest = resize(labels[None], sides, v2.InterpolationMode.NEAREST_EXACT)
         return resize(image, sides, mode, antialias=True), nearest
 
     def _crop(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
@@ -458,7 +459,7 @@ class SegmentationTransform:
         return crop(image, top, left, rows, columns), part
 
 
-def view_labels(image: Tensor, table: LabelTable, mask: str, max_pixels: int = MAX_PIXELS) -> tv_tensors.Mask:
+def view_labels(image: Tensor, table: LabelTable, mask: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """The mask of an image, uint8 [H, W].
 
     Raises:
@@ -469,4 +470,4 @@ def view_labels(image: Tensor, table: LabelTable, mask: str, max_pixels: int = M
         raise UnreadableImage(
             f"{image.shape[-1]}x{image.shape[-2]} pixels, and {labels.shape[1]}x{labels.shape[0]} in {mask}"
         )
-    return tv_tensors.Mask(labels)
+    return labels

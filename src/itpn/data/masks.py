@@ -1,6 +1,7 @@
 """Masks of classes: what their numbers or colours mean, and how they are read."""
 
 import csv
+import functools
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,11 +50,10 @@ class LabelTable:
         """
         values = read_mask(path, max_pixels, self.by_colour or ())
         if values.ndim == 3 and self.by_colour is not None:
-            colours = sorted((pack(np.array(colour)), number) for colour, number in self.by_colour.items())
+            colours, numbers = self._sorted_colours
             packed = pack(values)
-            places = np.searchsorted([colour for colour, _ in colours], packed).clip(max=len(colours) - 1)
-            labels = np.array([number for _, number in colours], dtype=np.uint8)[places]
-            known = np.array([colour for colour, _ in colours])[places] == packed
+            places = np.searchsorted(colours, packed).clip(max=len(colours) - 1)
+            labels, known = numbers[places], colours[places] == packed
         else:
             values = packed = ungrey(values)
             labels = self.numbers[values.clip(max=255)]
@@ -65,6 +65,14 @@ class LabelTable:
         if not known.all():
             raise UnreadableImage(self.explain(int(packed[~known][0]), colour=values.ndim == 3))
         return torch.from_numpy(labels)
+
+    @functools.cached_property
+    def _sorted_colours(self) -> tuple[np.ndarray, np.ndarray]:
+        """Packed colours in order, and their classes: found once, for every mask needs them."""
+        known = self.by_colour or {}
+        packed, numbers = pack(np.array(list(known))), np.array(list(known.values()), dtype=np.uint8)
+        order = packed.argsort()
+        return packed[order], numbers[order]
 
     def find(self, value: int, colour: bool) -> int | None:
         """The class of a number in a file, or of a colour (see `pack`), or `IGNORED`; None where it means nothing."""

@@ -2,8 +2,7 @@
 
 import functools
 import math
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from itpn.data.labelled import LabelledImages, find_labelled, read_split
 from itpn.data.normalize import Normalize
 from itpn.engine.classification import find_sets, make_batches
 from itpn.engine.console import print_aside
+from itpn.engine.finetuning import real_paths
 from itpn.engine.fitting import make_table
 from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.launch import quieten_libraries, start_fabric
@@ -135,7 +135,7 @@ def find_images(
     """
     data = config.data
     trained = found.metadata.get("settings", {})
-    trained_here = _places(trained.get("data", {}).get("root", ())) == _places(data.root)
+    trained_here = real_paths(*trained.get("data", {}).get("root", ())) == real_paths(*data.root)
     if trained_here and "val_share" not in given:
         data.val_share, config.seed = trained["data"]["val_share"], trained["seed"]
     which = f"of {', '.join(data.val_root or data.root)}"
@@ -156,10 +156,6 @@ def find_images(
     if names is not None and set(names) == set(own.classes) and list(names) != list(own.classes):
         print_aside("the classes of the images come in another order than the model's: they are matched by name")
     return None, match_classes(own, names, model.num_classes), which
-
-
-def _places(roots: Sequence[str]) -> list[str]:
-    return [os.path.realpath(root) for root in roots]
 
 
 def report(scores: Scores, classes: tuple[str, ...], out: Path, about: dict[str, Any]) -> None:

@@ -1,7 +1,6 @@
 """`itpn evaluate` of segmenters: a checkpoint and images with masks, in figures over all pixels."""
 
 import functools
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from itpn.data.labelmaps import read_to_evaluate
 from itpn.data.masks import Names, name_labels
 from itpn.data.normalize import Normalize
 from itpn.engine.confusion import PixelScores, collect_confusion, gather_confusion, write_pixel_scores
+from itpn.engine.finetuning import real_paths
 from itpn.engine.fitting import make_table
 from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.launch import quieten_libraries, start_fabric
 from itpn.engine.scores import gather_skipped, match_classes, nothing_readable, rank_classes, tell_asides
-from itpn.engine.segmentation import make_batches, make_rules, make_segmentation
+from itpn.engine.segmentation import describe_sets, make_batches, make_segmentation
 from itpn.errors import UserError
 from itpn.models.segmenter import Segmenter
 
@@ -47,16 +47,7 @@ def evaluate_pixels(
     model, notes = load_found(found, "segmentation", **options)
     assert isinstance(model, Segmenter)
     data = config.data
-    own, held_out = read_to_evaluate(
-        data.root,
-        data.masks,
-        data.val_root,
-        data.val_masks,
-        rules=make_rules(config),
-        val_share=data.val_share,
-        seed=config.seed,
-        names=_names(config, found),
-    )
+    own, held_out = read_to_evaluate(**describe_sets(config), names=_names(config, found))
     images = match_classes(own, found.metadata.get("classes"), model.num_classes, "masks")
     make_folder(out)
     quieten_libraries()
@@ -99,16 +90,16 @@ def take_over(config: SegmentationConfig, found: Checkpoint, given: Collection[s
     """
     own, data = found.preprocessing, config.data
     trained = found.metadata.get("settings", {}).get("data", {})
-    if "reduce_zero_label" in trained and not {"reduce_zero_label", "no_reduce_zero_label"} & set(given):
+    if "reduce_zero_label" in trained and "reduce_zero_label" not in given:
         data.reduce_zero_label = trained["reduce_zero_label"]
     if "ignore" in trained and "ignore" not in given:
         data.ignore = tuple(trained["ignore"])
-    if _places(trained) == _places(vars(data)):
+    if real_paths(trained.get("root"), trained.get("masks")) == real_paths(data.root, data.masks):
         for name in ("val_share", "val_root", "val_masks"):
             if name not in given:
                 setattr(data, name, trained[name])
         config.seed = found.metadata["settings"]["seed"]
-    elif "val_share" not in given:
+    else:
         data.val_share = 0.0  # another folder of one set is for evaluation as a whole
     config.model.name = config.model.patch_size = None
     for name in ("mean", "std"):
@@ -130,11 +121,6 @@ def _names(config: SegmentationConfig, found: Checkpoint) -> Names | None:
         return None
     known = colours and [(red, green, blue) for red, green, blue in colours]
     return name_labels(classes, known, config.data.reduce_zero_label, config.data.ignore)
-
-
-def _places(data: Mapping[str, Any]) -> list[str | None]:
-    """Where images and masks are, in settings of data."""
-    return [path and os.path.realpath(path) for path in (data.get("root"), data.get("masks"))]
 
 
 def report(scores: PixelScores, classes: tuple[str, ...], out: Path, about: Mapping[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """What runs of fine-tuning begin with: a network, with a checkpoint's weights or without, and a number of epochs."""
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,11 @@ def read_start(config: FineTuningRun) -> Checkpoint | None:
     found = None if path is None else read_checkpoint(path)
     settle(config, found)
     return found
+
+
+def real_paths(*paths: str | None) -> list[str | None]:
+    """Places, however they were written, to see whether a network was trained on what it is evaluated on."""
+    return [None if path is None else os.path.realpath(path) for path in paths]
 
 
 def start_network(

@@ -45,16 +45,14 @@ def make_rules(config: SegmentationConfig) -> MaskRules:
 
 def find_sets(config: SegmentationConfig) -> Sets:
     """The images to train on, and those to evaluate on."""
+    return find_label_maps(**describe_sets(config))
+
+
+def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
+    """Arguments of :func:`find_label_maps` and :func:`read_to_evaluate`."""
     data = config.data
-    return find_label_maps(
-        data.root,
-        data.masks,
-        data.val_root,
-        data.val_masks,
-        rules=make_rules(config),
-        val_share=data.val_share,
-        seed=config.seed,
-    )
+    places = {"root": data.root, "masks": data.masks, "val_root": data.val_root, "val_masks": data.val_masks}
+    return {**places, "rules": make_rules(config), "val_share": data.val_share, "seed": config.seed}
 
 
 def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None = None) -> Path:
@@ -137,7 +135,7 @@ def make_loader(config: SegmentationConfig, images: LabelMaps, rank: int, world_
 
 def view_scene(table: LabelTable, max_pixels: int, image: Tensor, mask: str) -> dict[str, Any]:
     """An image and its classes, as they are."""
-    return {"image": image, "target": view_labels(image, table, mask, max_pixels).as_subclass(Tensor)}
+    return {"image": image, "target": view_labels(image, table, mask, max_pixels)}
 
 
 def make_batches(images: LabelMaps, config: SegmentationConfig, rank: int = 0, world_size: int = 1) -> Any:
