@@ -136,7 +136,7 @@ def test_exit_codes(monkeypatch, photos, tmp_path, capsys, command, ending, code
         raise ending
 
     monkeypatch.setattr("itpn.engine.run.train", train)
-    monkeypatch.setattr("itpn.engine.demo.train", train)
+    monkeypatch.setattr("itpn.engine.demo.train_side_by_side", train)
     monkeypatch.setattr("itpn.engine.demo.write_shapes", lambda root, **_: ShapesFolders(root, root, root))
     where = ["--data.root", str(photos)] if command[0] == "train" else ["--output-dir", str(tmp_path)]
     assert main([*command, *where]) == code

@@ -150,7 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--dynamic-size", action="store_true", help="any height and width; the batch is always open")
     _add_heads(add)
 
-    add = commands.add_parser("demo", help="the whole path on generated sample images, minutes on two cores")
+    add = commands.add_parser("demo", help="the whole story on generated images: pre-train, classify, detect, segment")
     add.add_argument("--output-dir", default="runs/demo", help="where everything goes (default: %(default)s)")
     return parser
 

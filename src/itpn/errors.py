@@ -19,5 +19,8 @@ class RunStopped(Exception):
     """A signal asked the run to stop, and its checkpoint is written. Exit code 128 + signal."""
 
     def __init__(self, signum: int) -> None:
-        super().__init__(signal.Signals(signum).name)
+        super().__init__(signum)  # as it is pickled between processes
         self.signum = signum
+
+    def __str__(self) -> str:
+        return signal.Signals(self.signum).name

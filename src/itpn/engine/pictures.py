@@ -262,17 +262,19 @@ def name_colour(label: int) -> tuple[int, int, int]:
     return round(255 * red), round(255 * green), round(255 * blue)
 
 
-def join_pictures(pictures: Sequence[Image.Image], per_row: int = 4) -> Image.Image:
-    """Pictures of any size in rows, each as large as fits."""
+def join_pictures(pictures: Sequence[Image.Image], per_row: int = 4, titles: Sequence[str] = ()) -> Image.Image:
+    """Pictures of any size in rows, each as large as fits; titles are of the columns."""
     tiles = [picture.copy() for picture in pictures]
     for tile in tiles:
         tile.thumbnail((TILE, TILE))
     width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
     columns = min(per_row, len(tiles))
     rows = -(-len(tiles) // columns)
-    size = (columns * (width + PADDING) + PADDING, rows * (height + PADDING) + PADDING)
+    top = HEADER if titles else 0
+    size = (columns * (width + PADDING) + PADDING, top + rows * (height + PADDING) + PADDING)
     board = Image.new("RGB", size, "white")
+    write_row(board, list(titles), width, top=0)
     for number, tile in enumerate(tiles):
         row, column = divmod(number, columns)
-        board.paste(tile, (PADDING + column * (width + PADDING), PADDING + row * (height + PADDING)))
+        board.paste(tile, (PADDING + column * (width + PADDING), top + PADDING + row * (height + PADDING)))
     return board

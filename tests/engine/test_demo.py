@@ -1,0 +1,75 @@
+"""`itpn demo`, with fewer images and steps, and the processes that it runs in."""
+
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from itpn.cli import main
+from itpn.data.shapes import write_shapes
+from itpn.engine import demo
+from itpn.engine.lanes import Plan, train_side_by_side
+from itpn.errors import RunStopped, UserError
+
+
+def test_the_whole_story(monkeypatch, tmp_path, capsys):
+    def write_few(root, *, train, val, img_size):
+        return write_shapes(root, train=8, val=6, img_size=img_size)
+
+    monkeypatch.setattr(demo, "write_shapes", write_few)
+    monkeypatch.setattr(demo, "PRETRAINING_STEPS", 2)
+    monkeypatch.setattr(demo, "TASKS", tuple(dataclasses.replace(task, steps=2) for task in demo.TASKS))
+    assert main(["demo", "--output-dir", str(tmp_path)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for task in ("classify", "detect", "segment"):
+        (row,) = [line for line in lines if line.startswith(f"│ {task} ")]
+        assert row.count("%") == 2  # from scratch and pre-trained
+        (weights,) = [line.split()[1] for line in lines if line.startswith(f"{task}:")]
+        assert (tmp_path / weights).is_file()
+        assert weights.endswith("pre-trained/model.safetensors")
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.width > 5 * 240
+        assert picture.height > 4 * 240
+        assert len(picture.getcolors(2**24)) > 1000
+
+
+def test_a_signal_stops_all_runs_and_the_same_call_goes_on(settings, tmp_path):
+    plans = {}
+    for title in ("one", "other"):
+        config = dataclasses.replace(settings(max_steps=40), name=title)
+        plans[title] = Plan("test", config)
+    folders = [plan.folder for plan in plans.values()]
+
+    def stop():
+        while not all(folder.metrics.exists() for folder in folders):
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(RunStopped) as stopped:
+        train_side_by_side(plans, tmp_path / "logs", Console(quiet=True))
+    assert stopped.value.signum == signal.SIGTERM
+    assert not multiprocessing.active_children()
+    steps = [torch.load(folder.last, weights_only=True)["global_step"] for folder in folders]
+    assert min(steps) > 0
+
+    train_side_by_side(plans, tmp_path / "logs", Console(quiet=True))
+    assert all(folder.weights.exists() for folder in folders)
+    assert f"step {steps[0]}" in (tmp_path / "logs/one.log").read_text()
+
+
+def test_what_fails_is_told_and_ends_the_rest(settings, tmp_path):
+    good, bad = (dataclasses.replace(settings(max_steps=10**6), name=name) for name in ("good", "bad"))
+    bad.data = dataclasses.replace(bad.data, root=(str(tmp_path / "nowhere"),))
+    plans = {"good": Plan("test", good), "bad": Plan("test", bad), "never": Plan("test", good, after="good")}
+    with pytest.raises(UserError, match="nowhere"):
+        train_side_by_side(plans, tmp_path / "logs", Console(quiet=True))
+    assert not multiprocessing.active_children()
+    assert not (tmp_path / "logs/never.log").exists()
