@@ -1,4 +1,7 @@
-"""Run by test_distributed.py, alone and under torchrun: trains one step and saves the gradient and the weights."""
+"""Run by test_distributed.py, alone and under torchrun: trains by each settings file, and saves the first gradient.
+
+Usage: gradient_of_a_step.py SETTINGS...; gradients go beside them, as .pt.
+"""
 
 import sys
 from pathlib import Path
@@ -26,7 +29,7 @@ class Task(PretrainingTask):
     def on_before_optimizer_step(self, optimizer):
         if self.global_rank == 0 and self.trainer.global_step == 0:
             gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-            torch.save(gradients, sys.argv[2])
+            torch.save(gradients, path.with_suffix(".pt"))
 
 
 forward = itpn.pretraining.model.MaskedImageModel.forward
@@ -34,5 +37,6 @@ itpn.pretraining.model.MaskedImageModel.forward = lambda self, images, mask=None
     self, images, mask_of_content(images, 0.75) if mask is None else mask, target
 )
 itpn.engine.pretraining.PretrainingTask = Task
-recipe, config = read_yaml(Path(sys.argv[1]))
-train(config, recipe)
+for path in map(Path, sys.argv[1:]):
+    recipe, config = read_yaml(path)
+    train(config, recipe)

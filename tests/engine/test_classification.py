@@ -433,22 +433,16 @@ def test_two_processes_evaluate_as_one(settings, tmp_path):
     config = settings(ema_decay=None)
     config.data.img_size, config.trainer.max_steps = 8, 1
     folder = train(config, "test")
-    figures = []
+    command = ["evaluate", str(folder / "config.yaml"), "--checkpoint", str(folder / "model.safetensors")]
+    command += ["--data.root", str(tmp_path / "many"), "--evaluation.batch-size", "64", "--out"]
+    assert main([*command, str(tmp_path / "1")]) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "itpn"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if processes == 2 else []
-        out = tmp_path / str(processes)
-        options = ["--data.root", tmp_path / "many", "--evaluation.batch-size", "64", "--out", out]
-        subprocess.run(
-            [
-                *[sys.executable, *launcher, "-m", "itpn", "evaluate", folder / "config.yaml"],
-                *["--checkpoint", folder / "model.safetensors", *options],
-            ],
-            check=True,
-            env=env,
-            capture_output=True,
-        )
-        figures.append([(out / name).read_bytes() for name in ("evaluation.json", "classes.csv", "confusion.csv")])
+    subprocess.run([sys.executable, *launcher, *command, tmp_path / "2"], check=True, env=env, capture_output=True)
+    figures = [
+        [(tmp_path / processes / name).read_bytes() for name in ("evaluation.json", "classes.csv", "confusion.csv")]
+        for processes in ("1", "2")
+    ]
     assert figures[0] == figures[1]
     assert json.loads(figures[0][0])["images"] == 5003
 

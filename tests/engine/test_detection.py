@@ -389,20 +389,18 @@ def test_relative_positions_from_scratch(settings):
 @pytest.mark.parametrize("processes", [2])
 def test_two_processes_evaluate_as_one(settings, trained, tmp_path, processes):
     """Seven images on two processes: each once, the same figures and detections."""
-    found = []
-    for count in (1, processes):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if count > 1 else []
-        out = tmp_path / str(count)
-        subprocess.run(
-            [
-                *[sys.executable, *launcher, "-m", "itpn", "evaluate", trained / "config.yaml"],
-                *["--checkpoint", trained / "model.safetensors", "--out", out],
-            ],
-            check=True,
-            env=ENV,
-            capture_output=True,
-        )
-        found.append({name: (out / name).read_text() for name in ("evaluation.json", "classes.csv", "results.json")})
+    command = ["evaluate", str(trained / "config.yaml"), "--checkpoint", str(trained / "model.safetensors"), "--out"]
+    assert main([*command, str(tmp_path / "1")]) == 0
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    several = [sys.executable, *launcher, "-m", "itpn", *command, tmp_path / str(processes)]
+    subprocess.run(several, check=True, env=ENV, capture_output=True)
+    found = [
+        {
+            name: (tmp_path / str(count) / name).read_text()
+            for name in ("evaluation.json", "classes.csv", "results.json")
+        }
+        for count in (1, processes)
+    ]
     assert found[0] == found[1]
     assert json.loads(found[0]["evaluation.json"])["images"] == 7
 

@@ -9,7 +9,6 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -20,31 +19,31 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize(("accumulate", "teacher"), [(1, None), (2, None), (1, "ema")])
-def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path, accumulate, teacher):
-    config = settings(max_steps=2, accumulate_grad_batches=accumulate)
-    config.model.drop_path_rate = 0.0
-    if teacher:
-        config.teacher.name, config.model.pyramid_weights, config.model.feature_weight = teacher, (0.1, 0.2, 0.3), 0.5
+def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path):
+    cases = {"plain": (1, None), "accumulated": (2, None), "average": (1, "ema")}
     for processes, batch in ((1, 8), (2, 4)):
-        of_processes = replace(config, name=str(processes), data=replace(config.data, batch_size=batch))
-        write_yaml(tmp_path / f"{processes}.yaml", "test", of_processes)
+        files = []
+        for case, (accumulate, teacher) in cases.items():
+            config = settings(max_steps=2, accumulate_grad_batches=accumulate)
+            config.name, config.data.batch_size, config.model.drop_path_rate = f"{case}-{processes}", batch, 0.0
+            if teacher:
+                config.teacher.name, config.model.feature_weight = teacher, 0.5
+                config.model.pyramid_weights = (0.1, 0.2, 0.3)
+            files.append(tmp_path / f"{config.name}.yaml")
+            write_yaml(files[-1], "test", config)
         launcher = ["-m", *TORCHRUN] if processes == 2 else []
-        subprocess.run(
-            [sys.executable, *launcher, SCRIPT, tmp_path / f"{processes}.yaml", tmp_path / f"{processes}.pt"],
-            check=True,
-            env=ENV,
-            capture_output=True,
-        )
-    one, two = (torch.load(tmp_path / f"{processes}.pt", weights_only=True) for processes in (1, 2))
-    assert one.keys() == two.keys()
-    for name, gradient in one.items():
-        assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), name
-    runs = Path(config.output_dir) / "test"
-    summaries = [json.loads((runs / name / "summary.json").read_text()) for name in ("1", "2")]
-    assert [s["processes"] for s in summaries] == [1, 2]
-    assert summaries[0]["images_seen"] == summaries[1]["images_seen"]
-    assert summaries[0]["images_seen"] == {1: 16, 2: 24}[accumulate]  # an epoch of three passes ends in a single one
+        subprocess.run([sys.executable, *launcher, SCRIPT, *files], check=True, env=ENV, capture_output=True)
+    for case, (accumulate, _) in cases.items():
+        names = [f"{case}-{processes}" for processes in (1, 2)]
+        one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
+        assert one.keys() == two.keys()
+        for name, gradient in one.items():
+            assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), (case, name)
+        runs = Path(config.output_dir) / "test"
+        summaries = [json.loads((runs / name / "summary.json").read_text()) for name in names]
+        assert [s["processes"] for s in summaries] == [1, 2]
+        assert summaries[0]["images_seen"] == summaries[1]["images_seen"]
+        assert summaries[0]["images_seen"] == {1: 16, 2: 24}[accumulate]  # three passes end in a single one
 
 
 def test_two_processes_stop_together_and_go_on(settings, tmp_path):

@@ -29,6 +29,7 @@ from itpn.engine.pictures import (
     name_colour,
 )
 from itpn.engine.segmentation import make_segmentation
+from itpn.errors import RunStopped
 from itpn.recipes import read_recipe
 from itpn.tasks.classification import classify
 from itpn.tasks.detection import detect
@@ -117,7 +118,11 @@ def demo(output_dir: Path) -> None:
         **{f"{task.verb} from scratch": plan(task, folders, None, output_dir) for task in TASKS},
         **{task.verb: plan(task, folders, checkpoint, output_dir) for task in TASKS},
     }
-    train_side_by_side(plans, output_dir / "logs", console)
+    try:
+        train_side_by_side(plans, output_dir / "logs", console)
+    except RunStopped:
+        console.print("stopped; the same command goes on")
+        raise
     table = Table("task", "steps", "figure", "from scratch", "pre-trained", title="what pre-training is worth")
     for task in TASKS:
         figures = [read_figure(plans[title], task.figure) for title in (f"{task.verb} from scratch", task.verb)]

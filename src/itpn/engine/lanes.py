@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from itpn.config import RunConfig
 from itpn.engine.folder import RunFolder
 from itpn.engine.run import train
-from itpn.errors import RunStopped
+from itpn.errors import RunStopped, UserError
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, lan
         logs: folder for what the runs would say in a terminal.
 
     Raises:
+        UserError: a run's process was killed.
         Exception: of the first run that fails, as of :func:`itpn.engine.run.train`; the others stop.
         RunStopped: a signal stopped the runs; the same call goes on.
     """
@@ -134,7 +135,7 @@ def _receive(lane: Connection, log: Path) -> float:
     try:
         answer = lane.recv()
     except EOFError:
-        raise RuntimeError(f"a run has died: see {log}") from None
+        raise UserError(f"a run was killed, perhaps for want of memory; it wrote {log}") from None
     if isinstance(answer, Exception):
         raise answer
     return float(answer)
