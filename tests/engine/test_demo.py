@@ -35,8 +35,8 @@ def test_the_whole_story(monkeypatch, tmp_path, capsys):
         assert (tmp_path / weights).is_file()
         assert weights.endswith("pre-trained/model.safetensors")
     with Image.open(tmp_path / "demo.png") as picture:
-        assert picture.width > 5 * 240
-        assert picture.height > 4 * 240
+        assert picture.width > 5 * 288  # 48 px, six times
+        assert picture.height > 4 * 288
         assert len(picture.getcolors(2**24)) > 1000
 
 
