@@ -72,7 +72,7 @@ def test_hidden_units_change_nothing():
         torch.nn.init.normal_(block.attn.v_bias)
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.1)
     images, units = torch.randn(2, 3, 64, 64), torch.arange(2)[:, None]
-    visible, hidden = split_mask(draw_random_mask(2, 64, 0.75), 16)
+    visible, hidden, _ = split_mask(draw_random_mask(2, 64, 0.75), 16)
     whole, masked = model.forward_stages(images), model.forward_stages(images, visible)
     for stage in range(2):
         torch.testing.assert_close(masked[stage], whole[stage][units, visible], atol=1e-5, rtol=1e-5)

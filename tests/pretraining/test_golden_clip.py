@@ -80,7 +80,7 @@ def test_mmpretrain(loss, train):
     assert torch.equal(output.losses["feature"], output.loss)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_every_gradient_of_mmpretrain(checkpointing):
     model, golden, gradients = build_mmpretrain()
     model.set_grad_checkpointing(checkpointing)
@@ -99,7 +99,7 @@ def test_stages_of_mmpretrain():
     assert_close(model.decoder.norm(tokens), golden["output"]["features"])
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 def test_both_heads_and_every_gradient_of_the_official_code(checkpointing):
     model, golden, gradients = build_official()
     model.set_grad_checkpointing(checkpointing)

@@ -30,8 +30,9 @@ class NetworkConfig:
     """From scratch: initial layer scale; None for no layer scale. A checkpoint's own stays."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last block; it grows from 0 block by block."""
-    grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, slower."""
+    grad_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
+    norms, GELU and sums, while results of matrix products and attention are kept."""
 
 
 @dataclass

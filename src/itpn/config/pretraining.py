@@ -93,8 +93,9 @@ class ModelConfig:
     """Channels of the heads of single pyramid levels, divisible by 64."""
     pyramid_head_depth: int = 1
     """Transformer blocks of the heads of single pyramid levels."""
-    grad_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, slower."""
+    grad_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
+    norms, GELU and sums, while results of matrix products and attention are kept."""
 
 
 @dataclass

@@ -17,7 +17,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, to_2tuple, trunc_normal_
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from itpn.models.position import (
     sincos_position_table,
     square,
 )
+from itpn.models.recompute import Recompute, run_block
 from itpn.models.scripting import Traced
 from itpn.models.windows import Windows, pick_distinct, put_back, take
 
@@ -115,8 +115,19 @@ class Attention(nn.Module):
         grid: Grid | None = None,
         rel_pos_index: Tensor | None = None,
         windows: Windows | None = None,
+        skip: int = 0,
     ) -> Tensor:
-        """x [B, N, C]; rel_pos_index int64 [N, N] or [B, N, N] for units on ``grid``; ``windows`` of gathering."""
+        """What tokens see in one another.
+
+        Args:
+            x: [B, N, C].
+            rel_pos_index: int64 [N, N] or [B, N, N] for units on ``grid``.
+            windows: of gathering.
+            skip: the first so many tokens are seen, but what they see is not asked for.
+
+        Returns:
+            [B, N - skip, C].
+        """
         batch, tokens, dim = x.shape
         qkv_bias: Tensor | None = self.qkv.bias
         if self.q_bias is not None and self.v_bias is not None:
@@ -124,18 +135,19 @@ class Attention(nn.Module):
         qkv = F.linear(x, self.qkv.weight, qkv_bias)
         qkv = qkv.reshape(batch, tokens, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, C / heads] each
+        q = q[:, :, skip:]
         bias = None
         if self.rel_pos_grid is not None:
             assert grid is not None
             assert rel_pos_index is not None
-            bias = self._relative_bias(q, grid, rel_pos_index)
+            bias = self._relative_bias(q, grid, rel_pos_index[..., skip:, :])
         if windows is not None:
             k, v, bias = windows.share(k), windows.share(v), windows.mask
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, dim))
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens - skip, dim))
 
     def _relative_bias(self, q: Tensor, grid: Grid, index: Tensor) -> Tensor:
-        """What is added to the scores: [(B,) heads, N, N]."""
+        """What is added to the scores, queries by keys: [(B,) heads, N - skip, N]."""
         assert self.rel_pos_grid is not None
         if not self.decomposed:
             table = resample_relative_table(self.relative_position_bias_table, self.rel_pos_grid, grid)
@@ -143,7 +155,9 @@ class Attention(nn.Module):
         stored = (self.rel_pos_h, self.rel_pos_w)
         tables = [resample_offsets(table, 2 * side - 1) for table, side in zip(stored, grid, strict=True)]
         cols = 2 * grid[1] - 1
-        index = (index if index.dim() == 3 else index[None])[:, None].expand(*q.shape[:3], -1)  # [B, heads, N, N]
+        index = (index if index.dim() == 3 else index[None])[:, None].expand(
+            *q.shape[:3], -1
+        )  # [B, heads, N - skip, N]
         row_offset = index // cols
         offsets = (row_offset, index - row_offset * cols)  # no %, which torch.onnx cannot write with open sizes
         # the query is not scaled here, as the published weights were trained
@@ -199,7 +213,10 @@ class MlpBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """A pre-norm transformer block on units that hold one token: [B, N, C] -> [B, N, C]."""
+    """A pre-norm transformer block on units that hold one token: [B, N, C] -> [B, N, C].
+
+    Of a last block fewer tokens may be wanted: with ``skip`` the first so many are left out, [B, N - skip, C].
+    """
 
     def __init__(
         self,
@@ -230,8 +247,10 @@ class TransformerBlock(nn.Module):
         grid: Grid | None = None,
         rel_pos_index: Tensor | None = None,
         windows: Windows | None = None,
+        skip: int = 0,
     ) -> Tensor:
-        x = x + self._drop(self.ls1(self.attn(self.norm1(x), grid, rel_pos_index, windows)), windows)
+        seen = self.attn(self.norm1(x), grid, rel_pos_index, windows, skip)
+        x = x[:, skip:] + self._drop(self.ls1(seen), windows)
         return x + self._drop(self.ls2(self.mlp(self.norm2(x))), windows)
 
     def _drop(self, x: Tensor, windows: Windows | None) -> Tensor:
@@ -371,7 +390,7 @@ class HiViT(nn.Module):
         self.migrate_from = depths[2] // 2 if migrate_from is None else migrate_from
         self.gather_window = gather_window
         self.gather_side = gather_side
-        self.grad_checkpointing = False
+        self.grad_checkpointing: Recompute = False
         self.grid_size = self.grid_of(to_2tuple(img_size))
         self.rel_pos_grid = self.grid_of(to_2tuple(rel_pos_size or img_size)) if rel_pos_bias else None
 
@@ -457,7 +476,8 @@ class HiViT(nn.Module):
         }
 
     @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
+        """As timm's; ``"selective"`` keeps matrix products and recomputes the rest (:func:`run_block`)."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
@@ -521,7 +541,7 @@ class HiViT(nn.Module):
         outputs = []
         for i, stage in enumerate(self.stages[:2]):
             for block in stage:
-                x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+                x = run_block(block, self.grad_checkpointing, x)
             outputs.append(x)
             if i == last:
                 return outputs
@@ -562,11 +582,7 @@ class HiViT(nn.Module):
                     windows = windows.pick(picked)
                 if index is not None:
                     index = self.relative_positions(grid, picked if visible is None else visible.gather(1, picked))
-            x = (
-                checkpoint(block, x, grid, index, windows)
-                if self.grad_checkpointing
-                else block(x, grid, index, windows)
-            )
+            x = run_block(block, self.grad_checkpointing, x, grid, index, windows)
             if i == tap:
                 tapped.append(restore(x))
         return [restore(x), *tapped]

@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -26,6 +25,7 @@ from itpn.models.hivit import (
     units_to_map,
 )
 from itpn.models.naming import detect_layout, to_ours
+from itpn.models.recompute import Recompute, run_block
 from itpn.models.scripting import Traced
 
 
@@ -70,7 +70,7 @@ class FeaturePyramid(nn.Module):
         blocks = [[MlpBlock(width, mlp_ratio, norm_eps=norm_eps) for _ in range(depth)] for _ in range(2)]
         self.blocks = nn.ModuleList([nn.Sequential(*level) for level in blocks])
         self.outputs = nn.ModuleList([MlpBlock(width, mlp_ratio, norm_eps=norm_eps) for _ in range(3)])
-        self.grad_checkpointing = False
+        self.grad_checkpointing: Recompute = False
         initialize_linears(self, weight_init)
 
     def forward(self, stages: list[Tensor]) -> list[Tensor]:
@@ -91,7 +91,7 @@ class FeaturePyramid(nn.Module):
 
     def _refine(self, blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
         for block in blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
+            x = run_block(block, self.grad_checkpointing, x)
         return x
 
 
@@ -201,7 +201,7 @@ class PyramidBackbone(nn.Module):
         """Nothing to drop: the finest level needs all coarser ones."""
         return feature_take_indices(len(self.feature_info), indices)[0]
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
         self.pyramid.grad_checkpointing = enable
 
@@ -225,7 +225,7 @@ class Headed:
 
     backbone: Any
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
 
     def no_weight_decay(self) -> set[str]:

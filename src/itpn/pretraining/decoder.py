@@ -1,28 +1,14 @@
 """From what the network made of the visible units to predictions for every unit."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from itpn.models.hivit import HiViT, TransformerBlock, WeightInit, checkpoint, initialize_linears
+from itpn.models.hivit import HiViT, TransformerBlock, WeightInit, initialize_linears
 from itpn.models.position import Grid, resample_position_table, sincos_position_table
-
-
-class Split(NamedTuple):
-    """Visible and hidden units of images of which only the visible ones were computed.
-
-    Attributes:
-        visible, hidden: int64 [B, V] and [B, M], together all units.
-    """
-
-    visible: Tensor
-    hidden: Tensor
-
-    @property
-    def order(self) -> Tensor:
-        """The order of tokens in a decoder: attention does not care, so visible units come first, [B, N]."""
-        return torch.cat([self.visible, self.hidden], dim=1)
+from itpn.models.recompute import Recompute, run_block
+from itpn.pretraining.masking import Split
 
 
 def pick_tokens(x: Tensor, split: Split | None, hidden_only: bool) -> Tensor:
@@ -32,6 +18,20 @@ def pick_tokens(x: Tensor, split: Split | None, hidden_only: bool) -> Tensor:
     if hidden_only:
         return x[:, split.visible.shape[1] :]
     return torch.empty_like(x).scatter(1, split.order.unsqueeze(-1).expand_as(x), x)
+
+
+def run_blocks(
+    blocks: nn.ModuleList, how: Recompute, x: Tensor, *args: Any, split: Split | None, hidden_only: bool
+) -> Tensor:
+    """Transformer blocks on tokens [B, N, D], in the order of ``split`` where there is one.
+
+    Returns:
+        [B, N, D], or with ``hidden_only`` hidden units alone, [B, M, D]: the last block computes no others.
+    """
+    skip = split.visible.shape[1] if split is not None and hidden_only else 0
+    for number, block in enumerate(blocks, start=1):
+        x = run_block(block, how, x, *args, skip if number == len(blocks) else 0)
+    return x if len(blocks) else x[:, skip:]
 
 
 class Decoder(nn.Module):
@@ -86,21 +86,24 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.heads = nn.ModuleDict({name: nn.Linear(width, out_dim) for name, out_dim in heads.items()})
-        self.grad_checkpointing = False
+        self.grad_checkpointing: Recompute = False
         initialize_linears(self, weight_init)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, levels: list[Tensor], grid: Grid, split: Split | None = None) -> Tensor:
+    def forward(
+        self, levels: list[Tensor], grid: Grid, split: Split | None = None, hidden_only: bool = False
+    ) -> Tensor:
         """Tokens of all units, for :meth:`predict`.
 
         Args:
             levels: all three of the pyramid, finest first: [B, V, 4, 4, F], [B, V, 2, 2, F], [B, V, 1, 1, F].
             grid: rows and columns of units of these images.
             split: which units the levels hold, where hidden ones were dropped.
+            hidden_only: with ``split``, leave out the others as soon as nothing needs them any more.
 
         Returns:
-            [B, N, width], in the order of ``split``, else in unit order.
+            [B, N, width], in the order of ``split``, else in unit order; with ``hidden_only`` [B, M, width].
         """
         picked = [levels[level] for level in self.levels]
         x = sum(
@@ -114,9 +117,8 @@ class Decoder(nn.Module):
         if self.pos_embed is not None:
             positions = resample_position_table(self.pos_embed, self.grid, grid)
             x = x + (positions if split is None else positions[0][split.order])
-        for block in self.blocks:
-            x = checkpoint(block, x) if self.grad_checkpointing else block(x)
-        return x
+        unused = None, None, None  # grid, relative positions and windows
+        return run_blocks(self.blocks, self.grad_checkpointing, x, *unused, split=split, hidden_only=hidden_only)
 
     def predict(self, name: str, x: Tensor) -> Tensor:
         """Picked tokens [B, M or N, width] to the numbers of one head."""
@@ -157,21 +159,27 @@ class AuxiliaryHead(nn.Module):
         self.pos_embed = nn.Parameter(sincos_position_table(grid, dim), requires_grad=False) if fill_hidden else None
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.head = nn.Linear(dim, out_dim)
-        self.grad_checkpointing = False
+        self.grad_checkpointing: Recompute = False
         initialize_linears(self, weight_init)
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, x: Tensor, grid: Grid, rel_pos_index: Tensor | None, split: Split | None = None) -> Tensor:
-        """Tokens [B, V, C] of a stage 3 block to tokens of all units [B, N, C], ordered as in :class:`Decoder`."""
+    def forward(
+        self,
+        x: Tensor,
+        grid: Grid,
+        rel_pos_index: Tensor | None,
+        split: Split | None = None,
+        hidden_only: bool = False,
+    ) -> Tensor:
+        """Tokens [B, V, C] of a stage 3 block to tokens of all units [B, N, C], or hidden ones, as :class:`Decoder`."""
         if split is not None:
             assert self.pos_embed is not None
             assert self.mask_token is not None
             positions = resample_position_table(self.pos_embed, self.grid, grid)[0]
             x = fill_hidden(x, self.mask_token, split) + positions[split.order]
-        for block in self.blocks:
-            x = checkpoint(block, x, grid, rel_pos_index) if self.grad_checkpointing else block(x, grid, rel_pos_index)
-        return x
+        args = grid, rel_pos_index, None  # no windows
+        return run_blocks(self.blocks, self.grad_checkpointing, x, *args, split=split, hidden_only=hidden_only)
 
     def predict(self, name: str, x: Tensor) -> Tensor:
         """Picked tokens [B, M or N, C] -> [B, M or N, out_dim]."""

@@ -1,12 +1,25 @@
 """Which units are hidden."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 ATTEMPTS = 10  # placements in a row that may fail before an image has to do with the blocks it has
+
+
+class Split(NamedTuple):
+    """Visible and hidden units of images of which only the visible ones are computed.
+
+    Attributes:
+        visible, hidden: int64 [B, V] and [B, M], ascending, together all units.
+        order: one after the other, [B, N]: the order of tokens in a decoder, as attention does not care.
+    """
+
+    visible: Tensor
+    hidden: Tensor
+    order: Tensor
 
 
 def count_hidden(units: int, ratio: float) -> int:
@@ -150,13 +163,10 @@ def _(draws: Tensor, rows: int, cols: int, hidden: int, min_block: int, min_aspe
     return draws.new_empty((draws.shape[-1], rows * cols), dtype=torch.bool)
 
 
-def split_mask(mask: Tensor, visible: int) -> tuple[Tensor, Tensor]:
-    """Indices of visible and of hidden units, ascending, for a mask with ``visible`` False entries in every row.
+def split_mask(mask: Tensor, visible: int) -> Split:
+    """Indices of visible and of hidden units, for a mask bool [B, N] with ``visible`` False entries in every row.
 
     The count is given, not read from the mask, so that a step on a GPU never waits for the device.
-
-    Returns:
-        int64 [B, visible] and [B, N - visible].
     """
     order = mask.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, :visible], order[:, visible:]
+    return Split(order[:, :visible], order[:, visible:], order)

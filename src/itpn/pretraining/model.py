@@ -1,8 +1,8 @@
 """The masked model: backbone and pyramid, what is predicted from them, and the losses."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,9 @@ from itpn.models.hivit import POSITIONS, HiViT, units_to_map
 from itpn.models.modes import eval_mode
 from itpn.models.position import Grid
 from itpn.models.pyramid import FeaturePyramid
-from itpn.pretraining.decoder import AuxiliaryHead, Decoder, Split, pick_tokens
-from itpn.pretraining.masking import count_hidden, draw_block_mask, draw_random_mask, split_mask
+from itpn.models.recompute import Recompute
+from itpn.pretraining.decoder import AuxiliaryHead, Decoder, pick_tokens
+from itpn.pretraining.masking import Split, count_hidden, draw_block_mask, draw_random_mask, split_mask
 from itpn.pretraining.targets import feature_error, normalize_units, pixels_to_images, unit_pixels
 
 PYRAMID_LOSSES = ("pyramid_1", "pyramid_2", "pyramid_3")  # finest level first
@@ -100,7 +101,7 @@ class MaskedImageModel(nn.Module):
             nn.init.normal_(self.mask_token, std=0.02)
         self.tap = int(0.75 * len(backbone.stages[2])) if auxiliary else None
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
         for module in self.modules():
             if isinstance(module, FeaturePyramid | Decoder | AuxiliaryHead):
@@ -136,10 +137,8 @@ class MaskedImageModel(nn.Module):
         losses: dict[str, Tensor] = {}
         compared: list[tuple[Tensor, Tensor | None]] = []
         for name, tokens, head in self._decode(images, mask, split, grid):
-            hidden_only = self.objective.hidden_only(name)
-            # in training what is not compared is not predicted either
-            picked = split.hidden if split is not None and self.training and hidden_only else None
-            prediction = head.predict(name, pick_tokens(tokens, split, picked is not None))
+            picked = self._pick(split, name)
+            prediction = head.predict(name, tokens)
             wanted = self._target(name, images, given, picked)
             compared.append((prediction, wanted))
             if wanted is None:
@@ -147,7 +146,7 @@ class MaskedImageModel(nn.Module):
             if wanted.shape != prediction.shape:
                 raise ValueError(f"target of {name!r} is {list(wanted.shape)}, not {list(prediction.shape)}")
             error = self._error(name, prediction, wanted)  # [B, N] or [B, M]
-            if hidden_only and picked is None:
+            if picked is None and self.objective.hidden_only(name):
                 losses[name] = (error * mask).sum() / mask.sum().clamp(min=1)
             else:
                 losses[name] = error.mean()
@@ -162,7 +161,7 @@ class MaskedImageModel(nn.Module):
             hidden = count_hidden(units, self.objective.mask_ratio)
         else:
             hidden = _check_mask(mask, (len(images), units), self.objective.drops_units)
-        return mask, Split(*split_mask(mask, units - hidden)) if self.objective.drops_units else None
+        return mask, split_mask(mask, units - hidden) if self.objective.drops_units else None
 
     def draw_mask(
         self, batch: int, grid: Grid, device: torch.device | None = None, generator: torch.Generator | None = None
@@ -177,7 +176,17 @@ class MaskedImageModel(nn.Module):
     def _decode(
         self, images: Tensor, mask: Tensor, split: Split | None, grid: Grid
     ) -> Iterator[tuple[str, Tensor, "Decoder | AuxiliaryHead"]]:
-        """Name, tokens of all units [B, N, width] and head of each loss."""
+        """Name of each loss, tokens to predict it from (see :meth:`_pick`), [B, N or M, width], and its head."""
+
+        def run(
+            head: Decoder | AuxiliaryHead, names: Iterable[str], *args: Any
+        ) -> Iterator[tuple[str, Tensor, Decoder | AuxiliaryHead]]:
+            hidden_only = self._pick(split, *names) is not None
+            tokens = head(*args, split, hidden_only)
+            for name in names:
+                picked = self._pick(split, name) is not None
+                yield name, tokens if hidden_only else pick_tokens(tokens, split, picked), head
+
         if split is not None:
             stages = self.backbone.forward_stages(images, split.visible, tap=self.tap)
         else:
@@ -188,14 +197,18 @@ class MaskedImageModel(nn.Module):
             fine, middle = (x.masked_fill(mask[:, :, None, None, None], 0.0) for x in (fine, middle))
         levels = self.pyramid([fine, middle, coarse])
         if self.decoder is not None:
-            tokens = self.decoder(levels, grid, split)
-            for name in self.decoder.heads:
-                yield name, tokens, self.decoder
+            yield from run(self.decoder, self.decoder.heads, levels, grid)
         if self.auxiliary is not None:
             index = self.backbone.relative_positions(grid, None if split is None else split.order)
-            yield "auxiliary", self.auxiliary(tapped[0], grid, index, split), self.auxiliary
+            yield from run(self.auxiliary, ["auxiliary"], tapped[0], grid, index)
         for name, head in self.pyramid_heads.items():
-            yield name, head(levels, grid, split), head  # type: ignore[misc]
+            yield from run(head, [name], levels, grid)  # type: ignore[arg-type]
+
+    def _pick(self, split: Split | None, *names: str) -> Tensor | None:
+        """The units that losses are predicted for: in training no more than are compared. None for all."""
+        if split is None or not self.training or not all(map(self.objective.hidden_only, names)):
+            return None
+        return split.hidden
 
     def _name_targets(self, given: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         weights = self.objective.weights
