@@ -14,7 +14,8 @@ from PIL import Image
 
 import itpn
 from itpn.checkpoints.files import save_weights
-from itpn.cli import main
+from itpn.cli import main, parse_options
+from itpn.config import Config
 from itpn.data.shapes import ShapesFolders
 from itpn.errors import NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import read_recipe
@@ -266,3 +267,15 @@ def test_tools_and_the_command_do_the_same(tmp_path, photos, monkeypatch):
     assert (runs / "tool/metrics.csv").read_text().splitlines()[-1].split(",")[:4] == (
         runs / "command/metrics.csv"
     ).read_text().splitlines()[-1].split(",")[:4]
+
+
+def test_switches_alone_mean_true():
+    config = Config()
+    given = ["--trainer.compile", "--data.hflip", "0", "--model.grad_checkpointing", "--model.rel-pos-bias", "False"]
+    parsed = parse_options(config, given, "itpn")
+    assert parsed.trainer.compile is True
+    assert parsed.model.grad_checkpointing is True
+    assert parsed.model.rel_pos_bias is False
+    parsed = parse_options(config, ["--model.grad-checkpointing", "selective", "--trainer.compile=False"], "itpn")
+    assert parsed.model.grad_checkpointing == "selective"
+    assert parsed.trainer.compile is False

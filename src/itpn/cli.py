@@ -4,15 +4,16 @@ import argparse
 import contextlib
 import difflib
 import io
+import itertools
 import os
 import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
-from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_names
+from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_types
 from itpn.errors import ExportFailed, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
 
@@ -280,6 +281,7 @@ def parse_options(config: Any, options: list[str], prog: str, others: Sequence[s
     import tyro
 
     complaints = io.StringIO()
+    options = _say_true(options, option_types(type(config)))
     try:
         with contextlib.redirect_stderr(complaints):
             parsed, unknown = tyro.cli(
@@ -290,8 +292,18 @@ def parse_options(config: Any, options: list[str], prog: str, others: Sequence[s
             raise  # --help
         raise UserError(_one_line(complaints.getvalue())) from None
     if unknown:
-        raise UserError(_unknown_option(unknown[0], [*others, *option_names(type(config))]))
+        raise UserError(_unknown_option(unknown[0], [*others, *option_types(type(config))]))
     return parsed
+
+
+def _say_true(options: list[str], types: dict[str, Any]) -> list[str]:
+    """`--trainer.compile` alone means True, as it does for a setting that can be nothing but True and False."""
+    said = []
+    for option, following in itertools.zip_longest(options, options[1:], fillvalue="--"):
+        said.append(option)
+        if bool in get_args(types.get(option.replace("_", "-"))) and following.startswith("--"):
+            said.append("True")
+    return said
 
 
 def _one_line(box: str) -> str:

@@ -36,7 +36,7 @@ from itpn.config.training import (
     check_file,
     check_type,
     image_size,
-    option_names,
+    option_types,
     to_dict,
 )
 
@@ -73,7 +73,7 @@ __all__ = [
     "check_type",
     "from_dict",
     "image_size",
-    "option_names",
+    "option_types",
     "override_model",
     "read_yaml",
     "to_dict",

@@ -91,8 +91,9 @@ class TrainerConfig:
     """Machines; None for what torchrun or Slurm started, else one."""
     accumulate_grad_batches: int = 1
     """Forward passes per optimiser step; the global batch grows with it."""
-    compile: bool = False
-    """Compile the network, and its moving average, with torch.compile: minutes at the start, faster steps."""
+    compile: bool | None = None
+    """Compile the network, and its moving average, with torch.compile: a minute or more at the start, faster steps.
+    None compiles on a GPU, for pre-training."""
     checkpoint_every_n_steps: int = 500
     """Optimiser steps between checkpoints: what a crash loses at most."""
     keep_checkpoints: int = 3
@@ -163,14 +164,14 @@ def check_types(settings: Any, path: str = "") -> None:
             check_type(value, hints[field.name], f"{path}{field.name}")
 
 
-def option_names(cls: Any, prefix: str = "") -> list[str]:
-    """Every setting as it is written on the command line, e.g. ``--data.batch-size``."""
+def option_types(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """The type of every setting, by its name on the command line, e.g. ``--data.batch-size``."""
     hints = typing.get_type_hints(cls)
-    names = []
+    types: dict[str, Any] = {}
     for field in dataclasses.fields(cls):
         option, kind = f"{prefix}{field.name.replace('_', '-')}", hints[field.name]
-        names += option_names(kind, f"{option}.") if dataclasses.is_dataclass(kind) else [f"--{option}"]
-    return names
+        types |= option_types(kind, f"{option}.") if dataclasses.is_dataclass(kind) else {f"--{option}": kind}
+    return types
 
 
 def image_size(config: Any) -> tuple[int, int]:

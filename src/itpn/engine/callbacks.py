@@ -99,7 +99,8 @@ class Watcher(L.Callback, ABC):
 class Monitor(L.Callback):
     """Keeps the figures of a run: progress bar, metrics.csv, TensorBoard, images that were skipped.
 
-    Losses stay on the device and are read back every ``log_every_n_steps`` optimiser steps.
+    Losses stay on the device and are read back every ``log_every_n_steps`` optimiser steps. Speed does not count the
+    first pass of a compiled network.
     """
 
     def __init__(
@@ -109,8 +110,10 @@ class Monitor(L.Callback):
         console: Console,
         every_n_steps: int,
         watcher: Watcher | None = None,
+        compiled: bool = False,
     ) -> None:
         self.folder = folder
+        self._compiling = compiled
         self.every_n_steps = every_n_steps
         self.skipped = skipped
         self.console = console
@@ -144,9 +147,8 @@ class Monitor(L.Callback):
         if not self.started:
             return
         self._marked_step = self._step
-        self._begin = self._mark = time.perf_counter()
-        self._mark_images = self._mark_wait = self._mark_watched = 0.0
-        self._printed = 0.0
+        self._mark_watched = self._printed = 0.0
+        self._start_clock(0.0)
         if trainer.is_global_zero:
             keep_rows_until(self.folder.metrics, trainer.global_step)
             if self.console.is_terminal:
@@ -163,12 +165,23 @@ class Monitor(L.Callback):
                 )
                 self._progress.start()
 
+    def _start_clock(self, waited: float) -> None:
+        self._begin = self._mark = time.perf_counter()
+        self._begin_wait = self._mark_wait = waited
+        self._mark_images = 0
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        count = len(batch["image"]) * trainer.world_size
-        self.images_seen += count
-        self.images += count
+        if self._compiling:
+            self._compiling = False
+            if pl_module.device.type == "cuda":
+                torch.cuda.synchronize()
+            self.console.print(f"compiled in {time.perf_counter() - self._begin:.0f} s", highlight=False)
+            self._start_clock(self._loader(trainer).wait_seconds)
+        else:
+            self.images += len(batch["image"]) * trainer.world_size
+        self.images_seen += len(batch["image"]) * trainer.world_size
         self._broken += batch["broken"]
         if trainer.world_size == 1:
             self._count_skipped(trainer)
@@ -266,7 +279,7 @@ class Monitor(L.Callback):
         }
         self.seconds = now - self._begin - watched
         self._mark_watched = watched
-        self.wait_fraction = loader.wait_seconds / self.seconds
+        self.wait_fraction = (loader.wait_seconds - self._begin_wait) / self.seconds
         self._mark, self._mark_images, self._mark_wait = now, self.images, loader.wait_seconds
         steps, self._marked_step = self._step - self._marked_step, self._step
         self._sums, self._passes = {}, 0
@@ -431,7 +444,8 @@ class Pictures(L.Callback):
             self.write(trainer, step)
 
     def write(self, trainer: L.Trainer, step: int) -> None:
-        with trainer.precision_plugin.forward_context():
+        # these few images are of no size worth compiling for
+        with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             picture = self.draw()
         self.latest = self.folder.pictures / f"step-{step:08d}.png"
         picture.save(self.latest)

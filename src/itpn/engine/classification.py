@@ -73,10 +73,6 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
         task = ClassificationTask(
             model, config, recipe, train.classes, lambda rank, world: make_loader(config, train, transform, rank, world)
         )
-        if config.trainer.compile:
-            model.compile()
-            if task.ema is not None:
-                task.ema.module.compile()
         validation = None if val is None else Validation(task, config, val)
         shown = functools.cache(lambda: read_first(val or train, config))
         more = "" if val is None else f", {len(val):,} more to evaluate on"
@@ -87,6 +83,7 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
             len(train),
             lambda path: save_classifier(path, task, validation),
             validation,
+            [model] if task.ema is None else [model, task.ema.module],
         )
 
     return fit(config, recipe, lambda: notes, make)

@@ -75,8 +75,6 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
         task = DetectionTask(
             model, config, recipe, train.classes, lambda rank, world: make_loader(config, train, masks, rank, world)
         )
-        if config.trainer.compile:
-            model.backbone.compile()  # the heads see as many boxes as there are
         validation = None if val is None else DetectionValidation(task, config, val)
         shown = functools.cache(lambda: [i for _, i in read_some(val or train, SHOWN, config.data.max_pixels)])
         more = "" if val is None else f", {len(val):,} more to evaluate on"
@@ -88,6 +86,7 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
             len(train),
             lambda path: save_network(path, task),
             validation,
+            [model.backbone],  # the heads see as many boxes as there are
         )
 
     return fit(config, recipe, lambda: notes, make)

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
 from itpn.config import RunConfig
 from itpn.data.files import ImageSource
@@ -25,6 +26,7 @@ from itpn.engine.launch import (
     Launch,
     choose_devices,
     choose_precision,
+    compile_networks,
     describe_machine,
     device_name,
     quieten_libraries,
@@ -45,6 +47,8 @@ class Job:
         images: single files, of which only a share may be broken; None where that is not known beforehand.
         watcher: looks at the network now and then, and adds to its figures.
         save: writes ``model.safetensors``.
+        compiled: what torch.compile may take, each as a graph of its own.
+        compile_by_default: whether it does so on a GPU unless it is told not to.
     """
 
     task: TrainingTask
@@ -53,6 +57,8 @@ class Job:
     images: int | None
     save: Callable[[Path], dict[str, Any]]
     watcher: Watcher | None = None
+    compiled: Sequence[nn.Module] = ()
+    compile_by_default: bool = False
 
 
 def fit(
@@ -90,7 +96,8 @@ def fit(
         task = job.task
         watcher = [] if job.watcher is None else [job.watcher]
         skipped = SkippedImages(job.images, config.data.max_broken)
-        monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher)
+        compiled = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
+        monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher, compiled)
         pictures = job.pictures(folder)
         checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
         start = StartTable(console, folder, job.rows)

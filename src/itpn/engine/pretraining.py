@@ -51,10 +51,6 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None) -> 
 
     def make() -> Job:
         average = MovingAverageTeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
-        if config.trainer.compile:
-            model.compile()
-            if average is not None:
-                average.compile()
         task = PretrainingTask(
             model,
             config,
@@ -84,6 +80,8 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None) -> 
             len(images.images) or None,
             save,
             watcher,
+            [model] if average is None else [model, average],
+            compile_by_default=True,
         )
 
     return fit(config, recipe, load, make)

@@ -84,8 +84,6 @@ def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None =
             lambda rank, world: make_loader(config, train, rank, world),
             train.table.colours,
         )
-        if config.trainer.compile:
-            model.compile()
         validation = None if val is None else SegmentationValidation(task, config, val)
         shown = functools.cache(lambda: [i for _, i in read_some(val or train, SHOWN, config.data.max_pixels)])
         more = "" if val is None else f", {len(val):,} more to evaluate on"
@@ -99,6 +97,7 @@ def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None =
             len(train),
             lambda path: save_network(path, task),
             validation,
+            [model],
         )
 
     return fit(config, recipe, lambda: notes, make)
