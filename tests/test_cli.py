@@ -240,14 +240,14 @@ def test_info_of_the_published_recipes(capsys, size, parameters, flops):
 
 @pytest.mark.parametrize("recipe", ["itpn-pixel_nano", "classifier_small"])
 def test_every_option_is_explained(capsys, recipe):
-    from itpn.config import option_names
+    from itpn.config import option_types
     from itpn.recipes import read_recipe
 
     with pytest.raises(SystemExit) as stop:
         main(["train", recipe, "--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
-    for name in option_names(type(read_recipe(recipe)[1])):
+    for name in option_types(type(read_recipe(recipe)[1])):
         assert name in out
     words = out.split("--data.hflip")[1].split("--")[0]
     assert "Probability of a horizontal flip" in " ".join(words.replace("│", "").split())

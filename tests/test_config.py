@@ -9,7 +9,7 @@ from itpn.config import (
     ModelConfig,
     TeacherConfig,
     from_dict,
-    option_names,
+    option_types,
     read_yaml,
     to_dict,
     write_yaml,
@@ -173,7 +173,7 @@ def test_impossible_settings(section, field, value):
 
 
 def test_everything_is_an_option():
-    options = option_names(Config)
+    options = option_types(Config)
     assert len(options) == len(set(options))
     flat = sum(len(v) if isinstance(v, dict) else 1 for v in to_dict(Config()).values())
     assert len(options) == flat

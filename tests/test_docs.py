@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from itpn.config import CONFIGS, option_names
+from itpn.config import CONFIGS, option_types
 from itpn.recipes import list_recipes
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +21,7 @@ def test_links_resolve(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_and_recipes_exist(page):
     text = page.read_text()
-    known = {name for config in CONFIGS.values() for name in option_names(config)} | {"--data.no-reduce-zero-label"}
+    known = {name for config in CONFIGS.values() for name in option_types(config)} | {"--data.no-reduce-zero-label"}
     for option in re.findall(r"--(?:model|teacher|data|optimizer|trainer|probe|evaluation)\.[a-z-]+", text):
         assert option in known, option
     for recipe in re.findall(r"(?<![\w-])(?:fast-)?itpn-[a-z]+_[\w-]*\w", text):

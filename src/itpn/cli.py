@@ -27,6 +27,8 @@ CACHE_DESCRIPTION = (
     "each number of its features: 0.55 MB at 224 px with CLIP-B. Stopped in the middle, the same command goes on."
 )
 
+PROFILE = "take a few steps only, keep nothing of them, and say where their time goes: a summary and a trace"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -88,10 +90,11 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser(
         "train",
         help="train a recipe; `itpn train RECIPE --help` lists every option",
-        usage="itpn train RECIPE|FILE.py|config.yaml [options]",
+        usage="itpn train RECIPE|FILE.py|config.yaml [--profile] [options]",
         description="Every field of a recipe's config is an option: `itpn train RECIPE --help` lists them.",
     )
     add.add_argument("recipe", help="a name of `itpn list`, a recipe file, or the config.yaml of a run")
+    _add_training_options(add)
 
     add = commands.add_parser(
         "cache-features",
@@ -158,6 +161,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_heads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=int, help="attention heads, where the file cannot tell them (itpn inspect)")
+
+
+def _add_training_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--profile", action="store_true", help=PROFILE)
 
 
 def _add_cache_options(parser: argparse.ArgumentParser) -> None:
@@ -264,15 +271,27 @@ def run_cache_features(recipe: str, options: list[str]) -> int:
 
 def run_train(recipe: str, options: list[str]) -> int:
     name, config = read_recipe(recipe)
-    config = parse_options(config, options, f"itpn train {recipe}")
+    parser = _Parser(prog=f"itpn train {recipe}", add_help=False, allow_abbrev=False)
+    _add_training_options(parser)
+    own, rest = parser.parse_known_args(options)
+    config = parse_options(config, rest, f"itpn train {recipe}", ("--profile",), f"{DESCRIPTION} --profile: {PROFILE}.")
     source = check_early(config)
+    if own.profile and config.task == "classification" and config.model.freeze:
+        raise UserError("--profile is for steps of training, and --model.freeze takes none")
     from itpn.engine.run import train
 
-    train(config, name, source)
+    if own.profile:
+        from itpn.engine.profiling import profile
+
+        train(config, name, source, profile)
+    else:
+        train(config, name, source)
     return 0
 
 
-def parse_options(config: Any, options: list[str], prog: str, others: Sequence[str] = ()) -> Any:
+def parse_options(
+    config: Any, options: list[str], prog: str, others: Sequence[str] = (), description: str = DESCRIPTION
+) -> Any:
     """Override settings from the command line; ``others`` are options of the command itself.
 
     Raises:
@@ -285,7 +304,7 @@ def parse_options(config: Any, options: list[str], prog: str, others: Sequence[s
     try:
         with contextlib.redirect_stderr(complaints):
             parsed, unknown = tyro.cli(
-                type(config), default=config, args=options, prog=prog, return_unknown_args=True, description=DESCRIPTION
+                type(config), default=config, args=options, prog=prog, return_unknown_args=True, description=description
             )
     except SystemExit as stop:
         if not stop.code:

@@ -22,7 +22,7 @@ from itpn.data.loader import TrainingLoader
 from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.console import print_aside
 from itpn.engine.finetuning import read_start, scale_epochs, start_network
-from itpn.engine.fitting import Job, describe_size, fit, make_table, make_training_loader, write_summary
+from itpn.engine.fitting import Job, Run, describe_size, fit, make_table, make_training_loader, write_summary
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import choose_devices, describe_machine, read_launch, start_fabric
 from itpn.engine.pictures import draw_titles
@@ -53,11 +53,12 @@ def note_unevaluated(train: LabelledImages, val: LabelledImages | None) -> list[
     return [f"there are no images of {join_names(lost)} to evaluate on"] if lost else []
 
 
-def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | None = None) -> Path:
+def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | None = None, run: Run = fit) -> Path:
     """Run, or go on with, a classifier's run; see :func:`itpn.engine.fitting.fit`.
 
     Args:
         sets: the images, where they have been looked for already.
+        run: what to do, instead of training.
     """
     if config.model.freeze:
         return train_frozen(config, recipe, sets)
@@ -86,7 +87,7 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
             [model] if task.ema is None else [model, task.ema.module],
         )
 
-    return fit(config, recipe, lambda: notes, make)
+    return run(config, recipe, lambda: notes, make)
 
 
 def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = None) -> Path:

@@ -19,7 +19,7 @@ from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.coco import collect_detections, gather_detections, score_detections
 from itpn.engine.console import print_aside
 from itpn.engine.finetuning import read_start, save_network, scale_epochs, start_network
-from itpn.engine.fitting import Job, fit, make_training_loader
+from itpn.engine.fitting import Job, Run, fit, make_training_loader
 from itpn.engine.launch import choose_devices, read_launch
 from itpn.engine.pictures import draw_objects, join_pictures
 from itpn.engine.scores import nothing_readable
@@ -39,11 +39,12 @@ def find_sets(config: DetectionConfig) -> Sets:
     return train if data.empty_images else train.with_objects(), val
 
 
-def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = None) -> Path:
+def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = None, run: Run = fit) -> Path:
     """Run, or go on with, a detector's run; see :func:`itpn.engine.fitting.fit`.
 
     Args:
         sets: the images, where they have been looked for already.
+        run: what to do, instead of training.
     """
     found = read_start(config)
     train, val = sets or find_sets(config)
@@ -89,7 +90,7 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
             [model.backbone],  # the heads see as many boxes as there are
         )
 
-    return fit(config, recipe, lambda: notes, make)
+    return run(config, recipe, lambda: notes, make)
 
 
 def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:

@@ -61,6 +61,9 @@ class Job:
     compile_by_default: bool = False
 
 
+Run = Callable[[RunConfig, str, Callable[[], list[str]], Callable[[], Job]], Path]  # as `fit`
+
+
 def fit(
     config: RunConfig, recipe: str, load: Callable[[], list[str]], make: Callable[[], Job], launch: Launch | None = None
 ) -> Path:

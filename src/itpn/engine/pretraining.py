@@ -18,7 +18,7 @@ from itpn.data.files import ImageSource, find_training_images
 from itpn.data.labelled import LabelledImages, draw_share, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.engine.callbacks import Pictures, Watcher
-from itpn.engine.fitting import Job, describe_size, fit, make_training_loader
+from itpn.engine.fitting import Job, Run, describe_size, fit, make_training_loader
 from itpn.engine.pictures import draw_predictions, read_whole_images
 from itpn.engine.probe import knn_accuracy, linear_accuracy
 from itpn.engine.scores import collect_features
@@ -29,11 +29,12 @@ from itpn.seeding import derive_seed
 from itpn.tasks.pretrain import PretrainingTask
 
 
-def pretrain(config: Config, recipe: str, source: ImageSource | None = None) -> Path:
+def pretrain(config: Config, recipe: str, source: ImageSource | None = None, run: Run = fit) -> Path:
     """Run, or go on with, a pre-training run; see :func:`itpn.engine.fitting.fit`.
 
     Args:
         source: the images, where they have been looked for already.
+        run: what to do, instead of training.
     """
     images = source or find_training_images(config.data.root)
     if images.cache:
@@ -84,7 +85,7 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None) -> 
             compile_by_default=True,
         )
 
-    return fit(config, recipe, load, make)
+    return run(config, recipe, load, make)
 
 
 def find_probe_sets(config: Config) -> tuple[LabelledImages, LabelledImages] | None:

@@ -24,7 +24,7 @@ from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.confusion import collect_confusion, gather_confusion
 from itpn.engine.console import print_aside
 from itpn.engine.finetuning import read_start, save_network, scale_epochs, start_network
-from itpn.engine.fitting import Job, describe_size, fit, make_training_loader
+from itpn.engine.fitting import Job, Run, describe_size, fit, make_training_loader
 from itpn.engine.launch import choose_devices, read_launch
 from itpn.engine.pictures import draw_labels, join_pictures
 from itpn.engine.scores import nothing_readable
@@ -55,11 +55,12 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
     return {**places, "rules": make_rules(config), "val_share": data.val_share, "seed": config.seed}
 
 
-def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None = None) -> Path:
+def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None = None, run: Run = fit) -> Path:
     """Run, or go on with, a segmenter's run; see :func:`itpn.engine.fitting.fit`.
 
     Args:
         sets: the images, where they have been looked for already.
+        run: what to do, instead of training.
     """
     found = read_start(config)
     train, val = sets or find_sets(config)
@@ -100,7 +101,7 @@ def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None =
             [model],
         )
 
-    return fit(config, recipe, lambda: notes, make)
+    return run(config, recipe, lambda: notes, make)
 
 
 def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
