@@ -73,6 +73,13 @@ def mistake(capsys, *arguments: str) -> str:
         (["list", "resnet*"], "no recipe or model matches 'resnet*'"),
         (["train", "itpn-pixel_nano", "--data.img-size"], "Error parsing --data.img-size: no type matching"),
         (["predict", "x.safetensors", "nowhere"], "nowhere does not exist"),
+        (["shrink", "nowhere", "--out", "x"], "nowhere does not exist"),
+        (["shrink", "."], "required: --out"),
+        (["shrink", "tests", "--out", "tests/small"], "--out tests/small and tests overlap"),
+        (["shrink", "tests/data", "--out", "tests"], "--out tests and tests/data overlap"),
+        (["shrink", "x", "--out", "y", "--short-side", "0"], "--short-side must be at least 1, not 0"),
+        (["shrink", "x", "--out", "y", "--quality", "101"], "--quality must be between 1 and 100, not 101"),
+        (["shrink", "x", "--out", "y", "--num-workers", "-1"], "--num-workers must be at least 0, not -1"),
         (["list", "--what"], "unrecognized arguments: --what"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -148,7 +155,8 @@ def test_quick_commands_do_not_import_torch():
     code = (
         "import sys; from itpn.cli import main;"
         "main(['list']); main(['train', 'x']); main(['train', 'itpn-pixel_nano', '--x']);"
-        "main(['train', 'itpn-pixel_nano', '--data.root', 'nowhere']); assert 'torch' not in sys.modules"
+        "main(['train', 'itpn-pixel_nano', '--data.root', 'nowhere']); main(['shrink', 'nowhere', '--out', 'x']);"
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

@@ -29,6 +29,13 @@ CACHE_DESCRIPTION = (
 
 PROFILE = "take a few steps only, keep nothing of them, and say where their time goes: a summary and a trace"
 
+SHRINK_DESCRIPTION = (
+    "Worth it where decoding is what training waits for: photographs of many megapixels. 512 px suit "
+    "--data.img-size 224: the smallest random crops, a fifth of the area, are then about as large. Nothing is "
+    "enlarged, and upright JPEGs that are small already stay as they are. Class folders and .cls in shards are kept "
+    "as labels, train and val apart. Stopped in the middle, the same command goes on."
+)
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -104,6 +111,20 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add.add_argument("recipe", help="a name of `itpn list` with an outside teacher, or a recipe file")
     _add_cache_options(add)
+
+    add = commands.add_parser(
+        "shrink",
+        help="images far larger than needed, once into shards of small ones to train from",
+        description=SHRINK_DESCRIPTION,
+    )
+    add.add_argument("images", nargs="+", metavar="DIR", help="folders of images, or of tar shards")
+    add.add_argument("--out", required=True, metavar="DIR", help="folder for the shards: the --data.root of training")
+    add.add_argument(
+        "--short-side", type=int, default=512, metavar="PX", help="height or width, the shorter (default: %(default)s)"
+    )
+    add.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100 (default: %(default)s)")
+    add.add_argument("--shard-size", type=int, default=512, metavar="N", help="images in each (default: %(default)s)")
+    add.add_argument("--num-workers", type=int, metavar="N", help="processes that shrink (default: one for each core)")
 
     add = commands.add_parser(
         "evaluate",
@@ -266,6 +287,28 @@ def run_cache_features(recipe: str, options: list[str]) -> int:
     from itpn.engine.caching import cache_features
 
     cache_features(config, source, Path(own.out), own.views, own.half)
+    return 0
+
+
+def run_shrink(options: argparse.Namespace) -> int:
+    from itpn.data.files import find_splits
+
+    for name, most in (("short_side", None), ("shard_size", None), ("quality", 100)):
+        value = getattr(options, name)
+        if value < 1 or (most and value > most):
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} must be {f'between 1 and {most}' if most else 'at least 1'}, not {value}")
+    if options.num_workers is not None and options.num_workers < 0:
+        raise UserError(f"--num-workers must be at least 0, not {options.num_workers}")
+    out = Path(os.path.realpath(options.out))
+    for root in options.images:
+        place = Path(os.path.realpath(root))
+        if place == out or out in place.parents or place in out.parents:
+            raise UserError(f"--out {options.out} and {root} overlap: choose an --out beside it")
+    splits = find_splits(options.images)
+    from itpn.engine.shrinking import shrink
+
+    shrink(splits, Path(options.out), options.short_side, options.quality, options.shard_size, options.num_workers)
     return 0
 
 
@@ -493,6 +536,7 @@ WITH_CONFIG = {"train": run_train, "evaluate": run_evaluate, "cache-features": r
 COMMANDS = {
     "list": run_list,
     "info": run_info,
+    "shrink": run_shrink,
     "predict": run_predict,
     "inspect": run_inspect,
     "convert": run_convert,

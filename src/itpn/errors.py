@@ -15,8 +15,11 @@ class ExportFailed(Exception):
     """An exported file computes something else than the network, and was not kept. Exit code 1."""
 
 
-class RunStopped(Exception):
-    """A signal asked the run to stop, and its checkpoint is written. Exit code 128 + signal."""
+class RunStopped(BaseException):
+    """A signal asked the run to stop, and its checkpoint is written. Exit code 128 + signal.
+
+    No :class:`Exception`: a decoder on the way would take it for a broken image.
+    """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)  # as it is pickled between processes

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from itpn.data.files import ImageSource, find_images
+from itpn.data.files import ImageSource, find_images, find_splits
 from itpn.errors import UserError
 
 
@@ -103,8 +103,35 @@ def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         raise PermissionError(13, "Permission denied", path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match=r"cannot read the folder .*: Permission denied; check"):
-        find_images([tmp_path])
+    for find in (find_images, find_splits):
+        with pytest.raises(UserError, match=r"cannot read the folder .*: Permission denied; check"):
+            find([str(tmp_path)])
+
+
+def test_splits(tmp_path: Path) -> None:
+    make(tmp_path / "a", "train/c/1.jpg", "VAL/c/2.jpg", "raw/3.jpg", "4.jpg")
+    make(tmp_path / "b", "wds-train-0.tar", "wds-train-1.tar", "test.tgz", "other.tar", "training/readme")
+    make(tmp_path / "c", "val/1.jpg", "x/1.jpg")
+    found = find_splits([str(tmp_path / "a")])
+    assert {split: names(source, tmp_path / "a") for split, source in found.items()} == {
+        "train": ["train/c/1.jpg"],
+        "val": ["VAL/c/2.jpg"],
+    }
+    assert found["train"].roots == (str(tmp_path / "a/train"),)
+    (tmp_path / "b/training/readme").unlink()
+    (tmp_path / "b/training").rmdir()
+    found = find_splits([str(tmp_path / "b")])
+    assert {split: names(source, tmp_path / "b") for split, source in found.items()} == {
+        "train": ["wds-train-0.tar", "wds-train-1.tar"],
+        "test": ["test.tgz"],
+    }
+    assert {split: len(source.images) for split, source in find_splits([str(tmp_path / "c")]).items()} == {"": 2}
+    for other, message in (("b", "images .* and tar shards .* were given"), ("c/x", "has nothing called train")):
+        with pytest.raises(UserError, match=message):
+            find_splits([str(tmp_path / "a"), str(tmp_path / other)])
+    make(tmp_path / "d", "train/1.jpg", "val.tar")
+    with pytest.raises(UserError, match="images and tar shards side by side"):
+        find_splits([str(tmp_path / "d")])
 
 
 def test_needs_no_heavy_imports() -> None:

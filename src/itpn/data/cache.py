@@ -11,6 +11,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from itpn.data.files import CACHE_INDEX
+from itpn.data.folders import write_whole
 from itpn.errors import UserError
 
 
@@ -51,9 +52,7 @@ def read_index(folder: str | Path) -> CacheIndex:
 
 
 def write_index(folder: Path, index: CacheIndex) -> None:
-    unfinished = folder / (CACHE_INDEX + ".tmp")
-    unfinished.write_text(json.dumps(asdict(index), indent=2) + "\n")
-    unfinished.replace(folder / CACHE_INDEX)
+    write_whole(folder / CACHE_INDEX, (json.dumps(asdict(index), indent=2) + "\n").encode())
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
@@ -62,10 +61,8 @@ def shard_path(folder: str | Path, number: int) -> Path:
 
 def write_shard(path: Path, images: Tensor, features: Tensor, keys: list[str]) -> None:
     """Write crops uint8 [n, 3, H, W], features [n, N, D] and the names of the images; it appears only whole."""
-    unfinished = path.with_suffix(".tmp")
     tensors = {"image": images.contiguous(), "feature": features.contiguous()}
-    unfinished.write_bytes(serialize(tensors, {"keys": json.dumps(keys)}))
-    unfinished.replace(path)
+    write_whole(path, serialize(tensors, {"keys": json.dumps(keys)}))
 
 
 class FeatureCache:

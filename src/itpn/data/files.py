@@ -1,8 +1,9 @@
 """What a data root holds: image files in any tree, or tar shards. Standard library only, so that it is quick."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from itpn.errors import UserError
@@ -10,6 +11,8 @@ from itpn.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 CACHE_INDEX = "itpn-features.json"  # in a folder written by `itpn cache-features`
+# by name; a test set is for the end, and taken for evaluation only where there is nothing else
+SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,7 @@ class ImageSource:
     images: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
     cache: str = ""
+    roots: tuple[str, ...] = field(default=(), compare=False)  # where they were looked for
 
 
 def find_images(roots: Sequence[Path | str]) -> ImageSource:
@@ -43,7 +47,7 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
     if caches and len(names) > 1:
         raise UserError(f"{caches[0]} holds cached features: give it as the only data root")
     if caches:
-        return ImageSource(cache=caches[0])
+        return ImageSource(cache=caches[0], roots=tuple(names))
     for root in names:
         if os.path.isdir(root):
             found = list(walk(root))
@@ -66,13 +70,53 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
     if not images and not shards:
         where = ", ".join(names) or "an empty list of data roots"
         raise UserError(f"no images in {where} (looked for {' '.join(IMAGE_SUFFIXES)} and .tar shards)")
-    return ImageSource(tuple(images), tuple(shards))
+    return ImageSource(tuple(images), tuple(shards), roots=tuple(names))
 
 
 def find_training_images(roots: Sequence[Path | str]) -> ImageSource:
     """As `find_images`, but of a folder with a `train` folder in it that one alone: evaluation sets stay unseen."""
     trains = [os.path.join(root, "train") for root in roots]
     return find_images([train if os.path.isdir(train) else root for train, root in zip(trains, roots, strict=True)])
+
+
+def find_splits(roots: Sequence[str]) -> dict[str, ImageSource]:
+    """As `find_images`, but what is for training apart from what is for evaluation, where the names say which is which.
+
+    Returns:
+        By name of the split (see `SPLITS`) what is called so in the roots, and nothing of what lies beside; where
+        nothing is called train, one source of everything under the name "".
+
+    Raises:
+        UserError: as `find_images`; or the roots or the splits are not of one kind.
+    """
+    splits = {word: [list_split(root, word) for root in roots] for words in SPLITS.values() for word in words}
+    if not any(any(splits[word]) for word in SPLITS["train"]):
+        return {"": find_images(roots)}
+    for root, *own in zip(roots, *splits.values(), strict=True):
+        if not any(own):
+            raise UserError(f"{root} has nothing called train, unlike another folder: give folders of one kind")
+    found = {
+        word: find_images([place for places in own for place in places]) for word, own in splits.items() if any(own)
+    }
+    if len({bool(source.images) for source in found.values()}) > 1:
+        raise UserError(f"images and tar shards side by side in {', '.join(roots)}: give one kind at a time")
+    return found
+
+
+def list_split(root: str, name: str) -> list[str]:
+    """Folders of a root that have a split's name, and shards and tables with it as a word in theirs."""
+    try:
+        places = sorted(entry.path for entry in os.scandir(root)) if os.path.isdir(root) else [root]
+    except OSError as error:
+        raise UserError(f"cannot read the folder {root}: {error.strerror}; check its permissions") from None
+    return [place for place in places if _is_called(place, name)]
+
+
+def _is_called(path: str, name: str) -> bool:
+    own = os.path.basename(path).lower()
+    if os.path.isdir(path):
+        return own == name
+    return (is_shard(own) or own.endswith(".parquet")) and bool(re.search(rf"(^|[^a-z]){name}([^a-z]|$)", own))
 
 
 def is_image(name: str) -> bool:

@@ -1,8 +1,6 @@
 """Images with classes: folders of classes, tar shards with .cls, parquet files; which are for training, which not."""
 
 import os
-import re
-import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,14 +10,12 @@ from typing import Literal, overload
 import numpy as np
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import IMAGE_SUFFIXES, is_hidden, is_image, is_shard, walk
-from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader, is_compressed
-from itpn.data.shards import TAR_ERRORS, StrictTarInfo
+from itpn.data.files import IMAGE_SUFFIXES, SPLITS, is_image, is_shard, list_split, walk
+from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
+from itpn.data.shards import index_shard
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
-# by name; a test set is for the end, and taken for evaluation only where there is nothing else
-SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
 
 
@@ -164,7 +160,7 @@ def _find_split(roots: Sequence[str], names: Sequence[str]) -> list[str] | None:
         UserError: one root has it and another has not.
     """
     for name in names:
-        places = [[path for path in _list_places(root) if _is_called(path, name)] for root in roots]
+        places = [list_split(root, name) for root in roots]
         if any(places):
             if name == "train" and not all(places):
                 without = next(root for root, own in zip(roots, places, strict=True) if not own)
@@ -173,18 +169,6 @@ def _find_split(roots: Sequence[str], names: Sequence[str]) -> list[str] | None:
                 )
             return [path for own in places for path in own]
     return None
-
-
-def _list_places(root: str) -> list[str]:
-    return sorted(entry.path for entry in os.scandir(root)) if os.path.isdir(root) else [root]
-
-
-def _is_called(path: str, name: str) -> bool:
-    """A folder of that name, or a file with it as a word in its name."""
-    own = os.path.basename(path).lower()
-    if os.path.isdir(path):
-        return own == name
-    return (is_shard(own) or own.endswith(".parquet")) and bool(re.search(rf"(^|[^a-z]){name}([^a-z]|$)", own))
 
 
 def _list_files(folder: str) -> list[str]:
@@ -219,32 +203,15 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str]) -> LabelledImage
     """Pairs of an image and its class, ``NAME.jpg`` and ``NAME.cls``, as WebDataset has them."""
     places, names, texts = [], [], []
     for number, path in enumerate(shards):
-        labels: dict[str, str] = {}
-        images: dict[str, tuple[int, int, str]] = {}
-        try:
-            # the places are those in the unpacked archive
-            with tarfile.open(path, "r:gz" if is_compressed(path) else "r:", tarinfo=StrictTarInfo) as tar:
-                for member in tar:
-                    stem, _, ending = member.name.rpartition(".")
-                    if not member.isfile() or is_hidden(member.name):
-                        continue
-                    if ending == "cls":
-                        file = tar.extractfile(member)
-                        assert file is not None
-                        labels[stem] = file.read(1000).decode(errors="replace").strip()
-                    elif is_image(member.name):
-                        images[stem] = member.offset_data, member.size, member.name
-        except TAR_ERRORS as error:
-            raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
-        for stem, (start, size, name) in images.items():
-            if stem not in labels:
-                raise UserError(f"{name} in {path} has no {Path(stem).name}.cls beside it: its class is not known")
+        for name, start, size, label in index_shard(path):
+            if label is None:
+                raise UserError(f"{name} in {path} has no {Path(name).stem}.cls beside it: its class is not known")
             places.append((number, start, size))
             names.append(f"{Path(path).name}/{name}")
-            texts.append(labels[stem])
+            texts.append(label)
     if not places:
         raise UserError(f"no images with .cls in the shards ({shards[0]} ...)")
-    classes = _read_class_names(folders)
+    classes = read_class_names(folders)
     if all(text.isdigit() for text in texts):
         numbers = [int(text) for text in texts]
         if classes is None:
@@ -261,8 +228,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str]) -> LabelledImage
     return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes))
 
 
-def _read_class_names(folders: Sequence[str]) -> list[str] | None:
-    """Beside the shards, or beside the folder that they are in."""
+def read_class_names(folders: Sequence[str]) -> list[str] | None:
+    """From a file beside the shards, or beside the folder that they are in."""
     for folder in folders:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():

@@ -15,8 +15,8 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, reason_of
-from itpn.data.files import is_image, walk
-from itpn.data.labelled import SPLITS, join_names
+from itpn.data.files import SPLITS, is_image, walk
+from itpn.data.labelled import join_names
 from itpn.data.layouts import Mistakes, read_size
 from itpn.data.masks import (
     IGNORED,

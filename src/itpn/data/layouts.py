@@ -20,8 +20,7 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 
 from itpn.data.decode import reason_of
-from itpn.data.files import is_image, walk
-from itpn.data.labelled import SPLITS
+from itpn.data.files import SPLITS, is_image, walk
 from itpn.errors import UserError
 
 Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON

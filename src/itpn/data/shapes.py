@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from itpn.data.folders import write_whole
 from itpn.errors import UserError
 
 Array = npt.NDArray[Any]  # float32, unless said
@@ -340,10 +341,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write beside and rename: a broken-off run leaves no half file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content))
-    partial.replace(path)
+    write_whole(path, json.dumps(content).encode())
 
 
 def _encode(image: Array) -> bytes:

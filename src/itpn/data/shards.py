@@ -10,6 +10,8 @@ from pathlib import Path
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import is_hidden, is_image
+from itpn.data.readers import is_compressed
+from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
 Sample = tuple[str, bytes | UnreadableImage]  # a name, and what its file holds or why that cannot be had
@@ -56,6 +58,31 @@ def count_shard_images(shards: Sequence[str | Path]) -> int:
         except TAR_ERRORS:
             pass
     return count
+
+
+def index_shard(path: str) -> list[tuple[str, int, int, str | None]]:
+    """Each image's name, its first byte in the unpacked archive, its size, and the text of its .cls if there is one.
+
+    Raises:
+        UserError: the shard is damaged.
+    """
+    labels: dict[str, str] = {}
+    images: dict[str, tuple[int, int]] = {}
+    try:
+        with tarfile.open(path, "r:gz" if is_compressed(path) else "r:", tarinfo=StrictTarInfo) as tar:
+            for member in tar:
+                stem, _, ending = member.name.rpartition(".")
+                if not member.isfile() or is_hidden(member.name):
+                    continue
+                if ending == "cls":
+                    file = tar.extractfile(member)
+                    assert file is not None
+                    labels[stem] = file.read(1000).decode(errors="replace").strip()
+                elif is_image(member.name):
+                    images[member.name] = member.offset_data, member.size
+    except TAR_ERRORS as error:
+        raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
+    return [(name, start, size, labels.get(name.rpartition(".")[0])) for name, (start, size) in images.items()]
 
 
 def shard_samples(

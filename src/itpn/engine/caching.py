@@ -15,6 +15,7 @@ from torch import Tensor
 from itpn.config import Config, image_size, to_dict
 from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, write_shard
 from itpn.data.files import CACHE_INDEX, ImageSource
+from itpn.data.folders import check_settings
 from itpn.data.loader import SkippedImages
 from itpn.engine.console import print_aside
 from itpn.engine.launch import choose_precision
@@ -121,10 +122,7 @@ def _open_folder(out: Path, index: CacheIndex) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if (out / CACHE_INDEX).exists():
             before, now = ({**dataclasses.asdict(i), **i.settings} for i in (read_index(out), index))
-            for key in [key for key in now if key not in ("complete", "settings")]:
-                if before.get(key) != now[key]:
-                    what = "of other images" if key == "files" else f"with {key} {before.get(key)}, not {now[key]}"
-                    raise UserError(f"{out} holds features {what}; choose another --out")
+            check_settings(out, before, {k: v for k, v in now.items() if k not in ("complete", "settings")}, "features")
         write_index(out, index)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror}") from error

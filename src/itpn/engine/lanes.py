@@ -3,13 +3,11 @@
 import contextlib
 import multiprocessing
 import os
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from types import FrameType
 
 import torch
 from rich.console import Console
@@ -18,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from itpn.config import RunConfig
 from itpn.engine.folder import RunFolder
 from itpn.engine.run import train
+from itpn.engine.signals import stopped_by_signals
 from itpn.errors import RunStopped, UserError
 
 
@@ -54,7 +53,7 @@ def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, lan
     left, done, bars = list(plans), set[str](), dict[str, TaskID]()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description:<24}"), *columns, console=console)
-    with _stopped_by_signals(), progress, _open_lanes(lanes) as idle:
+    with stopped_by_signals(), progress, _open_lanes(lanes) as idle:
         busy: dict[Connection, str] = {}
         while left or busy:
             for title in [title for title in left if plans[title].after in {None, *done}][: len(idle)]:
@@ -73,21 +72,6 @@ def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, lan
                 progress.console.print(f"{title:<24} {seconds:4.0f} s", highlight=False)
             for title, bar in bars.items():
                 progress.update(bar, completed=_last_step(plans[title].folder.metrics))
-
-
-@contextlib.contextmanager
-def _stopped_by_signals() -> Iterator[None]:
-    """Raise RunStopped on Ctrl-C and SIGTERM."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise RunStopped(signum)
-
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
 
 
 @contextlib.contextmanager

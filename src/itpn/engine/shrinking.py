@@ -1,0 +1,208 @@
+"""`itpn shrink`: large images, decoded once, into shards of small ones."""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.filesize import decimal
+from rich.progress import track
+from torch.utils.data import DataLoader
+
+from itpn.data.decode import UnreadableImage
+from itpn.data.files import CACHE_INDEX, ImageSource, walk
+from itpn.data.folders import check_settings, write_whole
+from itpn.data.labelled import CLASSES, read_class_names
+from itpn.data.loader import SkippedImages, start_worker
+from itpn.data.shrunk import (
+    SHRINK_INDEX,
+    Original,
+    ShrinkIndex,
+    ShrunkImages,
+    list_originals,
+    read_index,
+    write_index,
+    write_shard,
+)
+from itpn.engine.console import print_aside
+from itpn.engine.signals import stopped_by_signals
+from itpn.errors import RunStopped, UserError
+
+LOCK_SECONDS = 15  # the workers of a process that was killed notice within 5, and the lock is theirs as well
+
+
+def shrink(
+    splits: dict[str, ImageSource], out: Path, short_side: int, quality: int, shard_size: int, num_workers: int | None
+) -> None:
+    """Write the images of each split to shards in a folder of its name; shards that are there already are kept.
+
+    Args:
+        splits: from `find_splits`.
+        num_workers: processes that shrink, None for one a core; what is written does not depend on it.
+
+    Raises:
+        UserError: nothing to read, the folder cannot be written or holds something else, too many broken images.
+        RunStopped: by a signal.
+    """
+    console = Console()
+    originals = {split: _list_some(source) for split, source in splits.items()}
+    classes = _label(splits, originals)
+    shards = {
+        os.path.join(split, f"images-{begin // shard_size:05d}.tar"): found[begin : begin + shard_size]
+        for split, found in originals.items()
+        for begin in range(0, len(found), shard_size)
+    }
+    settings = {"short side": short_side, "quality": quality, "shard size": shard_size, "files": _hash(originals)}
+    try:
+        with _open_folder(out, settings) as index:
+            if classes is not None:
+                write_whole(out / CLASSES, os.fsencode("".join(f"{name}\n" for name in classes)))
+            try:
+                with stopped_by_signals():
+                    _write_shards(out, index, shards, num_workers, console)
+            except RunStopped:
+                print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command goes on")
+                raise
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise UserError(
+                    "a process that shrinks was killed, for want of memory perhaps: repeat the command, with fewer "
+                    "--num-workers if need be"
+                ) from error
+            size = sum((out / name).stat().st_size for name in shards)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    images, before = (sum(record[name] for record in index.shards.values()) for name in ("images", "bytes"))
+    broken = sum(len(record["broken"]) for record in index.shards.values())
+    console.print(
+        f"{images:,} images{f' ({broken:,} broken ones left out)' if broken else ''}, {decimal(before)} before, "
+        f"{decimal(size)} after; train from them with --data.root {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _list_some(source: ImageSource) -> list[Original]:
+    if source.cache:
+        raise UserError(f"{source.cache} holds cached features: give the images that they were made of")
+    if not (originals := list_originals(source)):
+        raise UserError(f"no images in the shards ({source.shards[0]} ...)")
+    return originals
+
+
+def _label(splits: dict[str, ImageSource], originals: dict[str, list[Original]]) -> list[str] | None:
+    """Put numbers of classes in the place of folders, where these are those of a classifier.
+
+    That is so where each image to train on is in one of two or more, and others are in the same.
+
+    Returns:
+        Names of the classes; None if there are none.
+    """
+    roots = [root for source in splits.values() for root in source.roots]
+    if any(source.shards for source in splits.values()):  # which have labels already
+        return read_class_names([root if os.path.isdir(root) else os.path.dirname(root) for root in roots])
+    folders = {split: {one.label for one in found} for split, found in originals.items()}
+    train = next(iter(folders.values()))
+    classes = sorted(folder for folder in train if folder is not None) if len(train) > 1 and None not in train else []
+    numbers = {name: str(number) for number, name in enumerate(classes)}
+    for split, found in originals.items():
+        known = folders[split] <= numbers.keys()
+        originals[split] = [one._replace(label=numbers[one.label] if known and one.label else None) for one in found]
+    return classes or None
+
+
+def _hash(originals: dict[str, list[Original]]) -> str:
+    digest = hashlib.sha256()
+    for split, found in originals.items():
+        for one in found:
+            digest.update(repr((split, one.key, os.path.abspath(one.path), one.start, one.size, one.label)).encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _open_folder(out: Path, settings: dict[str, Any]) -> Iterator[ShrinkIndex]:
+    """Take the folder for this process; the index tells which shards are done."""
+    begun = (out / SHRINK_INDEX).exists()
+    if not begun and out.is_dir() and ((out / CACHE_INDEX).exists() or next(walk(str(out)), None)):
+        raise UserError(f"{out} holds images, shards or features already; choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out / ".lock")
+    try:
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UserError(f"{out} is in use by another process; wait for it, or choose another --out") from None
+    with lock:
+        index = read_index(out) if begun else ShrinkIndex(settings)
+        check_settings(out, index.settings, settings, "shards")
+        index.shards = {name: record for name, record in index.shards.items() if (out / name).exists()}
+        write_index(out, index)
+        yield index
+
+
+def _write_shards(
+    out: Path,
+    index: ShrinkIndex,
+    shards: dict[str, list[Original]],
+    num_workers: int | None,
+    console: Console,
+) -> None:
+    todo = [name for name in shards if name not in index.shards]
+    if len(todo) < len(shards):
+        console.print(f"{len(shards) - len(todo)} of {len(shards)} shards are there already", highlight=False)
+    skipped = SkippedImages(sum(map(len, shards.values())))
+    for done in index.shards.values():
+        skipped.update(done["broken"].items())
+    if num_workers is None:
+        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    images: DataLoader[Any] = DataLoader(
+        ShrunkImages(index.settings["short side"], index.settings["quality"]),
+        sampler=chain.from_iterable(shards[name] for name in todo),
+        batch_size=None,
+        collate_fn=_unchanged,
+        num_workers=num_workers,
+        worker_init_fn=start_worker,
+    )
+    count = sum(len(shards[name]) for name in todo)
+    results = iter(track(images, "images", total=count, console=console, disable=not console.is_terminal))
+    for name in todo:
+        record: dict[str, Any] = {"images": 0, "bytes": 0, "broken": {}}
+        (out / name).parent.mkdir(exist_ok=True)
+        write_shard(out / name, _members(islice(results, len(shards[name])), record, skipped))
+        index.shards[name] = record
+        try:
+            skipped.check(0)
+        except UserError:
+            # they will be mended: look at them again then
+            index.shards = {name: done for name, done in index.shards.items() if not done["broken"]}
+            raise
+        finally:
+            write_index(out, index)
+
+
+def _members(
+    results: Iterator[tuple[Original, bytes | UnreadableImage, int]],
+    record: dict[str, Any],
+    skipped: SkippedImages,
+) -> Iterator[tuple[str, bytes]]:
+    """The files of a shard; tells of the broken ones, and counts in ``record``."""
+    for original, content, size in results:
+        if isinstance(content, UnreadableImage):
+            record["broken"][original.name] = str(content)
+            for message in skipped.update([(original.name, str(content))]):
+                print_aside(f"skipped {message}")
+            continue
+        record["images"] += 1
+        record["bytes"] += size
+        if original.label is not None:
+            yield f"{original.key}.cls", original.label.encode()
+        yield f"{original.key}.jpg", content
+
+
+def _unchanged(item: Any) -> Any:
+    return item

@@ -1,0 +1,303 @@
+"""`itpn shrink`: the same shards however they came about, and what is trained from them."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from PIL import Image
+
+import itpn.engine.shrinking
+from itpn.cli import main
+from itpn.data.files import find_training_images
+from itpn.data.labelled import find_labelled
+from itpn.data.shards import read_shard
+
+ROOT = Path(__file__).parents[2]
+
+
+def draw(path: Path, seed: int, size: tuple[int, int] = (90, 60), **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(path, **options)
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory):
+    """24 images of two classes."""
+    folder = tmp_path_factory.mktemp("large")
+    for i in range(24):
+        draw(folder / "cd"[i % 2] / f"{i:02d}.{'jpg' if i % 3 else 'png'}", i)
+    return folder
+
+
+def shrink(*arguments, size: int = 5, workers: int = 0) -> int:
+    numbers = ["--short-side", "32", "--shard-size", str(size), "--num-workers", str(workers)]
+    return main(["shrink", *map(str, arguments[:-1]), "--out", str(arguments[-1]), *numbers])
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def members(folder: Path) -> dict[str, bytes]:
+    found = {}
+    for path in sorted(folder.rglob("*.tar")):
+        with tarfile.open(path) as tar:
+            found |= {member.name: tar.extractfile(member).read() for member in tar}
+    return found
+
+
+@pytest.fixture(scope="session")
+def whole(large, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert shrink(large, out) == 0
+    return out
+
+
+def test_shards(large, whole, capsys):
+    assert sorted(contents(whole)) == ["classes.txt", *(f"images-0000{i}.tar" for i in range(5)), "itpn-shrink.json"]
+    found = members(whole)
+    for i in range(24):
+        key = f"{'cd'[i % 2]}/{i:02d}"
+        assert Image.open(io.BytesIO(found[f"{key}.jpg"])).size == (48, 32)
+        assert found[f"{key}.cls"] == str(i % 2).encode()
+    assert shrink(large, whole) == 0
+    before = sum(path.stat().st_size for path in large.rglob("*.*"))
+    out = capsys.readouterr().out
+    assert "5 of 5 shards are there already\n24 images, " in out
+    assert f"{before / 1000:.1f} kB before, " in out
+    assert out.endswith(f"after; train from them with --data.root {whole}\n")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_change_nothing(large, whole, tmp_path, workers):
+    assert shrink(large, tmp_path / "out", workers=workers) == 0
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_killed_and_gone_on_with(tmp_path, capsys):
+    (tmp_path / "large").mkdir()
+    for i in range(40):
+        if i < 4:
+            draw(tmp_path / f"large/{i}.jpg", i, (1800, 1200))
+        else:
+            os.link(tmp_path / f"large/{i % 4}.jpg", tmp_path / f"large/{i}.jpg")
+    assert shrink(tmp_path / "large", tmp_path / "want", size=2, workers=1) == 0
+    out = tmp_path / "out"
+    arguments = ["shrink", tmp_path / "large", "--out", out, "--short-side", "32", "--shard-size", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "itpn", *arguments, "--num-workers", "1"])
+    while not (out / "images-00001.tar").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert 2 <= len(list(out.glob("*.tar"))) < 20
+    first = (out / "images-00000.tar").stat()
+    assert shrink(tmp_path / "large", out, size=2) == 0
+    assert " of 20 shards are there already" in capsys.readouterr().out
+    assert (out / "images-00000.tar").stat() == first
+    assert contents(out) == contents(tmp_path / "want")
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_stopped_and_gone_on_with(large, whole, tmp_path, capsys, monkeypatch, signum, code, workers):
+    write_shard = itpn.engine.shrinking.write_shard
+
+    def stop(path, members):
+        if path.name == "images-00002.tar":
+            next(members)
+            os.kill(os.getpid(), signum)
+        write_shard(path, members)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(itpn.engine.shrinking, "write_shard", stop)
+        assert shrink(large, tmp_path / "out", workers=workers) == code
+    assert capsys.readouterr().err == "stopped with 2 of 5 shards done; the same command goes on\n"
+    assert shrink(large, tmp_path / "out") == 0
+    assert contents(tmp_path / "out") == contents(whole)
+
+
+def test_a_signal_while_an_image_is_decoded(large, tmp_path, monkeypatch):
+    """It is no fault of the image."""
+    decode_jpeg = itpn.data.decode.decode_jpeg
+
+    def stop(*arguments, **options):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return decode_jpeg(*arguments, **options)
+
+    monkeypatch.setattr(itpn.data.decode, "decode_jpeg", stop)
+    assert shrink(large, tmp_path / "out") == 143
+
+
+def test_a_shard_that_was_removed_is_made_again(large, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    (out / "images-00003.tar").unlink()
+    assert shrink(large, out) == 0
+    assert "4 of 5 shards are there already" in capsys.readouterr().out
+    assert contents(out) == contents(whole)
+
+
+def mistake(capsys) -> str:
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("itpn: ")
+    return error
+
+
+def test_other_settings_and_images_are_refused(large, whole, tmp_path, capsys):
+    before = contents(whole)
+    for options, answer in [
+        (["--short-side", "33"], "holds shards with short side 32, not 33; choose another --out"),
+        (["--quality", "90"], "with quality 95, not 90"),
+        (["--shard-size", "6"], "with shard size 5, not 6"),
+    ]:
+        standard = ["--short-side", "32", "--shard-size", "5", "--num-workers", "0"]
+        assert main(["shrink", str(large), "--out", str(whole), *standard, *options]) == 2
+        assert answer in mistake(capsys)
+    draw(tmp_path / "c/00.png", 0)
+    assert shrink(tmp_path, whole) == 2
+    assert "holds shards of other images" in mistake(capsys)
+    assert contents(whole) == before
+
+
+def test_folders_of_others_are_left_alone(large, tmp_path, capsys, monkeypatch):
+    draw(tmp_path / "mine/deep/1.png", 0)
+    assert shrink(large, tmp_path / "mine") == 2
+    assert "holds images, shards or features already" in mistake(capsys)
+    assert list(contents(tmp_path / "mine")) == ["deep/1.png"]
+    monkeypatch.setattr(itpn.engine.shrinking, "LOCK_SECONDS", 0)
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out/.lock"):
+        assert shrink(large, tmp_path / "out") == 2
+    assert "in use by another process" in mistake(capsys)
+    (tmp_path / "out/itpn-shrink.json").write_text("{")
+    assert shrink(large, tmp_path / "out") == 2
+    assert "itpn-shrink.json is damaged" in mistake(capsys)
+
+
+def test_a_full_disk(large, tmp_path, capsys, monkeypatch):
+    def addfile(tar, member, file=None):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tarfile.TarFile, "addfile", addfile)
+        assert shrink(large, tmp_path / "out") == 2
+    assert mistake(capsys).endswith("cannot be written: No space left on device")
+    assert not list((tmp_path / "out").glob("*.tmp"))
+    assert shrink(large, tmp_path / "out") == 0
+
+
+def test_broken_images(large, tmp_path, capsys):
+    folder, out = tmp_path / "large", tmp_path / "out"
+    shutil.copytree(large, folder)
+    (folder / "c/broken.jpg").write_bytes((folder / "c/02.jpg").read_bytes()[:300])
+    assert shrink(folder, out) == 0
+    done = capsys.readouterr()
+    assert done.err.count("skipped") == 1
+    assert f"skipped {folder}/c/broken.jpg: " in done.err
+    assert "24 images (1 broken ones left out), " in done.out
+    assert len(members(out)) == 48
+    assert shrink(folder, out) == 0
+    done = capsys.readouterr()
+    assert done.err == ""
+    assert "24 images (1 broken ones left out), " in done.out
+
+
+def test_too_many_broken_images(large, tmp_path, capsys):
+    folder, out = tmp_path / "large", tmp_path / "out"
+    shutil.copytree(large, folder)
+    mended = {folder / f"c/{i}.jpg": i for i in range(2)}
+    for path in mended:
+        path.touch()
+    assert shrink(folder, out) == 2
+    assert "2 of 26 images cannot be read, more than 5%" in mistake(capsys)
+    for path, seed in mended.items():
+        draw(path, seed)
+    assert shrink(folder, out) == 0  # those mended are taken in
+    assert "26 images, " in capsys.readouterr().out
+    assert shrink(folder, tmp_path / "want") == 0
+    assert contents(out) == contents(tmp_path / "want")
+
+
+def test_splits_and_labels(tmp_path):
+    """A root of a classifier stays one, its names of classes too; what lies beside is left out."""
+    root, out = tmp_path / "root", tmp_path / "out"
+    for i in range(12):
+        draw(root / "train" / ["10", "9", "cat"][i % 3] / f"{i}.jpg", i)
+    draw(root / "val/cat/1.jpg", 1)
+    draw(root / "test/1.jpg", 1)
+    draw(root / "raw/1.jpg", 1)
+    assert shrink(root, out) == 0
+    assert (out / "classes.txt").read_text().split() == ["10", "9", "cat"]
+    train, val = find_labelled([str(out)])
+    assert (len(train), len(val), train.classes) == (12, 1, ("10", "9", "cat"))
+    for images in (train, val):
+        for index, label in enumerate(images.labels):
+            assert f"/{images.classes[label]}/" in images.files.name(index)
+    assert [os.path.basename(path) for path in find_training_images([out]).shards] == [
+        f"images-0000{i}.tar" for i in range(3)
+    ]
+    assert [name for name, _ in read_shard(out / "test/images-00000.tar")] == ["images-00000.tar/1.jpg"]
+    again = tmp_path / "again"
+    assert shrink(out, again) == 0  # labels of shards are kept as well
+    train_again, val_again = find_labelled([str(again)])
+    assert train_again.classes == train.classes
+    assert (list(train_again.labels), list(val_again.labels)) == (list(train.labels), list(val.labels))
+    assert train_again[0][1] == train[0][1]  # small already
+
+
+def test_folders_that_are_no_classes(tmp_path):
+    """A lone image beside them, one folder for all, or others to evaluate on."""
+    for name, paths in {"lone": ["c/1", "d/1", "1"], "one": ["c/1", "c/2"]}.items():
+        for path in paths:
+            draw(tmp_path / f"{name}/{path}.jpg", 0)
+        assert shrink(tmp_path / name, tmp_path / f"{name}-out") == 0
+        assert sorted(members(tmp_path / f"{name}-out")) == sorted(f"{path}.jpg" for path in paths)
+        assert not (tmp_path / f"{name}-out/classes.txt").exists()
+    for path in ("train/c/1", "train/d/1", "val/images/1"):
+        draw(tmp_path / f"three/{path}.jpg", 0)
+    assert shrink(tmp_path / "three", tmp_path / "three-out") == 0
+    assert sorted(members(tmp_path / "three-out")) == ["c/1.cls", "c/1.jpg", "d/1.cls", "d/1.jpg", "images/1.jpg"]
+
+
+def test_splits_by_the_names_of_shards(large, whole, tmp_path):
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    for i, name in enumerate(("wds-train-0", "wds-train-1", "wds-validation-0")):
+        shutil.copy(whole / f"images-0000{i}.tar", shards / f"{name}.tar")
+    assert shrink(shards, tmp_path / "out") == 0
+    train, val = find_labelled([str(tmp_path / "out")])
+    assert (len(train), len(val), train.classes) == (10, 5, ("0", "1"))
+    assert train.files.name(0).startswith("images-00000.tar/wds-train-0/")
+    assert shrink(*sorted(shards.iterdir()), tmp_path / "files") == 0
+    assert members(tmp_path / "files") == members(tmp_path / "out")
+    (shards / "wds-train-0.tar").write_bytes((shards / "wds-train-0.tar").read_bytes()[:5000])
+    assert shrink(shards, tmp_path / "cut") == 2
+    assert not (tmp_path / "cut").exists()
+
+
+def test_training_from_them(whole, tmp_path):
+    steps = ["--trainer.max-steps", "2", "--data.batch-size", "4", "--data.num-workers", "0"]
+    common = ["--data.root", str(whole), *steps, "--output-dir", str(tmp_path)]
+    small = ["--data.img-size", "32", "--model.decoder-width", "32", "--model.decoder-depth", "1"]
+    assert main(["train", "itpn-pixel_nano", *common, *small]) == 0
+    run = tmp_path / "itpn-pixel_nano/default"
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["images_seen"], summary["images_skipped"]) == (8, 0)
+    checkpoint = ["--model.checkpoint", str(run / "model.safetensors")]
+    assert main(["train", "classifier_small", *common, *checkpoint, "--data.img-size", "32"]) == 0
