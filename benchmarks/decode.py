@@ -20,7 +20,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from itpn.data.augment import PretrainingTransform
-from itpn.data.decode import decode_image
+from itpn.data.decode import EncodedImage
 from itpn.data.files import find_images
 
 
@@ -69,8 +69,7 @@ def itpn_reader(img_size: int) -> Callable[[str], Tensor]:
 
     def read(path: str) -> Tensor:
         with open(path, "rb") as file:
-            image = decode_image(file.read())
-        return transform(image, random.Random(path))["image"]
+            return transform(EncodedImage(file.read()), random.Random(path))["image"]
 
     return read
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import multiprocessing
 import resource
 import struct
 import sys
@@ -15,8 +16,11 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torchvision.io import decode_jpeg
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
-from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data import decode
+from itpn.data.decode import EncodedImage, UnreadableImage, decode_image
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 RED, GREEN, BLUE, YELLOW = (208, 28, 28), (51, 191, 71), (22, 42, 183), (239, 219, 49)
@@ -279,3 +283,99 @@ def test_decoding_is_a_copy() -> None:
 
 def test_16_bits_of_colour_are_exact() -> None:
     assert torch.equal(decode_image(ENCODINGS["16-bit png"]()), decode_image(encode(quarters(), "PNG")))
+
+
+def noisy_photo(mode: str = "RGB") -> Image.Image:
+    """Structure of all scales, so that no two parts are alike; odd sides."""
+    rng = np.random.default_rng(0)
+    image = np.zeros((301, 407, 3))
+    for side in (3, 12, 50, 200):
+        coarse = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8))
+        image += np.asarray(coarse.resize((407, 301), Image.Resampling.BICUBIC), dtype=float) / 4
+    return Image.fromarray(image.astype(np.uint8)).convert(mode)
+
+
+PARTS = [(0, 0, 301, 407), (13, 22, 100, 170), (200, 300, 101, 107), (300, 0, 1, 407), (17, 406, 200, 1)]
+
+
+@pytest.mark.parametrize("codec", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"format": "JPEG"},
+        {"format": "JPEG", "subsampling": 0},
+        {"format": "JPEG", "progressive": True},
+        {"format": "JPEG", "mode": "L"},
+        {"format": "JPEG", "mode": "CMYK"},
+        {"format": "JPEG", "orientation": 6},
+        {"format": "PNG"},
+        {"format": "PNG", "orientation": 3},
+    ],
+)
+def test_a_part_is_that_of_the_whole(monkeypatch, options, codec):
+    options = {"mode": "RGB", "orientation": 1, **options}
+    exif = Image.Exif()
+    exif[0x0112] = options.pop("orientation")
+    data = encode(noisy_photo(options.pop("mode")), exif=exif, **options)
+    if codec:
+        pytest.importorskip("nvidia.nvimgcodec")
+    else:
+        monkeypatch.setattr(decode, "_find_codec", lambda: None)
+    whole = decode_image(data)
+    for top, left, height, width in PARTS:
+        if exif[0x0112] == 6:
+            top, left, height, width = left, top, width, height
+        image = EncodedImage(data)
+        assert (image.height, image.width) == whole.shape[1:]
+        part = image.decode_crop(top, left, height, width, target=(150, 150))
+        assert torch.equal(part, whole[:, top : top + height, left : left + width])
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_large_part_is_decoded_smaller(mode, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(noisy_photo(mode).resize((1224, 904), Image.Resampling.BICUBIC), "JPEG", quality=92, exif=exif)
+    whole = decode_image(data)
+    for target, shrink in {(99, 101): 2, (45, 50): 4, (20, 25): 8, (240, 120): 1}.items():
+        image = EncodedImage(data)
+        assert (image.height, image.width) == whole.shape[1:]
+        part = image.decode_crop(104, 200, 400, 456, target)
+        assert part.shape == (3, 400 // shrink, 456 // shrink)
+        # as much as a picture changes when it is resized by another filter
+        want = whole[:, 104:504, 200:656]
+        ours, theirs, other = (
+            resize(x, list(target), mode, antialias=True).float()
+            for x, mode in (
+                (part, InterpolationMode.BICUBIC),
+                (want, InterpolationMode.BICUBIC),
+                (want, InterpolationMode.BILINEAR),
+            )
+        )
+        assert (ours - theirs).abs().mean() <= 1.5 * (other - theirs).abs().mean()
+
+
+@pytest.mark.parametrize("codec", [True, False])
+@pytest.mark.parametrize("target", [(150, 150), (20, 20)])
+def test_a_part_that_is_not_there(monkeypatch, codec, target):
+    if not codec:
+        monkeypatch.setattr(decode, "_find_codec", lambda: None)
+    data = encode(noisy_photo(), "JPEG")
+    with pytest.raises(UnreadableImage, match=r"truncated|[Pp]remature|EOF"):
+        EncodedImage(data[: len(data) // 2]).decode_crop(50, 0, 250, 400, target)
+    with pytest.raises(UnreadableImage):
+        EncodedImage(data[: len(data) // 40]).decode_crop(50, 0, 250, 400, target)
+
+
+def test_a_decoder_of_its_own_after_a_fork():
+    """As workers of a loader do, that start when this process has decoded already."""
+    data = encode(noisy_photo(), "JPEG")
+    part = EncodedImage(data).decode_crop(10, 10, 200, 200, (150, 150))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        other = pool.apply_async(_decode_in_child, (data,)).get(timeout=60)
+    assert torch.equal(part, torch.from_numpy(other))
+
+
+def _decode_in_child(data: bytes) -> np.ndarray:
+    return EncodedImage(data).decode_crop(10, 10, 200, 200, (150, 150)).numpy()

@@ -83,7 +83,7 @@ def test_the_same_set_in_each_form(tmp_path, write, monkeypatch):
         assert found == {(data, label) for _, data, label in samples(count, first)}
 
     def view(image, rng, label):
-        return {"image": image, "label": torch.tensor(label)}
+        return {"image": image.decode(), "label": torch.tensor(label)}
 
     loader = TrainingLoader(train, view, batch_size=5, num_workers=2 * (write is write_shards), seed=0)
     seen = {}

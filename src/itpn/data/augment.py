@@ -13,6 +13,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation, resize
 
+from itpn.data.decode import EncodedImage, decode_whole
 from itpn.errors import UserError
 
 Jitter = list[tuple[Callable[[Tensor, float], Tensor], float]]  # adjustments and their factors, in order
@@ -57,14 +58,19 @@ class PretrainingTransform:
         if self.teacher_size is not None and min(self.teacher_size) < 1:
             raise UserError(f"teacher_size is {self.teacher_size}: give a height and a width of at least 1")
 
-    def __call__(self, image: Tensor, rng: random.Random) -> dict[str, Tensor]:
-        """Augment one image, uint8 [3, any, any]; the same ``rng`` gives the same.
+    def __call__(self, image: EncodedImage | Tensor, rng: random.Random) -> dict[str, Tensor]:
+        """Augment one image, encoded or uint8 [3, any, any]; the same ``rng`` gives the same.
 
         Returns:
             "image" uint8 [3, *img_size], and "teacher_image" uint8 [3, *teacher_size] if that is another size.
         """
-        top, left, height, width = draw_crop(image.shape[-2], image.shape[-1], self.scale, self.ratio, rng)
-        crop = image[:, top : top + height, left : left + width]
+        rows, cols = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
+        top, left, height, width = draw_crop(rows, cols, self.scale, self.ratio, rng)
+        if isinstance(image, Tensor):
+            crop = image[:, top : top + height, left : left + width]
+        else:
+            largest = [max(sides) for sides in zip(self.img_size, self.teacher_size or (0, 0), strict=True)]
+            crop = image.decode_crop(top, left, height, width, (largest[0], largest[1]))
         mirrored = rng.random() < self.hflip
         # the last numbers drawn, and none without jitter, so that crops do not depend on it
         jitter = draw_jitter(self.color_jitter, rng) if self.color_jitter else []
@@ -120,12 +126,13 @@ class ClassificationTransform:
             raise UserError(f"--data.auto-augment {self.auto_augment}: timm knows no such augmentation") from error
         object.__setattr__(self, "_transform", transform)
 
-    def __call__(self, image: Tensor, rng: random.Random, label: int) -> dict[str, Tensor]:
-        """Augment one image, uint8 [3, any, any]; the same ``rng`` gives the same.
+    def __call__(self, image: EncodedImage | Tensor, rng: random.Random, label: int) -> dict[str, Tensor]:
+        """Augment one image, encoded or uint8 [3, any, any]; the same ``rng`` gives the same.
 
         Returns:
             "image" uint8 [3, *img_size], and "label" as it is.
         """
+        pixels = decode_whole(image)
         # timm draws from the global generators of three libraries, which must not notice
         before = random.getstate(), np.random.get_state()
         try:
@@ -136,7 +143,7 @@ class ClassificationTransform:
                     np.random.seed(seed)
                     torch.manual_seed(seed)
                     try:
-                        view = torch.as_tensor(self._transform(to_pil(image)))  # type: ignore[attr-defined]
+                        view = torch.as_tensor(self._transform(to_pil(pixels)))  # type: ignore[attr-defined]
                         return {"image": view, "label": torch.tensor(label)}
                     except ValueError as error:
                         # one image in some hundreds is to keep no bit, which newer Pillow refuses: draw again

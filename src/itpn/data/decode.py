@@ -1,5 +1,6 @@
 """From the bytes of an image file to an RGB tensor, whatever its format and mode; what cannot be read is refused."""
 
+import functools
 import io
 import os
 import re
@@ -7,20 +8,114 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 # The first that fits wins. A closed list, because among Pillow's other formats some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less than most bombs
 
 
 class UnreadableImage(Exception):
     """The bytes are not an image that can be read in full; the message is a short reason."""
+
+
+class EncodedImage:
+    """An image file of which only the header has been read: what is wanted of it is decoded when it is known.
+
+    Attributes:
+        height, width: in pixels, the way a person sees it: EXIF rotation applied.
+
+    Raises:
+        UnreadableImage: not an image, or of more than ``max_pixels`` (or 179 million, Pillow's own limit).
+    """
+
+    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+        if not data:
+            raise UnreadableImage("empty file")
+        self._data = data
+        with _reading():
+            self._image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
+            self._orientation = 1
+            if "exif" in self._image.info:
+                with suppress(Exception):  # damaged metadata is no reason to lose the picture
+                    self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
+        self.width, self.height = self._image.size[::-1] if self._orientation in TURNED else self._image.size
+        if self.width * self.height > max_pixels:
+            raise UnreadableImage(f"{self.width}x{self.height} pixels, more than the {max_pixels} allowed")
+        self._is_jpeg = self._image.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
+
+    def decode(self) -> Tensor:
+        """All of it, uint8 [3, height, width]; see :func:`decode_image`."""
+        with _reading():
+            if self._is_jpeg:
+                encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)  # a copy: bytes are read-only
+                return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
+            return _to_tensor(_to_rgb(self._image))
+
+    def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
+        """A part of it that is going to be resized to ``target``, (height, width).
+
+        A JPEG is decoded at the smallest scale, 1/2, 1/4 or 1/8, at which the part has twice the target's size both
+        ways, the margin of Pillow's thumbnails: the result differs from that of a full decoding as bicubic and bilinear
+        resizing differ. Its edges are moved to whole pixels of that scale.
+
+        Returns:
+            uint8 [3, height, width], or smaller by that scale; channels last in memory, for which resizing is quickest.
+
+        Raises:
+            UnreadableImage: damaged or cut off.
+        """
+        shrink = min(height // (2 * target[0]), width // (2 * target[1]))
+        if not self._is_jpeg or shrink < 2:
+            part = self._decode_part(top, left, height, width)
+            if part is None:
+                part = self.decode()[:, top : top + height, left : left + width]
+            return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+        shrink = max(scale for scale in (2, 4, 8) if scale <= shrink)
+        with _reading():
+            self._image.draft(None, (self._image.width // shrink, self._image.height // shrink))
+            edges = (left, top, left + width, top + height)
+            box = [round(edge / shrink) for edge in edges]
+            return _to_tensor(_turn(self._image).crop((box[0], box[1], box[2], box[3])).convert("RGB"))
+
+    def _decode_part(self, top: int, left: int, height: int, width: int) -> Tensor | None:
+        """A part of a JPEG without what is below it and most of what is beside it; None where that cannot be done.
+
+        The pixels are those of the whole image to the bit. Of a file that is cut off, parts that are there are decoded.
+        """
+        if not self._is_jpeg or self._orientation != 1:
+            return None
+        with _reading():
+            codec = _find_codec()
+            if codec is None:
+                return None
+            region = codec.Region(top, left, top + height, left + width)
+            part = _decoder(os.getpid()).decode(codec.CodeStream(self._data).get_sub_code_stream(region=region))
+            return None if part is None else torch.from_numpy(np.asarray(part)).permute(2, 0, 1)
+
+
+@functools.cache
+def _find_codec() -> Any:
+    try:
+        from nvidia import nvimgcodec
+    except ImportError:  # there are builds for Linux alone
+        return None
+    return nvimgcodec
+
+
+@functools.cache
+def _decoder(process: int) -> Any:
+    """For each process its own, because threads do not survive a fork."""
+    codec = _find_codec()
+    backends = [codec.Backend(codec.CPU_ONLY)]
+    return codec.Decoder(device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
@@ -36,43 +131,56 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
         UnreadableImage: not an image, damaged, cut off, or of more than ``max_pixels``, which is found out
             from the header before memory is set aside (Pillow's own limit, 179 megapixels, holds as well).
     """
-    if not data:
-        raise UnreadableImage("empty file")
-    with _quiet():
-        try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
-            if image.width * image.height > max_pixels:
-                raise UnreadableImage(f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed")
-            if image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB"):
-                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)  # a copy, because bytes are read-only
-                return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-            return _decode_with_pillow(image)
-        except UnreadableImage:
-            raise
-        except UnidentifiedImageError:
-            raise UnreadableImage("not an image of a known format") from None
-        except Exception as error:  # decoders raise a dozen types on damaged input
-            raise UnreadableImage(reason_of(error)) from None
+    return EncodedImage(data, max_pixels).decode()
+
+
+def open_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> EncodedImage:
+    """What a reader gives, the bytes of a file or why they cannot be had, as an image to be decoded."""
+    if isinstance(data, UnreadableImage):
+        raise data
+    return EncodedImage(data, max_pixels)
 
 
 def decode_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """As :func:`decode_image`, of what a reader gives: the bytes of a file, or why they cannot be had."""
-    if isinstance(data, UnreadableImage):
-        raise data
-    return decode_image(data, max_pixels)
+    """As :func:`open_sample`, decoded whole."""
+    return open_sample(data, max_pixels).decode()
 
 
-def _decode_with_pillow(image: Image.Image) -> Tensor:
+def decode_whole(image: EncodedImage | Tensor) -> Tensor:
+    return image if isinstance(image, Tensor) else image.decode()
+
+
+@contextmanager
+def _reading() -> Iterator[None]:
+    """Whatever decoders raise, a dozen types on damaged input, becomes :class:`UnreadableImage`."""
+    with _quiet():
+        try:
+            yield
+        except UnidentifiedImageError:
+            raise UnreadableImage("not an image of a known format") from None
+        except Exception as error:
+            raise UnreadableImage(reason_of(error)) from None
+
+
+def _turn(image: Image.Image) -> Image.Image:
     image.load()
     with suppress(Exception):  # damaged metadata is no reason to lose the picture
         image = ImageOps.exif_transpose(image)
+    return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    image = _turn(image)
     if image.mode[0] in "IF":
         image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, image.format))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    pixels = np.array(image.convert("RGB"))  # [height, width, 3]
-    return torch.from_numpy(pixels).permute(2, 0, 1)
+    return image.convert("RGB")
+
+
+def _to_tensor(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # of [height, width, 3]
 
 
 def _to_8_bits(values: np.ndarray, mode: str, format: str | None) -> np.ndarray:

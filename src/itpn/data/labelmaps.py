@@ -14,7 +14,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, reason_of
+from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, reason_of
 from itpn.data.files import SPLITS, is_image, walk
 from itpn.data.labelled import join_names
 from itpn.data.layouts import Mistakes, read_size
@@ -419,12 +419,16 @@ class SegmentationTransform:
     fill: Colour = (124, 116, 104)
     max_pixels: int = MAX_PIXELS
 
-    def __call__(self, image: Tensor, rng: random.Random, mask: str) -> dict[str, Any]:
-        """uint8 [3, H, W] and the path of its mask -> "image" uint8 [3, size, size], "target" uint8 [size, size].
+    def __call__(self, image: EncodedImage | Tensor, rng: random.Random, mask: str) -> dict[str, Any]:
+        """Augment one image, encoded or uint8 [3, H, W], with its mask, given by its path.
+
+        Returns:
+            "image" uint8 [3, size, size] and "target" uint8 [size, size].
 
         Raises:
             UnreadableImage: the mask cannot be read, or is of another size.
         """
+        image = decode_whole(image)
         picture, labels = self._resize(image, view_labels(image, self.table, mask, self.max_pixels), rng)
         picture, labels = self._crop(picture, labels, rng)
         right, below = self.size - labels.shape[-1], self.size - labels.shape[-2]

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from itpn.data.cache import FeatureCache
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_sample
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_sample
 from itpn.data.files import ImageSource
 from itpn.data.readers import FileReader, Reader
 from itpn.data.shards import Sample, count_shard_images, shard_samples
@@ -60,7 +60,7 @@ class TrainingLoader:
 
     Args:
         source: from `find_images`, or images with labels or objects from `find_labelled` or `find_objects`.
-        transform: maps (uint8 [3, any, any], random.Random, what is known of the image) to a dict, see
+        transform: maps (`EncodedImage`, random.Random, what is known of the image) to a dict, see
             `PretrainingTransform`.
         batch_size: images in a batch of this rank.
         num_workers: processes that read; 0 reads in this one, and leaves torch's global random numbers alone.
@@ -219,7 +219,7 @@ class _Plan:
             known: list[Any]
             for key, data, *known in itertools.chain([sample], spares):
                 try:
-                    view = self.transform(decode_sample(data, self.max_pixels), rng, *known)
+                    view = self.transform(open_sample(data, self.max_pixels), rng, *known)
                 except UnreadableImage as error:
                     broken.append((key, str(error)))
                     continue

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from itpn.data.decode import UnreadableImage
+from itpn.data.decode import EncodedImage, UnreadableImage, decode_whole
 from itpn.data.readers import PackedStrings, Reader, Subset
 from itpn.errors import UserError
 from itpn.models.detector import fit_sides
@@ -198,8 +198,8 @@ class DetectionTransform:
     interpolation: str = "bilinear"
     masks: bool = True
 
-    def __call__(self, image: Tensor, rng: random.Random, known: dict[str, Any]) -> dict[str, Any]:
-        """Augment one image, uint8 [3, any, any], with what is known of it.
+    def __call__(self, image: EncodedImage | Tensor, rng: random.Random, known: dict[str, Any]) -> dict[str, Any]:
+        """Augment one image, encoded or uint8 [3, any, any], with what is known of it.
 
         Returns:
             "image" uint8 [3, any, any] and "target", see :func:`make_target`; objects that are cut away are left out.
@@ -207,6 +207,7 @@ class DetectionTransform:
         Raises:
             UnreadableImage: the image has another size than the annotations say.
         """
+        image = decode_whole(image)
         check_size(image, known)
         target = make_target(known, self.masks)
         if self.large_scale_jitter is not None:
