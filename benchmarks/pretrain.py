@@ -2,37 +2,51 @@
 
     python benchmarks/pretrain.py itpn-pixel_nano --batch-size 64
     python benchmarks/pretrain.py itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k --batch-size 128 \\
-        --precision bf16 --compile --data data/imagenet --num-workers 16
+        --precision bf16 --arms compiled eager plain --data data/imagenet --num-workers 16
 
-One row for batches that lie in memory and, with --data, one for real files through the reader. The limit is the
-best large matrix product in the same precision, measured in the same run. A moving average is part of the step; an
-outside teacher is not, numbers drawn at random stand for its features.
+Arms take steps in turns, and between them goes the best large matrix product in the same precision, so that ratios
+hold on a machine whose speed varies: "fraction" and "to the first" are medians over rounds. A row for each arm with
+batches that lie in memory and, with --data, one for real files through the reader, with the first arm. A moving average
+is part of the step; an outside teacher is not, numbers drawn at random stand for its features.
 """
 
 import argparse
 import contextlib
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
+from plain import SAVINGS, make_plain, make_plain_optimizer
 from rich.console import Console
 from rich.table import Table
 from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
 
-from itpn.config import image_size
+from itpn.config import Config, image_size
 from itpn.data.files import find_training_images
 from itpn.engine.launch import device_name, peak_memory_gb
 from itpn.engine.pretraining import make_loader
 from itpn.pretraining.average import MovingAverageTeacher
 from itpn.pretraining.build import build_masked_model
+from itpn.pretraining.model import MaskedImageModel
 from itpn.recipes import read_recipe
 from itpn.tasks.pretrain import PretrainingTask
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+ARMS = {
+    "eager": "as it is",
+    "compiled": "by torch.compile",
+    "selective": "products kept, the rest recomputed",
+    "checkpointed": "all activations recomputed",
+    "compiled selective": "both",
+    "plain": "the same network without our savings, see plain.py",
+    **{f"no {saving}": "eager without this one" for saving in SAVINGS},
+}
 
 
 def synchronize(device: torch.device) -> None:
@@ -40,38 +54,98 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def best_matmul_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best square matrix product, medians of repeated runs."""
-    best = 0.0
-    for size in (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 4096):
-        a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
-        times = []
-        for _ in range(8):
-            synchronize(device)
-            begin = time.perf_counter()
-            a @ b
-            synchronize(device)
-            times.append(time.perf_counter() - begin)
-        best = max(best, 2 * size**3 / statistics.median(times[2:]))
-    return best
+class BestProduct:
+    """The largest rate of square matrix products, which is timed again whenever it is asked for."""
 
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device = device
+        sizes = (4096, 8192, 16384) if device.type == "cuda" else (1024, 2048, 4096)
+        rates = {}
+        for size in sizes:
+            self.factors = [torch.randn(size, size, device=device, dtype=dtype) for _ in range(2)]
+            self.flops_per_second()
+            rates[size] = statistics.median(self.flops_per_second() for _ in range(5))
+        best = max(rates, key=lambda size: rates[size])
+        self.factors = [torch.randn(best, best, device=device, dtype=dtype) for _ in range(2)]
 
-def measure(
-    step: Callable[[torch.Tensor], None], batches: Iterator[torch.Tensor], device: torch.device, warmup: int, steps: int
-) -> tuple[float, float]:
-    """Median seconds of a step, waiting for its batch included, and mean seconds of that waiting."""
-    times, waits = [], []
-    for i in range(warmup + steps):
-        synchronize(device)
+    def flops_per_second(self) -> float:
+        a, b = self.factors
+        synchronize(self.device)
         begin = time.perf_counter()
-        images = next(batches)
-        wait = time.perf_counter() - begin
-        step(images)
-        synchronize(device)
-        if i >= warmup:
-            times.append(time.perf_counter() - begin)
-            waits.append(wait)
-    return statistics.median(times), statistics.mean(waits)
+        a @ b
+        synchronize(self.device)
+        return 2 * len(a) ** 3 / (time.perf_counter() - begin)
+
+
+class Arm:
+    """A network with its optimiser, and one way to take a step.
+
+    Attributes:
+        step: takes a batch uint8 [B, 3, H, W].
+        flops: of a step's forward and backward pass, at the batch size of the first.
+    """
+
+    def __init__(self, name: str, config: Config, model: MaskedImageModel, dtype: torch.dtype, batch: int) -> None:
+        self.name = name
+        self.device = next(model.parameters()).device
+        self.precision = (
+            torch.autocast(self.device.type, dtype) if dtype is not torch.float32 else contextlib.nullcontext()
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype is torch.float16)
+        self.momentum = config.teacher.momentum
+        size = image_size(config.data)
+        self.model = model
+        self.average = MovingAverageTeacher(model) if config.teacher.name == "ema" else None
+        self.task = PretrainingTask(model, config, "benchmark", teacher=self.average).to(self.device)
+        self.outside: dict[str, Any] = {}
+        if config.teacher.name and self.average is None:
+            shape = model.eval()(torch.zeros(1, config.model.in_chans, *size, device=self.device)).prediction.shape
+            self.outside["feature"] = torch.randn(batch, *shape[1:], device=self.device)
+        model.train()
+        without = [saving for saving in SAVINGS if name in ("plain", f"no {saving}")]
+        make_plain(model, without)
+        if "fused optimizer" in without:
+            self.optimizer = make_plain_optimizer(model)
+        else:
+            groups = param_groups_weight_decay(
+                model, config.optimizer.weight_decay, no_weight_decay_list=model.no_weight_decay()
+            )
+            self.optimizer = torch.optim.AdamW(groups, fused=True)
+        with FlopCounterMode(display=False) as counter:  # before anything is recomputed or compiled
+            self._forward_backward(torch.zeros(batch, 3, *size, dtype=torch.uint8))
+        self.flops = counter.get_total_flops()
+        self.optimizer.zero_grad()
+        if "selective" in name or name == "checkpointed":
+            model.set_grad_checkpointing("selective" if "selective" in name else True)
+        if "compiled" in name:
+            model.compile()
+            if self.average is not None:
+                self.average.compile()
+
+    def _forward_backward(self, images: torch.Tensor) -> None:
+        x = self.task.normalize(images.to(self.device, non_blocking=True))
+        with self.precision:
+            loss = self.model(x, target=self.task.make_targets(self.outside, x)).loss
+        self.scaler.scale(loss).backward()
+
+    def step(self, images: torch.Tensor) -> None:
+        self._forward_backward(images)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.model, self.momentum)
+
+
+def time_step(arm: Arm, batches: Iterator[torch.Tensor]) -> tuple[float, float]:
+    """Seconds of a step, waiting for its batch included, and seconds of that waiting."""
+    synchronize(arm.device)
+    begin = time.perf_counter()
+    images = next(batches)
+    wait = time.perf_counter() - begin
+    arm.step(images)
+    synchronize(arm.device)
+    return time.perf_counter() - begin, wait
 
 
 def main() -> None:
@@ -80,7 +154,8 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--img-size", type=int, help="pixels of a side (default: the recipe's)")
     parser.add_argument("--precision", choices=DTYPES, default="32")
-    parser.add_argument("--compile", action="store_true")
+    arms = "; ".join(f"{name}: {what}" for name, what in ARMS.items())
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=["eager"], metavar="ARM", help=arms)
     parser.add_argument("--data", nargs="+", help="folders or shards for the row of real files")
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=3)
@@ -96,72 +171,57 @@ def main() -> None:
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # as the engine does
     dtype = DTYPES[options.precision]
-    size = image_size(config.data)
-    model = build_masked_model(config.model, size, config.teacher).to(device).train()
-    average = MovingAverageTeacher(model) if config.teacher.name == "ema" else None
-    task = PretrainingTask(model, config, recipe, teacher=average).to(device)
-    outside: dict[str, Any] = {}
-    if config.teacher.name and average is None:
-        shape = model.eval()(torch.zeros(1, config.model.in_chans, *size, device=device)).prediction.shape
-        outside["feature"] = torch.randn(options.batch_size, *shape[1:], device=device)
-        model.train()
-    groups = param_groups_weight_decay(
-        model, config.optimizer.weight_decay, no_weight_decay_list=model.no_weight_decay()
-    )
-    optimizer = torch.optim.AdamW(groups, fused=True)
-    scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
-    precision = torch.autocast(device.type, dtype) if options.precision != "32" else contextlib.nullcontext()
+    model = build_masked_model(config.model, image_size(config.data), config.teacher).to(device)
+    networks = [Arm(name, config, deepcopy(model), dtype, options.batch_size) for name in options.arms]
+    limit = BestProduct(device, dtype)
 
-    def forward_backward(images: torch.Tensor) -> None:
-        x = task.normalize(images.to(device, non_blocking=True))
-        with precision:
-            loss = model(x, target=task.make_targets(outside, x)).loss
-        scaler.scale(loss).backward()
-
-    def step(images: torch.Tensor) -> None:
-        forward_backward(images)
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
-        if average is not None:
-            average.update(model, config.teacher.momentum)
-
-    images = torch.randint(0, 256, (options.batch_size, 3, *size), dtype=torch.uint8).to(device)
-    with FlopCounterMode(display=False) as counter:  # before compiling: it counts what runs, layer by layer
-        forward_backward(images)
-    flops = counter.get_total_flops()
-    optimizer.zero_grad()
-    if options.compile:
-        model.compile()
-
-    limit = best_matmul_flops(device, dtype)
-    sources: dict[str, Iterator[torch.Tensor]] = {"memory": iter(lambda: images, None)}
+    images = torch.randint(0, 256, (options.batch_size, 3, *image_size(config.data)), dtype=torch.uint8).to(device)
+    runs: list[tuple[str, Arm, Iterator[torch.Tensor]]] = [
+        ("memory", arm, itertools.repeat(images)) for arm in networks
+    ]
     if options.data:
         loader = make_loader(config, find_training_images(options.data), 0, 1)
-        sources["files"] = (batch["image"] for _ in iter(int, 1) for batch in loader)
+        runs.append(("files", networks[0], (batch["image"] for _ in iter(int, 1) for batch in loader)))
+    times: list[list[tuple[float, float]]] = [[] for _ in runs]
+    limits: list[list[float]] = [[] for _ in runs]
+    peaks = [0.0] * len(runs)
+    for number in range(options.warmup + options.steps):
+        for i, (_, arm, batches) in enumerate(runs):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            limit_now = limit.flops_per_second()
+            measured = time_step(arm, batches)
+            limit_now = (limit_now + limit.flops_per_second()) / 2
+            peaks[i] = max(peaks[i], peak_memory_gb(device))
+            if number >= options.warmup:
+                times[i].append(measured)
+                limits[i].append(limit_now)
+    if options.data:
+        loader.close()
+
     rows: list[dict[str, Any]] = []
-    for source, batches in sources.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds, wait = measure(step, batches, device, options.warmup, options.steps)
+    for (source, arm, _), own, own_limits, peak in zip(runs, times, limits, peaks, strict=True):
+        seconds = statistics.median(step for step, _ in own)
+        fractions = [arm.flops / step / rate for (step, _), rate in zip(own, own_limits, strict=True)]
+        ratios = [step / first for (step, _), (first, _) in zip(own, times[0], strict=True)]
         rows.append(
             {
                 "recipe": recipe,
+                "arm": arm.name,
                 "images from": source,
                 "batch": options.batch_size,
                 "precision": options.precision,
-                "compiled": options.compile,
                 "images/s": options.batch_size / seconds,
                 "step s": seconds,
-                "wait s": wait,
-                "GFLOP/s": flops / seconds / 1e9,
-                "best matmul GFLOP/s": limit / 1e9,
-                "fraction": flops / seconds / limit,
-                "peak GB": peak_memory_gb(device),
+                "to the first": statistics.median(ratios),
+                "wait s": statistics.mean(wait for _, wait in own),
+                "GFLOP": arm.flops / 1e9,
+                "GFLOP/s": arm.flops / seconds / 1e9,
+                "best matmul": statistics.median(own_limits) / 1e9,
+                "fraction": statistics.median(fractions),
+                "peak GB": peak,
             }
         )
-    if options.data:
-        loader.close()
     table = Table(title=f"{recipe} on {device_name(device)}, torch {torch.__version__}")
     for name in list(rows[0])[1:]:
         table.add_column(name, justify="right")
