@@ -1,12 +1,15 @@
 """Run by test_distributed.py, alone and under torchrun: trains by each settings file, and saves the first gradient.
 
-Usage: gradient_of_a_step.py SETTINGS...; gradients go beside them, as .pt.
+Usage: gradient_of_a_step.py SETTINGS...; beside them go the gradients as .pt, and as .json the names of the collective
+operations of each pass, until the next begins.
 """
 
+import json
 import sys
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 import itpn.engine.pretraining
 import itpn.pretraining.model
@@ -26,6 +29,24 @@ def mask_of_content(images, mask_ratio):
 
 
 class Task(PretrainingTask):
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_rank == 0:
+            self.end_pass()
+            self.profile = profile(activities=[ProfilerActivity.CPU])
+            self.profile.start()
+
+    def on_train_end(self):
+        if self.global_rank == 0:
+            self.end_pass()
+            path.with_suffix(".json").write_text(json.dumps(self.passes))
+
+    def end_pass(self):
+        if not hasattr(self, "passes"):
+            self.passes = []
+            return
+        self.profile.stop()
+        self.passes.append([event.name for event in self.profile.events() if event.name.startswith("c10d::")])
+
     def on_before_optimizer_step(self, optimizer):
         if self.global_rank == 0 and self.trainer.global_step == 0:
             gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,11 +21,13 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path):
+    """And the processes tell one another no more than they must."""
     cases = {"plain": (1, None), "accumulated": (2, None), "average": (1, "ema")}
     for processes, batch in ((1, 8), (2, 4)):
         files = []
         for case, (accumulate, teacher) in cases.items():
-            config = settings(max_steps=2, accumulate_grad_batches=accumulate)
+            config = settings(max_steps=2 * accumulate, accumulate_grad_batches=accumulate)
+            config.trainer.log_every_n_steps = 100
             config.name, config.data.batch_size, config.model.drop_path_rate = f"{case}-{processes}", batch, 0.0
             if teacher:
                 config.teacher.name, config.model.feature_weight = teacher, 0.5
@@ -32,7 +35,7 @@ def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path
             files.append(tmp_path / f"{config.name}.yaml")
             write_yaml(files[-1], "test", config)
         launcher = ["-m", *TORCHRUN] if processes == 2 else []
-        subprocess.run([sys.executable, *launcher, SCRIPT, *files], check=True, env=ENV, capture_output=True)
+        subprocess.run([sys.executable, *launcher, SCRIPT, *files], check=True, env=ENV)
     for case, (accumulate, _) in cases.items():
         names = [f"{case}-{processes}" for processes in (1, 2)]
         one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
@@ -43,20 +46,36 @@ def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path
         summaries = [json.loads((runs / name / "summary.json").read_text()) for name in names]
         assert [s["processes"] for s in summaries] == [1, 2]
         assert summaries[0]["images_seen"] == summaries[1]["images_seen"]
-        assert summaries[0]["images_seen"] == {1: 16, 2: 24}[accumulate]  # three passes end in a single one
+        assert summaries[0]["images_seen"] == {1: 16, 2: 48}[accumulate]  # three passes end in a single one
+
+    _, _, _, first, second, _ = json.loads((tmp_path / "accumulated-2.json").read_text())
+    assert first == []  # the first of two passes of a step
+    assert second == 3 * ["c10d::allreduce_"]  # two buckets of gradients, and the vote on stopping
+
+
+def run_on_two_machines(*arguments) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--local-addr", "127.0.0.1"]
+    machines = [subprocess.Popen([*command, *arguments], env=ENV) for _ in range(2)]
+    assert [machine.wait() for machine in machines] == [0, 0]
 
 
 def test_two_processes_stop_together_and_go_on(settings, tmp_path):
-    """A signal to one of them ends both at the same step, and the resumed run equals an uninterrupted one."""
+    """A signal ends both at the same step, and the resumed run equals an uninterrupted one of two machines."""
     config = settings()
     config.data.batch_size = 2
     config.trainer.max_epochs = 10  # 60 steps
     command = [sys.executable, "-m", *TORCHRUN, "-m", "itpn", "train"]
     for name in ("straight", "stopped"):
         write_yaml(tmp_path / f"{name}.yaml", "test", replace(config, name=name))
-    subprocess.run([*command, tmp_path / "straight.yaml"], check=True, env=ENV, capture_output=True)
+    run_on_two_machines("-m", "itpn", "train", tmp_path / "straight.yaml")
 
     runs = Path(config.output_dir) / "test"
+    assert json.loads((runs / "straight/summary.json").read_text())["processes"] == 2
+    assert len((runs / "straight/metrics.csv").read_text().splitlines()) == 61
     metrics = runs / "stopped/metrics.csv"
     with subprocess.Popen(
         [*command, tmp_path / "stopped.yaml"], env=ENV, start_new_session=True, stderr=subprocess.PIPE

@@ -266,10 +266,9 @@ class Monitor(L.Callback):
         loader = self._loader(trainer)
         watched = 0.0 if self.watcher is None else self.watcher.seconds  # which is no training
         elapsed = now - self._mark - (watched - self._mark_watched)
-        reduced = {
-            name: float(trainer.strategy.reduce(total / self._passes, reduce_op="mean"))
-            for name, total in self._sums.items()
-        }
+        means = torch.stack([*self._sums.values()]) / self._passes
+        means = trainer.strategy.reduce(means, reduce_op="mean")  # all at once
+        reduced = dict(zip(self._sums, means.tolist(), strict=True))
         self.metrics = {
             **reduced,
             "lr": max(group["lr"] for group in trainer.optimizers[0].param_groups),
@@ -335,10 +334,43 @@ class Monitor(L.Callback):
         self.stop_bar()
 
 
+class Vote:
+    """Whether any process wants to stop; the answer of a step comes with the next, so that nobody waits for it.
+
+    To look at it at once would make the host wait for the device in every step, and the device then for the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # beside the stream that computes, which must not wait for what the other processes say either
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._asked: tuple[Tensor, Callable[[], Any]] | None = None
+
+    def ask(self, stop: bool) -> bool:
+        """Vote, all processes together; returns what the vote before this one came to, False where there was none."""
+        before = self._asked
+        with torch.cuda.stream(self._stream):
+            flag = torch.full((), int(stop), device=self.device)
+            work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
+            assert work is not None
+            if self._stream is None:
+                self._asked = flag, work.wait
+            else:
+                work.wait()  # the stream does, not the host
+                answer = flag.to("cpu", non_blocking=True)
+                self._asked = answer, self._stream.record_event().synchronize
+        if before is None:
+            return False
+        flag, wait = before
+        wait()
+        return bool(flag)
+
+
 class Checkpointing(L.Callback):
     """Writes a checkpoint every so many optimiser steps, at the last one, and when a signal asks to stop.
 
-    Only after a whole optimiser step, so that a resumed run equals an uninterrupted one.
+    Only after a whole optimiser step, so that a resumed run equals an uninterrupted one. Several processes stop a step
+    after the one in which the signal came.
     """
 
     def __init__(self, folder: RunFolder, monitor: Monitor, every_n_steps: int) -> None:
@@ -358,6 +390,7 @@ class Checkpointing(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
+        self._vote = Vote(pl_module.device) if trainer.world_size > 1 else None
         self.listen()  # Lightning has just put handlers of its own in the place of ours
 
     def listen(self) -> None:
@@ -382,8 +415,8 @@ class Checkpointing(L.Callback):
             return  # in the middle of an accumulated batch
         self._step = trainer.global_step
         stop = self._signum is not None
-        if trainer.world_size > 1:  # all processes stop at the same step
-            stop = trainer.strategy.reduce_boolean_decision(stop, all=False)
+        if self._vote is not None:  # all processes stop at the same step
+            stop = self._step < self._total and self._vote.ask(stop)
         watcher = self.monitor.watcher
         judged = watcher is not None and watcher.step == self._step and watcher.score is not None
         better = judged and self.score() > self.best_score

@@ -1,5 +1,6 @@
 """A run of any kind from its settings to its last file."""
 
+import inspect
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from itpn.config import RunConfig
 from itpn.data.files import ImageSource
@@ -133,11 +135,11 @@ def make_trainer(
     settings = config.trainer
     devices = choose_devices(settings, launch)
     try:
-        return L.Trainer(
+        trainer = L.Trainer(
             accelerator=settings.accelerator,
             devices=devices.count,
             num_nodes=devices.nodes,
-            strategy=DDPStrategy(gradient_as_bucket_view=True) if devices.several else "auto",
+            strategy=make_ddp(config) if devices.several else "auto",
             precision=choose_precision(settings.precision, devices.cuda),
             max_epochs=settings.max_epochs,
             max_steps=settings.max_steps or -1,
@@ -155,6 +157,26 @@ def make_trainer(
         )
     except (RuntimeError, ValueError, L.fabric.utilities.exceptions.MisconfigurationException) as error:
         raise UserError(f"cannot train on these devices: {str(error).splitlines()[0]}") from error
+    # in every pass Lightning broadcasts whether SIGTERM came and makes the host wait for the answer; we vote on it
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+    return trainer
+
+
+def make_ddp(config: RunConfig) -> DDPStrategy:
+    """A copy of the network in every process; gradients are summed while the backward pass still runs."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    # no buffer differs between processes: tables of positions never change, and batch norms sum over all
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    buffers: dict[str, Any] = {name: False}
+    return DDPStrategy(
+        gradient_as_bucket_view=True,
+        find_unused_parameters=False,
+        # Every step of a pre-training uses the same parameters in the same way, with recomputed activations, stochastic
+        # depth and torch.compile as well. A detector's do not where a process has images without objects. With
+        # accumulation torch's reducer fails in the first pass, which is not to be synchronised.
+        static_graph=config.task == "pretraining" and config.trainer.accumulate_grad_batches == 1,
+        **buffers,
+    )
 
 
 class StartTable(L.Callback):
