@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import itpn.engine.pretraining
@@ -48,9 +49,14 @@ class Task(PretrainingTask):
         self.passes.append([event.name for event in self.profile.events() if event.name.startswith("c10d::")])
 
     def on_before_optimizer_step(self, optimizer):
-        if self.global_rank == 0 and self.trainer.global_step == 0:
-            gradients = {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
-            torch.save(gradients, path.with_suffix(".pt"))
+        if self.trainer.global_step == 0:
+            gradients = {name: whole(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
+            if self.global_rank == 0:
+                torch.save(gradients, path.with_suffix(".pt"))
+
+
+def whole(gradient):
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
 
 forward = itpn.pretraining.model.MaskedImageModel.forward

@@ -10,10 +10,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
-from itpn.config import write_yaml
+import itpn
+from itpn.config import ClassificationConfig, LabelledDataConfig, write_yaml
+from itpn.engine.fitting import check_strategy
+from itpn.engine.launch import read_launch
+from itpn.errors import UserError
 
 SCRIPT = Path(__file__).with_name("gradient_of_a_step.py")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -21,36 +26,70 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path):
-    """And the processes tell one another no more than they must."""
-    cases = {"plain": (1, None), "accumulated": (2, None), "average": (1, "ema")}
+    """And the processes tell one another no more than they must. So with shards of the network, also when resumed."""
+    cases = {"plain": (1, None), "accumulated": (2, None), "average": (1, "ema"), "sharded": (2, None)}
     for processes, batch in ((1, 8), (2, 4)):
         files = []
-        for case, (accumulate, teacher) in cases.items():
+        for case, (accumulate, teacher) in [*cases.items(), ("resumed", (2, None))]:
             config = settings(max_steps=2 * accumulate, accumulate_grad_batches=accumulate)
             config.trainer.log_every_n_steps = 100
             config.name, config.data.batch_size, config.model.drop_path_rate = f"{case}-{processes}", batch, 0.0
+            if case in ("sharded", "resumed"):
+                config.name, config.optimizer.clip_grad = f"sharded-{processes}", 0.1
+                config.trainer.strategy = "fsdp" if processes == 2 else "ddp"
+                config.trainer.max_steps = 4 if case == "sharded" else 6
             if teacher:
                 config.teacher.name, config.model.feature_weight = teacher, 0.5
                 config.model.pyramid_weights = (0.1, 0.2, 0.3)
-            files.append(tmp_path / f"{config.name}.yaml")
+            files.append(tmp_path / f"{case}-{processes}.yaml")
             write_yaml(files[-1], "test", config)
         launcher = ["-m", *TORCHRUN] if processes == 2 else []
         subprocess.run([sys.executable, *launcher, SCRIPT, *files], check=True, env=ENV)
+    runs = Path(config.output_dir) / "test"
     for case, (accumulate, _) in cases.items():
         names = [f"{case}-{processes}" for processes in (1, 2)]
         one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in names)
         assert one.keys() == two.keys()
         for name, gradient in one.items():
             assert (two[name] - gradient).norm() <= 1e-5 * gradient.norm(), (case, name)
-        runs = Path(config.output_dir) / "test"
         summaries = [json.loads((runs / name / "summary.json").read_text()) for name in names]
         assert [s["processes"] for s in summaries] == [1, 2]
         assert summaries[0]["images_seen"] == summaries[1]["images_seen"]
-        assert summaries[0]["images_seen"] == {1: 16, 2: 48}[accumulate]  # three passes end in a single one
+        seen = 72 if case == "sharded" else {1: 16, 2: 48}[accumulate]  # three passes end in a single one
+        assert summaries[0]["images_seen"] == seen
+
+    one, two = (itpn.load(runs / f"sharded-{processes}/model.safetensors").state_dict() for processes in (1, 2))
+    assert one.keys() == two.keys()
+    for name, weights in one.items():
+        assert torch.allclose(weights, two[name], atol=2e-5), name
+    one, two = (
+        itpn.load(runs / "sharded-2" / name).state_dict() for name in ("model.safetensors", "checkpoints/last.ckpt")
+    )
+    assert all(torch.equal(weights, two[name]) for name, weights in one.items())
 
     _, _, _, first, second, _ = json.loads((tmp_path / "accumulated-2.json").read_text())
     assert first == []  # the first of two passes of a step
     assert second == 3 * ["c10d::allreduce_"]  # two buckets of gradients, and the vote on stopping
+
+
+def fine_tune(config):
+    return ClassificationConfig(data=LabelledDataConfig(root=config.data.root), trainer=config.trainer)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda c: setattr(c.trainer, "devices", 1), "needs several processes"),
+        (lambda c: setattr(c.teacher, "name", "ema"), "keeps no moving average"),
+        (lambda c: setattr(c.probe, "root", "photos"), "cannot probe"),
+        (lambda c: setattr(c.trainer, "compile", True), "does not go with --trainer.compile"),
+        (fine_tune, "is for pre-training, not for classification"),
+    ],
+)
+def test_what_cannot_be_sharded(settings, change, reason):
+    config = settings(strategy="fsdp", devices=2, accelerator="cpu")
+    with pytest.raises(UserError, match=f"^--trainer.strategy fsdp {reason}"):
+        check_strategy(change(config) or config, read_launch())
 
 
 def run_on_two_machines(*arguments) -> None:

@@ -89,6 +89,9 @@ class TrainerConfig:
     """Devices of this machine; None for all GPUs (or one CPU process), or what torchrun or Slurm started."""
     num_nodes: int | None = None
     """Machines; None for what torchrun or Slurm started, else one."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes hold: ddp a copy of everything each, fsdp each a part of parameters, gradients and AdamW's
+    averages (pre-training alone, without pictures)."""
     accumulate_grad_batches: int = 1
     """Forward passes per optimiser step; the global batch grows with it."""
     compile: bool | None = None

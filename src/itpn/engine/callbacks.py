@@ -19,6 +19,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from itpn.data.loader import SkippedImages, TrainingLoader
 from itpn.engine.console import print_aside
@@ -234,10 +235,10 @@ class Monitor(L.Callback):
         loss = float(self._sums["loss"]) / self._passes if self._passes else 0.0
         finite = math.isfinite(loss)
         if finite and weights:
-            finite = all(bool(torch.isfinite(p).all()) for p in task.model.parameters())
+            finite = all(is_finite(p) for p in task.model.parameters())
         if finite:
             return
-        broken = [n for n, p in task.model.named_parameters() if not bool(torch.isfinite(p).all())]
+        broken = [n for n, p in task.model.named_parameters() if not is_finite(p)]
         step = trainer.global_step
         evidence = self.folder.path / f"nonfinite-step-{step:08d}-rank-{trainer.global_rank}.pt"
         torch.save(
@@ -485,6 +486,12 @@ class Pictures(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_image(self.folder.pictures.name, np.asarray(picture), step, dataformats="HWC")
+
+
+def is_finite(parameter: Tensor) -> bool:
+    """Of a sharded one, the part that this process holds."""
+    own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return bool(torch.isfinite(own).all())
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:

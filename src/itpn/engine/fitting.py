@@ -11,14 +11,14 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from itpn.config import RunConfig
+from itpn.config import Config, RunConfig
 from itpn.data.files import ImageSource
 from itpn.data.loader import SkippedImages, TrainingLoader, Transform
 from itpn.data.readers import Reader
@@ -84,6 +84,7 @@ def fit(
         NonFiniteLoss: the loss became infinite or not a number; the evidence is written.
     """
     launch = launch or read_launch()
+    check_strategy(config, launch)
     console = Console(quiet=not launch.main)
     quieten_libraries()
     folder = RunFolder(config, recipe)
@@ -101,12 +102,15 @@ def fit(
         task = job.task
         watcher = [] if job.watcher is None else [job.watcher]
         skipped = SkippedImages(job.images, config.data.max_broken)
-        compiled = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
+        sharded = config.trainer.strategy == "fsdp"
+        by_default = job.compile_by_default and not sharded
+        compiled = compile_networks(job.compiled, config.trainer, launch, by_default, console)
         monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher, compiled)
         pictures = job.pictures(folder)
         checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
         start = StartTable(console, folder, job.rows)
-        trainer = make_trainer(config, folder, launch, step, [start, *watcher, monitor, pictures, checkpointing])
+        drawing = [] if sharded else [pictures]  # one process draws, and would miss the others' parts
+        trainer = make_trainer(config, folder, launch, step, [start, *watcher, monitor, *drawing, checkpointing])
         began = time.perf_counter()
         checkpointing.listen()
         try:
@@ -139,7 +143,7 @@ def make_trainer(
             accelerator=settings.accelerator,
             devices=devices.count,
             num_nodes=devices.nodes,
-            strategy=make_ddp(config) if devices.several else "auto",
+            strategy=make_strategy(config, devices.processes),
             precision=choose_precision(settings.precision, devices.cuda),
             max_epochs=settings.max_epochs,
             max_steps=settings.max_steps or -1,
@@ -162,8 +166,32 @@ def make_trainer(
     return trainer
 
 
-def make_ddp(config: RunConfig) -> DDPStrategy:
-    """A copy of the network in every process; gradients are summed while the backward pass still runs."""
+def check_strategy(config: RunConfig, launch: Launch) -> None:
+    """Raise :class:`UserError` for what cannot be sharded."""
+    if config.trainer.strategy == "ddp":
+        return
+    reason = None
+    if not isinstance(config, Config):
+        reason = f"is for pre-training, not for {config.task}"
+    elif not choose_devices(config.trainer, launch).several:
+        reason = "needs several processes, see --trainer.devices"
+    elif config.teacher.name == "ema":
+        reason = "keeps no moving average: choose another --teacher.name"
+    elif config.probe.root is not None:
+        reason = "cannot probe: leave out --probe.root"
+    elif config.trainer.compile:
+        reason = "does not go with --trainer.compile"
+    if reason is not None:
+        raise UserError(f"--trainer.strategy fsdp {reason}; or leave it out")
+
+
+def make_strategy(config: RunConfig, processes: int) -> Any:
+    """How processes share the work; DDP sums gradients while the backward pass still runs."""
+    if processes == 1:
+        return "auto"
+    if config.trainer.strategy == "fsdp":
+        # a checkpoint is one file, the same as of DDP
+        return ModelParallelStrategy(processes, 1, save_distributed_checkpoint=False)
     known = inspect.signature(DistributedDataParallel).parameters
     # no buffer differs between processes: tables of positions never change, and batch norms sum over all
     name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
@@ -314,7 +342,7 @@ def finish(
         "peak memory": f"{summary['peak_memory_gb']:.2f} GB",
         "time": f"{seconds:.0f} s",
         "weights": str(folder.weights),
-        "picture": str(pictures.latest),
+        **({} if pictures.latest is None else {"picture": str(pictures.latest)}),
         "summary": str(folder.path / "summary.json"),
     }
     console.print(make_table("finished", rows))

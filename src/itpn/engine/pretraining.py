@@ -64,7 +64,11 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None, run
         samples = functools.cache(lambda: read_samples(images, config))
 
         def save(path: Path) -> dict[str, str]:
-            save_weights(path, model, recipe, config)
+            whole = model
+            if config.trainer.strategy == "fsdp":  # the other processes have gone, with their parts; the file is whole
+                whole = build_from(config)
+                load_weights(whole, read_checkpoint(path.parent / "checkpoints" / "last.ckpt"))
+            save_weights(path, whole, recipe, config)
             return {}
 
         kind = "cached features" if images.cache else "shards" if images.shards else "files"

@@ -12,6 +12,7 @@ from itpn.pretraining.average import MovingAverageTeacher, momentum_at
 from itpn.pretraining.model import MaskedImageModel
 from itpn.pretraining.targets import normalize_features
 from itpn.pretraining.teacher import FeatureTeacher
+from itpn.tasks.sharding import shard_network
 from itpn.tasks.training import MakeLoader, TrainingTask
 
 
@@ -54,6 +55,10 @@ class PretrainingTask(TrainingTask):
         if self.average is not None:
             figures |= {f"target_std_{name}": spread(target) for name, target in targets.items()}
         return {"loss": output.loss, "figures": figures}
+
+    def configure_model(self) -> None:
+        if self.device_mesh is not None:  # where the strategy shards
+            shard_network(self.model, self.device_mesh["data_parallel"], str(self.trainer.precision))
 
     def on_fit_start(self) -> None:
         for teacher in self._frozen:

@@ -114,7 +114,9 @@ class TrainingTask(L.LightningModule, ABC):
         for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             counts |= {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
         # Lightning restores loaders only if nobody has asked for the number of steps before, as our schedule does
-        self._loader_state = checkpoint["itpn_loader"]
+        self._loader_state = place
+        if self.loader is not None:  # sharded runs are restored after their optimiser is made, which asks for it
+            self.loader.load_state_dict(place)
 
 
 def _scaled(share: Callable[[int], float], scale: float) -> Callable[[int], float]:
