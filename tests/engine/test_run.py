@@ -272,6 +272,7 @@ def test_precision(monkeypatch):
 
 def test_half_precision_trains(settings):
     config = settings(precision="bf16-mixed", max_steps=3)
+    config.optimizer.clip_grad = 1.0
     summary = json.loads((train(config, "test") / "summary.json").read_text())
     assert summary["precision"] == "bf16-mixed"
     assert np.isfinite(summary["metrics"]["loss"])

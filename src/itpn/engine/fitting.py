@@ -102,14 +102,13 @@ def fit(
         task = job.task
         watcher = [] if job.watcher is None else [job.watcher]
         skipped = SkippedImages(job.images, config.data.max_broken)
-        sharded = config.trainer.strategy == "fsdp"
-        by_default = job.compile_by_default and not sharded
-        compiled = compile_networks(job.compiled, config.trainer, launch, by_default, console)
+        compiled = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
         monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher, compiled)
         pictures = job.pictures(folder)
         checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
         start = StartTable(console, folder, job.rows)
-        drawing = [] if sharded else [pictures]  # one process draws, and would miss the others' parts
+        # one process draws, and of a sharded network it would miss the others' parts
+        drawing = [pictures] if config.trainer.strategy == "ddp" else []
         trainer = make_trainer(config, folder, launch, step, [start, *watcher, monitor, *drawing, checkpointing])
         began = time.perf_counter()
         checkpointing.listen()
@@ -200,8 +199,8 @@ def make_strategy(config: RunConfig, processes: int) -> Any:
         gradient_as_bucket_view=True,
         find_unused_parameters=False,
         # Every step of a pre-training uses the same parameters in the same way, with recomputed activations, stochastic
-        # depth and torch.compile as well. A detector's do not where a process has images without objects. With
-        # accumulation torch's reducer fails in the first pass, which is not to be synchronised.
+        # depth and torch.compile as well; a detector takes other branches where there are no objects. With accumulation
+        # torch's reducer fails: it counts uses in the first pass, which is not to be synchronised.
         static_graph=config.task == "pretraining" and config.trainer.accumulate_grad_batches == 1,
         **buffers,
     )

@@ -86,7 +86,7 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None, run
             save,
             watcher,
             [model] if average is None else [model, average],
-            compile_by_default=True,
+            compile_by_default=config.trainer.strategy == "ddp",
         )
 
     return run(config, recipe, load, make)

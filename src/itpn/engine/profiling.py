@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, record_function, schedule
 
 from itpn.config import RunConfig
 from itpn.engine.bottlenecks import advise, draw_summary
-from itpn.engine.fitting import Job, make_trainer
+from itpn.engine.fitting import Job, check_strategy, make_trainer
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import Launch, compile_networks, describe_machine, quieten_libraries, read_launch
 from itpn.engine.traces import MARK, OTHER, OURS, PARTS, read_device, read_operators, tell_device, tell_operations
@@ -70,6 +70,7 @@ def profile(
         RunStopped: a signal came; nothing is written.
     """
     launch = launch or read_launch()
+    check_strategy(config, launch)
     console = Console(quiet=not launch.main)
     quieten_libraries()
     folder = RunFolder(replace(config, name=f"{config.name}/profile"), recipe)

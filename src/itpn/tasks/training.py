@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from itpn.config import OptimizerConfig, RunConfig
@@ -78,6 +79,14 @@ class TrainingTask(L.LightningModule, ABC):
         share = learning_rate(settings, self.peak_lr(), self.total_steps, self.steps_per_epoch())
         schedule = LambdaLR(optimizer, [_scaled(share, scale) for scale in scales])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        # Lightning's own refuses fused optimisers in bf16 too, where no gradient is scaled
+        if gradient_clip_val:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, gradient_clip_val)
 
     def global_batch(self) -> int:
         """Images that one optimiser step sees, over all processes and accumulated passes."""
