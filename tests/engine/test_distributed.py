@@ -80,6 +80,7 @@ def fine_tune(config):
     ("change", "reason"),
     [
         (lambda c: setattr(c.trainer, "devices", 1), "needs several processes"),
+        (lambda c: setattr(c.trainer, "precision", "fp16"), "has no loss scaling"),
         (lambda c: setattr(c.teacher, "name", "ema"), "keeps no moving average"),
         (lambda c: setattr(c.probe, "root", "photos"), "cannot probe"),
         (lambda c: setattr(c.trainer, "compile", True), "does not go with --trainer.compile"),

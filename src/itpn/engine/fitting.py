@@ -169,11 +169,13 @@ def check_strategy(config: RunConfig, launch: Launch) -> None:
     """Raise :class:`UserError` for what cannot be sharded."""
     if config.trainer.strategy == "ddp":
         return
-    reason = None
+    reason, devices = None, choose_devices(config.trainer, launch)
     if not isinstance(config, Config):
         reason = f"is for pre-training, not for {config.task}"
-    elif not choose_devices(config.trainer, launch).several:
+    elif not devices.several:
         reason = "needs several processes, see --trainer.devices"
+    elif choose_precision(config.trainer.precision, devices.cuda) == "16-mixed":
+        reason = "has no loss scaling: choose another --trainer.precision"
     elif config.teacher.name == "ema":
         reason = "keeps no moving average: choose another --teacher.name"
     elif config.probe.root is not None:
@@ -189,7 +191,7 @@ def make_strategy(config: RunConfig, processes: int) -> Any:
     if processes == 1:
         return "auto"
     if config.trainer.strategy == "fsdp":
-        # a checkpoint is one file, the same as of DDP
+        # a checkpoint is one whole file
         return ModelParallelStrategy(processes, 1, save_distributed_checkpoint=False)
     known = inspect.signature(DistributedDataParallel).parameters
     # no buffer differs between processes: tables of positions never change, and batch norms sum over all
