@@ -190,3 +190,26 @@ def test_momentum():
     assert momentum_at(0, 100, 0.9, 1.0) == 0.0
     assert momentum_at(7, 10**9, 0.996, 1.0) == pytest.approx(0.75)
     assert momentum_at(10_000, 10**9, 0.99, 1.0) == pytest.approx(0.99, abs=1e-6)
+
+
+@pytest.mark.parametrize("laterals", [False, True])
+@pytest.mark.parametrize("auxiliary", [0.0, 0.25])
+def test_training_needs_the_pyramid_of_hidden_units_only(images, laterals, auxiliary):
+    """Where no head has blocks; images hide different numbers of units here."""
+    weights = {"pixel_weight": 0.0, "feature_weight": 0.5, "auxiliary_weight": auxiliary}
+    model = build(decoder_depth=0, hidden_units="mask_token", mask="block", hidden_laterals=laterals, **weights)
+    mask = torch.zeros(3, 24, dtype=torch.bool)
+    mask[0, 3:9] = mask[1, [0, 20]] = mask[2, 10:14] = True
+    units, outputs, gradients = [], [], []
+    model.pyramid.register_forward_pre_hook(lambda module, args: units.append(args[0][0].shape[1]))
+    for mode in (True, False):
+        outputs.append(model.train(mode)(images, mask, features(model, images)))
+        model.zero_grad()
+        outputs[-1].loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert units == [6, 24]
+    torch.testing.assert_close(outputs[0].losses, outputs[1].losses)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
+    hidden = outputs[1].prediction[0, 3:9]
+    torch.testing.assert_close(outputs[0].prediction[0], hidden)
+    torch.testing.assert_close(outputs[0].prediction[1, 4:], outputs[1].prediction[1, [0, 20]])

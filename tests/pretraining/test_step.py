@@ -24,6 +24,13 @@ OBJECTIVES = {
         "rel_pos_bias": True,
         "init_values": 0.1,
     },
+    "feature of hidden units": {
+        "pixel_weight": 0.0,
+        "feature_weight": 1.0,
+        "hidden_units": "mask_token",
+        "mask": "block",
+        "decoder_depth": 0,
+    },
     "feature, dropped": {"feature_weight": 1.0, "auxiliary_weight": 1.0, "rel_pos_bias": True},
     "mfm": {"pyramid_weights": (0.1, 0.2, 0.3), "mask": "block"},
 }

@@ -10,10 +10,11 @@ ATTEMPTS = 10  # placements in a row that may fail before an image has to do wit
 
 
 class Split(NamedTuple):
-    """Visible and hidden units of images of which only the visible ones are computed.
+    """Visible and hidden units of images.
 
     Attributes:
-        visible, hidden: int64 [B, V] and [B, M], ascending, together all units.
+        visible, hidden: int64 [B, V] and [B, M], ascending, together all units; where an image hides fewer than M,
+            ``hidden`` begins with visible ones.
         order: one after the other, [B, N]: the order of tokens in a decoder, as attention does not care.
     """
 
@@ -164,7 +165,7 @@ def _(draws: Tensor, rows: int, cols: int, hidden: int, min_block: int, min_aspe
 
 
 def split_mask(mask: Tensor, visible: int) -> Split:
-    """Indices of visible and of hidden units, for a mask bool [B, N] with ``visible`` False entries in every row.
+    """Indices of visible and of hidden units, for a mask bool [B, N] with at least ``visible`` False in every row.
 
     The count is given, not read from the mask, so that a step on a GPU never waits for the device.
     """

@@ -26,7 +26,8 @@ class MaskedOutput(NamedTuple):
         loss: scalar, the weighted sum of ``losses``; None where no target was given for any of them.
         losses: each part of the loss by name, not weighted: pixel, feature, auxiliary, pyramid_1 (finest) to 3.
         prediction, target: of the first of these that the model has, [B, N, D] in unit order; in training mode, where
-            its loss needs the hidden units only and the backbone drops them, just those, [B, M, D].
+            its loss needs the hidden units only, just those, [B, M, D]. With a mask that hides fewer than M in some
+            images, these begin with visible units, which do not count.
         mask: bool [B, N], True where hidden.
     """
 
@@ -100,6 +101,11 @@ class MaskedImageModel(nn.Module):
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
         self.tap = int(0.75 * len(backbone.stages[2])) if auxiliary else None
+        heads = [*([decoder] if decoder else ()), *self.pyramid_heads.values()]
+        # Nothing crosses a unit after stage 3 where these have no blocks: a pyramid of hidden units then is enough.
+        self.unit_wise = all(len(head.blocks) == 0 for head in heads) and all(
+            objective.hidden_only(name) for name in objective.weights if name != "auxiliary"
+        )
 
     def set_grad_checkpointing(self, enable: Recompute = True) -> None:
         self.backbone.set_grad_checkpointing(enable)
@@ -146,22 +152,23 @@ class MaskedImageModel(nn.Module):
             if wanted.shape != prediction.shape:
                 raise ValueError(f"target of {name!r} is {list(wanted.shape)}, not {list(prediction.shape)}")
             error = self._error(name, prediction, wanted)  # [B, N] or [B, M]
-            if picked is None and self.objective.hidden_only(name):
-                losses[name] = (error * mask).sum() / mask.sum().clamp(min=1)
+            if self.objective.hidden_only(name):
+                counted = mask if picked is None else mask.gather(1, picked)
+                losses[name] = (error * counted).sum() / counted.sum().clamp(min=1)
             else:
                 losses[name] = error.mean()
         weighted = [self.objective.weights[name] * part for name, part in losses.items()]
         return MaskedOutput(torch.stack(weighted).sum() if weighted else None, losses, *compared[0], mask)
 
-    def _hide(self, images: Tensor, mask: Tensor | None, grid: Grid) -> tuple[Tensor, Split | None]:
-        """The mask, and the split of units where hidden ones are dropped."""
+    def _hide(self, images: Tensor, mask: Tensor | None, grid: Grid) -> tuple[Tensor, Split]:
+        """The mask, and the split of units by it."""
         units = grid[0] * grid[1]
         if mask is None:
             mask = self.draw_mask(len(images), grid, images.device)
             hidden = count_hidden(units, self.objective.mask_ratio)
         else:
             hidden = _check_mask(mask, (len(images), units), self.objective.drops_units)
-        return mask, split_mask(mask, units - hidden) if self.objective.drops_units else None
+        return mask, split_mask(mask, units - hidden)
 
     def draw_mask(
         self, batch: int, grid: Grid, device: torch.device | None = None, generator: torch.Generator | None = None
@@ -174,7 +181,7 @@ class MaskedImageModel(nn.Module):
         return draw_block_mask(batch, grid, hidden, exact=objective.drops_units, device=device, generator=generator)
 
     def _decode(
-        self, images: Tensor, mask: Tensor, split: Split | None, grid: Grid
+        self, images: Tensor, mask: Tensor, split: Split, grid: Grid
     ) -> Iterator[tuple[str, Tensor, "Decoder | AuxiliaryHead"]]:
         """Name of each loss, tokens to predict it from (see :meth:`_pick`), [B, N or M, width], and its head."""
 
@@ -182,31 +189,39 @@ class MaskedImageModel(nn.Module):
             head: Decoder | AuxiliaryHead, names: Iterable[str], *args: Any
         ) -> Iterator[tuple[str, Tensor, Decoder | AuxiliaryHead]]:
             hidden_only = self._pick(split, *names) is not None
-            tokens = head(*args, split, hidden_only)
+            tokens = head(*args, dropped, hidden_only)
             for name in names:
                 picked = self._pick(split, name) is not None
-                yield name, tokens if hidden_only else pick_tokens(tokens, split, picked), head
+                yield name, tokens if hidden_only else pick_tokens(tokens, dropped, picked), head
 
-        if split is not None:
+        dropped = split if self.objective.drops_units else None
+        if dropped is not None:
             stages = self.backbone.forward_stages(images, split.visible, tap=self.tap)
         else:
             stages = self.backbone.forward_stages(images, mask=mask, mask_token=self.mask_token, tap=self.tap)
-        fine, middle, coarse, *tapped = stages
-        if split is None and not self.objective.hidden_laterals:
-            # stages 1 and 2 never leave their unit, so those of hidden units know nothing but what is to be predicted
-            fine, middle = (x.masked_fill(mask[:, :, None, None, None], 0.0) for x in (fine, middle))
-        levels = self.pyramid([fine, middle, coarse])
+        levels, tapped = stages[:3], stages[3:]
+        if dropped is None:
+            picked = self._pick(split)
+            if picked is not None:
+                batch = torch.arange(len(picked), device=picked.device)[:, None]
+                levels = [x[batch, picked] for x in levels]
+                mask = mask.gather(1, picked)
+            if not self.objective.hidden_laterals:
+                # stages 1 and 2 never leave their unit: those of hidden units know nothing but what is to be predicted
+                levels[:2] = (x.masked_fill(mask[:, :, None, None, None], 0.0) for x in levels[:2])
+        levels = self.pyramid(levels)
         if self.decoder is not None:
             yield from run(self.decoder, self.decoder.heads, levels, grid)
         if self.auxiliary is not None:
-            index = self.backbone.relative_positions(grid, None if split is None else split.order)
-            yield from run(self.auxiliary, ["auxiliary"], tapped[0], grid, index)
+            index = self.backbone.relative_positions(grid, None if dropped is None else split.order)
+            yield from run(self.auxiliary, ["auxiliary"], *tapped, grid, index)
         for name, head in self.pyramid_heads.items():
             yield from run(head, [name], levels, grid)  # type: ignore[arg-type]
 
-    def _pick(self, split: Split | None, *names: str) -> Tensor | None:
-        """The units that losses are predicted for: in training no more than are compared. None for all."""
-        if split is None or not self.training or not all(map(self.objective.hidden_only, names)):
+    def _pick(self, split: Split, *names: str) -> Tensor | None:
+        """The units that losses are predicted for, [B, M]: in training no more than are compared. None for all."""
+        possible = self.objective.drops_units or (self.unit_wise and "auxiliary" not in names)
+        if not self.training or not possible or not all(map(self.objective.hidden_only, names)):
             return None
         return split.hidden
 
