@@ -131,6 +131,9 @@ class DataConfig(CropsConfig):
     """Mean subtracted from each channel, of pixels in [0, 1]."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     """Deviation that each channel is divided by."""
+    decode: Literal["workers", "gpu"] = "workers"
+    """Where JPEGs are decoded, cropped and augmented: in the workers, or on the GPU by nvJPEG, for machines with few
+    cores for each GPU."""
     shuffle_buffer: int = 1000
     """Tar shards: images held back per worker for shuffling."""
     samples_per_epoch: int | None = None

@@ -4,6 +4,7 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +18,19 @@ from itpn.data.decode import EncodedImage, decode_whole
 from itpn.errors import UserError
 
 Jitter = list[tuple[Callable[[Tensor, float], Tensor], float]]  # adjustments and their factors, in order
+
+
+class Drawn(NamedTuple):
+    """The random numbers of an image's augmentation: top, left, height and width of its crop, and the rest."""
+
+    box: tuple[int, int, int, int]
+    mirrored: bool
+    jitter: Jitter
+
+    def cut(self, image: Tensor) -> Tensor:
+        """The crop of a whole image [3, height, width]."""
+        top, left, height, width = self.box
+        return image[:, top : top + height, left : left + width]
 
 
 @dataclass(frozen=True)
@@ -64,19 +78,25 @@ class PretrainingTransform:
         Returns:
             "image" uint8 [3, *img_size], and "teacher_image" uint8 [3, *teacher_size] if that is another size.
         """
-        rows, cols = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
-        top, left, height, width = draw_crop(rows, cols, self.scale, self.ratio, rng)
         if isinstance(image, Tensor):
-            crop = image[:, top : top + height, left : left + width]
-        else:
-            largest = [max(sides) for sides in zip(self.img_size, self.teacher_size or (0, 0), strict=True)]
-            crop = image.decode_crop(top, left, height, width, (largest[0], largest[1]))
+            drawn = self.draw(image.shape[1], image.shape[2], rng)
+            return self.make_views(drawn.cut(image), drawn)
+        drawn = self.draw(image.height, image.width, rng)
+        largest = [max(sides) for sides in zip(self.img_size, self.teacher_size or (0, 0), strict=True)]
+        return self.make_views(image.decode_crop(*drawn.box, (largest[0], largest[1])), drawn)
+
+    def draw(self, height: int, width: int, rng: random.Random) -> "Drawn":
+        """What is done to an image of this size."""
+        box = draw_crop(height, width, self.scale, self.ratio, rng)
         mirrored = rng.random() < self.hflip
         # the last numbers drawn, and none without jitter, so that crops do not depend on it
-        jitter = draw_jitter(self.color_jitter, rng) if self.color_jitter else []
-        views = {"image": self._make_view(crop, self.img_size, mirrored, jitter)}
+        return Drawn(box, mirrored, draw_jitter(self.color_jitter, rng) if self.color_jitter else [])
+
+    def make_views(self, crop: Tensor, drawn: "Drawn") -> dict[str, Tensor]:
+        """Do what is left to a crop, uint8 [3, any, any], on whatever device it is."""
+        views = {"image": self._make_view(crop, self.img_size, drawn.mirrored, drawn.jitter)}
         if self.teacher_size is not None and tuple(self.teacher_size) != tuple(self.img_size):
-            views["teacher_image"] = self._make_view(crop, self.teacher_size, mirrored, jitter)
+            views["teacher_image"] = self._make_view(crop, self.teacher_size, drawn.mirrored, drawn.jitter)
         return views
 
     def _make_view(self, crop: Tensor, size: tuple[int, int], mirrored: bool, jitter: Jitter) -> Tensor:

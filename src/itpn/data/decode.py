@@ -30,6 +30,7 @@ class EncodedImage:
     """An image file of which only the header has been read: what is wanted of it is decoded when it is known.
 
     Attributes:
+        data: the file's content.
         height, width: in pixels, the way a person sees it: EXIF rotation applied.
 
     Raises:
@@ -39,7 +40,7 @@ class EncodedImage:
     def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
         if not data:
             raise UnreadableImage("empty file")
-        self._data = data
+        self.data = data
         with _reading():
             self._image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
             self._orientation = 1
@@ -51,11 +52,16 @@ class EncodedImage:
             raise UnreadableImage(f"{self.width}x{self.height} pixels, more than the {max_pixels} allowed")
         self._is_jpeg = self._image.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
 
+    @property
+    def is_upright_jpeg(self) -> bool:
+        """Whether it is a grey or RGB JPEG that is stored as it is seen."""
+        return self._is_jpeg and self._orientation == 1
+
     def decode(self) -> Tensor:
         """All of it, uint8 [3, height, width]; see :func:`decode_image`."""
         with _reading():
             if self._is_jpeg:
-                encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)  # a copy: bytes are read-only
+                encoded = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)  # a copy: bytes are read-only
                 return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
             return _to_tensor(_to_rgb(self._image))
 
@@ -90,14 +96,14 @@ class EncodedImage:
 
         The pixels are those of the whole image to the bit. Of a file that is cut off, parts that are there are decoded.
         """
-        if not self._is_jpeg or self._orientation != 1:
+        if not self.is_upright_jpeg:
             return None
         with _reading():
             codec = _find_codec()
             if codec is None:
                 return None
             region = codec.Region(top, left, top + height, left + width)
-            part = _decoder(os.getpid()).decode(codec.CodeStream(self._data).get_sub_code_stream(region=region))
+            part = _decoder(os.getpid()).decode(codec.CodeStream(self.data).get_sub_code_stream(region=region))
             return None if part is None else torch.from_numpy(np.asarray(part)).permute(2, 0, 1)
 
 

@@ -75,6 +75,7 @@ class TrainingLoader:
 
     Attributes:
         images: images in an epoch's worth of data, over all ranks.
+        transform: as given.
         wait_seconds: how long the caller has waited for batches so far.
     """
 
@@ -121,6 +122,7 @@ class TrainingLoader:
             transform=transform,
             collate=collate,
         )
+        self.transform = transform
         self._length = plan.batches
         self._batches: _FileBatches | _ShardBatches | _CachedBatches
         if cache is not None:

@@ -55,7 +55,7 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
     assert teacher is not None
     # one image a batch, so that none is left over at an epoch's end; of tar shards, one worker reads all
     workers = min(1, config.data.num_workers) if source.shards else config.data.num_workers
-    one = replace(config.data, batch_size=1, num_workers=workers)
+    one = replace(config.data, batch_size=1, num_workers=workers, decode="workers")
     loader = make_loader(replace(config, data=one), source, 0, 1, teacher.img_size)
     settings = {key: value for key, value in to_dict(config)["data"].items() if key in CROP_SETTINGS}
     names = "\n".join(os.path.abspath(path) for path in source.images or source.shards)

@@ -7,6 +7,7 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor
 
 from itpn.config import Config, to_dict
+from itpn.data.deferred import DeferredTransform, finish
 from itpn.data.normalize import Normalize
 from itpn.pretraining.average import MovingAverageTeacher, momentum_at
 from itpn.pretraining.model import MaskedImageModel
@@ -59,6 +60,12 @@ class PretrainingTask(TrainingTask):
     def configure_model(self) -> None:
         if self.device_mesh is not None:  # where the strategy shards
             shard_network(self.model, self.device_mesh["data_parallel"], str(self.trainer.precision))
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        transform = self.loader.transform if self.loader is not None else None
+        if isinstance(transform, DeferredTransform):
+            batch = finish(batch, transform.transform, device)
+        return super().transfer_batch_to_device(batch, device, dataloader_idx)
 
     def on_fit_start(self) -> None:
         for teacher in self._frozen:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils._pytree import tree_leaves
 
 from itpn.config import OptimizerConfig, RunConfig
 from itpn.data.loader import TrainingLoader
@@ -44,6 +45,7 @@ class TrainingTask(L.LightningModule, ABC):
         self.loader: TrainingLoader | None = None
         self._loader_state: dict[str, int] | None = None
         self.total_steps = 0
+        self._copies: torch.cuda.Stream | None = None
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
@@ -60,6 +62,20 @@ class TrainingTask(L.LightningModule, ABC):
             if self._loader_state is not None:
                 self.loader.load_state_dict(self._loader_state)
         return self.loader
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        if device.type != "cuda":
+            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        # on a stream of its own: from pinned memory the batch is copied while the step before still computes
+        self._copies = self._copies or torch.cuda.Stream(device)
+        with torch.cuda.stream(self._copies):
+            batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        computing = torch.cuda.current_stream(device)
+        computing.wait_stream(self._copies)
+        for tensor in tree_leaves(batch):
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                tensor.record_stream(computing)
+        return batch
 
     def seed_step(self) -> int:
         """Draw what is random in a step from seed, step and rank alone, so that a resumed run draws the same."""
