@@ -585,13 +585,13 @@ def test_a_handful_of_images_is_learned_by_heart(settings, tmp_path):
     shutil.copytree(root / "train2017", root / "val2017")
     annotations = root / "annotations"
     shutil.copy(annotations / "instances_train2017.json", annotations / "instances_val2017.json")
-    config = settings(max_epochs=100, log_every_n_steps=50)
+    config = settings(max_epochs=150, log_every_n_steps=50)
     config.model.patch_size, config.model.head_width, config.model.drop_path_rate = 8, 32, 0.0
     config.model.proposals, config.model.samples = 40, 24
     config.data.root, config.data.batch_size = str(root), 6
     config.data.crop_prob, config.data.scales, config.data.hflip = 0.0, (1.0, 1.0), 0.0
     config.optimizer = FineTuningConfig(lr=2e-3, warmup_epochs=10, clip_grad=1.0)
-    config.evaluation.every_n_epochs = 100
+    config.evaluation.every_n_epochs = 150
     metrics = json.loads((train(config, "test") / "summary.json").read_text())["metrics"]
     assert metrics["val_box_ap"] > 0.5
     assert metrics["val_mask_ap"] > 0.4
