@@ -126,7 +126,9 @@ def compile_networks(
     if not wanted or not networks:
         return False
     try:  # something small, so that a missing compiler is found before the work begins
-        torch.compile(torch.sin)(torch.zeros(8, device="cuda" if cuda else "cpu"))
+        # on the GPU that is going to be this process's
+        device = f"cuda:{launch.environment.local_rank()}" if cuda else "cpu"
+        torch.compile(torch.sin)(torch.zeros(8, device=device))
     except Exception as error:  # of a dozen types, from the compiler's own to those of the operating system
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if settings.compile:
