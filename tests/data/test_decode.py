@@ -320,7 +320,7 @@ def test_a_part_is_that_of_the_whole(monkeypatch, options, codec):
     if codec:
         pytest.importorskip("nvidia.nvimgcodec")
     else:
-        monkeypatch.setattr(decode, "_find_codec", lambda: None)
+        monkeypatch.setattr(decode, "_find_codec", lambda process: (None, None))
     whole = decode_image(data)
     for top, left, height, width in PARTS:
         if exif[0x0112] == 6:
@@ -360,7 +360,7 @@ def test_a_large_part_is_decoded_smaller(mode, orientation):
 @pytest.mark.parametrize("target", [(150, 150), (20, 20)])
 def test_a_part_that_is_not_there(monkeypatch, codec, target):
     if not codec:
-        monkeypatch.setattr(decode, "_find_codec", lambda: None)
+        monkeypatch.setattr(decode, "_find_codec", lambda process: (None, None))
     data = encode(noisy_photo(), "JPEG")
     with pytest.raises(UnreadableImage, match=r"truncated|[Pp]remature|EOF"):
         EncodedImage(data[: len(data) // 2]).decode_crop(50, 0, 250, 400, target)

@@ -8,13 +8,15 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch.utils._pytree import tree_leaves
 
 from itpn.cli import main
 from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig
 from itpn.data.augment import PretrainingTransform
-from itpn.data.deferred import DeferredTransform, finish
+from itpn.data.decode import EncodedImage
+from itpn.data.deferred import AT_A_TIME, DeferredTransform, collate_deferred, finish
 from itpn.data.files import find_images
-from itpn.data.loader import TrainingLoader, collect
+from itpn.data.loader import TrainingLoader
 from itpn.engine import pretraining
 from itpn.engine.launch import Devices
 from itpn.engine.run import train
@@ -54,7 +56,7 @@ def load(folder: Path, deferred: bool, num_workers: int = 0, batches: int = 6) -
     if not deferred:
         loader = TrainingLoader(source, TRANSFORM, **options)
         return [batch for _, batch in zip(range(batches), (b for _ in range(9) for b in loader), strict=False)]
-    loader = TrainingLoader(source, DeferredTransform(TRANSFORM), collate=collect, **options)
+    loader = TrainingLoader(source, DeferredTransform(TRANSFORM), collate=collate_deferred, **options)
     taken = [batch for _, batch in zip(range(batches), (b for _ in range(9) for b in loader), strict=False)]
     loader.close()
     return [finish(batch, TRANSFORM, CPU) for batch in taken]
@@ -83,13 +85,25 @@ def test_a_broken_file_is_replaced_and_named(folder):
 
 
 def test_nothing_readable(folder):
-    item = DeferredTransform(TRANSFORM)
-    from itpn.data.decode import EncodedImage
-
     data = (folder / "00.jpg").read_bytes()[:700]
-    batch = {"image": [item(EncodedImage(data), random.Random(0))["image"]], "key": ["a.jpg"], "broken": []}
+    sample = DeferredTransform(TRANSFORM)(EncodedImage(data), random.Random(0))
+    batch = {**collate_deferred([sample]), "key": ["a.jpg"], "broken": []}
     with pytest.raises(UserError, match=r"^no image of a batch can be decoded; the first is a.jpg: "):
         finish(batch, TRANSFORM, CPU)
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
+def test_a_large_batch_needs_few_descriptors(folder, suffix):
+    """Between processes each tensor takes one, and a thousand is all that many systems give."""
+    path = next(path for path in sorted(folder.iterdir()) if path.suffix == f".{suffix}")
+    samples = [DeferredTransform(TRANSFORM)(EncodedImage(path.read_bytes()), random.Random(n)) for n in range(300)]
+    batch = collate_deferred(samples)
+    assert sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(batch)) <= 3
+    assert len(samples) > 2 * AT_A_TIME
+    views = finish({**batch, "key": [str(n) for n in range(300)], "broken": []}, TRANSFORM, CPU)
+    for number in (0, AT_A_TIME, 299):
+        own = TRANSFORM(EncodedImage(path.read_bytes()), random.Random(number))
+        assert torch.equal(views["image"][number], own["image"])
 
 
 def test_without_a_gpu(folder, capsys):
@@ -102,6 +116,7 @@ def test_without_a_gpu(folder, capsys):
 def test_a_run(folder, tmp_path, monkeypatch):
     """Here on a CPU, which nvJPEG's place is taken by: the same weights as with decoding in the workers."""
     monkeypatch.setattr(pretraining, "choose_devices", lambda *_: Devices(1, 1, 1, True))
+    monkeypatch.setattr(pretraining, "check_nvjpeg", lambda: None)
     weights = []
     for decode in ("workers", "gpu"):
         config = Config(

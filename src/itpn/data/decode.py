@@ -98,30 +98,28 @@ class EncodedImage:
         """
         if not self.is_upright_jpeg:
             return None
+        with _quiet():
+            codec, decoder = _find_codec(os.getpid())
+        if decoder is None:
+            return None
         with _reading():
-            codec = _find_codec()
-            if codec is None:
-                return None
             region = codec.Region(top, left, top + height, left + width)
-            part = _decoder(os.getpid()).decode(codec.CodeStream(self.data).get_sub_code_stream(region=region))
+            part = decoder.decode(codec.CodeStream(self.data).get_sub_code_stream(region=region))
             return None if part is None else torch.from_numpy(np.asarray(part)).permute(2, 0, 1)
 
 
 @functools.cache
-def _find_codec() -> Any:
+def _find_codec(process: int) -> tuple[Any, Any]:
+    """nvImageCodec and a decoder of it, for each process its own, because threads do not survive a fork."""
     try:
-        from nvidia import nvimgcodec
-    except ImportError:  # there are builds for Linux alone
-        return None
-    return nvimgcodec
+        from nvidia import nvimgcodec as codec
 
-
-@functools.cache
-def _decoder(process: int) -> Any:
-    """For each process its own, because threads do not survive a fork."""
-    codec = _find_codec()
-    backends = [codec.Backend(codec.CPU_ONLY)]
-    return codec.Decoder(device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends)
+        backends = [codec.Backend(codec.CPU_ONLY)]
+        return codec, codec.Decoder(
+            device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends
+        )
+    except Exception:  # not there (there are builds for Linux alone), or not for this machine
+        return None, None
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:

@@ -1,25 +1,21 @@
 """Images that workers only read: they are decoded, cropped and augmented on the device, by nvJPEG on a GPU."""
 
+import io
 import random
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from itpn.data.augment import Drawn, PretrainingTransform
+from itpn.data.augment import PretrainingTransform
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_image, reason_of
 from itpn.data.loader import stack
 from itpn.errors import UserError
 
-
-class Deferred(NamedTuple):
-    """An encoded JPEG, uint8 [bytes], and what is to be done to it; or for other files the finished views."""
-
-    encoded: Tensor | None
-    drawn: Drawn | None
-    views: dict[str, Tensor]
+AT_A_TIME = 32  # whole images are in the device's memory together
 
 
 class DeferredTransform:
@@ -32,14 +28,32 @@ class DeferredTransform:
         self.transform = transform
 
     def __call__(self, image: EncodedImage, rng: random.Random) -> dict[str, Any]:
+        """ "encoded" uint8 [bytes] and what is "drawn" for it, or None of either and the finished "views"."""
         if not image.is_upright_jpeg:
-            return {"image": Deferred(None, None, self.transform(image, rng))}
+            return {"encoded": None, "drawn": None, "views": self.transform(image, rng)}
         encoded = torch.frombuffer(bytearray(image.data), dtype=torch.uint8)  # a copy: bytes are read-only
-        return {"image": Deferred(encoded, self.transform.draw(image.height, image.width, rng), {})}
+        return {"encoded": encoded, "drawn": self.transform.draw(image.height, image.width, rng), "views": None}
+
+
+def collate_deferred(samples: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch for :func:`finish`, in as few tensors as can be: each takes a file descriptor between processes.
+
+    Returns:
+        "image" what is drawn for each image, or None; "encoded" all JPEGs in a row, uint8 [bytes], and their "lengths";
+        "ready" the finished views, stacked.
+    """
+    encoded = [sample["encoded"] for sample in samples if sample["encoded"] is not None]
+    ready = [sample["views"] for sample in samples if sample["views"] is not None]
+    return {
+        "image": [sample["drawn"] for sample in samples],
+        "encoded": torch.cat(encoded) if encoded else torch.empty(0, dtype=torch.uint8),
+        "lengths": [len(one) for one in encoded],
+        "ready": stack(ready) if ready else {},
+    }
 
 
 def finish(batch: dict[str, Any], transform: PretrainingTransform, device: torch.device) -> dict[str, Any]:
-    """In the training process: the views of a batch of :class:`Deferred` images, on the device.
+    """In the training process: the views of a batch of :func:`collate_deferred`, on the device.
 
     A file that turns out to be broken is added to "broken", and the one before it (or after) takes its place.
 
@@ -49,21 +63,28 @@ def finish(batch: dict[str, Any], transform: PretrainingTransform, device: torch
     Raises:
         UserError: not one image of the batch can be read.
     """
-    deferred: list[Deferred] = batch["image"]
-    encoded = [one.encoded for one in deferred if one.encoded is not None]
-    decoded = iter(_decode(encoded, device))
+    if device.type == "cuda":
+        # nvJPEG writes at once, on a stream of its own, into memory that this stream may still be reading
+        torch.cuda.current_stream(device).synchronize()
+    encoded = iter(batch["encoded"].split(batch["lengths"]))
+    ready = {name: views.to(device, non_blocking=True) for name, views in batch["ready"].items()}
+    done = 0
     views: list[dict[str, Tensor] | None] = []
     broken = list(batch["broken"])
-    for key, one in zip(batch["key"], deferred, strict=True):
-        if one.drawn is None:
-            views.append({name: view.to(device, non_blocking=True) for name, view in one.views.items()})
-            continue
-        image = next(decoded)
-        if isinstance(image, UnreadableImage):
-            broken.append((key, str(image)))
-            views.append(None)
-        else:
-            views.append(transform.make_views(one.drawn.cut(image), one.drawn))
+    for begin in range(0, len(batch["image"]), AT_A_TIME):
+        chunk = batch["image"][begin : begin + AT_A_TIME]
+        decoded = iter(_decode([next(encoded) for drawn in chunk if drawn is not None], device))
+        for key, drawn in zip(batch["key"][begin : begin + AT_A_TIME], chunk, strict=True):
+            if drawn is None:
+                views.append({name: own[done] for name, own in ready.items()})
+                done += 1
+                continue
+            image = next(decoded)
+            if isinstance(image, UnreadableImage):
+                broken.append((key, str(image)))
+                views.append(None)
+            else:
+                views.append(transform.make_views(drawn.cut(image), drawn))
     readable = [view for view in views if view is not None]
     if not readable:
         raise UserError(f"no image of a batch can be decoded; the first is {broken[0][0]}: {broken[0][1]}")
@@ -72,7 +93,17 @@ def finish(batch: dict[str, Any], transform: PretrainingTransform, device: torch
     for view in views:
         latest = latest if view is None else view
         filled.append(latest)
-    return {**batch, **stack(filled), "broken": broken}
+    return {"key": batch["key"], "broken": broken, **stack(filled)}
+
+
+def check_nvjpeg() -> None:
+    """Raise :class:`UserError` where torchvision cannot decode on the GPU."""
+    file = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(file, "JPEG")
+    try:
+        decode_jpeg(torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8), device="cuda")
+    except RuntimeError as error:
+        raise UserError(f"--data.decode gpu does not work here: {reason_of(error)}") from error
 
 
 def _decode(encoded: Sequence[Tensor], device: torch.device) -> list[Tensor | UnreadableImage]:
@@ -81,6 +112,8 @@ def _decode(encoded: Sequence[Tensor], device: torch.device) -> list[Tensor | Un
         return []
     try:
         return [*decode_jpeg(list(encoded), mode=ImageReadMode.RGB, device=device)]
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return [_decode_one(one, device) for one in encoded]
 
@@ -88,6 +121,8 @@ def _decode(encoded: Sequence[Tensor], device: torch.device) -> list[Tensor | Un
 def _decode_one(encoded: Tensor, device: torch.device) -> Tensor | UnreadableImage:
     try:
         return decode_jpeg(encoded, mode=ImageReadMode.RGB, device=device)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError as error:
         try:  # there are kinds that nvJPEG does not know
             return decode_image(encoded.numpy().tobytes()).to(device)

@@ -13,11 +13,11 @@ from itpn.checkpoints.loading import build_from, load_weights
 from itpn.config import Config, image_size
 from itpn.data.augment import EvaluationTransform, PretrainingTransform
 from itpn.data.cache import FeatureCache, read_index
-from itpn.data.deferred import DeferredTransform
+from itpn.data.deferred import DeferredTransform, check_nvjpeg, collate_deferred
 from itpn.data.evaluation import make_evaluation_loader, view_labelled
 from itpn.data.files import ImageSource, find_training_images
 from itpn.data.labelled import LabelledImages, draw_share, find_labelled
-from itpn.data.loader import TrainingLoader, collect, stack
+from itpn.data.loader import TrainingLoader, stack
 from itpn.engine.callbacks import Pictures, Watcher
 from itpn.engine.fitting import Job, Run, describe_size, fit, make_training_loader
 from itpn.engine.launch import choose_devices, read_launch
@@ -42,6 +42,8 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None, run
     if config.data.decode == "gpu" and (images.cache or not choose_devices(config.trainer, read_launch()).cuda):
         what = "is not for cached features" if images.cache else "needs a GPU, and none is used here"
         raise UserError(f"--data.decode gpu {what}: leave it out")
+    if config.data.decode == "gpu":
+        check_nvjpeg()
     if images.cache:
         check_cache(config, images.cache)
     sets = find_probe_sets(config)
@@ -206,7 +208,7 @@ def make_loader(
         DeferredTransform(transform) if on_gpu else transform,
         rank,
         world_size,
-        collate=collect if on_gpu else stack,
+        collate=collate_deferred if on_gpu else stack,
         shuffle_buffer=data.shuffle_buffer,
         samples_per_epoch=data.samples_per_epoch,
     )

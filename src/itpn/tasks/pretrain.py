@@ -61,11 +61,9 @@ class PretrainingTask(TrainingTask):
         if self.device_mesh is not None:  # where the strategy shards
             shard_network(self.model, self.device_mesh["data_parallel"], str(self.trainer.precision))
 
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+    def prepare_batch(self, batch: Any, device: torch.device) -> Any:
         transform = self.loader.transform if self.loader is not None else None
-        if isinstance(transform, DeferredTransform):
-            batch = finish(batch, transform.transform, device)
-        return super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return finish(batch, transform.transform, device) if isinstance(transform, DeferredTransform) else batch
 
     def on_fit_start(self) -> None:
         for teacher in self._frozen:

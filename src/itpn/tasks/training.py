@@ -63,13 +63,17 @@ class TrainingTask(L.LightningModule, ABC):
                 self.loader.load_state_dict(self._loader_state)
         return self.loader
 
+    def prepare_batch(self, batch: Any, device: torch.device) -> Any:
+        """What is left to be done to a batch of the loader, beside the step before."""
+        return batch
+
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         if device.type != "cuda":
-            return super().transfer_batch_to_device(batch, device, dataloader_idx)
+            return super().transfer_batch_to_device(self.prepare_batch(batch, device), device, dataloader_idx)
         # on a stream of its own: from pinned memory the batch is copied while the step before still computes
         self._copies = self._copies or torch.cuda.Stream(device)
         with torch.cuda.stream(self._copies):
-            batch = super().transfer_batch_to_device(batch, device, dataloader_idx)
+            batch = super().transfer_batch_to_device(self.prepare_batch(batch, device), device, dataloader_idx)
         computing = torch.cuda.current_stream(device)
         computing.wait_stream(self._copies)
         for tensor in tree_leaves(batch):
