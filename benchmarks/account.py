@@ -8,6 +8,7 @@ kept in all with each kind of activation checkpointing. The backward pass has tw
 """
 
 import argparse
+import os
 from collections import defaultdict
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from itpn.config import image_size
+from itpn.config import Config, image_size
+from itpn.errors import UserError
 from itpn.models.recompute import PRODUCTS
 from itpn.pretraining.build import build_masked_model
 from itpn.pretraining.model import MaskedImageModel
@@ -112,6 +114,7 @@ def draw_targets(model: MaskedImageModel, images: torch.Tensor) -> dict[str, tor
 
 def measure_kept(model: MaskedImageModel, images: torch.Tensor) -> float:
     """Bytes that a forward pass leaves taken, measured on the CPU."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its remarks are not for users
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = model(images, target=draw_targets(model, images)).loss
     assert loss.requires_grad
@@ -123,7 +126,12 @@ def main() -> None:
     parser.add_argument("recipe")
     parser.add_argument("--batch-size", type=int, default=4, help="what is counted is divided by it")
     options = parser.parse_args()
-    recipe, config = read_recipe(options.recipe)
+    try:
+        recipe, config = read_recipe(options.recipe)
+    except UserError as error:
+        parser.error(str(error))
+    if not isinstance(config, Config) or options.batch_size < 1:
+        parser.error("give a recipe of pre-training, and --batch-size of at least 1")
     size, batch = image_size(config.data), options.batch_size
     model = build_masked_model(config.model, size, config.teacher).train()
     images = torch.zeros(batch, config.model.in_chans, *size)

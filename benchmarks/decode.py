@@ -8,6 +8,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,8 +21,9 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from itpn.data.augment import PretrainingTransform
-from itpn.data.decode import EncodedImage
+from itpn.data.decode import EncodedImage, UnreadableImage
 from itpn.data.files import find_images
+from itpn.errors import UserError
 
 
 def main() -> None:
@@ -33,9 +35,17 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.set_num_threads(1)
-    paths = find_images([args.folder]).images
+    try:
+        paths = find_images([args.folder]).images
+    except UserError as error:
+        parser.error(str(error))
+    if not paths or args.rounds < 1:
+        parser.error("--rounds must be at least 1" if paths else f"{args.folder} holds shards: give a folder of images")
     readers = {"itpn": itpn_reader(args.img_size), "Pillow": pillow_reader(args.img_size)}
     rates: dict[str, list[float]] = {name: [] for name in readers}
+    paths = tuple(path for path in paths if is_readable(readers["itpn"], path))
+    if not paths:
+        parser.error(f"none of the images in {args.folder} can be read")
     for round_ in range(args.rounds + 1):
         for name, read in readers.items():
             seconds = time_round(read, paths)
@@ -55,6 +65,15 @@ def main() -> None:
     if args.json:
         figures = {"images": len(paths), "img_size": args.img_size, "images_per_second": medians, "ratio": ratio}
         args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+def is_readable(read: Callable[[str], Tensor], path: str) -> bool:
+    try:
+        read(path)
+    except UnreadableImage as error:
+        print(f"skipped {path}: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 def time_round(read: Callable[[str], Tensor], paths: tuple[str, ...]) -> float:

@@ -51,4 +51,4 @@ def attend(self: Attention, x: Tensor, grid=None, rel_pos_index=None, windows=No
 
 
 def make_plain_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=False, fused=False)
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])

@@ -6,13 +6,13 @@
 
 Arms take steps in turns, and between them goes the best large matrix product in the same precision, so that ratios
 hold on a machine whose speed varies: "fraction" and "to the first" are medians over rounds. A row for each arm with
-batches that lie in memory and, with --data, one for real files through the reader, with the first arm. A moving average
-is part of the step; an outside teacher is not, numbers drawn at random stand for its features.
+batches that lie in memory and, with --data, one for real files through the reader: means over steps in a row of the
+first arm, when what workers have read ahead is used up. A moving average is part of the step; an outside teacher is
+not, numbers drawn at random stand for its features. For the memory of an arm give it alone.
 """
 
 import argparse
 import contextlib
-import itertools
 import json
 import statistics
 import time
@@ -137,15 +137,28 @@ class Arm:
             self.average.update(self.model, self.momentum)
 
 
-def time_step(arm: Arm, batches: Iterator[torch.Tensor]) -> tuple[float, float]:
-    """Seconds of a step, waiting for its batch included, and seconds of that waiting."""
+def time_step(arm: Arm, images: torch.Tensor) -> float:
+    """Seconds of a step alone."""
     synchronize(arm.device)
     begin = time.perf_counter()
-    images = next(batches)
-    wait = time.perf_counter() - begin
     arm.step(images)
     synchronize(arm.device)
-    return time.perf_counter() - begin, wait
+    return time.perf_counter() - begin
+
+
+def time_files(arm: Arm, batches: Iterator[torch.Tensor], warmup: int, steps: int) -> tuple[float, float]:
+    """Mean seconds of steps in a row, and of waiting for their batches."""
+    for _ in range(warmup):
+        arm.step(next(batches))
+    synchronize(arm.device)
+    wait, begin = 0.0, time.perf_counter()
+    for _ in range(steps):
+        asked = time.perf_counter()
+        images = next(batches)
+        wait += time.perf_counter() - asked
+        arm.step(images)
+    synchronize(arm.device)
+    return (time.perf_counter() - begin) / steps, wait / steps
 
 
 def main() -> None:
@@ -176,52 +189,43 @@ def main() -> None:
     limit = BestProduct(device, dtype)
 
     images = torch.randint(0, 256, (options.batch_size, 3, *image_size(config.data)), dtype=torch.uint8).to(device)
-    runs: list[tuple[str, Arm, Iterator[torch.Tensor]]] = [
-        ("memory", arm, itertools.repeat(images)) for arm in networks
-    ]
+    times: list[list[float]] = [[] for _ in networks]
+    limits: list[list[float]] = [[] for _ in networks]
+    for number in range(options.warmup + options.steps):
+        for i, arm in enumerate(networks):
+            before = limit.flops_per_second()
+            seconds = time_step(arm, images)
+            if number >= options.warmup:
+                times[i].append(seconds)
+                limits[i].append((before + limit.flops_per_second()) / 2)
+
+    def make_row(arm: Arm, source: str, own: list[float], rates: list[float], wait: float) -> dict[str, Any]:
+        seconds = statistics.median(own)
+        return {
+            "recipe": recipe,
+            "arm": arm.name,
+            "images from": source,
+            "batch": options.batch_size,
+            "precision": options.precision,
+            "images/s": options.batch_size / seconds,
+            "step s": seconds,
+            "to the first": statistics.median(step / first for step, first in zip(own, times[0], strict=True)),
+            "wait s": wait,
+            "GFLOP": arm.flops / 1e9,
+            "GFLOP/s": arm.flops / seconds / 1e9,
+            "best matmul": statistics.median(rates) / 1e9,
+            "fraction": statistics.median(arm.flops / step / rate for step, rate in zip(own, rates, strict=True)),
+            "peak GB, all arms": peak_memory_gb(device),
+        }
+
+    rows = [make_row(arm, "memory", own, rates, 0.0) for arm, own, rates in zip(networks, times, limits, strict=True)]
     if options.data:
         loader = make_loader(config, find_training_images(options.data), 0, 1)
-        runs.append(("files", networks[0], (batch["image"] for _ in iter(int, 1) for batch in loader)))
-    times: list[list[tuple[float, float]]] = [[] for _ in runs]
-    limits: list[list[float]] = [[] for _ in runs]
-    peaks = [0.0] * len(runs)
-    for number in range(options.warmup + options.steps):
-        for i, (_, arm, batches) in enumerate(runs):
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            limit_now = limit.flops_per_second()
-            measured = time_step(arm, batches)
-            limit_now = (limit_now + limit.flops_per_second()) / 2
-            peaks[i] = max(peaks[i], peak_memory_gb(device))
-            if number >= options.warmup:
-                times[i].append(measured)
-                limits[i].append(limit_now)
-    if options.data:
+        batches = (batch["image"] for _ in iter(int, 1) for batch in loader)
+        ahead = options.warmup + 2 * options.num_workers
+        seconds, wait = time_files(networks[0], batches, ahead, options.steps)
         loader.close()
-
-    rows: list[dict[str, Any]] = []
-    for (source, arm, _), own, own_limits, peak in zip(runs, times, limits, peaks, strict=True):
-        seconds = statistics.median(step for step, _ in own)
-        fractions = [arm.flops / step / rate for (step, _), rate in zip(own, own_limits, strict=True)]
-        ratios = [step / first for (step, _), (first, _) in zip(own, times[0], strict=True)]
-        rows.append(
-            {
-                "recipe": recipe,
-                "arm": arm.name,
-                "images from": source,
-                "batch": options.batch_size,
-                "precision": options.precision,
-                "images/s": options.batch_size / seconds,
-                "step s": seconds,
-                "to the first": statistics.median(ratios),
-                "wait s": statistics.mean(wait for _, wait in own),
-                "GFLOP": arm.flops / 1e9,
-                "GFLOP/s": arm.flops / seconds / 1e9,
-                "best matmul": statistics.median(own_limits) / 1e9,
-                "fraction": statistics.median(fractions),
-                "peak GB": peak,
-            }
-        )
+        rows.append(make_row(networks[0], "files", [seconds] * options.steps, limits[0], wait))
     table = Table(title=f"{recipe} on {device_name(device)}, torch {torch.__version__}")
     for name in list(rows[0])[1:]:
         table.add_column(name, justify="right")

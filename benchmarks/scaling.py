@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.checkpoints.loading import build_from
 from itpn.config import Config, image_size
+from itpn.errors import UserError
 from itpn.recipes import read_recipe
 
 PEAK, SHARE = 989e12, 0.4  # bf16 FLOP/s of an H100 without sparsity, and what of it is assumed to be reached
@@ -31,8 +32,12 @@ def main() -> None:
     titles = ["trained M", "gradients GB", "GFLOP an image", "activations MB an image", "batch", "step ms"]
     table = Table("recipe", *titles, *LINKS)
     for name in parser.parse_args().recipes:
-        _, config = read_recipe(name)
-        assert isinstance(config, Config)
+        try:
+            _, config = read_recipe(name)
+        except UserError as error:
+            parser.error(str(error))
+        if not isinstance(config, Config):
+            parser.error(f"{name} is a recipe of {config.task}, not of pre-training")
         trained, flops, activations = count(config)
         batch, gradients = config.data.batch_size, 4 * trained
         step = batch * flops / (PEAK * SHARE)

@@ -300,6 +300,8 @@ def run_shrink(options: argparse.Namespace) -> int:
             raise UserError(f"{option} must be {f'between 1 and {most}' if most else 'at least 1'}, not {value}")
     if options.num_workers is not None and options.num_workers < 0:
         raise UserError(f"--num-workers must be at least 0, not {options.num_workers}")
+    if not options.out or not all(options.images):
+        raise UserError("a folder's name is empty: give the images as DIR and the folder for the shards as --out")
     out = Path(os.path.realpath(options.out))
     for root in options.images:
         place = Path(os.path.realpath(root))

@@ -75,7 +75,7 @@ def waiting(share, **changes):
         (waiting(0.04), [NOTHING]),
         (waiting(0.3), ["30% of a step is waiting for data: more --data.num-workers than 2"]),
         (waiting(0.3, num_workers=0), ["--data.num-workers 8 reads images beside"]),
-        (waiting(0.3, num_workers=8), ["all 8 cores read already"]),
+        (waiting(0.3, num_workers=8), ["no core is left to read with"]),
         (on_cpu(threads=1), ["OMP_NUM_THREADS=8"]),
         (on_gpu(), [NOTHING]),
         # the host waits, but the GPU still has work

@@ -301,3 +301,31 @@ def test_training_from_them(whole, tmp_path):
     assert (summary["images_seen"], summary["images_skipped"]) == (8, 0)
     checkpoint = ["--model.checkpoint", str(run / "model.safetensors")]
     assert main(["train", "classifier_small", *common, *checkpoint, "--data.img-size", "32"]) == 0
+
+
+def test_sets_by_the_names_of_coco_are_not_mixed(large, tmp_path, capsys):
+    shutil.copytree(large / "c", tmp_path / "coco/train2017")
+    shutil.copytree(large / "d", tmp_path / "coco/val2017")
+    assert shrink(tmp_path / "coco", tmp_path / "out") == 2
+    assert f"give one set alone, as {tmp_path}/coco/train2017" in capsys.readouterr().err
+    assert shrink(tmp_path / "coco/train2017", tmp_path / "out") == 0
+
+
+def test_what_is_not_complete_is_not_trained_from(large, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(itpn.engine.shrinking.SkippedImages, "check", stop)  # after the first shard
+        assert shrink(large, tmp_path / "out") == 130
+    assert len(list((tmp_path / "out").glob("*.tar"))) == 1
+    assert main(["train", "itpn-pixel_nano", "--data.root", str(tmp_path / "out")]) == 2
+    assert f"{tmp_path}/out is not complete: repeat the `itpn shrink`" in capsys.readouterr().err
+    assert shrink(large, tmp_path / "out") == 0
+    assert len(find_training_images([tmp_path / "out"]).shards) == 5
+
+
+def test_empty_names(large, tmp_path, capsys):
+    for arguments in (["shrink", str(large), "--out", ""], ["shrink", "", "--out", str(tmp_path / "out")]):
+        assert main(arguments) == 2
+        assert "a folder's name is empty" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """What a data root holds: image files in any tree, or tar shards. Standard library only, so that it is quick."""
 
+import json
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,6 +12,7 @@ from itpn.errors import UserError
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 CACHE_INDEX = "itpn-features.json"  # in a folder written by `itpn cache-features`
+SHRINK_INDEX = "itpn-shrink.json"  # in one written by `itpn shrink`
 # by name; a test set is for the end, and taken for evaluation only where there is nothing else
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
 
@@ -50,6 +52,7 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
         return ImageSource(cache=caches[0], roots=tuple(names))
     for root in names:
         if os.path.isdir(root):
+            _check_complete(root)
             found = list(walk(root))
             images_here = [path for path in found if is_image(path)]
             images.update(dict.fromkeys(images_here))
@@ -73,6 +76,17 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
     return ImageSource(tuple(images), tuple(shards), roots=tuple(names))
 
 
+def _check_complete(root: str) -> None:
+    """Refuse what a stopped `itpn shrink` has left: a folder, or a split in it."""
+    for folder in (root, os.path.dirname(os.path.abspath(root))):
+        try:
+            index = json.loads(Path(folder, SHRINK_INDEX).read_text())
+        except (OSError, ValueError):
+            continue
+        if not index.get("complete"):
+            raise UserError(f"{folder} is not complete: repeat the `itpn shrink` that writes it, or remove it")
+
+
 def find_training_images(roots: Sequence[Path | str]) -> ImageSource:
     """As `find_images`, but of a folder with a `train` folder in it that one alone: evaluation sets stay unseen."""
     trains = [os.path.join(root, "train") for root in roots]
@@ -90,6 +104,11 @@ def find_splits(roots: Sequence[str]) -> dict[str, ImageSource]:
         UserError: as `find_images`; or the roots or the splits are not of one kind.
     """
     splits = {word: [list_split(root, word) for root in roots] for words in SPLITS.values() for word in words}
+    for root in roots:
+        own = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
+        for name in own:
+            if re.fullmatch(r"(train|val|test)\d+", name):  # COCO's names; together they would be trained on
+                raise UserError(f"{root} holds {', '.join(own)}: give one set alone, as {os.path.join(root, name)}")
     if not any(any(splits[word]) for word in SPLITS["train"]):
         return {"": find_images(roots)}
     for root, *own in zip(roots, *splits.values(), strict=True):

@@ -21,14 +21,13 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.files import ImageSource, is_shard
+from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
 from itpn.data.folders import open_whole, write_whole
 from itpn.data.readers import is_compressed
 from itpn.data.shards import index_shard
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
-SHRINK_INDEX = "itpn-shrink.json"
 LONGEST_JPEG = 65535
 EXIF_ORIENTATION = 0x0112
 
@@ -51,6 +50,7 @@ class ShrinkIndex:
     settings: dict[str, Any]
     # of each complete shard: "images", "bytes" that they had before, and "broken", the reason for each left out
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    complete: bool = False
 
 
 def read_index(folder: Path) -> ShrinkIndex:

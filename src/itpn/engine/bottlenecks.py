@@ -30,7 +30,7 @@ def advise(figures: dict[str, Any]) -> list[str]:
         elif workers < cores:
             advice.append(f"{what}more --data.num-workers than {workers} ({cores} cores for each process)")
         else:
-            advice.append(f"{what}all {cores} cores read already; `itpn shrink` makes large images quick to read")
+            advice.append(f"{what}no core is left to read with; `itpn shrink` makes large images quick to read")
     if gpu is None:
         if 2 * figures["threads"] <= cores and figures["threads"] + workers < cores:
             advice.append(f"torch computes with {figures['threads']} of {cores} cores: set OMP_NUM_THREADS={cores}")

@@ -183,7 +183,7 @@ def check_strategy(config: RunConfig, launch: Launch) -> None:
     elif config.trainer.compile:
         reason = "does not go with --trainer.compile"
     if reason is not None:
-        raise UserError(f"--trainer.strategy fsdp {reason}; or leave it out")
+        raise UserError(f"--trainer.strategy fsdp {reason}; without it each process holds a copy of everything")
 
 
 def make_strategy(config: RunConfig, processes: int) -> Any:

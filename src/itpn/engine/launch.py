@@ -135,6 +135,10 @@ def compile_networks(
             raise UserError(f"--trainer.compile: torch.compile does not work here: {reason}") from None
         console.print(f"torch.compile does not work here, steps will be slower: {reason}", highlight=False)
         return False
+    parts = (part for network in networks for part in network.modules())
+    if torch.__version__ < "2.15" and any(getattr(part, "grad_checkpointing", False) for part in parts):
+        # older DDP cannot split a graph with recomputed parts; gradients are then sent after the backward pass
+        torch._dynamo.config.optimize_ddp = False
     for network in networks:
         network.compile()
     console.print("compiling the network: the first step takes a minute or more, the others are faster for it")
@@ -150,13 +154,15 @@ def choose_precision(wanted: str, cuda: bool) -> Any:
 
 
 def quieten_libraries() -> None:
-    """Lightning's remarks on what we decide on purpose."""
+    """Remarks of libraries on what we decide on purpose."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of torch.compile: there is no GPU
     for message in (
         ".*smaller than the logging interval.*",
         ".*LeafSpec.*is deprecated.*",
         ".*in eval mode at the start of training.*",  # the teacher is
+        ".*This DataLoader will create.*",  # as many workers as were asked for
     ):
         warnings.filterwarnings("ignore", message=message)
 

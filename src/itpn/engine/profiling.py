@@ -101,6 +101,9 @@ def profile(
         trainer.fit(job.task)
         if launch.main:
             report(console, folder.path, figure_out(config, recipe, trainer, job, recorder, folder.path, compiled))
+    except RunStopped:
+        console.print("stopped; nothing of the profile is kept")
+        raise
     finally:
         recorder.unlisten()
         recorder.stop()

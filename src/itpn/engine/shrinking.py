@@ -15,12 +15,11 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import CACHE_INDEX, ImageSource, walk
+from itpn.data.files import CACHE_INDEX, SHRINK_INDEX, ImageSource, walk
 from itpn.data.folders import check_settings, write_whole
 from itpn.data.labelled import CLASSES, read_class_names
 from itpn.data.loader import SkippedImages, start_worker
 from itpn.data.shrunk import (
-    SHRINK_INDEX,
     Original,
     ShrinkIndex,
     ShrunkImages,
@@ -75,6 +74,8 @@ def shrink(
                     "a process that shrinks was killed, for want of memory perhaps: repeat the command, with fewer "
                     "--num-workers if need be"
                 ) from error
+            index.complete = True
+            write_index(out, index)
             size = sum((out / name).stat().st_size for name in shards)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
@@ -134,13 +135,14 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> Iterator[ShrinkIndex]:
     out.mkdir(parents=True, exist_ok=True)
     lock = FileLock(out / ".lock")
     try:
-        lock.acquire(timeout=LOCK_SECONDS)
+        taken = lock.acquire(timeout=LOCK_SECONDS)
     except Timeout:
         raise UserError(f"{out} is in use by another process; wait for it, or choose another --out") from None
-    with lock:
+    with taken:
         index = read_index(out) if begun else ShrinkIndex(settings)
         check_settings(out, index.settings, settings, "shards")
         index.shards = {name: record for name, record in index.shards.items() if (out / name).exists()}
+        index.complete = False
         write_index(out, index)
         yield index
 

@@ -155,9 +155,8 @@ class Attention(nn.Module):
         stored = (self.rel_pos_h, self.rel_pos_w)
         tables = [resample_offsets(table, 2 * side - 1) for table, side in zip(stored, grid, strict=True)]
         cols = 2 * grid[1] - 1
-        index = (index if index.dim() == 3 else index[None])[:, None].expand(
-            *q.shape[:3], -1
-        )  # [B, heads, N - skip, N]
+        index = (index if index.dim() == 3 else index[None])[:, None]  # [1 or B, 1, N - skip, N]
+        index = index.expand(*q.shape[:3], -1)
         row_offset = index // cols
         offsets = (row_offset, index - row_offset * cols)  # no %, which torch.onnx cannot write with open sizes
         # the query is not scaled here, as the published weights were trained

@@ -16,7 +16,8 @@ def shard_network(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
 
     Args:
         precision: Lightning's name of it. With "bf16-mixed" parts stay float32, as they do under autocast, and are
-            gathered in bf16, into which autocast would turn them; gradients are summed in float32.
+            gathered in bf16, into which autocast would turn the matrices, though not norms, tables and tokens;
+            gradients are summed in float32.
     """
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if precision == "bf16-mixed" else MixedPrecisionPolicy()
