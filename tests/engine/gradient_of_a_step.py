@@ -6,6 +6,7 @@ operations of each pass, until the next begins.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -64,6 +65,7 @@ itpn.pretraining.model.MaskedImageModel.forward = lambda self, images, mask=None
     self, images, mask_of_content(images, 0.75) if mask is None else mask, target
 )
 itpn.engine.pretraining.PretrainingTask = Task
+torch.compile = partial(torch.compile, backend="aot_eager")  # graphs as ever, without generating code
 for path in map(Path, sys.argv[1:]):
     recipe, config = read_yaml(path)
     train(config, recipe)

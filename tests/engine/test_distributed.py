@@ -27,13 +27,16 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path):
     """And the processes tell one another no more than they must. So with shards of the network, also when resumed."""
-    cases = {"plain": (1, None), "accumulated": (2, None), "average": (1, "ema"), "sharded": (2, None)}
+    cases = dict.fromkeys(("plain", "compiled"), (1, None)) | {"average": (1, "ema")}
+    cases |= {"accumulated": (2, None), "sharded": (2, None)}
     for processes, batch in ((1, 8), (2, 4)):
         files = []
         for case, (accumulate, teacher) in [*cases.items(), ("resumed", (2, None))]:
             config = settings(max_steps=2 * accumulate, accumulate_grad_batches=accumulate)
             config.trainer.log_every_n_steps = 100
             config.name, config.data.batch_size, config.model.drop_path_rate = f"{case}-{processes}", batch, 0.0
+            if case == "compiled":
+                config.trainer.compile, config.model.grad_checkpointing = processes == 2, True
             if case in ("sharded", "resumed"):
                 config.name, config.optimizer.clip_grad = f"sharded-{processes}", 0.1
                 config.trainer.strategy = "fsdp" if processes == 2 else "ddp"
