@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainerConfig
-from itpn.engine.callbacks import Checkpointing
+from itpn.engine.checkpointing import Checkpointing
 from itpn.engine.run import train
 from itpn.errors import RunStopped
 

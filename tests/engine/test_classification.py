@@ -29,7 +29,7 @@ from itpn.config import (
     TrainerConfig,
     write_yaml,
 )
-from itpn.engine.callbacks import Checkpointing
+from itpn.engine.checkpointing import Checkpointing
 from itpn.engine.run import train
 from itpn.engine.scores import judge, score
 from itpn.errors import RunStopped, UserError

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from itpn.config import Config
-from itpn.engine.callbacks import Checkpointing
+from itpn.engine.checkpointing import Checkpointing
 from itpn.engine.run import train
 from itpn.errors import RunStopped, UserError
 from itpn.tasks.pretrain import PretrainingTask

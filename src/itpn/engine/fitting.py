@@ -22,7 +22,8 @@ from itpn.config import Config, RunConfig
 from itpn.data.files import ImageSource
 from itpn.data.loader import SkippedImages, TrainingLoader, Transform
 from itpn.data.readers import Reader
-from itpn.engine.callbacks import Checkpointing, Monitor, Pictures, Watcher
+from itpn.engine.callbacks import Monitor, Pictures, Watcher
+from itpn.engine.checkpointing import Checkpointing
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import (
     Launch,

@@ -1,0 +1,125 @@
+"""Checkpoints of a run, and how all its processes stop at the same step."""
+
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from itpn.engine.callbacks import Monitor
+from itpn.engine.folder import RunFolder
+from itpn.errors import RunStopped
+
+
+class Vote:
+    """Whether any process wants to stop; the answer of a step comes with the next, so that nobody waits for it.
+
+    To look at it at once would make the host wait for the device in every step, and the device then for the host.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # beside the stream that computes, which must not wait for what the other processes say either
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._asked: tuple[Tensor, Callable[[], Any]] | None = None
+
+    def ask(self, stop: bool) -> bool:
+        """Vote, all processes together; returns what the vote before this one came to, False where there was none."""
+        before = self._asked
+        with torch.cuda.stream(self._stream):
+            flag = torch.full((), int(stop), device=self.device)
+            work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
+            assert work is not None
+            if self._stream is None:
+                self._asked = flag, work.wait
+            else:
+                work.wait()  # the stream does, not the host
+                answer = flag.to("cpu", non_blocking=True)
+                self._asked = answer, self._stream.record_event().synchronize
+        if before is None:
+            return False
+        flag, wait = before
+        wait()
+        return bool(flag)
+
+
+class Checkpointing(L.Callback):
+    """Writes a checkpoint every so many optimiser steps, at the last one, and when a signal asks to stop.
+
+    Only after a whole optimiser step, so that a resumed run equals an uninterrupted one. Several processes stop a step
+    after the one in which the signal came.
+    """
+
+    def __init__(self, folder: RunFolder, monitor: Monitor, every_n_steps: int) -> None:
+        self.folder = folder
+        self.monitor = monitor
+        self.every_n_steps = every_n_steps
+        self.best_score = float("-inf")
+        self._signum: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best_score": self.best_score}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best_score = state_dict["best_score"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._step = trainer.global_step
+        self._total = int(trainer.estimated_stepping_batches)
+        self._vote = Vote(pl_module.device) if trainer.world_size > 1 else None
+        self.listen()  # Lightning has just put handlers of its own in the place of ours
+
+    def listen(self) -> None:
+        """Take the signals that ask to stop: Ctrl-C, SIGTERM, and USR1, with which Slurm warns."""
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            before = signal.signal(signum, self._ask_to_stop)
+            self._handlers.setdefault(signum, before)
+
+    def unlisten(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
+        if self._signum is not None and signum == signal.SIGINT:
+            raise RunStopped(signum)  # the second Ctrl-C does not wait for the step to end
+        self._signum = signum
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
+    ) -> None:
+        if trainer.global_step == self._step:
+            return  # in the middle of an accumulated batch
+        self._step = trainer.global_step
+        stop = self._signum is not None
+        if self._vote is not None:  # all processes stop at the same step
+            stop = self._step < self._total and self._vote.ask(stop)
+        watcher = self.monitor.watcher
+        judged = watcher is not None and watcher.step == self._step and watcher.score is not None
+        better = judged and self.score() > self.best_score
+        if stop or better or self._step % self.every_n_steps == 0 or self._step == self._total:
+            self.save(trainer, batch)
+        if stop:
+            raise RunStopped(self._signum or signal.SIGTERM)
+
+    def score(self) -> float:
+        """How good the network is at this step: the watcher's score at its steps, or else the loss with its sign."""
+        watcher = self.monitor.watcher
+        if watcher is not None and watcher.score is not None:
+            return watcher.score if watcher.step == self._step else float("-inf")
+        loss = self.monitor.metrics.get("loss")
+        return float("-inf") if loss is None else -loss
+
+    def save(self, trainer: L.Trainer, batch: dict[str, Any]) -> None:
+        self.monitor.check_finite(trainer, batch, weights=True)
+        score = self.score()
+        best = score > self.best_score
+        self.best_score = max(score, self.best_score)
+        unfinished = self.folder.checkpoints / "unfinished.tmp"
+        trainer.save_checkpoint(unfinished)
+        if trainer.is_global_zero:
+            self.folder.put_checkpoint(unfinished, trainer.global_step, best)
+        trainer.strategy.barrier()
