@@ -28,7 +28,7 @@ class DeferredTransform:
         self.transform = transform
 
     def __call__(self, image: EncodedImage, rng: random.Random) -> dict[str, Any]:
-        """ "encoded" uint8 [bytes] and what is "drawn" for it, or None of either and the finished "views"."""
+        """A JPEG as "encoded", uint8 [bytes], and what is "drawn" for it; of other files the finished "views"."""
         if not image.is_upright_jpeg:
             return {"encoded": None, "drawn": None, "views": self.transform(image, rng)}
         encoded = torch.frombuffer(bytearray(image.data), dtype=torch.uint8)  # a copy: bytes are read-only
