@@ -24,7 +24,6 @@ import torch
 from plain import SAVINGS, make_plain, make_plain_optimizer
 from rich.console import Console
 from rich.table import Table
-from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.config import Config, image_size
@@ -107,10 +106,7 @@ class Arm:
         if "fused optimizer" in without:
             self.optimizer = make_plain_optimizer(model)
         else:
-            groups = param_groups_weight_decay(
-                model, config.optimizer.weight_decay, no_weight_decay_list=model.no_weight_decay()
-            )
-            self.optimizer = torch.optim.AdamW(groups, fused=True)
+            self.optimizer = torch.optim.AdamW(self.task.parameter_groups(), fused=True)
         with FlopCounterMode(display=False) as counter:  # before anything is recomputed or compiled
             self._forward_backward(torch.zeros(batch, 3, *size, dtype=torch.uint8))
         self.flops = counter.get_total_flops()

@@ -32,6 +32,7 @@ class EncodedImage:
     Attributes:
         data: the file's content.
         height, width: in pixels, the way a person sees it: EXIF rotation applied.
+        format: Pillow's name of it.
 
     Raises:
         UnreadableImage: not an image, or of more than ``max_pixels`` (or 179 million, Pillow's own limit).
@@ -50,7 +51,8 @@ class EncodedImage:
         self.width, self.height = self._image.size[::-1] if self._orientation in TURNED else self._image.size
         if self.width * self.height > max_pixels:
             raise UnreadableImage(f"{self.width}x{self.height} pixels, more than the {max_pixels} allowed")
-        self._is_jpeg = self._image.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
+        self.format = self._image.format
+        self._is_jpeg = self.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
 
     @property
     def is_upright_jpeg(self) -> bool:

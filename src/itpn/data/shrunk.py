@@ -7,9 +7,7 @@ import os
 import random
 import re
 import tarfile
-import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +18,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.decode import EncodedImage, UnreadableImage
 from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
 from itpn.data.folders import open_whole, write_whole
 from itpn.data.readers import is_compressed
@@ -29,7 +27,6 @@ from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
 LONGEST_JPEG = 65535
-EXIF_ORIENTATION = 0x0112
 
 
 class Original(NamedTuple):
@@ -149,10 +146,11 @@ def shrink_image(data: bytes, short_side: int, quality: int) -> bytes:
     Raises:
         UnreadableImage: it cannot be decoded, or is too long for a JPEG.
     """
-    image = decode_image(data)  # uint8 [3, height, width]
+    encoded = EncodedImage(data)
+    image = encoded.decode()  # uint8 [3, height, width]
     if min(image.shape[1:]) > short_side:
         image = resize(image, [short_side], InterpolationMode.BICUBIC, antialias=True)
-    elif _is_plain_jpeg(data):
+    elif encoded.is_upright_jpeg and encoded.format == "JPEG":  # and not of several pictures
         return data
     if max(image.shape[1:]) > LONGEST_JPEG:
         raise UnreadableImage(f"longer than the {LONGEST_JPEG:,} pixels that a JPEG can have")
@@ -161,15 +159,6 @@ def shrink_image(data: bytes, short_side: int, quality: int) -> bytes:
     # Without `optimize`, which fails on noise.
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling=0)
     return file.getvalue()
-
-
-def _is_plain_jpeg(data: bytes) -> bool:
-    with warnings.catch_warnings(), suppress(Exception):  # of damaged metadata
-        warnings.simplefilter("ignore")
-        image = Image.open(io.BytesIO(data), formats=["JPEG"])
-        upright = image.getexif().get(EXIF_ORIENTATION, 1) == 1
-        return upright and image.format == "JPEG" and image.mode in ("L", "RGB")
-    return False
 
 
 def write_shard(path: Path, members: Iterator[tuple[str, bytes]]) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from itpn.engine.callbacks import Monitor
 from itpn.engine.folder import RunFolder
+from itpn.engine.signals import SignalHandlers
 from itpn.errors import RunStopped
 
 
@@ -59,7 +60,7 @@ class Checkpointing(L.Callback):
         self.every_n_steps = every_n_steps
         self.best_score = float("-inf")
         self._signum: int | None = None
-        self._handlers: dict[int, Any] = {}
+        self.signals = SignalHandlers(self._ask_to_stop)
 
     def state_dict(self) -> dict[str, Any]:
         return {"best_score": self.best_score}
@@ -71,17 +72,7 @@ class Checkpointing(L.Callback):
         self._step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
         self._vote = Vote(pl_module.device) if trainer.world_size > 1 else None
-        self.listen()  # Lightning has just put handlers of its own in the place of ours
-
-    def listen(self) -> None:
-        """Take the signals that ask to stop: Ctrl-C, SIGTERM, and USR1, with which Slurm warns."""
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            before = signal.signal(signum, self._ask_to_stop)
-            self._handlers.setdefault(signum, before)
-
-    def unlisten(self) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+        self.signals.set()  # Lightning has just put handlers of its own in the place of ours
 
     def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None and signum == signal.SIGINT:

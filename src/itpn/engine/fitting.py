@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from itpn.config import Config, RunConfig
 from itpn.data.files import ImageSource
+from itpn.data.folders import write_whole
 from itpn.data.loader import SkippedImages, TrainingLoader, Transform
 from itpn.data.readers import Reader
 from itpn.engine.callbacks import Monitor, Pictures, Watcher
@@ -112,7 +113,7 @@ def fit(
         drawing = [pictures] if config.trainer.strategy == "ddp" else []
         trainer = make_trainer(config, folder, launch, step, [start, *watcher, monitor, *drawing, checkpointing])
         began = time.perf_counter()
-        checkpointing.listen()
+        checkpointing.signals.set()
         try:
             trainer.fit(task, ckpt_path=resume, weights_only=True if resume else None)
         except RunStopped:
@@ -123,7 +124,7 @@ def fit(
             console.print(f"stopped at step {trainer.global_step}; the same command {where}", soft_wrap=True)
             raise
         finally:
-            checkpointing.unlisten()
+            checkpointing.signals.restore()
         if trainer.is_global_zero:
             finish(console, folder, trainer, job, monitor, pictures, recipe, time.perf_counter() - began)
         return folder.path
@@ -307,9 +308,7 @@ def summarize(
 
 
 def write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
-    unfinished = folder.path / "summary.tmp"
-    unfinished.write_text(json.dumps(summary, indent=2) + "\n")
-    unfinished.replace(folder.path / "summary.json")
+    write_whole(folder.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
 
 
 def finish(

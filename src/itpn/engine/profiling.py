@@ -5,12 +5,10 @@ import io
 import json
 import math
 import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning as L
@@ -20,10 +18,19 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from itpn.config import RunConfig
+from itpn.data.folders import write_whole
 from itpn.engine.bottlenecks import advise, draw_summary
 from itpn.engine.fitting import Job, check_strategy, make_trainer
 from itpn.engine.folder import RunFolder
-from itpn.engine.launch import Launch, compile_networks, describe_machine, quieten_libraries, read_launch
+from itpn.engine.launch import (
+    Launch,
+    compile_networks,
+    count_cores,
+    describe_machine,
+    quieten_libraries,
+    read_launch,
+)
+from itpn.engine.signals import SignalHandlers, stop_at_once
 from itpn.engine.traces import MARK, OTHER, OURS, PARTS, read_device, read_operators, tell_device, tell_operations
 from itpn.errors import RunStopped, UserError
 
@@ -96,7 +103,7 @@ def profile(
         highlight=False,
         soft_wrap=True,
     )
-    recorder.listen()
+    recorder.signals.set()
     try:
         trainer.fit(job.task)
         if launch.main:
@@ -105,7 +112,7 @@ def profile(
         console.print("stopped; nothing of the profile is kept")
         raise
     finally:
-        recorder.unlisten()
+        recorder.signals.restore()
         recorder.stop()
         if job.task.loader is not None:
             job.task.loader.close()
@@ -169,24 +176,14 @@ class Recorder(L.Callback):
         self.host: dict[str, float] = {}
         self.trace: torch.profiler.profile | None = None
         self.device = torch.device("cpu")
-        self._handlers: dict[int, Any] = {}
-
-    def listen(self) -> None:
-        """Let a signal end the steps at once: there is nothing to be saved."""
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            before = signal.signal(signum, _stop)
-            self._handlers.setdefault(signum, before)
-
-    def unlisten(self) -> None:
-        while self._handlers:
-            signal.signal(*self._handlers.popitem())
+        self.signals = SignalHandlers(stop_at_once)  # there is nothing to be saved
 
     def stop(self) -> None:
         if self.trace is not None:
             self.trace.stop()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.listen()  # Lightning has just put handlers of its own in the place of ours
+        self.signals.set()  # Lightning has just put handlers of its own in the place of ours
         self._step = 0
         self.device = pl_module.device  # afterwards, Lightning moves everything to the CPU
         if self.main:
@@ -229,10 +226,6 @@ class Recorder(L.Callback):
         self.clock.reset()
 
 
-def _stop(signum: int, frame: FrameType | None) -> None:
-    raise RunStopped(signum)
-
-
 def figure_out(
     config: RunConfig, recipe: str, trainer: L.Trainer, job: Job, recorder: Recorder, folder: Path, compiled: bool
 ) -> dict[str, Any]:
@@ -270,23 +263,13 @@ def figure_out(
     }
 
 
-def count_cores() -> int:
-    """Those that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def report(console: Console, folder: Path, figures: dict[str, Any]) -> None:
     """Print the summary, and write it as text and as figures."""
     advice = advise(figures)
     shown = draw_summary(figures, advice, folder)
-    for name in ("summary.txt", "summary.json"):
-        unfinished = folder / "unfinished.tmp"
-        with unfinished.open("w") as file:
-            if name == "summary.txt":
-                page = io.StringIO()
-                Console(file=page, width=100).print(shown)
-                file.writelines(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
-            else:
-                file.write(json.dumps({**figures, "advice": advice}, indent=2) + "\n")
-        unfinished.replace(folder / name)
+    page = io.StringIO()
+    Console(file=page, width=100).print(shown)
+    lines = "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
+    write_whole(folder / "summary.txt", lines.encode())
+    write_whole(folder / "summary.json", (json.dumps({**figures, "advice": advice}, indent=2) + "\n").encode())
     console.print(shown)

@@ -29,6 +29,7 @@ from itpn.data.shrunk import (
     write_shard,
 )
 from itpn.engine.console import print_aside
+from itpn.engine.launch import count_cores
 from itpn.engine.signals import stopped_by_signals
 from itpn.errors import RunStopped, UserError
 
@@ -160,14 +161,12 @@ def _write_shards(
     skipped = SkippedImages(sum(map(len, shards.values())))
     for done in index.shards.values():
         skipped.update(done["broken"].items())
-    if num_workers is None:
-        num_workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     images: DataLoader[Any] = DataLoader(
         ShrunkImages(index.settings["short side"], index.settings["quality"]),
         sampler=chain.from_iterable(shards[name] for name in todo),
         batch_size=None,
         collate_fn=_unchanged,
-        num_workers=num_workers,
+        num_workers=count_cores() if num_workers is None else num_workers,
         worker_init_fn=start_worker,
     )
     count = sum(len(shards[name]) for name in todo)

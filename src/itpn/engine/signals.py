@@ -1,23 +1,49 @@
-"""What a signal to stop does outside training, which answers it between two steps."""
+"""Who answers the signals that ask to stop."""
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
+from typing import Any
 
 from itpn.errors import RunStopped
+
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, the end of a job, and Slurm's warning of it
+
+
+class SignalHandlers:
+    """Answers signals until what answered before is restored.
+
+    Args:
+        answer: called with the signal's number and the frame.
+    """
+
+    def __init__(self, answer: Callable[[int, FrameType | None], None], signums: Sequence[int] = STOPPING) -> None:
+        self._answer = answer
+        self._signums = signums
+        self._before: dict[int, Any] = {}
+
+    def set(self) -> None:
+        """Again as well, where a library has put handlers of its own in their place."""
+        for signum in self._signums:
+            before = signal.signal(signum, self._answer)
+            self._before.setdefault(signum, before)
+
+    def restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
+def stop_at_once(signum: int, frame: FrameType | None) -> None:
+    raise RunStopped(signum)
 
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Raise RunStopped on Ctrl-C and SIGTERM."""
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise RunStopped(signum)
-
-    handlers = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = SignalHandlers(stop_at_once, (signal.SIGINT, signal.SIGTERM))
+    handlers.set()
     try:
         yield
     finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
+        handlers.restore()
