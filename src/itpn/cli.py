@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_types
-from itpn.errors import ExportFailed, NonFiniteLoss, RunStopped, UserError
+from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
 
 DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."
@@ -66,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"itpn: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    except (NonFiniteLoss, ExportFailed) as error:
-        print(f"itpn: {error}", file=sys.stderr)
+    except (MachineError, NonFiniteLoss, ExportFailed) as error:
+        print(f"itpn: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
     except RunStopped as stop:
         return 128 + stop.signum

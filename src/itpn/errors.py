@@ -7,6 +7,12 @@ class UserError(Exception):
     """A mistake that its maker can mend: the command line prints the message as one line and exits with 2."""
 
 
+class MachineError(Exception):
+    """An accident of the machine (disk full, shared memory full, a worker killed, no permission): the command line
+    prints the message as one line and exits with 1. The message says what happened, what is kept and what to do.
+    """
+
+
 class NonFiniteLoss(Exception):
     """The loss became infinite or not a number; the message says where the evidence is. Exit code 1."""
 
