@@ -21,7 +21,7 @@ def square(entries: int) -> Grid:
 
 def is_open(grid: Grid) -> bool:
     """Whether ``torch.export`` leaves the grid open: asking for its size would tie the graph to the answer."""
-    return any(isinstance(side, torch.SymInt) for side in grid)
+    return isinstance(grid[0], torch.SymInt) or isinstance(grid[1], torch.SymInt)
 
 
 def same_grid(stored: Grid, wanted: Grid) -> bool:
@@ -72,7 +72,7 @@ def resample_position_table(table: Tensor, stored: Grid, wanted: Grid, how: Resa
     elif is_open(wanted):
         maps = _resample_open_legacy(maps, stored, wanted)
     else:
-        factor = tuple((w + 0.1) / s for w, s in zip(wanted, stored, strict=True))
+        factor = ((wanted[0] + 0.1) / stored[0], (wanted[1] + 0.1) / stored[1])
         maps = F.interpolate(maps, scale_factor=factor, mode="bicubic", align_corners=False)
     return maps.flatten(2).transpose(1, 2)
 
@@ -85,7 +85,7 @@ def _resample_open_legacy(maps: Tensor, stored: Grid, wanted: Grid) -> Tensor:
     own, sizes = torch.tensor(stored).float(), torch.stack([torch.scalar_tensor(side) for side in wanted])
     scale = torch.where((sizes == own).all(), 1.0, own / (sizes + 0.1))
     # where to sample, from -1 to 1 over the table
-    rows, cols = ((2 * torch.arange(w) + 1) * k / s - 1 for w, k, s in zip(wanted, scale, stored, strict=True))
+    rows, cols = [(2 * torch.arange(w) + 1) * k / s - 1 for w, k, s in zip(wanted, scale, stored, strict=True)]
     row, col = torch.meshgrid(rows, cols, indexing="ij")
     samples = torch.stack([col, row], dim=-1).unsqueeze(0).to(maps)  # [1, wanted rows, wanted cols, 2]
     return F.grid_sample(maps, samples, mode="bicubic", padding_mode="border", align_corners=False)

@@ -58,7 +58,7 @@ class Windows:
         self.side = side
         self.gather_side = gather_side
         self.mask = mask
-        self.rows, self.cols = (-(-units // side) for units in grid)
+        self.rows, self.cols = [-(-units // side) for units in grid]
         self.count = self.rows * self.cols
         self.gathering = gather_side**2
 

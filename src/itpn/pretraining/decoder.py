@@ -86,6 +86,7 @@ class Decoder(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=norm_eps)
         self.heads = nn.ModuleDict({name: nn.Linear(width, out_dim) for name, out_dim in heads.items()})
+        self.names = tuple(heads)  # torch.compile does not unpack a ModuleDict in every version
         self.grad_checkpointing: Recompute = False
         initialize_linears(self, weight_init)
         if self.mask_token is not None:
@@ -106,10 +107,8 @@ class Decoder(nn.Module):
             [B, N, width], in the order of ``split``, else in unit order; with ``hidden_only`` [B, M, width].
         """
         picked = [levels[level] for level in self.levels]
-        x = sum(
-            embed(norm(level)).flatten(2)
-            for embed, norm, level in zip(self.embeds, self.embed_norms, picked, strict=True)
-        )  # [B, V, width]
+        parts = zip(self.embeds, self.embed_norms, picked, strict=True)
+        x = sum([embed(norm(level)).flatten(2) for embed, norm, level in parts])  # [B, V, width]
         if split is not None:
             assert self.mask_token is not None
             # a hidden unit gets the mask token from each level, as in the published weights

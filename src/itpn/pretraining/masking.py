@@ -126,7 +126,7 @@ def _place_blocks(
     order = torch.arange(ATTEMPTS, dtype=torch.float32, device=device)[:, None]
     # One row and one column of hidden units come before the first, so that sums of all units above and to the left,
     # each unit itself included, are at hand for every corner of a block.
-    row, col = (torch.arange(side + 1, dtype=torch.float32, device=device)[:, None] for side in (rows, cols))
+    row, col = [torch.arange(side + 1, dtype=torch.float32, device=device)[:, None] for side in (rows, cols)]
     visible = ((row[:, None] > 0) & (col > 0)).expand(-1, -1, batch)
     remaining = torch.full((1, batch), float(hidden), device=device)
     active = torch.ones(1, batch, dtype=torch.bool, device=device)

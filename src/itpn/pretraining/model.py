@@ -1,6 +1,6 @@
 """The masked model: backbone and pyramid, what is predicted from them, and the losses."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ from itpn.pretraining.masking import Split, count_hidden, draw_block_mask, draw_
 from itpn.pretraining.targets import feature_error, normalize_units, pixels_to_images, unit_pixels
 
 PYRAMID_LOSSES = ("pyramid_1", "pyramid_2", "pyramid_3")  # finest level first
+Decoded = tuple[str, Tensor, Decoder | AuxiliaryHead]  # a loss, the tokens it is predicted from, the head
 
 
 class MaskedOutput(NamedTuple):
@@ -59,9 +60,9 @@ class Objective:
     def drops_units(self) -> bool:
         return self.hidden_units == "dropped"
 
-    def hidden_only(self, name: str) -> bool:
-        """Whether a loss is of hidden units only."""
-        return name == "pixel" or self.feature_units == "hidden"
+    def hidden_only(self, *names: str) -> bool:
+        """Whether all of these losses are of masked patches only."""
+        return self.feature_units == "hidden" or set(names) <= {"pixel"}
 
 
 class MaskedImageModel(nn.Module):
@@ -94,7 +95,8 @@ class MaskedImageModel(nn.Module):
         self.decoder = decoder
         self.auxiliary = auxiliary
         self.pyramid_heads = nn.ModuleDict(dict(pyramid_heads or {}))
-        there = [*(decoder.heads if decoder else ()), *(["auxiliary"] if auxiliary else ()), *self.pyramid_heads]
+        self.pyramid_losses = tuple(self.pyramid_heads)  # torch.compile does not unpack a ModuleDict in every version
+        there = [*(decoder.names if decoder else ()), *(["auxiliary"] if auxiliary else ()), *self.pyramid_heads]
         if set(there) != set(objective.weights):
             raise ValueError(f"losses {sorted(objective.weights)} do not fit heads {sorted(there)}")
         self.mask_token = None if objective.drops_units else nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
@@ -103,8 +105,8 @@ class MaskedImageModel(nn.Module):
         self.tap = int(0.75 * len(backbone.stages[2])) if auxiliary else None
         heads = [*([decoder] if decoder else ()), *self.pyramid_heads.values()]
         # Nothing crosses a unit after stage 3 where these have no blocks: a pyramid of hidden units then is enough.
-        self.unit_wise = all(len(head.blocks) == 0 for head in heads) and all(
-            objective.hidden_only(name) for name in objective.weights if name != "auxiliary"
+        self.unit_wise = all(len(head.blocks) == 0 for head in heads) and objective.hidden_only(
+            *(name for name in objective.weights if name != "auxiliary")
         )
 
     def set_grad_checkpointing(self, enable: Recompute = True) -> None:
@@ -182,18 +184,8 @@ class MaskedImageModel(nn.Module):
 
     def _decode(
         self, images: Tensor, mask: Tensor, split: Split, grid: Grid
-    ) -> Iterator[tuple[str, Tensor, "Decoder | AuxiliaryHead"]]:
-        """Name of each loss, tokens to predict it from (see :meth:`_pick`), [B, N or M, width], and its head."""
-
-        def run(
-            head: Decoder | AuxiliaryHead, names: Iterable[str], *args: Any
-        ) -> Iterator[tuple[str, Tensor, Decoder | AuxiliaryHead]]:
-            hidden_only = self._pick(split, *names) is not None
-            tokens = head(*args, dropped, hidden_only)
-            for name in names:
-                picked = self._pick(split, name) is not None
-                yield name, tokens if hidden_only else pick_tokens(tokens, dropped, picked), head
-
+    ) -> list[Decoded]:
+        """Each loss with its tokens, [B, N or M, width] (see :meth:`_pick`), and its head."""
         dropped = split if self.objective.drops_units else None
         if dropped is not None:
             stages = self.backbone.forward_stages(images, split.visible, tap=self.tap)
@@ -208,20 +200,35 @@ class MaskedImageModel(nn.Module):
                 mask = mask.gather(1, picked)
             if not self.objective.hidden_laterals:
                 # stages 1 and 2 never leave their unit: those of hidden units know nothing but what is to be predicted
-                levels[:2] = (x.masked_fill(mask[:, :, None, None, None], 0.0) for x in levels[:2])
+                levels[:2] = [x.masked_fill(mask[:, :, None, None, None], 0.0) for x in levels[:2]]
         levels = self.pyramid(levels)
+        decoded = []
         if self.decoder is not None:
-            yield from run(self.decoder, self.decoder.heads, levels, grid)
+            decoded += self._run_head(self.decoder, self.decoder.names, split, levels, grid)
         if self.auxiliary is not None:
             index = self.backbone.relative_positions(grid, None if dropped is None else split.order)
-            yield from run(self.auxiliary, ["auxiliary"], *tapped, grid, index)
-        for name, head in self.pyramid_heads.items():
-            yield from run(head, [name], levels, grid)  # type: ignore[arg-type]
+            decoded += self._run_head(self.auxiliary, ("auxiliary",), split, *tapped, grid, index)
+        for name in self.pyramid_losses:
+            head: Any = self.pyramid_heads[name]
+            decoded += self._run_head(head, (name,), split, levels, grid)
+        return decoded
+
+    def _run_head(
+        self, head: Decoder | AuxiliaryHead, names: tuple[str, ...], split: Split, *args: Any
+    ) -> list[Decoded]:
+        """As :meth:`_decode`, for the losses of one head."""
+        dropped = split if self.objective.drops_units else None
+        hidden_only = self._pick(split, *names) is not None
+        tokens = head(*args, dropped, hidden_only)
+        return [
+            (name, tokens if hidden_only else pick_tokens(tokens, dropped, self._pick(split, name) is not None), head)
+            for name in names
+        ]
 
     def _pick(self, split: Split, *names: str) -> Tensor | None:
         """The units that losses are predicted for, [B, M]: in training no more than are compared. None for all."""
         possible = self.objective.drops_units or (self.unit_wise and "auxiliary" not in names)
-        if not self.training or not possible or not all(map(self.objective.hidden_only, names)):
+        if not self.training or not possible or not self.objective.hidden_only(*names):
             return None
         return split.hidden
 
