@@ -6,6 +6,7 @@ operations of each pass, until the next begins.
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
+import itpn.engine.compiling
 import itpn.engine.pretraining
 import itpn.pretraining.model
 from itpn.config import read_yaml
@@ -65,7 +67,21 @@ itpn.pretraining.model.MaskedImageModel.forward = lambda self, images, mask=None
     self, images, mask_of_content(images, 0.75) if mask is None else mask, target
 )
 itpn.engine.pretraining.PretrainingTask = Task
-torch.compile = partial(torch.compile, backend="aot_eager")  # graphs as ever, without generating code
+compile_network = torch.compile
+choose_devices = itpn.engine.compiling.choose_devices
+
+
+def fail_in_the_first_process(graph, inputs):
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0:
+        raise RuntimeError("no compiler here")
+    return graph
+
+
 for path in map(Path, sys.argv[1:]):
     recipe, config = read_yaml(path)
+    failing = path.stem.startswith("failing")
+    # graphs as ever, without generating code
+    torch.compile = partial(compile_network, backend=fail_in_the_first_process if failing else "aot_eager")
+    # as on a GPU, where networks are compiled by default
+    itpn.engine.compiling.choose_devices = lambda *args, failing=failing: replace(choose_devices(*args), cuda=failing)
     train(config, recipe)

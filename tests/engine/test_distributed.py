@@ -26,8 +26,9 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path):
-    """And the processes tell one another no more than they must. So with shards of the network, also when resumed."""
-    cases = dict.fromkeys(("plain", "compiled"), (1, None)) | {"average": (1, "ema")}
+    """And the processes tell one another no more than they must. So with shards of the network, also when resumed, and
+    where the compiler fails in one of them."""
+    cases = dict.fromkeys(("plain", "compiled", "failing"), (1, None)) | {"average": (1, "ema")}
     cases |= {"accumulated": (2, None), "sharded": (2, None)}
     for processes, batch in ((1, 8), (2, 4)):
         files = []
@@ -47,7 +48,9 @@ def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path
             files.append(tmp_path / f"{case}-{processes}.yaml")
             write_yaml(files[-1], "test", config)
         launcher = ["-m", *TORCHRUN] if processes == 2 else []
-        subprocess.run([sys.executable, *launcher, SCRIPT, *files], check=True, env=ENV)
+        done = subprocess.run([sys.executable, *launcher, SCRIPT, *files], check=True, env=ENV, stdout=subprocess.PIPE)
+        said = b"torch.compile failed: RuntimeError: no compiler here; steps are not compiled" in done.stdout
+        assert said == (processes == 2)
     runs = Path(config.output_dir) / "test"
     for case, (accumulate, _) in cases.items():
         names = [f"{case}-{processes}" for processes in (1, 2)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from itpn.data.loader import SkippedImages, TrainingLoader
+from itpn.engine.compiling import Compilation
 from itpn.engine.console import print_aside
 from itpn.engine.folder import RunFolder
 from itpn.engine.scores import gather_skipped
@@ -109,10 +110,11 @@ class Monitor(L.Callback):
         console: Console,
         every_n_steps: int,
         watcher: Watcher | None = None,
-        compiled: bool = False,
+        compilation: Compilation | None = None,
     ) -> None:
         self.folder = folder
-        self._compiling = compiled
+        self._compilation = compilation
+        self._first_compiles = compilation is not None and compilation.pending
         self.every_n_steps = every_n_steps
         self.skipped = skipped
         self.console = console
@@ -172,11 +174,12 @@ class Monitor(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
     ) -> None:
-        if self._compiling:
-            self._compiling = False
+        if self._first_compiles:
+            self._first_compiles = False
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize()
-            self.console.print(f"compiled in {time.perf_counter() - self._begin:.0f} s", highlight=False)
+            if self._compilation is not None and self._compilation.active:
+                self.console.print(f"compiled in {time.perf_counter() - self._begin:.0f} s", highlight=False)
             self._start_clock(self._loader(trainer).wait_seconds)
         else:
             self.images += len(batch["image"]) * trainer.world_size

@@ -25,12 +25,12 @@ from itpn.data.loader import SkippedImages, TrainingLoader, Transform
 from itpn.data.readers import Reader
 from itpn.engine.callbacks import Monitor, Pictures, Watcher
 from itpn.engine.checkpointing import Checkpointing
+from itpn.engine.compiling import compile_networks
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import (
     Launch,
     choose_devices,
     choose_precision,
-    compile_networks,
     describe_machine,
     device_name,
     quieten_libraries,
@@ -104,14 +104,15 @@ def fit(
         task = job.task
         watcher = [] if job.watcher is None else [job.watcher]
         skipped = SkippedImages(job.images, config.data.max_broken)
-        compiled = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
-        monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher, compiled)
+        compilation = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
+        monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher, compilation)
         pictures = job.pictures(folder)
         checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
         start = StartTable(console, folder, job.rows)
         # one process draws, and of a sharded network it would miss the others' parts
         drawing = [pictures] if config.trainer.strategy == "ddp" else []
         trainer = make_trainer(config, folder, launch, step, [start, *watcher, monitor, *drawing, checkpointing])
+        compilation.guard(trainer)
         began = time.perf_counter()
         checkpointing.signals.set()
         try:

@@ -6,7 +6,7 @@ import platform
 import resource
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -21,8 +21,6 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from rich.console import Console
-from torch import nn
 
 from itpn.config import TrainerConfig
 from itpn.errors import UserError
@@ -111,38 +109,6 @@ def start_fabric(settings: TrainerConfig, single: bool = False) -> Iterator[L.Fa
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-
-
-def compile_networks(
-    networks: Sequence[nn.Module], settings: TrainerConfig, launch: Launch, by_default: bool, console: Console
-) -> bool:
-    """Compile in place, if that is asked for or pays; whether it was done.
-
-    Raises:
-        UserError: it is asked for, and there is no compiler.
-    """
-    cuda = choose_devices(settings, launch).cuda
-    wanted = cuda and by_default if settings.compile is None else settings.compile
-    if not wanted or not networks:
-        return False
-    try:  # something small, so that a missing compiler is found before the work begins
-        # on the GPU that is going to be this process's
-        device = f"cuda:{launch.environment.local_rank()}" if cuda else "cpu"
-        torch.compile(torch.sin)(torch.zeros(8, device=device))
-    except Exception as error:  # of a dozen types, from the compiler's own to those of the operating system
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        if settings.compile:
-            raise UserError(f"--trainer.compile: torch.compile does not work here: {reason}") from None
-        console.print(f"torch.compile does not work here, steps will be slower: {reason}", highlight=False)
-        return False
-    parts = (part for network in networks for part in network.modules())
-    if torch.__version__ < "2.15" and any(getattr(part, "grad_checkpointing", False) for part in parts):
-        # older DDP cannot split a graph with recomputed parts; gradients are then sent after the backward pass
-        torch._dynamo.config.optimize_ddp = False
-    for network in networks:
-        network.compile()
-    console.print("compiling the network: the first step takes a minute or more, the others are faster for it")
-    return True
 
 
 def choose_precision(wanted: str, cuda: bool) -> Any:

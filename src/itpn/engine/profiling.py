@@ -20,11 +20,11 @@ from torch.profiler import ProfilerActivity, record_function, schedule
 from itpn.config import RunConfig
 from itpn.data.folders import write_whole
 from itpn.engine.bottlenecks import advise, draw_summary
+from itpn.engine.compiling import compile_networks
 from itpn.engine.fitting import Job, check_strategy, make_trainer
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import (
     Launch,
-    compile_networks,
     count_cores,
     describe_machine,
     quieten_libraries,
@@ -87,8 +87,8 @@ def profile(
     except OSError as error:
         raise UserError(f"folder {folder.path} cannot be written: {error.strerror}; see --output-dir") from error
     job = make()
-    compiled = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
-    plan = make_plan(config, compiled)
+    compilation = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
+    plan = make_plan(config, compilation.active)
     length = replace(config.trainer, max_steps=plan.total, max_epochs=-1)
     # the same work, and no step of these few at the peak learning rate that could diverge
     still: Any = replace(config.optimizer, lr=0.0)
@@ -103,10 +103,12 @@ def profile(
         highlight=False,
         soft_wrap=True,
     )
+    compilation.guard(trainer)
     recorder.signals.set()
     try:
         trainer.fit(job.task)
         if launch.main:
+            compiled = compilation.active
             report(console, folder.path, figure_out(config, recipe, trainer, job, recorder, folder.path, compiled))
     except RunStopped:
         console.print("stopped; nothing of the profile is kept")

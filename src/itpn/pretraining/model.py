@@ -182,9 +182,7 @@ class MaskedImageModel(nn.Module):
         hidden = count_hidden(units, objective.mask_ratio)
         return draw_block_mask(batch, grid, hidden, exact=objective.drops_units, device=device, generator=generator)
 
-    def _decode(
-        self, images: Tensor, mask: Tensor, split: Split, grid: Grid
-    ) -> list[Decoded]:
+    def _decode(self, images: Tensor, mask: Tensor, split: Split, grid: Grid) -> list[Decoded]:
         """Each loss with its tokens, [B, N or M, width] (see :meth:`_pick`), and its head."""
         dropped = split if self.objective.drops_units else None
         if dropped is not None:
