@@ -22,6 +22,8 @@ from itpn.errors import MachineError
 from itpn.pretraining.model import MaskedImageModel
 from itpn.tasks.pretrain import PretrainingTask
 
+pytestmark = pytest.mark.compile
+
 
 @pytest.fixture
 def quick_compiler(monkeypatch):

@@ -319,6 +319,7 @@ def test_any_size(name):
         model(images(72, 64))
 
 
+@pytest.mark.compile
 def test_compile():
     model = create("fast_itpn_nano_pyramid", depths=(1, 1, 1), rel_pos_bias=True)  # every kind of layer in one
     torch._dynamo.reset()

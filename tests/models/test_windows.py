@@ -225,6 +225,7 @@ def test_gathering_tokens_carry_news_between_windows():
     assert (gradient.reshape(3, 5, 8, 7, 8).abs().sum(dim=(0, 2, 4)) > 0).all()
 
 
+@pytest.mark.compile
 def test_compiles_in_one_graph():
     results = []
     for compiled in (False, True):

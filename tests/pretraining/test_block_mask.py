@@ -200,6 +200,7 @@ def test_what_the_compiler_is_told_is_true(batch):
     torch.library.opcheck(torch.ops.itpn.place_blocks.default, (draws, 6, 14, 32, 7, 0.3, 1 / 0.3))
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize("exact", [False, True])
 def test_compiles_in_one_graph(exact):
     def draw(images):

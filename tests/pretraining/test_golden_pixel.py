@@ -48,6 +48,7 @@ def test_loss_and_every_gradient(case, checkpointing):
     assert_golden_step(model, golden)
 
 
+@pytest.mark.compile
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_generated_code():
     # not the other case: the eager gradient of a table resampled by a scale factor is not exact, that of this code is

@@ -93,6 +93,7 @@ def test_no_step_waits_for_the_gpu(objective):
             torch.cuda.set_sync_debug_mode(0)
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     ("drop_path", "checkpointing"), [(0.0, False), (0.1, False), (0.0, True), (0.1, True), (0.1, "selective")]
 )
