@@ -22,6 +22,7 @@ from itpn.models.position import Grid
 from itpn.models.segmenter import Segmenter
 from itpn.pretraining.foreign import check_hub, one_line, read_state, unwrap
 from itpn.pretraining.model import MaskedImageModel
+from itpn.writing import write_whole
 
 WANTED = "a checkpoint of iTPN, Fast-iTPN or HiViT: of itpn, the authors' code, mmpretrain or timm"
 WRAPPERS = ("model", "module", "state_dict", "net")  # of the authors, DeepSpeed, mmpretrain and Lightning, trackers
@@ -229,9 +230,3 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     write_whole(path, serialize(tensors, {**texts, "format": "itpn"}))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)

@@ -20,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from itpn.config import Config, RunConfig
 from itpn.data.files import ImageSource
-from itpn.data.folders import write_whole
 from itpn.data.loader import SkippedImages, TrainingLoader, Transform
 from itpn.data.readers import Reader
 from itpn.engine.callbacks import Monitor, Pictures, Watcher
@@ -38,6 +37,7 @@ from itpn.engine.launch import (
 )
 from itpn.errors import RunStopped, UserError
 from itpn.tasks.training import TrainingTask
+from itpn.writing import write_whole
 
 
 @dataclass
