@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
@@ -230,3 +230,14 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     write_whole(path, serialize(tensors, {**texts, "format": "itpn"}))
+
+
+def hold_the_same(ours: Path, other: Path) -> bool:
+    """Whether another safetensors file has the very tensors of ours, in whichever order."""
+    try:
+        with safe_open(ours, "pt") as one, safe_open(other, "pt") as two:
+            if sorted(one.keys()) != sorted(two.keys()):
+                return False
+            return all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):  # not there, or damaged
+        return False
