@@ -1,5 +1,6 @@
 """The file of a run's checkpoint: writing it, whether it is whole, and what it says beside its tensors."""
 
+import errno
 import pickle
 import struct
 import zipfile
@@ -51,20 +52,30 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
     except DamagedCheckpoint:
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
+        cause = _read_error(error) or error
+        reason = getattr(cause, "strerror", None) or str(cause).partition("\n")[0] or type(cause).__name__
         raise MachineError(
             f"checkpoint {path} cannot be read: {reason}; it may be whole, and nothing was changed: once it can be "
-            "read, the same command resumes from it"
+            f"read, the same command resumes from {path}"
         ) from error
 
 
 def _proves_damage(error: Exception) -> bool:
-    if isinstance(error, zipfile.BadZipFile) and isinstance(error.__context__, OSError):
-        return False  # zipfile takes a read error for another kind of file
+    if _read_error(error) is not None:
+        return False
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
         # torch raises it for whatever happens, so also where there is no memory
         return "PytorchStreamReader" in str(error) or "encrypted" in str(error)
-    return isinstance(error, DAMAGE)
+    return isinstance(error, (OSError, *DAMAGE))
+
+
+def _read_error(error: BaseException | None) -> OSError | None:
+    """The error of a disk or a network, for which zipfile says that it is no zip; its own wrong seeks are none."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            return error
+        error = error.__context__
+    return None
 
 
 def _read_through(path: Path) -> None:

@@ -375,9 +375,9 @@ class Monitor(L.Callback):
         self.metrics = {**self.metrics, **figures}
         if trainer.is_global_zero:
             with self.folder.writing(self.folder.metrics):
-                complete_row(self.folder.metrics, {"step": self._step, **figures})
+                complete_row(self.folder.metrics, {"step": trainer.global_step, **figures})
             for logger in trainer.loggers:
-                logger.log_metrics({name: v for name, v in figures.items() if v is not None}, step=self._step)
+                logger.log_metrics({n: v for n, v in figures.items() if v is not None}, step=trainer.global_step)
 
     def stop_bar(self) -> None:
         if self._progress is not None:

@@ -110,7 +110,12 @@ class Checkpointing(L.Callback):
         self._total = int(trainer.estimated_stepping_batches)
         self._vote = Vote(pl_module.device) if trainer.world_size > 1 else None
         self.signals.set()  # Lightning has just put handlers of its own in the place of ours
+        self.restore_best(trainer)
+
+    def restore_best(self, trainer: L.Trainer) -> None:
+        """Let ``best.ckpt`` be what the best score is of, all processes together."""
         if self.restored:
+            self._step = trainer.global_step
             if trainer.is_global_zero:
                 with self.folder.writing(self.folder.best):
                     self._restore_best()
@@ -119,17 +124,18 @@ class Checkpointing(L.Callback):
     def _restore_best(self) -> None:
         """Let ``best.ckpt`` be of the best step; a kill can come after a checkpoint and before its second name."""
         best = self.folder.find_best(self.best_step)
-        if (
-            best is None and self.folder.best.exists()
-        ):  # of a step that this run has yet to take again, or an older run's
-            own = self.folder.read_best().get("callbacks", {}).get("Checkpointing", {})
-            self.best_score = own.get("best_score", self.best_score)
-            self.best_step = own.get("best_step", self.best_step)
-        elif best is None and self.folder.resumed is not None:
-            self.best_score, self.best_step = self.restored.get("score", self.best_score), self._step
+        if best is not None:
+            if best != self.folder.best:
+                self.folder.put_best(best)
+            return
+        scores = self.folder.read_scores(self.folder.best)
+        if scores is None and self.folder.resumed is not None:  # there is none, and nothing to make it from
+            scores = {**self.restored, "best_score": self.restored.get("score", self.best_score)}
+            scores["best_step"] = self._step
             self.folder.put_best(self.folder.resumed)
-        elif best is not None and best != self.folder.best:
-            self.folder.put_best(best)
+        # else it is of a step that is to be taken again, as the last checkpoint was damaged
+        self.best_score = (scores or {}).get("best_score", self.best_score)
+        self.best_step = (scores or {}).get("best_step", self.best_step)
 
     def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None and signum == signal.SIGINT:

@@ -26,15 +26,17 @@ class Completion(L.Callback):
         self.checkpointing = checkpointing
         self.missing = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.monitor.started:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        monitor, watcher, step = self.monitor, self.monitor.watcher, trainer.global_step
+        if monitor.started:
             return
-        step, watcher = trainer.global_step, self.monitor.watcher
-        self.monitor.restore(self.checkpointing.restored.get("training", {}))
+        monitor.device = pl_module.device
+        monitor.restore(self.checkpointing.restored.get("training", {}))
+        self.checkpointing.restore_best(trainer)  # training, at whose start it is done, has not begun
         self.missing = trainer.strategy.broadcast(not self.folder.is_finished(step))
         if self.missing and watcher is not None and watcher.step != step:
             watcher.evaluate(trainer, pl_module)
-            self.monitor.add_evaluation(trainer)
+            monitor.add_evaluation(trainer)
             if trainer.is_global_zero and self.checkpointing.score() > self.checkpointing.best_score:
                 with self.folder.writing(self.folder.best):
                     self.folder.put_best(self.folder.last)

@@ -144,7 +144,7 @@ def train_job(config: RunConfig, recipe: str, launch: Launch, console: Console, 
         if launch.main:
             write_summary(folder, summarize(trainer, job.task, monitor, recipe, time.perf_counter() - began, False))
         line = f"stopped at step {trainer.global_step}; the same command {folder.describe_resuming()}"
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
         raise
     finally:
         checkpointing.signals.restore()

@@ -1,6 +1,7 @@
 """A run's folder: who may use it, what was run in it, and its checkpoints."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -44,8 +45,7 @@ class RunFolder:
     """``OUTPUT_DIR/RECIPE/NAME``.
 
     Attributes:
-        state: of the checkpoint that the run resumes from, as of :func:`read_state`; None where there is none.
-        resumed: that checkpoint.
+        resumed: the checkpoint that the run resumes from; None where there is none.
         restarted: whether an earlier run in this folder was stopped before its first checkpoint.
     """
 
@@ -61,9 +61,9 @@ class RunFolder:
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.keep = config.trainer.keep_checkpoints
-        self.state: dict[str, Any] | None = None
-        self.restarted = False
         self.resumed: Path | None = None
+        self.restarted = False
+        self._earlier: RunConfig | None = None  # settings in the checkpoint
         self._last_step = 0
         self._lock = FileLock(self.path / ".lock")
 
@@ -131,11 +131,13 @@ class RunFolder:
             if not main and not os.path.lexists(path):
                 continue  # the main process has just put it aside
             try:
-                self.state = read_state(path)
+                state = read_state(path)
             except DamagedCheckpoint as error:
                 damaged.append((path, str(error)))
                 continue
-            self.resumed, self._last_step = path, self.state["global_step"]
+            # not the state itself: a file that is mapped takes its room after it is removed
+            self.resumed, self._last_step, settings = path, state["global_step"], find_settings(state)
+            self._earlier = None if settings is None else settings[1]
             break
         else:
             if names:
@@ -180,10 +182,11 @@ class RunFolder:
         link.unlink(missing_ok=True)
         try:
             os.link(source, link)  # the same bytes under a second name, for nothing
-            os.replace(link, self.best)
         except OSError:  # a file system without hard links
             with source.open("rb") as whole, open_whole(self.best) as file:
                 shutil.copyfileobj(whole, file)
+        else:
+            os.replace(link, self.best)
 
     def find_best(self, step: int) -> Path | None:
         """The file of the best checkpoint: ``best.ckpt`` if it is of that step, else whichever is; None if none is."""
@@ -194,12 +197,15 @@ class RunFolder:
                     return path
         return None
 
-    def read_best(self) -> dict[str, Any]:
-        """The state of ``best.ckpt``; empty where it is damaged."""
+    def read_scores(self, checkpoint: Path) -> dict[str, Any] | None:
+        """What a checkpoint says of how good it is, and the best before; None where it is not there or damaged."""
+        if not os.path.lexists(checkpoint):
+            return None
         try:
-            return read_state(self.best, whole=False)
-        except DamagedCheckpoint:
-            return {}
+            scores = read_state(checkpoint, whole=False)["callbacks"]["Checkpointing"]
+        except (DamagedCheckpoint, KeyError):
+            return None
+        return dict(scores)
 
     def is_finished(self, step: int) -> bool:
         """Whether weights and summary have been written after the last step."""
@@ -220,21 +226,18 @@ class RunFolder:
         try:
             yield
         except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            kept = f"is of step {self._last_step}" if self._last_step else "is yet to come"
             raise MachineError(
-                f"{path} cannot be written: {error.strerror or error}; {self._describe_kept()}; once that is mended, "
-                "the same command resumes"
+                f"{'the disk is full: ' if full else ''}{path} cannot be written: {error.strerror or error}; the last "
+                f"complete checkpoint {kept}: once {'there is room' if full else 'that is mended'}, the same command "
+                f"{self.describe_resuming()}"
             ) from error
 
     def describe_resuming(self) -> str:
         """Where the same command begins, in words."""
         last = self._last_complete()
         return "starts at step 0" if last is None else f"resumes from {last}"
-
-    def _describe_kept(self) -> str:
-        last = self._last_complete()
-        if last is None:
-            return "there is no complete checkpoint yet"
-        return f"the last complete checkpoint is {last}, step {self._last_step}"
 
     def _last_complete(self) -> Path | None:
         if not self._last_step:
@@ -264,17 +267,16 @@ class RunFolder:
 
     def _read_settings(self) -> RunConfig | None:
         """The settings that the run began with: of its checkpoint, which is whole, or else of its config.yaml."""
-        found = find_settings(self.state or {})
         if not self.settings.exists():
-            return None if found is None else found[1]
+            return self._earlier
         try:
             stored = read_yaml(self.settings)[1]
         except (UserError, OSError):
-            if found is None:
+            if self._earlier is None:
                 raise
             print_aside(f"{self.settings} is corrupt: its settings are taken from {self.resumed}")
-            return found[1]
-        return stored if found is None else found[1]
+            return self._earlier
+        return stored if self._earlier is None else self._earlier
 
     def _begin_again(self, config: RunConfig) -> None:
         """Start at step 0, unless the folder shows that there was a checkpoint.
