@@ -4,6 +4,7 @@ import ast
 import difflib
 import fnmatch
 import runpy
+import sys
 from pathlib import Path
 
 from itpn.config import (
@@ -403,7 +404,7 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
         hint = f"did you mean {near[0]}?" if near else "see `itpn list`"
         raise UserError(f"no recipe {name!r}; {hint}")
     if path.suffix == ".yaml":
-        return read_yaml(path)
+        return _read_run_settings(path)
     try:
         config = runpy.run_path(str(path)).get("config")
     except UserError:
@@ -414,6 +415,26 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
         kinds = ", ".join(kind.__name__ for kind in CONFIGS.values())
         raise UserError(f"recipe file {path} must set `config` to one of {kinds} of itpn.config")
     return path.stem, config
+
+
+def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
+    """Of a config.yaml; where it is corrupt, of the checkpoint of the run that it belongs to."""
+    try:
+        return read_yaml(path)
+    except UserError:
+        last = path.parent / "checkpoints" / "last.ckpt"
+        if not last.exists():
+            raise
+        from itpn.checkpoints.run_state import DamagedCheckpoint, find_settings, read_state  # torch takes its time
+
+        try:
+            found = find_settings(read_state(last, whole=False))
+        except DamagedCheckpoint:
+            found = None
+        if found is None:
+            raise
+        print(f"{path} is corrupt: its settings are taken from {last}", file=sys.stderr)
+        return found
 
 
 def nearest(name: str, names: list[str]) -> str:

@@ -13,9 +13,9 @@ from PIL import Image
 
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.files import find_images
-from itpn.data.folders import open_whole
 from itpn.data.shards import read_shard
 from itpn.data.shrunk import ShrunkImages, list_originals, shrink_image, write_shard
+from itpn.writing import open_whole
 
 
 def draw(width: int, height: int) -> Image.Image:

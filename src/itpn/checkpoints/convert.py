@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from itpn.checkpoints.architecture import UNSHOWN, read_architecture
-from itpn.checkpoints.files import Checkpoint, describe_preprocessing, read_checkpoint, write_safetensors, write_whole
+from itpn.checkpoints.files import Checkpoint, describe_preprocessing, read_checkpoint, write_safetensors
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
 from itpn.models.naming import Layout, from_ours
+from itpn.writing import write_whole
 
 Form = Literal["itpn", "official", "mmpretrain"]
 FORMS: tuple[Form, ...] = ("itpn", "official", "mmpretrain")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ from itpn.models.position import Grid
 from itpn.models.segmenter import Segmenter
 from itpn.pretraining.foreign import check_hub, one_line, read_state, unwrap
 from itpn.pretraining.model import MaskedImageModel
+from itpn.writing import write_whole
 
 WANTED = "a checkpoint of iTPN, Fast-iTPN or HiViT: of itpn, the authors' code, mmpretrain or timm"
 WRAPPERS = ("model", "module", "state_dict", "net")  # of the authors, DeepSpeed, mmpretrain and Lightning, trackers
@@ -231,7 +232,12 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     write_whole(path, serialize(tensors, {**texts, "format": "itpn"}))
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+def hold_the_same(ours: Path, other: Path) -> bool:
+    """Whether another safetensors file has the very tensors of ours, in whichever order."""
+    try:
+        with safe_open(ours, "pt") as one, safe_open(other, "pt") as two:
+            if sorted(one.keys()) != sorted(two.keys()):
+                return False
+            return all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):  # not there, or damaged
+        return False

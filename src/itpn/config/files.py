@@ -13,6 +13,7 @@ from itpn.config.pretraining import Config
 from itpn.config.segmentation import SegmentationConfig
 from itpn.config.training import to_dict
 from itpn.errors import UserError
+from itpn.writing import write_whole
 
 FineTuningRun = ClassificationConfig | DetectionConfig | SegmentationConfig
 RunConfig = Config | FineTuningRun
@@ -53,4 +54,5 @@ def read_yaml(path: Path) -> tuple[str, RunConfig]:
 
 def write_yaml(path: Path, recipe: str, config: RunConfig) -> None:
     """Write what repeats the run: `itpn train config.yaml`."""
-    path.write_text(yaml.safe_dump({"recipe": recipe, "task": config.task, **to_dict(config)}, sort_keys=False))
+    content = yaml.safe_dump({"recipe": recipe, "task": config.task, **to_dict(config)}, sort_keys=False)
+    write_whole(path, content.encode())

@@ -11,8 +11,8 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from itpn.data.files import CACHE_INDEX
-from itpn.data.folders import write_whole
 from itpn.errors import UserError
+from itpn.writing import write_whole
 
 
 @dataclass

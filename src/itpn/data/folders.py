@@ -1,30 +1,9 @@
 """Folders that a command fills file by file: stopped at any moment, the same command goes on."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from itpn.errors import UserError
-
-
-@contextmanager
-def open_whole(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file for writing that appears under its name when it is complete, or not at all."""
-    unfinished = path.with_name(f"{path.name}.tmp")
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        unfinished.replace(path)
-    except BaseException:
-        with suppress(OSError):  # room for others, where the disk is full
-            unfinished.unlink(missing_ok=True)
-        raise
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    with open_whole(path) as file:
-        file.write(content)
 
 
 def check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from itpn.data.folders import write_whole
 from itpn.errors import UserError
+from itpn.writing import write_whole
 
 Array = npt.NDArray[Any]  # float32, unless said
 Mask = npt.NDArray[np.bool_]

@@ -20,11 +20,11 @@ from torchvision.transforms.v2.functional import resize
 
 from itpn.data.decode import EncodedImage, UnreadableImage
 from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
-from itpn.data.folders import open_whole, write_whole
 from itpn.data.readers import is_compressed
 from itpn.data.shards import index_shard
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
+from itpn.writing import open_whole, write_whole
 
 LONGEST_JPEG = 65535
 

@@ -1,7 +1,7 @@
 """What happens beside the training step: figures and pictures."""
 
-import csv
 import math
+import os
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -9,24 +9,26 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 from lightning.fabric.utilities import move_data_to_device
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from itpn.checkpoints.run_state import save_to
 from itpn.data.loader import SkippedImages, TrainingLoader
 from itpn.engine.compiling import Compilation
 from itpn.engine.console import print_aside
+from itpn.engine.event_files import EventFiles
 from itpn.engine.folder import RunFolder
+from itpn.engine.metrics_file import append_row, complete_row, keep_rows
 from itpn.engine.scores import gather_skipped
 from itpn.errors import NonFiniteLoss
 from itpn.models.modes import eval_mode
 from itpn.tasks.training import TrainingTask
+from itpn.writing import open_whole
 
 
 class Watcher(L.Callback, ABC):
@@ -70,10 +72,12 @@ class Watcher(L.Callback, ABC):
         return {}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"figures": self.figures}
+        return {"figures": self.figures, "score": self.score, "step": self.step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.figures = state_dict["figures"]
+        self.score = state_dict.get("score")
+        self.step = state_dict.get("step", -1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, TrainingTask)
@@ -89,11 +93,15 @@ class Watcher(L.Callback, ABC):
             return  # in the middle of an accumulated batch
         self._step = step
         if step % self._every == 0 or step == self._total:
-            begin = time.perf_counter()
-            with eval_mode(pl_module):
-                self.figures = {**self.figures, **self.look(trainer)}
-            self.step = step
-            self.seconds += time.perf_counter() - begin
+            self.evaluate(trainer, pl_module)
+
+    def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Find the metrics of this step, on every process together."""
+        begin = time.perf_counter()
+        with eval_mode(pl_module):
+            self.figures = {**self.figures, **self.look(trainer)}
+        self.step = trainer.global_step
+        self.seconds += time.perf_counter() - begin
 
 
 class Monitor(L.Callback):
@@ -124,7 +132,9 @@ class Monitor(L.Callback):
         self.seconds = 0.0  # of training, in this process
         self.images = 0  # likewise
         self.wait_fraction = 0.0
+        self.duration: float | None = None  # of the process that took the last step, where it is not this one
         self.started = False
+        self._made = time.perf_counter()
         self.device = torch.device("cpu")
         self._collapsed = False
         self._broken: list[tuple[str, str]] = []
@@ -151,7 +161,8 @@ class Monitor(L.Callback):
         self._mark_watched = self._printed = 0.0
         self._start_clock(0.0)
         if trainer.is_global_zero:
-            keep_rows_until(self.folder.metrics, trainer.global_step)
+            with self.folder.writing(self.folder.metrics):  # those after it are written again
+                keep_rows(self.folder.metrics, lambda step: step <= trainer.global_step)
             if self.console.is_terminal:
                 self._progress = Progress(
                     TextColumn("epoch {task.fields[epoch]}"),
@@ -242,23 +253,26 @@ class Monitor(L.Callback):
         broken = [n for n, p in task.model.named_parameters() if not is_finite(p)]
         step = trainer.global_step
         evidence = self.folder.path / f"nonfinite-step-{step:08d}-rank-{trainer.global_rank}.pt"
-        torch.save(
-            {
-                "step": step,
-                "epoch": trainer.current_epoch,
-                "loss": loss,
-                # on a GPU the loss is read now and then, so the batch at hand may come after the first bad one, which
-                # the same settings make again
-                "first_batch_with_nonfinite_loss": int(self._first_bad) if self._first_bad is not None else -1,
-                "batch": {"image": move_data_to_device(batch["image"], "cpu"), "key": batch["key"]},
-                "nonfinite_parameters": broken,
-            },
-            evidence,
-        )
+        found = {
+            "step": step,
+            "epoch": trainer.current_epoch,
+            "loss": loss,
+            # on a GPU the loss is read now and then, so the batch at hand may come after the first bad one, which
+            # the same settings make again
+            "first_batch_with_nonfinite_loss": int(self._first_bad) if self._first_bad is not None else -1,
+            "batch": {"image": move_data_to_device(batch["image"], "cpu"), "key": batch["key"]},
+            "nonfinite_parameters": broken,
+        }
+        where = f"are in {evidence}"
+        try:
+            with open_whole(evidence) as file:
+                save_to(file, found)
+        except OSError as error:  # which must not hide what happened
+            where = f"could not be written to {evidence} ({error.strerror or error})"
         what = f"loss is {loss}" if broken == [] or not weights else "weights are not finite"
         raise NonFiniteLoss(
             f"{what} at step {step}, epoch {trainer.current_epoch}: stopped; the batch and the names of weights that "
-            f"are not finite are in {evidence}; checkpoints in {self.folder.checkpoints} are from before; try a lower "
+            f"are not finite {where}; checkpoints in {self.folder.checkpoints} are from before; try a lower "
             "--optimizer.lr, --optimizer.clip-grad 1 or --trainer.precision 32-true under another --name"
         )
 
@@ -291,7 +305,8 @@ class Monitor(L.Callback):
         if self.watcher is not None and self.watcher.step != self._step:  # they are of a step before
             found = dict.fromkeys(found)
         row = {**self.metrics, **found}
-        append_row(self.folder.metrics, {"step": self._step, "epoch": trainer.current_epoch, **row})
+        with self.folder.writing(self.folder.metrics):
+            append_row(self.folder.metrics, {"step": self._step, "epoch": trainer.current_epoch, **row})
         for logger in trainer.loggers:
             logger.log_metrics({name: v for name, v in row.items() if v is not None}, step=self._step)
         figures = (
@@ -327,6 +342,42 @@ class Monitor(L.Callback):
                 highlight=False,
                 soft_wrap=True,
             )
+
+    def flush(self, trainer: L.Trainer) -> None:
+        """Bring to the disk what was logged, before a checkpoint after which it will not be logged again."""
+        if not self.folder.metrics.exists():
+            return
+        with self.folder.writing(self.folder.metrics), self.folder.metrics.open("rb") as file:
+            os.fsync(file.fileno())
+        for logger in trainer.loggers:
+            if isinstance(logger, EventFiles):
+                logger.flush()
+
+    def describe(self) -> dict[str, Any]:
+        """What a summary says of training, as numbers that a checkpoint can hold."""
+        return {
+            "metrics": self.metrics,
+            "images": self.images,
+            "seconds": self.seconds,
+            "wait_fraction": self.wait_fraction,
+            "duration": time.perf_counter() - self._made,
+        }
+
+    def restore(self, described: dict[str, Any]) -> None:
+        """Undo :meth:`describe`, for a run that has no step left to take."""
+        for name, value in described.items():
+            setattr(self, name, value)
+
+    def add_evaluation(self, trainer: L.Trainer) -> None:
+        """Log an evaluation that was made after the last step."""
+        assert self.watcher is not None
+        figures = self.watcher.figures
+        self.metrics = {**self.metrics, **figures}
+        if trainer.is_global_zero:
+            with self.folder.writing(self.folder.metrics):
+                complete_row(self.folder.metrics, {"step": trainer.global_step, **figures})
+            for logger in trainer.loggers:
+                logger.log_metrics({n: v for n, v in figures.items() if v is not None}, step=trainer.global_step)
 
     def stop_bar(self) -> None:
         if self._progress is not None:
@@ -371,47 +422,18 @@ class Pictures(L.Callback):
         # these few images are of no size worth compiling for
         with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             picture = self.draw()
-        self.latest = self.folder.pictures / f"step-{step:08d}.png"
-        picture.save(self.latest)
+        self.latest = self.path(step)
+        with self.folder.writing(self.latest), open_whole(self.latest) as file:
+            picture.save(file, "PNG")
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(self.folder.pictures.name, np.asarray(picture), step, dataformats="HWC")
+            if isinstance(logger, EventFiles):
+                logger.log_image(self.folder.pictures.name, picture, step)
+
+    def path(self, step: int) -> Path:
+        return self.folder.pictures / f"step-{step:08d}.png"
 
 
 def is_finite(parameter: Tensor) -> bool:
     """Of a sharded one, the part that this process holds."""
     own = parameter.to_local() if isinstance(parameter, DTensor) else parameter
     return bool(torch.isfinite(own).all())
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add a row to a CSV file, with a header where it is new; a file with other columns gets those that it lacks."""
-    earlier: list[dict[str, Any]] | None = None
-    names = list(row)
-    if path.exists():
-        with path.open(newline="") as file:
-            reader = csv.DictReader(file)
-            header = list(reader.fieldnames or ())
-            if header != names:
-                earlier = list(reader)
-                names = header + [name for name in names if name not in header]
-    else:
-        earlier = []
-    with path.open("a" if earlier is None else "w", newline="") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        if earlier is not None:
-            writer.writeheader()
-            writer.writerows(earlier)
-        writer.writerow(row)
-
-
-def keep_rows_until(path: Path, step: int) -> None:
-    """Forget rows that a resumed run will write again."""
-    if not path.exists():
-        return
-    with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    path.unlink()
-    for row in rows:
-        if int(row["step"]) <= step:
-            append_row(path, row)

@@ -7,12 +7,43 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from itpn.checkpoints.run_state import save_to
 from itpn.engine.callbacks import Monitor
 from itpn.engine.folder import RunFolder
 from itpn.engine.signals import SignalHandlers
-from itpn.errors import RunStopped
+from itpn.errors import MachineError, RunStopped
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes checkpoints in place; Lightning's own way is through a file in the folder of temporary files.
+
+    Attributes:
+        problem: why the last one could not be written; None where it was. It is raised once all processes know it.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self.problem: str | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        self.problem = None
+        step = checkpoint["global_step"]
+        best = checkpoint["callbacks"]["Checkpointing"]["best_step"] == step
+        try:
+            with self.folder.writing(self.folder.last):
+                self.folder.put_checkpoint(lambda file: save_to(file, checkpoint), step, best)
+        except MachineError as error:
+            self.problem = str(error)
+
+    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
+        try:
+            return torch.load(path, map_location=map_location, weights_only=weights_only)
+        except (OSError, MemoryError, RuntimeError) as error:  # it was whole a moment ago
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise MachineError(f"checkpoint {path} cannot be read: {reason}; nothing was changed") from error
 
 
 class Vote:
@@ -58,21 +89,53 @@ class Checkpointing(L.Callback):
         self.folder = folder
         self.monitor = monitor
         self.every_n_steps = every_n_steps
+        self.score_of_step = float("-inf")
         self.best_score = float("-inf")
+        self.best_step = -1
+        self.restored: dict[str, Any] = {}
         self._signum: int | None = None
         self.signals = SignalHandlers(self._ask_to_stop)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best_score": self.best_score}
+        scores = {"score": self.score_of_step, "best_score": self.best_score, "best_step": self.best_step}
+        return {**scores, "training": self.monitor.describe()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.restored = state_dict
         self.best_score = state_dict["best_score"]
+        self.best_step = state_dict.get("best_step", -1)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step
         self._total = int(trainer.estimated_stepping_batches)
         self._vote = Vote(pl_module.device) if trainer.world_size > 1 else None
         self.signals.set()  # Lightning has just put handlers of its own in the place of ours
+        self.restore_best(trainer)
+
+    def restore_best(self, trainer: L.Trainer) -> None:
+        """Let ``best.ckpt`` be what the best score is of, all processes together."""
+        if self.restored:
+            self._step = trainer.global_step
+            if trainer.is_global_zero:
+                with self.folder.writing(self.folder.best):
+                    self._restore_best()
+            self.best_score, self.best_step = trainer.strategy.broadcast((self.best_score, self.best_step))
+
+    def _restore_best(self) -> None:
+        """Let ``best.ckpt`` be of the best step; a kill can come after a checkpoint and before its second name."""
+        best = self.folder.find_best(self.best_step)
+        if best is not None:
+            if best != self.folder.best:
+                self.folder.put_best(best)
+            return
+        scores = self.folder.read_scores(self.folder.best)
+        if scores is None and self.folder.resumed is not None:  # there is none, and nothing to make it from
+            scores = {**self.restored, "best_score": self.restored.get("score", self.best_score)}
+            scores["best_step"] = self._step
+            self.folder.put_best(self.folder.resumed)
+        # else it is of a step that is to be taken again, as the last checkpoint was damaged
+        self.best_score = (scores or {}).get("best_score", self.best_score)
+        self.best_step = (scores or {}).get("best_step", self.best_step)
 
     def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
         if self._signum is not None and signum == signal.SIGINT:
@@ -85,9 +148,12 @@ class Checkpointing(L.Callback):
         if trainer.global_step == self._step:
             return  # in the middle of an accumulated batch
         self._step = trainer.global_step
+        # after the last step all that is left is to write the files; several processes stop at the same step
         stop = self._signum is not None
-        if self._vote is not None:  # all processes stop at the same step
-            stop = self._step < self._total and self._vote.ask(stop)
+        if self._step == self._total:
+            stop = False
+        elif self._vote is not None:
+            stop = self._vote.ask(stop)
         watcher = self.monitor.watcher
         judged = watcher is not None and watcher.step == self._step and watcher.score is not None
         better = judged and self.score() > self.best_score
@@ -105,12 +171,25 @@ class Checkpointing(L.Callback):
         return float("-inf") if loss is None else -loss
 
     def save(self, trainer: L.Trainer, batch: dict[str, Any]) -> None:
+        """Write a checkpoint, all processes together.
+
+        Raises:
+            MachineError: it cannot be written; on every process.
+        """
         self.monitor.check_finite(trainer, batch, weights=True)
-        score = self.score()
-        best = score > self.best_score
-        self.best_score = max(score, self.best_score)
-        unfinished = self.folder.checkpoints / "unfinished.tmp"
-        trainer.save_checkpoint(unfinished)
-        if trainer.is_global_zero:
-            self.folder.put_checkpoint(unfinished, trainer.global_step, best)
-        trainer.strategy.barrier()
+        self.score_of_step = self.score()
+        if self.score_of_step > self.best_score:
+            self.best_score, self.best_step = self.score_of_step, trainer.global_step
+        problem = None
+        try:
+            if trainer.is_global_zero:
+                self.monitor.flush(trainer)
+        except MachineError as error:
+            problem = str(error)
+        trainer.save_checkpoint(self.folder.last)
+        files = trainer.strategy.checkpoint_io
+        if isinstance(files, CheckpointFiles):
+            problem = problem or files.problem
+        problem = trainer.strategy.broadcast(problem)  # nobody takes another step before it is written
+        if problem is not None:
+            raise MachineError(problem)

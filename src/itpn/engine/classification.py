@@ -133,7 +133,8 @@ def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = 
         for name, reason in skipped:
             print_aside(f"skipped {name}: {reason}")
         model.cpu()
-        write_classifier(folder.weights, model, {"recipe": recipe, **task.describe()})
+        with folder.writing(folder.weights):
+            write_classifier(folder.weights, model, {"recipe": recipe, **task.describe()})
         seconds = time.perf_counter() - began
         rows = {"images": f"{len(features):,} to learn from, {0 if val is None else len(val):,} to be asked about"}
         rows["weight decay"] = f"{weight_decay:g}, the best of {len(WEIGHT_DECAYS)} on a fifth of the images"

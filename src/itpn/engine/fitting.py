@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
 from rich.table import Table
@@ -18,14 +18,16 @@ from rich.text import Text
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from itpn.checkpoints.files import hold_the_same
 from itpn.config import Config, RunConfig
 from itpn.data.files import ImageSource
-from itpn.data.folders import write_whole
 from itpn.data.loader import SkippedImages, TrainingLoader, Transform
 from itpn.data.readers import Reader
 from itpn.engine.callbacks import Monitor, Pictures, Watcher
-from itpn.engine.checkpointing import Checkpointing
+from itpn.engine.checkpointing import CheckpointFiles, Checkpointing
 from itpn.engine.compiling import compile_networks
+from itpn.engine.completion import Completion
+from itpn.engine.event_files import EventFiles, leave_to_caller
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import (
     Launch,
@@ -38,6 +40,7 @@ from itpn.engine.launch import (
 )
 from itpn.errors import RunStopped, UserError
 from itpn.tasks.training import TrainingTask
+from itpn.writing import write_whole
 
 
 @dataclass
@@ -98,41 +101,54 @@ def fit(
         resume, step = folder.newest_checkpoint(launch.main)
         if resume is not None:
             console.print(f"going on from {resume}, step {step}", highlight=False)
+        elif folder.restarted:
+            line = f"the run in {folder.path} was stopped before its first checkpoint: starting at step 0"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         for note in notes:
             console.print(note, markup=False, highlight=False, soft_wrap=True)
         job = make()
-        task = job.task
-        watcher = [] if job.watcher is None else [job.watcher]
-        skipped = SkippedImages(job.images, config.data.max_broken)
-        compilation = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
-        monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher, compilation)
-        pictures = job.pictures(folder)
-        checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
-        start = StartTable(console, folder, job.rows)
-        # one process draws, and of a sharded network it would miss the others' parts
-        drawing = [pictures] if config.trainer.strategy == "ddp" else []
-        trainer = make_trainer(config, folder, launch, step, [start, *watcher, monitor, *drawing, checkpointing])
-        compilation.guard(trainer)
-        began = time.perf_counter()
-        checkpointing.signals.set()
-        try:
-            trainer.fit(task, ckpt_path=resume, weights_only=True if resume else None)
-        except RunStopped:
-            monitor.stop_bar()
-            if launch.main:
-                write_summary(folder, summarize(trainer, task, monitor, recipe, time.perf_counter() - began, False))
-            where = f"goes on from {folder.last}" if folder.last.exists() else "starts it again"
-            console.print(f"stopped at step {trainer.global_step}; the same command {where}", soft_wrap=True)
-            raise
-        finally:
-            checkpointing.signals.restore()
-        if trainer.is_global_zero:
-            finish(console, folder, trainer, job, monitor, pictures, recipe, time.perf_counter() - began)
+        train_job(config, recipe, launch, console, folder, job)
         return folder.path
     finally:
         if job is not None and job.task.loader is not None:
             job.task.loader.close()
         folder.close()
+
+
+def train_job(config: RunConfig, recipe: str, launch: Launch, console: Console, folder: RunFolder, job: Job) -> None:
+    """Take the steps that are left, and write what comes of them; see :func:`fit`."""
+    watcher = [] if job.watcher is None else [job.watcher]
+    skipped = SkippedImages(job.images, config.data.max_broken)
+    compilation = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
+    monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher, compilation)
+    checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
+    # one process draws, and of a sharded network it would miss the others' parts
+    pictures = job.pictures(folder) if config.trainer.strategy == "ddp" else None
+    drawing = [] if pictures is None else [pictures]
+    completion = Completion(folder, monitor, pictures, checkpointing)
+    start = StartTable(console, folder, job.rows)
+    resume, step = folder.newest_checkpoint(launch.main)
+    trainer = make_trainer(
+        config, folder, launch, step, [start, *watcher, monitor, *drawing, checkpointing, completion]
+    )
+    compilation.guard(trainer)
+    began = time.perf_counter()
+    hook, threading.excepthook = threading.excepthook, leave_to_caller
+    checkpointing.signals.set()
+    try:
+        trainer.fit(job.task, ckpt_path=resume, weights_only=True if resume else None)
+        if trainer.is_global_zero:
+            finish(console, folder, trainer, job, completion, recipe, time.perf_counter() - began)
+    except RunStopped:
+        monitor.stop_bar()
+        if launch.main:
+            write_summary(folder, summarize(trainer, job.task, monitor, recipe, time.perf_counter() - began, False))
+        line = f"stopped at step {trainer.global_step}; the same command {folder.describe_resuming()}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        raise
+    finally:
+        checkpointing.signals.restore()
+        threading.excepthook = hook
 
 
 def make_trainer(
@@ -152,9 +168,9 @@ def make_trainer(
             accumulate_grad_batches=settings.accumulate_grad_batches,
             gradient_clip_val=config.optimizer.clip_grad,
             log_every_n_steps=settings.log_every_n_steps,
-            logger=TensorBoardLogger(folder.path, name="", version="tensorboard", purge_step=step or None),
+            logger=EventFiles(folder, purge_step=step if step or folder.restarted else None),
             callbacks=callbacks,
-            plugins=[launch.environment],
+            plugins=[launch.environment, CheckpointFiles(folder)],
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -309,7 +325,25 @@ def summarize(
 
 
 def write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
-    write_whole(folder.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+    with folder.writing(folder.summary):
+        write_whole(folder.summary, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def renew_weights(folder: RunFolder, save: Callable[[Path], dict[str, Any]]) -> tuple[dict[str, Any], bool]:
+    """Write the weights of a complete run unless they are there.
+
+    Returns:
+        What ``save`` does, and whether they were missing, or other ones.
+    """
+    fresh = folder.weights.with_name(f"{folder.weights.name}.tmp")
+    with folder.writing(folder.weights):
+        written = save(fresh)
+        same = hold_the_same(fresh, folder.weights)
+        if same:
+            fresh.unlink()
+        else:
+            fresh.replace(folder.weights)
+    return written, not same
 
 
 def finish(
@@ -317,21 +351,27 @@ def finish(
     folder: RunFolder,
     trainer: L.Trainer,
     job: Job,
-    monitor: Monitor,
-    pictures: Pictures,
+    completion: Completion,
     recipe: str,
     seconds: float,
 ) -> None:
     """Write weights and summary, and show them."""
-    if not monitor.started:
+    monitor, pictures = completion.monitor, completion.pictures
+    monitor.stop_bar()
+    if monitor.started:
+        with folder.writing(folder.weights):
+            written = job.save(folder.weights)
+    else:
+        written, renewed = renew_weights(folder, job.save)
+        missing = renewed or completion.missing
         console.print(
             f"{folder.path} is complete at step {trainer.global_step}; raise --trainer.max-epochs or max-steps "
-            "to go on, or choose another --name",
+            "to go on, or choose another --name" + ("; writing the weights and summary it lacked" if missing else ""),
             highlight=False,
         )
-        return
-    monitor.stop_bar()
-    written = job.save(folder.weights)
+        if not missing:
+            return
+        seconds = seconds if monitor.duration is None else monitor.duration
     summary = {**summarize(trainer, job.task, monitor, recipe, seconds, True), **written}
     write_summary(folder, summary)
     shown = job.watcher.describe() if job.watcher is not None else {}
@@ -344,7 +384,7 @@ def finish(
         "peak memory": f"{summary['peak_memory_gb']:.2f} GB",
         "time": f"{seconds:.0f} s",
         "weights": str(folder.weights),
-        **({} if pictures.latest is None else {"picture": str(pictures.latest)}),
-        "summary": str(folder.path / "summary.json"),
+        **({} if pictures is None or pictures.latest is None else {"picture": str(pictures.latest)}),
+        "summary": str(folder.summary),
     }
     console.print(make_table("finished", rows))

@@ -1,19 +1,22 @@
 """A run's folder: who may use it, what was run in it, and its checkpoints."""
 
 import contextlib
+import errno
+import json
 import os
 import shutil
-import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import torch
 from filelock import FileLock, Timeout
 
+from itpn.checkpoints.run_state import DamagedCheckpoint, find_settings, read_state
 from itpn.config import RunConfig, read_yaml, to_dict, write_yaml
 from itpn.engine.console import print_aside
-from itpn.errors import UserError
+from itpn.engine.metrics_file import read_steps
+from itpn.errors import MachineError, UserError
+from itpn.writing import open_whole, remove_partial_files
 
 # what may differ when a run goes on; anything else would make it another run
 FREE = {
@@ -39,30 +42,49 @@ FREE = {
 
 
 class RunFolder:
-    """``OUTPUT_DIR/RECIPE/NAME``."""
+    """``OUTPUT_DIR/RECIPE/NAME``.
+
+    Attributes:
+        resumed: the checkpoint that the run resumes from; None where there is none.
+        restarted: whether an earlier run in this folder was stopped before its first checkpoint.
+    """
 
     def __init__(self, config: RunConfig, recipe: str) -> None:
         self.path = Path(config.output_dir) / recipe / config.name
         self.checkpoints = self.path / "checkpoints"
         self.pictures = self.path / ("reconstructions" if config.task == "pretraining" else "predictions")
+        self.settings = self.path / "config.yaml"
         self.weights = self.path / "model.safetensors"
         self.metrics = self.path / "metrics.csv"
+        self.summary = self.path / "summary.json"
+        self.events = self.path / "tensorboard"
         self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
         self.keep = config.trainer.keep_checkpoints
+        self.resumed: Path | None = None
+        self.restarted = False
+        self._earlier: RunConfig | None = None  # settings in the checkpoint
         self._last_step = 0
         self._lock = FileLock(self.path / ".lock")
 
     @property
     def begun(self) -> bool:
-        """Whether there is a run to go on with."""
-        return any(self.checkpoints.glob("*.ckpt"))
-
-    def open(self, config: RunConfig, recipe: str) -> None:
-        """Make the folder, take it for this process and write down the settings.
+        """Whether there is a run to resume.
 
         Raises:
-            UserError: another process uses it, it cannot be written, or it holds a run with other settings.
+            MachineError: the folder of its checkpoints cannot be read.
         """
+        return any(self._list_checkpoints())
+
+    def open(self, config: RunConfig, recipe: str) -> None:
+        """Make the folder, take it for this process, find the checkpoint to resume from, and write the settings.
+
+        Raises:
+            UserError: another process uses it, it is no folder, it holds a run with other settings, or no checkpoint
+                in it is whole.
+            MachineError: it cannot be read or written, or checkpoints that were there have gone.
+        """
+        self._list_checkpoints()  # a folder that cannot be read, or a link into nowhere, before anything is made
         try:
             for folder in (self.checkpoints, self.pictures):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -72,58 +94,213 @@ class RunFolder:
                 f"run folder {self.path} is in use by another process; wait for it, or choose another --name"
             ) from None
         except OSError as error:
-            raise UserError(f"run folder {self.path} cannot be written: {error.strerror}; see --output-dir") from error
-        settings = self.path / "config.yaml"
-        if settings.exists() and self.begun:
-            _check_same_run(read_yaml(settings)[1], config, self.path)
-        write_yaml(settings, recipe, config)
-        for leftover in self.checkpoints.glob("*.tmp"):
-            leftover.unlink()
+            kind = UserError if isinstance(error, FileExistsError | NotADirectoryError) else MachineError
+            raise kind(f"run folder {self.path} cannot be written: {error.strerror}; see --output-dir") from error
+        try:
+            with self.writing(self.path):
+                for folder in (self.path, self.checkpoints, self.pictures):
+                    remove_partial_files(folder)
+            resumed, _ = self.newest_checkpoint(main=True)
+            if resumed is None:
+                self._begin_again(config)
+            elif (earlier := self._read_settings()) is not None:
+                _check_same_run(earlier, config, self.path)
+            with self.writing(self.settings):
+                write_yaml(self.settings, recipe, config)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._lock.release()
 
     def newest_checkpoint(self, main: bool) -> tuple[Path | None, int]:
-        """The newest whole checkpoint and its optimiser step, (None, 0) where there is none.
+        """The newest whole checkpoint and its optimizer step, (None, 0) where there is none.
 
-        A damaged one is passed over with a remark, and put aside by the ``main`` process.
+        A damaged one is passed over with a remark, and put aside by the ``main`` process once a whole one is found.
 
         Raises:
-            UserError: there are checkpoints, but none can be read.
+            UserError: there are checkpoints, but none is whole.
+            MachineError: one cannot be read, which may pass; nothing is renamed.
         """
-        older = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
-        present = [path for path in [self.last, *older, self.checkpoints / "best.ckpt"] if path.exists()]
-        for path in present:
+        if self.resumed is not None:
+            return self.resumed, self._last_step
+        names = self._list_checkpoints()
+        damaged: list[tuple[Path, str]] = []
+        for path in (self.checkpoints / name for name in names if name.endswith(".ckpt")):
+            if not main and not os.path.lexists(path):
+                continue  # the main process has just put it aside
             try:
-                if zipfile.ZipFile(path).testzip() is not None:  # reads every byte against its checksum
-                    raise zipfile.BadZipFile("checksum")
-                stored = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                self._last_step = int(stored["global_step"])
-                return path, self._last_step
-            except Exception as error:  # whatever damage raises
-                if main:
-                    print_aside(f"checkpoint {path} is damaged ({type(error).__name__}): passing to the one before")
-                    path.replace(path.with_suffix(".damaged"))
-        if present:
-            raise UserError(f"none of the checkpoints in {self.checkpoints} can be read; choose another --name")
-        return None, 0
+                state = read_state(path)
+            except DamagedCheckpoint as error:
+                damaged.append((path, str(error)))
+                continue
+            # not the state itself: a file that is mapped takes its room after it is removed
+            self.resumed, self._last_step, settings = path, state["global_step"], find_settings(state)
+            self._earlier = None if settings is None else settings[1]
+            break
+        else:
+            if names:
+                reason = f": {damaged[0][0].name} is damaged ({damaged[0][1]})" if damaged else f": {', '.join(names)}"
+                raise UserError(
+                    f"none of the checkpoints in {self.checkpoints} can be read{reason}; choose another --name"
+                )
+            return None, 0
+        for path, reason in damaged if main else []:
+            print_aside(f"checkpoint {path} is damaged ({reason}): passing to the one before, {self.resumed.name}")
+            with self.writing(path):
+                path.replace(path.with_suffix(".damaged"))
+        return self.resumed, self._last_step
 
-    def put_checkpoint(self, unfinished: Path, step: int, best: bool) -> None:
-        """Let a finished file become ``last.ckpt``; the one before stays under its step's name."""
-        if self.last.exists() and self._last_step != step:
-            os.replace(self.last, self.checkpoints / f"step-{self._last_step:08d}.ckpt")
-        os.replace(unfinished, self.last)
+    def put_checkpoint(self, write: Callable[[IO[bytes]], None], step: int, best: bool) -> None:
+        """Write ``last.ckpt``; the one before stays under its step's name. Killed at any moment, a whole one is there.
+
+        Args:
+            write: writes it to a file.
+            step: that it is of.
+            best: whether it becomes ``best.ckpt`` too.
+        """
+        with open_whole(self.last) as file:
+            write(file)
+            if self.last.exists() and self._last_step != step:
+                before = self.checkpoints / f"step-{self._last_step:08d}.ckpt"
+                before.unlink(missing_ok=True)
+                try:
+                    os.link(self.last, before)
+                except OSError:  # a file system without hard links
+                    os.replace(self.last, before)
         self._last_step = step
         if best:
-            link = self.checkpoints / "best.tmp"
-            try:
-                os.link(self.last, link)  # the same bytes under a second name, for nothing
-            except OSError:  # a file system without hard links
-                shutil.copyfile(self.last, link)
-            os.replace(link, self.checkpoints / "best.ckpt")
+            self.put_best(self.last)
         older = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
         for path in older[self.keep - 1 :]:
             path.unlink()
+
+    def put_best(self, source: Path) -> None:
+        """Let a checkpoint be ``best.ckpt`` as well."""
+        link = self.checkpoints / "best.ckpt.tmp"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(source, link)  # the same bytes under a second name, for nothing
+        except OSError:  # a file system without hard links
+            with source.open("rb") as whole, open_whole(self.best) as file:
+                shutil.copyfileobj(whole, file)
+        else:
+            os.replace(link, self.best)
+
+    def find_best(self, step: int) -> Path | None:
+        """The file of the best checkpoint: ``best.ckpt`` if it is of that step, else whichever is; None if none is."""
+        names = [name for name in self._list_checkpoints() if name.endswith(".ckpt")]
+        for path in (self.checkpoints / name for name in sorted(names, key=lambda name: name != self.best.name)):
+            with contextlib.suppress(DamagedCheckpoint):
+                if read_state(path, whole=False)["global_step"] == step:
+                    return path
+        return None
+
+    def read_scores(self, checkpoint: Path) -> dict[str, Any] | None:
+        """What a checkpoint says of how good it is, and the best before; None where it is not there or damaged."""
+        if not os.path.lexists(checkpoint):
+            return None
+        try:
+            scores = read_state(checkpoint, whole=False)["callbacks"]["Checkpointing"]
+        except (DamagedCheckpoint, KeyError):
+            return None
+        return dict(scores)
+
+    def is_finished(self, step: int) -> bool:
+        """Whether weights and summary have been written after the last step."""
+        summary = self.read_summary()
+        return summary.get("finished") is True and summary.get("steps") == step and self.weights.exists()
+
+    def read_summary(self) -> dict[str, Any]:
+        """The run's ``summary.json``; empty where there is none that can be used."""
+        try:
+            summary = json.loads(self.summary.read_bytes())
+        except (OSError, ValueError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
+
+    @contextlib.contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Raise :class:`MachineError` for a file of the run that cannot be written: which, why, and what is kept."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            kept = f"is of step {self._last_step}" if self._last_step else "is yet to come"
+            raise MachineError(
+                f"{'the disk is full: ' if full else ''}{path} cannot be written: {error.strerror or error}; the last "
+                f"complete checkpoint {kept}: once {'there is room' if full else 'that is mended'}, the same command "
+                f"{self.describe_resuming()}"
+            ) from error
+
+    def describe_resuming(self) -> str:
+        """Where the same command begins, in words."""
+        last = self._last_complete()
+        return "starts at step 0" if last is None else f"resumes from {last}"
+
+    def _last_complete(self) -> Path | None:
+        if not self._last_step:
+            return None
+        before = self.checkpoints / f"step-{self._last_step:08d}.ckpt"
+        present = [path for path in (self.last, before, self.resumed) if path is not None and os.path.lexists(path)]
+        return present[0] if present else self.last  # on a disk that has gone
+
+    def _list_checkpoints(self) -> list[str]:
+        """Names of checkpoints, the newest first, and of what were some.
+
+        Raises:
+            MachineError: the folder is there, but cannot be read.
+        """
+        try:
+            names = os.listdir(self.checkpoints)
+        except OSError as error:
+            # below a link that leads nowhere there may be checkpoints again, once its disk is mounted
+            if isinstance(error, FileNotFoundError) and not os.path.islink(self.checkpoints):
+                return []
+            raise MachineError(
+                f"the folder of checkpoints {self.checkpoints} cannot be read: {error.strerror}; nothing was changed"
+            ) from error
+        older = sorted((n for n in names if n.startswith("step-") and n.endswith(".ckpt")), reverse=True)
+        damaged = sorted(name for name in names if name.endswith(".damaged"))
+        return [name for name in ("last.ckpt", *older, "best.ckpt", *damaged) if name in names]
+
+    def _read_settings(self) -> RunConfig | None:
+        """The settings that the run began with: of its checkpoint, which is whole, or else of its config.yaml."""
+        if not self.settings.exists():
+            return self._earlier
+        try:
+            stored = read_yaml(self.settings)[1]
+        except (UserError, OSError):
+            if self._earlier is None:
+                raise
+            print_aside(f"{self.settings} is corrupt: its settings are taken from {self.resumed}")
+            return self._earlier
+        return stored if self._earlier is None else self._earlier
+
+    def _begin_again(self, config: RunConfig) -> None:
+        """Start at step 0, unless the folder shows that there was a checkpoint.
+
+        Raises:
+            MachineError: it does.
+        """
+        self.restarted = self.settings.exists()
+        steps = read_steps(self.metrics)
+        every = config.trainer.checkpoint_every_n_steps
+        with contextlib.suppress(UserError, OSError):
+            every = read_yaml(self.settings)[1].trainer.checkpoint_every_n_steps
+        if self.read_summary().get("steps") and self.read_summary().get("finished"):
+            sign = f"{self.summary} is of a finished run"
+        elif steps and steps[-1] > every:  # at that step itself it may have been killed before it was written
+            sign = f"{self.metrics} has rows up to step {steps[-1]}"
+        else:
+            with self.writing(self.metrics):
+                self.metrics.unlink(missing_ok=True)  # rows of the steps that are taken again
+            return
+        raise MachineError(
+            f"there are no checkpoints in {self.checkpoints}, but {sign}: if they are on a disk that is not mounted, "
+            f"mount it; to start at step 0, choose another --name or remove {self.path}"
+        )
 
 
 def _check_same_run(earlier: RunConfig, config: RunConfig, path: Path) -> None:

@@ -16,7 +16,7 @@ from rich.text import Text
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_whole
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import Config, DataConfig, SegmentationConfig, image_size
 from itpn.data.augment import EvaluationTransform
@@ -43,6 +43,7 @@ from itpn.models.segmenter import Segmenter
 from itpn.pretraining.model import MaskedImageModel
 from itpn.tasks.detection import detect
 from itpn.tasks.pretrain import PretrainingTask
+from itpn.writing import write_whole
 
 PER_PICTURE = 16
 TOP = 5  # classes of an image in predictions.csv

@@ -18,7 +18,6 @@ from rich.console import Console
 from torch.profiler import ProfilerActivity, record_function, schedule
 
 from itpn.config import RunConfig
-from itpn.data.folders import write_whole
 from itpn.engine.bottlenecks import advise, draw_summary
 from itpn.engine.compiling import compile_networks
 from itpn.engine.fitting import Job, check_strategy, make_trainer
@@ -33,6 +32,7 @@ from itpn.engine.launch import (
 from itpn.engine.signals import SignalHandlers, stop_at_once
 from itpn.engine.traces import MARK, OTHER, OURS, PARTS, read_device, read_operators, tell_device, tell_operations
 from itpn.errors import RunStopped, UserError
+from itpn.writing import write_whole
 
 STEPS, SETTLE = 10, 2
 

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import CACHE_INDEX, SHRINK_INDEX, ImageSource, walk
-from itpn.data.folders import check_settings, write_whole
+from itpn.data.folders import check_settings
 from itpn.data.labelled import CLASSES, read_class_names
 from itpn.data.loader import SkippedImages, start_worker
 from itpn.data.shrunk import (
@@ -32,6 +32,7 @@ from itpn.engine.console import print_aside
 from itpn.engine.launch import count_cores
 from itpn.engine.signals import stopped_by_signals
 from itpn.errors import RunStopped, UserError
+from itpn.writing import write_whole
 
 LOCK_SECONDS = 15  # the workers of a process that was killed notice within 5, and the lock is theirs as well
 

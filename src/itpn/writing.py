@@ -1,0 +1,48 @@
+"""Files that appear under their name when they are complete, or not at all."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO
+
+
+@contextlib.contextmanager
+def open_whole(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file for writing; it takes its name, and the place of an earlier file, once all of it is on the disk.
+
+    Until then it is ``NAME.tmp`` in the same folder, which only a killed process leaves behind.
+    """
+    partial = path.with_name(f"{path.name}.tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure can leave an empty file; a full network disk says so here
+        partial.replace(path)
+        sync_folder(path.parent)
+    except BaseException:
+        with contextlib.suppress(OSError):  # room for others, where the disk is full
+            partial.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    with open_whole(path) as file:
+        file.write(content)
+
+
+def sync_folder(path: Path) -> None:
+    """Make new names in a folder survive a power failure, where the file system can."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """Remove what killed processes have left of files that they were writing into a folder."""
+    for partial in folder.glob("*.tmp"):
+        partial.unlink(missing_ok=True)
