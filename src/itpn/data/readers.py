@@ -134,14 +134,16 @@ def unpack(path: str, most: int) -> bytes:
     Raises:
         UserError: more than ``most`` bytes.
     """
+    content = bytearray()
     with gzip.open(path) as file:
-        content = file.read(most + 1)
+        while len(content) <= most and (part := file.read(2**24)):
+            content += part
     if len(content) > most:
         raise UserError(
             f"compressed archives are unpacked into memory, and with {path} they take more than "
             f"{MAX_UNPACKED // 2**30} GiB: unpack them with gunzip, and give the .tar files"
         )
-    return content
+    return bytes(content)
 
 
 def too_large(size: int) -> UnreadableImage:
