@@ -13,7 +13,10 @@ from typing import Any
 from itpn.cli import main
 
 GIB = 2**30
-PRELOAD = ["itpn.cli", "itpn.data.annotations", "itpn.data.labelled", "itpn.data.labelmaps", "itpn.checkpoints.loading"]
+PRELOAD = [
+    *("itpn.cli", "itpn.data.annotations", "itpn.data.labelled", "itpn.data.labelmaps", "itpn.checkpoints.loading"),
+    *("itpn.engine.run", "itpn.engine.classification", "itpn.engine.detection", "itpn.engine.shrinking"),
+]
 servers = multiprocessing.get_context("forkserver")
 servers.set_forkserver_preload(PRELOAD)  # once: torch takes seconds to import
 
@@ -52,7 +55,9 @@ def limited(what: Callable[..., Any], *arguments: Any, memory: int = GIB, second
     """
     receiver, sender = servers.Pipe(duplex=False)
     with tempfile.NamedTemporaryFile() as log:
-        process = servers.Process(target=_limited, args=(what, arguments, dict(os.environ), log.name, 3 * memory, sender))
+        process = servers.Process(
+            target=_limited, args=(what, arguments, dict(os.environ), log.name, 3 * memory, sender)
+        )
         process.start()
         sender.close()
         try:

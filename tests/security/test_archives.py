@@ -62,7 +62,9 @@ def archives(photo: bytes) -> dict[str, bytes]:
         "a name of gigabytes": header("././@LongLink", LARGE, type=tarfile.GNUTYPE_LONGNAME),
         "attributes of gigabytes": pax({"comment": "x"}, LARGE),
         "sparse": sparse_member(),
-        "sparse by attributes": pax({"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40), "GNU.sparse.numblocks": "1"})
+        "sparse by attributes": pax(
+            {"GNU.sparse.map": "0,1", "GNU.sparse.size": str(2**40), "GNU.sparse.numblocks": "1"}
+        )
         + header("a.jpg", 1)
         + block(b"x"),
     }
@@ -117,7 +119,10 @@ def test_a_bomb_is_found_out_before_it_is_unpacked(tmp_path, member):
     path = tmp_path / "train.tar.gz"
     write_bomb(path, header("b.cls", 1) + block(b"0") + header(member, LARGE), LARGE)
     assert path.stat().st_size < 2**23
-    for recipe in (["shrink", path, "--out", tmp_path / "s"], ["train", "classifier_small", "--data.root", path, *SCRATCH]):
+    for recipe in (
+        ["shrink", path, "--out", tmp_path / "s"],
+        ["train", "classifier_small", "--data.root", path, *SCRATCH],
+    ):
         assert "unpacks to more than 100 times its size" in refused(*recipe, memory=2**28, seconds=15)
     answer, _ = limited(stream, str(path), memory=2**28, seconds=15)
     assert "unpacks to more than 100 times its size" in answer

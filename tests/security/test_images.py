@@ -51,7 +51,15 @@ def saved(image: Image.Image, form: str, **options) -> bytes:
 
 
 GREY = Image.new("L", (8, 8))
-BASIC = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8), (279, 4, 1, 64)]
+BASIC = [
+    (256, 4, 1, 8),
+    (257, 4, 1, 8),
+    (258, 3, 1, 8),
+    (259, 3, 1, 1),
+    (262, 3, 1, 1),
+    (273, 4, 1, 8),
+    (279, 4, 1, 64),
+]
 
 
 @pytest.mark.parametrize("form", ["EPS", "PCX", "TGA", "ICO", "PPM", "SGI", "DDS", "IM", "SPIDER", "MSP", "XBM"])
