@@ -41,7 +41,7 @@ def pax(attributes: dict[str, str], size: int | None = None) -> bytes:
 
 def write_bomb(path, start: bytes, zeros: int) -> None:
     """``start`` and many zeros: a thousandth of their number of bytes."""
-    with gzip.open(path, "wb", compresslevel=6) as file:
+    with gzip.open(path, "wb", compresslevel=1) as file:
         file.write(start)
         for _ in range(zeros // 2**24):
             file.write(bytes(2**24))
@@ -49,7 +49,7 @@ def write_bomb(path, start: bytes, zeros: int) -> None:
 
 SCRATCH = ("--model.scratch", "--model.name", "itpn_nano")
 END = bytes(1024)
-LARGE = 3 * 2**30
+LARGE = 2**30
 
 
 def archives(photo: bytes) -> dict[str, bytes]:

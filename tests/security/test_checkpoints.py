@@ -15,6 +15,7 @@ from security.attack import limited, refused
 
 from itpn.checkpoints import files
 from itpn.checkpoints.files import read_checkpoint
+from itpn.cli import main
 from itpn.pretraining.foreign import read_tensors
 from itpn.pretraining.torchscript import read_script
 
@@ -81,6 +82,20 @@ def test_no_command_runs_a_pickle(tmp_path, canary, monkeypatch, photo, command)
         shutil.copytree(photo.parent, tmp_path / "classes" / name)
     save_hostile(tmp_path / "x.pth", canary, "zip")
     assert "which could run code" in refused(*["x.pth" if word == "FILE" else word for word in command])
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy"])
+def test_a_run_resumes_without_running_code(tmp_path, canary, monkeypatch, photo, form):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    checkpoints = tmp_path / "runs" / "itpn-pixel_nano" / "x" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    save_hostile(checkpoints / "last.ckpt", canary, form)
+    options = ["--data.root", "photos", "--name", "x", "--data.batch-size", "2", "--output-dir", "runs"]
+    code, printed = limited(main, ["train", "itpn-pixel_nano", *options])
+    assert code in (1, 2)  # it is for docs/runs.md to say which
+    assert printed.splitlines()[-1].startswith("itpn: ")
+    assert "last" in printed
 
 
 class Writes(torch.nn.Module):
