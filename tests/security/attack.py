@@ -16,6 +16,7 @@ GIB = 2**30
 PRELOAD = [
     *("itpn.cli", "itpn.data.annotations", "itpn.data.labelled", "itpn.data.labelmaps", "itpn.checkpoints.loading"),
     *("itpn.engine.run", "itpn.engine.classification", "itpn.engine.detection", "itpn.engine.shrinking"),
+    *("supervision.dataset.formats.yolo", "supervision.dataset.formats.pascal_voc", "defusedxml.ElementTree"),
 ]
 servers = multiprocessing.get_context("forkserver")
 servers.set_forkserver_preload(PRELOAD)  # once: torch takes seconds to import
@@ -48,7 +49,7 @@ def _limited(
     answers.send((answer if isinstance(answer, int | str | tuple | None) else repr(answer), grown))
 
 
-def limited(what: Callable[..., Any], *arguments: Any, memory: int = GIB, seconds: float = 60) -> tuple[Any, str]:
+def limited(what: Callable[..., Any], *arguments: Any, memory: int = GIB, seconds: float = 120) -> tuple[Any, str]:
     """What a function returns (or the repr of what it raises), and what it printed.
 
     Fails if it takes longer (it hangs), or if its memory grows by more than ``memory`` bytes.
@@ -74,7 +75,7 @@ def limited(what: Callable[..., Any], *arguments: Any, memory: int = GIB, second
     return answer, printed
 
 
-def refused(*arguments: Any, memory: int = GIB, seconds: float = 60) -> str:
+def refused(*arguments: Any, memory: int = GIB, seconds: float = 120) -> str:
     """The one line with which `itpn ARGUMENTS` refuses, with exit code 2."""
     code, printed = limited(main, [str(argument) for argument in arguments], memory=memory, seconds=seconds)
     lines = printed.strip().splitlines()

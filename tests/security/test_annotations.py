@@ -66,7 +66,7 @@ LINE = {"height": 1, "width": 2**27 - 1}  # 134 million pixels in a row
 )
 def test_an_object_of_coco(tmp_path, photo, note, image):
     coco(tmp_path, {**BOX, **note}, image)
-    count, printed = sound(tmp_path, memory=2**29, seconds=60)
+    count, printed = sound(tmp_path, memory=2**29)
     assert count == 1
     assert ": 1 (annotation 1" in printed
 
@@ -96,10 +96,10 @@ def test_a_file_of_annotations_that_is_none(tmp_path, photo):
     train = ["train", "detector_nano", "--data.root", tmp_path, "--model.scratch", "--model.name", "itpn_nano"]
     os.truncate(path, 0)
     os.truncate(path, 6 * 2**30)  # zeros that take no room on disk
-    assert "does not start with {" in refused(*train, memory=2**28, seconds=30)
+    assert "does not start with {" in refused(*train, memory=2**28)
     path.unlink()
     os.mkfifo(path)
-    assert "not a regular file" in refused(*train, seconds=30)
+    assert "not a regular file" in refused(*train)
 
 
 def test_a_name_that_leads_outside_is_only_read_as_an_image(tmp_path, photo):
@@ -114,7 +114,7 @@ def test_a_name_that_leads_outside_is_only_read_as_an_image(tmp_path, photo):
         (tmp_path / "train" / "x.json").write_text(json.dumps(coco_json))
         if name == "../pipe.jpg":
             os.mkfifo(tmp_path / "pipe.jpg")
-        answer, _ = limited(read, str(tmp_path), seconds=20)
+        answer, _ = limited(read, str(tmp_path))
         assert "has no images that can be used: images not on disk" in answer
 
 
@@ -187,12 +187,12 @@ def test_a_label_of_yolo(tmp_path, photo, label):
 def test_a_label_without_end(tmp_path, photo):
     path = yolo(tmp_path, b"")
     os.truncate(path, 2**33)
-    count, printed = sound(tmp_path, memory=2**28, seconds=20)
+    count, printed = sound(tmp_path, memory=2**28)
     assert count == 1
     assert "bytes, more than the" in printed
     path.unlink()
     os.mkfifo(path)
-    assert sound(tmp_path, seconds=20)[0] == 1
+    assert sound(tmp_path)[0] == 1
 
 
 # --- Pascal VOC
@@ -241,11 +241,11 @@ def test_a_hostile_xml(tmp_path, photo, text):
 def test_an_xml_without_end(tmp_path, photo):
     path = voc(tmp_path, "<annotation>")
     os.truncate(path, 2**33)
-    count, printed = sound(tmp_path, memory=2**28, seconds=20)
+    count, printed = sound(tmp_path, memory=2**28)
     assert "bytes, more than the" in printed
     path.unlink()
     os.mkfifo(path)
-    count, printed = sound(tmp_path, seconds=20)
+    count, printed = sound(tmp_path)
     assert count == 1
     assert "not a regular file" in printed
 
@@ -263,12 +263,12 @@ def test_a_class_file(tmp_path, kind):
     else:
         path.touch()
         os.truncate(path, 2**33)
-    answer, _ = limited(read_names, str(path), ".", memory=2**28, seconds=20)
+    answer, _ = limited(read_names, str(path), ".", memory=2**28)
     assert "not a regular file" in answer or "bytes, more than the" in answer
     for name in ("a", "b"):
         (tmp_path / "images" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / name / "0.png")
-    assert limited(count_images, str(tmp_path), seconds=20)[0] == 2
+    assert limited(count_images, str(tmp_path))[0] == 2
 
 
 def count_images(folder: str) -> int:
@@ -277,11 +277,11 @@ def count_images(folder: str) -> int:
 
 def test_settings_of_a_run_that_are_no_file(tmp_path):
     os.mkfifo(tmp_path / "config.yaml")
-    assert "does not exist" in refused("train", tmp_path / "config.yaml", seconds=20)
+    assert "does not exist" in refused("train", tmp_path / "config.yaml")
     os.remove(tmp_path / "config.yaml")
     (tmp_path / "config.yaml").touch()
     os.truncate(tmp_path / "config.yaml", 2**33)
-    assert "bytes, more than the" in refused("train", tmp_path / "config.yaml", memory=2**28, seconds=20)
+    assert "bytes, more than the" in refused("train", tmp_path / "config.yaml", memory=2**28)
 
 
 def test_a_recipe_file_is_a_program_and_is_run(tmp_path):

@@ -105,13 +105,13 @@ def test_a_hostile_archive(tmp_path, photo, kind, packed):
         write_bomb(path, content, LARGE if "gigabytes" in kind else 2**25)
     else:
         path.write_bytes(content + END)
-    line = refused("shrink", path, "--out", tmp_path / "small", memory=2**28, seconds=30)
+    line = refused("shrink", path, "--out", tmp_path / "small", memory=2**28)
     assert str(path) in line
-    answer, _ = limited(stream, str(path), memory=2**28, seconds=30)
+    answer, _ = limited(stream, str(path), memory=2**28)
     assert answer
-    assert limited(count_shard_images, [str(path)], memory=2**28, seconds=30)[0] == 0
+    assert limited(count_shard_images, [str(path)], memory=2**28)[0] == 0
     recipe = ["train", "classifier_small", "--data.root", path, *SCRATCH]
-    assert str(path) in refused(*recipe, memory=2**28, seconds=30)
+    assert str(path) in refused(*recipe, memory=2**28)
 
 
 @pytest.mark.parametrize("member", ["a.jpg", "a.txt"])
@@ -123,8 +123,8 @@ def test_a_bomb_is_found_out_before_it_is_unpacked(tmp_path, member):
         ["shrink", path, "--out", tmp_path / "s"],
         ["train", "classifier_small", "--data.root", path, *SCRATCH],
     ):
-        assert "unpacks to more than 100 times its size" in refused(*recipe, memory=2**28, seconds=15)
-    answer, _ = limited(stream, str(path), memory=2**28, seconds=15)
+        assert "unpacks to more than 100 times its size" in refused(*recipe, memory=2**28)
+    answer, _ = limited(stream, str(path), memory=2**28)
     assert "unpacks to more than 100 times its size" in answer
 
 
@@ -175,11 +175,11 @@ def test_a_hostile_index(tmp_path, photo, name, content):
     (photo.parent / name).write_text(content)
     train = ["train", "itpn-pixel_nano", "--data.root", photo.parent, "--data.batch-size", "2", "--output-dir", "runs"]
     if name == CACHE_INDEX or content in ("[]", "7", '"x"', '{"complete": {}}'):
-        line = refused(*train, seconds=30)
+        line = refused(*train)
         assert "is not complete" in line or "is not the index" in line
     os.mkfifo(photo.parent / f"pipe-{name}")
     os.replace(photo.parent / f"pipe-{name}", photo.parent / name)
-    assert limited(count_images, str(photo.parent), seconds=20)[0] == 10
+    assert limited(count_images, str(photo.parent))[0] == 10
 
 
 def count_images(folder: str) -> int:
@@ -217,7 +217,7 @@ INDEX = {
 )
 def test_numbers_of_a_cache(tmp_path, change):
     (tmp_path / CACHE_INDEX).write_text(json.dumps(INDEX | change))
-    answer, _ = limited(FeatureCache, str(tmp_path), memory=2**27, seconds=20)
+    answer, _ = limited(FeatureCache, str(tmp_path), memory=2**27)
     assert "is not the index of cached features" in answer or "is missing" in answer
 
 

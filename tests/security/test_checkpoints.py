@@ -224,8 +224,8 @@ def test_a_nested_config_beside_weights_is_passed_over(tmp_path):
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
 def test_a_pipe_or_device_does_not_block(tmp_path, name):
     os.mkfifo(tmp_path / name)
-    assert "does not exist" in refused("inspect", tmp_path / name, seconds=30)
-    assert "does not exist" in refused("inspect", "/dev/zero", seconds=30)
+    assert "does not exist" in refused("inspect", tmp_path / name)
+    assert "does not exist" in refused("inspect", "/dev/zero")
 
 
 def test_from_the_hub_only_safetensors_are_read(tmp_path, canary, monkeypatch):
