@@ -25,6 +25,7 @@ from itpn.data.files import SPLITS, is_image, walk
 from itpn.errors import UserError
 from itpn.reading import MAX_TEXT, read_bounded, read_text
 
+LONGEST_NUMBER = 40  # characters: supervision takes hours for a class index of a million digits
 MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
 Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON
 Size = tuple[int, int]  # height, width
@@ -179,6 +180,8 @@ def _yolo_parser() -> Parse:
             if not line:
                 continue
             where = f"{path} line {number}"
+            if max(map(len, line.split())) > LONGEST_NUMBER:
+                raise ValueError(f"line {number} has a number of more than {LONGEST_NUMBER} characters")
             try:
                 objects = list(
                     _from_supervision(read([line], resolution_wh=size[::-1], with_masks=len(line.split()) > 6))
