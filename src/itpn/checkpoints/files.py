@@ -22,6 +22,7 @@ from itpn.models.position import Grid
 from itpn.models.segmenter import Segmenter
 from itpn.pretraining.foreign import check_hub, one_line, read_state, unwrap
 from itpn.pretraining.model import MaskedImageModel
+from itpn.reading import read_text
 from itpn.writing import write_whole
 
 WANTED = "a checkpoint of iTPN, Fast-iTPN or HiViT: of itpn, the authors' code, mmpretrain or timm"
@@ -170,7 +171,7 @@ def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, An
             for name in ("config", "settings", "architecture", "preprocessing", "classes", "colours")
             if name in stored
         }
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{what} has damaged metadata ({one_line(error)})") from error
     return {**stored, **parts}
 
@@ -178,12 +179,12 @@ def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, An
 def _read_timm_config(path: Path) -> dict[str, Any]:
     """What timm's layout for the hub keeps beside the weights: arguments that their shapes do not tell."""
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(read_text(path))
         own = config["pretrained_cfg"]
         preprocessing = {"mean": own["mean"], "std": own["std"], "size": own["input_size"][1:]}
         found = {"model_args": config.get("model_args", {}), "preprocessing": preprocessing}
         return found | ({"classes": names} if (names := config.get("label_names")) else {})
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # a file of weights beside something else
 
 

@@ -1,6 +1,7 @@
 """Settings as YAML and JSON, of whichever kind of run."""
 
 import dataclasses
+import math
 import typing
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,11 @@ from itpn.config.pretraining import Config
 from itpn.config.segmentation import SegmentationConfig
 from itpn.config.training import to_dict
 from itpn.errors import UserError
+from itpn.reading import read_text
 from itpn.writing import write_whole
 
+MAX_YAML = 2**20  # bytes: 20,000 class names and more
+MAX_VALUES = 10**6
 FineTuningRun = ClassificationConfig | DetectionConfig | SegmentationConfig
 RunConfig = Config | FineTuningRun
 CONFIGS: dict[str, type[RunConfig]] = {
@@ -42,13 +46,37 @@ def from_dict(settings: dict[str, Any], cls: Any = Config) -> Any:
     return build(cls, settings, "")
 
 
+def load_yaml(path: Path) -> Any:
+    """Plain data of a small YAML file.
+
+    Raises:
+        yaml.YAMLError, ValueError, RecursionError, OSError: it is none, or aliases in it stand for more than they say.
+    """
+    content = yaml.safe_load(read_text(path, most=MAX_YAML))
+    sizes: dict[int, float] = {}
+
+    def size_of(value: Any) -> float:
+        """How many values it is written out; a list that holds itself has no end."""
+        if not isinstance(value, dict | list):
+            return 1
+        if id(value) not in sizes:
+            sizes[id(value)] = math.inf  # while it is looked at
+            parts = (*value.keys(), *value.values()) if isinstance(value, dict) else value
+            sizes[id(value)] = 1 + sum(map(size_of, parts))
+        return sizes[id(value)]
+
+    if size_of(content) > MAX_VALUES:
+        raise ValueError(f"its aliases stand for more than {MAX_VALUES:,} values")
+    return content
+
+
 def read_yaml(path: Path) -> tuple[str, RunConfig]:
     """Recipe name and settings of a run's config.yaml."""
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = load_yaml(path)
         recipe = settings.pop("recipe")
         return recipe, from_dict(settings, CONFIGS[settings.pop("task", Config.task)])
-    except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is not a run's config.yaml ({type(error).__name__}: {error})") from error
 
 

@@ -91,7 +91,10 @@ def read_objects(
             f"no annotations to {'train' if split == 'train' else 'evaluate'} on in {root}: give a folder of {LAYOUTS}"
         )
     coco, path_of, source = parts
-    images = check(coco, path_of, source, found)
+    try:
+        images = check(coco, path_of, source, found)
+    except RecursionError as error:
+        raise UserError(f"{source} has values nested too deeply to be annotations") from error
     found.report(source, mistakes, tell)
     if not len(images):
         raise UserError(f"{source} has no images" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from itpn.data.files import CACHE_INDEX
 from itpn.errors import UserError
+from itpn.reading import read_text
 from itpn.writing import write_whole
 
 
@@ -44,10 +45,14 @@ def read_index(folder: str | Path) -> CacheIndex:
     """Read a cache's index; UserError if it is damaged."""
     path = Path(folder) / CACHE_INDEX
     try:
-        index = CacheIndex(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
+        index = CacheIndex(**json.loads(read_text(path)))
+        height, width = index.img_size
+        index.img_size = height, width  # JSON has lists only
+        for number in (index.width, height, width, index.patch_size, index.images, index.views, index.shard_size):
+            if type(number) is not int or not 0 < number < 2**31:
+                raise ValueError(f"{number!r} where a positive whole number must be")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not the index of cached features ({type(error).__name__}): {error}") from error
-    index.img_size = tuple(index.img_size)  # type: ignore[assignment]  # JSON has lists only
     return index
 
 
@@ -77,9 +82,10 @@ class FeatureCache:
         self.index = read_index(folder)
         if not self.index.complete:
             raise UserError(f"cached features in {folder} are not complete: repeat the command that writes them")
-        missing = [path for n in range(self.index.shards) if not (path := shard_path(folder, n)).exists()]
+        paths = (shard_path(folder, number) for number in range(self.index.shards))
+        missing = next((path for path in paths if not path.is_file()), None)
         if missing:
-            raise UserError(f"{missing[0]} is missing: repeat the command that writes the features")
+            raise UserError(f"{missing} is missing: repeat the command that writes the features")
         self._open: dict[int, tuple[Any, list[str]]] = {}  # opened by each process for itself
 
     def __len__(self) -> int:
@@ -93,12 +99,13 @@ class FeatureCache:
                 file = safe_open(shard_path(self.folder, shard), "pt")
                 self._open[shard] = file, json.loads(file.metadata()["keys"])
             file, keys = self._open[shard]
+            key = keys[row]
             image, feature = (file.get_slice(name)[row] for name in ("image", "feature"))
-        except (SafetensorError, OSError, IndexError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(
                 f"{shard_path(self.folder, shard)} is damaged ({error}): remove it and repeat the command that wrote it"
             ) from error
-        return image, feature, keys[row]
+        return image, feature, key
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}

@@ -22,6 +22,10 @@ TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
 MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less than most bombs
 
 
+MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # none of those inside a scan's data
+
+
 class UnreadableImage(Exception):
     """The bytes are not an image that can be read in full; the message is a short reason."""
 
@@ -53,6 +57,8 @@ class EncodedImage:
             raise UnreadableImage(f"{self.width}x{self.height} pixels, more than the {max_pixels} allowed")
         self.format = self._image.format
         self._is_jpeg = self.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
+        if "progressive" in self._image.info and count_scans(data) > MAX_SCANS:
+            raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans, each of which takes the time of an image")
 
     @property
     def is_upright_jpeg(self) -> bool:
@@ -166,6 +172,19 @@ def _reading() -> Iterator[None]:
             raise UnreadableImage("not an image of a known format") from None
         except Exception as error:
             raise UnreadableImage(reason_of(error)) from None
+
+
+def count_scans(data: bytes) -> int:
+    """Scans of a JPEG, not counting beyond `MAX_SCANS`: a few bytes make a decoder pass over all of the image again."""
+    scans = place = 0
+    while scans <= MAX_SCANS and (found := JPEG_MARKER.search(data, place)) is not None:
+        place, marker = found.end(), found[1][0]
+        if marker == 0xD9:  # the end: whatever follows is another file
+            break
+        scans += marker == 0xDA
+        if marker != 0xD8:
+            place += int.from_bytes(data[place : place + 2], "big")  # a segment with its length
+    return scans
 
 
 def _turn(image: Image.Image) -> Image.Image:

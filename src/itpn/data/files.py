@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from itpn.errors import UserError
+from itpn.reading import read_text
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -60,6 +61,8 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
                 shards.update(dict.fromkeys(found))
         elif not os.path.exists(root):
             raise UserError(f"{root} does not exist: give a folder of images, or tar shards")
+        elif not os.path.isfile(root):
+            raise UserError(f"{root} is neither a folder nor a regular file: give a folder of images, or tar shards")
         elif is_image(root):
             images[root] = None
         elif is_shard(root):
@@ -80,10 +83,10 @@ def _check_complete(root: str) -> None:
     """Refuse what a stopped `itpn shrink` has left: a folder, or a split in it."""
     for folder in (root, os.path.dirname(os.path.abspath(root))):
         try:
-            index = json.loads(Path(folder, SHRINK_INDEX).read_text())
-        except (OSError, ValueError):
+            index = json.loads(read_text(Path(folder, SHRINK_INDEX)))
+        except (OSError, ValueError, RecursionError):
             continue
-        if not index.get("complete"):
+        if not isinstance(index, dict) or not index.get("complete"):
             raise UserError(f"{folder} is not complete: repeat the `itpn shrink` that writes it, or remove it")
 
 

@@ -14,6 +14,7 @@ from itpn.data.files import IMAGE_SUFFIXES, SPLITS, is_image, is_shard, list_spl
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
 from itpn.data.shards import index_shard
 from itpn.errors import UserError
+from itpn.reading import read_text
 from itpn.seeding import derive_seed
 
 CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
@@ -233,7 +234,10 @@ def read_class_names(folders: Sequence[str]) -> list[str] | None:
     for folder in folders:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
-                names = (place / CLASSES).read_text().splitlines()
+                try:
+                    names = read_text(place / CLASSES).splitlines()
+                except (OSError, ValueError) as error:
+                    raise UserError(f"file of classes {place / CLASSES} cannot be read: {error}") from error
                 if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                     raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
                 return names

@@ -19,10 +19,14 @@ import yaml
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 
-from itpn.data.decode import reason_of
+from itpn.config.files import load_yaml
+from itpn.data.decode import FORMATS, MAX_PIXELS, reason_of
 from itpn.data.files import SPLITS, is_image, walk
 from itpn.errors import UserError
+from itpn.reading import MAX_TEXT, read_bounded, read_text
 
+LONGEST_NUMBER = 40  # characters: supervision takes hours for a class index of a million digits
+MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
 Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON
 Size = tuple[int, int]  # height, width
 Parse = Callable[[Path, Size], Iterator[dict[str, Any]]]  # a file of annotations to objects
@@ -112,7 +116,7 @@ def _searching(places: list[Path]) -> Callable[[str], Path]:
 
 def _read_json(path: Path) -> Coco:
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_bounded(path, MAX_JSON, start=b"{"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     parts = ("images", "annotations", "categories")
@@ -129,13 +133,13 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     if file is None:
         return None
     try:
-        settings = yaml.safe_load(file.read_text())
+        settings = load_yaml(file)
         names, folders = settings["names"], [settings[w] for w in SPLITS[split] if settings.get(w)]
         if not isinstance(names, dict | list):
             raise TypeError("names are no list")
         names = {int(key): str(name) for key, name in (names.items() if isinstance(names, dict) else enumerate(names))}
         folders = folders and [str(f) for f in (folders[0] if isinstance(folders[0], list) else [folders[0]])]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise UserError(
             f"{file} is not YOLO's: it needs names, train and val ({type(error).__name__}: {error})"
         ) from error
@@ -172,10 +176,12 @@ def _yolo_parser() -> Parse:
     def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
         if not path.is_file():
             return  # an image without objects
-        for number, line in enumerate(map(str.strip, path.read_text().splitlines()), start=1):
+        for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
             if not line:
                 continue
             where = f"{path} line {number}"
+            if max(map(len, line.split())) > LONGEST_NUMBER:
+                raise ValueError(f"line {number} has a number of more than {LONGEST_NUMBER} characters")
             try:
                 objects = list(
                     _from_supervision(read([line], resolution_wh=size[::-1], with_masks=len(line.split()) > 6))
@@ -199,16 +205,16 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     if file is None and (split != "train" or lists.is_dir()):
         return None
     # without lists, all of them
-    wanted = None if file is None else {line.split()[0] for line in file.read_text().splitlines() if line.split()}
+    wanted = None if file is None else set(_first_words(file))
     read = import_supervision()["pascal_voc"].detections_from_xml_obj
-    parse_xml = importlib.import_module("defusedxml.ElementTree").parse  # supervision brings it
+    parse_xml = importlib.import_module("defusedxml.ElementTree").fromstring  # supervision brings it
 
     classes: list[str] = []
     coco: Coco = {"images": [], "annotations": []}
 
     def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
         nonlocal classes
-        element = parse_xml(path).getroot()
+        element = parse_xml(read_bounded(path, MAX_TEXT))
         said = tuple(int(element.findtext(f"size/{side}", "0")) for side in ("height", "width"))
         if all(said) and said != size:
             raise ValueError(f"is of {said[1]}x{said[0]} pixels, the image of {size[1]}x{size[0]}")
@@ -229,6 +235,13 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
         note["category_id"] = 1 + order.index(classes[note["category_id"] - 1])
     categories = [{"id": number, "name": name} for number, name in enumerate(order, start=1)]
     return coco | {"categories": categories}, Path, str(file or notes)
+
+
+def _first_words(file: Path) -> list[str]:
+    try:
+        return [words[0] for line in read_text(file).splitlines() if (words := line.split())]
+    except (OSError, ValueError) as error:
+        raise UserError(f"list of images {file} cannot be read: {error}") from error
 
 
 def import_supervision() -> Any:
@@ -268,12 +281,15 @@ def _images_below(folder: Path, mistakes: Mistakes, stems: set[str] | None = Non
         except Exception as error:  # whatever Pillow meets
             mistakes.add("images that cannot be read", f"{name}: {reason_of(error)}")
             continue
+        if size[0] * size[1] > MAX_PIXELS:  # before masks of this size are drawn
+            mistakes.add("images of more pixels than can be", f"{name}: {size[1]}x{size[0]}")
+            continue
         yield Path(name), size
 
 
 def read_size(path: str) -> Size:
     """Height and width of an image as it is shown, from its header; whatever Pillow raises if it is none."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         width, height = image.size
         sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (width, height) if sideways else (height, width)

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, reason_of
+from itpn.data.decode import FORMATS, MAX_PIXELS, UnreadableImage, reason_of
 from itpn.data.labelled import join_names
 from itpn.errors import UserError
+from itpn.reading import read_text
 
 IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
 MAX_CLASSES = 254
@@ -149,7 +150,7 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour
         UnreadableImage: it is not there, damaged, too large, or transparent.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             if image.width * image.height > max_pixels:
                 raise UnreadableImage(f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed")
             if image.mode == "1":
@@ -197,11 +198,13 @@ def read_names(file: str | None, root: str) -> Names | None:
             return None
         file = str(found)
     try:
-        text = Path(file).read_text(encoding="utf-8-sig")  # a byte-order mark is none of the first name
+        text = read_text(file, "utf-8-sig")  # a byte-order mark is none of the first name
     except OSError as error:
         raise UserError(f"file of classes {file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"file of classes {file} cannot be read: it is not text") from error
+    except ValueError as error:
+        raise UserError(f"file of classes {file} cannot be read: {error}") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")

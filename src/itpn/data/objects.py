@@ -24,6 +24,7 @@ CROP_SIDES = (0.5, 0.625, 0.75)  # of the size: 400, 500 and 600 of 800
 CROP_RANGE = (0.48, 0.75)  # 384 to 600
 SCALES = 11  # short sides: 480, 512, ... 800
 FAR = 10  # sides of the image: beyond, a polygon is a mistake
+MAX_PERIMETER = 2**24  # pixels of an object's edges, each of which takes 40 bytes when it is drawn
 MIN_SIDE = 1.0  # pixels: boxes that a crop leaves less of are no objects any more
 
 
@@ -142,7 +143,14 @@ def encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
         raise ValueError("not polygons of three points or more")
     if max(abs(value) for polygon in polygons for value in polygon) > FAR * max(height, width):
         raise ValueError("polygons far outside their image")  # whose edges would take memory without end
+    if sum(_perimeter(polygon) for polygon in polygons) > MAX_PERIMETER:
+        raise ValueError(f"polygons with edges of more than {MAX_PERIMETER:,} pixels")
     return rle.merge(rle.frPyObjects(polygons, height, width))
+
+
+def _perimeter(polygon: list[float]) -> float:
+    points = np.array(polygon).reshape(-1, 2)
+    return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
 def draw_outlines(objects: Sequence[dict[str, Any]], height: int, width: int) -> Tensor:

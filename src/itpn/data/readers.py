@@ -8,6 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from itpn.data.decode import UnreadableImage
+from itpn.errors import UserError
+from itpn.reading import read_bounded
+
+MAX_FILE = 2**31  # bytes of an image's file: floating-point RGB of the most pixels that are decoded has 1.6 GB
+MAX_UNPACKED = 2**33  # bytes of compressed archives that are kept in memory
 
 
 class Reader(Protocol):
@@ -50,10 +55,11 @@ class FileReader:
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
         path = self.names[index]
         try:
-            with open(path, "rb") as file:
-                return path, file.read()
+            return path, read_bounded(path, MAX_FILE)
         except OSError as error:
             return path, UnreadableImage(error.strerror or str(error))
+        except ValueError as error:
+            return path, UnreadableImage(str(error))
 
 
 class Subset:
@@ -89,7 +95,12 @@ class TarReader:
         self.shards = list(shards)
         self.places = places
         self.names = PackedStrings(names)
-        self._unpacked = {number: unpack(path) for number, path in enumerate(shards) if is_compressed(path)}
+        left = MAX_UNPACKED
+        self._unpacked: dict[int, bytes] = {}
+        for number, path in enumerate(shards):
+            if is_compressed(path):
+                self._unpacked[number] = unpack(path, left)
+                left -= len(self._unpacked[number])
 
     def __len__(self) -> int:
         return len(self.names)
@@ -100,6 +111,8 @@ class TarReader:
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
         number, start, size = (int(value) for value in self.places[index])
         name = self.names[index]
+        if size > MAX_FILE:
+            return name, too_large(size)
         if number in self._unpacked:
             return name, self._unpacked[number][start : start + size]
         try:
@@ -115,9 +128,26 @@ def is_compressed(path: str) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def unpack(path: str) -> bytes:
+def unpack(path: str, most: int) -> bytes:
+    """The content of a compressed file.
+
+    Raises:
+        UserError: more than ``most`` bytes.
+    """
+    content = bytearray()
     with gzip.open(path) as file:
-        return file.read()
+        while len(content) <= most and (part := file.read(2**24)):
+            content += part
+    if len(content) > most:
+        raise UserError(
+            f"compressed archives are unpacked into memory, and with {path} they take more than "
+            f"{MAX_UNPACKED // 2**30} GiB: unpack them with gunzip, and give the .tar files"
+        )
+    return bytes(content)
+
+
+def too_large(size: int) -> UnreadableImage:
+    return UnreadableImage(f"{size:,} bytes, more than the {MAX_FILE:,} that are read")
 
 
 class TableReader:

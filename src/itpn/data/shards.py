@@ -1,6 +1,7 @@
 """Images in tar shards, read from beginning to end as a disk or a network likes it."""
 
 import itertools
+import os
 import random
 import tarfile
 import zlib
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import is_hidden, is_image
-from itpn.data.readers import is_compressed
+from itpn.data.readers import MAX_FILE, is_compressed, too_large
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
@@ -18,8 +19,17 @@ Sample = tuple[str, bytes | UnreadableImage]  # a name, and what its file holds 
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
 
 
+MAX_HEADER = 2**20  # bytes of a header of names and attributes
+MAX_RATIO = 100  # times its size that an archive may unpack to: images hardly shrink, zeros a thousand times
+EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
+
+
 class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a header that is damaged or missing for the end; here only the end marker is one."""
+    """tarfile takes a header that is damaged or missing for the end; here only the end marker is one.
+
+    Headers that tarfile would read into memory whole are bounded, and there are no sparse members, whose zeros cost
+    the file nothing.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile_: tarfile.TarFile) -> "StrictTarInfo":
@@ -30,6 +40,13 @@ class StrictTarInfo(tarfile.TarInfo):
         except tarfile.HeaderError:
             raise tarfile.ReadError("damaged or cut off") from None
 
+    def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.size < 0 or (self.size > MAX_HEADER and self.type in (*EXTENSIONS, tarfile.SOLARIS_XHDTYPE)):
+            raise tarfile.ReadError(f"damaged: a header of {self.size:,} bytes")
+        if self.type == tarfile.GNUTYPE_SPARSE:
+            raise tarfile.ReadError(f"{self.name} is a sparse member: pack it without --sparse")
+        return super()._proc_member(tarfile_)  # type: ignore[misc]
+
 
 def read_shard(path: str | Path) -> Iterator[Sample]:
     """Yield ("shard/member", the file's bytes) of each image, in the order of the tar, plain or compressed.
@@ -39,7 +56,10 @@ def read_shard(path: str | Path) -> Iterator[Sample]:
     shard = Path(path).name
     try:
         with tarfile.open(path, "r|*", tarinfo=StrictTarInfo) as tar:
-            for member in _image_members(tar):
+            for member in _image_members(tar, path):
+                if member.size > MAX_FILE:
+                    yield f"{shard}/{member.name}", too_large(member.size)
+                    continue
                 file = tar.extractfile(member)
                 assert file is not None
                 yield f"{shard}/{member.name}", file.read()
@@ -53,7 +73,7 @@ def count_shard_images(shards: Sequence[str | Path]) -> int:
     for path in shards:
         try:
             with tarfile.open(path, "r:*", tarinfo=StrictTarInfo) as tar:
-                for _ in _image_members(tar):
+                for _ in _image_members(tar, path):
                     count += 1
         except TAR_ERRORS:
             pass
@@ -70,7 +90,7 @@ def index_shard(path: str) -> list[tuple[str, int, int, str | None]]:
     images: dict[str, tuple[int, int]] = {}
     try:
         with tarfile.open(path, "r:gz" if is_compressed(path) else "r:", tarinfo=StrictTarInfo) as tar:
-            for member in tar:
+            for member in _members(tar, path):
                 stem, _, ending = member.name.rpartition(".")
                 if not member.isfile() or is_hidden(member.name):
                     continue
@@ -106,9 +126,24 @@ def shard_samples(
     return _shuffle(samples, max(1, shuffle_buffer), rng)
 
 
-def _image_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+def _members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
+    """Members in turn, checked before their content is read or passed over.
+
+    Raises:
+        tarfile.ReadError: a bomb.
+    """
+    most = 2**26 + MAX_RATIO * os.path.getsize(path)
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every header it has read
+        if member.issparse():
+            raise tarfile.ReadError(f"{member.name} is a sparse member: pack it without --sparse")
+        if member.size < 0 or member.offset_data + member.size > most:
+            raise tarfile.ReadError(f"it unpacks to more than {MAX_RATIO} times its size, as no images do")
+        yield member
+
+
+def _image_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
+    for member in _members(tar, path):
         if member.isfile() and is_image(member.name) and not is_hidden(member.name):
             yield member
 

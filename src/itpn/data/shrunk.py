@@ -23,6 +23,7 @@ from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
 from itpn.data.readers import is_compressed
 from itpn.data.shards import index_shard
 from itpn.errors import UserError
+from itpn.reading import read_text
 from itpn.seeding import derive_seed
 from itpn.writing import open_whole, write_whole
 
@@ -53,8 +54,8 @@ class ShrinkIndex:
 def read_index(folder: Path) -> ShrinkIndex:
     """Read the index; UserError if it is damaged."""
     try:
-        return ShrinkIndex(**json.loads((folder / SHRINK_INDEX).read_text()))
-    except (ValueError, TypeError) as error:
+        return ShrinkIndex(**json.loads(read_text(folder / SHRINK_INDEX)))
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{folder / SHRINK_INDEX} is damaged ({error}); remove {folder} and begin again") from error
 
 

@@ -2,6 +2,7 @@
 
 import colorsys
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from torchvision.transforms.v2.functional import resize
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 from itpn.data.augment import center_crop
-from itpn.data.decode import UnreadableImage, decode_image, decode_sample
+from itpn.data.decode import UnreadableImage, decode_sample
 from itpn.data.files import ImageSource
+from itpn.data.readers import FileReader
 from itpn.data.shards import read_shard
 from itpn.tasks.pretrain import PretrainingTask
 
@@ -142,17 +144,13 @@ def read_whole_images(
         skipped: told "name: reason" of an unreadable one.
     """
     crop = crop or functools.partial(center_crop, img_size=img_size)
-    for name in source.images:
+    files = FileReader(source.images)
+    samples = itertools.chain((files[number] for number in range(len(files))), *map(read_shard, source.shards))
+    for name, data in samples:
         try:
-            yield name, crop(decode_image(Path(name).read_bytes(), max_pixels))
-        except (UnreadableImage, OSError) as error:
+            yield name, crop(decode_sample(data, max_pixels))
+        except UnreadableImage as error:
             skipped(f"{name}: {error}")
-    for shard in source.shards:
-        for name, data in read_shard(shard):
-            try:
-                yield name, crop(decode_sample(data, max_pixels))
-            except UnreadableImage as error:
-                skipped(f"{name}: {error}")
 
 
 # --- objects

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import logging
+import os
 import pickle
 import re
 import warnings
@@ -18,8 +19,11 @@ from timm.models import clean_state_dict
 from torch import Tensor
 
 from itpn.errors import UserError
+from itpn.pretraining.torchscript import read_script
 
 FILE_FORMS = "a .safetensors or .pt file in timm, OpenAI CLIP or open_clip form"
+
+MOST_SHARED = 4  # times a checkpoint's own size that its tensors may have: weights that are shared count again
 
 
 class _Shell:
@@ -74,7 +78,7 @@ def read_state(path: str | Path, what: str, wanted: str, scripts: bool = False) 
     Args:
         what: the file as a message names it.
         wanted: what to give instead.
-        scripts: read TorchScript archives too, as OpenAI publishes CLIP, which does run what is in them.
+        scripts: read TorchScript archives too, as OpenAI publishes CLIP: their tensors alone.
 
     Raises:
         UserError: not there, damaged, no checkpoint, or with code or Python objects in it.
@@ -91,7 +95,40 @@ def read_state(path: str | Path, what: str, wanted: str, scripts: bool = False) 
         raise UserError(f"{what} {_describe_damage(error)}; give {wanted}") from error
     if not isinstance(state, dict):
         raise UserError(f"{what} holds a {type(state).__name__}, not a dict of weights; give {wanted}")
+    check_tensors(state, os.path.getsize(path), what)
     return state
+
+
+def check_tensors(state: Any, size: int, what: str) -> None:
+    """Refuse tensors that their file cannot hold: a few bytes may declare any shape, and a copy would take its memory.
+
+    Args:
+        size: bytes of the file.
+
+    Raises:
+        UserError: such a tensor, or one that is not dense or not in memory.
+    """
+    left, seen, declared = [state], set(), 0
+    while left:
+        value = left.pop()
+        if isinstance(value, Tensor):
+            plain = value.layout == torch.strided and value.device.type == "cpu"
+            if not plain or value.is_quantized or value.is_nested:
+                raise UserError(f"{what} has a tensor that is not dense: save plain tensors in it")
+            declared += value.numel() * value.element_size()
+        elif isinstance(value, dict | list | tuple) and id(value) not in seen:
+            seen.add(id(value))
+            left.extend(value.values() if isinstance(value, dict) else value)
+    check_declared(declared, size, what)
+
+
+def check_declared(declared: int, size: int, what: str) -> None:
+    """Refuse a file of ``size`` bytes that declares far more."""
+    if declared > MOST_SHARED * size + 2**26:
+        raise UserError(
+            f"{what} declares {declared / 2**30:,.1f} GiB in a file of {size / 2**20:,.1f} MiB: it is damaged, or made "
+            "to exhaust memory"
+        )
 
 
 def _describe_damage(error: Exception) -> str:
@@ -111,12 +148,12 @@ def _read_file(path: str, what: str, wanted: str, scripts: bool) -> Any:
     zipped = zipfile.is_zipfile(path)
     if zipped:
         with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+            check_declared(unpacked, os.path.getsize(path), what)  # torch compresses nothing
             if any(member.endswith("/constants.pkl") for member in archive.namelist()):
                 if not scripts:
                     raise UserError(f"{what} is a TorchScript archive, which is code, and is not read; give {wanted}")
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # deprecated, and yet what those files need
-                    return torch.jit.load(path, map_location="cpu").state_dict()
+                return read_script(path)
     # weights_only: a checkpoint must not be able to run code
     with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on pickles that torch did not write: an error follows
