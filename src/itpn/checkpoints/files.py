@@ -177,7 +177,7 @@ def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, An
 def _read_timm_config(path: Path) -> dict[str, Any]:
     """What timm's layout for the hub keeps beside the weights: arguments that their shapes do not tell."""
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(path.read_bytes())
         own = config["pretrained_cfg"]
         preprocessing = {"mean": own["mean"], "std": own["std"], "size": own["input_size"][1:]}
         found = {"model_args": config.get("model_args", {}), "preprocessing": preprocessing}

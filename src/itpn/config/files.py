@@ -13,6 +13,7 @@ from itpn.config.pretraining import Config
 from itpn.config.segmentation import SegmentationConfig
 from itpn.config.training import to_dict
 from itpn.errors import UserError
+from itpn.text import read_text
 
 FineTuningRun = ClassificationConfig | DetectionConfig | SegmentationConfig
 RunConfig = Config | FineTuningRun
@@ -44,7 +45,7 @@ def from_dict(settings: dict[str, Any], cls: Any = Config) -> Any:
 def read_yaml(path: Path) -> tuple[str, RunConfig]:
     """Recipe name and settings of a run's config.yaml."""
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(read_text(path))
         recipe = settings.pop("recipe")
         return recipe, from_dict(settings, CONFIGS[settings.pop("task", Config.task)])
     except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError) as error:

@@ -125,6 +125,9 @@ class DataConfig(CropsConfig):
 
     root: tuple[str, ...] = ("data/imagenet",)
     """Folders of images of any depth, or tar shards, or several of either; of a folder with `train` in it, that."""
+    members: tuple[str, ...] = ()
+    """Tar shards: endings of the images to read, as `jpg` or `rgb.png`, or `all`; by default the plain one of each
+    sample (`x.jpg`), not what describes it (`x.seg.png`)."""
     img_size: int | tuple[int, int] = 224
     """Pixels of a side, or height and width."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)

@@ -44,7 +44,7 @@ def read_index(folder: str | Path) -> CacheIndex:
     """Read a cache's index; UserError if it is damaged."""
     path = Path(folder) / CACHE_INDEX
     try:
-        index = CacheIndex(**json.loads(path.read_text()))
+        index = CacheIndex(**json.loads(path.read_bytes()))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path} is not the index of cached features ({type(error).__name__}): {error}") from error
     index.img_size = tuple(index.img_size)  # type: ignore[assignment]  # JSON has lists only

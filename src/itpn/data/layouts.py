@@ -20,8 +20,9 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 
 from itpn.data.decode import reason_of
-from itpn.data.files import SPLITS, is_image, walk
+from itpn.data.files import SPLITS, is_image, split_places, walk
 from itpn.errors import UserError
+from itpn.text import as_file_name, read_lines, read_text
 
 Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON
 Size = tuple[int, int]  # height, width
@@ -86,9 +87,9 @@ def read_coco(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
 def _find_json(root: Path, split: str) -> Path | None:
     for word in SPLITS[split]:
         notes = root / "annotations"
-        files = sorted(notes.glob(f"instances_{word}*.json")) or sorted(notes.glob(f"image_info_{word}*.json"))
-        for folder in [p for p in (root / word, *sorted(root.glob(f"{word}20*"))) if p.is_dir()]:
-            files += sorted(folder.glob("*.json"))
+        files = _list_json(notes, f"instances_{word}") or _list_json(notes, f"image_info_{word}")
+        for folder in split_places(root, word):
+            files += _list_json(folder)
         if len(files) > 1:
             raise UserError(
                 f"{len(files)} annotation files for {word} in {root} ({files[0].name}, {files[1].name}): keep one, or "
@@ -99,10 +100,16 @@ def _find_json(root: Path, split: str) -> Path | None:
     return None
 
 
+def _list_json(folder: Path, start: str = "") -> list[Path]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if path.suffix.lower() == ".json" and path.name.startswith(start)]
+
+
 def _searching(places: list[Path]) -> Callable[[str], Path]:
     """Where a file is: in the first of several folders that has it."""
 
     def path_of(name: str) -> Path:
+        name = as_file_name(name)
         with contextlib.suppress(OSError):  # no name of a file
             return next((place / name for place in places if (place / name).is_file()), places[0] / name)
         return places[0] / name[:100]
@@ -112,8 +119,8 @@ def _searching(places: list[Path]) -> Callable[[str], Path]:
 
 def _read_json(path: Path) -> Coco:
     try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     parts = ("images", "annotations", "categories")
     if isinstance(content, dict) and "images" in content:
@@ -129,13 +136,13 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     if file is None:
         return None
     try:
-        settings = yaml.safe_load(file.read_text())
+        settings = yaml.safe_load(read_text(file))
         names, folders = settings["names"], [settings[w] for w in SPLITS[split] if settings.get(w)]
         if not isinstance(names, dict | list):
             raise TypeError("names are no list")
         names = {int(key): str(name) for key, name in (names.items() if isinstance(names, dict) else enumerate(names))}
         folders = folders and [str(f) for f in (folders[0] if isinstance(folders[0], list) else [folders[0]])]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{file} is not YOLO's: it needs names, train and val ({type(error).__name__}: {error})"
         ) from error
@@ -172,7 +179,7 @@ def _yolo_parser() -> Parse:
     def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
         if not path.is_file():
             return  # an image without objects
-        for number, line in enumerate(map(str.strip, path.read_text().splitlines()), start=1):
+        for number, line in enumerate(read_lines(path), start=1):
             if not line:
                 continue
             where = f"{path} line {number}"
@@ -194,12 +201,11 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     if not images.is_dir() or not notes.is_dir():
         return None
     lists = root / "ImageSets" / "Main"
-    words = (*SPLITS[split], *(["trainval"] if split == "train" else []))
-    file = next((lists / f"{word}.txt" for word in words if (lists / f"{word}.txt").is_file()), None)
+    file = next((lists / f"{word}.txt" for word in SPLITS[split] if (lists / f"{word}.txt").is_file()), None)
     if file is None and (split != "train" or lists.is_dir()):
         return None
     # without lists, all of them
-    wanted = None if file is None else {line.split()[0] for line in file.read_text().splitlines() if line.split()}
+    wanted = None if file is None else {as_file_name(line.split()[0]) for line in read_lines(file) if line}
     read = import_supervision()["pascal_voc"].detections_from_xml_obj
     parse_xml = importlib.import_module("defusedxml.ElementTree").parse  # supervision brings it
 

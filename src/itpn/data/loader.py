@@ -109,7 +109,7 @@ class TrainingLoader:
             self.images = len(files)
         else:
             assert isinstance(source, ImageSource)
-            self.images = samples_per_epoch or count_shard_images(source.shards)
+            self.images = samples_per_epoch or count_shard_images(source.shards, source.members)
             if self.images == 0:
                 raise UserError(f"no images in the shards ({source.shards[0]} ...): is each an intact tar of images?")
         plan = _Plan(
@@ -131,7 +131,7 @@ class TrainingLoader:
             self._batches = _FileBatches(files, plan)
         else:
             assert isinstance(source, ImageSource)
-            self._batches = _ShardBatches(source.shards, plan, shuffle_buffer)
+            self._batches = _ShardBatches(source.shards, plan, shuffle_buffer, source.members)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._position = 0  # batches handed out since the first epoch
@@ -317,8 +317,11 @@ class _ShardBatches(IterableDataset[Batch]):
     same remainder as in an uninterrupted run, whichever process plays it.
     """
 
-    def __init__(self, shards: tuple[str, ...], plan: _Plan, shuffle_buffer: int) -> None:
+    def __init__(
+        self, shards: tuple[str, ...], plan: _Plan, shuffle_buffer: int, members: tuple[str, ...] = ()
+    ) -> None:
         self.shards = shards
+        self.members = members
         self.plan = plan
         self.shuffle_buffer = shuffle_buffer
         self.start = 0
@@ -353,7 +356,7 @@ class _ShardBatches(IterableDataset[Batch]):
         for round_ in itertools.count():
             empty = True
             seed = derive_seed(self.plan.seed, "round", round_)
-            for sample in shard_samples(self.shards, seed, epoch, stream, streams, self.shuffle_buffer):
+            for sample in shard_samples(self.shards, seed, epoch, stream, streams, self.shuffle_buffer, self.members):
                 yield round_, sample
                 empty = False
             if empty and streams == 1:

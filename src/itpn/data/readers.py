@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from itpn.data.decode import UnreadableImage
+from itpn.text import readable
 
 
 class Reader(Protocol):
@@ -21,10 +22,13 @@ class Reader(Protocol):
 
 
 class PackedStrings:
-    """Strings in two arrays. A list would be copied into every worker, as reading it touches reference counts."""
+    """Strings in two arrays. A list would be copied into every worker, as reading it touches reference counts.
+
+    They come back the way the operating system takes file names, which only in a C locale makes a difference.
+    """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        encoded = [os.fsencode(string) for string in strings]
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._ends = np.cumsum([0, *map(len, encoded)])
 
@@ -45,15 +49,15 @@ class FileReader:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return readable(self.names[index])
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
         path = self.names[index]
         try:
             with open(path, "rb") as file:
-                return path, file.read()
+                return readable(path), file.read()
         except OSError as error:
-            return path, UnreadableImage(error.strerror or str(error))
+            return readable(path), UnreadableImage(error.strerror or str(error))
 
 
 class Subset:
@@ -95,11 +99,11 @@ class TarReader:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return readable(self.names[index])
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
         number, start, size = (int(value) for value in self.places[index])
-        name = self.names[index]
+        name = self.name(index)
         if number in self._unpacked:
             return name, self._unpacked[number][start : start + size]
         try:

@@ -38,6 +38,7 @@ from itpn.engine.launch import (
 )
 from itpn.errors import RunStopped, UserError
 from itpn.tasks.training import TrainingTask
+from itpn.text import one_line, readable
 
 
 @dataclass
@@ -97,9 +98,9 @@ def fit(
     try:
         resume, step = folder.newest_checkpoint(launch.main)
         if resume is not None:
-            console.print(f"going on from {resume}, step {step}", highlight=False)
+            console.print(f"going on from {resume}, step {step}", markup=False, highlight=False)
         for note in notes:
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+            console.print(one_line(note), markup=False, highlight=False, soft_wrap=True)
         job = make()
         task = job.task
         watcher = [] if job.watcher is None else [job.watcher]
@@ -122,7 +123,9 @@ def fit(
             if launch.main:
                 write_summary(folder, summarize(trainer, task, monitor, recipe, time.perf_counter() - began, False))
             where = f"goes on from {folder.last}" if folder.last.exists() else "starts it again"
-            console.print(f"stopped at step {trainer.global_step}; the same command {where}", soft_wrap=True)
+            console.print(
+                f"stopped at step {trainer.global_step}; the same command {where}", markup=False, soft_wrap=True
+            )
             raise
         finally:
             checkpointing.signals.restore()
@@ -284,7 +287,7 @@ def make_table(title: str, rows: dict[str, str]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")  # a path must be readable whole
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # never markup: a class may be called anything
+        table.add_row(name, Text(readable(value)))  # never markup: a class may be called anything
     return table
 
 
@@ -327,6 +330,7 @@ def finish(
         console.print(
             f"{folder.path} is complete at step {trainer.global_step}; raise --trainer.max-epochs or max-steps "
             "to go on, or choose another --name",
+            markup=False,
             highlight=False,
         )
         return

@@ -20,6 +20,7 @@ from itpn.data.decode import UnreadableImage, decode_image, decode_sample
 from itpn.data.files import ImageSource
 from itpn.data.shards import read_shard
 from itpn.tasks.pretrain import PretrainingTask
+from itpn.text import readable
 
 HEADER, PADDING = 20, 4  # pixels
 SMALL, LARGE = 224, 320  # pixels: sides that smaller images are enlarged towards
@@ -144,11 +145,11 @@ def read_whole_images(
     crop = crop or functools.partial(center_crop, img_size=img_size)
     for name in source.images:
         try:
-            yield name, crop(decode_image(Path(name).read_bytes(), max_pixels))
+            yield readable(name), crop(decode_image(Path(name).read_bytes(), max_pixels))
         except (UnreadableImage, OSError) as error:
             skipped(f"{name}: {error}")
     for shard in source.shards:
-        for name, data in read_shard(shard):
+        for name, data in read_shard(shard, source.members):
             try:
                 yield name, crop(decode_sample(data, max_pixels))
             except UnreadableImage as error:
