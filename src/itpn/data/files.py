@@ -262,8 +262,7 @@ class _Parts:
             self.told.append(f"{self.root}: masks are left out, in {join(self.masks)}")
         if self.left:
             taken = [os.path.relpath(path, self.root) for path in self.places["train"]]
-            what = "is split" if self.keep else "is for training"
-            self.told.append(f"{self.root}: {join(taken)} {what}; left out: {join(self.left)}")
+            self.told.append(f"{self.root}: for training: {join(taken)}; left out: {join(self.left)}")
         return self.told
 
 

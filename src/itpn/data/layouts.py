@@ -226,7 +226,9 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     seen = set()
     for image, size in _images_below(images, mistakes, wanted):
         seen.add(image.stem)
-        path = notes / f"{image.stem}.xml"
+        path = next(
+            (p for end in ("xml", "XML") if (p := notes / f"{image.stem}.{end}").is_file()), notes / f"{image.stem}.xml"
+        )
         _append(coco, image, size, path, parse, mistakes)
     for name in sorted((wanted or set()) - seen):
         mistakes.add("images not on disk", name)

@@ -78,10 +78,11 @@ class Choice:
 
     def choose(self, images: Iterable[Member]) -> Iterator[Member]:
         """Those of a shard's images that are to be read; none of a sample that is not certain, see ``problem``."""
-        for _, sample in itertools.groupby(images, key=lambda image: image.key):
+        for _, sample in itertools.groupby(images, key=lambda image: image.name if self._endings else image.key):
+            members = iter(sample)
             # of one name with thousands of endings, not all are held in memory
-            some = list(itertools.islice(sample, MOST_OF_A_SAMPLE))
-            self.left.update(image.ending for image in sample)
+            some = list(itertools.islice(members, MOST_OF_A_SAMPLE))
+            self.left.update(image.ending for image in members)
             wanted = self._choose_of(some)
             self.taken.update(image.ending for image in wanted)
             self.left.update(image.ending for image in some if image not in wanted)
