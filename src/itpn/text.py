@@ -56,8 +56,8 @@ def decode_text(data: bytes, what: str) -> str:
     except UnicodeDecodeError as error:
         line, byte = error.object.count(b"\n", 0, error.start) + 1, error.object[error.start]
         raise UserError(
-            f"{what} is not text in UTF-8 (byte 0x{byte:02x} in line {line}): save it as UTF-8, e.g. by iconv -f LATIN1 "
-            "-t UTF-8"
+            f"{what} is not text in UTF-8 (byte 0x{byte:02x} in line {line}): save it as UTF-8, e.g. by "
+            "iconv -f LATIN1 -t UTF-8"
         ) from None
     if "\0" in text:
         raise UserError(

@@ -73,6 +73,8 @@ def read_objects(
     Returns:
         None if there is no such set and it is ``optional``.
     """
+    if not root:
+        raise UserError(f"--data.root is an empty name: give a folder of {LAYOUTS}")
     folder = Path(root)
     if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() == ".json"):
         raise UserError(

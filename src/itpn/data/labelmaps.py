@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, reason_of
-from itpn.data.files import SPLITS, is_image, split_places, walk
+from itpn.data.files import SPLITS, describe_file, is_image, split_places, walk
 from itpn.data.labelled import join_names
 from itpn.data.layouts import Mistakes, read_size
 from itpn.data.masks import (
@@ -200,9 +200,12 @@ Pairs = tuple[list[str], str, str]  # images, the folder that they are in, the f
 
 def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
     """The images of a set and where their masks are; None where there is no such set."""
+    if not root:
+        raise UserError(f"--data.root is an empty name: {LAYOUTS}")
     folder = Path(root)
     if not folder.is_dir():
-        raise UserError(f"{root} is not a folder" if folder.exists() else f"{root} does not exist: give a folder")
+        what = f"is not a folder{describe_file(root)}" if folder.exists() else "does not exist: give a folder"
+        raise UserError(f"{root} {what}")
     if masks is not None:
         if not os.path.isdir(masks):
             raise UserError(f"{masks} is not a folder of masks")

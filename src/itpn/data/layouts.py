@@ -226,9 +226,9 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     seen = set()
     for image, size in _images_below(images, mistakes, wanted):
         seen.add(image.stem)
-        path = next(
-            (p for end in ("xml", "XML") if (p := notes / f"{image.stem}.{end}").is_file()), notes / f"{image.stem}.xml"
-        )
+        path = notes / f"{image.stem}.xml"
+        if not path.is_file():
+            path = next((p for p in [path.with_suffix(".XML")] if p.is_file()), path)
         _append(coco, image, size, path, parse, mistakes)
     for name in sorted((wanted or set()) - seen):
         mistakes.add("images not on disk", name)

@@ -25,6 +25,7 @@ from itpn.data.readers import FileReader, Reader
 from itpn.data.shards import Sample, count_shard_images, shard_samples
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
+from itpn.text import one_line
 
 View = dict[str, Any]
 Transform = Callable[..., View]  # of an image, its random numbers, and what is known of it
@@ -433,7 +434,7 @@ class SkippedImages:
             name, reason = next(iter(self._reasons.items()))
             raise UserError(
                 f"{self.count} of {of} images cannot be read, more than {self._max_fraction:.0%}; the first is"
-                f" {name}: {reason}. Mend or remove broken files, or look whether the data root is right"
+                f" {one_line(name)}: {reason}. Mend or remove broken files, or look whether the data root is right"
             )
 
     def state_dict(self) -> dict[str, dict[str, str]]:
@@ -448,8 +449,8 @@ def _nothing_readable(broken: list[tuple[str, str]]) -> str:
         return "no images in the shards: look whether the data root is right"
     name, reason = broken[0]
     return (
-        f"none of {len({name for name, _ in broken})} images in a row can be read; the first is {name}: {reason}."
-        " Mend or remove the broken files, or look whether the data root is right"
+        f"none of {len({name for name, _ in broken})} images in a row can be read; the first is {one_line(name)}: "
+        f"{reason}. Mend or remove the broken files, or look whether the data root is right"
     )
 
 

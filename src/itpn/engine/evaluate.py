@@ -142,7 +142,8 @@ def find_images(
     if knn:
         known, asked = find_sets(config)
         if asked is None:
-            raise UserError("there are no images to evaluate on: give --data.val-root or --data.val-share")
+            roots = ", ".join(data.root)
+            raise UserError(f"there are no images to evaluate on in {roots}: give --data.val-root or --data.val-share")
         return known, asked, which
     where = data.val_root or data.root
     own = read_split(where, "val", optional=data.val_root is None, members=data.members)

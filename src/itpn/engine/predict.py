@@ -171,7 +171,7 @@ def read_images(
         empty = False
         yield named
     if empty:
-        raise UserError("none of the images can be read")
+        raise UserError(f"none of the images in {', '.join(source.roots)} can be read")
 
 
 def save_picture(picture: Image.Image, out: Path, number: int) -> None:
