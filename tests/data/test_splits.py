@@ -164,6 +164,19 @@ def test_no_training_part(tmp_path: Path) -> None:
     )
 
 
+def test_splits_of_several_roots(tmp_path: Path) -> None:
+    """One may hold the training part and another the rest; files say it by their own names."""
+    first, second = make(tmp_path / "a", "train/0.jpg"), make(tmp_path / "b", "val/0.jpg", "raw/0.jpg", "val2017/1.jpg")
+    found = find_splits([first, second])
+    assert {split: len(source.images) for split, source in found.items()} == {"train": 1, "val": 2}
+    assert found["train"].notes == (f"{second}: for training: nothing; left out: raw",)
+    make(tmp_path / "c", "train-0.tar", "val-0.tar")
+    found = find_splits([str(path) for path in sorted((tmp_path / "c").iterdir())])
+    assert {split: len(source.shards) for split, source in found.items()} == {"train": 1, "val": 1}
+    with pytest.raises(UserError, match="a has nothing called train, unlike another folder"):
+        find_splits([first, make(tmp_path / "c" / "a", "x/0.jpg")])
+
+
 def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
     kinds = ("avif", "heic", "jxl", "jp2", "jpg_large")
     root = make(tmp_path / "a", *(f"{kind}/{i}.{kind}" for kind in kinds for i in range(3)))

@@ -155,7 +155,7 @@ def find_splits(roots: Sequence[str]) -> dict[str, ImageSource]:
         own: dict[str, list[str]] = {}
         for split, path in pairs:
             own.setdefault(split, []).append(path)
-        divided[root] = "train" in own
+        divided[root] = own.keys() != {""}
         if "train" in own and "" in own:  # images outside of every divided folder
             own["train"] = own.pop("") + own["train"]
         for split, paths in own.items():
@@ -164,11 +164,10 @@ def find_splits(roots: Sequence[str]) -> dict[str, ImageSource]:
             some.add(root, paths)
             some.places[-1:] = [*places, *([] if places and split else [root])]
         notes += parts.notes()
-    if not any(divided.values()):
-        source = find_images(names)
-        return {"": replace(source, notes=(*notes, *source.notes))}
-    for root, own_train in divided.items():
-        if not own_train:
+    if "train" not in found:
+        return {"": find_training_images(names)}
+    for root, is_divided in divided.items():
+        if not is_divided:
             raise UserError(f"{root} has nothing called train, unlike another folder: give folders of one kind")
     found["train"].unread += unread
     order: list[str] = [split for split in ("train", "val", "test") if split in found]
@@ -223,27 +222,27 @@ class _Parts:
     told: list[str] = field(default_factory=list)
 
     def split(self, folder: str, entries: Sequence[os.DirEntry[str]]) -> dict[str, str] | None:
-        """Path to split of the entries that are one; None where the folder is not divided, or has nothing to train on.
+        """Path to split of the entries that are one; None where all are read, the folder being no set of splits.
 
         Below the root, it takes a second split beside that for training.
         """
         division = _divide(folder, entries) if folder == self.root else _divide_inner(folder, entries)
         if division.note:
             self.told.append(division.note)
-        if division.places and "train" not in division.places and folder == self.root:
+        if division.places and "train" not in division.places and folder == self.root and not self.keep:
             names = [os.path.basename(path) for paths in division.places.values() for path in paths]
             self.told.append(f"{self.root}: nothing in it is called train, so all of it is read, {join(names)} too")
-        if "train" not in division.places:
+        if not division.places or ("train" not in division.places and not self.keep):
             return self._leave_masks(entries)
+        named = {path for paths in division.places.values() for path in paths}
         found: dict[str, str] = {}
         for split, paths in division.places.items():
             if split == "train" or self.keep:
                 found |= dict.fromkeys(paths, split)
                 self.places.setdefault(split, []).extend(paths)
         for entry in entries:
-            is_data = is_image(entry.name) or is_shard(entry.name)
-            named = any(entry.path in paths for paths in division.places.values()) or entry.name in division.left
-            if entry.path not in found and (is_data if entry.is_file() else named):
+            is_data = (is_image(entry.name) or is_shard(entry.name)) and entry.is_file()
+            if entry.path not in found and (is_data or entry.path in named or entry.name in division.left):
                 self.left.append(os.path.relpath(entry.path, self.root))
         return found
 
@@ -261,8 +260,8 @@ class _Parts:
         if self.masks:
             self.told.append(f"{self.root}: masks are left out, in {join(self.masks)}")
         if self.left:
-            taken = [os.path.relpath(path, self.root) for path in self.places["train"]]
-            self.told.append(f"{self.root}: for training: {join(taken)}; left out: {join(self.left)}")
+            taken = [os.path.relpath(path, self.root) for path in self.places.get("train", [])]
+            self.told.append(f"{self.root}: for training: {join(taken) or 'nothing'}; left out: {join(self.left)}")
         return self.told
 
 
