@@ -12,7 +12,7 @@ from itpn.errors import UserError
 
 ALL = "all"
 MOST_OF_A_SAMPLE = 64  # images
-REMEDY = "--data.members says which to read, `all` for every one"
+REMEDY = "--data.members of `itpn train` says which to read, `all` for every one"
 # between the key and the suffix: what describes an image, and is none to train on
 SECONDARY = {
     *("seg", "segmentation", "semantic", "instance", "panoptic", "mask", "masks", "label", "labels", "labelids"),
