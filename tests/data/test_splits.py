@@ -128,6 +128,22 @@ def test_a_class_may_be_called_so(tmp_path: Path, name: str) -> None:
     assert (train.classes, len(train), len(val)) == (tuple(sorted(("bus", "car", name))), 9, 3)
 
 
+def test_classes_called_by_the_names_of_two_splits(tmp_path: Path) -> None:
+    """Without `train` they are classes; with it the folder is divided."""
+    names = ("bus", "dev", "test", "valve")
+    root = make(tmp_path / "a", *(f"{c}/{i}.jpg" for c in names for i in range(2)))
+    assert find_labelled([root])[0].classes == names
+    assert len(training(root)) == 8
+    assert find_training_images([root]).notes == (
+        f"{root}: dev, test are taken for classes, beside bus, valve; nothing is left out",
+    )
+    root = make(tmp_path / "b", *(f"{c}/{i}.jpg" for c in ("bus", "car", "test", "train") for i in range(2)))
+    assert training(root) == ["train/0.jpg", "train/1.jpg"]
+    assert find_training_images([root]).notes == (f"{root}: for training: train; left out: bus, car, test",)
+    with pytest.raises(UserError, match=r"b/train holds images \(0\.jpg\), but no folder for each class"):
+        find_labelled([root])
+
+
 def test_a_class_called_train_within_a_split(tmp_path: Path) -> None:
     """As CIFAR-100 has one."""
     root = make(tmp_path, *(f"{s}/{c}/{i}.jpg" for s in ("train", "test") for c in ("bus", "train") for i in range(2)))

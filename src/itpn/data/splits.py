@@ -83,9 +83,9 @@ def divide(
 ) -> Division:
     """Tell a root of splits from a root of classes, one of which may be called ``train``.
 
-    Two splits or more, or shards, are splits; a folder without a second split beside it is one, unless it stands among
-    other folders with images and has no year or the like in its name: then it is a class, if it is not made of class
-    folders itself.
+    ``train`` and a second split, or shards, are splits; so is a folder without a second split beside it, unless it
+    stands among other folders with images and has no year or the like in its name: then it is a class, if it is not
+    made of class folders itself.
 
     Args:
         folders, files: paths of the root's folders, and of its shards and tables.
@@ -110,21 +110,23 @@ def divide(
     others = [path for path in folders if os.path.basename(path) not in named and holds_images(path)]
     beside = [os.path.basename(path) for path in others]
     bare = all(name.lower() in _SPLIT_OF for name in named)
-    if len(places) > 1 or shards or not bare or not others:
+    several = "train" in places and len(places) > 1
+    if several or shards or not bare or not others:
         taken = {path for paths in places.values() for path in paths}
         return Division(places, [*beside, *(os.path.basename(path) for path in files if path not in taken)])
-    ((split, own),) = places.items()
-    name = os.path.basename(own[0])
-    if split == "train" and (inside := _inner_folders(own[0], holds_images, list_folders)):
+    own = [path for paths in places.values() for path in paths]
+    names = join([os.path.basename(path) for path in own])
+    if "train" in places and (inside := _inner_folders(own[0], holds_images, list_folders)):
         alike = [_inner_folders(path, holds_images, list_folders) for path in others]
         if not any(alike):
             return Division(places, beside)
         if len(others) == 1 or not all(alike):
             raise UserError(
-                f"{root} holds {name}, with folders {join(inside)} in it, beside {join(beside)}: a training set or a "
+                f"{root} holds {names}, with folders {join(inside)} in it, beside {join(beside)}: a training set or a "
                 f"class? Give {own[0]} for the first, rename it for the second"
             )
-    return Division(note=f"{root}: {name} is taken for a class, beside {join(beside)}; nothing is left out")
+    what = "is taken for a class" if len(own) == 1 else "are taken for classes"
+    return Division(note=f"{root}: {names} {what}, beside {join(beside)}; nothing is left out")
 
 
 def _inner_folders(folder: str, holds_images: Callable[[str], bool], list_folders: Callable) -> list[str]:
