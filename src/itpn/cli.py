@@ -16,6 +16,7 @@ from typing import Any, NoReturn, get_args
 from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_types
 from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
+from itpn.text import one_line
 
 DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."
 
@@ -49,6 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when done, 1 for a run that went wrong, 2 for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that a terminal cannot show ends no command
+            stream.reconfigure(errors="backslashreplace")
     try:
         if len(arguments) > 1 and arguments[0] in WITH_CONFIG and not arguments[1].startswith("-"):
             return WITH_CONFIG[arguments[0]](arguments[1], arguments[2:])  # options come from the recipe's config
@@ -64,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         return COMMANDS[options.command](options)
     except UserError as error:
-        print(f"itpn: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"itpn: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 2
     except (MachineError, NonFiniteLoss, ExportFailed) as error:
-        print(f"itpn: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"itpn: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
         return 1
     except RunStopped as stop:
         return 128 + stop.signum
@@ -207,7 +211,7 @@ EVALUATION = (
 )
 EVALUATION_OF = {
     "classification": (
-        *("--data.root", "--data.val-root", "--data.val-share", "--data.label-share"),
+        *("--data.root", "--data.members", "--data.val-root", "--data.val-share", "--data.label-share"),
         *("--data.test-size", "--data.crop-pct", "--data.interpolation", "--data.mean", "--data.std"),
     ),
     "detection": ("--data.root", "--data.val-root", "--data.mistakes", "--data.img-size", "--data.max-size"),
@@ -413,7 +417,7 @@ def check_early(config: Any) -> Any:
         raise UserError(f"no model {name!r}{nearest(name, list(BACKBONES))}; see `itpn list`")
     if config.task != "pretraining":
         return None  # labelled images are looked for with what reads them
-    return find_training_images(config.data.root)
+    return find_training_images(config.data.root, config.data.members)
 
 
 def run_list(options: argparse.Namespace) -> int:

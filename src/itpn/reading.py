@@ -2,12 +2,11 @@
 
 import os
 import stat
-from pathlib import Path
 
 MAX_TEXT = 2**24  # bytes of names, labels, settings and indexes: ImageNet-21K's 21,841 class names have 0.7 million
 
 
-def read_bounded(path: str | Path, most: int, start: bytes = b"") -> bytes:
+def read_bounded(path: str | os.PathLike[str], most: int, start: bytes = b"") -> bytes:
     """The content of a regular file.
 
     Args:
@@ -31,8 +30,3 @@ def read_bounded(path: str | Path, most: int, start: bytes = b"") -> bytes:
         if max(status.st_size, len(content)) > most:
             raise ValueError(f"{max(status.st_size, len(content)):,} bytes, more than the {most:,} that are read")
         return content
-
-
-def read_text(path: str | Path, encoding: str = "utf-8", most: int = MAX_TEXT) -> str:
-    """As :func:`read_bounded`, decoded: a UnicodeDecodeError is a ValueError as well."""
-    return read_bounded(path, most).decode(encoding)

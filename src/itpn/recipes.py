@@ -386,7 +386,7 @@ def list_recipes(pattern: str = "*") -> list[str]:
 
 def describe(path: Path) -> str:
     """First line of a recipe file's docstring."""
-    return (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")[0]
+    return (ast.get_docstring(ast.parse(path.read_bytes())) or "").partition("\n")[0]
 
 
 def read_recipe(name: str) -> tuple[str, RunConfig]:
@@ -398,12 +398,12 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
     files = recipe_files()
     path = files.get(name, Path(name))
     if not path.is_file():
-        if path.suffix in (".py", ".yaml"):
+        if path.suffix.lower() in (".py", ".yaml", ".yml"):
             raise UserError(f"recipe file {name} does not exist")
         near = difflib.get_close_matches(name, files, n=1, cutoff=0.4)
         hint = f"did you mean {near[0]}?" if near else "see `itpn list`"
         raise UserError(f"no recipe {name!r}; {hint}")
-    if path.suffix == ".yaml":
+    if path.suffix.lower() in (".yaml", ".yml"):
         return _read_run_settings(path)
     try:
         config = runpy.run_path(str(path)).get("config")

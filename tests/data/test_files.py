@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from itpn.data.files import ImageSource, find_images, find_splits
-from itpn.errors import UserError
+from itpn.errors import MachineError, UserError
 
 
 def make(root: Path, *names: str) -> None:
@@ -104,7 +104,7 @@ def test_unreadable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(os, "scandir", refuse)
     for find in (find_images, find_splits):
-        with pytest.raises(UserError, match=r"cannot read the folder .*: Permission denied; check"):
+        with pytest.raises(MachineError, match=r"cannot read the folder .*: Permission denied; check"):
             find([str(tmp_path)])
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -45,7 +46,7 @@ def write_shard(path: Path, content: list[tuple[str, bytes, int | str]], mode: s
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
         for name, data, label in content:
-            for ending, payload in (("cls", str(label).encode()), ("png", data)):
+            for ending, payload in (("cls", str(label).encode(errors="surrogateescape")), ("png", data)):
                 member = tarfile.TarInfo(f"{name}.{ending}")
                 member.size = len(payload)
                 tar.addfile(member, io.BytesIO(payload))
@@ -246,6 +247,89 @@ def test_places_that_are_not_there(tmp_path):
         (tmp_path / "single" / name / "a.png").write_bytes(encode(0))
     with pytest.raises(UserError, match="holds an image of each class: none can be held out"):
         find_labelled([str(tmp_path / "single")], val_share=0.5)
+
+
+def test_labels_are_found_by_key(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for i in range(6):
+            for ending, payload in (("jpg", encode(i)), ("seg.png", encode(9)), ("cls", str(i % 2).encode())):
+                member = tarfile.TarInfo(f"v1.0/{i}.{ending}")
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
+    train, _ = find_labelled([str(tmp_path)])
+    assert [train[i] for i in range(6)] == [(f"train-0.tar/v1.0/{i}.jpg", encode(i), i % 2) for i in range(6)]
+    assert train.notes == ("not read of the shards: 6 .seg.png (see --data.members)",)
+    masks, _ = find_labelled([str(tmp_path)], members=["seg.png"])
+    assert [masks[i][1:] for i in range(6)] == [(encode(9), i % 2) for i in range(6)]
+
+
+@pytest.mark.parametrize(
+    ("content", "classes"),
+    [
+        (b"\xef\xbb\xbfa\r\nb\r\nc\r\n\r\n \r\n", ("a", "b", "c")),
+        ("grün\nb\nc".encode("utf-16"), ("grün", "b", "c")),
+        (b"a\nb\nc\n\n\n", ("a", "b", "c")),
+    ],
+)
+def test_class_names_in_any_form_of_utf_8(tmp_path, content, classes):
+    write_shards(tmp_path, "train", 6)
+    (tmp_path / "classes.txt").write_bytes(content)
+    assert find_labelled([str(tmp_path)])[0].classes == classes
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"caf\xe9\nb\nc\n", r"classes\.txt is not text in UTF-8 \(byte 0xe9 in line 1\)"),
+        (b"a\n\nb\nc\n", r"classes\.txt has nothing in line 2: each line names a class"),
+    ],
+)
+def test_class_names_that_are_refused(tmp_path, content, words):
+    write_shards(tmp_path, "train", 6)
+    (tmp_path / "classes.txt").write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        find_labelled([str(tmp_path)])
+
+
+def test_a_label_in_another_encoding(tmp_path):
+    write_shard(tmp_path / "train-0.tar", [("a", encode(0), "x"), ("b", encode(1), "caf\udce9")])
+    with pytest.raises(UserError, match=r"b\.cls in .*train-0\.tar is not text in UTF-8"):
+        find_labelled([str(tmp_path)])
+
+
+def test_classes_of_any_name(tmp_path):
+    for folder in (b"caf\xe9", b"a\nb", "größe".encode(), b"[red]"):
+        place = os.path.join(os.fsencode(tmp_path), folder)
+        os.mkdir(place)
+        with open(os.path.join(place, b"\xff.png"), "wb") as file:
+            file.write(encode(0))
+    train, _ = find_labelled([str(tmp_path)])
+    assert train.classes == ("[red]", "a\\nb", "caf\\xe9", "größe")
+    assert [train.name(i) for i in range(4)] == [f"{name}/\\xff.png" for name in train.classes]
+    assert [train[i][1] for i in range(4)] == [encode(0)] * 4
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.zip", r"a\.zip is neither a folder, a tar shard nor a parquet file, but a \.zip archive: unpack it"),
+        ("list.txt", r"list\.txt is neither .*, but a \.txt file: give the folder of the images themselves"),
+        ("x", r"x is neither a folder, a tar shard nor a parquet file$"),
+    ],
+)
+def test_roots_that_are_other_files(tmp_path, name, words):
+    (tmp_path / name).write_bytes(b"PK")
+    for roots in ([str(tmp_path / name)], [str(tmp_path), str(tmp_path / name)]):
+        with pytest.raises(UserError, match=words):
+            find_labelled(roots)
+    with pytest.raises(UserError, match=r"a data root is an empty name"):
+        find_labelled([""])
+
+
+def test_images_without_class_folders(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(0))
+    with pytest.raises(UserError, match=r"holds images \(a\.png\), but no folder for each class"):
+        find_labelled([str(tmp_path)])
 
 
 def test_parquet_without_labels(tmp_path, monkeypatch):

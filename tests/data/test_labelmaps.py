@@ -92,6 +92,24 @@ def test_other_layouts(shapes, tmp_path):
     assert [again.name(i) for i in range(3)] == [val.name(i) for i in range(3)]
 
 
+def test_names_of_sets_in_other_spellings(shapes, tmp_path):
+    for split, word in (("training", "Train"), ("validation", "val2017")):
+        shutil.copytree(shapes / "images" / split, tmp_path / "a" / "images" / word)
+        shutil.copytree(shapes / "annotations" / split, tmp_path / "a" / "masks" / word)
+        shutil.copytree(shapes / "images" / split, tmp_path / "b" / word / "images")
+        shutil.copytree(shapes / "annotations" / split, tmp_path / "b" / word / "masks")
+    for name in "ab":
+        (tmp_path / name / "classes.txt").write_bytes(b"\xef\xbb\xbf" + "\r\n".join([*NAMES, "", ""]).encode())
+        train, val = find(tmp_path / name)
+        assert (len(train), len(val), train.classes) == (12, 6, NAMES)
+
+
+def test_a_file_of_names_in_latin_1(root):
+    (root / "classes.txt").write_bytes("café\nb\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"classes\.txt is not text in UTF-8 \(byte 0xe9 in line 1\)"):
+        find(root)
+
+
 @pytest.mark.parametrize("ending", ["_mask", "_L", "_labels"])
 def test_names_of_masks(shapes, tmp_path, ending):
     root = Path(shutil.copytree(shapes, tmp_path / "ade20k"))

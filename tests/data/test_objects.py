@@ -230,6 +230,50 @@ def test_pascal_voc(shapes, tmp_path):
     assert second == [1] * len(second)  # what is difficult is neither asked for nor wrong
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_annotations_in_any_form_of_utf_8(root, shapes, tmp_path, encoding):
+    """As Windows' editors save them."""
+    write_yolo(shapes, tmp_path / "yolo", False)
+    write_voc(shapes, tmp_path / "voc")
+    texts = [*(tmp_path / "yolo").rglob("*.txt"), tmp_path / "yolo" / "data.yaml"]
+    texts += [*(tmp_path / "voc" / "ImageSets").rglob("*.txt"), *(root / "annotations").glob("*.json")]
+    for path in texts:
+        path.write_bytes((path.read_text().replace("\n", "\r\n") + "\r\n\r\n").encode(encoding))
+    for path in [*(tmp_path / "voc" / "Annotations").iterdir()][::2]:
+        path.rename(path.with_suffix(".XML"))
+    for path in (root / "annotations").glob("*.json"):
+        path.rename(path.with_suffix(".JSON"))
+    want = [boxes_of(images) for images in find_objects(str(shapes))]
+    for place in (root, tmp_path / "yolo", tmp_path / "voc"):
+        assert [boxes_of(images) for images in find_objects(str(place), tell=pytest.fail)] == want
+    assert len(read_objects(str(root / "annotations" / "instances_val2017.JSON"), "val", tell=pytest.fail)) == 6
+
+
+def test_annotations_in_latin_1(root, shapes, tmp_path):
+    write_yolo(shapes, tmp_path / "yolo", False)
+    write_voc(shapes, tmp_path / "voc")
+    for path, place in (
+        (root / "annotations" / "instances_train2017.json", root),
+        (tmp_path / "yolo" / "data.yaml", tmp_path / "yolo"),
+        (tmp_path / "voc" / "ImageSets" / "Main" / "train.txt", tmp_path / "voc"),
+    ):
+        path.write_bytes(path.read_bytes() + "\n# café".encode("latin-1"))
+        with pytest.raises(UserError, match=rf"{path.name} is not text in UTF-8 \(byte 0xe9 in line \d+\)"):
+            find_objects(str(place))
+    labels = next((tmp_path / "voc" / "Annotations").iterdir())
+    head = '<?xml version="1.0" encoding="ISO-8859-1"?>'
+    labels.write_bytes((head + labels.read_text().replace("</annotation>", "<a>é</a></annotation>")).encode("latin-1"))
+    (tmp_path / "voc" / "ImageSets" / "Main" / "train.txt").write_text(labels.stem)
+    assert len(read_objects(str(tmp_path / "voc"), "train", tell=pytest.fail)) == 1  # it names its encoding
+
+
+def test_names_of_sets_in_other_spellings(shapes, tmp_path):
+    for split in ("train", "val"):
+        shutil.copytree(shapes / f"{split}2017", tmp_path / f"{split.title()}_Images")
+        shutil.copy(shapes / "annotations" / f"instances_{split}2017.json", tmp_path / f"{split.title()}_Images")
+    assert [len(images) for images in find_objects(str(tmp_path))] == [12, 6]
+
+
 def test_formats_need_their_package(shapes, tmp_path, monkeypatch):
     write_voc(shapes, tmp_path)
     monkeypatch.setitem(__import__("sys").modules, "supervision.dataset.formats.yolo", None)

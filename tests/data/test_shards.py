@@ -2,13 +2,16 @@
 
 import gzip
 import io
+import os
 import tarfile
 from pathlib import Path
 
 import pytest
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.shards import count_shard_images, read_shard, shard_samples
+from itpn.data.members import split_name
+from itpn.data.shards import check_shards, count_shard_images, index_shard, read_shard, shard_samples
+from itpn.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -39,6 +42,81 @@ def test_members(tmp_path: Path, name: str) -> None:
     assert [key.replace("/./", "/") for key in keys(samples)] == [key.replace("/./", "/") for key in want]
     assert samples[1][1] == b"c/d.PNG".ljust(700, b".")
     assert count_shard_images([shard, shard]) == 8
+
+
+def test_a_key_ends_at_the_first_dot_of_the_base_name() -> None:
+    for name, key, ending in [
+        ("a.b/0001.seg.PNG", "a.b/0001", "seg.png"),
+        ("./x.jpg", "./x", "jpg"),
+        ("x", "x", ""),
+        ("v1.2/x/y.cls", "v1.2/x/y", "cls"),
+    ]:
+        assert split_name(name) == (key, ending)
+
+
+PLAIN = ["a.b/0.jpg", "a.b/0.seg.png", "a.b/0.cls", "a.b/1.depth.png", "a.b/1.png", "a.b/1.cls"]
+
+
+@pytest.mark.parametrize(
+    ("names", "members", "want"),
+    [
+        (PLAIN, (), ["a.b/0.jpg", "a.b/1.png"]),
+        (PLAIN, ("seg.png", ".Depth.PNG"), ["a.b/0.seg.png", "a.b/1.depth.png"]),
+        (PLAIN, ("all",), ["a.b/0.jpg", "a.b/0.seg.png", "a.b/1.depth.png", "a.b/1.png"]),
+        (["0.rgb.png", "0.json", "1.rgb.png"], (), ["0.rgb.png", "1.rgb.png"]),
+        (["0.rgb.png", "0.mask.png", "1.mask.png", "1.rgb.png"], (), ["0.rgb.png", "1.rgb.png"]),
+        (["0.jpg", "2024.05.jpg", "0.mask.png"], (), ["0.jpg", "2024.05.jpg"]),  # alone of its key; a mask never is
+        (["0.jpg", "1.jpg", "0.seg.png", "1.seg.png"], (), ["0.jpg", "1.jpg"]),  # not beside one another
+    ],
+)
+def test_one_image_of_a_sample(tmp_path: Path, names: list[str], members: tuple[str, ...], want: list[str]) -> None:
+    shard = make_shard(tmp_path / "s.tar", names)
+    assert keys(read_shard(shard, members)) == [f"s.tar/{name}" for name in want]
+    assert count_shard_images([shard], members) == len(want)
+    assert [place.name for place in index_shard(str(shard), members)] == want
+    assert keys(shard_samples([str(shard)], 0, 0, 0, 1, 1, members)) == [f"s.tar/{name}" for name in want]
+
+
+def test_what_is_told_of_members(tmp_path: Path) -> None:
+    shard = str(make_shard(tmp_path / "s.tar", PLAIN))
+    assert check_shards([shard]) == [f"{shard}: not read are 1 .seg.png, 1 .depth.png (see --data.members)"]
+    assert check_shards([shard], ["all"]) == []
+    shard = str(make_shard(tmp_path / "rgb.tar", ["0.rgb.png", "1.rgb.png", "1.seg.png"]))
+    assert check_shards([shard]) == [
+        f"{shard}: read, for want of plain images, are 2 .rgb.png; not read are 1 .seg.png (see --data.members)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "members", "problem"),
+    [
+        (
+            ["0.rgb.png", "0.nir.png"],
+            (),
+            r"several images of one sample \(0.rgb.png, 0.nir.png\): --data.members of `itpn train` says",
+        ),
+        (["0.seg.png", "1.seg.png"], (), r"no plain images, but 2 .seg.png: --data.members of `itpn train` says"),
+        (["0.jpg", "1.jpg"], ("webp",), r"no images that end in webp, but 2 .jpg: --data.members of `itpn train` says"),
+        ([f"2024.{i}.jpg" for i in range(99)], (), r"several images of one sample \(2024.0.jpg, .*, \.\.\.\)"),
+    ],
+)
+def test_members_that_are_not_certain(tmp_path: Path, names: list[str], members: tuple[str, ...], problem: str) -> None:
+    shard = str(make_shard(tmp_path / "s.tar", names))
+    ((key, reason),) = read_shard(shard, members)
+    assert (key, type(reason)) == (shard, UnreadableImage)
+    for find in (index_shard, lambda path, members: check_shards([path], members)):
+        with pytest.raises(UserError, match=problem):
+            find(shard, members)
+    assert len(list(read_shard(shard, ["all"]))) == len(names)
+
+
+def test_names_of_members_in_any_bytes(tmp_path: Path) -> None:
+    names = ["größe.jpg", os.fsdecode(b"caf\xe9.jpg"), "a\nb.jpg"]
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    assert keys(read_shard(shard)) == ["s.tar/größe.jpg", "s.tar/caf\\xe9.jpg", "s.tar/a\nb.jpg"]
 
 
 @pytest.mark.parametrize("compressed", [False, True])

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,11 +21,14 @@ from itpn.cli import main
 from itpn.config import Config, DataConfig, ModelConfig
 from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
+from itpn.data.folders import name_output
 from itpn.data.normalize import Normalize
+from itpn.engine.predict import predict_objects
 from itpn.engine.run import train
 from itpn.errors import UserError
 from itpn.models.naming import from_ours
 from itpn.pretraining.build import build_masked_model
+from itpn.text import readable
 
 
 def test_a_classifier_of_others(tmp_path, photos, capsys):
@@ -47,6 +51,61 @@ def test_a_classifier_of_others(tmp_path, photos, capsys):
     first = next(row for row in rows if row["image"].endswith("03.png") and row["rank"] == "1")
     assert int(first["class"]) == label
     assert float(first["probability"]) == pytest.approx(probability.item(), abs=1e-5)
+
+
+def test_names_of_outputs_fit_the_file_system(tmp_path):
+    """Cut at whole characters, apart by their numbers; a path is no part of a name."""
+    for number, (name, ending, want) in enumerate(
+        [
+            ("x/a.b.jpg", ".png", "0000-a.b.png"),
+            ("a" * 251 + ".jpg", ".png", "0001-" + "a" * 246 + ".png"),
+            ("漢" * 83 + ".jpg", "-labels.png", "0002-" + "漢" * 79 + "-labels.png"),
+            ("s.tar/../up/x.jpg", ".png", "0003-x.png"),
+            ("caf\udce9\n:*?.jpg", ".png", "0004-caf_xe9____.png"),
+        ]
+    ):
+        found = name_output(tmp_path, number, name, ending)
+        assert found == want
+        (tmp_path / found).touch()
+    assert name_output(tmp_path / "not there", 7, "a" * 300, ".png") == "0007-" + "a" * 246 + ".png"
+
+
+def test_pictures_of_images_of_long_or_equal_names(tmp_path, monkeypatch, capsys):
+    found = {"boxes": torch.tensor([[1.0, 2, 8, 9]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
+    monkeypatch.setattr(itpn.engine.predict, "detect", lambda model, normalize, images: [found])
+    names = ["a/x.jpg", "b/x.jpg", "y" * 250 + "1.jpg", "y" * 250 + "2.jpg", readable(os.fsdecode(b"\xff[red]\n.jpg"))]
+    images = ((name, torch.zeros(3, 16, 16, dtype=torch.uint8)) for name in names)
+    predict_objects(None, images, ["cat"], tmp_path, 0.5)
+    assert len(list(tmp_path.glob("*.png"))) == 5
+    assert [one["image"] for one in json.loads((tmp_path / "predictions.json").read_bytes())] == names
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == names
+    assert "\\xff[red]\\n.jpg" in capsys.readouterr().out
+
+
+def test_files_of_any_name(tmp_path, capsys):
+    """Tables, CSV, JSON and features name them in UTF-8, a line each."""
+    path = save_public(tmp_path, "off_pixel_finetune")
+    folder = os.fsencode(tmp_path / "photos")
+    os.mkdir(folder)
+    for number, name in enumerate([b"a\nb.png", b"bad\xff[red]\n.png", b"caf\xe9.png"]):
+        with open(os.path.join(folder, name), "wb") as file:
+            pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file, "PNG") if number != 1 else file.write(b"none")
+    out = tmp_path / "out"
+    assert main(["predict", str(path), os.fsdecode(folder), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert f"skipped {tmp_path}/photos/bad\\xff[red]\\n.png: " in printed.err
+    names = [f"{tmp_path}/photos/{name}" for name in ("a\nb.png", "caf\\xe9.png")]
+    assert [one["image"] for one in json.loads((out / "predictions.json").read_bytes())] == names
+    with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert list(dict.fromkeys(row["image"] for row in csv.DictReader(file))) == names
+    for file in ("f.npy", "f.safetensors"):
+        assert main(["predict", str(path), os.fsdecode(folder), "--features", str(tmp_path / file)]) == 0
+    lines = (tmp_path / "f.npy.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == [name.replace("\n", "\\n") for name in names]
+    with safe_open(tmp_path / "f.safetensors", "pt") as tensors:
+        assert json.loads(tensors.metadata()["images"]) == names
 
 
 def test_reconstructions_of_others(tmp_path, photos, capsys):

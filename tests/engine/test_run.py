@@ -1,8 +1,10 @@
 """What a run leaves behind, refuses and reports."""
 
 import json
+import os
 import subprocess
 import sys
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -292,3 +294,51 @@ def test_the_loader_gets_the_settings(settings, monkeypatch):
     train(config, "test")
     assert (seen["batch_size"], seen["seed"], seen["rank"], seen["world_size"]) == (4, 7, 0, 1)
     assert (seen["transform"].scale, seen["transform"].hflip) == ((0.5, 0.9), 0.0)
+
+
+def test_what_pre_training_reads(tmp_path, settings, photos, capsys):
+    """The training part, a plain image a sample, whatever files are called; what is left out is told, a line each."""
+    root = tmp_path / "data"
+    images = [path.read_bytes() for path in sorted(photos.iterdir())]
+    for folder, names in {
+        b"Train": [b"a.jfif", b"b.JPE", b"caf\xe9.png", b"x\ny.png", b"[red].png", b"c.heic"],
+        b"Val": [b"v.png"],
+        b"extra": [b"e.png"],
+    }.items():
+        (root / os.fsdecode(folder)).mkdir(parents=True)
+        for name, image in zip(names, images, strict=False):
+            with open(os.path.join(os.fsencode(root), folder, name), "wb") as file:
+                file.write(image)
+    with open(os.path.join(os.fsencode(root), b"Train", b"bad\n\xff[red].png"), "wb") as file:
+        file.write(b"none")
+    config = settings(max_steps=2)
+    config.data = replace(config.data, root=(str(root),), max_broken=0.5, batch_size=3)
+    folder = train(config, "names")
+    printed = capsys.readouterr()
+    assert printed.err == f"{root}: for training: Train; left out: Val, extra\nnot read: 1 .heic\n"
+    assert "6 images (files)" in printed.out
+    assert f"skipped {root}/Train/bad\\n\\xff[red].png: " in printed.out
+    assert json.loads((folder / "summary.json").read_bytes())["images_skipped"] == 1
+
+    (tmp_path / "shards").mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / "shards" / f"{split}-0.tar", "w") as tar:
+            for number in range(6):
+                for ending in ("png", "seg.png"):
+                    tar.add(photos / f"{number:02d}.png", f"v1.0/{number}.{ending}")
+    config = settings(max_steps=1)
+    config.data = replace(config.data, root=(str(tmp_path / "shards"),))
+    train(config, "plain")
+    printed = capsys.readouterr()
+    shard = tmp_path / "shards" / "train-0.tar"
+    assert printed.err == (
+        f"{tmp_path}/shards: for training: train-0.tar; left out: val-0.tar\n"
+        f"{shard}: not read are 6 .seg.png (see --data.members)\n"
+    )
+    assert "6 images (shards)" in printed.out
+    config.data = replace(config.data, members=("all",))
+    train(config, "all")
+    assert "12 images (shards)" in capsys.readouterr().out
+    config.data = replace(config.data, members=("webp",))
+    with pytest.raises(UserError, match=r"train-0\.tar holds no images that end in webp, but 6 \.png, 6 \.seg\.png"):
+        train(config, "none")

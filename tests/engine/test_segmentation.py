@@ -494,7 +494,7 @@ def test_hostile_masks(shapes, tmp_path, damage, capsys):
         ("--evaluation.stride 0", "--evaluation.stride must be above 0"),
         ("--evaluation.scales 0", "--evaluation.scales must be numbers above 0"),
         ("--data.val-masks x", "--data.val-masks needs --data.val-root"),
-        ("--data.classes nowhere.txt", "file of classes nowhere.txt cannot be read"),
+        ("--data.classes nowhere.txt", "file of classes nowhere.txt does not exist"),
         ("--model.head-width 0", "--model.head-width must be at least 1"),
     ],
 )

@@ -18,7 +18,7 @@ from PIL import Image
 
 import itpn.engine.shrinking
 from itpn.cli import main
-from itpn.data.files import find_training_images
+from itpn.data.files import find_images, find_training_images
 from itpn.data.labelled import find_labelled
 from itpn.data.shards import read_shard
 
@@ -306,9 +306,42 @@ def test_training_from_them(whole, tmp_path):
 def test_sets_by_the_names_of_coco_are_not_mixed(large, tmp_path, capsys):
     shutil.copytree(large / "c", tmp_path / "coco/train2017")
     shutil.copytree(large / "d", tmp_path / "coco/val2017")
-    assert shrink(tmp_path / "coco", tmp_path / "out") == 2
-    assert f"give one set alone, as {tmp_path}/coco/train2017" in capsys.readouterr().err
-    assert shrink(tmp_path / "coco/train2017", tmp_path / "out") == 0
+    shutil.copytree(large / "d", tmp_path / "coco/unlabeled2017")
+    assert shrink(tmp_path / "coco", tmp_path / "out") == 0
+    assert f"{tmp_path}/coco: for training: train2017; left out: unlabeled2017\n" in capsys.readouterr().err
+    for split, name in (("train", "c"), ("val", "d")):
+        source = find_images([tmp_path / "out" / split])
+        numbers = {int(Path(name).stem) % 2 for shard in source.shards for name, _ in read_shard(shard)}
+        assert (len(source.shards), numbers) == (3, {"cd".index(name)})
+    assert len(find_training_images([tmp_path / "out"]).shards) == 3
+
+
+def test_a_class_called_train(large, tmp_path, capsys):
+    for name in ("bus", "car", "train"):
+        shutil.copytree(large / "c", tmp_path / "all" / name)
+    shutil.copy(large / "c" / "00.png", tmp_path / "all" / "bus" / "x.avif")
+    assert shrink(tmp_path / "all", tmp_path / "out", size=36) == 0
+    err = capsys.readouterr().err
+    assert "train is taken for a class, beside bus, car; nothing is left out\nnot read: 1 .avif\n" in err
+    train, _ = find_labelled([str(tmp_path / "out")])
+    assert (len(train), train.classes) == (36, ("bus", "car", "train"))
+
+
+def test_one_image_of_a_sample(tmp_path, capsys):
+    """What describes it is not written."""
+    draw(tmp_path / "0.jpg", 0)
+    draw(tmp_path / "1.png", 1)
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in" / "a.tar", "w") as tar:
+        for key in "xyz":
+            for ending, path in (("jpg", "0.jpg"), ("seg.png", "1.png")):
+                tar.add(tmp_path / path, f"v1.0/{key}.{ending}")
+            label = tarfile.TarInfo(f"v1.0/{key}.cls")
+            label.size = 1
+            tar.addfile(label, io.BytesIO(b"7"))
+    assert shrink(tmp_path / "in", tmp_path / "out") == 0
+    assert "not written of the shards: 3 .seg.png; a sample's plain image is taken\n" in capsys.readouterr().err
+    assert sorted(members(tmp_path / "out")) == [f"a/v1.0/{key}.{ending}" for key in "xyz" for ending in ("cls", "jpg")]
 
 
 def test_what_is_not_complete_is_not_trained_from(large, tmp_path, capsys, monkeypatch):

@@ -50,6 +50,9 @@ class LabelledDataConfig(CropsConfig):
     one of class folders alone."""
     val_root: tuple[str, ...] | None = None
     """The images to evaluate on, if they are not beside those of --data.root."""
+    members: tuple[str, ...] = ()
+    """Tar shards: endings of the images to read, as `jpg` or `rgb.png`, or `all`; by default the plain one of each
+    sample (`x.jpg`), not what describes it (`x.seg.png`)."""
     val_share: float = 0.1
     """Where there is no val set: share of the images of each class that is held out as one."""
     label_share: float = 1.0

@@ -124,7 +124,11 @@ class DataConfig(CropsConfig):
     """The images."""
 
     root: tuple[str, ...] = ("data/imagenet",)
-    """Folders of images of any depth, or tar shards, or several of either; of a folder with `train` in it, that."""
+    """Folders of images of any depth, or tar shards, or several of either; of folders that are divided into `train`,
+    `val` and the like, the training part alone."""
+    members: tuple[str, ...] = ()
+    """Tar shards: endings of the images to read, as `jpg` or `rgb.png`, or `all`; by default the plain one of each
+    sample (`x.jpg`), not what describes it (`x.seg.png`)."""
     img_size: int | tuple[int, int] = 224
     """Pixels of a side, or height and width."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)

@@ -11,6 +11,7 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 
 from itpn.data.decode import MAX_PIXELS
+from itpn.data.files import describe_file
 from itpn.data.layouts import Coco, Mistakes, read_coco, read_voc, read_yolo
 from itpn.data.objects import DetectionImages, encode_outline
 from itpn.data.readers import FileReader, PackedStrings
@@ -72,10 +73,12 @@ def read_objects(
     Returns:
         None if there is no such set and it is ``optional``.
     """
+    if not root:
+        raise UserError(f"--data.root is an empty name: give a folder of {LAYOUTS}")
     folder = Path(root)
-    if not folder.is_dir() and not (folder.is_file() and folder.suffix == ".json"):
+    if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() == ".json"):
         raise UserError(
-            f"{root} is neither a folder nor a JSON file"
+            f"{root} is neither a folder nor a JSON file{describe_file(root)}"
             if folder.exists()
             else f"{root} does not exist: give a folder of {LAYOUTS}"
         )

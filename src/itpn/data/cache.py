@@ -12,7 +12,7 @@ from torch import Tensor
 
 from itpn.data.files import CACHE_INDEX
 from itpn.errors import UserError
-from itpn.reading import read_text
+from itpn.text import read_text
 from itpn.writing import write_whole
 
 

@@ -39,7 +39,7 @@ def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[
         except UnreadableImage:
             continue
     if not found:
-        raise UserError("none of the images to evaluate on can be read")
+        raise UserError(f"none of the images to evaluate on can be read ({images.name(0)} ...)")
     return found
 
 

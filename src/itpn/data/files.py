@@ -2,20 +2,32 @@
 
 import json
 import os
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
-from itpn.errors import UserError
-from itpn.reading import read_text
+from itpn.data.splits import SPLITS, Division, divide, join, split_of_file, split_word
+from itpn.errors import MachineError, UserError
+from itpn.text import read_text, readable
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+__all__ = ["SPLITS", "ImageSource", "find_images", "find_splits", "find_training_images", "is_image", "walk"]
+
+# the first six are JPEG by other names
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp"),
+    *(".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+)
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
+TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in a folder written by `itpn cache-features`
 SHRINK_INDEX = "itpn-shrink.json"  # in one written by `itpn shrink`
-# by name; a test set is for the end, and taken for evaluation only where there is nothing else
-SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid", "test")}
+CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
+ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
+IMAGE_FOLDERS = {"images", "jpegimages", "leftimg8bit", "imgs", "img"}
+MASK_FOLDERS = {"annotations", "masks", "labels", "segmentationclass", "segmentationobject", "gtfine", "gtcoarse"}
+MOST_SUFFIXES = 8  # that a line names
 
 
 @dataclass(frozen=True)
@@ -31,114 +43,291 @@ class ImageSource:
     shards: tuple[str, ...] = ()
     cache: str = ""
     roots: tuple[str, ...] = field(default=(), compare=False)  # where they were looked for
+    # what was left out, or may be meant otherwise, a line each
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    members: tuple[str, ...] = ()  # of shards: endings of those to read, see `itpn.data.members`
+
+
+@dataclass
+class _Found:
+    """What a search has met so far."""
+
+    images: dict[str, None] = field(default_factory=dict)  # an ordered set: roots may overlap
+    shards: dict[str, None] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
+    places: list[str] = field(default_factory=list)
+
+    def add(self, root: str, paths: Sequence[str]) -> None:
+        images = [path for path in paths if is_image(path)]
+        self.images.update(dict.fromkeys(images))
+        if images:
+            self.unread.update(_suffix(path) for path in paths if is_shard(path))
+        else:
+            self.shards.update(dict.fromkeys(paths))
+        self.places.append(root)
+
+    def source(self, notes: Sequence[str] = ()) -> ImageSource:
+        """Raises UserError where there is nothing, or not one kind."""
+        if self.images and self.shards:
+            raise UserError(
+                f"both images ({next(iter(self.images))}) and tar shards ({next(iter(self.shards))}) were given: "
+                "choose one kind"
+            )
+        unread = describe_unread(self.unread)
+        if not self.images and not self.shards:
+            where = ", ".join(self.places) or "an empty list of data roots"
+            raise UserError(
+                f"no images in {where} (looked for {' '.join(IMAGE_SUFFIXES)} and .tar shards)"
+                f"{f'; {unread}' if unread else ''}"
+            )
+        lines = [*notes, *([unread] if unread else [])]
+        return ImageSource(tuple(self.images), tuple(self.shards), roots=tuple(self.places), notes=tuple(lines))
 
 
 def find_images(roots: Sequence[Path | str]) -> ImageSource:
     """Find the images, or else the tar shards, under some folders; a root may also be one image or one shard.
 
     Folders are searched at any depth and links to folders are followed, each folder once. Hidden files and
-    folders are passed over, and so is everything that is neither image nor shard. The order is that of the
-    roots, then of the names, on every file system.
+    folders are passed over, and so is everything that is neither image nor shard, which the notes count. The order is
+    that of the roots, then of the names, on every file system.
 
     Raises:
         UserError: a root is missing, unreadable or holds nothing of use, or some hold images and others shards.
     """
-    images: dict[str, None] = {}  # an ordered set: roots may overlap
-    shards: dict[str, None] = {}
     names = [os.fspath(root) for root in roots]
-    caches = [name for name in names if os.path.isfile(os.path.join(name, CACHE_INDEX))]
-    if caches and len(names) > 1:
-        raise UserError(f"{caches[0]} holds cached features: give it as the only data root")
-    if caches:
-        return ImageSource(cache=caches[0], roots=tuple(names))
+    if cache := _find_cache(names):
+        return cache
+    found = _Found()
     for root in names:
-        if os.path.isdir(root):
-            _check_complete(root)
-            found = list(walk(root))
-            images_here = [path for path in found if is_image(path)]
-            images.update(dict.fromkeys(images_here))
-            if not images_here:
-                shards.update(dict.fromkeys(found))
-        elif not os.path.exists(root):
-            raise UserError(f"{root} does not exist: give a folder of images, or tar shards")
-        elif not os.path.isfile(root):
-            raise UserError(f"{root} is neither a folder nor a regular file: give a folder of images, or tar shards")
-        elif is_image(root):
-            images[root] = None
-        elif is_shard(root):
-            shards[root] = None
-        else:
-            raise UserError(f"{root} is neither a folder, an image nor a tar shard")
-    if images and shards:
-        raise UserError(
-            f"both images ({next(iter(images))}) and tar shards ({next(iter(shards))}) were given: choose one kind"
-        )
-    if not images and not shards:
-        where = ", ".join(names) or "an empty list of data roots"
-        raise UserError(f"no images in {where} (looked for {' '.join(IMAGE_SUFFIXES)} and .tar shards)")
-    return ImageSource(tuple(images), tuple(shards), roots=tuple(names))
+        check_root(root)
+        found.add(root, list(walk(root, found.unread)) if os.path.isdir(root) else [root])
+    return found.source()
 
 
-def _check_complete(root: str) -> None:
-    """Refuse what a stopped `itpn shrink` has left: a folder, or a split in it."""
-    for folder in (root, os.path.dirname(os.path.abspath(root))):
-        try:
-            index = json.loads(read_text(Path(folder, SHRINK_INDEX)))
-        except (OSError, ValueError, RecursionError):
+def find_training_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> ImageSource:
+    """As `find_images`, but where names divide a folder at any depth into splits, of those for training alone.
+
+    Evaluation sets stay unseen. The notes say what is left out.
+
+    Args:
+        members: endings of the images in shards, see `itpn.data.members.Choice`.
+    """
+    names = [os.fspath(root) for root in roots]
+    if cache := _find_cache(names):
+        return cache
+    found, notes = _Found(), []
+    for root in names:
+        check_root(root)
+        if not os.path.isdir(root):
+            found.add(root, [root])
             continue
-        if not isinstance(index, dict) or not index.get("complete"):
-            raise UserError(f"{folder} is not complete: repeat the `itpn shrink` that writes it, or remove it")
-
-
-def find_training_images(roots: Sequence[Path | str]) -> ImageSource:
-    """As `find_images`, but of a folder with a `train` folder in it that one alone: evaluation sets stay unseen."""
-    trains = [os.path.join(root, "train") for root in roots]
-    return find_images([train if os.path.isdir(train) else root for train, root in zip(trains, roots, strict=True)])
+        parts = _Parts(root)
+        own = [path for split, path in _walk(root, found.unread, parts) if split in ("", "train")]
+        found.add(root, own)
+        notes += parts.notes()
+    return replace(found.source(notes), members=tuple(members))
 
 
 def find_splits(roots: Sequence[str]) -> dict[str, ImageSource]:
     """As `find_images`, but what is for training apart from what is for evaluation, where the names say which is which.
 
     Returns:
-        By name of the split (see `SPLITS`) what is called so in the roots, and nothing of what lies beside; where
-        nothing is called train, one source of everything under the name "".
+        By split, ``train``, ``val`` and ``test``, what is called so in the roots, and nothing of what lies beside;
+        where nothing is called train, one source of everything under the name "".
 
     Raises:
         UserError: as `find_images`; or the roots or the splits are not of one kind.
     """
-    splits = {word: [list_split(root, word) for root in roots] for words in SPLITS.values() for word in words}
-    for root in roots:
-        own = sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if os.path.isdir(root) else []
-        for name in own:
-            if re.fullmatch(r"(train|val|test)\d+", name):  # COCO's names; together they would be trained on
-                raise UserError(f"{root} holds {', '.join(own)}: give one set alone, as {os.path.join(root, name)}")
-    if not any(any(splits[word]) for word in SPLITS["train"]):
-        return {"": find_images(roots)}
-    for root, *own in zip(roots, *splits.values(), strict=True):
-        if not any(own):
+    names = [os.fspath(root) for root in roots]
+    if cache := _find_cache(names):
+        return {"": cache}
+    found: dict[str, _Found] = {}
+    notes: list[str] = []
+    divided: dict[str, bool] = {}
+    unread: Counter[str] = Counter()
+    for root in names:
+        check_root(root)
+        parts = _Parts(root, keep=True)
+        if os.path.isdir(root):
+            pairs = list(_walk(root, unread, parts))
+        else:
+            pairs = [(split_of_file(os.path.basename(root)) or "", root)]
+        own: dict[str, list[str]] = {}
+        for split, path in pairs:
+            own.setdefault(split, []).append(path)
+        divided[root] = own.keys() != {""}
+        if "train" in own and "" in own:  # images outside of every divided folder
+            own["train"] = own.pop("") + own["train"]
+        for split, paths in own.items():
+            places = sorted(parts.places.get(split, []), key=len, reverse=True)
+            some = found.setdefault(split, _Found())
+            some.add(root, paths)
+            some.places[-1:] = [*places, *([] if places and split else [root])]
+        notes += parts.notes()
+    if "train" not in found:
+        return {"": find_training_images(names)}
+    for root, is_divided in divided.items():
+        if not is_divided:
             raise UserError(f"{root} has nothing called train, unlike another folder: give folders of one kind")
-    found = {
-        word: find_images([place for places in own for place in places]) for word, own in splits.items() if any(own)
-    }
-    if len({bool(source.images) for source in found.values()}) > 1:
-        raise UserError(f"images and tar shards side by side in {', '.join(roots)}: give one kind at a time")
-    return found
+    found["train"].unread += unread
+    order: list[str] = [split for split in ("train", "val", "test") if split in found]
+    sources = {split: found[split].source(notes if split == "train" else ()) for split in order}
+    if len({bool(source.images) for source in sources.values()}) > 1:
+        raise UserError(f"images and tar shards side by side in {', '.join(names)}: give one kind at a time")
+    return sources
 
 
-def list_split(root: str, name: str) -> list[str]:
-    """Folders of a root that have a split's name, and shards and tables with it as a word in theirs."""
-    try:
-        places = sorted(entry.path for entry in os.scandir(root)) if os.path.isdir(root) else [root]
-    except OSError as error:
-        raise UserError(f"cannot read the folder {root}: {error.strerror}; check its permissions") from None
-    return [place for place in places if _is_called(place, name)]
+def find_division(root: str) -> Division:
+    """The splits that a root itself is divided into; a shard or table may be the root.
+
+    Raises:
+        UserError: it cannot be read, or it is not certain whether a folder in it is a split or a class.
+    """
+    if not os.path.isdir(root):
+        split = split_of_file(os.path.basename(root))
+        return Division({split: [root]} if split else {})
+    return _divide(root, _list(root))
 
 
-def _is_called(path: str, name: str) -> bool:
-    own = os.path.basename(path).lower()
-    if os.path.isdir(path):
-        return own == name
-    return (is_shard(own) or own.endswith(".parquet")) and bool(re.search(rf"(^|[^a-z]){name}([^a-z]|$)", own))
+def _divide(root: str, entries: Sequence[os.DirEntry[str]]) -> Division:
+    folders = [entry.path for entry in entries if entry.is_dir()]
+    files = [entry.path for entry in entries if (is_shard(entry.name) or is_table(entry.name)) and entry.is_file()]
+    return divide(root, folders, files, lambda path: next(walk(path), None) is not None, list_folders)
+
+
+def list_folders(folder: str) -> list[str]:
+    """The folders in a folder that are not hidden, sorted by name."""
+    return [entry.path for entry in _list(folder) if entry.is_dir()]
+
+
+def list_files(folder: str) -> list[str]:
+    """The files in a folder that are not hidden, sorted by name."""
+    return [entry.path for entry in _list(folder) if entry.is_file()]
+
+
+@dataclass
+class _Parts:
+    """The splits of a whole tree.
+
+    Attributes:
+        keep: whether val and test are walked as well, or left out as what lies beside them.
+        places: split to the folders and shards that are it.
+    """
+
+    root: str
+    keep: bool = False
+    places: dict[str, list[str]] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    masks: list[str] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+
+    def split(self, folder: str, entries: Sequence[os.DirEntry[str]]) -> dict[str, str] | None:
+        """Path to split of the entries that are one; None where all are read, the folder being no set of splits.
+
+        Below the root, it takes a second split beside that for training.
+        """
+        division = _divide(folder, entries) if folder == self.root else _divide_inner(folder, entries)
+        if division.note:
+            self.told.append(division.note)
+        if division.places and "train" not in division.places and folder == self.root and not self.keep:
+            names = [os.path.basename(path) for paths in division.places.values() for path in paths]
+            self.told.append(f"{self.root}: nothing in it is called train, so all of it is read, {join(names)} too")
+        if not division.places or ("train" not in division.places and not self.keep):
+            return self._leave_masks(entries)
+        named = {path for paths in division.places.values() for path in paths}
+        found: dict[str, str] = {}
+        for split, paths in division.places.items():
+            if split == "train" or self.keep:
+                found |= dict.fromkeys(paths, split)
+                self.places.setdefault(split, []).extend(paths)
+        for entry in entries:
+            is_data = (is_image(entry.name) or is_shard(entry.name)) and entry.is_file()
+            if entry.path not in found and (is_data or entry.path in named or entry.name in division.left):
+                self.left.append(os.path.relpath(entry.path, self.root))
+        return found
+
+    def _leave_masks(self, entries: Sequence[os.DirEntry[str]]) -> dict[str, str] | None:
+        """All entries but folders of masks beside those of images, as in ADE20K's and Cityscapes' layouts."""
+        names = {entry.name.lower() for entry in entries if entry.is_dir()}
+        if not names & IMAGE_FOLDERS or not names & MASK_FOLDERS:
+            return None
+        masks = [entry for entry in entries if entry.is_dir() and entry.name.lower() in MASK_FOLDERS]
+        self.masks += [os.path.relpath(entry.path, self.root) for entry in masks if next(walk(entry.path), None)]
+        return {entry.path: "" for entry in entries if entry not in masks}
+
+    def notes(self) -> list[str]:
+        """What was decided, a line each."""
+        if self.masks:
+            self.told.append(f"{self.root}: masks are left out, in {join(self.masks)}")
+        if self.left:
+            taken = [os.path.relpath(path, self.root) for path in self.places.get("train", [])]
+            self.told.append(f"{self.root}: for training: {join(taken) or 'nothing'}; left out: {join(self.left)}")
+        return self.told
+
+
+def _divide_inner(folder: str, entries: Sequence[os.DirEntry[str]]) -> Division:
+    """As `_divide`, by names alone."""
+    folders = [entry.path for entry in entries if entry.is_dir()]
+    files = [entry.path for entry in entries if is_shard(entry.name) and entry.is_file()]
+    division = divide(folder, folders, files, lambda path: False, lambda path: [])
+    return division if len(division.places) > 1 else Division()
+
+
+def _find_cache(names: Sequence[str]) -> ImageSource | None:
+    caches = [name for name in names if os.path.isfile(os.path.join(name, CACHE_INDEX))]
+    if caches and len(names) > 1:
+        raise UserError(f"{caches[0]} holds cached features: give it as the only data root")
+    return ImageSource(cache=caches[0], roots=tuple(names)) if caches else None
+
+
+def check_root(root: str) -> None:
+    """Refuse what is no folder, image or shard, and what an unfinished `itpn shrink` left: a folder or its splits."""
+    if not root:
+        raise UserError("a data root is an empty name: give a folder of images, or tar shards")
+    if not os.path.exists(root):
+        raise UserError(f"{root} does not exist: give a folder of images, or tar shards")
+    if not os.path.isdir(root):
+        if not is_image(root) and not is_shard(root):
+            raise UserError(f"{root} is neither a folder, an image nor a tar shard{describe_file(root)}")
+        return
+    for folder in (root, os.path.dirname(os.path.abspath(root))):
+        try:
+            index = json.loads(read_text(Path(folder, SHRINK_INDEX)))
+        except (UserError, MachineError, ValueError, RecursionError):
+            continue
+        if not isinstance(index, dict) or not index.get("complete"):
+            raise UserError(f"{folder} is not complete: repeat the `itpn shrink` that writes it, or remove it")
+
+
+def describe_file(path: str) -> str:
+    """What a file that is not read is, and what to do, to end a message with."""
+    suffix = os.path.splitext(path)[1].lower()
+    if not os.path.isfile(path):
+        return ""
+    if suffix in ARCHIVES:
+        return f", but a {suffix} archive: unpack it and give the folder"
+    if suffix == TABLE_SUFFIX:
+        return ", but a table, which classifiers alone read"
+    if suffix in (".txt", ".csv", ".tsv", ".lst", ".json", ".jsonl", ".xml", ".yaml", ".yml"):
+        return f", but a {suffix} file: give the folder of the images themselves"
+    return f", but a {suffix} file" if suffix else ""
+
+
+def describe_unread(unread: Counter[str]) -> str:
+    """Files that are not read, by suffix, the commonest first, in a line; empty where there are none."""
+    if not unread:
+        return ""
+    ranked = sorted(unread.items(), key=lambda pair: (-pair[1], pair[0]))
+    shown = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in ranked[:MOST_SUFFIXES]]
+    if rest := ranked[MOST_SUFFIXES:]:
+        shown.append(f"{sum(count for _, count in rest):,} of {len(rest)} other suffixes")
+    return f"not read: {', '.join(shown)}"
+
+
+def split_places(folder: Path, word: str) -> list[Path]:
+    """The folders in a folder that say a split's word in whatever spelling: train, Train, train2017, train_images."""
+    places = sorted(Path(path) for path in list_folders(str(folder))) if folder.is_dir() else []
+    return [place for place in places if split_word(place.name) == word]
 
 
 def is_image(name: str) -> bool:
@@ -149,31 +338,70 @@ def is_shard(name: str) -> bool:
     return name.lower().endswith(SHARD_SUFFIXES)
 
 
+def is_table(name: str) -> bool:
+    return name.lower().endswith(TABLE_SUFFIX)
+
+
 def is_hidden(name: str) -> bool:
     """Whether any part of a relative path starts with a dot."""
     return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
 
 
-def walk(root: str) -> Iterator[str]:
-    """Paths of all images and shards under a folder, sorted by name within each folder, files before folders."""
+def walk(root: str, unread: Counter[str] | None = None) -> Iterator[str]:
+    """Paths of all images and shards under a folder, sorted by name within each folder, files before folders.
+
+    Args:
+        unread: counts all other files by suffix, but hidden ones.
+    """
+    return (path for _, path in _walk(root, unread))
+
+
+def _walk(root: str, unread: Counter[str] | None = None, parts: _Parts | None = None) -> Iterator[tuple[str, str]]:
+    """As `walk`, each path after its split, "" outside of every divided folder."""
     seen: set[tuple[int, int]] = set()  # links may lead back to where they start
-    folders = [root]
+    folders = [(root, "")]
     while folders:
-        folder = folders.pop()
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(folder) as scan:
-                entries = sorted((entry for entry in scan if entry.name[0] != "."), key=lambda e: e.name)
-        except OSError as error:
-            raise UserError(f"cannot read the folder {folder}: {error.strerror}; check its permissions") from None
-        folders += [entry.path for entry in reversed(entries) if entry.is_dir()]
+        folder, split = folders.pop()
+        status = _read(os.stat, folder)
+        if (status.st_dev, status.st_ino) in seen:
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        entries = _list(folder)
+        named = None if parts is None or split else parts.split(folder, entries)
+        if named is not None:
+            entries = [entry for entry in entries if entry.path in named]
+        splits = named or {}
+        folders += [(entry.path, splits.get(entry.path, split)) for entry in reversed(entries) if entry.is_dir()]
         for entry in entries:
             # A link to nothing is kept, to be named as a broken image; a pipe would block its reader for ever.
-            if (is_image(entry.name) or is_shard(entry.name)) and (entry.is_file() or _is_dead_link(entry)):
-                yield entry.path
+            if not entry.is_file() and not _is_dead_link(entry):
+                continue
+            if is_image(entry.name) or is_shard(entry.name):
+                yield splits.get(entry.path, split), entry.path
+            elif unread is not None and entry.name not in (CACHE_INDEX, SHRINK_INDEX, CLASSES):
+                unread[_suffix(entry.name)] += 1
+
+
+def _list(folder: str) -> list[os.DirEntry[str]]:
+    """What is in a folder and not hidden, sorted by name."""
+    with _read(os.scandir, folder) as scan:
+        return sorted((entry for entry in scan if entry.name[0] != "."), key=lambda entry: entry.name)
+
+
+def _read(ask: Callable[[str], Any], folder: str) -> Any:
+    try:
+        return ask(folder)
+    except OSError as error:
+        raise MachineError(
+            f"cannot read the folder {folder}: {error.strerror}; check the disk and permissions"
+        ) from None
+
+
+def _suffix(name: str) -> str:
+    lower = os.path.basename(name).lower()
+    return next(
+        (suffix for suffix in SHARD_SUFFIXES[1:] if lower.endswith(suffix)), readable(os.path.splitext(lower)[1])
+    )
 
 
 def _is_dead_link(entry: os.DirEntry[str]) -> bool:

@@ -1,9 +1,30 @@
 """Folders that a command fills file by file: stopped at any moment, the same command goes on."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
 from itpn.errors import UserError
+from itpn.text import readable
+
+
+def name_output(folder: Path, number: int, name: str, ending: str) -> str:
+    """A file name for what is made of an image: ``0003-NAME.png``, as long as the file system allows.
+
+    Args:
+        number: of the image, which tells apart images of one name.
+        name: of the image: a path, or a shard and a member. Its folders and suffix are left out.
+        ending: what follows, with the suffix.
+    """
+    try:
+        most = os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # not on Windows, nor on every file system
+        most = 255
+    start = f"{number:04d}-"
+    stem = re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029/\\:*?"<>|]', "_", Path(readable(name)).stem)
+    room = most - len(start) - len(ending)
+    return start + stem.encode()[:room].decode(errors="ignore") + ending
 
 
 def check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:

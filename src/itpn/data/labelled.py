@@ -3,21 +3,33 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import IMAGE_SUFFIXES, SPLITS, is_image, is_shard, list_split, walk
+from itpn.data.files import (
+    CLASSES,
+    IMAGE_SUFFIXES,
+    describe_file,
+    describe_unread,
+    find_division,
+    is_image,
+    is_shard,
+    is_table,
+    list_files,
+    list_folders,
+    walk,
+)
+from itpn.data.members import list_endings, split_name
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
 from itpn.data.shards import index_shard
+from itpn.data.splits import Division
 from itpn.errors import UserError
-from itpn.reading import read_text
 from itpn.seeding import derive_seed
-
-CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
+from itpn.text import one_line, read_lines
 
 
 @dataclass(frozen=True)
@@ -28,11 +40,13 @@ class LabelledImages:
         files: the encoded images.
         labels: int64 [n], numbers of classes.
         classes: their names.
+        notes: what was left out when they were looked for, or may be meant otherwise, a line each.
     """
 
     files: Reader
     labels: np.ndarray
     classes: tuple[str, ...]
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,7 +62,7 @@ class LabelledImages:
 
     def take(self, indices: np.ndarray) -> "LabelledImages":
         """Some of the images."""
-        return LabelledImages(Subset(self.files, indices), self.labels[indices], self.classes)
+        return replace(self, files=Subset(self.files, indices), labels=self.labels[indices])
 
     def rename(self, classes: Sequence[str]) -> "LabelledImages":
         """The same images with the numbers that another list of classes gives them.
@@ -66,18 +80,24 @@ class LabelledImages:
                 f"{join_names(classes)}{_hint(present)}"
             )
         new = np.array([numbers.get(name, -1) for name in self.classes])
-        return LabelledImages(self.files, new[self.labels], tuple(classes))
+        return replace(self, labels=new[self.labels], classes=tuple(classes))
 
 
 def find_labelled(
-    roots: Sequence[str], val_roots: Sequence[str] | None = None, val_share: float = 0.0, seed: int = 0
+    roots: Sequence[str],
+    val_roots: Sequence[str] | None = None,
+    val_share: float = 0.0,
+    seed: int = 0,
+    members: Sequence[str] = (),
 ) -> tuple[LabelledImages, LabelledImages | None]:
     """Find the images to train on and those to evaluate on, with the same classes.
 
-    A root holds ``train`` and ``val`` (or ``validation``, ``valid``, or else ``test``), which are folders of a folder
-    for each class or of tar shards, or words in the names of shards or parquet files; or it holds class folders alone.
+    A root holds ``train`` and ``val``, or else ``test`` (by any name that `itpn.data.splits` knows), which are folders
+    of a folder for each class or of tar shards, or words in the names of shards or parquet files; or it holds class
+    folders alone.
 
     Args:
+        members: endings of the images in shards, see `itpn.data.members.Choice`.
         val_roots: where those to evaluate on are, if not beside the others.
         val_share: where there are none, this share of each class is held out, the same by the same ``seed``.
 
@@ -88,7 +108,7 @@ def find_labelled(
         UserError: nothing of this kind, an empty class, fewer than two classes, or classes to evaluate on that there
             are none of to train on.
     """
-    train = read_split(roots, "train")
+    train = read_split(roots, "train", members=members)
     counts = np.bincount(train.labels, minlength=len(train.classes))
     where = ", ".join(roots)
     if len(train) and 0 in counts:
@@ -99,7 +119,7 @@ def find_labelled(
             f"{where} holds {_count(len(train), 'image')} of {_count(len(train.classes), 'class')}: a classifier needs "
             "two classes, a folder each"
         )
-    val = read_split(val_roots or roots, "val", optional=val_roots is None)
+    val = read_split(val_roots or roots, "val", optional=val_roots is None, members=members)
     if val is None:
         if not val_share:
             return train, None
@@ -119,49 +139,68 @@ def find_labelled(
 
 
 @overload
-def read_split(roots: Sequence[str], split: str, optional: Literal[False] = False) -> LabelledImages: ...
+def read_split(
+    roots: Sequence[str], split: str, optional: Literal[False] = False, members: Sequence[str] = ()
+) -> LabelledImages: ...
 
 
 @overload
-def read_split(roots: Sequence[str], split: str, optional: bool) -> LabelledImages | None: ...
+def read_split(
+    roots: Sequence[str], split: str, optional: bool, members: Sequence[str] = ()
+) -> LabelledImages | None: ...
 
 
-def read_split(roots: Sequence[str], split: str, optional: bool = False) -> LabelledImages | None:
-    """The images of ``train`` or ``val`` in some roots, see :func:`find_labelled`.
+def read_split(
+    roots: Sequence[str], split: str, optional: bool = False, members: Sequence[str] = ()
+) -> LabelledImages | None:
+    """The images of one split of some roots, ``train`` or ``val``, or of roots that are one.
 
     Returns:
         None where ``optional`` and there is no such split.
     """
     for root in roots:
-        if not os.path.exists(root):
-            raise UserError(f"{root} does not exist: give a folder of class folders, tar shards or parquet files")
-    found = _find_split(roots, SPLITS[split])
+        _check_root(root)
+    divisions = [find_division(root) for root in roots]
+    notes = tuple(division.note for division in divisions if division.note and split == "train")
+    found = _find_split(roots, divisions, split)
     if found is None:
         if optional:
             return None
-        if split == "train" and (other := _find_split(roots, SPLITS["val"])) is not None:
+        if split == "train" and (other := _find_split(roots, divisions, "val")) is not None:
             raise UserError(f"{other[0]} is to evaluate on, but there is nothing called train beside it to train on")
         found = list(roots)  # class folders alone, or files of whatever name
     folders = [path for path in found if os.path.isdir(path)]
     files = [path for path in found if os.path.isfile(path)]
-    files += [path for folder in folders for path in _list_files(folder)]
+    files += [path for folder in folders for path in list_files(folder)]
     shards = [path for path in files if is_shard(path)]
-    tables = [path for path in files if path.endswith(".parquet")]
+    tables = [path for path in files if is_table(path)]
     if shards:
-        return _read_shards(shards, [*folders, *(root for root in roots if os.path.isdir(root))])
-    if tables:
-        return _read_tables(tables)
-    return _read_folders(folders)
+        images = _read_shards(shards, [*folders, *(root for root in roots if os.path.isdir(root))], members)
+    elif tables:
+        images = _read_tables(tables)
+    else:
+        images = _read_folders(folders)
+    return replace(images, notes=(*notes, *images.notes))
 
 
-def _find_split(roots: Sequence[str], names: Sequence[str]) -> list[str] | None:
-    """Folders and files of the first of some names that there is anything of.
+def _check_root(root: str) -> None:
+    wanted = "give a folder of class folders, tar shards or parquet files"
+    if not root:
+        raise UserError(f"a data root is an empty name: {wanted}")
+    if not os.path.exists(root):
+        raise UserError(f"{root} does not exist: {wanted}")
+    if not os.path.isdir(root) and not is_shard(root) and not is_table(root):
+        raise UserError(f"{root} is neither a folder, a tar shard nor a parquet file{describe_file(root)}")
+
+
+def _find_split(roots: Sequence[str], divisions: Sequence[Division], split: str) -> list[str] | None:
+    """Folders and files of a split; a test set is for the end, and only where there is nothing else to evaluate on.
 
     Raises:
-        UserError: one root has it and another has not.
+        UserError: one root has images to train on and another has not.
     """
-    for name in names:
-        places = [list_split(root, name) for root in roots]
+    for name in (split, "test") if split == "val" else (split,):
+        places = [division.places.get(name, []) for division in divisions]
         if any(places):
             if name == "train" and not all(places):
                 without = next(root for root, own in zip(roots, places, strict=True) if not own)
@@ -172,48 +211,52 @@ def _find_split(roots: Sequence[str], names: Sequence[str]) -> list[str] | None:
     return None
 
 
-def _list_files(folder: str) -> list[str]:
-    return [entry.path for entry in sorted(os.scandir(folder), key=lambda e: e.name) if entry.is_file()]
-
-
 def _read_folders(folders: Sequence[str]) -> LabelledImages:
     """A folder for each class; its images may lie at any depth."""
-    classes = sorted(
-        {entry.name for folder in folders for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."}
-    )
+    places: dict[str, list[str]] = {}  # by name of the class
+    for folder in folders:
+        for place in list_folders(folder):
+            places.setdefault(one_line(os.path.basename(place)), []).append(place)
+    classes = sorted(places)
     paths: list[str] = []
     labels: list[int] = []
+    unread: Counter[str] = Counter()
+    for label, name in enumerate(classes):
+        for place in places[name]:
+            found = [path for path in walk(place, unread) if is_image(path)]
+            paths += found
+            labels += [label] * len(found)
+    where = ", ".join(folders)
     for folder in folders:
-        for label, name in enumerate(classes):
-            place = os.path.join(folder, name)
-            if os.path.isdir(place):
-                found = [path for path in walk(place) if is_image(path)]
-                paths += found
-                labels += [label] * len(found)
-        loose = [path for path in _list_files(folder) if is_image(path)]
+        loose = [path for path in list_files(folder) if is_image(path)]
+        if loose and not paths:
+            raise UserError(f"{folder} holds images ({os.path.basename(loose[0])}), but no folder for each class")
         if loose and classes:
             raise UserError(f"{loose[0]} is in no class folder; {folder} holds a folder for each class")
+    note = describe_unread(unread)
     if not paths:
-        where = ", ".join(folders)
         hint = f" of images ({' '.join(IMAGE_SUFFIXES)})" if classes else ", tar shards with .cls or parquet files"
-        raise UserError(f"{where} holds no class folders{hint}")
-    return LabelledImages(FileReader(paths), np.array(labels, dtype=np.int64), tuple(classes))
+        raise UserError(f"{where} holds no class folders{hint}{f'; {note}' if note else ''}")
+    notes = (f"{where}: {note}",) if note else ()
+    return LabelledImages(FileReader(paths), np.array(labels, dtype=np.int64), tuple(classes), notes)
 
 
-def _read_shards(shards: Sequence[str], folders: Sequence[str]) -> LabelledImages:
+def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequence[str]) -> LabelledImages:
     """Pairs of an image and its class, ``NAME.jpg`` and ``NAME.cls``, as WebDataset has them."""
     places, names, texts = [], [], []
+    left: Counter[str] = Counter()
     for number, path in enumerate(shards):
-        for name, start, size, label in index_shard(path):
+        for name, start, size, label in index_shard(path, members, left):
             if label is None:
-                raise UserError(f"{name} in {path} has no {Path(name).stem}.cls beside it: its class is not known")
+                key = os.path.basename(split_name(name)[0])
+                raise UserError(f"{name} in {path} has no {key}.cls beside it: its class is not known")
             places.append((number, start, size))
-            names.append(f"{Path(path).name}/{name}")
+            names.append(f"{os.path.basename(path)}/{name}")
             texts.append(label)
     if not places:
         raise UserError(f"no images with .cls in the shards ({shards[0]} ...)")
     classes = read_class_names(folders)
-    if all(text.isdigit() for text in texts):
+    if all(text.isdecimal() for text in texts):
         numbers = [int(text) for text in texts]
         if classes is None:
             classes = [str(number) for number in range(max(numbers) + 1)]
@@ -226,7 +269,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str]) -> LabelledImage
         places_of = {name: number for number, name in enumerate(classes)}
         numbers = [places_of[text] for text in texts]
     reader = TarReader(shards, np.array(places, dtype=np.int64), names)
-    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes))
+    notes = (f"not read of the shards: {list_endings(left)} (see --data.members)",) if left else ()
+    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), notes)
 
 
 def read_class_names(folders: Sequence[str]) -> list[str] | None:
@@ -234,10 +278,12 @@ def read_class_names(folders: Sequence[str]) -> list[str] | None:
     for folder in folders:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
-                try:
-                    names = read_text(place / CLASSES).splitlines()
-                except (OSError, ValueError) as error:
-                    raise UserError(f"file of classes {place / CLASSES} cannot be read: {error}") from error
+                names = read_lines(place / CLASSES)
+                if "" in names:
+                    raise UserError(
+                        f"{place / CLASSES} has nothing in line {names.index('') + 1}: each line names a class, the "
+                        "first that of label 0"
+                    )
                 if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                     raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
                 return names

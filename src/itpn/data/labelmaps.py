@@ -15,7 +15,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, reason_of
-from itpn.data.files import SPLITS, is_image, walk
+from itpn.data.files import SPLITS, describe_file, is_image, split_places, walk
 from itpn.data.labelled import join_names
 from itpn.data.layouts import Mistakes, read_size
 from itpn.data.masks import (
@@ -30,6 +30,7 @@ from itpn.data.masks import (
     ungrey,
 )
 from itpn.data.readers import FileReader, PackedStrings, Reader, Subset
+from itpn.data.splits import split_of
 from itpn.errors import UserError
 from itpn.models.detector import fit_sides
 from itpn.seeding import derive_seed
@@ -199,21 +200,28 @@ Pairs = tuple[list[str], str, str]  # images, the folder that they are in, the f
 
 def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
     """The images of a set and where their masks are; None where there is no such set."""
+    if not root:
+        raise UserError(f"--data.root is an empty name: {LAYOUTS}")
     folder = Path(root)
     if not folder.is_dir():
-        raise UserError(f"{root} is not a folder" if folder.exists() else f"{root} does not exist: give a folder")
+        what = f"is not a folder{describe_file(root)}" if folder.exists() else "does not exist: give a folder"
+        raise UserError(f"{root} {what}")
     if masks is not None:
         if not os.path.isdir(masks):
             raise UserError(f"{masks} is not a folder of masks")
-        places = [(folder / word, Path(masks) / word) for word in SPLITS[split]] + [(folder, Path(masks))]
+        places = [(place, Path(masks) / place.name) for word in SPLITS[split] for place in split_places(folder, word)]
+        places.append((folder, Path(masks)))
     else:
         others = _find_masks(folder)
-        places = [(folder / "images" / word, others / word) for word in SPLITS[split]]
-        places += [(folder / word / "images", _find_masks(folder / word)) for word in SPLITS[split]]
+        places = [
+            (place, others / place.name) for word in SPLITS[split] for place in split_places(folder / "images", word)
+        ]
+        places += [
+            (place / "images", _find_masks(place)) for word in SPLITS[split] for place in split_places(folder, word)
+        ]
         places.append((folder / "images", others))
-    words = {word for split in SPLITS.values() for word in split}
     for images, others in places:
-        divided = images.is_dir() and words & {entry.name for entry in images.iterdir() if entry.is_dir()}
+        divided = images.is_dir() and any(split_of(entry.name) for entry in images.iterdir() if entry.is_dir())
         if images.is_dir() and others.is_dir() and not divided:
             return sorted(path for path in walk(str(images)) if is_image(path)), str(images), str(others)
     return None

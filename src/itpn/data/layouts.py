@@ -21,9 +21,10 @@ from PIL import Image
 
 from itpn.config.files import load_yaml
 from itpn.data.decode import FORMATS, MAX_PIXELS, reason_of
-from itpn.data.files import SPLITS, is_image, walk
+from itpn.data.files import SPLITS, is_image, split_places, walk
 from itpn.errors import UserError
-from itpn.reading import MAX_TEXT, read_bounded, read_text
+from itpn.reading import MAX_TEXT, read_bounded
+from itpn.text import as_file_name, decode_text, read_lines
 
 LONGEST_NUMBER = 40  # characters: supervision takes hours for a class index of a million digits
 MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
@@ -90,9 +91,9 @@ def read_coco(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
 def _find_json(root: Path, split: str) -> Path | None:
     for word in SPLITS[split]:
         notes = root / "annotations"
-        files = sorted(notes.glob(f"instances_{word}*.json")) or sorted(notes.glob(f"image_info_{word}*.json"))
-        for folder in [p for p in (root / word, *sorted(root.glob(f"{word}20*"))) if p.is_dir()]:
-            files += sorted(folder.glob("*.json"))
+        files = _list_json(notes, f"instances_{word}") or _list_json(notes, f"image_info_{word}")
+        for folder in split_places(root, word):
+            files += _list_json(folder)
         if len(files) > 1:
             raise UserError(
                 f"{len(files)} annotation files for {word} in {root} ({files[0].name}, {files[1].name}): keep one, or "
@@ -103,10 +104,16 @@ def _find_json(root: Path, split: str) -> Path | None:
     return None
 
 
+def _list_json(folder: Path, start: str = "") -> list[Path]:
+    paths = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path for path in paths if path.suffix.lower() == ".json" and path.name.startswith(start)]
+
+
 def _searching(places: list[Path]) -> Callable[[str], Path]:
     """Where a file is: in the first of several folders that has it."""
 
     def path_of(name: str) -> Path:
+        name = as_file_name(name)
         with contextlib.suppress(OSError):  # no name of a file
             return next((place / name for place in places if (place / name).is_file()), places[0] / name)
         return places[0] / name[:100]
@@ -116,7 +123,7 @@ def _searching(places: list[Path]) -> Callable[[str], Path]:
 
 def _read_json(path: Path) -> Coco:
     try:
-        content = json.loads(read_bounded(path, MAX_JSON, start=b"{"))
+        content = json.loads(decode_text(read_bounded(path, MAX_JSON, start=b"{"), str(path)))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read as JSON: {error}") from error
     parts = ("images", "annotations", "categories")
@@ -176,7 +183,7 @@ def _yolo_parser() -> Parse:
     def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
         if not path.is_file():
             return  # an image without objects
-        for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
+        for number, line in enumerate(read_lines(path), start=1):
             if not line:
                 continue
             where = f"{path} line {number}"
@@ -200,12 +207,11 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     if not images.is_dir() or not notes.is_dir():
         return None
     lists = root / "ImageSets" / "Main"
-    words = (*SPLITS[split], *(["trainval"] if split == "train" else []))
-    file = next((lists / f"{word}.txt" for word in words if (lists / f"{word}.txt").is_file()), None)
+    file = next((lists / f"{word}.txt" for word in SPLITS[split] if (lists / f"{word}.txt").is_file()), None)
     if file is None and (split != "train" or lists.is_dir()):
         return None
     # without lists, all of them
-    wanted = None if file is None else set(_first_words(file))
+    wanted = None if file is None else {as_file_name(line.split()[0]) for line in read_lines(file) if line}
     read = import_supervision()["pascal_voc"].detections_from_xml_obj
     parse_xml = importlib.import_module("defusedxml.ElementTree").fromstring  # supervision brings it
 
@@ -227,6 +233,8 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
     for image, size in _images_below(images, mistakes, wanted):
         seen.add(image.stem)
         path = notes / f"{image.stem}.xml"
+        if not path.is_file():
+            path = next((p for p in [path.with_suffix(".XML")] if p.is_file()), path)
         _append(coco, image, size, path, parse, mistakes)
     for name in sorted((wanted or set()) - seen):
         mistakes.add("images not on disk", name)
@@ -235,13 +243,6 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
         note["category_id"] = 1 + order.index(classes[note["category_id"] - 1])
     categories = [{"id": number, "name": name} for number, name in enumerate(order, start=1)]
     return coco | {"categories": categories}, Path, str(file or notes)
-
-
-def _first_words(file: Path) -> list[str]:
-    try:
-        return [words[0] for line in read_text(file).splitlines() if (words := line.split())]
-    except (OSError, ValueError) as error:
-        raise UserError(f"list of images {file} cannot be read: {error}") from error
 
 
 def import_supervision() -> Any:

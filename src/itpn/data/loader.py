@@ -25,6 +25,7 @@ from itpn.data.readers import FileReader, Reader
 from itpn.data.shards import Sample, count_shard_images, shard_samples
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
+from itpn.text import one_line
 
 View = dict[str, Any]
 Transform = Callable[..., View]  # of an image, its random numbers, and what is known of it
@@ -109,7 +110,7 @@ class TrainingLoader:
             self.images = len(files)
         else:
             assert isinstance(source, ImageSource)
-            self.images = samples_per_epoch or count_shard_images(source.shards)
+            self.images = samples_per_epoch or count_shard_images(source.shards, source.members)
             if self.images == 0:
                 raise UserError(f"no images in the shards ({source.shards[0]} ...): is each an intact tar of images?")
         plan = _Plan(
@@ -131,7 +132,7 @@ class TrainingLoader:
             self._batches = _FileBatches(files, plan)
         else:
             assert isinstance(source, ImageSource)
-            self._batches = _ShardBatches(source.shards, plan, shuffle_buffer)
+            self._batches = _ShardBatches(source.shards, plan, shuffle_buffer, source.members)
         self._num_workers = num_workers
         self._pin_memory = pin_memory
         self._position = 0  # batches handed out since the first epoch
@@ -317,8 +318,11 @@ class _ShardBatches(IterableDataset[Batch]):
     same remainder as in an uninterrupted run, whichever process plays it.
     """
 
-    def __init__(self, shards: tuple[str, ...], plan: _Plan, shuffle_buffer: int) -> None:
+    def __init__(
+        self, shards: tuple[str, ...], plan: _Plan, shuffle_buffer: int, members: tuple[str, ...] = ()
+    ) -> None:
         self.shards = shards
+        self.members = members
         self.plan = plan
         self.shuffle_buffer = shuffle_buffer
         self.start = 0
@@ -353,7 +357,7 @@ class _ShardBatches(IterableDataset[Batch]):
         for round_ in itertools.count():
             empty = True
             seed = derive_seed(self.plan.seed, "round", round_)
-            for sample in shard_samples(self.shards, seed, epoch, stream, streams, self.shuffle_buffer):
+            for sample in shard_samples(self.shards, seed, epoch, stream, streams, self.shuffle_buffer, self.members):
                 yield round_, sample
                 empty = False
             if empty and streams == 1:
@@ -430,7 +434,7 @@ class SkippedImages:
             name, reason = next(iter(self._reasons.items()))
             raise UserError(
                 f"{self.count} of {of} images cannot be read, more than {self._max_fraction:.0%}; the first is"
-                f" {name}: {reason}. Mend or remove broken files, or look whether the data root is right"
+                f" {one_line(name)}: {reason}. Mend or remove broken files, or look whether the data root is right"
             )
 
     def state_dict(self) -> dict[str, dict[str, str]]:
@@ -445,8 +449,8 @@ def _nothing_readable(broken: list[tuple[str, str]]) -> str:
         return "no images in the shards: look whether the data root is right"
     name, reason = broken[0]
     return (
-        f"none of {len({name for name, _ in broken})} images in a row can be read; the first is {name}: {reason}."
-        " Mend or remove the broken files, or look whether the data root is right"
+        f"none of {len({name for name, _ in broken})} images in a row can be read; the first is {one_line(name)}: "
+        f"{reason}. Mend or remove the broken files, or look whether the data root is right"
     )
 
 

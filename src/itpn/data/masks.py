@@ -15,7 +15,7 @@ from torch import Tensor
 from itpn.data.decode import FORMATS, MAX_PIXELS, UnreadableImage, reason_of
 from itpn.data.labelled import join_names
 from itpn.errors import UserError
-from itpn.reading import read_text
+from itpn.text import read_lines
 
 IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
 MAX_CLASSES = 254
@@ -197,15 +197,9 @@ def read_names(file: str | None, root: str) -> Names | None:
         if found is None:
             return None
         file = str(found)
-    try:
-        text = read_text(file, "utf-8-sig")  # a byte-order mark is none of the first name
-    except OSError as error:
-        raise UserError(f"file of classes {file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"file of classes {file} cannot be read: it is not text") from error
-    except ValueError as error:
-        raise UserError(f"file of classes {file} cannot be read: {error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not Path(file).exists():
+        raise UserError(f"file of classes {file} does not exist")
+    lines = [line for line in read_lines(file) if line]
     if not lines:
         raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
     if lines and lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name

@@ -10,6 +10,7 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.errors import UserError
 from itpn.reading import read_bounded
+from itpn.text import readable
 
 MAX_FILE = 2**31  # bytes of an image's file: floating-point RGB of the most pixels that are decoded has 1.6 GB
 MAX_UNPACKED = 2**33  # bytes of compressed archives that are kept in memory
@@ -26,10 +27,13 @@ class Reader(Protocol):
 
 
 class PackedStrings:
-    """Strings in two arrays. A list would be copied into every worker, as reading it touches reference counts."""
+    """Strings in two arrays. A list would be copied into every worker, as reading it touches reference counts.
+
+    They come back the way the operating system takes file names, which only in a C locale makes a difference.
+    """
 
     def __init__(self, strings: Sequence[str]) -> None:
-        encoded = [os.fsencode(string) for string in strings]
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
         self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
         self._ends = np.cumsum([0, *map(len, encoded)])
 
@@ -50,16 +54,16 @@ class FileReader:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return readable(self.names[index])
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
         path = self.names[index]
         try:
-            return path, read_bounded(path, MAX_FILE)
+            return readable(path), read_bounded(path, MAX_FILE)
         except OSError as error:
-            return path, UnreadableImage(error.strerror or str(error))
+            return readable(path), UnreadableImage(error.strerror or str(error))
         except ValueError as error:
-            return path, UnreadableImage(str(error))
+            return readable(path), UnreadableImage(str(error))
 
 
 class Subset:
@@ -106,11 +110,11 @@ class TarReader:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return readable(self.names[index])
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
         number, start, size = (int(value) for value in self.places[index])
-        name = self.names[index]
+        name = self.name(index)
         if size > MAX_FILE:
             return name, too_large(size)
         if number in self._unpacked:

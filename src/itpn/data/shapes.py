@@ -195,7 +195,7 @@ def write_shapes(
             Image.fromarray(scene.labels).save(ade_png)
             annotated.append((coco_jpg.name, scene.instances))
         _write_json(indices[split], _coco_index(annotated, size))
-    names.write_text("\n".join(GROUNDS + CLASSES) + "\n")
+    names.write_text("\n".join(GROUNDS + CLASSES) + "\n", encoding="utf-8")
     _write_json(marker, {**arguments, "complete": True})
     return folders
 
@@ -334,7 +334,7 @@ def _scene_paths(folders: ShapesFolders, split: str, index: int) -> tuple[Path, 
 def _read_json(path: Path) -> dict[str, Any]:
     """What the file says; nothing when it is missing or not ours."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,19 +1,24 @@
 """Images in tar shards, read from beginning to end as a disk or a network likes it."""
 
+import functools
 import itertools
 import os
 import random
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from lzma import LZMAError
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import is_hidden, is_image
+from itpn.data.files import is_hidden
+from itpn.data.members import Choice, Member, find_members, is_image_ending, split_name
 from itpn.data.readers import MAX_FILE, is_compressed, too_large
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
+from itpn.text import decode_text, readable
 
 Sample = tuple[str, bytes | UnreadableImage]  # a name, and what its file holds or why that cannot be had
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
@@ -48,65 +53,140 @@ class StrictTarInfo(tarfile.TarInfo):
         return super()._proc_member(tarfile_)  # type: ignore[misc]
 
 
-def read_shard(path: str | Path) -> Iterator[Sample]:
+def read_shard(path: str | Path, members: Sequence[str] = ()) -> Iterator[Sample]:
     """Yield ("shard/member", the file's bytes) of each image, in the order of the tar, plain or compressed.
 
-    A shard that breaks off ends with (shard, UnreadableImage) instead.
+    A shard that breaks off, or holds samples of which it is not certain what to read, ends with (shard,
+    UnreadableImage).
+
+    Args:
+        members: endings of the images to read, see :class:`itpn.data.members.Choice`.
     """
-    shard = Path(path).name
+    shard = readable(Path(path).name)
+    choice, errors = Choice(members), list[Exception]()
+    for member in choice.choose(_open_members(path, "r|*", _read_member, errors)):
+        yield f"{shard}/{readable(member.name)}", member.content
+    if errors:
+        yield readable(str(path)), UnreadableImage(_reason(errors[0]))
+    elif choice.problem:
+        yield readable(str(path)), UnreadableImage(choice.problem)
+
+
+def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | UnreadableImage:
+    if member.size > MAX_FILE:
+        return too_large(member.size)
+    file = tar.extractfile(member)
+    assert file is not None
+    return file.read()
+
+
+def _open_members(
+    path: str | Path, mode: Any, read: Callable[[tarfile.TarFile, tarfile.TarInfo], Any], errors: list[Exception]
+) -> Iterator[Member]:
+    """The images of a shard up to its end, or to what is damaged, which goes to ``errors``."""
     try:
-        with tarfile.open(path, "r|*", tarinfo=StrictTarInfo) as tar:
-            for member in _image_members(tar, path):
-                if member.size > MAX_FILE:
-                    yield f"{shard}/{member.name}", too_large(member.size)
-                    continue
-                file = tar.extractfile(member)
-                assert file is not None
-                yield f"{shard}/{member.name}", file.read()
+        with open_tar(path, mode) as tar:
+            yield from find_members(check_members(tar, path), functools.partial(read, tar))
     except TAR_ERRORS as error:
-        yield str(path), UnreadableImage(_reason(error))
+        errors.append(error)
 
 
-def count_shard_images(shards: Sequence[str | Path]) -> int:
-    """How many images the shards hold, from their headers; of a damaged shard, as many as can be reached."""
-    count = 0
+def open_tar(path: str | Path, mode: Any) -> tarfile.TarFile:
+    """A tar archive; names in it are UTF-8, whatever the locale is, and other bytes are kept as Python keeps them."""
+    return tarfile.open(path, mode, tarinfo=StrictTarInfo, encoding="utf-8", errors="surrogateescape")
+
+
+def survey_shards(shards: Sequence[str | Path], members: Sequence[str] = ()) -> tuple[Counter[str], Counter[str]]:
+    """Endings of the images that are read of some shards, and of those that are not, from the headers alone.
+
+    Of a damaged shard, as many as can be reached.
+    """
+    taken, left = Counter[str](), Counter[str]()
     for path in shards:
-        try:
-            with tarfile.open(path, "r:*", tarinfo=StrictTarInfo) as tar:
-                for _ in _image_members(tar, path):
-                    count += 1
-        except TAR_ERRORS:
+        choice = Choice(members)
+        for _ in choice.choose(_open_members(path, "r:*", lambda tar, member: None, [])):
             pass
-    return count
+        taken += choice.taken
+        left += choice.left
+    return taken, left
 
 
-def index_shard(path: str) -> list[tuple[str, int, int, str | None]]:
-    """Each image's name, its first byte in the unpacked archive, its size, and the text of its .cls if there is one.
+def count_shard_images(shards: Sequence[str | Path], members: Sequence[str] = ()) -> int:
+    """How many images are read of the shards, see :func:`survey_shards`."""
+    return survey_shards(shards, members)[0].total()
+
+
+def check_shards(shards: Sequence[str], members: Sequence[str] = ()) -> list[str]:
+    """What is left out of shards, as the headers of the first one show it, a line.
 
     Raises:
-        UserError: the shard is damaged.
+        UserError: it is not certain which of its images are meant, or ``members`` names none.
+    """
+    choice, errors = Choice(members), list[Exception]()
+    for _ in choice.choose(_open_members(shards[0], "r:*", lambda tar, member: None, errors)):
+        pass
+    if choice.problem:
+        raise UserError(f"shard {shards[0]} {choice.problem}")
+    note = choice.describe()
+    return [f"{shards[0]}: {note}"] if note else []
+
+
+class Place(NamedTuple):
+    """Where an image is in a shard: its first byte in the unpacked archive, its size, the text of its .cls or None."""
+
+    name: str
+    start: int
+    size: int
+    label: str | None
+
+
+def index_shard(path: str, members: Sequence[str] = (), left: Counter[str] | None = None) -> list[Place]:
+    """The images of a shard, with their labels.
+
+    Args:
+        members: endings of the images, see :class:`itpn.data.members.Choice`.
+        left: counts those of the images that are left out.
+
+    Raises:
+        UserError: the shard is damaged, it is not certain which images are meant, or a label is not text in UTF-8.
     """
     labels: dict[str, str] = {}
-    images: dict[str, tuple[int, int]] = {}
+    images: dict[str, Member] = {}
     try:
-        with tarfile.open(path, "r:gz" if is_compressed(path) else "r:", tarinfo=StrictTarInfo) as tar:
-            for member in _members(tar, path):
-                stem, _, ending = member.name.rpartition(".")
+        with open_tar(path, "r:gz" if is_compressed(path) else "r:") as tar:
+            for member in check_members(tar, path):
+                key, ending = split_name(member.name)
                 if not member.isfile() or is_hidden(member.name):
                     continue
-                if ending == "cls":
+                if ending.rpartition(".")[2] == "cls":
                     file = tar.extractfile(member)
                     assert file is not None
-                    labels[stem] = file.read(1000).decode(errors="replace").strip()
-                elif is_image(member.name):
-                    images[member.name] = member.offset_data, member.size
+                    text = decode_text(file.read(1000), f"{member.name} in {path}").strip()
+                    labels[key if ending == "cls" else member.name[: -len(".cls")]] = text
+                elif is_image_ending(ending):
+                    images[member.name] = Member(member.name, key, ending, (member.offset_data, member.size))
     except TAR_ERRORS as error:
         raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
-    return [(name, start, size, labels.get(name.rpartition(".")[0])) for name, (start, size) in images.items()]
+    choice = Choice(members)
+    chosen = list(choice.choose(iter(images.values())))
+    if choice.problem:
+        raise UserError(f"shard {path} {choice.problem}")
+    if left is not None:
+        left += choice.left
+    return [
+        Place(one.name, start, size, labels.get(one.key, labels.get(one.name.rpartition(".")[0])))
+        for one, (start, size) in ((one, one.content) for one in chosen)
+    ]
 
 
 def shard_samples(
-    shards: Sequence[str], seed: int, epoch: int, stream: int, streams: int, shuffle_buffer: int = 1000
+    shards: Sequence[str],
+    seed: int,
+    epoch: int,
+    stream: int,
+    streams: int,
+    shuffle_buffer: int = 1000,
+    members: Sequence[str] = (),
 ) -> Iterator[Sample]:
     """One pass over the part of the shards that belongs to one of several streams, in an order of its own.
 
@@ -118,15 +198,15 @@ def shard_samples(
     random.Random(derive_seed(seed, epoch, "shards")).shuffle(order)
     samples: Iterator[Sample]
     if len(order) >= streams:
-        samples = itertools.chain.from_iterable(read_shard(path) for path in order[stream::streams])
+        samples = itertools.chain.from_iterable(read_shard(path, members) for path in order[stream::streams])
     else:
         turn, first = divmod(stream, len(order))
-        samples = _every_nth(read_shard(order[first]), turn, len(range(first, streams, len(order))))
+        samples = _every_nth(read_shard(order[first], members), turn, len(range(first, streams, len(order))))
     rng = random.Random(derive_seed(seed, epoch, "stream", stream, streams))
     return _shuffle(samples, max(1, shuffle_buffer), rng)
 
 
-def _members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
+def check_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
     """Members in turn, checked before their content is read or passed over.
 
     Raises:
@@ -140,12 +220,6 @@ def _members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo
         if member.size < 0 or member.offset_data + member.size > most:
             raise tarfile.ReadError(f"it unpacks to more than {MAX_RATIO} times its size, as no images do")
         yield member
-
-
-def _image_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
-    for member in _members(tar, path):
-        if member.isfile() and is_image(member.name) and not is_hidden(member.name):
-            yield member
 
 
 def _every_nth(samples: Iterator[Sample], first: int, step: int) -> Iterator[Sample]:

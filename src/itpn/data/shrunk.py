@@ -7,6 +7,7 @@ import os
 import random
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
@@ -23,8 +24,8 @@ from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
 from itpn.data.readers import is_compressed
 from itpn.data.shards import index_shard
 from itpn.errors import UserError
-from itpn.reading import read_text
 from itpn.seeding import derive_seed
+from itpn.text import one_line, read_text, readable
 from itpn.writing import open_whole, write_whole
 
 LONGEST_JPEG = 65535
@@ -63,8 +64,11 @@ def write_index(folder: Path, index: ShrinkIndex) -> None:
     write_whole(folder / SHRINK_INDEX, (json.dumps(asdict(index), indent=2, sort_keys=True) + "\n").encode())
 
 
-def list_originals(source: ImageSource) -> list[Original]:
+def list_originals(source: ImageSource, left: Counter[str] | None = None) -> list[Original]:
     """The images of a source in the order in which they are written: files shuffled, those of shards as they are.
+
+    Args:
+        left: counts the images of shards that are left out, by ending.
 
     Raises:
         UserError: a shard is damaged.
@@ -73,13 +77,14 @@ def list_originals(source: ImageSource) -> list[Original]:
     originals = []
     for path in source.images:
         inner = _below_roots(path, source.roots)
-        folder = inner.partition("/")[0] if "/" in inner else None
-        originals.append(Original(_make_key(os.path.splitext(inner)[0], taken), path, path, label=folder))
+        folder = one_line(inner.partition("/")[0]) if "/" in inner else None
+        key = _make_key(os.path.splitext(inner)[0], taken)
+        originals.append(Original(key, readable(path), path, label=folder))
     for path in source.shards:
         shard = re.sub(r"\.(tar|tar\.gz|tgz)$", "", _below_roots(path, source.roots), flags=re.IGNORECASE)
-        for name, start, size, label in index_shard(path):
+        for name, start, size, label in index_shard(path, source.members, left):
             inner = f"{shard}/{os.path.normpath('/' + os.path.splitext(name)[0]).strip('/')}"
-            called = f"{os.path.basename(path)}/{name}"
+            called = readable(f"{os.path.basename(path)}/{name}")
             originals.append(Original(_make_key(inner, taken), called, path, start, size, label))
     if source.images:
         # neighbours in a folder are alike, and a shard is read from beginning to end
@@ -166,7 +171,9 @@ def write_shard(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
     """Write members (name, content) as a tar that depends on them alone; it appears only whole."""
     with (
         open_whole(path) as file,
-        tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8") as tar,
+        tarfile.open(
+            fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
+        ) as tar,
     ):
         for name, content in members:
             member = tarfile.TarInfo(name)

@@ -19,7 +19,7 @@ from itpn.data.folders import check_settings
 from itpn.data.loader import SkippedImages
 from itpn.engine.console import print_aside
 from itpn.engine.launch import choose_precision
-from itpn.engine.pretraining import make_frozen_teacher, make_loader
+from itpn.engine.pretraining import make_frozen_teacher, make_loader, tell_what_is_left_out
 from itpn.errors import UserError
 from itpn.pretraining.teacher import FeatureTeacher
 
@@ -51,6 +51,7 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
         raise UserError("only features of an outside teacher can be cached: give --teacher.name, a model of timm")
     if views < 1:
         raise UserError(f"--views must be at least 1, not {views}")
+    tell_what_is_left_out(source)
     teacher = make_frozen_teacher(config)
     assert teacher is not None
     # one image a batch, so that none is left over at an epoch's end; of tar shards, one worker reads all
@@ -70,6 +71,7 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
         shard_size=SHARD_SIZE,
         settings={
             **settings,
+            **({"members": list(source.members)} if source.members else {}),
             "seed": config.seed,
             "half": half,
             "files": hashlib.sha256(os.fsencode(names)).hexdigest(),

@@ -39,18 +39,19 @@ Sets = tuple[LabelledImages, LabelledImages | None]
 def find_sets(config: ClassificationConfig) -> Sets:
     """The images to train on, as many as ``label_share`` says, and those to evaluate on."""
     data = config.data
-    train, val = find_labelled(data.root, data.val_root, data.val_share, config.seed)
+    train, val = find_labelled(data.root, data.val_root, data.val_share, config.seed, data.members)
     if data.label_share < 1:
         train = train.take(draw_share(train, data.label_share, config.seed))
     return train, val
 
 
 def note_unevaluated(train: LabelledImages, val: LabelledImages | None) -> list[str]:
-    """What the accuracies will not say, in a sentence."""
+    """What was left out of the images, and what the accuracies will not say, a line each."""
+    notes = [*dict.fromkeys((*train.notes, *(() if val is None else val.notes)))]
     if val is None:
-        return ["there are no images to evaluate on: give --data.val-root or --data.val-share"]
+        return [*notes, "there are no images to evaluate on: give --data.val-root or --data.val-share"]
     lost = sorted({train.classes[label] for label in np.setdiff1d(train.labels, val.labels)})
-    return [f"there are no images of {join_names(lost)} to evaluate on"] if lost else []
+    return [*notes, f"there are no images of {join_names(lost)} to evaluate on"] if lost else notes
 
 
 def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | None = None, run: Run = fit) -> Path:

@@ -173,8 +173,8 @@ def write_detection_scores(
     """Write ``evaluation.json``, ``classes.csv`` and ``results.json``, the latter as COCO's test server takes it."""
     figures = {name: None if np.isnan(value) else value for name, value in scores.flat().items()}
     about = {**about, "images": scores.images, "objects": scores.objects}
-    (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n")
-    with (folder / "classes.csv").open("w", newline="") as file:
+    (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n", encoding="utf-8")
+    with (folder / "classes.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["class", *(f"{kind}_ap" for kind in scores.per_class)])
         for name, *own in zip(classes, *scores.per_class.values(), strict=True):
@@ -184,4 +184,4 @@ def write_detection_scores(
         for one in results
         if one["category_id"] >= 0  # of classes that the annotations do not have
     ]
-    (folder / "results.json").write_text(json.dumps(rounded))
+    (folder / "results.json").write_text(json.dumps(rounded), encoding="utf-8")

@@ -175,7 +175,7 @@ def settle(config: AnyConfig, steps: int, output_dir: Path) -> AnyConfig:
 
 
 def read_figure(plan: Plan, name: str) -> float:
-    figures = json.loads((plan.folder.path / "summary.json").read_text())["metrics"]
+    figures = json.loads((plan.folder.path / "summary.json").read_bytes())["metrics"]
     return float(figures[name])
 
 

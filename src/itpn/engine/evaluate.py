@@ -114,7 +114,7 @@ def evaluate(
             raise nothing_readable(unread)
         scores = score(answers, len(asked.classes))
         if fabric.is_global_zero:
-            tell_asides(notes, unread)
+            tell_asides([*asked.notes, *notes], unread)
             if "classes" not in found.metadata and not knn:
                 warn_of_other_order(scores)
             about = {"checkpoint": checkpoint, "recipe": recipe, "of": which, "images_skipped": len(unread)}
@@ -142,14 +142,16 @@ def find_images(
     if knn:
         known, asked = find_sets(config)
         if asked is None:
-            raise UserError("there are no images to evaluate on: give --data.val-root or --data.val-share")
+            roots = ", ".join(data.root)
+            raise UserError(f"there are no images to evaluate on in {roots}: give --data.val-root or --data.val-share")
         return known, asked, which
-    own = read_split(data.val_root, "val") if data.val_root else read_split(data.root, "val", optional=True)
+    where = data.val_root or data.root
+    own = read_split(where, "val", optional=data.val_root is None, members=data.members)
     if own is None:
-        own = read_split(data.root, "train")
+        own = read_split(data.root, "train", members=data.members)
         # a folder of classes alone: a test set, unless the network was trained on it
         if trained_here or "val_share" in given:
-            _, held_out = find_labelled(data.root, None, data.val_share, config.seed)
+            _, held_out = find_labelled(data.root, None, data.val_share, config.seed, data.members)
             if held_out is not None:
                 own, which = held_out, f"{data.val_share:.0%} held out {which}"
     names = found.metadata.get("classes")

@@ -40,6 +40,7 @@ from itpn.engine.launch import (
 )
 from itpn.errors import RunStopped, UserError
 from itpn.tasks.training import TrainingTask
+from itpn.text import one_line, readable
 from itpn.writing import write_whole
 
 
@@ -100,12 +101,12 @@ def fit(
     try:
         resume, step = folder.newest_checkpoint(launch.main)
         if resume is not None:
-            console.print(f"going on from {resume}, step {step}", highlight=False)
+            console.print(f"going on from {resume}, step {step}", markup=False, highlight=False)
         elif folder.restarted:
             line = f"the run in {folder.path} was stopped before its first checkpoint: starting at step 0"
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         for note in notes:
-            console.print(note, markup=False, highlight=False, soft_wrap=True)
+            console.print(one_line(note), markup=False, highlight=False, soft_wrap=True)
         job = make()
         train_job(config, recipe, launch, console, folder, job)
         return folder.path
@@ -300,7 +301,7 @@ def make_table(title: str, rows: dict[str, str]) -> Table:
     table.add_column()
     table.add_column(overflow="fold")  # a path must be readable whole
     for name, value in rows.items():
-        table.add_row(name, Text(value))  # never markup: a class may be called anything
+        table.add_row(name, Text(readable(value)))  # never markup: a class may be called anything
     return table
 
 
@@ -367,6 +368,7 @@ def finish(
         console.print(
             f"{folder.path} is complete at step {trainer.global_step}; raise --trainer.max-epochs or max-steps "
             "to go on, or choose another --name" + ("; writing the weights and summary it lacked" if missing else ""),
+            markup=False,
             highlight=False,
         )
         if not missing:

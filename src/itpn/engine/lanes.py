@@ -105,7 +105,11 @@ def _train_what_comes(pipe: Connection) -> None:
             plan, log = pipe.recv()
             began = time.perf_counter()
             try:
-                with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+                with (
+                    log.open("a", encoding="utf-8") as file,
+                    contextlib.redirect_stdout(file),
+                    contextlib.redirect_stderr(file),
+                ):
                     train(plan.config, plan.recipe)
             except RunStopped:
                 raise
@@ -128,6 +132,6 @@ def _receive(lane: Connection, log: Path) -> float:
 def _last_step(metrics: Path) -> int:
     """The step of the last row of a run's figures; 0 where there is none yet."""
     try:
-        return int(metrics.read_text().splitlines()[-1].partition(",")[0])
+        return int(metrics.read_text(encoding="utf-8").splitlines()[-1].partition(",")[0])
     except (OSError, ValueError, IndexError):
         return 0

@@ -145,7 +145,8 @@ def read_whole_images(
     """
     crop = crop or functools.partial(center_crop, img_size=img_size)
     files = FileReader(source.images)
-    samples = itertools.chain((files[number] for number in range(len(files))), *map(read_shard, source.shards))
+    shards = (read_shard(shard, source.members) for shard in source.shards)
+    samples = itertools.chain((files[number] for number in range(len(files))), *shards)
     for name, data in samples:
         try:
             yield name, crop(decode_sample(data, max_pixels))

@@ -21,7 +21,9 @@ from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import Config, DataConfig, SegmentationConfig, image_size
 from itpn.data.augment import EvaluationTransform
 from itpn.data.files import ImageSource
+from itpn.data.folders import name_output
 from itpn.data.normalize import Normalize
+from itpn.data.shards import check_shards
 from itpn.engine.coco import to_results
 from itpn.engine.console import print_aside
 from itpn.engine.evaluate_pixels import take_over
@@ -43,6 +45,7 @@ from itpn.models.segmenter import Segmenter
 from itpn.pretraining.model import MaskedImageModel
 from itpn.tasks.detection import detect
 from itpn.tasks.pretrain import PretrainingTask
+from itpn.text import as_file_name, one_line
 from itpn.writing import write_whole
 
 PER_PICTURE = 16
@@ -72,6 +75,8 @@ def predict(
     """
     found = read_checkpoint(checkpoint)
     check_sound(found)
+    for note in [*source.notes, *(check_shards(source.shards) if source.shards else ())]:
+        print_aside(note)
     model, notes = load_found(found)
     for note in notes:
         print_aside(note)
@@ -167,13 +172,13 @@ def read_images(
         empty = False
         yield named
     if empty:
-        raise UserError("none of the images can be read")
+        raise UserError(f"none of the images in {', '.join(source.roots)} can be read")
 
 
 def save_picture(picture: Image.Image, out: Path, number: int) -> None:
     path = out / f"prediction-{number:04d}.png"
     picture.save(path)
-    Console().print(str(path), highlight=False, soft_wrap=True)
+    Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()
@@ -191,7 +196,7 @@ def predict_classes(
     table = Table("image", "class", "probability", "then", box=None, pad_edge=False, header_style="bold")
     path = out / "predictions.csv"
     answers: list[dict[str, Any]] = []
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "rank", "class", "probability"])
         for number, (names, images) in enumerate(batches):
@@ -208,10 +213,10 @@ def predict_classes(
                     f"{label} {value:.0%}" for label, value in zip(labels[1:3], values[1:3], strict=True)
                 )
                 if table.row_count < ROWS:
-                    table.add_row(*map(Text, (Path(name).name, labels[0], f"{values[0]:.1%}", others)))
+                    table.add_row(*map(Text, (one_line(Path(name).name), labels[0], f"{values[0]:.1%}", others)))
                 titles.append(f"{values[0]:.0%} {labels[0]}")  # a long name is cut at its end
             save_picture(draw_titles(images, titles), out, number)
-    path.with_suffix(".json").write_text(json.dumps(answers, indent=1) + "\n")
+    path.with_suffix(".json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
     print_answers(table, len(answers), f"{path}\n{path.with_suffix('.json')}")
 
 
@@ -235,12 +240,13 @@ def predict_objects(
             one = {"class": classes[result["category_id"]], "score": result["score"], "box": box}
             objects.append(one | ({"mask": result["segmentation"]} if "segmentation" in result else {}))
         answers.append({"image": name, "size": list(image.shape[-2:]), "objects": objects})
-        draw_objects(image, found, classes, min_score).save(out / f"{number:04d}-{Path(name).stem}.png")
+        picture = draw_objects(image, found, classes, min_score)
+        picture.save(out / as_file_name(name_output(out, number, name, ".png")))
         if table.row_count < ROWS:
             some = ", ".join(f"{one['class']} {one['score']:.0%}" for one in objects[:4])
-            table.add_row(*map(Text, (Path(name).name, str(len(objects)), some)))
-    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n")
-    with (out / "predictions.csv").open("w", newline="") as file:
+            table.add_row(*map(Text, (one_line(Path(name).name), str(len(objects)), some)))
+    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+    with (out / "predictions.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "class", "score", "x0", "y0", "x1", "y1"])
         for answer in answers:
@@ -264,18 +270,18 @@ def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[s
     table = Table("image", "classes, the largest first", box=None, pad_edge=False, header_style="bold")
     for number, (name, image) in enumerate(images):
         labels = segment(model, normalize, image)
-        stem = f"{number:04d}-{Path(name).stem}"
-        draw_labels(image, labels, names, colours).save(out / f"{stem}.png")
-        save_labels(labels, len(names), colours, out / f"{stem}-labels.png")
+        drawn, mask = (name_output(out, number, name, ending) for ending in (".png", "-labels.png"))
+        draw_labels(image, labels, names, colours).save(out / as_file_name(drawn))
+        save_labels(labels, len(names), colours, out / as_file_name(mask))
         shares = (labels.flatten().bincount(minlength=len(names)) / labels.numel()).tolist()
         order = sorted(range(len(names)), key=lambda row: -shares[row])
         own = {names[row]: shares[row] for row in order if shares[row]}
-        answers.append({"image": name, "size": list(image.shape[-2:]), "labels": f"{stem}-labels.png", "shares": own})
+        answers.append({"image": name, "size": list(image.shape[-2:]), "labels": mask, "shares": own})
         if table.row_count < ROWS:
             some = ", ".join(f"{one} {share:.0%}" for one, share in list(own.items())[:5])
-            table.add_row(*map(Text, (Path(name).name, some)))
-    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n")
-    with (out / "predictions.csv").open("w", newline="") as file:
+            table.add_row(*map(Text, (one_line(Path(name).name), some)))
+    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+    with (out / "predictions.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "labels", *names])
         for answer in answers:
@@ -289,7 +295,7 @@ def print_answers(table: Table, count: int, files: str) -> None:
     Console().print(table, highlight=False)
     if count > ROWS:
         Console().print(f"and {count - ROWS} more images in the files", highlight=False)
-    Console().print(files, highlight=False, soft_wrap=True)
+    Console().print(files, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_features(
@@ -312,13 +318,14 @@ def write_features(
             with path.with_name(f"{path.name}.tmp").open("wb") as file:
                 np.save(file, columns["features"].numpy())
             Path(file.name).replace(path)
-            path.with_name(f"{path.name}.txt").write_text("".join(f"{name}\n" for name in names))
+            lines = "".join(f"{one_line(name)}\n" for name in names)
+            path.with_name(f"{path.name}.txt").write_text(lines, encoding="utf-8")
         else:
             write_whole(path, save(columns, {"images": json.dumps(names)}))
     except OSError as error:
         raise UserError(f"--features {path} cannot be written: {error.strerror}") from error
     shapes = ", ".join(f"{name} {list(column.shape)}" for name, column in columns.items())
-    Console().print(f"{path}: {shapes}", highlight=False, soft_wrap=True)
+    Console().print(f"{path}: {shapes}", markup=False, highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()

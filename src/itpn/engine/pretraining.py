@@ -18,7 +18,9 @@ from itpn.data.evaluation import make_evaluation_loader, view_labelled
 from itpn.data.files import ImageSource, find_training_images
 from itpn.data.labelled import LabelledImages, draw_share, find_labelled
 from itpn.data.loader import TrainingLoader, stack
+from itpn.data.shards import check_shards
 from itpn.engine.callbacks import Pictures, Watcher
+from itpn.engine.console import print_aside
 from itpn.engine.fitting import Job, Run, describe_size, fit, make_training_loader
 from itpn.engine.launch import choose_devices, read_launch
 from itpn.engine.pictures import draw_predictions, read_whole_images
@@ -38,7 +40,8 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None, run
         source: the images, where they have been looked for already.
         run: what to do, instead of training.
     """
-    images = source or find_training_images(config.data.root)
+    images = source or find_training_images(config.data.root, config.data.members)
+    tell_what_is_left_out(images)
     if config.data.decode == "gpu" and (images.cache or not choose_devices(config.trainer, read_launch()).cuda):
         what = "is not for cached features" if images.cache else "needs a GPU, and none is used here"
         raise UserError(f"--data.decode gpu {what}: leave it out")
@@ -97,6 +100,16 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None, run
         )
 
     return run(config, recipe, load, make)
+
+
+def tell_what_is_left_out(source: ImageSource) -> None:
+    """Say once which images, of those that were looked for, are not read."""
+    notes = list(source.notes)
+    if source.shards:
+        notes += check_shards(source.shards, source.members)
+    if read_launch().main:
+        for note in notes:
+            print_aside(note)
 
 
 def find_probe_sets(config: Config) -> tuple[LabelledImages, LabelledImages] | None:

@@ -235,9 +235,9 @@ def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: 
     figures = {name: getattr(scores, name) for name in ("images", "top1", "top5", "loss", "calibration_error")}
     if not math.isfinite(scores.loss):  # of neighbours, none of whom has the class
         figures["loss"] = None
-    (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n")
+    (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n", encoding="utf-8")
     counts = scores.confusion.sum(dim=1).tolist()
-    with (folder / "classes.csv").open("w", newline="") as file:
+    with (folder / "classes.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "images", "top1"])
         for name, count, accuracy in zip(classes, counts, scores.per_class.tolist(), strict=True):
@@ -247,7 +247,7 @@ def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: 
 
 def write_confusion(confusion: Tensor, classes: tuple[str, ...], folder: Path, unit: str = "images") -> None:
     """Write ``confusion.csv`` and ``confusion.png``."""
-    with (folder / "confusion.csv").open("w", newline="") as file:
+    with (folder / "confusion.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["class \\ answer", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))

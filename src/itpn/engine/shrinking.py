@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -15,10 +16,11 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import CACHE_INDEX, SHRINK_INDEX, ImageSource, walk
+from itpn.data.files import CACHE_INDEX, CLASSES, SHRINK_INDEX, ImageSource, walk
 from itpn.data.folders import check_settings
-from itpn.data.labelled import CLASSES, read_class_names
+from itpn.data.labelled import read_class_names
 from itpn.data.loader import SkippedImages, start_worker
+from itpn.data.members import list_endings
 from itpn.data.shrunk import (
     Original,
     ShrinkIndex,
@@ -51,7 +53,12 @@ def shrink(
         RunStopped: by a signal.
     """
     console = Console()
-    originals = {split: _list_some(source) for split, source in splits.items()}
+    left: Counter[str] = Counter()
+    originals = {split: _list_some(source, left) for split, source in splits.items()}
+    for note in [note for source in splits.values() for note in source.notes]:
+        print_aside(note)
+    if left:
+        print_aside(f"not written of the shards: {list_endings(left)}; a sample's plain image is taken")
     classes = _label(splits, originals)
     shards = {
         os.path.join(split, f"images-{begin // shard_size:05d}.tar"): found[begin : begin + shard_size]
@@ -62,7 +69,7 @@ def shrink(
     try:
         with _open_folder(out, settings) as index:
             if classes is not None:
-                write_whole(out / CLASSES, os.fsencode("".join(f"{name}\n" for name in classes)))
+                write_whole(out / CLASSES, "".join(f"{name}\n" for name in classes).encode())
             try:
                 with stopped_by_signals():
                     _write_shards(out, index, shards, num_workers, console)
@@ -86,15 +93,16 @@ def shrink(
     console.print(
         f"{images:,} images{f' ({broken:,} broken ones left out)' if broken else ''}, {decimal(before)} before, "
         f"{decimal(size)} after; train from them with --data.root {out}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )
 
 
-def _list_some(source: ImageSource) -> list[Original]:
+def _list_some(source: ImageSource, left: Counter[str]) -> list[Original]:
     if source.cache:
         raise UserError(f"{source.cache} holds cached features: give the images that they were made of")
-    if not (originals := list_originals(source)):
+    if not (originals := list_originals(source, left)):
         raise UserError(f"no images in the shards ({source.shards[0]} ...)")
     return originals
 

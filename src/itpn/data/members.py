@@ -1,0 +1,131 @@
+"""Members of tar shards: which of them are images, and which belong to one sample."""
+
+import itertools
+import os
+import tarfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from itpn.data.files import IMAGE_SUFFIXES, is_hidden
+from itpn.errors import UserError
+
+ALL = "all"
+MOST_OF_A_SAMPLE = 64  # images
+REMEDY = "--data.members of `itpn train` says which to read, `all` for every one"
+# between the key and the suffix: what describes an image, and is none to train on
+SECONDARY = {
+    *("seg", "segmentation", "semantic", "instance", "panoptic", "mask", "masks", "label", "labels", "labelids"),
+    *("depth", "disparity", "normal", "normals", "flow", "edge", "edges", "alpha", "matte", "saliency", "heatmap"),
+    *("annotation", "gt", "target", "thumb", "thumbnail", "preview"),
+}
+
+
+class Member(NamedTuple):
+    """An image in a shard.
+
+    Attributes:
+        key: of its sample.
+        ending: what follows, without the dot and in lower case: ``jpg``, ``seg.png``.
+        content: what the caller's function made of it.
+    """
+
+    name: str
+    key: str
+    ending: str
+    content: Any
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Key and ending of a member, as WebDataset has them: divided at the first dot after the last slash."""
+    folder, slash, base = name.rpartition("/")
+    key, _, ending = base.partition(".")
+    return folder + slash + key, ending.lower()
+
+
+def is_image_ending(ending: str) -> bool:
+    return f".{ending}".endswith(IMAGE_SUFFIXES)
+
+
+def check_members(endings: Sequence[str]) -> None:
+    """Refuse endings that no image has."""
+    for ending in endings:
+        if ending != ALL and not is_image_ending(ending.lower().lstrip(".")):
+            raise UserError(
+                f"--data.members {ending} is no ending of an image: give `jpg`, `rgb.png` or the like, or all"
+            )
+
+
+class Choice:
+    """Chooses the images of a shard, one after the other.
+
+    An image is plain if its ending is its suffix alone (``x.jpg``). Of each sample the plain images are taken, or else
+    its one other image (``x.rgb.png``), :data:`SECONDARY` ones not counted.
+
+    Args:
+        endings: of the members to take instead; :data:`ALL` for every image.
+
+    Attributes:
+        taken, left: count the endings of the images that are taken, and of those that are not.
+        problem: why some sample is not certain, or all of them; empty where there is none.
+    """
+
+    def __init__(self, endings: Sequence[str] = ()) -> None:
+        self.taken: Counter[str] = Counter()
+        self.left: Counter[str] = Counter()
+        self.problem = ""
+        self._endings = {ending.lower().lstrip(".") for ending in endings}
+
+    def choose(self, images: Iterable[Member]) -> Iterator[Member]:
+        """Those of a shard's images that are to be read; none of a sample that is not certain, see ``problem``."""
+        for _, sample in itertools.groupby(images, key=lambda image: image.name if self._endings else image.key):
+            members = iter(sample)
+            # of one name with thousands of endings, not all are held in memory
+            some = list(itertools.islice(members, MOST_OF_A_SAMPLE))
+            self.left.update(image.ending for image in members)
+            wanted = self._choose_of(some)
+            self.taken.update(image.ending for image in wanted)
+            self.left.update(image.ending for image in some if image not in wanted)
+            yield from wanted
+        if self.left and not self.taken and not self.problem:
+            what = f"no images that end in {' or '.join(self._endings)}" if self._endings else "no plain images"
+            self.problem = f"holds {what}, but {list_endings(self.left)}: {REMEDY}"
+
+    def _choose_of(self, sample: Sequence[Member]) -> Sequence[Member]:
+        if ALL in self._endings:
+            return sample
+        if self._endings:
+            return [image for image in sample if image.ending in self._endings]
+        if plain := [image for image in sample if "." not in image.ending]:
+            return plain
+        first = [image for image in sample if not SECONDARY & set(image.ending.split(".")[:-1])]
+        if len(first) > 1:
+            names = ", ".join(os.path.basename(image.name) for image in first[:3])
+            more = ", ..." if len(first) > 3 else ""
+            self.problem = self.problem or f"holds several images of one sample ({names}{more}): {REMEDY}"
+            return []
+        return first
+
+    def describe(self) -> str:
+        """What is read and what is not, where that may be meant otherwise; empty else."""
+        if not self._endings and (others := Counter({e: n for e, n in self.taken.items() if "." in e})):
+            read = f"read, for want of plain images, are {list_endings(others)}"
+        else:
+            read = ""
+        left = f"not read are {list_endings(self.left)}" if self.left else ""
+        both = "; ".join(part for part in (read, left) if part)
+        return f"{both} (see --data.members)" if both else ""
+
+
+def find_members(members: Iterable[tarfile.TarInfo], read: Callable[[tarfile.TarInfo], Any]) -> Iterator[Member]:
+    """All images among an archive's members, each with what ``read`` makes of it; hidden ones are passed over."""
+    for member in members:
+        key, ending = split_name(member.name)
+        if member.isfile() and is_image_ending(ending) and not is_hidden(member.name):
+            yield Member(member.name, key, ending, read(member))
+
+
+def list_endings(endings: Counter[str]) -> str:
+    """The commonest endings and how many there are of each."""
+    some = ", ".join(f"{count:,} .{ending}" for ending, count in endings.most_common(4))
+    return some + (f" and {len(endings) - 4} others" if len(endings) > 4 else "")
