@@ -17,9 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 from faster_coco_eval.core import mask as rle
-from PIL import Image
 
-from itpn.data.decode import reason_of
+from itpn.data.decode import read_size, reason_of
 from itpn.data.files import SPLITS, is_image, walk
 from itpn.errors import UserError
 
@@ -269,14 +268,6 @@ def _images_below(folder: Path, mistakes: Mistakes, stems: set[str] | None = Non
             mistakes.add("images that cannot be read", f"{name}: {reason_of(error)}")
             continue
         yield Path(name), size
-
-
-def read_size(path: str) -> Size:
-    """Height and width of an image as it is shown, from its header; whatever Pillow raises if it is none."""
-    with Image.open(path) as image:
-        width, height = image.size
-        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (width, height) if sideways else (height, width)
 
 
 def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mistakes: Mistakes) -> None:
