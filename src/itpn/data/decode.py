@@ -191,7 +191,7 @@ def _find_codec(process: int) -> tuple[Any, Any]:
         return None, None
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """Decode an image file the way a person sees it.
 
     Its orientation is applied, ink (CMYK) and palette become RGB, more than 8 bits are scaled to 8 (see

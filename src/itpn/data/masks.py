@@ -155,7 +155,7 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour
             raise UnreadableImage(f"a picture of mode {image.mode}, not of labels")
         if image.mode == "P" and colours:
             palette = image.getpalette("RGB") or []
-            used = [tuple(palette[3 * n : 3 * n + 3]) for _, n in image.getcolors() or ()]
+            used = [tuple(palette[3 * n : 3 * n + 3]) for n, count in enumerate(image.histogram()) if count]
             if all(colour in colours for colour in used):
                 image = image.convert("RGB")
         values = np.asarray(image)  # of a palette, the numbers

@@ -30,7 +30,7 @@ def scale_values(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Ima
     nodata = _read_nodata(tags.get(NODATA))
     bits = (tags.get(258) or (16,))[0]
     if image.mode.startswith("I;16") or not tags:  # older Pillow opens 16-bit PNG as 32-bit integers
-        valid = np.True_ if nodata is None else values != nodata
+        valid = np.full(values.shape, True) if nodata is None else values != nodata
         pixels, remark = _scale_unsigned(values, valid, 12 if bits == 12 else 16)
     else:
         if image.mode == "I" and bits == 32 and (tags.get(339) or (1,))[0] == 1:
@@ -73,7 +73,7 @@ def _read_nodata(tag: Any) -> float | None:
 
 def _scale_unsigned(values: np.ndarray, valid: np.ndarray, bits: int) -> tuple[np.ndarray, str | None]:
     pixels = (values >> (bits - 8)).astype(np.uint8)
-    used = values if valid is np.True_ else values[valid]
+    used = values[valid]
     if not used.size:
         return pixels, None
     return pixels, _remark_on_range(int(used.min()), int(used.max()), bits)

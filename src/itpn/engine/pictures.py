@@ -16,9 +16,10 @@ from torchvision.transforms.v2.functional import resize
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 from itpn.data.augment import center_crop
-from itpn.data.decode import UnreadableImage, decode_image, decode_sample
+from itpn.data.decode import UnreadableImage, open_sample
 from itpn.data.files import ImageSource
 from itpn.data.shards import read_shard
+from itpn.engine.console import tell_remarks
 from itpn.tasks.pretrain import PretrainingTask
 
 HEADER, PADDING = 20, 4  # pixels
@@ -137,20 +138,30 @@ def read_whole_images(
 ) -> Iterator[tuple[str, Tensor]]:
     """Decode images one after the other, cropped to the centre: name and uint8 [3, height, width].
 
+    Remarks on the values of images are told.
+
     Args:
         crop: makes images of that size; None for the largest centre crop.
         skipped: told "name: reason" of an unreadable one.
     """
     crop = crop or functools.partial(center_crop, img_size=img_size)
+
+    def decode(name: str, data: bytes | UnreadableImage) -> Tensor:
+        image = open_sample(data, max_pixels)
+        pixels = image.decode()
+        if image.remark:
+            tell_remarks([(name, image.remark)])
+        return pixels
+
     for name in source.images:
         try:
-            yield name, crop(decode_image(Path(name).read_bytes(), max_pixels))
+            yield name, crop(decode(name, Path(name).read_bytes()))
         except (UnreadableImage, OSError) as error:
             skipped(f"{name}: {error}")
     for shard in source.shards:
         for name, data in read_shard(shard):
             try:
-                yield name, crop(decode_sample(data, max_pixels))
+                yield name, crop(decode(name, data))
             except UnreadableImage as error:
                 skipped(f"{name}: {error}")
 
