@@ -39,7 +39,8 @@ def read_orientation(image: Image.Image, file: IO[bytes]) -> int:
     """
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
-        value, xmps = tags.get(ORIENTATION), [tags.get(XMP)]
+        value, packet = tags.get(ORIENTATION), tags.get(XMP)
+        xmps = packet if isinstance(packet, tuple) else [packet]
     else:
         exifs, xmps = _find_metadata(image, file)
         value = next((found for exif in exifs if (found := _read_exif(exif)) is not None), None)
