@@ -160,6 +160,7 @@ def test_images_of_one_value_and_of_8_bits_need_no_remark():
         deep_png(np.zeros((8, 8), np.uint16)),
         deep_png(np.full((8, 8), 65535, np.uint16)),
         tiff(np.full((8, 8), 0.5, np.float32)),
+        tiff(np.full((8, 8), 5, np.float32)),
         encode(Image.new("L", (8, 8), 3), "PNG"),
         encode(quarters().point(lambda value: value // 32), "PNG"),
         encode(quarters(), "JPEG"),
@@ -220,6 +221,28 @@ def test_only_a_declared_alpha_is_transparent():
         assert image.unique().tolist() == [want], extra
         image = decode_image(tiff(values.astype(np.uint16) << 8, extra=extra))
         assert image.unique().tolist() == [want], extra
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+def test_grey_with_alpha(extra):
+    values = np.zeros((4, 4, 2), np.uint8)
+    values[..., 1] = 51  # a fifth of black over white
+    image = decode_image(tiff(values, extra=(extra,)))
+    assert abs(int(image.unique()) - 204) <= 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros((4, 4), np.float64),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 13), np.uint16),
+        np.zeros((4, 4, 5), np.uint8),
+    ],
+)
+def test_tiffs_that_cannot_be_read_say_so(values):
+    with pytest.raises(UnreadableImage, match="TIFF of bands, a depth or a compression that cannot be read"):
+        decode_image(tiff(values))
 
 
 def test_cmyk_jpegs_with_and_without_adobes_marker():

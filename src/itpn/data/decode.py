@@ -21,6 +21,7 @@ from itpn.data.values import remark_on_high_bytes, scale_values
 
 # The first that fits wins. A closed list, because among Pillow's other formats some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less than most bombs
 
 
@@ -53,7 +54,13 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
         UnreadableImage: not an image, of a kind that comes out wrong, or of more than ``max_pixels``.
     """
     with reading():
-        image = Image.open(file, formats=FORMATS)
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            file.seek(0)
+            if file.read(4) not in TIFF_HEADERS:
+                raise
+            raise UnreadableImage("TIFF of bands, a depth or a compression that cannot be read") from None
         orientation = read_orientation(image, file)
         width, height = image.size
         if image.format == "TIFF":
@@ -249,7 +256,7 @@ def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
     if image.mode == "CMYK" and stored.format == "JPEG" and "adobe" not in stored.info:
         image = ImageChops.invert(image)  # Pillow takes every one for Adobe's, who store it inverted
     elif image.has_transparency_data and not (tags and 338 not in tags):  # a fourth band need not be alpha
-        image = image.convert("RGBA")
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB"), remark
 

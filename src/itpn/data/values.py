@@ -99,7 +99,7 @@ def _scale_unknown(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, s
     low, high = float(values[valid].min()), float(values[valid].max())
     if is_float and low >= 0 and high <= 2:
         offset, scale, taken = 0.0, 255 / max(high, 1), f"taken as 0 to {max(high, 1):.6g}"
-        expected = high <= 1 and (low == high or high - low >= SMALL_PART)
+        expected = high <= 1 and high - low >= SMALL_PART
     elif low >= 0 and high <= 255 and (not is_float or high - low >= SMALL_PART * 255):
         offset, scale, taken = 0.0, 1.0, "taken as 8 bits"
         expected = is_float
@@ -109,7 +109,7 @@ def _scale_unknown(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, s
     values = np.where(valid, values, low).astype(np.float32 if is_float else np.float64, copy=False)
     pixels = ((values - offset) * scale).round().clip(0, 255).astype(np.uint8)
     left_out = valid.size - int(valid.sum())
-    if expected and not left_out:
+    if (expected or low == high) and not left_out:
         return pixels, None
     without = f" ({left_out} NaN, infinite or nodata left out)" if left_out else ""
     return pixels, f"its values lie between {low:.6g} and {high:.6g}{without}: {taken}; {ADVICE}"
