@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 1 for a run that went wrong, 2 for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM.
     """
+    from itpn.engine.console import forget_remarks
+
+    forget_remarks()
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that a terminal cannot show ends no command
@@ -129,6 +132,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100 (default: %(default)s)")
     add.add_argument("--shard-size", type=int, default=512, metavar="N", help="images in each (default: %(default)s)")
     add.add_argument("--num-workers", type=int, metavar="N", help="processes that shrink (default: one for each core)")
+    _add_max_pixels(add, "left out (default: 2**27)")
 
     add = commands.add_parser(
         "evaluate",
@@ -146,6 +150,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--seed", type=int, default=0, help="which units are hidden (default: %(default)s)")
     add.add_argument("--min-score", type=float, default=0.5, help="of objects, above 0.05 (default: %(default)s)")
     add.add_argument("--features", metavar="FILE", help="write features to this .safetensors or .npy file instead")
+    _add_max_pixels(add, "skipped (default: the checkpoint's setting)")
 
     add = commands.add_parser("inspect", help="what a checkpoint is, and what it can be used for")
     add.add_argument("checkpoint", help="a file of itpn, timm, the authors or mmpretrain, or hf-hub:OWNER/NAME")
@@ -182,6 +187,18 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("demo", help="the whole story on generated images: pre-train, classify, detect, segment")
     add.add_argument("--output-dir", default="runs/demo", help="where everything goes (default: %(default)s)")
     return parser
+
+
+def _add_max_pixels(parser: argparse.ArgumentParser, what: str) -> None:
+    names = "--max-pixels", "--data.max-pixels"  # messages speak of the second, which training has
+    parser.add_argument(*names, type=int, metavar="N", help=f"images of more pixels are {what}")
+
+
+def _check_max_pixels(options: argparse.Namespace) -> int | None:
+    limit: int | None = options.max_pixels
+    if limit is not None and limit < 1:
+        raise UserError(f"--max-pixels must be at least 1, not {limit}")
+    return limit
 
 
 def _add_heads(parser: argparse.ArgumentParser) -> None:
@@ -304,6 +321,7 @@ def run_shrink(options: argparse.Namespace) -> int:
             raise UserError(f"{option} must be {f'between 1 and {most}' if most else 'at least 1'}, not {value}")
     if options.num_workers is not None and options.num_workers < 0:
         raise UserError(f"--num-workers must be at least 0, not {options.num_workers}")
+    max_pixels = _check_max_pixels(options)
     if not options.out or not all(options.images):
         raise UserError("a folder's name is empty: give the images as DIR and the folder for the shards as --out")
     out = Path(os.path.realpath(options.out))
@@ -312,9 +330,11 @@ def run_shrink(options: argparse.Namespace) -> int:
         if place == out or out in place.parents or place in out.parents:
             raise UserError(f"--out {options.out} and {root} overlap: choose an --out beside it")
     splits = find_splits(options.images)
+    from itpn.data.decode import MAX_PIXELS
     from itpn.engine.shrinking import shrink
 
-    shrink(splits, Path(options.out), options.short_side, options.quality, options.shard_size, options.num_workers)
+    sizes = options.short_side, options.quality, options.shard_size
+    shrink(splits, Path(options.out), *sizes, options.num_workers, max_pixels or MAX_PIXELS)
     return 0
 
 
@@ -486,7 +506,8 @@ def run_predict(options: argparse.Namespace) -> int:
         raise UserError(f"--features {features} must end in .safetensors or .npy")
     from itpn.engine.predict import predict
 
-    predict(options.checkpoint, source, Path(options.out), options.seed, features, options.min_score)
+    out = Path(options.out)
+    predict(options.checkpoint, source, out, options.seed, features, options.min_score, _check_max_pixels(options))
     return 0
 
 

@@ -4,17 +4,16 @@ import csv
 import io
 import multiprocessing
 import resource
-import struct
 import sys
 import threading
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
+from samples import BLUE, GREEN, HEIGHT, RED, WIDTH, YELLOW, assert_quarters, encode, png, quarter_colors, quarters
 from torchvision.io import decode_jpeg
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
@@ -23,48 +22,11 @@ from itpn.data import decode
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_image
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
-RED, GREEN, BLUE, YELLOW = (208, 28, 28), (51, 191, 71), (22, 42, 183), (239, 219, 49)
-HEIGHT, WIDTH = 96, 128
-
-
-def quarters() -> Image.Image:
-    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    pixels[: HEIGHT // 2, : WIDTH // 2], pixels[: HEIGHT // 2, WIDTH // 2 :] = RED, GREEN
-    pixels[HEIGHT // 2 :, : WIDTH // 2], pixels[HEIGHT // 2 :, WIDTH // 2 :] = BLUE, YELLOW
-    return Image.fromarray(pixels)
-
-
-def encode(image: Image.Image, format: str, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format, **options)
-    return file.getvalue()
-
-
-def png(width: int, height: int, bits: int, color_type: int, rows: bytes) -> bytes:
-    """A PNG of a kind that Pillow does not write."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", width, height, bits, color_type, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def rows_of_16_bits(image: Image.Image) -> bytes:
     """PNG rows, each after its filter type 0, with every byte twice: v becomes v * 257."""
     return b"".join(b"\0" + row.repeat(2).tobytes() for row in np.asarray(image).reshape(image.height, -1))
-
-
-def quarter_colors(image: torch.Tensor) -> torch.Tensor:
-    """[3, H, W] -> [4, 3]: the colours in the middle of top left, top right, bottom left, bottom right."""
-    rows, columns = (torch.tensor([n // 4, n * 3 // 4]) for n in image.shape[1:])
-    return image[:, rows][:, :, columns].reshape(3, 4).T.int()
-
-
-def assert_quarters(image: torch.Tensor, tolerance: int = 10) -> None:
-    assert image.dtype == torch.uint8
-    difference = quarter_colors(image) - torch.tensor([RED, GREEN, BLUE, YELLOW])
-    assert difference.abs().max() <= tolerance, quarter_colors(image)
 
 
 ENCODINGS = {

@@ -87,7 +87,7 @@ def test_a_broken_file_is_replaced_and_named(folder):
 def test_nothing_readable(folder):
     data = (folder / "00.jpg").read_bytes()[:700]
     sample = DeferredTransform(TRANSFORM)(EncodedImage(data), random.Random(0))
-    batch = {**collate_deferred([sample]), "key": ["a.jpg"], "broken": []}
+    batch = {**collate_deferred([sample]), "key": ["a.jpg"], "broken": [], "remarks": []}
     with pytest.raises(UserError, match=r"^no image of a batch can be decoded; the first is a.jpg: "):
         finish(batch, TRANSFORM, CPU)
 
@@ -100,7 +100,7 @@ def test_a_large_batch_needs_few_descriptors(folder, suffix):
     batch = collate_deferred(samples)
     assert sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(batch)) <= 3
     assert len(samples) > 2 * AT_A_TIME
-    views = finish({**batch, "key": [str(n) for n in range(300)], "broken": []}, TRANSFORM, CPU)
+    views = finish({**batch, "key": [str(n) for n in range(300)], "broken": [], "remarks": []}, TRANSFORM, CPU)
     for number in (0, AT_A_TIME, 299):
         own = TRANSFORM(EncodedImage(path.read_bytes()), random.Random(number))
         assert torch.equal(views["image"][number], own["image"])

@@ -154,13 +154,13 @@ def test_broken_files_are_replaced_and_named(tmp_path: Path) -> None:
 def test_a_teachers_view_comes_along(tmp_path: Path, workers: int) -> None:
     source = make_files(tmp_path, 10, broken=(3,))
     want = run(make_loader(source, workers), 1)
-    assert all(set(batch) == {"image", "key", "broken"} for batch in want)
+    assert all(set(batch) == {"image", "key", "broken", "remarks"} for batch in want)
     transform = PretrainingTransform((8, 12), teacher_size=(6, 9))
     loader = TrainingLoader(source, transform, batch_size=4, num_workers=workers, seed=7, shuffle_buffer=5)
     batches = run(loader, 1)
     assert_same(batches, want)
     for batch in batches:
-        assert set(batch) == {"image", "teacher_image", "key", "broken"}
+        assert set(batch) == {"image", "teacher_image", "key", "broken", "remarks"}
         assert batch["teacher_image"].shape == (4, 3, 6, 9)
         assert batch["teacher_image"].dtype == torch.uint8
 

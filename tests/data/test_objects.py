@@ -305,7 +305,7 @@ MISTAKES = {
     "objects whose outline cannot be read: 1 (annotation 1: polygons far outside": lambda c: first(c).update(
         segmentation=[[1e30, 1, 5, 5, 1e30, 1e30]]
     ),
-    "images of more pixels than can be": lambda c: c["images"][0].update(height=10**12),
+    "images of more pixels than --data.max-pixels": lambda c: c["images"][0].update(height=10**12),
     "objects whose outline holds no pixel": lambda c: first(c).update(segmentation=[[5, 5, 5, 5, 5, 5]]),
     "objects whose iscrowd is neither 0 nor 1": lambda c: first(c).update(iscrowd="0"),
     "objects without image_id or category_id": lambda c: first(c).pop("category_id"),

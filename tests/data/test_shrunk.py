@@ -159,7 +159,7 @@ def test_images_of_shards(tmp_path, suffix):
     ]
     shrunk = {one.key: ShrunkImages(64, 95)[one] for one in found}
     for key, data in contents.items():
-        assert shrunk[key][1:] == (data, len(data))
+        assert shrunk[key][1:] == (data, len(data), None)
     assert decode_image(shrunk["in/a/x/1_5"][1]).shape == (3, 20, 30)
 
 

@@ -30,11 +30,13 @@ def find_objects(
     val_root: str | None = None,
     mistakes: Literal["summary", "skip", "error"] = "summary",
     tell: Tell = print,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[DetectionImages, DetectionImages | None]:
     """Find the images to train on and those to evaluate on, with the same classes.
 
     Args:
         mistakes: what is done about annotations that cannot be right: see `itpn.config.ObjectsConfig`.
+        max_pixels: larger images are left out.
         tell: takes the summary, a line at a time.
 
     Returns:
@@ -44,11 +46,11 @@ def find_objects(
         UserError: nothing of a known layout, no images, no objects, a mistake if it is an error, or classes to evaluate
             on that there are none of to train on.
     """
-    train = read_objects(root, "train", mistakes, tell)
+    train = read_objects(root, "train", mistakes, tell, max_pixels=max_pixels)
     assert train is not None
     val = None
     if val_root is not None or Path(root).is_dir():  # or else the one file is to train on
-        val = read_objects(val_root or root, "val", mistakes, tell, optional=val_root is None)
+        val = read_objects(val_root or root, "val", mistakes, tell, val_root is None, max_pixels)
     if val is None:
         return train, None
     unknown = [name for name in val.classes if name not in train.classes]
@@ -67,6 +69,7 @@ def read_objects(
     mistakes: Literal["summary", "skip", "error"] = "summary",
     tell: Tell = print,
     optional: bool = False,
+    max_pixels: int = MAX_PIXELS,
 ) -> DetectionImages | None:
     """The images of one set, checked.
 
@@ -84,7 +87,7 @@ def read_objects(
         )
     found = Mistakes()
     for read in (read_coco, read_yolo, read_voc) if folder.is_dir() else (read_coco,):
-        parts = read(folder, split, found)
+        parts = read(folder, split, found, max_pixels)
         if parts is not None:
             break
     else:
@@ -95,7 +98,7 @@ def read_objects(
         )
     coco, path_of, source = parts
     try:
-        images = check(coco, path_of, source, found)
+        images = check(coco, path_of, source, found, max_pixels)
     except RecursionError as error:
         raise UserError(f"{source} has values nested too deeply to be annotations") from error
     found.report(source, mistakes, tell)
@@ -109,7 +112,9 @@ def read_objects(
 # --- mistakes
 
 
-def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mistakes) -> DetectionImages:
+def check(
+    coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mistakes, max_pixels: int = MAX_PIXELS
+) -> DetectionImages:
     """What can be used of annotations; the rest is counted in ``mistakes``.
 
     Raises:
@@ -123,9 +128,10 @@ def check(coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mis
             continue
         if not all(isinstance(entry.get(key), int) and entry[key] > 0 for key in ("height", "width")):
             mistakes.add("images without height or width", str(entry["file_name"]))
-        elif entry["height"] * entry["width"] > MAX_PIXELS:
+        elif entry["height"] * entry["width"] > max_pixels:
             mistakes.add(
-                "images of more pixels than can be", f"{entry['file_name']}: {entry['width']}x{entry['height']}"
+                "images of more pixels than --data.max-pixels",
+                f"{entry['file_name']}: {entry['width']}x{entry['height']}",
             )
         elif not _is_id(entry["id"]):
             mistakes.add("images whose id is no whole number", f"{entry['id']!r}")

@@ -8,17 +8,20 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageChops, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from itpn.data.orientation import ORIENTATION, SWAPPED, read_orientation, turn_image, turn_tensor
+from itpn.data.values import remark_on_high_bytes, scale_values
+
 # The first that fits wins. A closed list, because among Pillow's other formats some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
-TURNED = (5, 6, 7, 8)  # EXIF orientations that swap height and width
+TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less than most bombs
 
 
@@ -30,32 +33,100 @@ class UnreadableImage(Exception):
     """The bytes are not an image that can be read in full; the message is a short reason."""
 
 
+class OpenedImage(NamedTuple):
+    """An image of which only the header has been read.
+
+    Attributes:
+        image: as it is stored.
+        orientation: from :func:`itpn.data.orientation.read_orientation`, to be applied to ``image`` when decoded.
+        height, width: in pixels, the way a person sees it.
+    """
+
+    image: Image.Image
+    orientation: int
+    height: int
+    width: int
+
+
+def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedImage:
+    """Read the header of an image file.
+
+    Args:
+        max_pixels: None for no limit.
+
+    Raises:
+        UnreadableImage: not an image, of a kind that comes out wrong, or of more than ``max_pixels``.
+    """
+    with reading():
+        try:
+            image = Image.open(file, formats=FORMATS)
+        except UnidentifiedImageError:
+            file.seek(0)
+            if file.read(4) not in TIFF_HEADERS:
+                raise
+            raise UnreadableImage("TIFF of bands, a depth or a compression that cannot be read") from None
+        orientation = read_orientation(image, file)
+        width, height = image.size
+        if image.format == "TIFF":
+            tags: Any = image.tag_v2  # type: ignore[attr-defined]
+            _check_planes(image.info["compression"], tags)
+            width, height = tags[256], tags[257]  # some versions of Pillow give the turned size
+            image.getexif()[ORIENTATION] = 1  # or else Pillow turns it as well
+    if orientation in SWAPPED:
+        width, height = height, width
+    if max_pixels is not None and width * height > max_pixels:
+        raise UnreadableImage(f"{width}x{height} pixels, more than the {max_pixels} allowed (--data.max-pixels)")
+    return OpenedImage(image, orientation, height, width)
+
+
+def load_image(opened: OpenedImage) -> Image.Image:
+    """The pixels, in whatever mode they are stored, turned the way a person sees them."""
+    opened.image.load()
+    return turn_image(opened.image, opened.orientation)
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """Height and width of an image the way a person sees it, from its header.
+
+    Raises:
+        UnreadableImage: not an image.
+        OSError: no such file.
+    """
+    with open(path, "rb") as file:
+        opened = open_image(file, max_pixels=None)
+    return opened.height, opened.width
+
+
+def _check_planes(compression: str, tags: Any) -> None:
+    """Refuse TIFFs of separate planes that Pillow reads as something else, without a word."""
+    deep = max(tags.get(258) or (1,)) > 8
+    undeclared = tags.get(277, 1) == 4 and tags.get(262) == 2 and 338 not in tags
+    if tags.get(284) == 2 and (deep if compression == "raw" else undeclared):
+        what = "16 bits" if deep else "an undeclared fourth band"
+        raise UnreadableImage(f"TIFF of separate planes with {what} cannot be read: save it with interleaved bands")
+
+
 class EncodedImage:
     """An image file of which only the header has been read: what is wanted of it is decoded when it is known.
 
     Attributes:
         data: the file's content.
-        height, width: in pixels, the way a person sees it: EXIF rotation applied.
+        height, width: in pixels, the way a person sees it: its orientation applied.
         format: Pillow's name of it.
+        remark: after decoding, what is to be said of its values, if anything.
 
     Raises:
-        UnreadableImage: not an image, or of more than ``max_pixels`` (or 179 million, Pillow's own limit).
+        UnreadableImage: see :func:`open_image`.
     """
 
-    def __init__(self, data: bytes, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, data: bytes, max_pixels: int | None = MAX_PIXELS) -> None:
         if not data:
             raise UnreadableImage("empty file")
         self.data = data
-        with _reading():
-            self._image = Image.open(io.BytesIO(data), formats=FORMATS)  # reads the header only
-            self._orientation = 1
-            if "exif" in self._image.info:
-                with suppress(Exception):  # damaged metadata is no reason to lose the picture
-                    self._orientation = self._image.getexif().get(ExifTags.Base.Orientation, 1)
-        self.width, self.height = self._image.size[::-1] if self._orientation in TURNED else self._image.size
-        if self.width * self.height > max_pixels:
-            raise UnreadableImage(f"{self.width}x{self.height} pixels, more than the {max_pixels} allowed")
+        self._opened = open_image(io.BytesIO(data), max_pixels)
+        self._image, self._orientation, self.height, self.width = self._opened
         self.format = self._image.format
+        self.remark: str | None = None
         self._is_jpeg = self.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
         if "progressive" in self._image.info and count_scans(data) > MAX_SCANS:
             raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans, each of which takes the time of an image")
@@ -67,11 +138,13 @@ class EncodedImage:
 
     def decode(self) -> Tensor:
         """All of it, uint8 [3, height, width]; see :func:`decode_image`."""
-        with _reading():
+        with reading():
             if self._is_jpeg:
                 encoded = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)  # a copy: bytes are read-only
-                return decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=True)
-            return _to_tensor(_to_rgb(self._image))
+                pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=False)
+                return turn_tensor(pixels, self._orientation)
+            image, self.remark = _to_rgb(self._opened, self.data)
+            return _to_tensor(image)
 
     def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
         """A part of it that is going to be resized to ``target``, (height, width).
@@ -93,11 +166,11 @@ class EncodedImage:
                 part = self.decode()[:, top : top + height, left : left + width]
             return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         shrink = max(scale for scale in (2, 4, 8) if scale <= shrink)
-        with _reading():
+        with reading():
             self._image.draft(None, (self._image.width // shrink, self._image.height // shrink))
             edges = (left, top, left + width, top + height)
             box = [round(edge / shrink) for edge in edges]
-            return _to_tensor(_turn(self._image).crop((box[0], box[1], box[2], box[3])).convert("RGB"))
+            return _to_tensor(load_image(self._opened).crop((box[0], box[1], box[2], box[3])).convert("RGB"))
 
     def _decode_part(self, top: int, left: int, height: int, width: int) -> Tensor | None:
         """A part of a JPEG without what is below it and most of what is beside it; None where that cannot be done.
@@ -110,9 +183,10 @@ class EncodedImage:
             codec, decoder = _find_codec(os.getpid())
         if decoder is None:
             return None
-        with _reading():
+        with reading():
             region = codec.Region(top, left, top + height, left + width)
-            part = decoder.decode(codec.CodeStream(self.data).get_sub_code_stream(region=region))
+            stream = codec.CodeStream(self.data).get_sub_code_stream(region=region)
+            part = decoder.decode(stream, params=codec.DecodeParams(apply_exif_orientation=False))
             return None if part is None else torch.from_numpy(np.asarray(part)).permute(2, 0, 1)
 
 
@@ -130,18 +204,19 @@ def _find_codec(process: int) -> tuple[Any, Any]:
         return None, None
 
 
-def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Tensor:
+def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """Decode an image file the way a person sees it.
 
-    EXIF rotation is applied, ink (CMYK) and palette become RGB, 16 bits are scaled to 8, what is transparent
-    is laid over white, and of an animation the first frame is taken.
+    Its orientation is applied, ink (CMYK) and palette become RGB, more than 8 bits are scaled to 8 (see
+    `itpn.data.values.scale_values`), what is transparent is laid over white, and of an animation the first frame is
+    taken.
 
     Returns:
         uint8 [3, height, width], RGB; memory may be laid out channels last.
 
     Raises:
         UnreadableImage: not an image, damaged, cut off, or of more than ``max_pixels``, which is found out
-            from the header before memory is set aside (Pillow's own limit, 179 megapixels, holds as well).
+            from the header before memory is set aside.
     """
     return EncodedImage(data, max_pixels).decode()
 
@@ -163,11 +238,13 @@ def decode_whole(image: EncodedImage | Tensor) -> Tensor:
 
 
 @contextmanager
-def _reading() -> Iterator[None]:
+def reading() -> Iterator[None]:
     """Whatever decoders raise, a dozen types on damaged input, becomes :class:`UnreadableImage`."""
     with _quiet():
         try:
             yield
+        except UnreadableImage:
+            raise
         except UnidentifiedImageError:
             raise UnreadableImage("not an image of a known format") from None
         except Exception as error:
@@ -187,38 +264,24 @@ def count_scans(data: bytes) -> int:
     return scans
 
 
-def _turn(image: Image.Image) -> Image.Image:
-    image.load()
-    with suppress(Exception):  # damaged metadata is no reason to lose the picture
-        image = ImageOps.exif_transpose(image)
-    return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    image = _turn(image)
+def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
+    """RGB the way a person sees it, and what is to be said of its values."""
+    image, stored, remark = load_image(opened), opened.image, None
+    tags: Any = getattr(stored, "tag_v2", {})
     if image.mode[0] in "IF":
-        image = Image.fromarray(_to_8_bits(np.asarray(image), image.mode, image.format))
-    elif image.has_transparency_data:
-        image = image.convert("RGBA")
+        image, remark = scale_values(image, tags)
+    elif (stored.format == "PNG" and data[24] == 16) or max(tags.get(258) or (8,)) == 16:
+        remark = remark_on_high_bytes(image)
+    if image.mode == "CMYK" and stored.format == "JPEG" and "adobe" not in stored.info:
+        image = ImageChops.invert(image)  # Pillow takes every one for Adobe's, who store it inverted
+    elif image.has_transparency_data and not (tags and 338 not in tags):  # a fourth band need not be alpha
+        image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image.convert("RGB"), remark
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)  # of [height, width, 3]
-
-
-def _to_8_bits(values: np.ndarray, mode: str, format: str | None) -> np.ndarray:
-    """Scale grey values of more than 8 bits; where a file does not tell their range, guess it from the values."""
-    if mode.startswith("I;16") or format == "PNG":  # older Pillow opens 16-bit PNG as 32-bit integers
-        return (values >> 8).astype(np.uint8)
-    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    low, high = values.min(), values.max()
-    if low >= 0 and high <= 255:
-        scaled = values * 255 if mode == "F" and high <= 1 else values
-    else:
-        scaled = (values - low) / (high - low or 1) * 255
-    return scaled.round().astype(np.uint8)
 
 
 def reason_of(error: Exception) -> str:
@@ -232,14 +295,17 @@ def reason_of(error: Exception) -> str:
 _quiet_lock = threading.Lock()
 _quiet_depth = 0
 _saved_stderr = -1
+_pillow_limit: int | None = None
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    global _quiet_depth, _saved_stderr
+    """Without output and without Pillow's own limit of pixels, in whose place is ours."""
+    global _quiet_depth, _saved_stderr, _pillow_limit
     with _quiet_lock:
         _quiet_depth += 1
         if _quiet_depth == 1:
+            _pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             with suppress(OSError):  # a process may run without stderr
                 _saved_stderr = os.dup(2)
                 os.dup2(_devnull(), 2)
@@ -250,10 +316,12 @@ def _quiet() -> Iterator[None]:
     finally:
         with _quiet_lock:
             _quiet_depth -= 1
-            if _quiet_depth == 0 and _saved_stderr >= 0:
-                os.dup2(_saved_stderr, 2)
-                os.close(_saved_stderr)
-                _saved_stderr = -1
+            if _quiet_depth == 0:
+                Image.MAX_IMAGE_PIXELS = _pillow_limit
+                if _saved_stderr >= 0:
+                    os.dup2(_saved_stderr, 2)
+                    os.close(_saved_stderr)
+                    _saved_stderr = -1
 
 
 _devnull_descriptor = -1

@@ -93,7 +93,7 @@ def finish(batch: dict[str, Any], transform: PretrainingTransform, device: torch
     for view in views:
         latest = latest if view is None else view
         filled.append(latest)
-    return {"key": batch["key"], "broken": broken, **stack(filled)}
+    return {"key": batch["key"], "broken": broken, "remarks": batch["remarks"], **stack(filled)}
 
 
 def check_nvjpeg() -> None:
@@ -125,6 +125,6 @@ def _decode_one(encoded: Tensor, device: torch.device) -> Tensor | UnreadableIma
         raise
     except RuntimeError as error:
         try:  # there are kinds that nvJPEG does not know
-            return decode_image(encoded.numpy().tobytes()).to(device)
+            return decode_image(encoded.numpy().tobytes(), max_pixels=None).to(device)  # the worker has checked it
         except UnreadableImage:
             return UnreadableImage(reason_of(error))

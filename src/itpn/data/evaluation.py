@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itpn.data.augment import EvaluationTransform
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_sample
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_sample, open_sample
 from itpn.data.loader import Batch, View, stack, start_worker
 from itpn.data.readers import Reader
 from itpn.errors import UserError
@@ -30,21 +30,24 @@ def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[
         UserError: not one can be read.
     """
     found: list[tuple[int, Tensor]] = []
+    reason = ""
     stride = max(1, len(images) // count)
     for index in dict.fromkeys([*range(0, len(images), stride), *range(len(images))]):
         if len(found) == count:
             break
         try:
             found.append((index, decode_sample(images[index][1], max_pixels)))
-        except UnreadableImage:
-            continue
+        except UnreadableImage as error:
+            reason = reason or f"; the first is {images.name(index)}: {error}"
     if not found:
-        raise UserError(f"none of the images to evaluate on can be read ({images.name(0)} ...)")
+        raise UserError(f"none of the images to evaluate on can be read{reason}")
     return found
 
 
 class EvaluationBatches(Dataset[dict[str, Any]]):
-    """Batch number -> what the views hold, collated, "index" int64 [n] and "broken" [(name, reason)].
+    """Batch number -> what the views hold, collated, "index" int64 [n], "broken" [(name, reason)] and "remarks".
+
+    "remarks" is (name, remark) of the first image whose values are remarkable, if there is one.
 
     n is ``batch_size``, less in the last batch and where images cannot be read; without any, "image" is None.
     """
@@ -63,16 +66,21 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         views, indices, broken = [], [], []
-        for index in range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.images))):
-            name, data, known = self.images[index]
+        remarks: list[tuple[str, str]] = []
+        for place in range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.images))):
+            name, data, known = self.images[place]
             try:
-                views.append(self.view(decode_sample(data, self.max_pixels), known))
+                image = open_sample(data, self.max_pixels)
+                views.append(self.view(image.decode(), known))
             except UnreadableImage as error:
                 broken.append((name, str(error)))
                 continue
-            indices.append(index)
+            indices.append(place)
+            if image.remark and not remarks:
+                remarks.append((name, image.remark))
         batch = self.collate(views) if views else {"image": None}
-        return {**batch, "index": torch.tensor(np.array(indices, dtype=np.int64)), "broken": broken}
+        index = torch.tensor(np.array(indices, dtype=np.int64))
+        return {**batch, "index": index, "broken": broken, "remarks": remarks}
 
 
 def make_evaluation_loader(

@@ -14,10 +14,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
-from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, reason_of
+from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, read_size, reason_of
 from itpn.data.files import SPLITS, describe_file, is_image, split_places, walk
 from itpn.data.labelled import join_names
-from itpn.data.layouts import Mistakes, read_size
+from itpn.data.layouts import Mistakes
 from itpn.data.masks import (
     IGNORED,
     Colour,

@@ -17,10 +17,9 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 from faster_coco_eval.core import mask as rle
-from PIL import Image
 
 from itpn.config.files import load_yaml
-from itpn.data.decode import FORMATS, MAX_PIXELS, reason_of
+from itpn.data.decode import MAX_PIXELS, read_size, reason_of
 from itpn.data.files import SPLITS, is_image, split_places, walk
 from itpn.errors import UserError
 from itpn.reading import MAX_TEXT, read_bounded
@@ -73,7 +72,7 @@ class Mistakes:
             tell(f"{source}: {count:,} mistake{'s' * (count != 1)} left out (--data.mistakes summary shows which)")
 
 
-def read_coco(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
+def read_coco(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_PIXELS) -> Parts | None:
     """A JSON file for each set; ``root`` may be such a file."""
     file = root if root.is_file() else _find_json(root, split)
     if file is None:
@@ -134,7 +133,7 @@ def _read_json(path: Path) -> Coco:
     return content
 
 
-def read_yolo(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
+def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_PIXELS) -> Parts | None:
     """``data.yaml`` names the classes and the folders of images; labels are text files beside or below ``labels``."""
     file = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
     if file is None:
@@ -163,7 +162,7 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
         place = next((p for p in (base / folder, root / folder.removeprefix("../")) if p.is_dir()), None)
         if place is None:
             raise UserError(f"{file} speaks of images in {folder}, which is not a folder below {root}")
-        for image, size in _images_below(place, mistakes):
+        for image, size in _images_below(place, mistakes, max_pixels):
             parts = list(image.parts)
             if "images" in parts[len(root.parts) :]:
                 last = len(parts) - 1 - parts[::-1].index("images")
@@ -201,7 +200,7 @@ def _yolo_parser() -> Parse:
     return parse
 
 
-def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
+def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_PIXELS) -> Parts | None:
     """An XML file for each image, and lists of the images of each set."""
     images, notes = root / "JPEGImages", root / "Annotations"
     if not images.is_dir() or not notes.is_dir():
@@ -230,7 +229,7 @@ def read_voc(root: Path, split: str, mistakes: Mistakes) -> Parts | None:
             yield one | {"iscrowd": int(crowd)}  # difficult objects are neither asked for nor held against a detector
 
     seen = set()
-    for image, size in _images_below(images, mistakes, wanted):
+    for image, size in _images_below(images, mistakes, max_pixels, wanted):
         seen.add(image.stem)
         path = notes / f"{image.stem}.xml"
         if not path.is_file():
@@ -272,7 +271,9 @@ def _text(counts: Any) -> Any:
     return counts.decode() if isinstance(counts, bytes) else counts
 
 
-def _images_below(folder: Path, mistakes: Mistakes, stems: set[str] | None = None) -> Iterator[tuple[Path, Size]]:
+def _images_below(
+    folder: Path, mistakes: Mistakes, max_pixels: int, stems: set[str] | None = None
+) -> Iterator[tuple[Path, Size]]:
     """Image files and their height and width, from their headers; of some names alone, if given."""
     for name in sorted(path for path in walk(str(folder)) if is_image(path)):
         if stems is not None and Path(name).stem not in stems:
@@ -282,18 +283,10 @@ def _images_below(folder: Path, mistakes: Mistakes, stems: set[str] | None = Non
         except Exception as error:  # whatever Pillow meets
             mistakes.add("images that cannot be read", f"{name}: {reason_of(error)}")
             continue
-        if size[0] * size[1] > MAX_PIXELS:  # before masks of this size are drawn
-            mistakes.add("images of more pixels than can be", f"{name}: {size[1]}x{size[0]}")
+        if size[0] * size[1] > max_pixels:  # before masks of this size are drawn
+            mistakes.add("images of more pixels than allowed (--data.max-pixels)", f"{name}: {size[1]}x{size[0]}")
             continue
         yield Path(name), size
-
-
-def read_size(path: str) -> Size:
-    """Height and width of an image as it is shown, from its header; whatever Pillow raises if it is none."""
-    with Image.open(path, formats=FORMATS) as image:
-        width, height = image.size
-        sideways = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    return (width, height) if sideways else (height, width)
 
 
 def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mistakes: Mistakes) -> None:

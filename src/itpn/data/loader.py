@@ -50,9 +50,10 @@ class TrainingLoader:
 
     Iterating yields what is left of the current epoch, and the next time the next epoch. A batch is a dict: what the
     transform makes of the images ("image" uint8 [batch_size, 3, H, W], "teacher_image", "label"), "key" the images'
-    names, "broken" a list of (name, reason) for each file that could not be read while it was made. A broken file's
-    place is taken by the next readable one, so that batches keep their size. The batches depend on the seed, on
-    ``rank`` and ``world_size``, and with shards that are not labelled on ``num_workers``, and on nothing else.
+    names, "broken" a list of (name, reason) for each file that could not be read while it was made, "remarks" (name,
+    remark) of the first image whose values are remarkable (see `EncodedImage`), if there is one. A broken file's place
+    is taken by the next readable one, so that batches keep their size. The batches depend on the seed, on ``rank`` and
+    ``world_size``, and with shards that are not labelled on ``num_workers``, and on nothing else.
 
     Of files, each epoch has every image at most once over all ranks; what does not fill a batch on every rank is
     left out. Images that come in groups (of wide and of high ones) are batched with their like. Fewer images than one
@@ -218,20 +219,24 @@ class _Plan:
         views: list[View] = []
         keys: list[str] = []
         broken: list[tuple[str, str]] = []
+        remarks: list[tuple[str, str]] = []
         for sample, rng in samples:
             known: list[Any]
             for key, data, *known in itertools.chain([sample], spares):
                 try:
-                    view = self.transform(open_sample(data, self.max_pixels), rng, *known)
+                    image = open_sample(data, self.max_pixels)
+                    view = self.transform(image, rng, *known)
                 except UnreadableImage as error:
                     broken.append((key, str(error)))
                     continue
                 views.append(view)
                 keys.append(key)
+                if image.remark and not remarks:
+                    remarks.append((key, image.remark))
                 break
             else:
                 return {"image": None, "key": [], "broken": broken}
-        return {**self.collate(views), "key": keys, "broken": broken}
+        return {**self.collate(views), "key": keys, "broken": broken, "remarks": remarks}
 
 
 class _EpochOrder:
@@ -308,7 +313,8 @@ class _CachedBatches(Dataset[Batch]):
             images, features, keys = zip(*(self.cache[number] for number in numbers), strict=True)
         except UserError as error:  # from a worker it would come as a traceback
             return {"image": None, "error": str(error)}
-        return {"image": torch.stack(images), "feature": torch.stack(features), "key": list(keys), "broken": []}
+        views = {"image": torch.stack(images), "feature": torch.stack(features)}
+        return {**views, "key": list(keys), "broken": [], "remarks": []}
 
 
 class _ShardBatches(IterableDataset[Batch]):

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from itpn.data.decode import FORMATS, MAX_PIXELS, UnreadableImage, reason_of
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
 from itpn.data.labelled import join_names
 from itpn.errors import UserError
 from itpn.text import read_lines
@@ -141,7 +140,7 @@ def unpack(value: int) -> Colour:
 
 
 def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour] = ()) -> np.ndarray:
-    """The numbers of a mask file, [H, W], or its colours, uint8 [H, W, 3].
+    """The numbers of a mask file, [H, W], or its colours, uint8 [H, W, 3], turned as an image would be.
 
     Args:
         colours: a palette of these alone is for colours, whatever its numbers are.
@@ -149,24 +148,18 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour
     Raises:
         UnreadableImage: it is not there, damaged, too large, or transparent.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > max_pixels:
-                raise UnreadableImage(f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed")
-            if image.mode == "1":
-                image = image.convert("L").point(lambda value: value // 255)
-            if image.mode not in ("L", "P", "RGB") and not image.mode.startswith("I"):
-                raise UnreadableImage(f"a picture of mode {image.mode}, not of labels")
-            if image.mode == "P" and colours:
-                palette = image.getpalette("RGB") or []
-                used = [tuple(palette[3 * n : 3 * n + 3]) for _, n in image.getcolors() or ()]
-                if all(colour in colours for colour in used):
-                    image = image.convert("RGB")
-            values = np.asarray(image)  # of a palette, the numbers
-    except UnreadableImage:
-        raise
-    except Exception as error:  # whatever Pillow meets
-        raise UnreadableImage(reason_of(error)) from None
+    with reading(), open(path, "rb") as file:
+        image = load_image(open_image(file, max_pixels))
+        if image.mode == "1":
+            image = image.convert("L").point(lambda value: value // 255)
+        if image.mode not in ("L", "P", "RGB") and not image.mode.startswith("I"):
+            raise UnreadableImage(f"a picture of mode {image.mode}, not of labels")
+        if image.mode == "P" and colours:
+            palette = image.getpalette("RGB") or []
+            used = [tuple(palette[3 * n : 3 * n + 3]) for n, count in enumerate(image.histogram()) if count]
+            if all(colour in colours for colour in used):
+                image = image.convert("RGB")
+        values = np.asarray(image)  # of a palette, the numbers
     if values.min(initial=0) < 0:
         raise UnreadableImage(f"label {values.min()}, which no class has")
     return values

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from itpn.data.decode import EncodedImage, UnreadableImage
+from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage
 from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
 from itpn.data.readers import is_compressed
 from itpn.data.shards import index_shard
@@ -40,6 +40,15 @@ class Original(NamedTuple):
     start: int = 0
     size: int = -1  # bytes; -1 for all
     label: str | None = None  # the folder that it is in below the root, or the text of its .cls
+
+
+class ShrunkImage(NamedTuple):
+    """An original made small."""
+
+    original: Original
+    content: bytes | UnreadableImage  # a JPEG, or why there is none
+    size: int = 0  # bytes that it had before
+    remark: str | None = None  # see `EncodedImage`
 
 
 @dataclass
@@ -112,20 +121,26 @@ def _make_key(path: str, taken: set[str]) -> str:
 
 
 @dataclass(frozen=True)
-class ShrunkImages(Dataset[tuple[Original, bytes | UnreadableImage, int]]):
-    """``images[original]`` is the original, its shrunk JPEG or why there is none, and the bytes that it had before."""
+class ShrunkImages(Dataset[ShrunkImage]):
+    """``images[original]`` is the original made small.
+
+    Args:
+        max_pixels: larger originals are not read.
+    """
 
     short_side: int
     quality: int
+    max_pixels: int = MAX_PIXELS
 
-    def __getitem__(self, original: Original) -> tuple[Original, bytes | UnreadableImage, int]:
+    def __getitem__(self, original: Original) -> ShrunkImage:
         try:
-            data = _read(original)
-            return original, shrink_image(data, self.short_side, self.quality), len(data)
+            encoded = EncodedImage(_read(original), self.max_pixels)
+            content = shrink_encoded(encoded, self.short_side, self.quality)
+            return ShrunkImage(original, content, len(encoded.data), encoded.remark)
         except UnreadableImage as error:
-            return original, error, 0
+            return ShrunkImage(original, error)
         except (OSError, EOFError) as error:
-            return original, UnreadableImage(getattr(error, "strerror", None) or str(error)), 0
+            return ShrunkImage(original, UnreadableImage(getattr(error, "strerror", None) or str(error)))
 
 
 def _read(original: Original) -> bytes:
@@ -152,12 +167,16 @@ def shrink_image(data: bytes, short_side: int, quality: int) -> bytes:
     Raises:
         UnreadableImage: it cannot be decoded, or is too long for a JPEG.
     """
-    encoded = EncodedImage(data)
+    return shrink_encoded(EncodedImage(data), short_side, quality)
+
+
+def shrink_encoded(encoded: EncodedImage, short_side: int, quality: int) -> bytes:
+    """As :func:`shrink_image`."""
     image = encoded.decode()  # uint8 [3, height, width]
     if min(image.shape[1:]) > short_side:
         image = resize(image, [short_side], InterpolationMode.BICUBIC, antialias=True)
     elif encoded.is_upright_jpeg and encoded.format == "JPEG":  # and not of several pictures
-        return data
+        return encoded.data
     if max(image.shape[1:]) > LONGEST_JPEG:
         raise UnreadableImage(f"longer than the {LONGEST_JPEG:,} pixels that a JPEG can have")
     file = io.BytesIO()

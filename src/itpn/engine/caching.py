@@ -17,7 +17,7 @@ from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, wri
 from itpn.data.files import CACHE_INDEX, ImageSource
 from itpn.data.folders import check_settings
 from itpn.data.loader import SkippedImages
-from itpn.engine.console import print_aside
+from itpn.engine.console import print_aside, tell_remarks
 from itpn.engine.launch import choose_precision
 from itpn.engine.pretraining import make_frozen_teacher, make_loader, tell_what_is_left_out
 from itpn.errors import UserError
@@ -100,6 +100,7 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
             for batch in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):  # noqa: B023
                 for message in skipped.update(item for sample in batch for item in sample["broken"]):
                     print_aside(f"skipped {message}", console)
+                tell_remarks((item for sample in batch for item in sample["remarks"]), console)
                 view = "teacher_image" if "teacher_image" in batch[0] else "image"
                 shown = torch.cat([sample[view] for sample in batch])
                 features.append(_run(teacher, shown, precision).to(dtype).cpu())

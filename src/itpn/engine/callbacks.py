@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 from itpn.checkpoints.run_state import save_to
 from itpn.data.loader import SkippedImages, TrainingLoader
 from itpn.engine.compiling import Compilation
-from itpn.engine.console import print_aside
+from itpn.engine.console import print_aside, tell_remarks
 from itpn.engine.event_files import EventFiles
 from itpn.engine.folder import RunFolder
 from itpn.engine.metrics_file import append_row, complete_row, keep_rows
@@ -138,6 +138,7 @@ class Monitor(L.Callback):
         self.device = torch.device("cpu")
         self._collapsed = False
         self._broken: list[tuple[str, str]] = []
+        self._remarks: list[tuple[str, str]] = []
         self._first_bad: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
@@ -196,6 +197,7 @@ class Monitor(L.Callback):
             self.images += len(batch["image"]) * trainer.world_size
         self.images_seen += len(batch["image"]) * trainer.world_size
         self._broken += batch["broken"]
+        self._remarks = self._remarks or batch["remarks"]
         if trainer.world_size == 1:
             self._count_skipped(trainer)
         for name, figure in outputs["figures"].items():
@@ -219,13 +221,14 @@ class Monitor(L.Callback):
 
     def _count_skipped(self, trainer: L.Trainer) -> None:
         """Name and count new broken files of all processes; all stop together where there are too many."""
-        broken = [self._broken]
+        told: list[Any] = [(self._broken, self._remarks)]
         if trainer.world_size > 1:
-            broken = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(broken, self._broken)
-        self._broken = []
-        for message in self.skipped.update(item for items in broken for item in items):
+            told = [None] * trainer.world_size
+            torch.distributed.all_gather_object(told, (self._broken, self._remarks))
+        self._broken, self._remarks = [], []
+        for message in self.skipped.update(item for broken, _ in told for item in broken):
             print_aside(f"skipped {message}", self.console)
+        tell_remarks((item for _, remarks in told for item in remarks), self.console)
         images = self._loader(trainer).images
         self.skipped.check(min(self.images_seen, images), epoch_ended=self.images_seen >= images)
 

@@ -17,6 +17,7 @@ from faster_coco_eval.core import mask as rle
 from torch import Tensor
 
 from itpn.data.objects import DetectionImages
+from itpn.engine.console import tell_remarks
 from itpn.engine.scores import share
 
 Results = list[dict[str, Any]]  # detections in COCO's form: image_id, category_id, bbox, score, segmentation
@@ -69,6 +70,7 @@ def collect_detections(
     seen: list[int] = []
     for batch in batches:
         skipped += batch["broken"]
+        tell_remarks(batch["remarks"])
         if batch["image"] is None:
             continue
         found = detect([image.to(device, non_blocking=True) for image in batch["image"]])

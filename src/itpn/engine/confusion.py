@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from itpn.data.masks import IGNORED
+from itpn.engine.console import tell_remarks
 from itpn.engine.scores import share, write_confusion
 
 PIXELS = 2**20  # that are compared at a time
@@ -66,6 +67,7 @@ def collect_confusion(
     scores = PixelScores(torch.zeros(classes, classes, dtype=torch.int64), 0)
     for batch in batches:
         skipped += batch["broken"]
+        tell_remarks(batch["remarks"])
         for image, target in zip(batch["image"] or (), batch.get("target", ()), strict=True):
             scores.confusion += compare(segment(image.to(device, non_blocking=True)), target, classes)
             scores.images += 1

@@ -34,8 +34,8 @@ SHOWN, MIN_SCORE = 8, 0.3  # images in pictures, score of the boxes in them
 def find_sets(config: DetectionConfig) -> Sets:
     """The images to train on, and those to evaluate on."""
     data = config.data
-    main = read_launch().main
-    train, val = find_objects(data.root, data.val_root, data.mistakes, print_aside if main else lambda line: None)
+    tell = print_aside if read_launch().main else lambda line: None
+    train, val = find_objects(data.root, data.val_root, data.mistakes, tell, data.max_pixels)
     return train if data.empty_images else train.with_objects(), val
 
 

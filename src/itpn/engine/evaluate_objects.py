@@ -60,9 +60,9 @@ def evaluate_objects(
     tell = print_aside if main else lambda line: None
     where = data.val_root or data.root
     # a folder with one set alone: that
-    images = read_objects(where, "val", data.mistakes, tell, optional=True)
+    images = read_objects(where, "val", data.mistakes, tell, True, data.max_pixels)
     if images is None:
-        images = read_objects(where, "train", data.mistakes, tell)
+        images = read_objects(where, "train", data.mistakes, tell, max_pixels=data.max_pixels)
         tell(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
     if model.has_masks and images.has_outlines and images.outlined[1]:

@@ -17,10 +17,11 @@ from torchvision.transforms.v2.functional import resize
 from torchvision.utils import draw_segmentation_masks, make_grid
 
 from itpn.data.augment import center_crop
-from itpn.data.decode import UnreadableImage, decode_sample
+from itpn.data.decode import UnreadableImage, open_sample
 from itpn.data.files import ImageSource
 from itpn.data.readers import FileReader
 from itpn.data.shards import read_shard
+from itpn.engine.console import tell_remarks
 from itpn.tasks.pretrain import PretrainingTask
 
 HEADER, PADDING = 20, 4  # pixels
@@ -139,6 +140,8 @@ def read_whole_images(
 ) -> Iterator[tuple[str, Tensor]]:
     """Decode images one after the other, cropped to the centre: name and uint8 [3, height, width].
 
+    Remarks on the values of images are told.
+
     Args:
         crop: makes images of that size; None for the largest centre crop.
         skipped: told "name: reason" of an unreadable one.
@@ -146,12 +149,16 @@ def read_whole_images(
     crop = crop or functools.partial(center_crop, img_size=img_size)
     files = FileReader(source.images)
     shards = (read_shard(shard, source.members) for shard in source.shards)
-    samples = itertools.chain((files[number] for number in range(len(files))), *shards)
-    for name, data in samples:
+    for name, data in itertools.chain((files[number] for number in range(len(files))), *shards):
         try:
-            yield name, crop(decode_sample(data, max_pixels))
+            image = open_sample(data, max_pixels)
+            pixels = image.decode()
         except UnreadableImage as error:
             skipped(f"{name}: {error}")
+            continue
+        if image.remark:
+            tell_remarks([(name, image.remark)])
+        yield name, crop(pixels)
 
 
 # --- objects

@@ -61,6 +61,7 @@ def predict(
     seed: int = 0,
     features: Path | None = None,
     min_score: float = MIN_SCORE,
+    max_pixels: int | None = None,
 ) -> None:
     """Write what a checkpoint has to say about images; unreadable ones are named and skipped.
 
@@ -69,6 +70,7 @@ def predict(
         seed: which units a pre-training model does not get to see.
         features: a ``.safetensors`` or ``.npy`` file to be written instead: see :func:`compute_features`.
         min_score: of the objects that a detector's pictures and files show.
+        max_pixels: larger images are skipped; None for the checkpoint's own limit.
 
     Raises:
         UserError: no checkpoint that is known, one that only gives features, or no image can be read.
@@ -81,6 +83,7 @@ def predict(
     for note in notes:
         print_aside(note)
     config = settings_of(found, model, seed)
+    config.data.max_pixels = max_pixels or config.data.max_pixels
     normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
     crop_pct = found.preprocessing.get("crop_pct")  # a classifier of ours: as it was evaluated
     crop = (
@@ -167,12 +170,18 @@ def read_images(
     source: ImageSource, size: tuple[int, int], max_pixels: int, crop: Callable[[Tensor], Tensor] | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Names and uint8 images, see :func:`read_whole_images`; unreadable ones are named, UserError if all are."""
-    empty = True
-    for named in read_whole_images(source, size, max_pixels, lambda text: print_aside(f"skipped {text}"), crop):
+    empty, reason = True, ""
+
+    def skip(text: str) -> None:
+        nonlocal reason
+        reason = reason or f"; the first is {text}"
+        print_aside(f"skipped {text}")
+
+    for named in read_whole_images(source, size, max_pixels, skip, crop):
         empty = False
         yield named
     if empty:
-        raise UserError(f"none of the images in {', '.join(source.roots)} can be read")
+        raise UserError(f"none of the images in {', '.join(source.roots)} can be read{reason}")
 
 
 def save_picture(picture: Image.Image, out: Path, number: int) -> None:

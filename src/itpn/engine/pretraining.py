@@ -234,10 +234,12 @@ def read_samples(source: ImageSource, config: Config, count: int = 8) -> Tensor:
     if source.images:
         stride = max(1, len(source.images) // count)
         source = ImageSource(images=source.images[::stride] + source.images)
-    images = read_whole_images(source, image_size(config.data), config.data.max_pixels)
+    reasons: list[str] = []
+    images = read_whole_images(source, image_size(config.data), config.data.max_pixels, reasons.append)
     chosen = [image for _, image in itertools.islice(images, count)]
     if not chosen:
-        raise UserError(f"none of the images in {', '.join(config.data.root)} can be read")
+        first = f"; the first is {reasons[0]}" if reasons else ""
+        raise UserError(f"none of the images in {', '.join(config.data.root)} can be read{first}")
     return torch.stack(chosen)
 
 

@@ -19,7 +19,7 @@ from torchmetrics.functional.classification import (
 )
 
 from itpn.data.normalize import Normalize
-from itpn.engine.console import print_aside
+from itpn.engine.console import print_aside, tell_remarks
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
 
@@ -96,6 +96,7 @@ def collect_answers(
     parts: list[list[Answers]] = [[] for _ in classifiers]
     for batch in batches:
         skipped += batch["broken"]
+        tell_remarks(batch["remarks"])
         if batch["image"] is not None:
             images = batch["image"].to(device, non_blocking=True)
             for classify, own in zip(classifiers, parts, strict=True):
@@ -189,6 +190,7 @@ def collect_features(
     columns: list[tuple[Tensor, ...]] = []
     for batch in batches:
         skipped += batch["broken"]
+        tell_remarks(batch["remarks"])
         if batch["image"] is not None:
             images = normalize(batch["image"].to(device, non_blocking=True))
             features = backbone.forward_stages(images)[-1].mean(dim=(1, 2, 3)).float().cpu()

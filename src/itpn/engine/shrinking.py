@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from itpn.data.decode import UnreadableImage
+from itpn.data.decode import MAX_PIXELS, UnreadableImage
 from itpn.data.files import CACHE_INDEX, CLASSES, SHRINK_INDEX, ImageSource, walk
 from itpn.data.folders import check_settings
 from itpn.data.labelled import read_class_names
@@ -24,13 +24,14 @@ from itpn.data.members import list_endings
 from itpn.data.shrunk import (
     Original,
     ShrinkIndex,
+    ShrunkImage,
     ShrunkImages,
     list_originals,
     read_index,
     write_index,
     write_shard,
 )
-from itpn.engine.console import print_aside
+from itpn.engine.console import print_aside, tell_remarks
 from itpn.engine.launch import count_cores
 from itpn.engine.signals import stopped_by_signals
 from itpn.errors import RunStopped, UserError
@@ -40,13 +41,20 @@ LOCK_SECONDS = 15  # the workers of a process that was killed notice within 5, a
 
 
 def shrink(
-    splits: dict[str, ImageSource], out: Path, short_side: int, quality: int, shard_size: int, num_workers: int | None
+    splits: dict[str, ImageSource],
+    out: Path,
+    short_side: int,
+    quality: int,
+    shard_size: int,
+    num_workers: int | None,
+    max_pixels: int = MAX_PIXELS,
 ) -> None:
     """Write the images of each split to shards in a folder of its name; shards that are there already are kept.
 
     Args:
         splits: from `find_splits`.
         num_workers: processes that shrink, None for one a core; what is written does not depend on it.
+        max_pixels: larger images are left out.
 
     Raises:
         UserError: nothing to read, the folder cannot be written or holds something else, too many broken images.
@@ -72,7 +80,7 @@ def shrink(
                 write_whole(out / CLASSES, "".join(f"{name}\n" for name in classes).encode())
             try:
                 with stopped_by_signals():
-                    _write_shards(out, index, shards, num_workers, console)
+                    _write_shards(out, index, shards, num_workers, max_pixels, console)
             except RunStopped:
                 print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command goes on")
                 raise
@@ -162,6 +170,7 @@ def _write_shards(
     index: ShrinkIndex,
     shards: dict[str, list[Original]],
     num_workers: int | None,
+    max_pixels: int,
     console: Console,
 ) -> None:
     todo = [name for name in shards if name not in index.shards]
@@ -171,7 +180,7 @@ def _write_shards(
     for done in index.shards.values():
         skipped.update(done["broken"].items())
     images: DataLoader[Any] = DataLoader(
-        ShrunkImages(index.settings["short side"], index.settings["quality"]),
+        ShrunkImages(index.settings["short side"], index.settings["quality"], max_pixels),
         sampler=chain.from_iterable(shards[name] for name in todo),
         batch_size=None,
         collate_fn=_unchanged,
@@ -196,12 +205,14 @@ def _write_shards(
 
 
 def _members(
-    results: Iterator[tuple[Original, bytes | UnreadableImage, int]],
+    results: Iterator[ShrunkImage],
     record: dict[str, Any],
     skipped: SkippedImages,
 ) -> Iterator[tuple[str, bytes]]:
     """The files of a shard; tells of the broken ones, and counts in ``record``."""
-    for original, content, size in results:
+    for original, content, size, remark in results:
+        if remark is not None:
+            tell_remarks([(original.name, remark)])
         if isinstance(content, UnreadableImage):
             record["broken"][original.name] = str(content)
             for message in skipped.update([(original.name, str(content))]):

@@ -1,0 +1,151 @@
+"""How an image is to be turned: the one reader of it, and turning.
+
+No decoder turns an image by itself: torchvision and nvImageCodec are told not to, Pillow's TIFF reader is kept from it.
+"""
+
+import re
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import IO, Any
+
+from PIL import Image
+from torch import Tensor
+
+ORIENTATION = 274  # the tag, in TIFF and EXIF alike
+XMP = 700  # of TIFF
+MAX_METADATA = 2**24  # bytes: no metadata chunk is larger, and none is unpacked to more
+SWAPPED = (5, 6, 7, 8)  # orientations that swap height and width
+INTEGERS = {1: "B", 3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's types: BYTE, SHORT, LONG and the signed ones
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def read_orientation(image: Image.Image, file: IO[bytes]) -> int:
+    """The orientation of an image of which Pillow has read the header, 1 to 8.
+
+    Of TIFF it is tag 274, of other formats the first EXIF that has one, and without either XMP's `tiff:Orientation`.
+    Whatever is no number from 1 to 8 counts as 1, and so does an entry that is cut off.
+
+    Args:
+        file: what ``image`` was opened from; its position is kept.
+    """
+    if image.format == "TIFF":
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        value, packet = tags.get(ORIENTATION), tags.get(XMP)
+        xmps = packet if isinstance(packet, tuple) else [packet]
+    else:
+        exifs, xmps = _find_metadata(image, file)
+        value = next((found for exif in exifs if (found := _read_exif(exif)) is not None), None)
+    if value is None:
+        value = next((found for xmp in xmps if (found := _read_xmp(xmp)) is not None), 1)
+    return {known: known for known in range(1, 9)}.get(value, 1)
+
+
+def turn_image(image: Image.Image, orientation: int) -> Image.Image:
+    """A decoded image the way a person sees it."""
+    return image if orientation == 1 else image.transpose(TRANSPOSES[orientation])
+
+
+def turn_tensor(pixels: Tensor, orientation: int) -> Tensor:
+    """Decoded pixels [..., height, width] the way a person sees them."""
+    if orientation in SWAPPED:
+        pixels = pixels.transpose(-2, -1)
+    sides = [-2] * (orientation in (3, 4, 7, 8)) + [-1] * (orientation in (2, 3, 6, 7))
+    return pixels.flip(sides) if sides else pixels
+
+
+def _find_metadata(image: Image.Image, file: IO[bytes]) -> tuple[list[bytes], list[bytes]]:
+    """Blocks of EXIF and of XMP, in their order in the file."""
+    if image.format == "PNG":
+        return _sort_metadata(_read_png(file))
+    if image.format in ("JPEG", "MPO"):
+        # Pillow joins several segments of EXIF into one
+        segments = [data for name, data in image.applist if name == "APP1"]  # type: ignore[attr-defined]
+        return _sort_metadata(segments)
+    return ([image.info["exif"]] if "exif" in image.info else []), [image.info.get("xmp") or b""]
+
+
+def _sort_metadata(blocks: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
+    exifs: list[bytes] = []
+    xmps: list[bytes] = []
+    for block in blocks:
+        is_exif = block.startswith((b"Exif\0", b"II", b"MM"))
+        (exifs if is_exif else xmps).append(block)
+    return exifs, xmps
+
+
+def _read_exif(exif: bytes) -> int | None:
+    """The value of the tag, 0 where it is no single integer; None where there is no such entry, or not all of it."""
+    exif = re.sub(b"^(Exif\0.)+", b"", exif, flags=re.DOTALL)
+    order = {b"II": "<", b"MM": ">"}.get(exif[:2])
+    if order is None:
+        return None
+    try:
+        (start,) = struct.unpack_from(f"{order}I", exif, 4)
+        (entries,) = struct.unpack_from(f"{order}H", exif, start)
+        for place in range(start + 2, start + 2 + 12 * entries, 12):
+            tag, kind, count, value = struct.unpack_from(f"{order}HHI4s", exif, place)
+            if tag == ORIENTATION:
+                known = count == 1 and kind in INTEGERS
+                return int(struct.unpack_from(order + INTEGERS[kind], value)[0]) if known else 0
+    except struct.error:  # it is cut off
+        pass
+    return None
+
+
+def _read_xmp(xmp: Any) -> int | None:
+    """`tiff:Orientation` as an attribute or an element, under whatever prefix; None where there is none."""
+    if not isinstance(xmp, bytes):
+        return None
+    xmp = xmp.replace(b"\0", b"")  # of UTF-16, ASCII is left
+    declared = re.search(rb"xmlns:([\w.-]+)\s*=\s*[\"']http://ns\.adobe\.com/tiff/1\.0/[\"']", xmp)
+    prefix = declared[1] if declared else b"tiff"
+    found = re.search(rb"[\s<]" + re.escape(prefix) + rb":Orientation\s*(?:=\s*[\"']|>)\s*(\d{1,9})\s*[\"'<]", xmp)
+    return int(found[1]) if found else None
+
+
+def _read_png(file: IO[bytes]) -> Iterator[bytes]:
+    """EXIF and XMP of a PNG, before its pixels or after them, in the chunks that different programs use."""
+    position = file.tell()
+    file.seek(8)
+    while len(head := file.read(8)) == 8:
+        length, name = struct.unpack(">I4s", head)
+        if name == b"IEND":
+            break
+        if name not in (b"eXIf", b"iTXt", b"tEXt", b"zTXt") or length > MAX_METADATA:
+            file.seek(length + 4, 1)
+            continue
+        data = file.read(length)
+        file.seek(4, 1)  # the checksum
+        if name == b"eXIf":
+            yield data
+            continue
+        keyword, _, text = data.partition(b"\0")
+        if keyword == b"XML:com.adobe.xmp" or keyword in (b"Raw profile type exif", b"Raw profile type APP1"):
+            yield _unpack_text(name, keyword, text)
+    file.seek(position)
+
+
+def _unpack_text(name: bytes, keyword: bytes, text: bytes) -> bytes:
+    """What a text chunk of PNG holds; nothing where it is damaged."""
+    try:
+        packed = name == b"zTXt"
+        if name == b"iTXt":
+            packed, text = text[:1] == b"\1", text[2:].split(b"\0", 2)[2]
+        elif packed:
+            text = text[1:]
+        if packed:
+            text = zlib.decompressobj().decompress(text, MAX_METADATA)
+        if keyword.startswith(b"Raw"):  # ImageMagick's: name, length, and the rest in hexadecimal digits
+            text = bytes.fromhex(b"".join(text.split(b"\n")[3:]).decode("ascii"))
+    except (zlib.error, IndexError, ValueError):
+        return b""
+    return text

@@ -1,0 +1,115 @@
+"""Grey values of more than 8 bits as 8 bits, with a remark where their range had to be guessed or is hardly used."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+SMALL_PART = 1 / 4  # of a range; of images that fill less, there is a remark
+NODATA = 42113  # GDAL's tag
+SENTINELS = (-9999.0, -99999.0, -32768.0, -(2.0**31))  # of pixels without data, where no tag says which
+HUGE = 1e20  # no measurement is as large: -3.4e38, 9.97e36 and 1e20 stand for none
+ADVICE = "rescale the images if this is not what you want"
+
+
+def scale_values(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Image, str | None]:
+    """A grey image of integers of more than 8 bits, or of floats, in 8 bits.
+
+    Unsigned integers of 12 or 16 bits are divided, whatever the image holds, so that images stay comparable. Floats
+    from 0 to 1 (or up to 2: reflectance may exceed 1) are multiplied, values from 0 to 255 kept, all others stretched
+    from their least to their greatest. Pixels without data, NaN and infinite ones become black and do not count.
+
+    Args:
+        tags: of a TIFF; none of a PNG, whose values are always unsigned.
+
+    Returns:
+        The image in mode L, and what to say of its values, if anything.
+    """
+    values = np.asarray(image)
+    nodata = _read_nodata(tags.get(NODATA))
+    bits = (tags.get(258) or (16,))[0]
+    if image.mode.startswith("I;16") or not tags:  # older Pillow opens 16-bit PNG as 32-bit integers
+        valid = np.full(values.shape, True) if nodata is None else values != nodata
+        pixels, remark = _scale_unsigned(values, valid, 12 if bits == 12 else 16)
+    else:
+        if image.mode == "I" and bits == 32 and (tags.get(339) or (1,))[0] == 1:
+            values = values.view(np.uint32)  # which Pillow reads as signed
+        valid = find_valid(values, nodata)
+        pixels, remark = _scale_unknown(values, valid)
+    if tags.get(262) == 0:  # white is zero
+        pixels = 255 - pixels
+    return Image.fromarray(np.where(valid, pixels, np.uint8(0))), remark
+
+
+def remark_on_high_bytes(image: Image.Image) -> str | None:
+    """What to say of colours of 16 bits, of which Pillow gives the upper 8; alpha does not count."""
+    extrema: Any = image.getextrema()
+    bands = [one for band, one in zip(image.getbands(), extrema, strict=True) if band not in ("A", "a")]
+    low, high = min(low for low, _ in bands), max(high for _, high in bands)
+    return _remark_on_range(low << 8, (high << 8) + 255, 16) if low < high or high == 0 else None
+
+
+def find_valid(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    """bool, where a value is one: finite, and not the one that stands for no data.
+
+    Args:
+        nodata: that value; None where the file does not say, then it is one of those in use, if it is the least.
+    """
+    valid: np.ndarray = np.abs(values) < HUGE if values.dtype.kind == "f" else np.ones(values.shape, dtype=bool)
+    if nodata is not None:
+        return valid & ~np.isclose(values, nodata, rtol=1e-6, atol=0)
+    while valid.any() and (low := float(values[valid].min())) in SENTINELS:
+        valid &= values != low
+    return valid
+
+
+def _read_nodata(tag: Any) -> float | None:
+    try:
+        return float(str(tag).strip(" \0"))
+    except ValueError:
+        return None
+
+
+def _scale_unsigned(values: np.ndarray, valid: np.ndarray, bits: int) -> tuple[np.ndarray, str | None]:
+    pixels = (values >> (bits - 8)).astype(np.uint8)
+    used = values[valid]
+    if not used.size:
+        return pixels, None
+    return pixels, _remark_on_range(int(used.min()), int(used.max()), bits)
+
+
+def _remark_on_range(low: int, high: int, bits: int) -> str | None:
+    full = 2**bits - 1
+    if low == high or high - low >= SMALL_PART * full:
+        return None
+    needed = max(high.bit_length(), 1)
+    as_of = f" ({needed} bits end at {2**needed - 1})" if needed < bits else ""
+    return (
+        f"its values lie between {low} and {high} of {full}{as_of}: divided by {2 ** (bits - 8)} to give 8 bits, they "
+        f"show little contrast; {ADVICE}"
+    )
+
+
+def _scale_unknown(values: np.ndarray, valid: np.ndarray) -> tuple[np.ndarray, str | None]:
+    """Values of which the file does not tell the range."""
+    if not valid.any():
+        return np.zeros(values.shape, np.uint8), "it has no valid value: all are NaN, infinite or nodata"
+    is_float = values.dtype.kind == "f"
+    low, high = float(values[valid].min()), float(values[valid].max())
+    if is_float and low >= 0 and high <= 2:
+        offset, scale, taken = 0.0, 255 / max(high, 1), f"taken as 0 to {max(high, 1):.6g}"
+        expected = high <= 1 and high - low >= SMALL_PART
+    elif low >= 0 and high <= 255 and (not is_float or high - low >= SMALL_PART * 255):
+        offset, scale, taken = 0.0, 1.0, "taken as 8 bits"
+        expected = is_float
+    else:
+        offset, scale, taken = low, 255 / (high - low or 1), "stretched from this image's least to its greatest"
+        expected = False
+    values = np.where(valid, values, low).astype(np.float32 if is_float else np.float64, copy=False)
+    pixels = ((values - offset) * scale).round().clip(0, 255).astype(np.uint8)
+    left_out = valid.size - int(valid.sum())
+    if (expected or low == high) and not left_out:
+        return pixels, None
+    without = f" ({left_out} NaN, infinite or nodata left out)" if left_out else ""
+    return pixels, f"its values lie between {low:.6g} and {high:.6g}{without}: {taken}; {ADVICE}"

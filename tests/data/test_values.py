@@ -1,0 +1,391 @@
+"""Values of more than 8 bits: how they become 8, and what is said of them."""
+
+import io
+import resource
+import struct
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from samples import deep_png, encode, png, quarters, tiff
+
+from itpn.cli import main
+from itpn.data.decode import EncodedImage, UnreadableImage, decode_image, read_size
+from itpn.data.masks import read_mask
+
+RAMP = np.linspace(0, 1, 48, dtype=np.float64)[None].repeat(48, 0)
+NODATA = 42113
+
+
+def read(data: bytes) -> tuple[torch.Tensor, str | None]:
+    image = EncodedImage(data)
+    return image.decode(), image.remark
+
+
+def ramp(low: float, high: float, dtype: type, holes: float | None = None) -> np.ndarray:
+    values = (low + RAMP * (high - low)).astype(dtype)
+    if holes is not None:
+        values[:4, :4] = holes
+    return values
+
+
+def levels(image: torch.Tensor) -> int:
+    return len(image[0].unique())
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("dtype", [np.float32])
+@pytest.mark.parametrize("holes", [-9999.0, -3.4e38, -32768.0, 1e20, np.nan, np.inf, -np.inf])
+def test_pixels_without_data_do_not_take_the_contrast(order, dtype, holes):
+    image, remark = read(tiff(ramp(1500, 1800, dtype, holes), order))
+    assert 46 <= levels(image) <= 48
+    assert (int(image.min()), int(image.max())) == (0, 255)
+    assert image[:, :4, :4].max() == 0
+    assert torch.equal(image[0, 47], torch.from_numpy((RAMP[47] * 255).round().astype(np.uint8)))
+    assert remark is not None
+    assert "between 1500 and 1800 (16 NaN, infinite or nodata left out)" in remark
+
+
+@pytest.mark.parametrize("tag", [b"7\0", b"7.0 \0", b"7"])
+def test_the_tag_says_what_stands_for_no_data(tag):
+    values = ramp(1500, 1800, np.float32, 7)
+    image, remark = read(tiff(values, tags={NODATA: (2, tag)}))
+    assert levels(image) >= 46
+    assert "between 1500 and 1800" in str(remark)
+    image, remark = read(tiff(values))  # without it, 7 is a value
+    assert "between 7 and 1800" in str(remark)
+    image, remark = read(tiff(ramp(-9999, 1800, np.float32), tags={NODATA: (2, b"nan\0")}))
+    assert "between -9999 and 1800:" in str(remark)  # declared, so no other value stands for none
+
+
+def test_no_valid_value_at_all():
+    for values in (np.full((8, 8), np.nan, np.float32), np.full((8, 8), -9999, np.float32)):
+        image, remark = read(tiff(values))
+        assert image.max() == 0
+        assert "no valid value" in str(remark)
+
+
+FLOATS = {  # least, greatest -> greatest of 8 bits, what is said
+    (0, 1): (255, None),
+    (0, 1.02): (255, "between 0 and 1.02: taken as 0 to 1.02"),
+    (0, 1.6): (255, "between 0 and 1.6: taken as 0 to 1.6"),
+    (0.1, 0.6): (153, None),
+    (0, 0.2): (51, "between 0 and 0.2: taken as 0 to 1"),
+    (0, 255): (255, None),
+    (0, 250.5): (250, None),
+    (0, 9.5): (255, "between 0 and 9.5: stretched"),
+    (-1, 1): (255, "between -1 and 1: stretched"),
+    (0, 65535): (255, "between 0 and 65535: stretched"),
+}
+
+
+@pytest.mark.parametrize("span", FLOATS)
+def test_floats(span):
+    greatest, said = FLOATS[span]
+    image, remark = read(tiff(ramp(*span, np.float32)))
+    assert abs(int(image.max()) - greatest) <= 1
+    assert levels(image) >= 46
+    assert (remark is None) if said is None else (said in str(remark))
+
+
+INTEGERS = {  # type, least, greatest, value of holes -> grey levels, what is said
+    (np.int32, 0, 255, None): (48, "between 0 and 255: taken as 8 bits"),
+    (np.int32, 0, 150, None): (48, "between 0 and 150: taken as 8 bits"),
+    (np.int32, 0, 10**9, None): (48, "stretched"),
+    (np.uint32, 0, 4 * 10**9, None): (48, "between 0 and 4e+09: stretched"),
+    (np.int16, -500, 4000, -32768): (48, "between -500 and 4000 (16 NaN, infinite or nodata left out): stretched"),
+    (np.int16, 0, 10000, -9999): (48, "between 0 and 10000 (16"),
+}
+
+
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers_of_unknown_range(kind):
+    least, said = INTEGERS[kind]
+    dtype, low, high, holes = kind
+    for order in "<>" if dtype is not np.uint32 else "<":
+        image, remark = read(tiff(ramp(low, high, dtype, holes), order))
+        assert levels(image) >= least - 1
+        assert said in str(remark)
+
+
+@pytest.mark.parametrize(
+    ("high", "said"),
+    [
+        (255, "between 0 and 255 of 65535 (8 bits end at 255)"),
+        (1023, "between 0 and 1023 of 65535 (10 bits end at 1023)"),
+        (4095, "between 0 and 4095 of 65535 (12 bits end at 4095)"),
+        (16383, "between 0 and 16383 of 65535 (14 bits end at 16383)"),
+        (5, "between 0 and 5 of 65535 (3 bits"),
+        (40000, None),
+        (65535, None),
+    ],
+)
+def test_16_bits_are_divided_and_those_hardly_used_are_named(high, said):
+    values = ramp(0, high, np.uint16)
+    colours = np.stack([values, values // 2, values], axis=-1)
+    alpha = np.full_like(values, 65535)
+    for data in (
+        deep_png(values),
+        tiff(values),
+        tiff(values, ">", deflate=True),
+        deep_png(colours),
+        tiff(colours),
+        deep_png(np.dstack([colours, alpha])),  # whose range does not count
+        deep_png(np.stack([values, alpha], axis=-1)),
+    ):
+        image, remark = read(data)
+        assert int(image.max()) == high >> 8
+        if said is None:
+            assert remark is None
+        elif high > 255:
+            assert f"of 65535 ({said.partition('(')[2]}" in str(remark)
+    for data in (deep_png(values), tiff(values)):
+        assert (said or "None") in str(read(data)[1])
+
+
+def test_a_narrow_range_of_high_values_is_named():
+    assert "between 30000 and 34000 of 65535:" in str(read(deep_png(ramp(30000, 34000, np.uint16)))[1])
+    values = ramp(0, 4095, np.uint16, 65535)
+    image, remark = read(tiff(values, tags={NODATA: (2, b"65535\0")}))
+    assert "between 0 and 4095 of 65535" in str(remark)
+    assert image[:, :4, :4].max() == 0
+
+
+def test_images_of_one_value_and_of_8_bits_need_no_remark():
+    for data in (
+        deep_png(np.zeros((8, 8), np.uint16)),
+        deep_png(np.full((8, 8), 65535, np.uint16)),
+        tiff(np.full((8, 8), 0.5, np.float32)),
+        tiff(np.full((8, 8), 5, np.float32)),
+        encode(Image.new("L", (8, 8), 3), "PNG"),
+        encode(quarters().point(lambda value: value // 32), "PNG"),
+        encode(quarters(), "JPEG"),
+    ):
+        assert read(data)[1] is None
+
+
+def test_12_bits_that_the_file_declares_are_all_of_them():
+    values = np.arange(0, 4096, 16, dtype=np.uint16)[None].repeat(4, 0)
+    first, second = values[:, ::2], values[:, 1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8)
+    image, remark = read(tiff(packed.reshape(4, -1), bits=12))
+    assert torch.equal(image[0, 0], torch.arange(256, dtype=torch.uint8))
+    assert remark is None
+
+
+def test_white_is_zero():
+    values = ramp(0, 65535, np.uint16)
+    for order in "<":
+        image = decode_image(tiff(values, order, tags={262: (3, [0])}))
+        assert torch.equal(image[0, 0], 255 - torch.from_numpy((values[0] >> 8).astype(np.uint8)))
+    image = decode_image(tiff(ramp(0, 1, np.float32, np.nan), tags={262: (3, [0])}))
+    assert int(image[0, 47, 0]) == 255
+    assert int(image[0, 47, 47]) == 0
+    assert int(image[0, 0, 0]) == 0  # no data
+
+
+# --- bands
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("deflate", [False, True])
+@pytest.mark.parametrize("planar", [1, 2])
+@pytest.mark.parametrize("bands", [3, 4])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_tiffs_are_read_right_or_refused(order, deflate, planar, bands, dtype):
+    rng = np.random.default_rng(0)
+    values = rng.integers(0, np.iinfo(dtype).max, (6, 8, bands)).astype(dtype)
+    want = (values if dtype is np.uint8 else values >> 8)[..., :3].astype(np.uint8)
+    for extra in [None] if bands == 3 else [None, (0,)]:
+        data = tiff(values, order, planar, deflate, extra)
+        try:
+            image = decode_image(data)
+        except UnreadableImage as error:
+            assert planar == 2, error  # noqa: PT017
+            continue
+        assert np.array_equal(image.permute(1, 2, 0).numpy(), want), extra
+    if planar == 2 and dtype is np.uint16 and not deflate:
+        with pytest.raises(UnreadableImage, match="TIFF of separate planes with 16 bits"):
+            decode_image(tiff(values, order, planar, deflate))
+
+
+def test_only_a_declared_alpha_is_transparent():
+    values = np.full((4, 4, 4), 100, np.uint8)
+    values[..., 3] = 0
+    for extra, want in {None: 100, (0,): 100, (2,): 255}.items():
+        image = decode_image(tiff(values, extra=extra))
+        assert image.unique().tolist() == [want], extra
+        image = decode_image(tiff(values.astype(np.uint16) << 8, extra=extra))
+        assert image.unique().tolist() == [want], extra
+
+
+@pytest.mark.parametrize("extra", [1, 2])
+def test_grey_with_alpha(extra):
+    values = np.zeros((4, 4, 2), np.uint8)
+    values[..., 1] = 51  # a fifth of black over white
+    image = decode_image(tiff(values, extra=(extra,)))
+    assert abs(int(image.unique()) - 204) <= 1
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.zeros((4, 4), np.float64),
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 13), np.uint16),
+        np.zeros((4, 4, 5), np.uint8),
+    ],
+)
+def test_tiffs_that_cannot_be_read_say_so(values):
+    with pytest.raises(UnreadableImage, match="TIFF of bands, a depth or a compression that cannot be read"):
+        decode_image(tiff(values))
+
+
+def test_cmyk_jpegs_with_and_without_adobes_marker():
+    paper = encode(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "JPEG", quality=95)
+    ink = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)
+    red = torch.tensor([255, 0, 0])[:, None, None]
+    assert decode_image(paper).min() > 250
+    assert (decode_image(ink).int() - red).abs().max() < 12
+    # without the marker, as libjpeg writes it for others than Adobe: ink is not inverted
+    for data, want in (paper, torch.tensor(255)), (ink, red):
+        place = data.index(b"\xff\xee")
+        (length,) = struct.unpack(">H", data[place + 2 : place + 4])
+        pixels = np.asarray(Image.open(io.BytesIO(data)))
+        plain = encode(Image.fromarray(255 - pixels, "CMYK"), "JPEG", quality=95)
+        place = plain.index(b"\xff\xee")
+        plain = plain[:place] + plain[place + 2 + length :]
+        assert (decode_image(plain).int() - want).abs().max() < 12
+
+
+# --- the limit of pixels
+
+
+def large_png(side: int = 14000) -> bytes:
+    """White, of 1 bit for each pixel."""
+    row = b"\0" + b"\xff" * (side // 8)
+    return png(side, side, 1, 0, row * side)
+
+
+def test_the_limit_is_ours_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
+    data = encode(quarters(), "PNG")
+    assert decode_image(data).shape == (3, 96, 128)
+    (tmp_path / "a.png").write_bytes(data)
+    assert read_size(str(tmp_path / "a.png")) == (96, 128)
+    assert read_mask(str(tmp_path / "a.png")).shape == (96, 128, 3)
+    assert Image.MAX_IMAGE_PIXELS == 40  # as it was, for others in this process
+    for read_it in (lambda: decode_image(data, 9999), lambda: read_mask(str(tmp_path / "a.png"), 9999)):
+        with pytest.raises(UnreadableImage, match=r"128x96 pixels, more than the 9999 allowed \(--data.max-pixels\)"):
+            read_it()
+
+
+def test_a_header_takes_no_memory(tmp_path):
+    bombs = [png(60000, 60000, 8, 0, bytes(60001)), tiff(np.zeros((4, 4), np.uint8), tags={256: (4, [60000])})]
+    bombs.append(encode(Image.new("RGB", (16000, 9000)), "WEBP", lossless=True, method=0))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for number, bomb in enumerate(bombs):
+        path = tmp_path / str(number)
+        path.write_bytes(bomb)
+        assert max(read_size(str(path))) >= 16000
+        with pytest.raises(UnreadableImage):
+            EncodedImage(bomb, 2**17)
+    taken = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert taken * (1 if sys.platform == "darwin" else 1024) < 100e6
+
+
+# --- what commands say
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """Two classes of images of 12 bits in 16."""
+    for name in ("images/a", "images/b"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(4):
+            (tmp_path / name / f"{number}.png").write_bytes(deep_png(ramp(0, 4095, np.uint16)))
+    return tmp_path / "images"
+
+
+def run(*arguments: object) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def assert_one_warning(text: str) -> None:
+    lines = [line for line in text.splitlines() if "65535" in line]
+    assert len(lines) == 1, text
+    assert lines[0].startswith("warning: ")
+    assert ".png: its values lie between 0 and 4095 of 65535" in lines[0]
+
+
+TINY = ("--data.img-size", 32, "--data.batch-size", 4, "--trainer.accelerator", "cpu", "--trainer.max-steps", 2)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_warning_in_training_and_prediction(folder, tmp_path, capfd, workers):
+    common = ("--data.root", folder, "--data.num-workers", workers, "--output-dir", tmp_path / "runs")
+    assert run("train", "itpn-pixel_nano", *common, *TINY, "--name", "a") == 0
+    assert_one_warning("".join(capfd.readouterr()))
+    weights = next((tmp_path / "runs").glob("*/a/model.safetensors"))
+    assert run("predict", weights, folder, "--out", tmp_path / "out") == 0
+    assert_one_warning("".join(capfd.readouterr()))
+
+
+def test_one_warning_in_evaluation(folder, tmp_path, capfd):
+    common = ("--data.root", folder, "--data.num-workers", 1, "--data.val-share", 0.5)
+    options = ("--output-dir", tmp_path / "runs", "--name", "c", "--model.name", "itpn_nano", "--model.patch-size", 8)
+    options += ("--model.scratch",)
+    assert run("train", "classifier_small", *common, *TINY, *options) == 0
+    assert_one_warning("".join(capfd.readouterr()))
+    weights = next((tmp_path / "runs").glob("*/c/model.safetensors"))
+    evaluation = ("--checkpoint", weights, "--out", tmp_path / "evaluation", *common, "--trainer.accelerator", "cpu")
+    assert run("evaluate", "classifier_small", *evaluation) == 0
+    assert_one_warning("".join(capfd.readouterr()))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_warning_and_a_limit_in_shrinking(folder, tmp_path, capfd, workers):
+    assert run("shrink", folder, "--out", tmp_path / "small", "--num-workers", workers) == 0
+    assert_one_warning("".join(capfd.readouterr()))
+    assert run("shrink", folder, "--out", tmp_path / "none", "--num-workers", workers, "--max-pixels", 999) == 2
+    assert "48x48 pixels, more than the 999 allowed" in "".join(capfd.readouterr())
+
+
+def test_images_of_shards_are_named(folder, tmp_path, capfd):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as shard:
+        for path in sorted(folder.glob("*/*.png")):
+            shard.add(path, f"{path.parent.name}{path.name}")
+    options = ("--data.num-workers", 0, "--output-dir", tmp_path / "runs", "--name", "s")
+    assert run("train", "itpn-pixel_nano", "--data.root", tmp_path / "train-0.tar", *options, *TINY) == 0
+    assert_one_warning("".join(capfd.readouterr()))
+
+
+def test_images_that_are_too_large_say_so(tmp_path, capfd):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(large_png(400))
+    options = ("--data.root", tmp_path / "images", "--data.num-workers", 0, "--output-dir", tmp_path / "runs", *TINY)
+    assert run("train", "itpn-pixel_nano", *options, "--data.max-pixels", 1000) == 2
+    said = "".join(capfd.readouterr())
+    assert "400x400 pixels, more than the 1000 allowed (--data.max-pixels)" in said
+    assert "none of the images in" in said
+
+
+def test_more_pixels_than_pillow_allows(tmp_path, capfd, monkeypatch):
+    """As the option says, in a worker process too; Pillow's limit is lowered, for want of memory for large images."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images/a.png").write_bytes(large_png(400))
+    options = ("--data.root", tmp_path / "images", "--data.num-workers", 1, "--output-dir", tmp_path / "runs", *TINY)
+    assert run("train", "itpn-pixel_nano", *options, "--data.max-pixels", 160_000) == 0
+    assert "0 files skipped" in "".join(capfd.readouterr())
+
+
+def test_197_megapixels_are_opened():
+    """More than Pillow allows by itself."""
+    assert EncodedImage(large_png(), 10**9).width == 14000
+    with pytest.raises(UnreadableImage, match="14000x14000 pixels"):
+        EncodedImage(large_png())
