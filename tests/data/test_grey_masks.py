@@ -166,3 +166,10 @@ def test_a_run_is_refused_before_it_begins(tmp_path, capsys):
         assert len(error.splitlines()) == 1
         assert "not class indices" in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_masks_without_two_classes_are_named(tmp_path):
+    for number, values in enumerate(((255,), (0,))):
+        root = write(tmp_path / str(number), stripes(*values))
+        with pytest.raises(UserError, match=f"masks in {root}/masks: 1 classes of pixels: there must be from 2 to 254"):
+            find(root)

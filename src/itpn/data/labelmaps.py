@@ -306,7 +306,7 @@ def _make_table(
     """What a set of masks means; ``masks`` are those of numbers, which, and of how many pixels.
 
     Raises:
-        UserError: no class has a label above 254, or shades of grey, not class indices.
+        UserError: labels above 254, shades of grey in place of class indices, or fewer than two classes.
     """
     numbers = set().union(*masks.values())
     if names is None:  # classes are the numbers that there are
@@ -318,7 +318,10 @@ def _make_table(
             example = next(mask for mask, values in masks.items() if largest in values)
             raise UserError(f"label {largest} in {example}: labels end at 254, but for those of --data.ignore")
         names = [(str(number), None) for number in range(int(rules.reduce_zero_label), largest + 1)]
-    table = make_table(names, rules.reduce_zero_label, rules.ignore)
+    try:
+        table = make_table(names, rules.reduce_zero_label, rules.ignore)
+    except UserError as error:
+        raise UserError(f"masks in {others}: {error}") from None
     greys = table.read_greys(numbers)
     if greys is None:
         if numbers == {0, 255} and table.numbers[255] == IGNORED:
