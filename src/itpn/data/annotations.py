@@ -405,32 +405,33 @@ def _check_segmentation(
         return None, None
     usable, reason = parts, ""
     if isinstance(parts, list) and len(parts) > 1:
-        checked = [(part, _find_invalid([part], height, width)) for part in parts]
+        checked = [(part, _encode([part], height, width)[1]) for part in parts]
         usable = [part for part, wrong in checked if not wrong]
         reason = next((wrong for _, wrong in checked if wrong), "")
-    reason = reason or _find_invalid(usable, height, width)
-    if reason and (usable == parts or not usable):
+    encoded, wrong = _encode(usable, height, width)
+    reason = reason or wrong
+    if encoded is None:
         mistakes.add("polygons or masks that cannot be used (the box is, if there is one)", f"{what}: {reason}")
         return None, None
     if isinstance(usable, list):
         usable = [[read_number(v) if isinstance(v, str) else v for v in polygon] for polygon in usable]
     if reason:
         mistakes.add("polygons that cannot be used, beside others of the object", f"{what}: {reason}")
-    return usable, encode_outline(usable, height, width)
+    return usable, encoded
 
 
-def _find_invalid(segmentation: Any, height: int, width: int) -> str:
-    """What is wrong with polygons or run lengths; empty if nothing is."""
+def _encode(segmentation: Any, height: int, width: int) -> tuple[dict[str, Any] | None, str]:
+    """Polygons or run lengths as compressed run lengths; None and what is wrong, if anything is."""
     try:
         encoded = encode_outline(segmentation, height, width)
         if isinstance(segmentation, dict):
             rle.decode(encoded)  # or else runs that are not the image's are found out in training
         if rle.area(encoded):
-            return ""
+            return encoded, ""
     except Exception as error:  # malformed in any of many ways
         plain = isinstance(error, ValueError) and str(error)
-        return str(error).splitlines()[0] if plain else "in none of COCO's forms"
+        return None, str(error).splitlines()[0] if plain else "in none of COCO's forms"
     values = [] if isinstance(segmentation, dict) else [float(v) for polygon in segmentation for v in polygon]
     if values and min(values) >= 0 and 0 < max(values) <= 1 and min(height, width) >= SMALL_IMAGE:
-        return "coordinates from 0 to 1, which look like fractions of the image (pixels are expected)"
-    return "it holds no pixel"
+        return None, "coordinates from 0 to 1, which look like fractions of the image (pixels are expected)"
+    return None, "it holds no pixel"
