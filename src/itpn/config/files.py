@@ -46,13 +46,16 @@ def from_dict(settings: dict[str, Any], cls: Any = Config) -> Any:
     return build(cls, settings, "")
 
 
-def load_yaml(path: Path) -> Any:
+def load_yaml(path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] = yaml.SafeLoader) -> Any:
     """Plain data of a small YAML file.
+
+    Args:
+        loader: `yaml.BaseLoader` leaves every value the text that it is.
 
     Raises:
         yaml.YAMLError, ValueError, RecursionError, OSError: it is none, or aliases in it stand for more than they say.
     """
-    content = yaml.safe_load(read_text(path, most=MAX_YAML))
+    content = yaml.load(read_text(path, most=MAX_YAML), Loader=loader)
     sizes: dict[int, float] = {}
 
     def size_of(value: Any) -> float:

@@ -1,7 +1,6 @@
-"""Annotations of objects, and the mistakes in them, found before anything is trained."""
+"""Annotations of objects, and what is invalid in them, found before anything is trained."""
 
 import json
-import math
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,9 @@ from faster_coco_eval.core import mask as rle
 
 from itpn.data.decode import MAX_PIXELS
 from itpn.data.files import describe_file
-from itpn.data.layouts import Coco, Mistakes, read_coco, read_voc, read_yolo
-from itpn.data.objects import DetectionImages, encode_outline
+from itpn.data.layouts import FRACTIONS, Coco, Mistakes, read_coco, read_voc, read_yolo
+from itpn.data.numbers import read_number, read_whole
+from itpn.data.objects import MIN_SIDE, DetectionImages, encode_outline
 from itpn.data.readers import FileReader, PackedStrings
 from itpn.errors import UserError
 
@@ -23,6 +23,7 @@ LAYOUTS = (
     "COCO's (annotations/instances_*.json, or a folder for each set with its JSON inside), YOLO's (data.yaml) or "
     "Pascal VOC's (JPEGImages and Annotations)"
 )
+SMALL_IMAGE = 8  # pixels: in less, a box in the first pixel may be meant
 
 
 def find_objects(
@@ -46,11 +47,12 @@ def find_objects(
         UserError: nothing of a known layout, no images, no objects, a mistake if it is an error, or classes to evaluate
             on that there are none of to train on.
     """
-    train = read_objects(root, "train", mistakes, tell, max_pixels=max_pixels)
+    told: set[str] = set()
+    train = read_objects(root, "train", mistakes, tell, max_pixels=max_pixels, told=told)
     assert train is not None
     val = None
     if val_root is not None or Path(root).is_dir():  # or else the one file is to train on
-        val = read_objects(val_root or root, "val", mistakes, tell, val_root is None, max_pixels)
+        val = read_objects(val_root or root, "val", mistakes, tell, val_root is None, max_pixels, told)
     if val is None:
         return train, None
     unknown = [name for name in val.classes if name not in train.classes]
@@ -70,11 +72,18 @@ def read_objects(
     tell: Tell = print,
     optional: bool = False,
     max_pixels: int = MAX_PIXELS,
+    told: set[str] | None = None,
 ) -> DetectionImages | None:
     """The images of one set, checked.
 
+    Args:
+        told: remarks that have been told of another set, and are not repeated.
+
     Returns:
         None if there is no such set and it is ``optional``.
+
+    Raises:
+        UserError: no annotations or images, objects of which none can be used, or none to train on.
     """
     if not root:
         raise UserError(f"--data.root is an empty name: give a folder of {LAYOUTS}")
@@ -101,15 +110,16 @@ def read_objects(
         images = check(coco, path_of, source, found, max_pixels)
     except RecursionError as error:
         raise UserError(f"{source} has values nested too deeply to be annotations") from error
-    found.report(source, mistakes, tell)
+    found.report(source, mistakes, tell, set() if told is None else told)
     if not len(images):
         raise UserError(f"{source} has no images" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
-    if split == "train" and not len(images.with_objects()):
+    annotated = split == "train" or any(not one.get("iscrowd") for one in coco["annotations"] if isinstance(one, dict))
+    if annotated and not len(images.with_objects()):
         raise UserError(f"{source} has no objects" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
     return images
 
 
-# --- mistakes
+# --- what is invalid
 
 
 def check(
@@ -117,140 +127,319 @@ def check(
 ) -> DetectionImages:
     """What can be used of annotations; the rest is counted in ``mistakes``.
 
+    Objects are told apart by nothing but themselves: ids of annotations may be missing or repeated.
+
     Raises:
-        UserError: classes that are none.
+        UserError: classes that are none, or boxes that are corners.
     """
-    names, ids = _check_categories(coco["categories"], source, mistakes)
-    images: dict[Any, dict[str, Any]] = {}
-    for entry in coco["images"]:
-        if not isinstance(entry, dict) or any(key not in entry for key in ("id", "file_name")):
-            mistakes.add("images without id or file_name", str(entry)[:60])
-            continue
-        if not all(isinstance(entry.get(key), int) and entry[key] > 0 for key in ("height", "width")):
-            mistakes.add("images without height or width", str(entry["file_name"]))
-        elif entry["height"] * entry["width"] > max_pixels:
-            mistakes.add(
-                "images of more pixels than --data.max-pixels",
-                f"{entry['file_name']}: {entry['width']}x{entry['height']}",
-            )
-        elif not _is_id(entry["id"]):
-            mistakes.add("images whose id is no whole number", f"{entry['id']!r}")
-        elif entry["id"] in images:
-            mistakes.add("images whose id another one has", f"{entry['id']}: {entry['file_name']}")
-        elif not (path := path_of(str(entry["file_name"]))).is_file():
-            mistakes.add("images not on disk", str(path))
-        else:
-            images[entry["id"]] = {**entry, "path": str(path), "objects": []}
-    listed = {entry["id"] for entry in coco["images"] if isinstance(entry, dict) and _is_id(entry.get("id"))}
+    names, ids = _check_categories(coco, source, mistakes)
+    images, listed = _check_images(coco["images"], path_of, mistakes, max_pixels)
+    refuse_corners(coco["annotations"], images, source)
     numbers = {id_: number for number, id_ in enumerate(ids)}
-    seen: set[Any] = set()
-    for one in coco["annotations"]:
+    seen: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # objects by image, class and box
+    for number, one in enumerate(coco["annotations"], start=1):
         if not isinstance(one, dict) or any(key not in one for key in ("image_id", "category_id")):
             mistakes.add("objects without image_id or category_id", str(one)[:60])
             continue
-        what = one.get("where") or f"annotation {one.get('id', '?')}"
-        if one.get("id") is not None:
-            if repr(one["id"]) in seen:
-                mistakes.add("objects whose id another one has", what)
-                continue
-            seen.add(repr(one["id"]))
-        known_id = _is_id(one["image_id"])
-        image = images.get(one["image_id"]) if known_id else None
+        name = f"annotation {one['id']}" if "id" in one else f"number {number} of the annotations"
+        what = one.get("where") or f"{name} of image {one['image_id']}"
+        key = _image_key(one["image_id"])
+        image = None if key is None else images.get(key)
         if image is None:
-            if not known_id or one["image_id"] not in listed:
-                mistakes.add("objects of an image that is not listed", f"{what}: image {one['image_id']}")
+            if key not in listed:
+                mistakes.add("objects of an image that is not listed", what)
             continue  # those of an image that cannot be used go with it
-        if not _is_id(one["category_id"]) or one["category_id"] not in numbers:
+        label = numbers.get(read_whole(one["category_id"]))  # type: ignore[arg-type]  # None is no id
+        if label is None:
             mistakes.add("objects of an unknown class", f"{what}: class {one.get('label', one['category_id'])}")
             continue
         known = _check_object(one, image, what, mistakes)
-        if known is not None:
-            image["objects"].append({**known, "label": numbers[one["category_id"]]})
-    entries = list(images.values())
+        if known is None:
+            continue
+        known["label"] = label
+        same = seen.setdefault((image["path"], label, *known["bbox"]), [])
+        if known in same:
+            mistakes.add("objects that are annotated twice, and count once", what)
+            continue
+        same.append(known)
+        image["objects"].append(known)
+    entries = list({entry["path"]: entry for entry in images.values()}.values())
     sizes = np.array([[e["height"], e["width"]] for e in entries], dtype=np.int64).reshape(-1, 2)
     return DetectionImages(
         FileReader([e["path"] for e in entries]),
         PackedStrings([json.dumps(e["objects"]) for e in entries]),
         sizes,
-        np.array([e["id"] for e in entries], dtype=np.int64),
+        _number_images(entries, mistakes),
         names,
         ids,
     )
 
 
-def _check_categories(
-    categories: list[Any], source: str, mistakes: Mistakes
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
+# --- classes
+
+
+def _check_categories(coco: Coco, source: str, mistakes: Mistakes) -> tuple[tuple[str, ...], tuple[int, ...]]:
     """Names and ids, in the order of the ids, which may have gaps, as COCO's have."""
-    try:
-        if not all(isinstance(entry["name"], str) for entry in categories):
-            raise TypeError
-        pairs = sorted((entry["id"], entry["name"]) for entry in categories)
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{source} has categories without id or name") from error
-    ids, names = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    pairs = []
+    for entry in coco["categories"]:
+        name, id_ = (entry.get("name"), entry.get("id")) if isinstance(entry, dict) else (None, None)
+        name = name.strip() if isinstance(name, str) else None if read_number(name) is None else str(name)
+        if not name or id_ is None:
+            raise UserError(f"{source} has categories without id or name: {str(entry)[:60]}")
+        whole = read_whole(id_)
+        if whole is None or not _is_id(whole):
+            raise UserError(f"{source} has categories whose ids are no whole numbers: {id_!r} of {name}")
+        pairs.append((whole, name, entry))
     if not pairs:
         raise UserError(f"{source} has no classes" + (f": {mistakes.lines()[0]}" if mistakes.counts else ""))
-    if not all(_is_id(id_) for id_ in ids):
-        raise UserError(f"{source} has categories whose ids are no whole numbers")
-    for what, values in {"id": ids, "name": names}.items():
+    root = _find_root(pairs, coco["annotations"])
+    if root is not None:
+        mistakes.notes.append(f"category {root[0]} ({root[1]}) has no objects and groups the others: it is no class")
+    classes = sorted((id_, name) for id_, name, _ in pairs if root is None or id_ != root[0])
+    ids, names = [id_ for id_, _ in classes], [name for _, name in classes]
+    given: dict[str, list[Any]] = {"id": ids, "name": names}
+    for what, values in given.items():
         twice = [value for value, count in Counter(values).items() if count > 1]
         if twice:
             raise UserError(f"{source} has two categories of {what} {twice[0]}")
     return tuple(names), tuple(ids)
 
 
+def _find_root(
+    categories: list[tuple[int, str, dict[str, Any]]], annotations: list[Any]
+) -> tuple[int, str, dict[str, Any]] | None:
+    """The category that Roboflow exports above all others: their supercategory, of no supercategory and no objects.
+
+    Its name may be that of a class as well.
+    """
+    used = {read_whole(one.get("category_id")) for one in annotations if isinstance(one, dict)}
+    for root in categories:
+        id_, name, entry = root
+        above = entry.get("supercategory")
+        others = [other for other in categories if other is not root]
+        if id_ in used or not others or (above and str(above).strip().lower() != "none"):
+            continue
+        if any(other[0] == id_ for other in others):
+            continue
+        if all(str(other.get("supercategory", "")).strip() == name for _, _, other in others):
+            return root
+    return None
+
+
+# --- images
+
+
+def _check_images(
+    listed: list[Any], path_of: Callable[[str], Path], mistakes: Mistakes, max_pixels: int
+) -> tuple[dict[int | str, dict[str, Any]], set[int | str | None]]:
+    """The images that can be used, by id, and the ids of all."""
+    entries: list[tuple[int | str, dict[str, Any]]] = []
+    files: dict[int | str, set[str]] = {}
+    keys: set[int | str | None] = set()
+    for entry in listed:
+        if not isinstance(entry, dict) or any(key not in entry for key in ("id", "file_name")):
+            mistakes.add("images without id or file_name", str(entry)[:60])
+            continue
+        key = _image_key(entry["id"])
+        if key is None:
+            mistakes.add("images whose id is neither a whole number nor text", f"{entry['id']!r}: {entry['file_name']}")
+            continue
+        keys.add(key)
+        entries.append((key, entry))
+        files.setdefault(key, set()).add(str(entry["file_name"]))
+    images: dict[int | str, dict[str, Any]] = {}
+    by_path: dict[str, dict[str, Any]] = {}
+    for key, entry in entries:
+        name = str(entry["file_name"])
+        height, width = (read_whole(entry.get(side)) or 0 for side in ("height", "width"))
+        if min(height, width) <= 0:
+            sides = f"height {entry.get('height')!r}, width {entry.get('width')!r}"
+            mistakes.add("images without height or width in whole pixels", f"{name}: {sides}")
+        elif height * width > max_pixels:
+            mistakes.add("images of more pixels than --data.max-pixels", f"{name}: {width}x{height}")
+        elif len(files[key]) > 1:  # whose objects are they?
+            mistakes.add("images whose id another one has", f"{key}: {name}")
+        elif key in images:
+            mistakes.add("images that are listed twice", f"{key}: {name}")
+        elif not (path := path_of(name)).is_file():
+            mistakes.add("images not on disk", str(path))
+        elif str(path) in by_path:
+            images[key] = by_path[str(path)]
+            mistakes.add("images that are listed with two ids, whose objects were joined", f"{key}: {name}")
+        else:
+            images[key] = by_path[str(path)] = {
+                "key": key,
+                "path": str(path),
+                "height": height,
+                "width": width,
+                "objects": [],
+            }
+    return images, keys
+
+
+def _image_key(value: Any) -> int | str | None:
+    """An id of an image: 7 for 7, 7.0 and "7"; other texts as they are; None for what is no id."""
+    whole = read_whole(value)
+    if isinstance(value, str) and (whole is None or str(whole) != value.strip()):
+        return value  # of "007" and "7", each is an id
+    return whole if whole is not None and _is_id(whole) else None
+
+
+def _number_images(entries: list[dict[str, Any]], mistakes: Mistakes) -> np.ndarray:
+    """The ids of images, int64 [n]; those that are text get the numbers after the largest."""
+    free = 1 + max((entry["key"] for entry in entries if isinstance(entry["key"], int)), default=0)
+    if free + len(entries) >= 2**63:
+        free = -len(entries) - 2**62
+    texts = [entry["key"] for entry in entries if isinstance(entry["key"], str)]
+    if texts:
+        mistakes.notes.append(f"ids of images are text ({texts[0]}): results.json numbers them from {free}")
+    numbers = iter(range(free, free + len(texts)))
+    return np.array([e["key"] if isinstance(e["key"], int) else next(numbers) for e in entries], dtype=np.int64)
+
+
+def _is_id(value: int) -> bool:
+    return abs(value) < 2**63
+
+
+# --- objects
+
+
+def refuse_corners(annotations: list[Any], images: dict[int | str, dict[str, Any]], source: str) -> None:
+    """Find out whether boxes are corners [x0, y0, x1, y1], where [x, y, width, height] are expected.
+
+    They are if that puts (almost) all of them inside their images, while as x, y, width, height a fifth of them, and
+    at least two, leave their image by more than a tenth of its side.
+
+    Raises:
+        UserError: they are.
+    """
+    rows = []
+    for one in annotations:
+        if not isinstance(one, dict) or "where" in one:  # other layouts name the corners
+            continue
+        key = _image_key(one.get("image_id"))
+        image = None if key is None else images.get(key)
+        box = _read_box(one.get("bbox"))
+        if image is not None and box is not None:
+            rows.append([*box, image["width"], image["height"]])
+    if not rows:
+        return
+    boxes = np.array(rows)
+    low, high, sides = boxes[:, :2], boxes[:, 2:4], boxes[:, 4:]
+    corners = ((low > -1) & (high > low) & (high <= sides + 1)).all(axis=1)
+    leaving = (low + high > 1.1 * sides).any(axis=1)
+    count = int(leaving.sum())
+    if count >= max(2, 0.2 * len(boxes)) and corners.mean() >= 0.95:
+        raise UserError(
+            f"{source}: boxes look like [x0, y0, x1, y1]: {count:,} of {len(boxes):,} would leave their image, and as "
+            "corners all are inside; convert them to COCO's [x, y, width, height]"
+        )
+
+
 def _check_object(one: dict[str, Any], image: dict[str, Any], what: str, mistakes: Mistakes) -> dict[str, Any] | None:
     """An object as it is kept, its box inside the image; None if it is of no use."""
     height, width = image["height"], image["width"]
-    crowd = one.get("iscrowd", 0)
-    if crowd not in (0, 1, None) or isinstance(crowd, float):
-        mistakes.add("objects whose iscrowd is neither 0 nor 1", f"{what}: {crowd!r}")
+    crowd = one.get("iscrowd")
+    crowd = 0 if crowd is None else int(crowd) if isinstance(crowd, bool) else read_whole(crowd)
+    if crowd not in (0, 1):
+        mistakes.add("objects whose iscrowd is neither 0 nor 1", f"{what}: {one['iscrowd']!r}")
         return None
-    box = one.get("bbox")
-    kept: dict[str, Any] = {"iscrowd": int(bool(crowd))}
-    outlined_area: float | None = None
-    outline = one.get("segmentation")
-    if outline:
-        try:
-            encoded = encode_outline(outline, height, width)
-            if isinstance(outline, dict):
-                rle.decode(encoded)  # or else runs that are not the image's are found out in training
-            outlined_area = float(rle.area(encoded))
-        except Exception as error:  # malformed in any of many ways
-            plain = isinstance(error, ValueError) and str(error)
-            reason = str(error).splitlines()[0] if plain else "in none of COCO's forms"
-            mistakes.add("objects whose outline cannot be read", f"{what}: {reason}")
-            return None
-        if not outlined_area:
-            mistakes.add("objects whose outline holds no pixel", what)
-            return None
-        kept["segmentation"] = outline
+    kept: dict[str, Any] = {"iscrowd": crowd}
+    given = one.get("bbox")
+    box = None
+    if given not in (None, []):
+        box = _check_box(_read_box(given), one.get("problem"), "where" in one, height, width, what, mistakes)
         if box is None:
-            box = rle.toBbox(encoded).tolist()
-    if not isinstance(box, list) or len(box) != 4 or not all(_is_number(value) for value in box):
+            return None
+    segmentation, encoded = _check_segmentation(one.get("segmentation"), height, width, what, mistakes)
+    mask_area = None
+    if encoded is not None:
+        kept["segmentation"] = segmentation
+        mask_area = float(rle.area(encoded))
+        box = rle.toBbox(encoded).tolist() if box is None else box
+    if box is None:
+        mistakes.add("objects without a box", what)
+        return None
+    said = read_number(one.get("area"))
+    area = said if said is not None and said > 0 else mask_area or box[2] * box[3]
+    return kept | {"bbox": box, "area": area}
+
+
+def _read_box(value: Any) -> list[float] | None:
+    """Four numbers."""
+    numbers = [read_number(part) for part in value] if isinstance(value, list) else []
+    box = [number for number in numbers if number is not None]
+    return box if len(numbers) == len(box) == 4 else None
+
+
+def _check_box(
+    box: list[float] | None, problem: str | None, checked: bool, height: int, width: int, what: str, mistakes: Mistakes
+) -> list[float] | None:
+    """A box inside its image; None if it is of no use.
+
+    Args:
+        problem: kind of what a reader has found wrong with it.
+        checked: a reader has looked, for the file does not hold x, y, width and height in pixels.
+    """
+    if box is None:
         mistakes.add("objects whose box is not four numbers", what)
         return None
-    x, y, w, h = (float(value) for value in box)
-    if w <= 0 or h <= 0:
-        mistakes.add("boxes of no area", what)
-        return None
+    x, y, w, h = box
     x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-    if x1 <= x0 or y1 <= y0:
-        mistakes.add("boxes outside their image", what)
+    beyond = max(-x, -y, x + w - width, y + h - height)
+    inside_first_pixel = min(box) >= 0 and max(box) <= 1 and max(w, h) > 0 and min(height, width) >= SMALL_IMAGE
+    if problem is None and not checked and inside_first_pixel:
+        problem = FRACTIONS
+    if problem is None and (w <= 0 or h <= 0):
+        problem = "boxes of no area"
+    if problem is None and (x1 <= x0 or y1 <= y0):
+        problem = "boxes outside their image"
+    if problem is None and min(x1 - x0, y1 - y0) < MIN_SIDE - 1e-3:
+        problem = "boxes under 1 pixel"
+    if problem is not None:
+        mistakes.add(problem, what)
         return None
-    if max(-x, -y, x + w - width, y + h - height) > 1:  # less is rounding
+    if beyond > 1:  # less is rounding
         mistakes.add("boxes partly outside their image, which were cut", what)
-    if max(-x, -y, x + w - width, y + h - height) > 0:
-        x, y, w, h = x0, y0, x1 - x0, y1 - y0
-    said: Any = one.get("area")
-    area = float(said) if _is_number(said) and said > 0 else outlined_area or w * h
-    return kept | {"bbox": [x, y, w, h], "area": area}
+    return [x0, y0, x1 - x0, y1 - y0] if beyond > 0 else box
 
 
-def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
+def _check_segmentation(
+    value: Any, height: int, width: int, what: str, mistakes: Mistakes
+) -> tuple[Any, dict[str, Any] | None]:
+    """The polygons or run lengths that hold pixels, as they are and as compressed run lengths; None without any."""
+    parts = [part for part in value if part != []] if isinstance(value, list) else value
+    if not parts:
+        return None, None
+    usable, reason = parts, ""
+    if isinstance(parts, list) and len(parts) > 1:
+        checked = [(part, _encode([part], height, width)[1]) for part in parts]
+        usable = [part for part, wrong in checked if not wrong]
+        reason = next((wrong for _, wrong in checked if wrong), "")
+    encoded, wrong = _encode(usable, height, width)
+    reason = reason or wrong
+    if encoded is None:
+        mistakes.add("polygons or masks that cannot be used (the box is, if there is one)", f"{what}: {reason}")
+        return None, None
+    if isinstance(usable, list):
+        usable = [[read_number(v) if isinstance(v, str) else v for v in polygon] for polygon in usable]
+    if reason:
+        mistakes.add("polygons that cannot be used, beside others of the object", f"{what}: {reason}")
+    return usable, encoded
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _encode(segmentation: Any, height: int, width: int) -> tuple[dict[str, Any] | None, str]:
+    """Polygons or run lengths as compressed run lengths; None and what is wrong, if anything is."""
+    try:
+        encoded = encode_outline(segmentation, height, width)
+        if isinstance(segmentation, dict):
+            rle.decode(encoded)  # or else runs that are not the image's are found out in training
+        if rle.area(encoded):
+            return encoded, ""
+    except Exception as error:  # malformed in any of many ways
+        plain = isinstance(error, ValueError) and str(error)
+        return None, str(error).splitlines()[0] if plain else "in none of COCO's forms"
+    values = [] if isinstance(segmentation, dict) else [float(v) for polygon in segmentation for v in polygon]
+    if values and min(values) >= 0 and 0 < max(values) <= 1 and min(height, width) >= SMALL_IMAGE:
+        return None, "coordinates from 0 to 1, which look like fractions of the image (pixels are expected)"
+    return None, "it holds no pixel"

@@ -2,7 +2,8 @@
 
 import os
 import random
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from itpn.data.masks import (
     Colour,
     LabelTable,
     Names,
+    explain_greys,
     make_table,
     pack,
     read_mask,
@@ -243,11 +245,11 @@ class Look:
 
     Attributes:
         size: height, width.
-        values: its numbers; of pictures in colours these, see `itpn.data.masks.pack`.
+        values: its numbers and how many pixels have each; of pictures in colours these, see `itpn.data.masks.pack`.
     """
 
     size: tuple[int, int]
-    values: frozenset[int]
+    values: Mapping[int, int]
     coloured: bool
 
 
@@ -290,17 +292,33 @@ def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> L
     assert table is not None
     if not present - {IGNORED}:
         raise UserError(f"no mask in {others} has a pixel of a class: see --data.ignore and --data.reduce-zero-label")
-    absent = [name for number, name in enumerate(table.classes) if number not in present]
-    if absent and not isinstance(names, LabelTable) and rules.mistakes == "summary":
-        reason = "; label 0 is of no class (--data.reduce-zero-label)" if rules.reduce_zero_label else ""
-        rules.tell(f"{others}: no mask has {join_names(absent)}{reason}")
+    if not isinstance(names, LabelTable):
+        _tell_labels(looks.values(), table, present, others, rules)
     return LabelMaps(FileReader(kept), PackedStrings([masks[path] for path in kept]), table, len(images) - len(kept))
 
 
-def _make_table(names: Names | None, masks: Mapping[str, frozenset[int]], others: str, rules: MaskRules) -> LabelTable:
-    """What a set of masks means; ``masks`` are those of numbers, and which."""
+def _tell_labels(looks: Iterable[Look], table: LabelTable, present: set[int], others: str, rules: MaskRules) -> None:
+    """Tell what may not be meant: the label that is ignored for its number, and classes that no mask has."""
+    numbers = set().union(*(look.values for look in looks if not look.coloured))
+    if IGNORED in numbers and numbers != {0, IGNORED} and table.numbers[IGNORED] == IGNORED:
+        rules.tell(f"{others}: pixels of label 255 are ignored (--data.ignore)")
+    absent = [name for number, name in enumerate(table.classes) if number not in present]
+    if absent and rules.mistakes == "summary":
+        reason = "; label 0 is of no class (--data.reduce-zero-label)" if rules.reduce_zero_label else ""
+        rules.tell(f"{others}: no mask has {join_names(absent)}{reason}")
+
+
+def _make_table(
+    names: Names | None, masks: Mapping[str, Mapping[int, int]], others: str, rules: MaskRules
+) -> LabelTable:
+    """What a set of masks means; ``masks`` are those of numbers, which, and of how many pixels.
+
+    Raises:
+        UserError: labels above 254, shades of grey in place of class indices, or fewer than two classes.
+    """
     numbers = set().union(*masks.values())
     if names is None:  # classes are the numbers that there are
+        _refuse_greys(masks, others, rules)
         largest = max(numbers - set(rules.ignore), default=0)
         if numbers == {0, 255}:
             largest = 1
@@ -308,7 +326,10 @@ def _make_table(names: Names | None, masks: Mapping[str, frozenset[int]], others
             example = next(mask for mask, values in masks.items() if largest in values)
             raise UserError(f"label {largest} in {example}: labels end at 254, but for those of --data.ignore")
         names = [(str(number), None) for number in range(int(rules.reduce_zero_label), largest + 1)]
-    table = make_table(names, rules.reduce_zero_label, rules.ignore)
+    try:
+        table = make_table(names, rules.reduce_zero_label, rules.ignore)
+    except UserError as error:
+        raise UserError(f"masks in {others}: {error}") from None
     greys = table.read_greys(numbers)
     if greys is None:
         if numbers == {0, 255} and table.numbers[255] == IGNORED:
@@ -317,6 +338,18 @@ def _make_table(names: Names | None, masks: Mapping[str, frozenset[int]], others
     if table.by_colour is None:
         rules.tell(f"{others}: black and white masks, of {table.classes[0]} and {table.classes[1]}")
     return greys
+
+
+def _refuse_greys(masks: Mapping[str, Mapping[int, int]], others: str, rules: MaskRules) -> None:
+    """Raise :class:`UserError` where the numbers look like shades of grey."""
+    counts: Counter[int] = Counter()
+    for values in masks.values():
+        counts.update(values)
+    for label in set(rules.ignore) - {IGNORED}:
+        del counts[label]
+    if reason := explain_greys(counts):
+        example = max(masks, key=lambda mask: len(masks[mask]))
+        raise UserError(f"masks in {others}, such as {example}: {reason}")
 
 
 def look_at(path: str, max_pixels: int, colours: Container[Colour]) -> Look:
@@ -331,10 +364,15 @@ def look_at(path: str, max_pixels: int, colours: Container[Colour]) -> Look:
     if coloured:
         seen = np.zeros(2**24, dtype=bool)
         seen[pack(values)] = True
-        return Look(size, frozenset(seen.nonzero()[0].tolist()), True)
+        return Look(size, dict.fromkeys(seen.nonzero()[0].tolist(), 1), True)
     values = ungrey(values)
-    present = np.bincount(values.ravel()).nonzero()[0] if values.dtype == np.uint8 else np.unique(values)
-    return Look(size, frozenset(present.tolist()), False)
+    if values.dtype == np.uint8:
+        all_counts = np.bincount(values.ravel())
+        present = all_counts.nonzero()[0]
+        counts = all_counts[present]
+    else:
+        present, counts = np.unique(values, return_counts=True)
+    return Look(size, dict(zip(present.tolist(), counts.tolist(), strict=True)), False)
 
 
 def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mistakes) -> dict[str, str]:

@@ -21,6 +21,7 @@ from faster_coco_eval.core import mask as rle
 from itpn.config.files import load_yaml
 from itpn.data.decode import MAX_PIXELS, read_size, reason_of
 from itpn.data.files import SPLITS, is_image, split_places, walk
+from itpn.data.numbers import read_number, read_whole
 from itpn.errors import UserError
 from itpn.reading import MAX_TEXT, read_bounded
 from itpn.text import as_file_name, decode_text, read_lines
@@ -30,15 +31,20 @@ MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
 Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON
 Size = tuple[int, int]  # height, width
 Parse = Callable[[Path, Size], Iterator[dict[str, Any]]]  # a file of annotations to objects
+# kinds of boxes in the wrong terms
+PIXELS = "objects with coordinates above 1, which look like pixels: divide them by the image's width and height"
+FRACTIONS = "boxes with coordinates from 0 to 1, which look like fractions: multiply them by the image's sides"
+
 Parts = tuple[Coco, Callable[[str], Path], str]  # what it says, where an image's file is, what to call it
 
 
 @dataclass
 class Mistakes:
-    """What cannot be right in annotations, by kind, with the first few examples."""
+    """What is invalid in annotations, by kind, with the first few examples; and remarks on valid ones."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, kind: str, example: str) -> None:
         self.counts[kind] += 1
@@ -52,12 +58,26 @@ class Mistakes:
             for kind, count in self.counts.most_common()
         ]
 
-    def report(self, source: str, what_to_do: Literal["summary", "skip", "error"], tell: Callable[[str], None]) -> None:
+    def report(
+        self,
+        source: str,
+        what_to_do: Literal["summary", "skip", "error"],
+        tell: Callable[[str], None],
+        told: set[str] | None = None,
+    ) -> None:
         """Tell what was found in ``source``, a line at a time, if anything was.
+
+        Args:
+            told: remarks that are not repeated; those of ``source`` are added.
 
         Raises:
             UserError: mistakes are errors.
         """
+        told = set() if told is None else told
+        for note in dict.fromkeys(self.notes):
+            if note not in told:
+                tell(f"{source}: {note}")
+                told.add(note)
         if not self.counts:
             return
         lines = self.lines()
@@ -138,22 +158,15 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
     file = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
     if file is None:
         return None
-    try:
-        settings = load_yaml(file)
-        names, folders = settings["names"], [settings[w] for w in SPLITS[split] if settings.get(w)]
-        if not isinstance(names, dict | list):
-            raise TypeError("names are no list")
-        names = {int(key): str(name) for key, name in (names.items() if isinstance(names, dict) else enumerate(names))}
-        folders = folders and [str(f) for f in (folders[0] if isinstance(folders[0], list) else [folders[0]])]
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{file} is not YOLO's: it needs names, train and val ({type(error).__name__}: {error})"
-        ) from error
+    settings = _read_settings(file)
+    names, keypoints = settings["names"], _read_keypoints(settings.get("kpt_shape"), file)
+    folders = next((folders for word in SPLITS[split] if (folders := settings.get(word))), None)
     if not folders:
         return None
+    folders = folders if isinstance(folders, list) else [folders]
     base = root / str(settings.get("path") or ".")
     base = base if base.is_dir() else root
-    parse = _yolo_parser()
+    parse = _yolo_parser(keypoints, mistakes)
     # labels are keys of the names, which may have gaps
     categories = [{"id": 1 + key, "name": name} for key, name in sorted(names.items())]
     coco: Coco = {"images": [], "annotations": [], "categories": categories}
@@ -176,7 +189,37 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
     return coco, Path, str(file)
 
 
-def _yolo_parser() -> Parse:
+def _read_settings(file: Path) -> dict[str, Any]:
+    """A ``data.yaml`` with every value as it is written: a class may be called ``no``, ``1.0`` or ``null``."""
+    try:
+        settings = load_yaml(file, yaml.BaseLoader)
+        if not isinstance(settings, dict):
+            raise TypeError("it is no mapping")
+        names = settings["names"]
+        if not isinstance(names, dict | list):
+            raise TypeError("names are no list")
+        pairs = names.items() if isinstance(names, dict) else enumerate(names)
+        named = {int(key): str(name).strip() for key, name in pairs}
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{file} is not YOLO's: it needs names, train and val ({reason})") from error
+    if nameless := [key for key, name in named.items() if not name]:
+        raise UserError(f"{file}: class {nameless[0]} has no name")
+    rest = {key: value for key, value in settings.items() if value not in ("", "~", "null", "Null", "NULL", [])}
+    return {**rest, "names": named}
+
+
+def _read_keypoints(shape: Any, file: Path) -> int:
+    """How many keypoints an object has, of which YOLO's ``kpt_shape`` is [keypoints, 2 or 3]; 0 without any."""
+    if shape is None:
+        return 0
+    numbers = [read_whole(value) for value in shape] if isinstance(shape, list) else []
+    if len(numbers) != 2 or numbers[0] is None or numbers[0] < 1 or numbers[1] not in (2, 3):
+        raise UserError(f"{file}: kpt_shape {shape} is not [number of keypoints, 2 or 3]")
+    return numbers[0]
+
+
+def _yolo_parser(keypoints: int, mistakes: Mistakes) -> Parse:
     read = import_supervision()["yolo"].yolo_annotations_to_detections
 
     def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
@@ -185,19 +228,37 @@ def _yolo_parser() -> Parse:
         for number, line in enumerate(read_lines(path), start=1):
             if not line:
                 continue
-            where = f"{path} line {number}"
             if max(map(len, line.split())) > LONGEST_NUMBER:
                 raise ValueError(f"line {number} has a number of more than {LONGEST_NUMBER} characters")
             try:
-                objects = list(
-                    _from_supervision(read([line], resolution_wh=size[::-1], with_masks=len(line.split()) > 6))
+                values = _drop_keypoints(line.split(), keypoints, mistakes)
+                (one,) = _from_supervision(
+                    read([" ".join(values)], resolution_wh=size[::-1], with_masks=len(values) > 6)
                 )
             except Exception as error:  # whatever it meets
                 raise ValueError(f"line {number}: {error}") from error
-            for one in objects:
-                yield one | {"where": where, "label": one["category_id"] - 1}
+            coordinates = values[1:5] if len(values) < 7 else values[1 : 1 + (len(values) - 1) // 2 * 2]
+            if max(map(float, coordinates)) > 2:
+                one["problem"] = PIXELS
+            yield one | {"where": f"{path} line {number}", "label": one["category_id"] - 1}
 
     return parse
+
+
+def _drop_keypoints(values: list[str], keypoints: int, mistakes: Mistakes) -> list[str]:
+    """The class and the box of a pose label, which is class, box and keypoints of two or three values each.
+
+    Three are x, y and visibility (0, 1 or 2). In an even number of columns they are known without ``kpt_shape``: a
+    polygon has an odd one.
+    """
+    rest = len(values) - 5
+    visible = len(values) % 2 == 0 and rest > 1 and rest % 3 == 0 and set(map(read_whole, values[7::3])) <= {0, 1, 2}
+    if rest <= 1 or not (keypoints or visible):
+        return values
+    if keypoints and rest not in (2 * keypoints, 3 * keypoints):
+        raise ValueError(f"{len(values)} columns are neither a box nor one with {keypoints} keypoints (kpt_shape)")
+    mistakes.notes.append("keypoints are left out, boxes are used")
+    return values[:5]
 
 
 def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_PIXELS) -> Parts | None:
@@ -220,13 +281,27 @@ def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_P
     def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
         nonlocal classes
         element = parse_xml(read_bounded(path, MAX_TEXT))
-        said = tuple(int(element.findtext(f"size/{side}", "0")) for side in ("height", "width"))
-        if all(said) and said != size:
-            raise ValueError(f"is of {said[1]}x{said[0]} pixels, the image of {size[1]}x{size[0]}")
+        written = [element.findtext(f"size/{side}", "0").strip() for side in ("height", "width")]
+        sides = [read_whole(side or "0") for side in written]
+        if None in sides:
+            raise ValueError(f"height {written[0]}, width {written[1]} are no whole numbers")
+        if all(sides) and tuple(sides) != size:
+            raise ValueError(f"is of {sides[1]}x{sides[0]} pixels, the image of {size[1]}x{size[0]}")
+        found = element.findall("object")
+        for number, one in enumerate(found, start=1):
+            name = one.find("name")
+            if name is None or not (name.text or "").strip():
+                raise ValueError(f"object {number} has no name")
+            name.text = name.text.strip()
         detections, classes = read(element, classes, size[::-1])
-        crowds = [one.findtext("difficult", "0").strip() == "1" for one in element.findall("object")]
-        for one, crowd in zip(_from_supervision(detections), crowds, strict=True):
-            yield one | {"iscrowd": int(crowd)}  # difficult objects are neither asked for nor held against a detector
+        for number, (row, one) in enumerate(zip(_from_supervision(detections), found, strict=True), start=1):
+            corners = [read_number(one.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
+            known = [corner for corner in corners if corner is not None]
+            if min(known) >= 0 and max(known) <= 1 and min(known) < 1:  # VOC's pixels count from 1
+                row["problem"] = FRACTIONS
+            # difficult objects are neither targets nor held against a detector
+            crowd = one.findtext("difficult", "0").strip() == "1"
+            yield row | {"iscrowd": int(crowd), "where": f"{path} object {number}"}
 
     seen = set()
     for image, size in _images_below(images, mistakes, max_pixels, wanted):
@@ -284,7 +359,7 @@ def _images_below(
             mistakes.add("images that cannot be read", f"{name}: {reason_of(error)}")
             continue
         if size[0] * size[1] > max_pixels:  # before masks of this size are drawn
-            mistakes.add("images of more pixels than allowed (--data.max-pixels)", f"{name}: {size[1]}x{size[0]}")
+            mistakes.add("images of more pixels than --data.max-pixels", f"{name}: {size[1]}x{size[0]}")
             continue
         yield Path(name), size
 

@@ -246,6 +246,23 @@ class DetectionTransform:
                 target["masks"] = target["masks"].flip(-1)
         return {"image": image.contiguous(), "target": _drop_lost(target)}
 
+    def magnify(self, height: int, width: int) -> float:
+        """The largest factor that it may resize an image by."""
+        if self.large_scale_jitter is not None:
+            return max(self.large_scale_jitter) * self.size / max(height, width)
+        short, largest = min(height, width), self.scales[1]
+        whole = min(largest * self.size / short, self.longest / max(height, width))
+        # a crop is resized before, and then once more
+        return max(whole, CROP_SIDES[-1] * self.size / short * largest / CROP_RANGE[0]) if self.crop_prob else whole
+
+    def count_lost(self, images: DetectionImages) -> int:
+        """How many objects it always drops, however it draws: of less than a pixel at the largest scale."""
+        lost = 0
+        for index, (height, width) in enumerate(images.sizes.tolist()):
+            smallest = MIN_SIDE / self.magnify(height, width)
+            lost += sum(not o["iscrowd"] and min(o["bbox"][2:]) < smallest for o in images.objects_of(index))
+        return lost
+
     def _resize(
         self, image: Tensor, target: dict[str, Tensor], height: int, width: int
     ) -> tuple[Tensor, dict[str, Tensor]]:

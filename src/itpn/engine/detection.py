@@ -62,6 +62,7 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
         notes.append(f"{words} are left out: --model.masks False learns all boxes")
         train, val = train.with_outlines(), None if val is None else val.with_outlines()
         train = train if config.data.empty_images else train.with_objects()
+    notes += note_lost(train, config, masks)
     if val is None or not len(val.with_objects()):
         notes.append(
             "there are no " + ("images" if val is None else "objects") + " to evaluate on: give --data.val-root"
@@ -91,6 +92,25 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
         )
 
     return run(config, recipe, lambda: notes, make)
+
+
+def note_lost(train: DetectionImages, config: DetectionConfig, masks: bool) -> list[str]:
+    """Name the objects that are too small to be trained on at the size of the run.
+
+    Raises:
+        UserError: all are.
+    """
+    lost = make_transform(config, masks).count_lost(train)
+    if not lost:
+        return []
+    total = sum(not known["iscrowd"] for index in range(len(train)) for known in train.objects_of(index))
+    words = (
+        f"{lost:,} of {total:,} objects in {config.data.root} are under 1 pixel at --data.img-size "
+        f"{config.data.img_size}, and are not learned: raise it, or cut the images into tiles"
+    )
+    if lost == total:
+        raise UserError(words)
+    return [words]
 
 
 def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:

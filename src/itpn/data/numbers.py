@@ -1,0 +1,30 @@
+"""Numbers in annotations, which tools write as 60, 60.0 or "60"."""
+
+import math
+from typing import Any
+
+
+def read_number(value: Any) -> float | None:
+    """A finite number, or a text that is one; None for anything else, true and false among it."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def read_whole(value: Any) -> int | None:
+    """A whole number, also as 60.0, "60" or "60.0"; None for anything else, true and false among it."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    number = read_number(value)
+    if number is None or not number.is_integer():
+        return None
+    try:
+        return int(value)  # exact, where a text has more digits than a float
+    except ValueError:
+        return int(number)

@@ -1,0 +1,572 @@
+"""Annotations as people have them: what is usable is used, what is invalid is named by kind before training."""
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from itpn.cli import main
+from itpn.data.annotations import find_objects, read_objects
+from itpn.data.objects import DetectionTransform, make_target
+from itpn.engine.coco import score_detections
+from itpn.errors import UserError
+
+HEIGHT, WIDTH = 60, 80
+BOX = [10, 12, 20, 15]
+FRACTIONS = "coordinates from 0 to 1, which look like fractions of the image (pixels are expected)"
+GOOD = [10, 12, 30, 12, 30, 27, 10, 27]
+
+
+def write_coco(root: Path, annotations: list, images: int = 3, categories: list | None = None, **changes) -> Path:
+    """A set of grey images with these annotations; each goes to the next image where it does not name its own."""
+    (root / "train2017").mkdir(parents=True, exist_ok=True)
+    (root / "annotations").mkdir(exist_ok=True)
+    entries = []
+    for number in range(1, images + 1):
+        Image.new("RGB", (WIDTH, HEIGHT), "grey").save(root / "train2017" / f"{number}.jpg")
+        entries.append({"id": number, "file_name": f"{number}.jpg", "height": HEIGHT, "width": WIDTH} | changes)
+    whole = [
+        {"id": n, "image_id": 1 + (n - 1) % images, "category_id": 1, "bbox": BOX, "iscrowd": 0} | one
+        for n, one in enumerate(annotations, start=1)
+    ]
+    content = {
+        "images": entries,
+        "annotations": whole,
+        "categories": categories or [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}],
+    }
+    (root / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+    return root
+
+
+def edit(root: Path, change) -> None:
+    file = root / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+
+
+def read(root: Path, **options):
+    """The images, and what was told, without the line that heads the summary."""
+    said: list[str] = []
+    images = read_objects(str(root), "train", "summary", said.append, **options)
+    return images, [line.strip() for line in said if "left out, or put right, are" not in line]
+
+
+def objects_of(images) -> list[list[dict]]:
+    return [images.objects_of(index) for index in range(len(images))]
+
+
+def refusal(root: Path) -> str:
+    with pytest.raises(UserError) as error:
+        read(root)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def train(root: Path, out: Path, capsys, *options: str, recipe: str = "detector_nano") -> tuple[int, str, str]:
+    """Exit code and output of a run of one step."""
+    command = ["train", recipe, "--model.scratch", "--model.name", "itpn_nano", "--data.root", str(root)]
+    command += ["--data.batch-size", "2", "--data.num-workers", "0", "--trainer.max-steps", "1"]
+    code = main([*command, "--output-dir", str(out), *options])
+    said = capsys.readouterr()
+    return code, " ".join(said.out.split()), " ".join((said.out + said.err).split())
+
+
+# --- ids
+
+
+@pytest.mark.parametrize(
+    "ids", [[0, 0, 0, 0], [7, 7, 7, 7], [None] * 4, ["a", "a", "b", ""], [1.5, [2], {}, 3], ["missing"] * 4]
+)
+def test_ids_of_annotations_are_not_needed(tmp_path, ids):
+    """Nor in evaluation: an object of id 0 is none to COCO's code."""
+    root = write_coco(tmp_path, [{"id": id_, "bbox": [10 + n, 12, 20, 15]} for n, id_ in enumerate(ids)])
+    if ids[0] == "missing":
+        edit(root, lambda c: [one.pop("id") for one in c["annotations"]])
+    images, said = read(root)
+    assert said == []
+    assert [[o["bbox"] for o in objects] for objects in objects_of(images)] == [
+        [[10, 12, 20, 15], [13, 12, 20, 15]],
+        [[11, 12, 20, 15]],
+        [[12, 12, 20, 15]],
+    ]
+    found = [
+        {"image_id": int(images.ids[index]), "category_id": 1, "bbox": one["bbox"], "score": 0.9}
+        for index, objects in enumerate(objects_of(images))
+        for one in objects
+    ]
+    scores = score_detections(images, found, images.ids.tolist(), masks=False)
+    assert scores.objects == 4
+    assert scores.figures["box"]["ap"] == 1.0
+
+
+def test_ids_in_other_forms(tmp_path):
+    """Of classes and images as floats and text; an image's id may be any text."""
+    root = write_coco(
+        tmp_path,
+        [{"category_id": 1.0, "image_id": "1"}, {"category_id": "2", "image_id": 2.0}, {"category_id": "3"}],
+        categories=[{"id": "1", "name": " cat "}, {"id": 2.0, "name": 5}],
+    )
+    images, said = read(root)
+    assert (images.classes, images.class_ids, images.ids.tolist()) == (("cat", "5"), (1, 2), [1, 2, 3])
+    assert [[o["label"] for o in objects] for objects in objects_of(images)] == [[0], [1], []]
+    assert said == ["objects of an unknown class: 1 (annotation 3 of image 3: class 3)"]
+
+    def rename(content):
+        for image, id_ in zip(content["images"], ("a", "007", 7), strict=True):
+            image["id"] = id_
+        for one, id_ in zip(content["annotations"], ("a", "007", "7"), strict=True):
+            one |= {"image_id": id_, "category_id": 1}
+
+    edit(root, rename)
+    images, said = read(root)
+    assert images.ids.tolist() == [8, 9, 7]
+    assert [len(objects) for objects in objects_of(images)] == [1, 1, 1]
+    assert said == [f"{root}/annotations/instances_train2017.json: ids of images are text (a): results.json numbers "
+                    "them from 8"]  # fmt: skip
+
+
+def test_images_that_share_an_id_or_a_file(tmp_path):
+    """Nobody knows whose the objects of a shared id are; those of a file that is listed twice are one image's."""
+    root = write_coco(tmp_path, [{}, {"bbox": [1, 2, 9, 9]}, {}])
+    edit(root, lambda c: c["images"][1].update(id=1))
+    images, said = read(root)
+    assert [Path(images.name(i)).name for i in range(len(images))] == ["3.jpg"]
+    assert "images whose id another one has: 2 (1: 1.jpg, 1: 2.jpg)" in said
+    root = write_coco(tmp_path, [{}, {"bbox": [1, 2, 9, 9]}, {}])
+    edit(root, lambda c: c["images"][1].update(file_name="1.jpg"))
+    images, said = read(root)
+    assert [[o["bbox"] for o in objects] for objects in objects_of(images)] == [[BOX, [1, 2, 9, 9]], [BOX]]
+    assert said == ["images that are listed with two ids, whose objects were joined: 1 (2: 1.jpg)"]
+
+
+# --- boxes
+
+
+def test_normalized_boxes_are_refused(tmp_path, capsys):
+    root = write_coco(
+        tmp_path / "a", [{"bbox": [0.1, 0.1, 0.3, 0.3]}, {"bbox": [0, 0, 1, 1]}, {"bbox": [0.2, 0, 0.5, 1]}]
+    )
+    code, _, said = train(root, tmp_path / "runs", capsys)
+    assert code == 2
+    assert said.endswith(
+        "has no objects that can be used: boxes with coordinates from 0 to 1, which look like fractions: multiply them "
+        "by the image's sides: 3 (annotation 1 of image 1, annotation 2 of image 2, annotation 3 of image 3)"
+    )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_boxes_under_a_pixel_are_left_out(tmp_path):
+    root = write_coco(tmp_path, [{"bbox": [30, 20, 0.4, 9]}, {"bbox": [30, 20, 9, 0.9]}, {"bbox": [30, 20, 1, 1]}])
+    images, said = read(root)
+    assert said == ["boxes under 1 pixel: 2 (annotation 1 of image 1, annotation 2 of image 2)"]
+    assert [len(objects) for objects in objects_of(images)] == [0, 0, 1]
+    root = write_coco(tmp_path, [{"bbox": [79.5, 20, 9, 9]}, {}])  # of which half a pixel is inside
+    assert read(root)[1] == ["boxes under 1 pixel: 1 (annotation 1 of image 1)"]
+    assert "boxes under 1 pixel: 3" in refusal(write_coco(tmp_path, [{"bbox": [30, 20, 0.3, 0.3]}] * 3))
+
+
+def test_a_box_in_the_first_pixel_of_a_tiny_image_is_no_fraction(tmp_path):
+    root = write_coco(tmp_path, [{"bbox": [0, 0, 1, 1]}] * 3, height=4, width=4)
+    assert [o["bbox"] for objects in objects_of(read(root)[0]) for o in objects] == [[0, 0, 1, 1]] * 3
+
+
+@pytest.mark.parametrize(
+    ("box", "kind"),
+    [
+        (["10", "12.0", " 20", "15"], None),
+        ([30, 27, -20, -15], "boxes of no area"),
+        ([10, 12, 0, 0], "boxes of no area"),
+        ([10, 12, float("nan"), 15], "objects whose box is not four numbers"),
+        ([10, 12, 20], "objects whose box is not four numbers"),
+        ([10, 12, True, 15], "objects whose box is not four numbers"),
+        ("10 12 20 15", "objects whose box is not four numbers"),
+        ([], "objects without a box"),
+        (None, "objects without a box"),
+    ],
+)
+def test_numbers_of_boxes(tmp_path, box, kind):
+    images, said = read(write_coco(tmp_path, [{"bbox": box}, {}]))
+    assert said == ([] if kind is None else [f"{kind}: 1 (annotation 1 of image 1)"])
+    assert [o["bbox"] for o in objects_of(images)[0]] == ([BOX] if kind is None else [])
+
+
+def test_corners_in_place_of_width_and_height(tmp_path):
+    corners = [[30, 20, 70, 50], [5, 6, 12, 20], [40, 30, 60, 58]]
+    text = refusal(write_coco(tmp_path, [{"bbox": box} for box in corners]))
+    assert "boxes look like [x0, y0, x1, y1]: 2 of 3 would leave their image" in text
+    assert "convert them to COCO's [x, y, width, height]" in text
+    # boxes that reach a little out of their image, or of another image size, are no corners
+    images, said = read(write_coco(tmp_path, [{"bbox": [0, 0, 84, 62]}, {"bbox": [2, 2, 80, 60]}, {}]))
+    assert said[0].startswith("boxes partly outside their image, which were cut: 2")
+    assert [o["bbox"] for o in objects_of(images)[0]] == [[0, 0, 80, 60]]
+    _, said = read(write_coco(tmp_path, [{"bbox": [60, 40, 50, 50]}, {"bbox": [70, 50, 30, 20]}, {}]))
+    assert said[0].startswith("boxes partly outside their image, which were cut: 2")
+
+
+def test_objects_that_training_always_drops_are_named(tmp_path, capsys):
+    """A box of 2 px in an image of 1000 px is 0.2 px at 96 px: before training, not on the way."""
+    root = write_coco(
+        tmp_path / "a", [{"bbox": [30, 20, 2, 2]}, {"bbox": [30, 20, 600, 600]}, {}], height=1000, width=1000
+    )
+    for number in (1, 2, 3):
+        Image.new("RGB", (1000, 1000)).save(root / "train2017" / f"{number}.jpg")
+    code, said, _ = train(root, tmp_path / "runs", capsys)
+    assert code == 0
+    assert f"1 of 3 objects in {root} are under 1 pixel at --data.img-size 96, and are not learned: raise it" in said
+    edit(root, lambda c: c.update(annotations=c["annotations"][:1]))
+    code, _, said = train(root, tmp_path / "runs2", capsys)
+    assert code == 2
+    assert f"1 of 1 objects in {root} are under 1 pixel" in said
+
+
+@pytest.mark.parametrize(
+    "options", [{"crop_prob": 0.0}, {"crop_prob": 1.0}, {"large_scale_jitter": (0.3, 2.0)}, {"longest": 70}]
+)
+def test_magnification_is_the_largest(tmp_path, options):
+    """No draw keeps an object that is counted as lost, and some draw keeps one that is half as large again."""
+    transform = DetectionTransform(**{"size": 64, "longest": 107, "masks": False, **options})
+    side = 1 / transform.magnify(300, 400)
+    image = torch.zeros(3, 300, 400, dtype=torch.uint8)
+    kept = {}
+    for factor in (0.98, 1.6):
+        box = [200.0, 150.0, side * factor, side * factor]
+        known = {"id": 1, "size": (300, 400), "objects": [{"bbox": box, "label": 0, "iscrowd": 0}]}
+        kept[factor] = sum(len(transform(image, random.Random(s), known)["target"]["boxes"]) for s in range(150))
+    assert kept[0.98] == 0 < kept[1.6]
+
+
+# --- polygons
+
+
+@pytest.mark.parametrize(
+    ("beside", "reason"),
+    [
+        ([10, 12, 30, 12], "not polygons of three points or more"),
+        ([10, 12, 30, 12, 30], "not polygons of three points or more"),
+        ([5, 5, 5, 5, 5, 5], "it holds no pixel"),
+        ([10, 12, 20, 22, 30, 32], "it holds no pixel"),
+        ([10, 12, float("nan"), 12, 30, 27], "not polygons of three points or more"),
+        ([0.1, 0.2, 0.4, 0.2, 0.4, 0.5], FRACTIONS),
+        (["x", 1, 2, 3, 4, 5], "could not convert string to float: 'x'"),
+        ([1e30, 1, 5, 5, 1e30, 1e30], "polygons far outside their image"),
+    ],
+)  # fmt: skip
+def test_good_polygons_are_used_without_those_beside_them(tmp_path, beside, reason):
+    images, said = read(write_coco(tmp_path / "a", [{"segmentation": [beside, GOOD, []]}]))
+    assert said == [f"polygons that cannot be used, beside others of the object: 1 (annotation 1 of image 1: {reason})"]
+    mask = make_target(images[0][2], masks=True)["masks"][0]
+    assert mask[12:27, 10:30].all()
+    assert mask.sum() == 15 * 20
+    images, said = read(write_coco(tmp_path / "b", [{"segmentation": [beside]}]))  # alone, the box is left
+    assert said == [
+        f"polygons or masks that cannot be used (the box is, if there is one): 1 (annotation 1 of image 1: {reason})"
+    ]
+    assert objects_of(images)[0] == [{"iscrowd": 0, "bbox": BOX, "area": 300, "label": 0}]
+
+
+@pytest.mark.parametrize("empty", [[], [[]], [[], []], None, {}, ""])
+def test_empty_polygons_are_none(tmp_path, empty):
+    images, said = read(write_coco(tmp_path, [{"segmentation": empty}]))
+    assert said == []
+    assert images.outlined == (0, 1)
+    assert objects_of(images)[0] == [{"iscrowd": 0, "bbox": BOX, "area": 300, "label": 0}]
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        ({"size": [HEIGHT, WIDTH], "counts": "0PP1"}, "Invalid RLE"),  # of fewer pixels than the image has
+        ({"size": [WIDTH, HEIGHT], "counts": [4800]}, "run lengths for [80, 60]"),
+        ({"size": [HEIGHT, WIDTH], "counts": [4800]}, "it holds no pixel"),
+        ({"counts": [4800]}, "in none of COCO's forms"),
+        ("polygon", "could not convert string to float: 'p'"),
+        (7, "in none of COCO's forms"),
+    ],
+)
+def test_invalid_masks_leave_the_box(tmp_path, mask, reason):
+    images, said = read(write_coco(tmp_path, [{"segmentation": mask}]))
+    assert f"(the box is, if there is one): 1 (annotation 1 of image 1: {reason}" in said[0]
+    assert [o["bbox"] for o in objects_of(images)[0]] == [BOX]
+
+
+def test_a_missing_box_is_the_polygons(tmp_path):
+    root = write_coco(
+        tmp_path, [{"segmentation": [GOOD, [1, 2]], "bbox": []}, {"segmentation": [[1, 2]], "bbox": None}, {}]
+    )
+    images, said = read(root)
+    assert [[o["bbox"] for o in objects] for objects in objects_of(images)] == [[BOX], [], [BOX]]
+    assert "objects without a box: 1 (annotation 2 of image 2)" in said
+
+
+def test_boxes_of_objects_with_invalid_polygons_are_trained(tmp_path, capsys):
+    """With masks on, they are left out as objects without a polygon are."""
+    root = write_coco(
+        tmp_path / "a", [{"segmentation": [GOOD]}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": [[]]}]
+    )
+    code, said, _ = train(root, tmp_path / "off", capsys, "--model.masks", "False")
+    assert code == 0
+    assert "3 images (2 classes)" in said
+    code, said, _ = train(root, tmp_path / "on", capsys, "--model.masks", "True", "--data.batch-size", "1")
+    assert code == 0
+    assert "2 objects without an outline are left out: --model.masks False learns all boxes" in said
+    assert "1 images (2 classes)" in said
+
+
+# --- other fields
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "accepted"),
+    [
+        *(("iscrowd", value, 0) for value in (0.0, "0", False, None)),
+        *(("iscrowd", value, 1) for value in (1.0, "1", True)),
+        *(("iscrowd", value, None) for value in (0.5, "yes", 2, [0])),
+        *(("height", value, 0) for value in (60.0, "60", "60.0", " 60 ")),
+        *(("height", value, None) for value in (60.5, "sixty", True, None, -60, [60])),
+    ],
+)  # fmt: skip
+def test_whole_numbers_in_other_forms(tmp_path, field, value, accepted):
+    root = write_coco(tmp_path, [{}, {}])
+    edit(root, lambda c: c["annotations" if field == "iscrowd" else "images"][0].update({field: value}))
+    images, said = read(root)
+    if accepted is not None:
+        assert said == []
+        assert (len(images), images.sizes[0].tolist()) == (3, [60, 80])
+        assert objects_of(images)[0][0]["iscrowd"] == accepted
+    elif field == "iscrowd":
+        assert said == [f"objects whose iscrowd is neither 0 nor 1: 1 (annotation 1 of image 1: {value!r})"]
+    else:
+        assert said == [f"images without height or width in whole pixels: 1 (1.jpg: height {value!r}, width 80)"]
+
+
+def test_the_same_object_twice_counts_once(tmp_path):
+    root = write_coco(tmp_path, [{}, {}, {}, {}, {"category_id": 2}, {"bbox": [10, 12, 20.5, 15]}])
+    images, said = read(root)
+    assert [len(objects) for objects in objects_of(images)] == [1, 2, 2]
+    assert said == ["objects that are annotated twice, and count once: 1 (annotation 4 of image 1)"]
+
+
+# --- the category above all others
+
+
+@pytest.mark.parametrize("name", ["pets", "cat"])
+@pytest.mark.parametrize("above", [{"supercategory": "none"}, {"supercategory": None}, {}])
+def test_the_root_category_is_no_class(tmp_path, name, above):
+    classes = [{"id": 1, "name": "cat", "supercategory": name}, {"id": 2, "name": "dog", "supercategory": name}]
+    root = write_coco(tmp_path, [{}, {"category_id": 2}, {}], categories=[{"id": 0, "name": name, **above}, *classes])
+    (root / "val2017").symlink_to(root / "train2017")
+    notes = root / "annotations"
+    (notes / "instances_val2017.json").write_bytes((notes / "instances_train2017.json").read_bytes())
+    said: list[str] = []
+    train, val = find_objects(str(root), tell=said.append)
+    assert train.classes == val.classes == ("cat", "dog")
+    assert train.class_ids == (1, 2)
+    assert [[o["label"] for o in objects] for objects in objects_of(train)] == [[0], [1], [0]]
+    assert said == [
+        f"{notes}/instances_train2017.json: category 0 ({name}) has no objects and groups the others: it is no class"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("categories", "annotations"),
+    [
+        ([(0, "pets", "none"), (1, "cat", "pets"), (2, "dog", "pets")], [{"category_id": 0}]),  # it has objects
+        ([(0, "pets", "none"), (1, "cat", "none"), (2, "dog", "pets")], [{}]),  # it groups only some
+        ([(0, "pets", "animals"), (1, "cat", "pets"), (2, "dog", "pets")], [{}]),
+        ([(0, "pets", "none"), (1, "cat", "none"), (2, "dog", "none")], [{}]),
+        ([(1, "pets", "none")], [{}]),
+    ],
+)
+def test_other_categories_without_objects_are_classes(tmp_path, categories, annotations):
+    listed = [{"id": id_, "name": name, "supercategory": above} for id_, name, above in categories]
+    images, said = read(write_coco(tmp_path, annotations, categories=listed))
+    assert images.classes == tuple(name for _, name, _ in categories)
+    assert said == []
+
+
+# --- YOLO
+
+
+def write_yolo(root: Path, *labels: str, names: str = "[cat, dog]", more: str = "") -> Path:
+    for number, text in enumerate(labels):
+        for folder in ("images", "labels"):
+            (root / folder / "train").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (WIDTH, HEIGHT), "grey").save(root / "images" / "train" / f"{number}.jpg")
+        (root / "labels" / "train" / f"{number}.txt").write_text(text)
+    (root / "data.yaml").write_text(f"train: images/train\nnames: {names}\n{more}")
+    return root
+
+
+def boxes_of(images) -> list[list[tuple]]:
+    """Class and box of each object."""
+    return [
+        [(images.classes[o["label"]], *(round(v, 2) for v in o["bbox"])) for o in objects]
+        for objects in objects_of(images)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ("[yes, no, on, off]", ("yes", "no", "on", "off")),
+        ("[1, 2.0, 1e3, 0x10]", ("1", "2.0", "1e3", "0x10")),
+        ("[2024-01-01, 2024-13-45, 12:30, ~]", ("2024-01-01", "2024-13-45", "12:30", "~")),
+        ("{0: null, 1: true, 2: 'no', 3: \"007\"}", ("null", "true", "no", "007")),
+        ("\n- yes\n- 010\n- .nan\n- cat  # one\n", ("yes", "010", ".nan", "cat")),
+    ],
+)
+def test_names_are_as_they_are_written(tmp_path, names, classes):
+    root = write_yolo(tmp_path, "3 0.5 0.5 0.25 0.5\n", names=names, more="path: null\nval: ~\ntest:\n")
+    images, said = read(root)
+    assert said == []
+    assert images.classes == classes
+    assert boxes_of(images) == [[(classes[3], 30, 15, 20, 30)]]
+    assert read_objects(str(root), "val", optional=True) is None  # null is no folder
+
+
+def test_a_class_without_a_name(tmp_path):
+    assert "data.yaml: class 1 has no name" in refusal(
+        write_yolo(tmp_path, "0 0.5 0.5 0.2 0.2", names="[cat, '', dog]")
+    )
+
+
+def test_absolute_coordinates_are_refused(tmp_path, capsys):
+    root = write_yolo(tmp_path / "a", "0 40 30 20 20\n", "1 10 12 30 12 30 27 10 27\n")
+    code, _, said = train(root, tmp_path / "runs", capsys)
+    assert code == 2
+    assert (
+        "has no objects that can be used: objects with coordinates above 1, which look like pixels: divide them by"
+        in said
+    )
+    assert f"2 ({root}/labels/train/0.txt line 1, {root}/labels/train/1.txt line 1)" in said
+
+
+def test_sub_pixel_polygons_and_lines_that_repeat(tmp_path):
+    """A polygon of 0.1 px is an object no network can learn; the same line again is the same object."""
+    tiny = "0 0.5 0.5 0.501 0.5 0.501 0.501"
+    root = write_yolo(tmp_path, f"1 0.5 0.5 0.25 0.5\n{tiny}\n1 0.50 0.5 0.250 0.5\n1 0.5 0.5 0.25 0.5\n", f"{tiny}\n")
+    images, said = read(root)
+    place = root / "labels" / "train"
+    assert boxes_of(images) == [[("dog", 30, 15, 20, 30)], []]
+    assert sorted(said) == [
+        f"boxes under 1 pixel: 2 ({place}/0.txt line 2, {place}/1.txt line 1)",
+        f"objects that are annotated twice, and count once: 2 ({place}/0.txt line 3, {place}/0.txt line 4)",
+    ]
+    assert "boxes under 1 pixel: 1" in refusal(write_yolo(tmp_path / "alone", tiny))
+
+
+POINTS = [(0.4, 0.4), (0.5, 0.5), (0.6, 0.6)]
+
+
+@pytest.mark.parametrize("visibility", [True, False])
+@pytest.mark.parametrize("shape", ["[3, 3]", "[3, 2]"])
+def test_keypoints_are_no_polygons(tmp_path, visibility, shape):
+    points = " ".join(f"{x} {y}{' 2' * visibility}" for x, y in POINTS)
+    root = write_yolo(
+        tmp_path,
+        f"1 0.5 0.5 0.25 0.5 {points}\n0 0.5 0.5 0.5 0.5\n",
+        f"0 0.5 0.5 0.25 0.5 {points}",
+        more=f"kpt_shape: {shape}\n",
+    )
+    images, said = read(root)
+    assert boxes_of(images) == [[("dog", 30, 15, 20, 30), ("cat", 20, 15, 40, 30)], [("cat", 30, 15, 20, 30)]]
+    assert images.outlined == (0, 3)
+    assert said == [f"{root}/data.yaml: keypoints are left out, boxes are used"]
+
+
+def test_keypoints_that_are_not_declared(tmp_path):
+    """An even number of columns is no polygon's: 17 keypoints with their visibility."""
+    root = write_yolo(tmp_path / "a", "1 0.5 0.5 0.25 0.5 " + " ".join(["0.5 0.5 2"] * 17))
+    images, said = read(root)
+    assert boxes_of(images) == [[("dog", 30, 15, 20, 30)]]
+    assert images.outlined == (0, 1)
+    assert len(said) == 1
+    for shape in ("17", "[17]", "[17, 4]", "[x, 2]", "[0, 3]"):
+        assert "is not [number of keypoints, 2 or 3]" in refusal(
+            write_yolo(tmp_path / "b", "0 0.5 0.5 0.2 0.2", more=f"kpt_shape: {shape}")
+        )
+    text = refusal(write_yolo(tmp_path / "c", "0 0.1 0.1 0.5 0.1 0.5 0.6 0.1 0.6", more="kpt_shape: [17, 3]"))
+    assert "line 1: 9 columns are neither a box nor one with 17 keypoints (kpt_shape)" in text
+
+
+def test_oriented_boxes_are_polygons(tmp_path):
+    images, said = read(write_yolo(tmp_path, "1 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5"))
+    assert said == []
+    assert boxes_of(images) == [[("dog", 20, 15, 40, 30)]]
+    mask = make_target(images[0][2], masks=True)["masks"][0]
+    assert mask[30, 21:59].all()
+    assert mask[16:44, 40].all()
+    assert not mask[17, 22:36].any()  # a rhombus, not its box
+    assert mask.sum() == pytest.approx(40 * 30 / 2, rel=0.1)
+
+
+def test_rounding_above_one_is_no_pixel(tmp_path):
+    images, said = read(write_yolo(tmp_path, "1 0.5 0.5 1.0000001 1.0\n", "0 0.75 0.5 0.502 0.5\n"))
+    assert said == []
+    assert boxes_of(images) == [[("dog", 0, 0, 80, 60)], [("cat", 39.92, 15, 40.08, 30)]]
+
+
+# --- Pascal VOC
+
+
+def write_voc(root: Path, *objects: str, size: str = "") -> Path:
+    for folder in ("JPEGImages", "Annotations"):
+        (root / folder).mkdir(parents=True, exist_ok=True)
+    for number, text in enumerate(objects):
+        Image.new("RGB", (WIDTH, HEIGHT), "grey").save(root / "JPEGImages" / f"{number}.jpg")
+        (root / "Annotations" / f"{number}.xml").write_text(f"<annotation>{size}{text}</annotation>")
+    return root
+
+
+def voc_object(name: str, *corners: float) -> str:
+    sides = zip(("xmin", "ymin", "xmax", "ymax"), corners or (11, 13, 30, 27), strict=True)
+    box = "".join(f"<{side}>{value}</{side}>" for side, value in sides)
+    return f"<object><name>{name}</name><bndbox>{box}</bndbox></object>"
+
+
+def test_blanks_around_names(tmp_path):
+    root = write_voc(
+        tmp_path,
+        *(voc_object(name) for name in ("cat", " cat ", "\n\tcat\n", "traffic light ")),
+        size="<size><width>80.0</width><height> 60 </height></size>",
+    )
+    images, said = read(root)
+    assert said == []
+    assert images.classes == ("cat", "traffic light")
+    assert [row[0][0] for row in boxes_of(images)] == ["cat"] * 3 + ["traffic light"]
+    assert boxes_of(images)[0] == [("cat", *BOX)]
+
+
+def test_what_pascal_voc_gets_wrong(tmp_path):
+    root = write_voc(tmp_path / "a", voc_object("cat") * 2, voc_object(" "), voc_object("cat", 0.1, 0.1, 0.5, 0.5))
+    images, said = read(root)
+    place = root / "Annotations"
+    assert boxes_of(images) == [[("cat", *BOX)], []]
+    assert sorted(said) == [
+        "boxes with coordinates from 0 to 1, which look like fractions: multiply them by the image's sides: 1 "
+        f"({place}/2.xml object 1)",
+        f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1 has no name)",
+        f"objects that are annotated twice, and count once: 1 ({place}/0.xml object 2)",
+    ]
+    text = refusal(
+        write_voc(tmp_path / "b", voc_object("cat"), size="<size><width>x</width><height>60</height></size>")
+    )
+    assert "0.xml: height 60, width x are no whole numbers" in text
+
+
+# --- images to evaluate on
+
+
+def test_images_to_evaluate_on_of_which_no_object_can_be_used(tmp_path):
+    root = write_coco(tmp_path / "train", [{}, {}, {}])
+    other = write_coco(tmp_path / "val", [{"bbox": [0.1, 0.1, 0.3, 0.3]}])
+    with pytest.raises(UserError, match="has no objects that can be used: boxes with coordinates from 0 to 1"):
+        find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), tell=lambda line: None)
+    edit(other, lambda c: c.update(annotations=[]))
+    _, val = find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), tell=pytest.fail)
+    assert np.array_equal(val.ids, [1, 2, 3])
