@@ -12,12 +12,13 @@ out from the very first layer without a change to the visible ones. Hence the la
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
 from itpn.models.naming import detect_layout, to_ours
@@ -37,6 +38,7 @@ from itpn.models.scripting import Traced
 from itpn.models.windows import Windows, pick_distinct, put_back, take
 
 QkvBias = bool | Literal["qv"]
+GlobalPool = Literal["avg", "max", "avgmax", ""]
 POSITIONS = ("pos_embed", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")  # ends of names, never decayed
 WeightInit = Literal["xavier", "trunc_normal"]
 
@@ -292,6 +294,8 @@ class HiViT(nn.Module):
     Args:
         img_size: image size in pixels (or height and width) of the stored position table.
         patch_size: pixels of a unit's side, divisible by 4.
+        global_pool: how the classifier pools tokens, as timm's: mean, maximum, half the sum of both, or none
+            (``""``: logits of each token).
         embed_dim: channels C of stage 3; stages 1 and 2 have C/4 and C/2.
         depths: blocks per stage.
         num_heads: attention heads of stage 3.
@@ -333,7 +337,7 @@ class HiViT(nn.Module):
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: Literal["avg", ""] = "avg",
+        global_pool: GlobalPool = "avg",
         embed_dim: int = 512,
         depths: Sequence[int] = (4, 4, 24),
         num_heads: int = 8,
@@ -377,9 +381,10 @@ class HiViT(nn.Module):
             )
         if gather_window and rel_pos_bias:
             raise ValueError("gathering tokens have no relative position: use gather_window without rel_pos_bias")
+        check_pooling(global_pool)
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.global_pool = global_pool
+        self.global_pool: GlobalPool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.patch_size = patch_size
@@ -483,10 +488,12 @@ class HiViT(nn.Module):
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: Literal["avg", ""] | None = None) -> None:
-        self.num_classes = num_classes
+    def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
+        """A new classifier, or none; ValueError if there is no such pooling."""
         if global_pool is not None:
+            check_pooling(global_pool)
             self.global_pool = global_pool
+        self.num_classes = num_classes
         kwargs: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         if num_classes and self.has_fc_norm and isinstance(self.fc_norm, nn.Identity):
             self.fc_norm = nn.LayerNorm(self.num_features, eps=self.norm_eps, **kwargs)
@@ -646,14 +653,22 @@ class HiViT(nn.Module):
         return self.forward_stages(x)[-1].flatten(1, 3)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, C] -> logits [B, num_classes] (mean, norm, linear), or what goes into the linear layer."""
-        if self.global_pool == "avg":
-            x = x.mean(dim=1)
-        x = self.head_drop(self.fc_norm(x))
+        """Tokens [B, N, C] -> logits [B, num_classes] (pooling, norm, linear), or what goes into the linear layer.
+
+        Without a pooling, of each token: [B, N, num_classes].
+        """
+        x = self.head_drop(self.fc_norm(global_pool_nlc(x, self.global_pool, num_prefix_tokens=0)))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def check_pooling(global_pool: Any) -> None:
+    """Raise ValueError for a pooling that a classifier does not have."""
+    known = get_args(GlobalPool)
+    if global_pool not in known:
+        raise ValueError(f"global_pool must be one of {', '.join(map(repr, known))}, not {global_pool!r}")
 
 
 def find_backbone(model: nn.Module) -> HiViT:
