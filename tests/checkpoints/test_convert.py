@@ -120,6 +120,8 @@ def test_what_has_no_place_is_said_or_refused(tmp_path):
         convert(fast, fast, "official")
     with pytest.raises(UserError, match=r"is a folder without a model\.safetensors"):
         convert(tmp_path, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
+        convert(fast, tmp_path / ("x" * 300 + ".safetensors"))
     with pytest.raises(UserError, match="cannot be written"):
         convert(fast, fast / "inside" / "a.safetensors")
     assert not list(tmp_path.glob("*.tmp"))

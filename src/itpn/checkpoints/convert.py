@@ -62,7 +62,7 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
     if (form == "itpn") != (target.suffix == ".safetensors") or target.suffix not in (".safetensors", ".pth", ".pt"):
         wanted = ".safetensors" if form == "itpn" else ".pth or .pt"
         raise UserError(f"{target} must end in {wanted} for --to {form}")
-    if target.exists() and Path(source).exists() and target.samefile(source):
+    if _is_file(target, source):
         raise UserError(
             f"{target} is the file that is read: what it holds beside the weights would be lost; give another"
         )
@@ -85,6 +85,13 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
     return Converted(layout, len(tensors), left, unsaid, found.broken)
 
 
+def _is_file(target: Path, source: str | Path) -> bool:
+    try:
+        return target.exists() and Path(source).exists() and target.samefile(source)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise UserError(f"{target} cannot be written ({error.strerror}): give the path of a file") from error
+
+
 def _write(target: Path, write: Callable[[], None]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,17 +104,20 @@ def _write(target: Path, write: Callable[[], None]) -> None:
 
 def _check_square(found: Checkpoint, form: Form) -> None:
     """Public files hold tables of positions without their height and width, and are read as square."""
-    backbone = read_architecture(found).backbone
+    architecture = read_architecture(found)
+    backbone = architecture.backbone
     tables = {"img_size": "backbone.pos_embed" in found.tensors, "rel_pos_size": backbone.get("rel_pos_bias") is True}
     for name in [name for name, there in tables.items() if there]:
         size = backbone.get(name) or backbone["img_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
         if height != width:
             patch = backbone["patch_size"]
+            task = next(task for task in architecture.tasks if task in ("classification", "pyramid", "backbone"))
             raise UserError(
                 f"{found.source} has a table of {height // patch}x{width // patch} positions (images of "
-                f"{height}x{width} px), but files of the form {form} hold square ones alone: keep this file, or resample them by "
-                f"itpn.load(FILE, task='pyramid', img_size={max(height, width)}) and itpn.save_pretrained first"
+                f"{height}x{width} px), but files of the form {form} hold square ones alone: keep this file, or "
+                f"resample them first: itpn.save_pretrained of itpn.load(FILE, task={task!r}, "
+                f"img_size={max(height, width)})"
             )
 
 
