@@ -33,7 +33,7 @@ from itpn.models.position import (
     sincos_position_table,
     square,
 )
-from itpn.models.recompute import Recompute, run_block
+from itpn.models.recompute import Recompute, recompute_cheap, run_block
 from itpn.models.scripting import Traced
 from itpn.models.windows import Windows, pick_distinct, put_back, take
 
@@ -176,7 +176,11 @@ class GatedMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, x = self.fc1(x).chunk(2, dim=-1)
+        return self.finish(self.fc1(x))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the first product: [..., 2 * hidden] -> [..., C]."""
+        gate, x = x.chunk(2, dim=-1)
         gate = F.silu(gate)
         # in place where no gradient needs the gate: fresh memory costs as much as the product
         x = gate * x if torch.is_grad_enabled() else gate.mul_(x)
@@ -189,6 +193,18 @@ def make_mlp(dim: int, ratio: float, norm_eps: float, sub_norm: bool = False, sw
         return GatedMlp(dim, int(dim * ratio), norm_eps if sub_norm else None)
     norm: Any = partial(nn.LayerNorm, eps=norm_eps) if sub_norm else None
     return Mlp(dim, int(dim * ratio), norm_layer=norm)
+
+
+def feed_forward(norm: nn.Module, mlp: Any, x: Tensor, keep_products: bool) -> Tensor:
+    """``mlp(norm(x))``; with ``keep_products``, norms and activations are computed again in the backward pass."""
+    if not keep_products:
+        return mlp(norm(x))
+
+    def finish(hidden: Tensor) -> Tensor:
+        return mlp.finish(hidden) if isinstance(mlp, GatedMlp) else mlp.fc2(mlp.norm(mlp.act(hidden)))
+
+    hidden = recompute_cheap(lambda x: mlp.fc1(norm(x)), x)
+    return recompute_cheap(finish, hidden)
 
 
 class MlpBlock(nn.Module):
@@ -209,8 +225,8 @@ class MlpBlock(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+    def forward(self, x: Tensor, keep_products: bool = False) -> Tensor:
+        return x + self.drop_path(self.ls2(feed_forward(self.norm2, self.mlp, x, keep_products)))
 
 
 class TransformerBlock(nn.Module):
@@ -249,10 +265,11 @@ class TransformerBlock(nn.Module):
         rel_pos_index: Tensor | None = None,
         windows: Windows | None = None,
         skip: int = 0,
+        keep_products: bool = False,
     ) -> Tensor:
         seen = self.attn(self.norm1(x), grid, rel_pos_index, windows, skip)
         x = x[:, skip:] + self._drop(self.ls1(seen), windows)
-        return x + self._drop(self.ls2(self.mlp(self.norm2(x))), windows)
+        return x + self._drop(self.ls2(feed_forward(self.norm2, self.mlp, x, keep_products)), windows)
 
     def _drop(self, x: Tensor, windows: Windows | None) -> Tensor:
         """Stochastic depth, of all windows of an image together."""
@@ -481,7 +498,7 @@ class HiViT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: Recompute = True) -> None:
-        """As timm's; ``"selective"`` keeps matrix products and recomputes the rest (:func:`run_block`)."""
+        """As timm's; ``"selective"`` recomputes norms and activation functions alone (:func:`run_block`)."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
