@@ -12,6 +12,7 @@ import json
 from pathlib import Path
 
 import torch
+from arms import Failures
 from rich.console import Console
 from rich.table import Table
 
@@ -41,32 +42,37 @@ def main() -> None:
     base.trainer.picture_every_n_steps = base.evaluation.every_n_epochs = 10**6  # both at the end
     base.trainer.checkpoint_every_n_steps = 10**6
     base.output_dir = str(options.out)
-    rows = []
+    rows: list[dict] = []
+    failures = Failures()
     for seed in options.seeds:
         for share in options.shares:
             settings = copy.deepcopy(base)
             settings.seed, settings.data.label_share = seed, share
             sets = find_sets(settings)
             for arm in options.arms:
-                config = copy.deepcopy(settings)
-                config.name = f"{arm}-{share}-{seed}"
-                config.optimizer.lr = options.lr[ARMS.index(arm)]
-                if arm == "scratch":
-                    config.model.name, config.model.scratch = options.model[0], True
-                    config.model.patch_size, config.optimizer.layer_decay = int(options.model[1]), None
-                else:
-                    config.model.checkpoint = options.checkpoint
-                summary = json.loads((train(config, "labels", sets) / "summary.json").read_text())
-                metrics = summary["metrics"]
-                rows.append({"arm": arm, "share": share, "seed": seed, "top1": metrics["val_top1"]})
-                rows[-1] |= {"ema_top1": metrics["ema_val_top1"], "seconds": summary["duration_seconds"]}
-                Console().print(rows[-1])
-                options.out.mkdir(parents=True, exist_ok=True)
-                with (options.out / f"labels-{'-'.join(map(str, options.seeds))}.csv").open("w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(rows)
+                with failures.of(f"{arm}, {share:.0%} of the labels, seed {seed}"):
+                    config = copy.deepcopy(settings)
+                    config.name = f"{arm}-{share}-{seed}"
+                    config.optimizer.lr = options.lr[ARMS.index(arm)]
+                    if arm == "scratch":
+                        config.model.name, config.model.scratch = options.model[0], True
+                        config.model.patch_size, config.optimizer.layer_decay = int(options.model[1]), None
+                    else:
+                        config.model.checkpoint = options.checkpoint
+                    summary = json.loads((train(config, "labels", sets) / "summary.json").read_text())
+                    metrics = summary["metrics"]
+                    rows.append({"arm": arm, "share": share, "seed": seed, "top1": metrics["val_top1"]})
+                    rows[-1] |= {"ema_top1": metrics["ema_val_top1"], "seconds": summary["duration_seconds"]}
+                    Console().print(rows[-1])
+                    options.out.mkdir(parents=True, exist_ok=True)
+                    with (options.out / f"labels-{'-'.join(map(str, options.seeds))}.csv").open(
+                        "w", newline=""
+                    ) as file:
+                        writer = csv.DictWriter(file, rows[0])
+                        writer.writeheader()
+                        writer.writerows(rows)
     show(rows, options.steps)
+    failures.end()
 
 
 def show(rows: list[dict], steps: int) -> None:
@@ -77,7 +83,7 @@ def show(rows: list[dict], steps: int) -> None:
         for share in shares:
             values = torch.tensor([100 * row["top1"] for row in rows if (row["arm"], row["share"]) == (arm, share)])
             spread = f" \u00b1 {values.std():.1f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.1f}{spread}")
+            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "failed")
         table.add_row(arm, *cells)
     Console().print(table)
 

@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 
 import torch
+from arms import Failures
 from rich.console import Console
 from rich.table import Table
 
@@ -54,36 +55,40 @@ def main() -> None:
     base = parse_options(base, others, "necks.py")
     arms = options.arms or [arm for arm in ARMS if arm != "fpn" or base.task == "detection"]
     figures = FIGURES[base.task]
-    rows = []
+    rows: list[dict] = []
+    failures = Failures()
     for seed in options.seeds:
         for arm in arms:
-            config = copy.deepcopy(base)
-            config.seed, config.name = seed, f"{arm}-{seed}"
-            if arm == "scratch":
-                config.model.scratch, config.model.name = True, find_variant(own)
-                config.model.patch_size = own["patch_size"]
-                config.optimizer.layer_decay = None  # which is for layers that know something
-            else:
-                config.model.checkpoint = options.checkpoint
-                config.model.neck = arm
-            metrics = json.loads((train(config, recipe) / "summary.json").read_text())["metrics"]
-            rows.append({"arm": arm, "seed": seed, **{name: metrics[name] for name in figures}})
-            Console().print(rows[-1])
-            options.out.mkdir(parents=True, exist_ok=True)
-            name = f"{recipe}-{'-'.join(arms)}-{'-'.join(map(str, options.seeds))}.csv"
-            with (options.out / name).open("w", newline="") as file:
-                writer = csv.DictWriter(file, rows[0])
-                writer.writeheader()
-                writer.writerows(rows)
+            with failures.of(f"{arm}, seed {seed}"):
+                config = copy.deepcopy(base)
+                config.seed, config.name = seed, f"{arm}-{seed}"
+                if arm == "scratch":
+                    config.model.scratch, config.model.name = True, find_variant(own)
+                    config.model.patch_size = own["patch_size"]
+                    config.optimizer.layer_decay = None  # which is for layers that know something
+                else:
+                    config.model.checkpoint = options.checkpoint
+                    config.model.neck = arm
+                metrics = json.loads((train(config, recipe) / "summary.json").read_text())["metrics"]
+                rows.append({"arm": arm, "seed": seed, **{name: metrics[name] for name in figures}})
+                Console().print(rows[-1])
+                options.out.mkdir(parents=True, exist_ok=True)
+                name = f"{recipe}-{'-'.join(arms)}-{'-'.join(map(str, options.seeds))}.csv"
+                with (options.out / name).open("w", newline="") as file:
+                    writer = csv.DictWriter(file, rows[0])
+                    writer.writeheader()
+                    writer.writerows(rows)
     title = f"in %, {base.trainer.max_steps} steps of {base.data.batch_size}"
     table = Table("arm", *figures, title=title)
     for arm in arms:
         cells = []
         for figure in figures:
             values = torch.tensor([100 * row[figure] for row in rows if row["arm"] == arm])
-            cells.append(f"{values.mean():.1f}" + (f" \u00b1 {values.std():.1f}" if len(values) > 1 else ""))
+            spread = f" \u00b1 {values.std():.1f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "failed")
         table.add_row(arm, *cells)
     Console().print(table)
+    failures.end()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from arms import Failures
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -85,24 +86,32 @@ def main() -> None:
     options = parser.parse_args()
     train_shard, test_shard = (sorted(options.data.glob(f"{split}-*.tar*"))[0] for split in ("train", "test"))
     sets = [read_labelled(train_shard, options.labels), read_labelled(test_shard, 10_000)]
-    rows = []
+    rows: list[dict] = []
+    failures = Failures()
     for seed in options.seeds:
         for arm in options.arms:
-            config = make_config(arm, options, seed)
-            begin, weights = time.perf_counter(), None
-            if arm != "random":
-                weights = train(config, arm.replace(" ", "-")) / "model.safetensors"
-            seconds = time.perf_counter() - begin
-            rows.append({"arm": arm, "seed": seed, **asdict(probe(config, weights, sets)), "seconds": seconds})
+            row: dict | None = None
+            with failures.of(f"{arm}, seed {seed}"):
+                config = make_config(arm, options, seed)
+                begin, weights = time.perf_counter(), None
+                if arm != "random":
+                    weights = train(config, arm.replace(" ", "-")) / "model.safetensors"
+                seconds = time.perf_counter() - begin
+                row = {"arm": arm, "seed": seed, **asdict(probe(config, weights, sets)), "seconds": seconds}
+            if row is None:
+                continue
+            rows.append(row)
             Console().print(rows[-1])
             options.out.mkdir(parents=True, exist_ok=True)
             with (options.out / "objectives.csv").open("w", newline="") as file:
                 writer = csv.DictWriter(file, rows[0])
                 writer.writeheader()
                 writer.writerows(rows)
+    if not rows:
+        failures.end()
     names = list(rows[0])[2:]
     table = Table("arm", *names, title=f"{options.images} images of CIFAR-10, accuracy in %")
-    for arm in options.arms:
+    for arm in dict.fromkeys(row["arm"] for row in rows):
         cells = []
         for name in names:
             values = torch.tensor([float(row[name]) for row in rows if row["arm"] == arm])
@@ -111,6 +120,7 @@ def main() -> None:
             cells.append(f"{values.mean():.{digits}f}{spread}")
         table.add_row(arm, *cells)
     Console(width=120).print(table)
+    failures.end()
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@
 Arms take steps in turns, and between them goes the best large matrix product in the same precision, so that ratios
 hold on a machine whose speed varies: "fraction" and "to the first" are medians over rounds. A row for each arm with
 batches that lie in memory and, with --data, one for real files through the reader: means over steps in a row of the
-first arm, when what workers have read ahead is used up. A moving average is part of the step; an outside teacher is
+first arm, when what workers have read ahead is used up. An arm that fails is named and left out, and makes the exit
+code 1. A moving average is part of the step; an outside teacher is
 not, numbers drawn at random stand for its features. For the memory of an arm give it alone.
 """
 
@@ -21,6 +22,7 @@ from copy import deepcopy
 from typing import Any
 
 import torch
+from arms import Failures
 from plain import SAVINGS, make_plain, make_plain_optimizer
 from rich.console import Console
 from rich.table import Table
@@ -181,19 +183,28 @@ def main() -> None:
         torch.set_float32_matmul_precision("high")  # as the engine does
     dtype = DTYPES[options.precision]
     model = build_masked_model(config.model, image_size(config.data), config.teacher).to(device)
-    networks = [Arm(name, config, deepcopy(model), dtype, options.batch_size) for name in options.arms]
+    failures, networks = Failures(), []
+    for name in options.arms:
+        with failures.of(name):
+            networks.append(Arm(name, config, deepcopy(model), dtype, options.batch_size))
     limit = BestProduct(device, dtype)
 
     images = torch.randint(0, 256, (options.batch_size, 3, *image_size(config.data)), dtype=torch.uint8).to(device)
-    times: list[list[float]] = [[] for _ in networks]
-    limits: list[list[float]] = [[] for _ in networks]
+    times: dict[str, list[float]] = {arm.name: [] for arm in networks}
+    limits: dict[str, list[float]] = {arm.name: [] for arm in networks}
     for number in range(options.warmup + options.steps):
-        for i, arm in enumerate(networks):
-            before = limit.flops_per_second()
-            seconds = time_step(arm, images)
-            if number >= options.warmup:
-                times[i].append(seconds)
-                limits[i].append((before + limit.flops_per_second()) / 2)
+        for arm in networks:
+            with failures.of(arm.name):
+                before = limit.flops_per_second()
+                seconds = time_step(arm, images)
+                if number >= options.warmup:
+                    times[arm.name].append(seconds)
+                    limits[arm.name].append((before + limit.flops_per_second()) / 2)
+        networks = [arm for arm in networks if arm.name not in failures.reasons]
+    if not networks:
+        failures.end()
+
+    firsts = times[networks[0].name]
 
     def make_row(arm: Arm, source: str, own: list[float], rates: list[float], wait: float) -> dict[str, Any]:
         seconds = statistics.median(own)
@@ -205,7 +216,7 @@ def main() -> None:
             "precision": options.precision,
             "images/s": options.batch_size / seconds,
             "step s": seconds,
-            "to the first": statistics.median(step / first for step, first in zip(own, times[0], strict=True)),
+            "to the first": statistics.median(step / first for step, first in zip(own, firsts, strict=True)),
             "wait s": wait,
             "GFLOP": arm.flops / 1e9,
             "GFLOP/s": arm.flops / seconds / 1e9,
@@ -214,14 +225,15 @@ def main() -> None:
             "peak GB, all arms": peak_memory_gb(device),
         }
 
-    rows = [make_row(arm, "memory", own, rates, 0.0) for arm, own, rates in zip(networks, times, limits, strict=True)]
+    rows = [make_row(arm, "memory", times[arm.name], limits[arm.name], 0.0) for arm in networks]
     if options.data:
+        first = networks[0]
         loader = make_loader(config, find_training_images(options.data), 0, 1)
         batches = (batch["image"] for _ in iter(int, 1) for batch in loader)
         ahead = options.warmup + 2 * options.num_workers
-        seconds, wait = time_files(networks[0], batches, ahead, options.steps)
+        seconds, wait = time_files(first, batches, ahead, options.steps)
         loader.close()
-        rows.append(make_row(networks[0], "files", [seconds] * options.steps, limits[0], wait))
+        rows.append(make_row(first, "files", [seconds] * options.steps, limits[first.name], wait))
     table = Table(title=f"{recipe} on {device_name(device)}, torch {torch.__version__}")
     for name in list(rows[0])[1:]:
         table.add_column(name, justify="right")
@@ -231,6 +243,7 @@ def main() -> None:
     if options.json:
         with open(options.json, "w") as file:
             json.dump({"device": device_name(device), "torch": torch.__version__, "rows": rows}, file, indent=2)
+    failures.end()
 
 
 if __name__ == "__main__":

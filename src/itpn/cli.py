@@ -529,7 +529,7 @@ def run_convert(options: argparse.Namespace) -> int:
     for part, count in parts.items():
         print(f"left out, for it has no place there: {part} ({count} tensor{'s' * (count != 1)})")
     for name, value in done.unsaid.items():
-        print(f"names and shapes do not say {name}={value}: set it in the code that reads the file")
+        print(f"names and shapes do not say {name}={value!r}: set it in the code that reads the file")
     if done.broken:
         print(f"{sum(done.broken.values())} infinite numbers or NaN were kept as they are, in {', '.join(done.broken)}")
     return 0

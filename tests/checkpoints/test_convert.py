@@ -1,6 +1,12 @@
 """From one code base's form to another's and back: the same bits under the same names."""
 
+import errno
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
+import timm
 import torch
 from public import read_golden, save_public
 from safetensors import safe_open
@@ -10,7 +16,7 @@ import itpn
 from itpn.checkpoints.convert import convert
 from itpn.checkpoints.files import read_checkpoint, save_weights
 from itpn.config import Config, DataConfig, ModelConfig, TeacherConfig
-from itpn.errors import UserError
+from itpn.errors import MachineError, UserError
 from itpn.pretraining.build import build_masked_model
 
 CASES = {
@@ -114,6 +120,8 @@ def test_what_has_no_place_is_said_or_refused(tmp_path):
         convert(fast, fast, "official")
     with pytest.raises(UserError, match=r"is a folder without a model\.safetensors"):
         convert(tmp_path, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"cannot be written \(File name too long\)"):
+        convert(fast, tmp_path / ("x" * 300 + ".safetensors"))
     with pytest.raises(UserError, match="cannot be written"):
         convert(fast, fast / "inside" / "a.safetensors")
     assert not list(tmp_path.glob("*.tmp"))
@@ -143,3 +151,119 @@ def test_heads_that_the_file_cannot_tell(tmp_path):
             itpn.load(tmp_path / "guessed.safetensors", num_heads=4),
         ):
             assert (model(golden["input"]["image"]) - golden["output"]["logits"]).abs().max() < 2e-5
+
+
+def save(path: Path, img_size: int | tuple[int, int] = 32, **settings: Any) -> Path:
+    """A pre-training run's file."""
+    given = {"name": "itpn_nano", "patch_size": 8, "decoder_depth": 1, **settings}
+    config = Config(model=ModelConfig(**given), data=DataConfig(img_size=img_size))
+    if config.model.feature_weight:
+        config.teacher = TeacherConfig("ema")
+    size = img_size if isinstance(img_size, tuple) else (img_size, img_size)
+    save_weights(path, build_masked_model(config.model, size, config.teacher), "test", config)
+    return path
+
+
+@pytest.mark.filterwarnings("ignore:.* resampled to")
+@pytest.mark.parametrize(
+    ("name", "form"), [("itpn_tiny", "official"), ("itpn_tiny", "mmpretrain"), ("fast_itpn_nano", "official")]
+)
+@pytest.mark.parametrize(
+    ("size", "grid"),
+    # 8x18 has as many positions as 12x12; 6x12 as many as no square; relative ones alone
+    [((64, 144), "8x18"), ((48, 96), "6x12"), ((144, 64), "18x8"), ((8, 32), "1x4")],
+)
+def test_positions_that_are_not_square_are_refused(tmp_path, name, form, size, grid):
+    source, target = save(tmp_path / "model.safetensors", size, name=name), tmp_path / "new" / "theirs.pth"
+    with pytest.raises(UserError, match=rf"has a table of {grid} positions .* files of the form {form} hold square"):
+        convert(source, target, form)
+    assert not target.parent.exists()
+    target.parent.mkdir()
+    target.write_bytes(b"a file of before")
+    with pytest.raises(UserError, match="hold square"):
+        convert(source, target, form)
+    assert [path.read_bytes() for path in target.parent.iterdir()] == [b"a file of before"]
+    # what the message says to do
+    square = itpn.load(source, task="pyramid", img_size=max(size)).eval()
+    itpn.save_pretrained(square, tmp_path / "square")
+    again = itpn.load(target, **convert(tmp_path / "square", target, form).unsaid).eval()
+    images = torch.randn(1, 3, max(size), max(size))
+    with torch.no_grad():
+        for one, other in zip(again(images).values(), square(images).values(), strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_relative_positions_that_are_not_square_are_refused(tmp_path):
+    model = timm.create_model("itpn_nano", img_size=64, rel_pos_bias=True, rel_pos_size=(64, 96), num_classes=0)
+    itpn.save_pretrained(model, tmp_path / "folder")
+    with pytest.raises(UserError, match="has a table of 4x6 positions"):
+        convert(tmp_path / "folder", tmp_path / "theirs.pth", "official")
+    # decomposed tables show both sides
+    model = timm.create_model("itpn_nano", img_size=64, rel_pos_bias="decomposed", rel_pos_size=(64, 96), num_classes=0)
+    for parameter in model.parameters():
+        parameter.data += 0.02 * torch.randn_like(parameter)
+    itpn.save_pretrained(model, tmp_path / "decomposed")
+    convert(tmp_path / "decomposed", tmp_path / "theirs.pth", "official")
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(itpn.load(tmp_path / "theirs.pth").eval()(images), model.eval()(images))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_part_goes_over_whole_or_not_at_all(tmp_path):
+    """A classifier without its norm, a decoder without its mask token: they would compute something else."""
+    model = timm.create_model("hivit_tiny", depths=(2, 2, 2), img_size=32, num_classes=4)
+    itpn.save_pretrained(model, tmp_path / "classifier")
+    with pytest.raises(UserError, match=r"has backbone\.fc_norm.* which files of the form mmpretrain have no place"):
+        convert(tmp_path / "classifier", tmp_path / "theirs.pth", "mmpretrain")
+    convert(tmp_path / "classifier", tmp_path / "theirs.pth", "official")
+    source = save(tmp_path / "model.safetensors", feature_weight=1.0)
+    with pytest.raises(UserError, match=r"has decoder\.mask_token, which files of the form official have no place for"):
+        convert(source, tmp_path / "decoder.pth", "official")
+    assert not (tmp_path / "decoder.pth").exists()
+    itpn.save_pretrained(itpn.load(source, task="pyramid"), tmp_path / "pyramid")
+    assert convert(tmp_path / "pyramid", tmp_path / "pyramid.pth", "official").left == []
+
+
+def test_a_pooling_that_names_and_shapes_do_not_say(tmp_path):
+    model = timm.create_model("itpn_nano", img_size=64, num_classes=4, global_pool="max").eval()
+    itpn.save_pretrained(model, tmp_path / "classifier")
+    assert convert(tmp_path / "classifier", tmp_path / "theirs.pth", "official").unsaid == {"global_pool": "max"}
+    assert convert(tmp_path / "classifier", tmp_path / "ours.safetensors").unsaid == {}
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        for path in ("classifier", "ours.safetensors"):
+            assert torch.equal(itpn.load(tmp_path / path).eval()(images), model(images))
+        assert torch.equal(itpn.load(tmp_path / "theirs.pth", global_pool="max").eval()(images), model(images))
+    assert set(itpn.load(tmp_path / "classifier", task="pyramid", strict=False)(images)) == {"0", "1", "2"}
+
+
+def test_numbers_that_are_not_finite_are_kept(tmp_path):
+    source = save_public(tmp_path, "off_fast_itpn")
+    state = torch.load(source, weights_only=False)
+    state["model"]["blocks.4.attn.q_proj.weight"][0, 0] = float("nan")
+    torch.save(state, source)
+    assert convert(source, tmp_path / "ours.safetensors").broken == {"backbone.stages.2.0.attn.qkv.weight": 1}
+    assert convert(tmp_path / "ours.safetensors", tmp_path / "back.pth", "official").broken
+
+
+@pytest.mark.parametrize("target", ["ours.safetensors", "theirs.pth"])
+def test_an_accident_leaves_what_was_there(tmp_path, monkeypatch, target):
+    source = save(tmp_path / "model.safetensors")
+    target = tmp_path / "out" / target
+    target.parent.mkdir()
+    target.write_bytes(b"a file of before")
+    form = None if target.suffix == ".safetensors" else "official"
+
+    def fail(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fail)  # as a full network disk says it
+    with pytest.raises(MachineError, match=rf"{target.name} cannot be written \(No space left on device\)"):
+        convert(source, target, form)
+    monkeypatch.undo()
+    assert [path.read_bytes() for path in target.parent.iterdir()] == [b"a file of before"]
+    (tmp_path / "folder.safetensors").mkdir()
+    with pytest.raises(UserError, match=r"cannot be written \(Is a directory\): give the path of a file"):
+        convert(source, tmp_path / "folder.safetensors")
+    assert not list(tmp_path.glob("*.tmp"))

@@ -1,12 +1,17 @@
 """What a run leaves behind, refuses and reports."""
 
+import csv
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +24,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import itpn
 from itpn.config import read_yaml
 from itpn.data.loader import TrainingLoader
+from itpn.engine import callbacks, pretraining
+from itpn.engine.checkpointing import Checkpointing
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import choose_precision, read_launch
 from itpn.engine.run import train
@@ -66,6 +73,41 @@ def test_summary(finished):
     rows = (run / "metrics.csv").read_text().splitlines()
     assert len(rows) == 1 + 12
     assert float(rows[-1].split(",")[2]) == summary["metrics"]["loss"]
+
+
+def test_speed_is_that_of_training(settings, photos, tmp_path, monkeypatch, capsys):
+    """Visualizations, evaluations and checkpoints take 1000 s each by this clock, and count in no speed."""
+    late = 0.0
+
+    def slow(method):
+        def take_longer(*args, **kwargs):
+            nonlocal late
+            late += 1000
+            return method(*args, **kwargs)
+
+        return take_longer
+
+    clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
+    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(pretraining, "draw_predictions", slow(pretraining.draw_predictions))
+    monkeypatch.setattr(pretraining.FeatureProbe, "look", slow(pretraining.FeatureProbe.look))
+    monkeypatch.setattr(Checkpointing, "save", slow(Checkpointing.save))
+    for folder in ("train/ant", "train/bee", "val/ant", "val/bee"):
+        shutil.copytree(photos, tmp_path / "probe" / folder)
+    config = settings()
+    config.trainer.picture_every_n_steps = config.trainer.checkpoint_every_n_steps = 1
+    config.probe.root, config.probe.every_n_epochs = str(tmp_path / "probe"), 1
+    run = train(config, "small")
+    assert late >= 18 * 1000 + 18 * 1000 + 3 * 1000
+    summary = json.loads((run / "summary.json").read_text())
+    with (run / "metrics.csv").open(newline="") as file:
+        speeds = [float(row["images_per_second"]) for row in csv.DictReader(file)]
+    assert len(speeds) == 18
+    assert min(*speeds, summary["images_per_second"]) > 4 / 500  # a step takes 4 images
+    assert max(summary["data_wait_fraction"], 0) <= 1
+    shown = [float(found) for found in re.findall(r"([\d.]+) images/s", capsys.readouterr().out)]
+    assert shown
+    assert min(shown) >= 1
 
 
 def test_the_loss_falls(finished):

@@ -1,11 +1,13 @@
 """Our backbones as timm's own: whatever works on a model of timm's works on them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from timm.layers import SelectAdaptivePool2d
 from timm.models._manipulate import adapt_input_conv
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -143,6 +145,60 @@ def test_reset_classifier(name):
     assert_equal(bare(images()), bare.forward_features(images()).mean(dim=1))
     bare.reset_classifier(4, "avg")
     assert bare(images()).shape == (2, 4)
+
+
+POOLINGS = {
+    "avg": lambda x: x.mean(dim=1),
+    "max": lambda x: x.amax(dim=1),
+    "avgmax": lambda x: 0.5 * (x.mean(dim=1) + x.amax(dim=1)),
+    "": lambda x: x,
+}
+
+
+@pytest.mark.parametrize("global_pool", POOLINGS)
+@pytest.mark.parametrize("name", BACKBONES)
+def test_global_pool(name, global_pool):
+    """timm's poolings, which it computes on maps as SelectAdaptivePool2d does."""
+    model = create(name, global_pool=global_pool)
+    tokens = model.forward_features(images())
+    pooled = POOLINGS[global_pool](tokens)
+    if global_pool:
+        theirs = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)(tokens.transpose(1, 2).unflatten(2, (4, 4)))
+        assert_equal(pooled, theirs, rtol=1e-6, atol=1e-6)
+    hidden = model.fc_norm(pooled)
+    assert_equal(model.forward_head(tokens, pre_logits=True), hidden)
+    assert_equal(model(images()), model.head(hidden))
+    assert model(images()).shape == ((2, 5) if global_pool else (2, 16, 5))
+    for other, pool in POOLINGS.items():
+        model.reset_classifier(3, global_pool=other)
+        assert_equal(model(images()), model.head(model.fc_norm(pool(tokens))))
+        model.reset_classifier(0)
+        assert_equal(model(images()), model.fc_norm(pool(tokens)))
+    features = build(name, features_only=True, global_pool=global_pool)  # which pool nothing
+    assert [m.shape[1] for m in features(images())] == features.feature_info.channels()
+
+
+@pytest.mark.parametrize("wrong", ["token", "map", "catavgmax", "fast", "AVG", "mean", 3, ("avg",), ["avg"]])
+@pytest.mark.parametrize("name", BACKBONES)
+def test_poolings_that_there_are_not(name, wrong):
+    poolings = r"global_pool must be one of 'avg', 'max', 'avgmax', '', not "
+    with pytest.raises(ValueError, match=poolings + re.escape(repr(wrong))):
+        build(name, global_pool=wrong)
+    model = create(name)
+    before = model(images())
+    with pytest.raises(ValueError, match=poolings):
+        model.reset_classifier(3, global_pool=wrong)
+    assert_equal(model(images()), before)
+
+
+@pytest.mark.parametrize("name", PYRAMIDS)
+def test_a_pyramid_is_not_pooled(name):
+    assert build(name, global_pool="").global_pool == ""
+    for pooling in ("avg", "max", "token"):
+        with pytest.raises(ValueError, match=f"are not pooled: global_pool must be '', not '{pooling}'"):
+            build(name, global_pool=pooling)
+        with pytest.raises(ValueError, match="which are not pooled"):
+            create(name).reset_classifier(0, global_pool=pooling)
 
 
 @pytest.mark.parametrize("name", PYRAMIDS)
@@ -349,6 +405,8 @@ def test_trace(name):
 def test_script(name, tmp_path):
     """Whole networks, and inside another module; any batch size, and after being saved."""
     options = {} if "hivit" in name or "pyramid" in name else {"migrate_ratio": 0.5, "gather_window": 2}
+    if "fast" in name and "pyramid" not in name:
+        options["global_pool"] = "avgmax"
     model = build(name, depths=(1, 1, 2), **options)
     expected = model(images())
     torch.jit.script(model).save(tmp_path / "model.pt")

@@ -2,58 +2,13 @@
 
 import pytest
 import torch
+from objectives import OBJECTIVES, build, step
 from torch._dynamo.utils import counters
 
-from itpn.config import ModelConfig, TeacherConfig
 from itpn.data.normalize import Normalize
 from itpn.pretraining.average import MovingAverageTeacher
-from itpn.pretraining.build import build_masked_model
-from itpn.pretraining.model import MaskedImageModel
 
-OBJECTIVES = {
-    "pixel": {},
-    "feature": {
-        "pixel_weight": 0.0,
-        "feature_weight": 1.0,
-        "auxiliary_weight": 1.0,
-        "feature_units": "all",
-        "hidden_units": "mask_token",
-        "mask": "block",
-        "mask_ratio": 0.4,
-        "decoder_depth": 0,
-        "rel_pos_bias": True,
-        "init_values": 0.1,
-    },
-    "feature of hidden units": {
-        "pixel_weight": 0.0,
-        "feature_weight": 1.0,
-        "hidden_units": "mask_token",
-        "mask": "block",
-        "decoder_depth": 0,
-    },
-    "feature, dropped": {"feature_weight": 1.0, "auxiliary_weight": 1.0, "rel_pos_bias": True},
-    "mfm": {"pyramid_weights": (0.1, 0.2, 0.3), "mask": "block"},
-}
-
-
-def build(objective: str, **settings) -> MaskedImageModel:
-    torch.manual_seed(0)
-    small = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
-    config = ModelConfig("itpn_nano", **{**small, **OBJECTIVES[objective], **settings})
-    teacher = {"pixel": None, "mfm": "ema"}.get(objective, "outside")
-    return build_masked_model(config, (32, 48), TeacherConfig(teacher, width=24 if teacher == "outside" else None))
-
-
-def step(model: MaskedImageModel, average: MovingAverageTeacher | None, images: torch.Tensor, forward=None):
-    """Forward and backward; the loss."""
-    forward = model if forward is None else forward
-    normalized = Normalize(3, (0.5,), (0.25,)).to(images.device)(images)
-    target = average(normalized) if average else None
-    if target is None and model.feature_losses:
-        target = torch.linspace(-1, 1, 24 * 24, device=images.device).reshape(1, 24, 24).expand(len(images), -1, -1)
-    loss = forward(normalized, target=target).loss
-    loss.backward()
-    return loss
+NORMALIZE = Normalize(3, (0.5,), (0.25,))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
@@ -65,7 +20,7 @@ def test_no_step_needs_to_know_a_number_on_the_device(objective, checkpointing):
     model.to("meta")
     images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device="meta")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
-    loss = step(model, average, images)
+    loss = step(model, average, Normalize(3, (0.5,), (0.25,)).to("meta")(images))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
     optimizer.step()
     if average is not None:
@@ -73,24 +28,6 @@ def test_no_step_needs_to_know_a_number_on_the_device(objective, checkpointing):
     assert loss.is_meta
     with pytest.raises(RuntimeError):
         loss.item()
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_no_step_waits_for_the_gpu(objective):
-    model = build(objective, drop_path_rate=0.1).train().cuda()
-    average = MovingAverageTeacher(model) if objective == "mfm" else None
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
-    images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device="cuda")
-    for mode in (0, "error"):  # the first step may set things up
-        torch.cuda.set_sync_debug_mode(mode)
-        try:
-            step(model, average, images)
-            optimizer.step()
-            if average is not None:
-                average.update(model, 0.99)
-        finally:
-            torch.cuda.set_sync_debug_mode(0)
 
 
 @pytest.mark.compile
@@ -112,8 +49,8 @@ def test_one_graph_for_all_steps(objective, drop_path, checkpointing):
         for number in range(2):
             images = torch.randint(0, 256, (3, 3, 32, 48), generator=torch.Generator().manual_seed(number)).byte()
             torch.manual_seed(number)
-            losses.append(step(model, average, images, forward).detach())
-            model.forward_eval(Normalize(3, (0.5,), (0.25,))(images[:1]))  # a picture, in between and of another size
+            losses.append(step(model, average, NORMALIZE(images), forward).detach())
+            model.forward_eval(NORMALIZE(images[:1]))  # a picture, in between and of another size
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.grad is not None:

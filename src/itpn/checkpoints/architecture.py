@@ -30,7 +30,7 @@ HEADS: dict[Task, tuple[str, ...]] = {
     "segmentation": tuple(inspect.signature(Segmenter).parameters),
 }
 # what a backbone computes with and no tensor shows
-UNSHOWN = ("num_heads", "norm_eps", "migrate_ratio", "migrate_from", "gather_window", "gather_side")
+UNSHOWN = ("num_heads", "norm_eps", "migrate_ratio", "migrate_from", "gather_window", "gather_side", "global_pool")
 
 
 @dataclass
@@ -405,7 +405,7 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
     Raises:
         UserError: the architecture lacks what the task needs, or the overrides do not fit.
     """
-    hints = {**get_type_hints(HiViT.__init__), **get_type_hints(PyramidBackbone.__init__)}
+    hints = {**get_type_hints(PyramidBackbone.__init__), **get_type_hints(HiViT.__init__)}
     for name, value in overrides.items():
         if name in hints:
             check_type(tuple(value) if isinstance(value, list) else value, hints[name], name)
@@ -419,6 +419,8 @@ def build(architecture: Architecture, task: Task, **overrides: Any) -> nn.Module
     if "img_size" in overrides and "rel_pos_size" not in overrides and kwargs.get("rel_pos_bias"):
         kwargs["rel_pos_size"] = None  # the tables follow
     classes = kwargs.pop("num_classes", 0)
+    if task not in ("classification", "backbone") and "global_pool" not in overrides:
+        kwargs.pop("global_pool", None)  # of the file's classifier
     try:
         if task == "pretraining":
             return _build_masked(architecture, kwargs)

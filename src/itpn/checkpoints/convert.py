@@ -2,6 +2,7 @@
 
 import inspect
 import io
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -11,9 +12,9 @@ from torch import Tensor
 
 from itpn.checkpoints.architecture import UNSHOWN, read_architecture
 from itpn.checkpoints.files import Checkpoint, describe_preprocessing, read_checkpoint, write_safetensors
-from itpn.errors import UserError
+from itpn.errors import MachineError, UserError
 from itpn.models.hivit import HiViT
-from itpn.models.naming import Layout, from_ours
+from itpn.models.naming import Layout, detect_layout, from_ours, to_ours
 from itpn.writing import write_whole
 
 Form = Literal["itpn", "official", "mmpretrain"]
@@ -48,11 +49,12 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
         target: ``.safetensors`` for ours, with the architecture in the metadata; ``.pth`` or ``.pt`` for the others,
             a dict with ``model`` (official) or ``state_dict`` (mmpretrain) as those code bases save it.
         form: ``itpn`` for a ``.safetensors``, else it must be said; ``official`` is the authors', of Fast-iTPN too.
-
         num_heads: of stage 3, where the file cannot tell them; kept in our metadata.
 
     Raises:
-        UserError: no such file, a form that does not fit the ending or the network, or nowhere to write.
+        UserError: no such file, a form that does not fit the ending or cannot hold the network (nothing is written
+            then), or a target that is no file.
+        MachineError: the disk is full, or there is no permission; what stood there before is unchanged.
     """
     form = form or ("itpn" if target.suffix == ".safetensors" else None)
     if form is None:
@@ -60,31 +62,100 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
     if (form == "itpn") != (target.suffix == ".safetensors") or target.suffix not in (".safetensors", ".pth", ".pt"):
         wanted = ".safetensors" if form == "itpn" else ".pth or .pt"
         raise UserError(f"{target} must end in {wanted} for --to {form}")
-    if target.exists() and Path(source).exists() and target.samefile(source):
+    if _is_file(target, source):
         raise UserError(
             f"{target} is the file that is read: what it holds beside the weights would be lost; give another"
         )
     found = read_checkpoint(source)
+    if form != "itpn":
+        _check_square(found, form)
     tensors, left, layout = _rename(found, form)
+    _check_parts(found, left, form)
+    metadata = _metadata(found, num_heads) if form == "itpn" else {}
+    # before anything is written: a file that would be read as another network is never made
+    unsaid = _compare(found, _read_back(found, tensors, metadata, form), num_heads)
+    if form == "itpn":
+        _write(target, lambda: write_safetensors(target, tensors, metadata))
+    else:
+        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+        wrapped: dict[str, Any] = {"model": tensors} if form == "official" else {"meta": {}, "state_dict": tensors}
+        buffer = io.BytesIO()
+        torch.save(wrapped, buffer)
+        _write(target, lambda: write_whole(target, buffer.getvalue()))
+    return Converted(layout, len(tensors), left, unsaid, found.broken)
+
+
+def _is_file(target: Path, source: str | Path) -> bool:
+    try:
+        return target.exists() and Path(source).exists() and target.samefile(source)
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise UserError(f"{target} cannot be written ({error.strerror}): give the path of a file") from error
+
+
+def _write(target: Path, write: Callable[[], None]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if form == "itpn":
-            write_safetensors(target, tensors, _metadata(found, num_heads))
-        else:
-            buffer = io.BytesIO()
-            tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-            wrapped: dict[str, Any] = {"model": tensors} if form == "official" else {"meta": {}, "state_dict": tensors}
-            torch.save(wrapped, buffer)
-            write_whole(target, buffer.getvalue())
+        write()
+    except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}): give the path of a file") from error
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from error
-    return Converted(layout, len(tensors), left, _unsaid(found, target, num_heads), found.broken)
+        raise MachineError(f"{target} cannot be written ({error.strerror}): nothing was changed") from error
 
 
-def _unsaid(found: Checkpoint, target: Path, num_heads: int | None) -> dict[str, Any]:
-    """Settings of the backbone that are not read back from what was written."""
+def _check_square(found: Checkpoint, form: Form) -> None:
+    """Public files hold tables of positions without their height and width, and are read as square."""
+    architecture = read_architecture(found)
+    backbone = architecture.backbone
+    tables = {"img_size": "backbone.pos_embed" in found.tensors, "rel_pos_size": backbone.get("rel_pos_bias") is True}
+    for name in [name for name, there in tables.items() if there]:
+        size = backbone.get(name) or backbone["img_size"]
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        if height != width:
+            patch = backbone["patch_size"]
+            task = next(task for task in architecture.tasks if task in ("classification", "pyramid", "backbone"))
+            raise UserError(
+                f"{found.source} has a table of {height // patch}x{width // patch} positions (images of "
+                f"{height}x{width} px), but files of the form {form} hold square ones alone: keep this file, or "
+                f"resample them first: itpn.save_pretrained of itpn.load(FILE, task={task!r}, "
+                f"img_size={max(height, width)})"
+            )
+
+
+def _check_parts(found: Checkpoint, left: list[str], form: Form) -> None:
+    """A part of a network goes over whole or not at all: the rest of it would compute something else."""
+    parts = {name.partition(".")[0] for name in found.tensors if name not in left}
+    if lost := [name for name in left if name in found.tensors and name.partition(".")[0] in parts]:
+        part = "pyramid" if lost[0].startswith(("decoder.", "auxiliary.")) else "backbone"
+        raise UserError(
+            f"{found.source} has {', '.join(lost[:2])}, which files of the form {form} have no place for, and computes "
+            f"something else without them: use another form, or convert what itpn.save_pretrained writes "
+            f"of itpn.load(FILE, task={part!r})"
+        )
+
+
+def _read_back(found: Checkpoint, tensors: dict[str, Tensor], metadata: dict[str, Any], form: Form) -> Checkpoint:
+    """What reading the file will give.
+
+    Raises:
+        UserError: it will be taken for another network, or other tensors come back.
+    """
+    layout = detect_layout(tensors)
+    ours, others = to_ours(tensors, layout) if layout is not None else ({}, {})
+    if not ours or not all(name in found.tensors and _same(t, found.tensors[name]) for name, t in ours.items()):
+        raise UserError(f"{found.source} cannot be held by a file of the form {form}: use another form")
+    return Checkpoint(found.source, layout or "itpn", ours, others, metadata)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Bit by bit: NaN is NaN."""
+    bits = [t.contiguous().flatten().view(torch.uint8) for t in (one, other)]
+    return one.shape == other.shape and one.dtype == other.dtype and torch.equal(*bits)
+
+
+def _compare(found: Checkpoint, written: Checkpoint, num_heads: int | None) -> dict[str, Any]:
+    """Settings of the backbone that are not read back from what is written."""
     before = {**DEFAULTS, **read_architecture(found, num_heads).backbone}
-    after = {**DEFAULTS, **read_architecture(read_checkpoint(target)).backbone}
+    after = {**DEFAULTS, **read_architecture(written).backbone}
     idle = [
         *(["migrate_from"] if not before["migrate_ratio"] else []),
         *(["gather_side"] if not before["gather_window"] else []),

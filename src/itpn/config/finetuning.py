@@ -32,7 +32,7 @@ class NetworkConfig:
     """Stochastic depth of the last block; it grows from 0 block by block."""
     grad_checkpointing: bool | Literal["selective"] = False
     """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
-    norms, GELU and sums, while results of matrix products and attention are kept."""
+    norms and activation functions of feed-forward layers, while results of matrix products are kept."""
 
 
 @dataclass

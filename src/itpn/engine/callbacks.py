@@ -4,7 +4,8 @@ import math
 import os
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,27 @@ from itpn.tasks.training import TrainingTask
 from itpn.writing import open_whole
 
 
-class Watcher(L.Callback, ABC):
+class Aside(L.Callback):
+    """A callback that takes time beside training, which does not count in the speed of training.
+
+    Attributes:
+        seconds: spent so, in this process.
+    """
+
+    seconds = 0.0
+
+    @contextmanager
+    def beside_training(self, device: torch.device) -> Iterator[None]:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the steps that the GPU has yet to compute are training
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds += time.perf_counter() - begin
+
+
+class Watcher(Aside, ABC):
     """Looks at the network at the end of every so many epochs, and of the run.
 
     A watcher adds :meth:`look`, and ``score`` where checkpoints are judged by it.
@@ -43,7 +64,6 @@ class Watcher(L.Callback, ABC):
         figures: those found last; None each before.
         score: of the last look, larger is better; None where figures do not say how good a network is.
         step: of the last look.
-        seconds: spent looking, in this process.
     """
 
     def __init__(self, names: Sequence[str], every_n_epochs: int) -> None:
@@ -51,7 +71,6 @@ class Watcher(L.Callback, ABC):
         self.every_n_epochs = every_n_epochs
         self.score: float | None = None
         self.step = -1
-        self.seconds = 0.0
         self._said: set[str] = set()
 
     def say_skipped(self, trainer: L.Trainer, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -97,18 +116,16 @@ class Watcher(L.Callback, ABC):
 
     def evaluate(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Find the metrics of this step, on every process together."""
-        begin = time.perf_counter()
-        with eval_mode(pl_module):
+        with self.beside_training(pl_module.device), eval_mode(pl_module):
             self.figures = {**self.figures, **self.look(trainer)}
         self.step = trainer.global_step
-        self.seconds += time.perf_counter() - begin
 
 
 class Monitor(L.Callback):
     """Keeps the figures of a run: progress bar, metrics.csv, TensorBoard, images that were skipped.
 
-    Losses stay on the device and are read back every ``log_every_n_steps`` optimiser steps. Speed does not count the
-    first pass of a compiled network.
+    Losses stay on the device and are read back every ``log_every_n_steps`` optimiser steps. Speed is that of training:
+    it counts neither the first pass of a compiled network nor evaluation, visualizations and checkpoints.
     """
 
     def __init__(
@@ -159,8 +176,8 @@ class Monitor(L.Callback):
         if not self.started:
             return
         self._marked_step = self._step
-        self._mark_watched = self._printed = 0.0
-        self._start_clock(0.0)
+        self._printed = 0.0
+        self._start_clock(trainer, 0.0)
         if trainer.is_global_zero:
             with self.folder.writing(self.folder.metrics):  # those after it are written again
                 keep_rows(self.folder.metrics, lambda step: step <= trainer.global_step)
@@ -178,10 +195,16 @@ class Monitor(L.Callback):
                 )
                 self._progress.start()
 
-    def _start_clock(self, waited: float) -> None:
-        self._begin = self._mark = time.perf_counter()
+    def _start_clock(self, trainer: L.Trainer, waited: float) -> None:
+        self._begin = self._mark = self._trained(trainer)
         self._begin_wait = self._mark_wait = waited
         self._mark_images = 0
+
+    @staticmethod
+    def _trained(trainer: L.Trainer) -> float:
+        """A clock that stands still beside training: each of these callbacks tells how long."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        return time.perf_counter() - sum(callback.seconds for callback in callbacks if isinstance(callback, Aside))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
@@ -191,8 +214,8 @@ class Monitor(L.Callback):
             if pl_module.device.type == "cuda":
                 torch.cuda.synchronize()
             if self._compilation is not None and self._compilation.active:
-                self.console.print(f"compiled in {time.perf_counter() - self._begin:.0f} s", highlight=False)
-            self._start_clock(self._loader(trainer).wait_seconds)
+                self.console.print(f"compiled in {self._trained(trainer) - self._begin:.0f} s", highlight=False)
+            self._start_clock(trainer, self._loader(trainer).wait_seconds)
         else:
             self.images += len(batch["image"]) * trainer.world_size
         self.images_seen += len(batch["image"]) * trainer.world_size
@@ -281,10 +304,9 @@ class Monitor(L.Callback):
 
     def _report(self, trainer: L.Trainer) -> None:
         self._count_skipped(trainer)
-        now = time.perf_counter()
+        now = self._trained(trainer)
         loader = self._loader(trainer)
-        watched = 0.0 if self.watcher is None else self.watcher.seconds  # which is no training
-        elapsed = now - self._mark - (watched - self._mark_watched)
+        elapsed = now - self._mark
         means = torch.stack([*self._sums.values()]) / self._passes
         means = trainer.strategy.reduce(means, reduce_op="mean")  # all at once
         reduced = dict(zip(self._sums, means.tolist(), strict=True))
@@ -295,8 +317,7 @@ class Monitor(L.Callback):
             "data_wait_fraction": (loader.wait_seconds - self._mark_wait) / elapsed,
             **({} if self.watcher is None else self.watcher.figures),
         }
-        self.seconds = now - self._begin - watched
-        self._mark_watched = watched
+        self.seconds = now - self._begin
         self.wait_fraction = (loader.wait_seconds - self._begin_wait) / self.seconds
         self._mark, self._mark_images, self._mark_wait = now, self.images, loader.wait_seconds
         steps, self._marked_step = self._step - self._marked_step, self._step
@@ -320,8 +341,8 @@ class Monitor(L.Callback):
             figures += "".join(f"  {name} {v:.3f}" for name, v in self.watcher.figures.items() if v is not None)
         if self._progress is not None:
             self._progress.update(self._bar, figures=figures)
-        elif now - self._printed > 10 or self._step == self._total:  # a log file wants few lines
-            self._printed = now
+        elif time.perf_counter() - self._printed > 10 or self._step == self._total:  # a log file wants few lines
+            self._printed = time.perf_counter()
             left = (self._total - self._step) * elapsed / steps
             self.console.print(
                 f"step {self._step}/{self._total}  epoch {trainer.current_epoch}  {figures}  {left:.0f} s left",
@@ -390,7 +411,7 @@ class Monitor(L.Callback):
         self.stop_bar()
 
 
-class Pictures(L.Callback):
+class Pictures(Aside):
     """What the network makes of the same images at the start, during and at the end of a run.
 
     Args:
@@ -422,6 +443,10 @@ class Pictures(L.Callback):
             self.write(trainer, step)
 
     def write(self, trainer: L.Trainer, step: int) -> None:
+        with self.beside_training(trainer.strategy.root_device):
+            self._write(trainer, step)
+
+    def _write(self, trainer: L.Trainer, step: int) -> None:
         # these few images are of no size worth compiling for
         with trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
             picture = self.draw()

@@ -11,7 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from itpn.checkpoints.run_state import save_to
-from itpn.engine.callbacks import Monitor
+from itpn.engine.callbacks import Aside, Monitor
 from itpn.engine.folder import RunFolder
 from itpn.engine.signals import SignalHandlers
 from itpn.errors import MachineError, RunStopped
@@ -78,7 +78,7 @@ class Vote:
         return bool(flag)
 
 
-class Checkpointing(L.Callback):
+class Checkpointing(Aside):
     """Writes a checkpoint every so many optimiser steps, at the last one, and when a signal asks to stop.
 
     Only after a whole optimiser step, so that a resumed run equals an uninterrupted one. Several processes stop a step
@@ -158,7 +158,8 @@ class Checkpointing(L.Callback):
         judged = watcher is not None and watcher.step == self._step and watcher.score is not None
         better = judged and self.score() > self.best_score
         if stop or better or self._step % self.every_n_steps == 0 or self._step == self._total:
-            self.save(trainer, batch)
+            with self.beside_training(pl_module.device):
+                self.save(trainer, batch)
         if stop:
             raise RunStopped(self._signum or signal.SIGTERM)
 

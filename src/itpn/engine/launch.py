@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import lightning as L
@@ -158,5 +158,12 @@ def describe_machine(device: torch.device, processes: int, precision: str) -> di
         "device": device_name(device),
         "processes": processes,
         "precision": precision,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{name: find_version(name) for name in packages}},
     }
+
+
+def find_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # on the path, but not installed
+        return "not installed"

@@ -12,12 +12,13 @@ out from the very first layer without a change to the visible ones. Hence the la
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerScale, Mlp, to_2tuple, trunc_normal_
 from timm.models._features import feature_take_indices
+from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
 from itpn.models.naming import detect_layout, to_ours
@@ -32,11 +33,12 @@ from itpn.models.position import (
     sincos_position_table,
     square,
 )
-from itpn.models.recompute import Recompute, run_block
+from itpn.models.recompute import Recompute, recompute_cheap, run_block
 from itpn.models.scripting import Traced
 from itpn.models.windows import Windows, pick_distinct, put_back, take
 
 QkvBias = bool | Literal["qv"]
+GlobalPool = Literal["avg", "max", "avgmax", ""]
 POSITIONS = ("pos_embed", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")  # ends of names, never decayed
 WeightInit = Literal["xavier", "trunc_normal"]
 
@@ -174,7 +176,11 @@ class GatedMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, x = self.fc1(x).chunk(2, dim=-1)
+        return self.finish(self.fc1(x))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the first product: [..., 2 * hidden] -> [..., C]."""
+        gate, x = x.chunk(2, dim=-1)
         gate = F.silu(gate)
         # in place where no gradient needs the gate: fresh memory costs as much as the product
         x = gate * x if torch.is_grad_enabled() else gate.mul_(x)
@@ -187,6 +193,18 @@ def make_mlp(dim: int, ratio: float, norm_eps: float, sub_norm: bool = False, sw
         return GatedMlp(dim, int(dim * ratio), norm_eps if sub_norm else None)
     norm: Any = partial(nn.LayerNorm, eps=norm_eps) if sub_norm else None
     return Mlp(dim, int(dim * ratio), norm_layer=norm)
+
+
+def feed_forward(norm: nn.Module, mlp: Any, x: Tensor, keep_products: bool) -> Tensor:
+    """``mlp(norm(x))``; with ``keep_products``, norms and activations are computed again in the backward pass."""
+    if not keep_products:
+        return mlp(norm(x))
+
+    def finish(hidden: Tensor) -> Tensor:
+        return mlp.finish(hidden) if isinstance(mlp, GatedMlp) else mlp.fc2(mlp.norm(mlp.act(hidden)))
+
+    hidden = recompute_cheap(lambda x: mlp.fc1(norm(x)), x)
+    return recompute_cheap(finish, hidden)
 
 
 class MlpBlock(nn.Module):
@@ -207,8 +225,8 @@ class MlpBlock(nn.Module):
         self.ls2 = LayerScale(dim, init_values) if init_values else nn.Identity()
         self.drop_path = DropPath(drop_path) if drop_path else nn.Identity()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+    def forward(self, x: Tensor, keep_products: bool = False) -> Tensor:
+        return x + self.drop_path(self.ls2(feed_forward(self.norm2, self.mlp, x, keep_products)))
 
 
 class TransformerBlock(nn.Module):
@@ -247,10 +265,11 @@ class TransformerBlock(nn.Module):
         rel_pos_index: Tensor | None = None,
         windows: Windows | None = None,
         skip: int = 0,
+        keep_products: bool = False,
     ) -> Tensor:
         seen = self.attn(self.norm1(x), grid, rel_pos_index, windows, skip)
         x = x[:, skip:] + self._drop(self.ls1(seen), windows)
-        return x + self._drop(self.ls2(self.mlp(self.norm2(x))), windows)
+        return x + self._drop(self.ls2(feed_forward(self.norm2, self.mlp, x, keep_products)), windows)
 
     def _drop(self, x: Tensor, windows: Windows | None) -> Tensor:
         """Stochastic depth, of all windows of an image together."""
@@ -292,6 +311,8 @@ class HiViT(nn.Module):
     Args:
         img_size: image size in pixels (or height and width) of the stored position table.
         patch_size: pixels of a unit's side, divisible by 4.
+        global_pool: how the classifier pools tokens, as timm's: mean, maximum, half the sum of both, or none
+            (``""``: logits of each token).
         embed_dim: channels C of stage 3; stages 1 and 2 have C/4 and C/2.
         depths: blocks per stage.
         num_heads: attention heads of stage 3.
@@ -333,7 +354,7 @@ class HiViT(nn.Module):
         patch_size: int = 16,
         in_chans: int = 3,
         num_classes: int = 1000,
-        global_pool: Literal["avg", ""] = "avg",
+        global_pool: GlobalPool = "avg",
         embed_dim: int = 512,
         depths: Sequence[int] = (4, 4, 24),
         num_heads: int = 8,
@@ -377,9 +398,10 @@ class HiViT(nn.Module):
             )
         if gather_window and rel_pos_bias:
             raise ValueError("gathering tokens have no relative position: use gather_window without rel_pos_bias")
+        check_pooling(global_pool)
         self.in_chans = in_chans
         self.num_classes = num_classes
-        self.global_pool = global_pool
+        self.global_pool: GlobalPool = global_pool
         self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
         self.num_heads = num_heads
         self.patch_size = patch_size
@@ -476,17 +498,19 @@ class HiViT(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: Recompute = True) -> None:
-        """As timm's; ``"selective"`` keeps matrix products and recomputes the rest (:func:`run_block`)."""
+        """As timm's; ``"selective"`` recomputes norms and activation functions alone (:func:`run_block`)."""
         self.grad_checkpointing = enable
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
         return self.head
 
-    def reset_classifier(self, num_classes: int, global_pool: Literal["avg", ""] | None = None) -> None:
-        self.num_classes = num_classes
+    def reset_classifier(self, num_classes: int, global_pool: GlobalPool | None = None) -> None:
+        """A new classifier, or none; ValueError if there is no such pooling."""
         if global_pool is not None:
+            check_pooling(global_pool)
             self.global_pool = global_pool
+        self.num_classes = num_classes
         kwargs: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
         if num_classes and self.has_fc_norm and isinstance(self.fc_norm, nn.Identity):
             self.fc_norm = nn.LayerNorm(self.num_features, eps=self.norm_eps, **kwargs)
@@ -646,14 +670,22 @@ class HiViT(nn.Module):
         return self.forward_stages(x)[-1].flatten(1, 3)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens [B, N, C] -> logits [B, num_classes] (mean, norm, linear), or what goes into the linear layer."""
-        if self.global_pool == "avg":
-            x = x.mean(dim=1)
-        x = self.head_drop(self.fc_norm(x))
+        """Tokens [B, N, C] -> logits [B, num_classes] (pooling, norm, linear), or what goes into the linear layer.
+
+        Without a pooling, of each token: [B, N, num_classes].
+        """
+        x = self.head_drop(self.fc_norm(global_pool_nlc(x, self.global_pool, num_prefix_tokens=0)))
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.forward_head(self.forward_features(x))
+
+
+def check_pooling(global_pool: Any) -> None:
+    """Raise ValueError for a pooling that a classifier does not have."""
+    known = get_args(GlobalPool)
+    if global_pool not in known:
+        raise ValueError(f"global_pool must be one of {', '.join(map(repr, known))}, not {global_pool!r}")
 
 
 def find_backbone(model: nn.Module) -> HiViT:

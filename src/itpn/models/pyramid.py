@@ -112,7 +112,7 @@ class PyramidBackbone(nn.Module):
         backbone: arguments of :class:`itpn.models.hivit.HiViT`.
 
     Raises:
-        ValueError: a classifier is asked for, or the backbone's sizes do not fit one another.
+        ValueError: a classifier or a pooling is asked for, or the backbone's sizes do not fit one another.
     """
 
     pretrained_cfg: dict[str, Any]  # as in HiViT
@@ -125,15 +125,16 @@ class PyramidBackbone(nn.Module):
         pyramid_depth: int = 2,
         mlp_ratio: float = 4.0,
         num_classes: int = 0,
+        global_pool: str = "",
         weight_init: WeightInit = "trunc_normal",
         **backbone: Any,
     ) -> None:
         super().__init__()
-        if num_classes:
-            raise ValueError(f"a pyramid has no classifier: num_classes must be 0, not {num_classes}")
+        check_no_classifier(num_classes, global_pool)
         if levels not in LEVELS:
             raise ValueError(f"levels must be one of {', '.join(LEVELS)}, not {levels}")
         self.num_classes = 0
+        self.global_pool = ""
         self.levels = levels
         self.backbone = HiViT(num_classes=0, weight_init=weight_init, **backbone)
         self.in_chans = self.backbone.in_chans
@@ -216,8 +217,14 @@ class PyramidBackbone(nn.Module):
         return nn.Identity()
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        if num_classes:
-            raise ValueError(f"a pyramid has no classifier: num_classes must be 0, not {num_classes}")
+        check_no_classifier(num_classes, global_pool)
+
+
+def check_no_classifier(num_classes: int, global_pool: str | None) -> None:
+    if num_classes:
+        raise ValueError(f"a pyramid has no classifier: num_classes must be 0, not {num_classes}")
+    if global_pool:
+        raise ValueError(f"a pyramid gives maps, which are not pooled: global_pool must be '', not {global_pool!r}")
 
 
 class Headed:

@@ -3,7 +3,6 @@
 from collections import OrderedDict
 
 import torch.nn.functional as F
-from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
 from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead
 
@@ -36,6 +35,9 @@ class Segmenter(Headed, nn.Module):
         auxiliary: bool = True,
         drop_rate: float = 0.1,
     ) -> None:
+        # a large package that nothing else needs
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+
         super().__init__()
         widths = backbone.out_channels
         if not isinstance(widths, list):

@@ -1,0 +1,290 @@
+"""Tasks as Lightning trains them: a few steps of each, resuming, and how a batch reaches the GPU."""
+
+import io
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import timm
+import torch
+from photos import draw_photo
+
+from itpn.config import (
+    ClassificationConfig,
+    ClassifierConfig,
+    Config,
+    DataConfig,
+    DetectionConfig,
+    DetectorConfig,
+    FineTuningConfig,
+    LabelledDataConfig,
+    MasksConfig,
+    ModelConfig,
+    ObjectsConfig,
+    OptimizerConfig,
+    SegmentationConfig,
+    SegmenterConfig,
+    TeacherConfig,
+    image_size,
+)
+from itpn.data.augment import PretrainingTransform
+from itpn.data.files import find_training_images
+from itpn.data.loader import TrainingLoader, collect, stack
+from itpn.pretraining.average import MovingAverageTeacher
+from itpn.pretraining.build import build_masked_model
+from itpn.pretraining.teacher import FeatureTeacher, FeatureTower
+from itpn.tasks.classification import ClassificationTask
+from itpn.tasks.detection import DetectionTask
+from itpn.tasks.pretrain import PretrainingTask
+from itpn.tasks.segmentation import SegmentationTask
+from itpn.tasks.training import TrainingTask
+
+SMALL = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
+FEATURES = {
+    "pixel_weight": 0.0,
+    "feature_weight": 1.0,
+    "auxiliary_weight": 1.0,
+    "feature_units": "all",
+    "hidden_units": "mask_token",
+    "mask": "block",
+    "mask_ratio": 0.4,
+    "rel_pos_bias": True,
+    "init_values": 0.1,
+}
+STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
+LEARNING = {"lr": 1e-3, "layer_decay": 0.9, "layer_decay_over": None, "clip_grad": 1.0}
+
+
+def pretraining(photos: Path, name: str = "itpn_nano", teacher: str | None = None, **model: Any) -> PretrainingTask:
+    config = Config(
+        model=ModelConfig(name, drop_path_rate=0.1, **{**SMALL, **model}),
+        teacher=TeacherConfig(teacher, width=24 if teacher == "vit" else None),
+        data=DataConfig(root=(str(photos),), img_size=(32, 48), batch_size=4, num_workers=0),
+        optimizer=OptimizerConfig(lr=1e-3, clip_grad=3.0),
+    )
+    torch.manual_seed(0)
+    network = build_masked_model(config.model, image_size(config.data), config.teacher)
+    watching: Any = {None: lambda: None, "ema": lambda: MovingAverageTeacher(network), "vit": make_vit}[teacher]()
+    source = find_training_images(config.data.root)
+    transform = PretrainingTransform((32, 48), teacher_size=(64, 96) if teacher == "vit" else None)
+    return PretrainingTask(network, config, "test", loader_of(source, transform), watching)
+
+
+def make_vit() -> FeatureTeacher:
+    """A small ViT with random weights; patches of 16 px of images of twice the student's size, as a CLIP tower."""
+    vit = timm.create_model("vit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=2, img_size=(64, 96))
+    return FeatureTeacher("vit", FeatureTower(vit, False), (4, 6), (64, 96), 24, **STATISTICS)
+
+
+def loader_of(source: Any, transform: Any, collate: Any = stack) -> Callable[[int, int], TrainingLoader]:
+    def make(rank: int, world_size: int) -> TrainingLoader:
+        options: dict[str, Any] = {"pin_memory": torch.cuda.is_available(), "collate": collate}
+        return TrainingLoader(source, transform, batch_size=4, num_workers=0, seed=0, rank=rank, **options)
+
+    return make
+
+
+class Drawn:
+    """Photographs made up on the way, each with its number."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def name(self, index: int) -> str:
+        return str(index)
+
+    def __getitem__(self, index: int) -> tuple[str, bytes, int]:
+        file = io.BytesIO()
+        draw_photo(np.random.default_rng(index), 96, 80).save(file, "JPEG")
+        return str(index), file.getvalue(), index
+
+
+class View:
+    """64x64 px, and "label" a class, "target" the classes of pixels, or objects with masks."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def __call__(self, image: Any, rng: random.Random, number: int) -> dict[str, Any]:
+        view: dict[str, Any] = PretrainingTransform((64, 64))(image, rng)
+        left = 8 * (number % 4)
+        mask = torch.zeros(64, 64, dtype=torch.uint8)
+        mask[16:48, left : left + 32] = 1
+        if self.kind == "classification":
+            view["label"] = torch.tensor(number % 3)
+        elif self.kind == "segmentation":
+            view["target"] = mask
+        else:
+            boxes = torch.tensor([[left, 16, left + 32, 48]], dtype=torch.float32)
+            view["target"] = {"boxes": boxes, "labels": torch.tensor([1]), "masks": mask[None]}
+        return view
+
+
+def classification(photos: Path, name: str = "itpn_nano") -> ClassificationTask:
+    config = ClassificationConfig(
+        model=ClassifierConfig(name=name, patch_size=16, drop_path_rate=0.1, ema_decay=0.9),
+        data=LabelledDataConfig(img_size=64, crop_pct=0.9, batch_size=4, **STATISTICS),
+        optimizer=FineTuningConfig(**LEARNING),
+    )
+    network: Any = timm.create_model(name, img_size=64, num_classes=3, drop_path_rate=0.1)
+    return ClassificationTask(network, config, "test", ("a", "b", "c"), loader_of(Drawn(), View("classification")))
+
+
+def detection(photos: Path) -> DetectionTask:
+    from itpn.models.detector import MaskDetector
+
+    config = DetectionConfig(
+        model=DetectorConfig(name="itpn_nano"),
+        data=ObjectsConfig(img_size=64, batch_size=4),
+        optimizer=FineTuningConfig(**LEARNING),
+    )
+    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="detection", drop_path_rate=0.1)
+    sizes = {"head_width": 16, "rpn_post_nms_top_n_train": 40, "box_batch_size_per_image": 16}
+    network = MaskDetector(backbone, 3, min_size=64, max_size=128, **sizes)
+    return DetectionTask(network, config, "test", ("a", "b"), loader_of(Drawn(), View("detection"), collect))
+
+
+def segmentation(photos: Path) -> SegmentationTask:
+    pytest.importorskip("segmentation_models_pytorch", reason="needs segmentation_models_pytorch")
+    from itpn.models.segmenter import Segmenter
+
+    config = SegmentationConfig(
+        model=SegmenterConfig(name="itpn_nano"),
+        data=MasksConfig(img_size=64, batch_size=4, **STATISTICS),
+        optimizer=FineTuningConfig(**LEARNING),
+    )
+    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="segmentation", drop_path_rate=0.1)
+    network = Segmenter(backbone, 2, head_width=16)
+    return SegmentationTask(network, config, "test", ("a", "b"), loader_of(Drawn(), View("segmentation")))
+
+
+TASKS: dict[str, Callable[[Path], TrainingTask]] = {
+    "pixels": pretraining,
+    "features": lambda photos: pretraining(photos, teacher="vit", **FEATURES),
+    "mfm": lambda photos: pretraining(photos, teacher="ema", mask="block", pyramid_weights=(0.1, 0.2, 0.3)),
+    "fast_itpn": lambda photos: pretraining(photos, "fast_itpn_nano"),
+    "classification": classification,
+    "fast_itpn classification": lambda photos: classification(photos, "fast_itpn_nano"),
+    "detection": detection,
+    "segmentation": segmentation,
+}
+
+
+class Observer(L.Callback):
+    """Keeps losses and the device; writes a checkpoint after a step."""
+
+    def __init__(self, checkpoint: tuple[int, Path] | None = None) -> None:
+        self.checkpoint = checkpoint
+        self.losses: list[float] = []
+        self.devices: set[str] = set()
+
+    def on_train_batch_end(self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.losses.append(float(outputs["figures"]["loss"]))
+        self.devices |= {p.device.type for p in task.parameters()}
+        if self.checkpoint is not None and trainer.global_step == self.checkpoint[0]:
+            trainer.save_checkpoint(self.checkpoint[1])
+
+
+def fit(task: TrainingTask, device: torch.device, steps: int, observer: Observer, resume: Path | None = None) -> None:
+    """As :func:`itpn.engine.fitting.fit` has Lightning do it, without a run's folder."""
+    trainer = L.Trainer(
+        accelerator="gpu" if device.type == "cuda" else "cpu",
+        devices=1,
+        precision="bf16-mixed" if device.type == "cuda" else "32-true",
+        max_steps=steps,
+        max_epochs=100,
+        gradient_clip_val=task.config.optimizer.clip_grad,
+        callbacks=[observer],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(task, ckpt_path=resume, weights_only=True if resume else None)
+    assert trainer.global_step == steps
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_a_few_steps_of_each_task(device, photos, name):
+    task = TASKS[name](photos)
+    before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    observer = Observer()
+    fit(task, device, 2, observer)
+    assert observer.devices == {device.type}
+    assert len(observer.losses) == 2
+    assert np.isfinite(observer.losses).all()
+    for n, parameter in task.model.named_parameters():
+        assert parameter.isfinite().all(), n
+        # biases of keys cannot matter; heads of a detector may have met no object
+        if parameter.requires_grad and not n.startswith("roi_heads"):
+            assert not torch.equal(parameter.cpu(), before[n]), n
+
+
+@pytest.mark.parametrize("name", ["mfm", "classification"])
+def test_a_resumed_run_is_the_uninterrupted_one(device, photos, tmp_path, name):
+    """Bit for bit on a CPU. On a GPU as far as its kernels are deterministic.
+
+    Some have no deterministic version, and add up gradients in any order: they differ in the last bits of a float32.
+    AdamW turns that into steps that differ where a gradient is near zero, by less than a hundredth of the distance that
+    the weights go meanwhile; a lost state of the optimizer, another mask, batch or learning rate change most of it.
+    """
+    kept = (torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled())
+    torch.use_deterministic_algorithms(device.type == "cuda", warn_only=True)
+    try:
+        straight, resumed = TASKS[name](photos), TASKS[name](photos)
+        seen = Observer((3, tmp_path / "three.ckpt"))
+        fit(straight, device, 6, seen)
+        seen_later = Observer()
+        fit(resumed, device, 6, seen_later, tmp_path / "three.ckpt")
+    finally:
+        torch.use_deterministic_algorithms(kept[0], warn_only=kept[1])
+    state = torch.load(tmp_path / "three.ckpt", weights_only=True)["state_dict"]
+    one, other = straight.state_dict(), resumed.state_dict()
+    assert one.keys() == other.keys() == state.keys()
+    if device.type == "cpu":
+        assert seen_later.losses == seen.losses[3:]
+        assert all(torch.equal(one[n], other[n]) for n in one)
+        return
+    assert seen_later.losses == pytest.approx(seen.losses[3:], rel=1e-3)
+    apart, moved = (flat(one) - flat(other)).norm(), (flat(one) - flat(state)).norm()
+    assert moved > 0
+    assert apart < 0.01 * moved
+
+
+def flat(state: dict[str, torch.Tensor]) -> torch.Tensor:
+    return torch.cat([tensor.double().cpu().flatten() for tensor in state.values()])
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_batch_is_copied_from_pinned_memory_beside_the_step(device, photos, num_workers):
+    task = pretraining(photos)
+    transform = PretrainingTransform((32, 48))
+    options = {"batch_size": 4, "num_workers": num_workers, "seed": 0, "pin_memory": device.type == "cuda"}
+    task.loader = TrainingLoader(find_training_images([str(photos)]), transform, **options)
+    batch = next(iter(task.loader))
+    expected = batch["image"].clone()
+    if device.type == "cpu":
+        assert torch.equal(task.transfer_batch_to_device(batch, device, 0)["image"], expected)
+        task.loader.close()
+        return
+    assert batch["image"].is_pinned()
+    task.transfer_batch_to_device(batch, device, 0)  # the first makes the stream, and takes memory
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        torch.cuda._sleep(2_000_000_000)  # a step that takes a second
+        computed = torch.cuda.current_stream().record_event()
+        copied = task.transfer_batch_to_device(batch, device, 0)["image"]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert task._copies is not None
+    assert task._copies != torch.cuda.current_stream()
+    task._copies.synchronize()
+    assert not computed.query()  # the batch is there, and the step before still computes
+    assert torch.equal(copied.cpu(), expected)
+    task.loader.close()

@@ -1,0 +1,53 @@
+"""Every combination of losses, as a small network, and a step of it."""
+
+import torch
+from torch import Tensor
+
+from itpn.config import ModelConfig, TeacherConfig
+from itpn.pretraining.average import MovingAverageTeacher
+from itpn.pretraining.build import build_masked_model
+from itpn.pretraining.model import MaskedImageModel
+
+OBJECTIVES = {
+    "pixel": {},
+    "feature": {
+        "pixel_weight": 0.0,
+        "feature_weight": 1.0,
+        "auxiliary_weight": 1.0,
+        "feature_units": "all",
+        "hidden_units": "mask_token",
+        "mask": "block",
+        "mask_ratio": 0.4,
+        "decoder_depth": 0,
+        "rel_pos_bias": True,
+        "init_values": 0.1,
+    },
+    "feature of hidden units": {
+        "pixel_weight": 0.0,
+        "feature_weight": 1.0,
+        "hidden_units": "mask_token",
+        "mask": "block",
+        "decoder_depth": 0,
+    },
+    "feature, dropped": {"feature_weight": 1.0, "auxiliary_weight": 1.0, "rel_pos_bias": True},
+    "mfm": {"pyramid_weights": (0.1, 0.2, 0.3), "mask": "block"},
+}
+
+
+def build(objective: str, **settings) -> MaskedImageModel:
+    torch.manual_seed(0)
+    small = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
+    config = ModelConfig("itpn_nano", **{**small, **OBJECTIVES[objective], **settings})
+    teacher = {"pixel": None, "mfm": "ema"}.get(objective, "outside")
+    return build_masked_model(config, (32, 48), TeacherConfig(teacher, width=24 if teacher == "outside" else None))
+
+
+def step(model: MaskedImageModel, average: MovingAverageTeacher | None, images: Tensor, forward=None) -> Tensor:
+    """Forward and backward pass on normalised images [B, 3, 32, 48]; the loss."""
+    forward = model if forward is None else forward
+    target = average(images) if average else None
+    if target is None and model.feature_losses:
+        target = torch.linspace(-1, 1, 24 * 24, device=images.device).reshape(1, 24, 24).expand(len(images), -1, -1)
+    loss = forward(images, target=target).loss
+    loss.backward()
+    return loss
