@@ -11,7 +11,7 @@ from torch import Tensor
 
 from itpn.checkpoints.architecture import UNSHOWN, read_architecture
 from itpn.checkpoints.files import Checkpoint, describe_preprocessing, read_checkpoint, write_safetensors, write_whole
-from itpn.errors import UserError
+from itpn.errors import UserError, refusal
 from itpn.models.hivit import HiViT
 from itpn.models.naming import Layout, from_ours
 
@@ -76,7 +76,7 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
             torch.save(wrapped, buffer)
             write_whole(target, buffer.getvalue())
     except OSError as error:
-        raise UserError(f"{target} cannot be written: {error.strerror}") from error
+        raise refusal(f"{target} cannot be written", error) from error
     return Converted(layout, len(tensors), left, _unsaid(found, target, num_heads), found.broken)
 
 

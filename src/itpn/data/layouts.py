@@ -21,6 +21,7 @@ from PIL import Image
 
 from itpn.data.decode import reason_of
 from itpn.data.files import SPLITS, is_image, walk
+from itpn.data.readers import check_lost
 from itpn.errors import UserError
 
 Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON
@@ -266,6 +267,7 @@ def _images_below(folder: Path, mistakes: Mistakes, stems: set[str] | None = Non
         try:
             size = read_size(name)
         except Exception as error:  # whatever Pillow meets
+            check_lost(name, error)
             mistakes.add("images that cannot be read", f"{name}: {reason_of(error)}")
             continue
         yield Path(name), size
@@ -284,6 +286,7 @@ def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mist
     try:
         objects = list(parse(notes, size))
     except Exception as error:  # whatever a reader meets in a damaged file
+        check_lost(str(notes), error)
         mistakes.add("images whose annotations cannot be read", f"{notes}: {reason_of(error)}")
         return
     number = 1 + len(coco["images"])

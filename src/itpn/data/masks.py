@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, reason_of
 from itpn.data.labelled import join_names
-from itpn.errors import UserError
+from itpn.data.readers import read_file
+from itpn.errors import MachineError, UserError, refusal
 
 IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
 MAX_CLASSES = 254
@@ -149,7 +151,7 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour
         UnreadableImage: it is not there, damaged, too large, or transparent.
     """
     try:
-        with Image.open(path) as image:
+        with Image.open(io.BytesIO(read_file(path))) as image:
             if image.width * image.height > max_pixels:
                 raise UnreadableImage(f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed")
             if image.mode == "1":
@@ -162,7 +164,7 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour
                 if all(colour in colours for colour in used):
                     image = image.convert("RGB")
             values = np.asarray(image)  # of a palette, the numbers
-    except UnreadableImage:
+    except (UnreadableImage, MachineError):
         raise
     except Exception as error:  # whatever Pillow meets
         raise UnreadableImage(reason_of(error)) from None
@@ -199,7 +201,7 @@ def read_names(file: str | None, root: str) -> Names | None:
     try:
         text = Path(file).read_text(encoding="utf-8-sig")  # a byte-order mark is none of the first name
     except OSError as error:
-        raise UserError(f"file of classes {file} cannot be read: {error.strerror}") from error
+        raise refusal(f"file of classes {file} cannot be read", error) from error
     except UnicodeDecodeError as error:
         raise UserError(f"file of classes {file} cannot be read: it is not text") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]

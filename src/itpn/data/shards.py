@@ -10,7 +10,8 @@ from pathlib import Path
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import is_hidden, is_image
-from itpn.data.readers import is_compressed
+from itpn.data.readers import check_lost, is_compressed
+from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
@@ -43,7 +44,9 @@ def read_shard(path: str | Path) -> Iterator[Sample]:
                 file = tar.extractfile(member)
                 assert file is not None
                 yield f"{shard}/{member.name}", file.read()
+                beat()
     except TAR_ERRORS as error:
+        check_lost(path, error)
         yield str(path), UnreadableImage(_reason(error))
 
 
@@ -55,8 +58,8 @@ def count_shard_images(shards: Sequence[str | Path]) -> int:
             with tarfile.open(path, "r:*", tarinfo=StrictTarInfo) as tar:
                 for _ in _image_members(tar):
                     count += 1
-        except TAR_ERRORS:
-            pass
+        except TAR_ERRORS as error:
+            check_lost(path, error)
     return count
 
 
@@ -81,6 +84,7 @@ def index_shard(path: str) -> list[tuple[str, int, int, str | None]]:
                 elif is_image(member.name):
                     images[member.name] = member.offset_data, member.size
     except TAR_ERRORS as error:
+        check_lost(path, error)
         raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
     return [(name, start, size, labels.get(name.rpartition(".")[0])) for name, (start, size) in images.items()]
 

@@ -21,8 +21,9 @@ from torchvision.transforms.v2.functional import resize
 from itpn.data.decode import EncodedImage, UnreadableImage
 from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
 from itpn.data.folders import open_whole, write_whole
-from itpn.data.readers import is_compressed
+from itpn.data.readers import check_lost, is_compressed, read_file
 from itpn.data.shards import index_shard
+from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
@@ -113,12 +114,14 @@ class ShrunkImages(Dataset[tuple[Original, bytes | UnreadableImage, int]]):
     quality: int
 
     def __getitem__(self, original: Original) -> tuple[Original, bytes | UnreadableImage, int]:
+        beat()
         try:
             data = _read(original)
             return original, shrink_image(data, self.short_side, self.quality), len(data)
         except UnreadableImage as error:
             return original, error, 0
         except (OSError, EOFError) as error:
+            check_lost(original.path, error)
             return original, UnreadableImage(getattr(error, "strerror", None) or str(error)), 0
 
 
@@ -127,9 +130,7 @@ def _read(original: Original) -> bytes:
         file = _open_compressed(original.path)
         file.seek(original.start)
         return file.read(original.size)
-    with open(original.path, "rb") as plain:
-        plain.seek(original.start)
-        return plain.read(original.size)
+    return read_file(original.path, original.start, original.size)
 
 
 @lru_cache(maxsize=1)

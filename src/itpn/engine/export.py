@@ -25,7 +25,7 @@ from itpn.checkpoints.loading import load_found
 from itpn.data.shapes import draw_scene
 from itpn.engine.console import print_aside
 from itpn.engine.fitting import make_table
-from itpn.errors import ExportFailed, UserError
+from itpn.errors import ExportFailed, UserError, refusal
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
@@ -86,7 +86,7 @@ def check_out(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+        raise refusal(f"--out {out} cannot be written", error) from error
 
 
 def export_checkpoint(
@@ -269,7 +269,7 @@ def writing(out: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, out)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+        raise refusal(f"--out {out} cannot be written", error) from error
     finally:
         partial.unlink(missing_ok=True)
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from itpn.config import RunConfig, read_yaml, to_dict, write_yaml
 from itpn.engine.console import print_aside
-from itpn.errors import UserError
+from itpn.errors import UserError, refusal
 
 # what may differ when a run goes on; anything else would make it another run
 FREE = {
@@ -72,7 +72,7 @@ class RunFolder:
                 f"run folder {self.path} is in use by another process; wait for it, or choose another --name"
             ) from None
         except OSError as error:
-            raise UserError(f"run folder {self.path} cannot be written: {error.strerror}; see --output-dir") from error
+            raise refusal(f"run folder {self.path} (see --output-dir) cannot be written", error) from error
         settings = self.path / "config.yaml"
         if settings.exists() and self.begun:
             _check_same_run(read_yaml(settings)[1], config, self.path)
@@ -153,8 +153,8 @@ def make_folder(out: Path) -> None:
 
 @contextlib.contextmanager
 def writing_to(out: Path) -> Iterator[None]:
-    """Raise :class:`UserError` for files that cannot be written."""
+    """Raise :class:`UserError` for a path where no files can be, :class:`MachineError` for a full disk and the like."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+        raise refusal(f"--out {out} cannot be written", error) from error

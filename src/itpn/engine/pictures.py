@@ -18,6 +18,7 @@ from torchvision.utils import draw_segmentation_masks, make_grid
 from itpn.data.augment import center_crop
 from itpn.data.decode import UnreadableImage, decode_image, decode_sample
 from itpn.data.files import ImageSource
+from itpn.data.readers import read_file
 from itpn.data.shards import read_shard
 from itpn.tasks.pretrain import PretrainingTask
 
@@ -144,7 +145,7 @@ def read_whole_images(
     crop = crop or functools.partial(center_crop, img_size=img_size)
     for name in source.images:
         try:
-            yield name, crop(decode_image(Path(name).read_bytes(), max_pixels))
+            yield name, crop(decode_image(read_file(name), max_pixels))
         except (UnreadableImage, OSError) as error:
             skipped(f"{name}: {error}")
     for shard in source.shards:

@@ -35,7 +35,7 @@ from itpn.engine.pictures import (
     save_labels,
 )
 from itpn.engine.segmentation import make_segmentation
-from itpn.errors import UserError
+from itpn.errors import UserError, refusal
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
@@ -315,7 +315,7 @@ def write_features(
         else:
             write_whole(path, save(columns, {"images": json.dumps(names)}))
     except OSError as error:
-        raise UserError(f"--features {path} cannot be written: {error.strerror}") from error
+        raise refusal(f"--features {path} cannot be written", error) from error
     shapes = ", ".join(f"{name} {list(column.shape)}" for name, column in columns.items())
     Console().print(f"{path}: {shapes}", highlight=False, soft_wrap=True)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
@@ -41,6 +42,9 @@ def stop_at_once(signum: int, frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Raise RunStopped on Ctrl-C and SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may answer signals
+        yield
+        return
     handlers = SignalHandlers(stop_at_once, (signal.SIGINT, signal.SIGTERM))
     handlers.set()
     try:
