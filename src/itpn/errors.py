@@ -50,6 +50,8 @@ def refusal(what: str, error: OSError) -> UserError | MachineError:
     message = f"{what}: {error.strerror or error}"
     if error.errno in WRONG_PATH:
         return UserError(message)
+    if error.errno in FULL:
+        return MachineError(f"make room on the disk: {message}")
     return MachineError("; ".join(filter(None, [message, remedy(error)])))
 
 

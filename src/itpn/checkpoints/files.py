@@ -233,5 +233,10 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
 
 def write_whole(path: Path, content: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.tmp")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):  # room for others, where the disk is full
+            unfinished.unlink(missing_ok=True)
+        raise

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from itpn.errors import UserError, refusal
+from itpn.errors import UserError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
@@ -127,7 +127,7 @@ def list_split(root: str, name: str) -> list[str]:
     try:
         places = sorted(entry.path for entry in os.scandir(root)) if os.path.isdir(root) else [root]
     except OSError as error:
-        raise refusal(f"cannot read the folder {root}", error) from None
+        raise UserError(f"cannot read the folder {root}: {error.strerror}; check its permissions") from None
     return [place for place in places if _is_called(place, name)]
 
 
@@ -165,7 +165,7 @@ def walk(root: str) -> Iterator[str]:
             with os.scandir(folder) as scan:
                 entries = sorted((entry for entry in scan if entry.name[0] != "."), key=lambda e: e.name)
         except OSError as error:
-            raise refusal(f"cannot read the folder {folder}", error) from None
+            raise UserError(f"cannot read the folder {folder}: {error.strerror}; check its permissions") from None
         folders += [entry.path for entry in reversed(entries) if entry.is_dir()]
         for entry in entries:
             # A link to nothing is kept, to be named as a broken image; a pipe would block its reader for ever.

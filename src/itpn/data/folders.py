@@ -1,5 +1,6 @@
 """Folders that a command fills file by file: stopped at any moment, the same command goes on."""
 
+import io
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,6 +21,13 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
         with suppress(OSError):  # room for others, where the disk is full
             unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def open_whole_text(path: Path) -> Iterator[IO[str]]:
+    """As :func:`open_whole`, for UTF-8 text whose ends of lines are written as they are given."""
+    with open_whole(path) as file, io.TextIOWrapper(file, "utf-8", errors="surrogateescape", newline="") as text:
+        yield text
 
 
 def write_whole(path: Path, content: bytes) -> None:

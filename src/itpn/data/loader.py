@@ -9,7 +9,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,7 +137,7 @@ class TrainingLoader:
         self._where = ", ".join(source.roots) if isinstance(source, ImageSource) and source.roots else "the data"
         self._pin_memory = pin_memory
         self._position = 0  # batches handed out since the first epoch
-        self._stream: Iterator[Batch] | None = None
+        self._stream: Generator[Batch, None, None] | None = None
         self.wait_seconds = 0.0
 
     def __len__(self) -> int:
@@ -159,7 +159,9 @@ class TrainingLoader:
 
     def close(self) -> None:
         """End the workers; iterating again starts new ones where the stream stopped."""
-        self._stream = None
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
     def _next_batch(self) -> Batch:
         start = time.perf_counter()
@@ -175,7 +177,7 @@ class TrainingLoader:
         self._position += 1
         return batch
 
-    def _start_stream(self) -> Iterator[Batch]:
+    def _start_stream(self) -> Generator[Batch, None, None]:
         numbers = None
         if isinstance(self._batches, _ShardBatches):
             self._batches.start = self._position

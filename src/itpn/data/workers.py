@@ -1,5 +1,6 @@
 """Worker processes that read, for every command alike: how they start, and what happens when one is lost."""
 
+import atexit
 import contextlib
 import ctypes
 import functools
@@ -10,7 +11,8 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Generator
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
@@ -31,6 +33,7 @@ MORE_SHARED_MEMORY = (
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 CANNOT_SEND = 113  # exit code of a worker whose batch cannot be sent
 
+_streams: list[Any] = []  # torch's iterators whose workers live
 _beats: Any = None  # in a worker: counts what all workers of a loader have read
 
 
@@ -65,12 +68,13 @@ class WorkerLoader(DataLoader[Any]):
             timeout=POLL if num_workers else 0,
         )
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]  # torch's own iterator is all that is used of it
+    def __iter__(self) -> Generator[Any, None, None]:  # type: ignore[override]  # nothing else of torch's iterators is used
         if self._beats is None:
             yield from super().__iter__()
             return
         self._share.free = free_shared_memory()
         stream = super().__iter__()
+        _streams.append(stream)
         try:
             seen, silence = self._beats.value, 0.0
             while True:
@@ -236,6 +240,7 @@ def describe_loss(text: str) -> str | None:
 
 def _kill(stream: Any) -> None:
     """End workers at once. torch's own way waits for each, and for ever where one was killed while it sent a batch."""
+    _streams.remove(stream)
     if stream._shutdown:
         return  # all batches were made
     stream._shutdown = True
@@ -246,7 +251,14 @@ def _kill(stream: Any) -> None:
         stream._pin_memory_thread_done_event.set()
     for worker in stream._workers:
         worker.kill()
+    deadline = time.monotonic() + 5
     for worker in stream._workers:
-        worker.join(timeout=5)
+        worker.join(timeout=max(0.0, deadline - time.monotonic()))
         if worker.is_alive():  # it waits for a lost disk, whatever it is sent; Python would wait for it at exit
             multiprocessing.process._children.discard(worker)  # type: ignore[attr-defined]
+
+
+@atexit.register  # before multiprocessing, which waits for those that are busy
+def _kill_all() -> None:
+    for stream in [*_streams]:
+        _kill(stream)

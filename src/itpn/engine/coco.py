@@ -16,6 +16,7 @@ from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 from torch import Tensor
 
+from itpn.data.folders import open_whole_text, write_whole
 from itpn.data.objects import DetectionImages
 from itpn.engine.scores import share
 
@@ -173,8 +174,8 @@ def write_detection_scores(
     """Write ``evaluation.json``, ``classes.csv`` and ``results.json``, the latter as COCO's test server takes it."""
     figures = {name: None if np.isnan(value) else value for name, value in scores.flat().items()}
     about = {**about, "images": scores.images, "objects": scores.objects}
-    (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n")
-    with (folder / "classes.csv").open("w", newline="") as file:
+    write_whole(folder / "evaluation.json", (json.dumps({**about, **figures}, indent=2) + "\n").encode())
+    with open_whole_text(folder / "classes.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["class", *(f"{kind}_ap" for kind in scores.per_class)])
         for name, *own in zip(classes, *scores.per_class.values(), strict=True):
@@ -184,4 +185,4 @@ def write_detection_scores(
         for one in results
         if one["category_id"] >= 0  # of classes that the annotations do not have
     ]
-    (folder / "results.json").write_text(json.dumps(rounded))
+    write_whole(folder / "results.json", json.dumps(rounded).encode())

@@ -91,10 +91,9 @@ def gather_confusion(scores: PixelScores, world_size: int) -> PixelScores:
 
 def write_pixel_scores(scores: PixelScores, classes: tuple[str, ...], folder: Path, about: dict[str, Any]) -> None:
     """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
-    (folder / "evaluation.json").write_text(
-        json.dumps({**about, "images": scores.images, **scores.figures}, indent=2) + "\n"
-    )
-    with (folder / "classes.csv").open("w", newline="") as file:
+    content = json.dumps({**about, "images": scores.images, **scores.figures}, indent=2) + "\n"
+    write_whole(folder / "evaluation.json", content.encode())
+    with open_whole_text(folder / "classes.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "iou", "accuracy", "pixels"])
         pixels = scores.confusion.sum(dim=1).tolist()

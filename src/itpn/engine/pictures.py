@@ -18,6 +18,7 @@ from torchvision.utils import draw_segmentation_masks, make_grid
 from itpn.data.augment import center_crop
 from itpn.data.decode import UnreadableImage, decode_image, decode_sample
 from itpn.data.files import ImageSource
+from itpn.data.folders import open_whole
 from itpn.data.readers import read_file
 from itpn.data.shards import read_shard
 from itpn.tasks.pretrain import PretrainingTask
@@ -233,7 +234,13 @@ def save_labels(labels: Tensor, classes: int, colours: Sequence[tuple[int, int, 
     palette = colours or [name_colour(number) for number in range(1, classes + 1)]
     picture = Image.fromarray(labels.numpy(), mode="P")
     picture.putpalette([value for colour in palette for value in colour])
-    picture.save(path)
+    save_whole(picture, path)
+
+
+def save_whole(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that appears whole, or not at all."""
+    with open_whole(path) as file:
+        picture.save(file, "PNG")
 
 
 def add_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]], font: Any) -> Image.Image:

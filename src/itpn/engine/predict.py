@@ -16,11 +16,12 @@ from rich.text import Text
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from itpn.checkpoints.files import Checkpoint, read_checkpoint, write_whole
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import Config, DataConfig, SegmentationConfig, image_size
 from itpn.data.augment import EvaluationTransform
 from itpn.data.files import ImageSource
+from itpn.data.folders import open_whole, open_whole_text, write_whole
 from itpn.data.normalize import Normalize
 from itpn.engine.coco import to_results
 from itpn.engine.console import print_aside
@@ -33,6 +34,7 @@ from itpn.engine.pictures import (
     draw_titles,
     read_whole_images,
     save_labels,
+    save_whole,
 )
 from itpn.engine.segmentation import make_segmentation
 from itpn.errors import UserError, refusal
@@ -171,7 +173,7 @@ def read_images(
 
 def save_picture(picture: Image.Image, out: Path, number: int) -> None:
     path = out / f"prediction-{number:04d}.png"
-    picture.save(path)
+    save_whole(picture, path)
     Console().print(str(path), highlight=False, soft_wrap=True)
 
 
@@ -190,7 +192,7 @@ def predict_classes(
     table = Table("image", "class", "probability", "then", box=None, pad_edge=False, header_style="bold")
     path = out / "predictions.csv"
     answers: list[dict[str, Any]] = []
-    with path.open("w", newline="") as file:
+    with open_whole_text(path) as file:
         writer = csv.writer(file)
         writer.writerow(["image", "rank", "class", "probability"])
         for number, (names, images) in enumerate(batches):
@@ -210,7 +212,7 @@ def predict_classes(
                     table.add_row(*map(Text, (Path(name).name, labels[0], f"{values[0]:.1%}", others)))
                 titles.append(f"{values[0]:.0%} {labels[0]}")  # a long name is cut at its end
             save_picture(draw_titles(images, titles), out, number)
-    path.with_suffix(".json").write_text(json.dumps(answers, indent=1) + "\n")
+    write_whole(path.with_suffix(".json"), (json.dumps(answers, indent=1) + "\n").encode())
     print_answers(table, len(answers), f"{path}\n{path.with_suffix('.json')}")
 
 
@@ -234,12 +236,12 @@ def predict_objects(
             one = {"class": classes[result["category_id"]], "score": result["score"], "box": box}
             objects.append(one | ({"mask": result["segmentation"]} if "segmentation" in result else {}))
         answers.append({"image": name, "size": list(image.shape[-2:]), "objects": objects})
-        draw_objects(image, found, classes, min_score).save(out / f"{number:04d}-{Path(name).stem}.png")
+        save_whole(draw_objects(image, found, classes, min_score), out / f"{number:04d}-{Path(name).stem}.png")
         if table.row_count < ROWS:
             some = ", ".join(f"{one['class']} {one['score']:.0%}" for one in objects[:4])
             table.add_row(*map(Text, (Path(name).name, str(len(objects)), some)))
-    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n")
-    with (out / "predictions.csv").open("w", newline="") as file:
+    write_whole(out / "predictions.json", (json.dumps(answers, indent=1) + "\n").encode())
+    with open_whole_text(out / "predictions.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "class", "score", "x0", "y0", "x1", "y1"])
         for answer in answers:
@@ -264,7 +266,7 @@ def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[s
     for number, (name, image) in enumerate(images):
         labels = segment(model, normalize, image)
         stem = f"{number:04d}-{Path(name).stem}"
-        draw_labels(image, labels, names, colours).save(out / f"{stem}.png")
+        save_whole(draw_labels(image, labels, names, colours), out / f"{stem}.png")
         save_labels(labels, len(names), colours, out / f"{stem}-labels.png")
         shares = (labels.flatten().bincount(minlength=len(names)) / labels.numel()).tolist()
         order = sorted(range(len(names)), key=lambda row: -shares[row])
@@ -273,8 +275,8 @@ def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[s
         if table.row_count < ROWS:
             some = ", ".join(f"{one} {share:.0%}" for one, share in list(own.items())[:5])
             table.add_row(*map(Text, (Path(name).name, some)))
-    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n")
-    with (out / "predictions.csv").open("w", newline="") as file:
+    write_whole(out / "predictions.json", (json.dumps(answers, indent=1) + "\n").encode())
+    with open_whole_text(out / "predictions.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "labels", *names])
         for answer in answers:
@@ -308,10 +310,10 @@ def write_features(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npy":
-            with path.with_name(f"{path.name}.tmp").open("wb") as file:
+            with open_whole(path) as file:
                 np.save(file, columns["features"].numpy())
-            Path(file.name).replace(path)
-            path.with_name(f"{path.name}.txt").write_text("".join(f"{name}\n" for name in names))
+            with open_whole_text(path.with_name(f"{path.name}.txt")) as text:
+                text.writelines(f"{name}\n" for name in names)
         else:
             write_whole(path, save(columns, {"images": json.dumps(names)}))
     except OSError as error:
