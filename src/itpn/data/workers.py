@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import ctypes
 import functools
+import multiprocessing.connection
 import multiprocessing.process
 import multiprocessing.queues
 import os
@@ -12,7 +13,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from multiprocessing.sharedctypes import RawValue
 from typing import Any
 
@@ -84,7 +85,7 @@ class WorkerLoader(DataLoader[Any]):
                     return
                 except Exception as error:
                     if not str(error).startswith("DataLoader timed out"):
-                        raise _explain(error) from error
+                        raise _explain(error, stream._workers) from error
                     if not getattr(stream, "_pin_memory_thread", _Alive).is_alive():
                         raise MachineError("the thread that copies batches to pinned memory died") from None
                     # in looks, not by the clock: a job that was suspended has not hung
@@ -182,9 +183,18 @@ def _mb(size: int) -> str:
     return f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.1f}"
 
 
-def _explain(error: Exception) -> Exception:
+def _explain(error: Exception, workers: Sequence[Any] = ()) -> Exception:
     """The error itself, or what it means: a worker's own error without its traceback, or the loss of a worker."""
     text = str(error)
+    if workers and not text.startswith("Caught "):  # it may be a connection to one that is just ending
+        with contextlib.suppress(RuntimeError):  # of torch's own handler, just now
+            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        for worker in workers:
+            if worker.exitcode:
+                how = f"exit code {worker.exitcode}"
+                if worker.exitcode < 0:
+                    how = f"killed by signal: {signal.strsignal(-worker.exitcode)}"
+                text = f"DataLoader worker (pid {worker.pid}) {how}"
     if text.startswith("Caught ") and " in DataLoader worker process " in text:
         name, _, reason = text.rstrip().splitlines()[-1].partition(": ")
         kind = {"itpn.errors.UserError": UserError, "itpn.errors.MachineError": MachineError}.get(name)

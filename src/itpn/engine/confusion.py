@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
+from itpn.data.folders import open_whole_text, write_whole
 from itpn.data.masks import IGNORED
 from itpn.engine.scores import share, write_confusion
 
