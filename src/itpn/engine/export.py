@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -183,7 +184,9 @@ def export_model(
             if out.suffix == ".onnx":
                 form = _write_onnx(program, partial, list(tried), names, metadata or {})
             else:
-                torch.export.save(program, partial, extra_files=dict(metadata or {}))
+                content = io.BytesIO()  # torch aborts the process where it writes to a full disk itself
+                torch.export.save(program, content, extra_files=dict(metadata or {}))
+                partial.write_bytes(content.getbuffer())
                 form = f"torch.export of torch {torch.__version__}"
         run = _open(partial)
         examples = [draw(batch, size) for batch, size in checked]
