@@ -74,7 +74,7 @@ class WorkerLoader(DataLoader[Any]):
             yield from super().__iter__()
             return
         self._share.free = free_shared_memory()
-        stream = super().__iter__()
+        stream: Any = super().__iter__()
         _streams.append(stream)
         try:
             seen, silence = self._beats.value, 0.0
