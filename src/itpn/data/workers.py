@@ -4,7 +4,6 @@ import atexit
 import contextlib
 import ctypes
 import functools
-import multiprocessing.connection
 import multiprocessing.process
 import multiprocessing.queues
 import os
@@ -187,8 +186,10 @@ def _explain(error: Exception, workers: Sequence[Any] = ()) -> Exception:
     """The error itself, or what it means: a worker's own error without its traceback, or the loss of a worker."""
     text = str(error)
     if workers and not text.startswith("Caught "):  # it may be a connection to one that is just ending
-        with contextlib.suppress(RuntimeError):  # of torch's own handler, just now
-            multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=1)
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline and not any(worker.exitcode for worker in workers):
+            with contextlib.suppress(RuntimeError):  # of torch's own handler, just now
+                time.sleep(0.02)
         for worker in workers:
             if worker.exitcode:
                 how = f"exit code {worker.exitcode}"
