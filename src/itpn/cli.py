@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_types
+from itpn.engine.guard import guard
+from itpn.engine.peers import GRACE, conclude, end_children
+from itpn.engine.signals import stopped_by_signals
 from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
-from itpn.text import one_line
 
 DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."
 
@@ -38,6 +40,9 @@ SHRINK_DESCRIPTION = (
 )
 
 
+TELL_THEMSELVES = ("train", "shrink", "cache-features", "demo")  # how far they came when a signal stopped them
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
@@ -57,32 +62,40 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name that a terminal cannot show ends no command
             stream.reconfigure(errors="backslashreplace")
     try:
-        if len(arguments) > 1 and arguments[0] in WITH_CONFIG and not arguments[1].startswith("-"):
-            return WITH_CONFIG[arguments[0]](arguments[1], arguments[2:])  # options come from the recipe's config
-        if len(arguments) > 1 and arguments[0] in WITH_CONFIG and arguments[1] not in ("-h", "--help"):
-            raise UserError(f"the recipe comes first: itpn {arguments[0]} RECIPE {arguments[1]} ...")
-        parser = make_parser()
-        names = [*WITH_CONFIG, *COMMANDS]
-        if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
-            raise UserError(f"no command {arguments[0]!r}{nearest(arguments[0], names)} (see itpn --help)")
-        options = parser.parse_args(arguments)
-        if options.command is None:
-            parser.print_help()
-            return 0
-        return COMMANDS[options.command](options)
-    except UserError as error:
-        print(f"itpn: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
-        return 2
-    except (MachineError, NonFiniteLoss, ExportFailed) as error:
-        print(f"itpn: {one_line(' '.join(str(error).split()))}", file=sys.stderr)
-        return 1
+        with stopped_by_signals(), guard():
+            return run_command(arguments)
+    except (UserError, MachineError, NonFiniteLoss, ExportFailed) as error:
+        return conclude(error)
     except RunStopped as stop:
+        end_children(GRACE)
+        if arguments[0] not in TELL_THEMSELVES:
+            print(f"itpn: stopped by {stop}; files that were not complete are not kept", file=sys.stderr)
         return 128 + stop.signum
     except KeyboardInterrupt:
+        end_children(GRACE)
         return 130
     except BrokenPipeError:  # `itpn list | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except BaseException:
+        end_children(0)
+        raise
+
+
+def run_command(arguments: list[str]) -> int:
+    if len(arguments) > 1 and arguments[0] in WITH_CONFIG and not arguments[1].startswith("-"):
+        return WITH_CONFIG[arguments[0]](arguments[1], arguments[2:])  # options come from the recipe's config
+    if len(arguments) > 1 and arguments[0] in WITH_CONFIG and arguments[1] not in ("-h", "--help"):
+        raise UserError(f"the recipe comes first: itpn {arguments[0]} RECIPE {arguments[1]} ...")
+    parser = make_parser()
+    names = [*WITH_CONFIG, *COMMANDS]
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in names:
+        raise UserError(f"no command {arguments[0]!r}{nearest(arguments[0], names)} (see itpn --help)")
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return 0
+    return COMMANDS[options.command](options)
 
 
 def make_parser() -> argparse.ArgumentParser:

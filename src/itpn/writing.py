@@ -1,6 +1,7 @@
 """Files that appear under their name when they are complete, or not at all."""
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,6 +31,18 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
 def write_whole(path: Path, content: bytes) -> None:
     with open_whole(path) as file:
         file.write(content)
+
+
+@contextlib.contextmanager
+def open_whole_text(path: Path) -> Iterator[IO[str]]:
+    """As :func:`open_whole`, for UTF-8 text whose ends of lines are written as they are given.
+
+    Bytes of a file name that are not UTF-8 become ``\\xNN``.
+    """
+    with open_whole(path) as file, io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="") as text:
+        yield text
+        text.flush()
+        text.detach()
 
 
 def sync_folder(path: Path) -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from itpn.config import Config
 from itpn.engine.checkpointing import Checkpointing
 from itpn.engine.run import train
-from itpn.errors import RunStopped, UserError
+from itpn.errors import MachineError, RunStopped, UserError
 from itpn.tasks.pretrain import PretrainingTask
 
 
@@ -186,7 +186,7 @@ def test_the_last_checkpoint_only_appears_whole(settings, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(Checkpointing, "save", save)
-        with pytest.raises(OSError, match="disk full"):
+        with pytest.raises(MachineError, match="disk full"):
             train(config, "test")
     last = Path(config.output_dir) / "test/default/checkpoints/last.ckpt"
     assert torch.load(last, weights_only=True)["global_step"] == 4

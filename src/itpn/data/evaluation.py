@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from itpn.data.augment import EvaluationTransform
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_sample, open_sample
-from itpn.data.loader import Batch, View, stack, start_worker
+from itpn.data.loader import Batch, View, stack
 from itpn.data.readers import Reader
+from itpn.data.workers import WorkerLoader, beat
 from itpn.errors import UserError
 
 MakeView = Callable[[Tensor, Any], View]  # of an image and what is known of it
@@ -69,6 +70,7 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
         remarks: list[tuple[str, str]] = []
         for place in range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.images))):
             name, data, known = self.images[place]
+            beat()
             try:
                 image = open_sample(data, self.max_pixels)
                 views.append(self.view(image.decode(), known))
@@ -95,12 +97,10 @@ def make_evaluation_loader(
 ) -> DataLoader[dict[str, Any]]:
     """Whole batches are shared out in turn, so that an image meets the same others whoever computes it."""
     batches = EvaluationBatches(images, view, collate, batch_size, max_pixels)
-    return DataLoader(
+    return WorkerLoader(
         batches,
-        sampler=range(rank, len(batches), world_size),
-        batch_size=None,
-        num_workers=min(num_workers, len(batches)),
-        worker_init_fn=start_worker,
-        generator=torch.Generator(),  # or else the loader draws a number from the global one
+        range(rank, len(batches), world_size),
+        min(num_workers, len(batches)),
+        f"the images to evaluate on ({images.name(0)}, ...)" if len(images) else "the images to evaluate on",
         pin_memory=torch.cuda.is_available(),
     )

@@ -22,6 +22,7 @@ from itpn.config.files import load_yaml
 from itpn.data.decode import MAX_PIXELS, read_size, reason_of
 from itpn.data.files import SPLITS, is_image, split_places, walk
 from itpn.data.numbers import read_number, read_whole
+from itpn.data.readers import check_lost
 from itpn.errors import UserError
 from itpn.reading import MAX_TEXT, read_bounded
 from itpn.text import as_file_name, decode_text, read_lines
@@ -356,6 +357,7 @@ def _images_below(
         try:
             size = read_size(name)
         except Exception as error:  # whatever Pillow meets
+            check_lost(name, error)
             mistakes.add("images that cannot be read", f"{name}: {reason_of(error)}")
             continue
         if size[0] * size[1] > max_pixels:  # before masks of this size are drawn
@@ -369,6 +371,7 @@ def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mist
     try:
         objects = list(parse(notes, size))
     except Exception as error:  # whatever a reader meets in a damaged file
+        check_lost(str(notes), error)
         mistakes.add("images whose annotations cannot be read", f"{notes}: {reason_of(error)}")
         return
     number = 1 + len(coco["images"])

@@ -7,23 +7,23 @@ also keeps the workers alive and prefetching over the ends of epochs.
 import itertools
 import math
 import random
-import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from itpn.data.cache import FeatureCache
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_sample
 from itpn.data.files import ImageSource
-from itpn.data.readers import FileReader, Reader
+from itpn.data.readers import FileReader, Reader, is_lost
 from itpn.data.shards import Sample, count_shard_images, shard_samples
-from itpn.errors import UserError
+from itpn.data.workers import WorkerLoader, beat
+from itpn.errors import MachineError, UserError
 from itpn.seeding import derive_seed
 from itpn.text import one_line
 
@@ -42,6 +42,7 @@ def collect(views: list[View]) -> Batch:
     return {name: [view[name] for view in views] for name in views[0]}
 
 
+LOST_FILES = "Look whether its disk or network mount is still there, and at its permissions, then repeat the command"
 MAX_SPARES = 1000  # so many broken files in a row, and the data cannot be what was meant
 
 
@@ -135,9 +136,10 @@ class TrainingLoader:
             assert isinstance(source, ImageSource)
             self._batches = _ShardBatches(source.shards, plan, shuffle_buffer, source.members)
         self._num_workers = num_workers
+        self._where = ", ".join(source.roots) if isinstance(source, ImageSource) and source.roots else "the data"
         self._pin_memory = pin_memory
         self._position = 0  # batches handed out since the first epoch
-        self._stream: Iterator[Batch] | None = None
+        self._stream: Generator[Batch, None, None] | None = None
         self.wait_seconds = 0.0
 
     def __len__(self) -> int:
@@ -159,7 +161,9 @@ class TrainingLoader:
 
     def close(self) -> None:
         """End the workers; iterating again starts new ones where the stream stopped."""
-        self._stream = None
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
     def _next_batch(self) -> Batch:
         start = time.perf_counter()
@@ -169,27 +173,19 @@ class TrainingLoader:
         self.wait_seconds += time.perf_counter() - start
         if batch["image"] is None:
             self.close()
-            raise UserError(batch.get("error") or _nothing_readable(batch["broken"]))
+            if "error" in batch:
+                raise UserError(batch["error"])
+            raise nothing_readable(batch["broken"])
         self._position += 1
         return batch
 
-    def _start_stream(self) -> Iterator[Batch]:
+    def _start_stream(self) -> Generator[Batch, None, None]:
         numbers = None
         if isinstance(self._batches, _ShardBatches):
             self._batches.start = self._position
         else:
             numbers = itertools.count(self._position)
-        loader: DataLoader[Batch] = DataLoader(
-            self._batches,
-            sampler=numbers,
-            batch_size=None,  # the data set makes whole batches
-            collate_fn=_unchanged,
-            num_workers=self._num_workers,
-            worker_init_fn=start_worker,
-            pin_memory=self._pin_memory,
-            generator=torch.Generator(),  # or else the loader draws a number from the global one
-        )
-        return iter(loader)
+        return iter(WorkerLoader(self._batches, numbers, self._num_workers, self._where, self._pin_memory))
 
 
 @dataclass(frozen=True)
@@ -223,6 +219,7 @@ class _Plan:
         for sample, rng in samples:
             known: list[Any]
             for key, data, *known in itertools.chain([sample], spares):
+                beat()
                 try:
                     image = open_sample(data, self.max_pixels)
                     view = self.transform(image, rng, *known)
@@ -386,6 +383,7 @@ class _Lookahead:
 
     def skip(self, count: int) -> None:
         while count > 0 and self.take(1):
+            beat()
             count -= 1
 
     def ahead(self, count: int) -> Iterator[tuple[int, Sample]]:
@@ -430,6 +428,7 @@ class SkippedImages:
         Raises:
             UserError: more than ``max_fraction`` is broken, of all images, or of those seen if they are 200 or
                 the epoch has ended.
+            MachineError: likewise, and they are lost, not broken.
         """
         of = self._images
         if of is None:
@@ -438,9 +437,12 @@ class SkippedImages:
             of = seen_images
         if self.count > self._max_fraction * of:
             name, reason = next(iter(self._reasons.items()))
+            what = f"{self.count} of {of} images cannot be read, more than {self._max_fraction:.0%}; the first is"
+            if is_lost(name, reason):
+                raise MachineError(f"{what} {one_line(name)}: {reason}. {LOST_FILES}")
             raise UserError(
-                f"{self.count} of {of} images cannot be read, more than {self._max_fraction:.0%}; the first is"
-                f" {one_line(name)}: {reason}. Mend or remove broken files, or look whether the data root is right"
+                f"{what} {one_line(name)}: {reason}. Mend or remove broken files, or look whether the data root is "
+                "right"
             )
 
     def state_dict(self) -> dict[str, dict[str, str]]:
@@ -450,24 +452,13 @@ class SkippedImages:
         self._reasons = dict(state_dict["broken"])
 
 
-def _nothing_readable(broken: list[tuple[str, str]]) -> str:
+def nothing_readable(broken: list[tuple[str, str]]) -> UserError | MachineError:
+    """What to raise where not one image can be read, of the (name, reason) of each."""
     if not broken:
-        return "no images in the shards: look whether the data root is right"
+        return UserError("no images in the shards: look whether the data root is right")
     name, reason = broken[0]
-    return (
-        f"none of {len({name for name, _ in broken})} images in a row can be read; the first is {one_line(name)}: "
-        f"{reason}. Mend or remove the broken files, or look whether the data root is right"
-    )
-
-
-def start_worker(worker: int) -> None:
-    # A signal to stop often goes to all processes. The main one answers it: it needs us for the step it is in, and
-    # ends us itself. Only if it does not, an alarm does.
-    for signum in (signal.SIGINT, signal.SIGUSR1):
-        signal.signal(signum, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
-    torch.set_num_threads(1)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
+    what = f"none of {len({name for name, _ in broken})} images in a row can be read"
+    what = f"{what}; the first is {one_line(name)}: {reason}."
+    if is_lost(name, reason):
+        return MachineError(f"{what} {LOST_FILES}")
+    return UserError(f"{what} Mend or remove the broken files, or look whether the data root is right")

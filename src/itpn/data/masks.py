@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import math
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading, reason_of
 from itpn.data.labelled import join_names
+from itpn.data.readers import read_file
 from itpn.errors import UserError
 from itpn.text import read_lines
 
@@ -151,7 +153,11 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour
     Raises:
         UnreadableImage: it is not there, damaged, too large, or transparent.
     """
-    with reading(), open(path, "rb") as file:
+    try:
+        file = io.BytesIO(read_file(path))
+    except (OSError, ValueError) as error:
+        raise UnreadableImage(reason_of(error)) from None
+    with reading():
         image = load_image(open_image(file, max_pixels))
         if image.mode == "1":
             image = image.convert("L").point(lambda value: value // 255)

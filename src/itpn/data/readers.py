@@ -1,19 +1,23 @@
 """Encoded images by number, from files, tar archives and tables: what can be read in any order."""
 
+import errno
 import gzip
 import os
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from itpn.data.decode import UnreadableImage
-from itpn.errors import UserError
+from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
 from itpn.reading import read_bounded
 from itpn.text import readable
 
 MAX_FILE = 2**31  # bytes of an image's file: floating-point RGB of the most pixels that are decoded has 1.6 GB
 MAX_UNPACKED = 2**33  # bytes of compressed archives that are kept in memory
+RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds, in which a network mount may come back
 
 
 class Reader(Protocol):
@@ -44,6 +48,41 @@ class PackedStrings:
         return os.fsdecode(self._bytes[self._ends[index] : self._ends[index + 1]].tobytes())
 
 
+def read_file(path: str, start: int = 0, size: int = -1) -> bytes:
+    """A file's content, or ``size`` bytes of it; what may pass, as the silence of a network mount, is tried again.
+
+    Raises:
+        MachineError: the file system does not give it.
+        OSError: the file is at fault: it is not there, or may not be read.
+        ValueError: it is no regular file, or larger than `MAX_FILE`.
+    """
+    for wait in (*RETRY_AFTER, None):
+        try:
+            if size < 0:
+                return read_bounded(path, MAX_FILE)
+            with open(path, "rb") as file:
+                file.seek(start)
+                return file.read(size)
+        except OSError as error:
+            if wait is None or error.errno not in LOST:
+                check_lost(path, error)
+                raise
+            time.sleep(wait)
+    raise AssertionError
+
+
+def check_lost(path: str | Path, error: Exception) -> None:
+    """Raise :class:`MachineError` where it is the file system that fails, and not the file that is damaged."""
+    if isinstance(error, OSError) and error.errno in LOST:
+        raise MachineError(f"{path} cannot be read: {error.strerror}; {remedy(error)}") from error
+
+
+def is_lost(name: str, reason: str) -> bool:
+    """Whether a file that was found at the start is not there any more, or must not be read: no fault of the image."""
+    gone = reason == os.strerror(errno.ENOENT) and not os.path.lexists(name)
+    return gone or reason in {os.strerror(number) for number in FORBIDDEN}
+
+
 class FileReader:
     """Single files."""
 
@@ -59,7 +98,7 @@ class FileReader:
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
         path = self.names[index]
         try:
-            return readable(path), read_bounded(path, MAX_FILE)
+            return readable(path), read_file(path)
         except OSError as error:
             return readable(path), UnreadableImage(error.strerror or str(error))
         except ValueError as error:
@@ -120,9 +159,7 @@ class TarReader:
         if number in self._unpacked:
             return name, self._unpacked[number][start : start + size]
         try:
-            with open(self.shards[number], "rb") as file:
-                file.seek(start)
-                return name, file.read(size)
+            return name, read_file(self.shards[number], start, size)
         except OSError as error:
             return name, UnreadableImage(error.strerror or str(error))
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from itpn.errors import UserError
+from itpn.errors import UserError, refusal
 from itpn.writing import write_whole
 
 Array = npt.NDArray[Any]  # float32, unless said
@@ -181,7 +181,7 @@ def write_shapes(
         for folder in {path.parent for path in everything}:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"cannot make folders under {root}: {error.strerror}") from error
+        raise refusal(f"cannot make folders under {root}", error) from error
     _write_json(marker, {**arguments, "complete": False})
     for split, rows in scenes.items():
         annotated = []

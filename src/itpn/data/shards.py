@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import is_hidden
 from itpn.data.members import Choice, Member, find_members, is_image_ending, split_name
-from itpn.data.readers import MAX_FILE, is_compressed, too_large
+from itpn.data.readers import MAX_FILE, check_lost, is_compressed, too_large
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.text import decode_text, readable
@@ -88,6 +88,7 @@ def _open_members(
         with open_tar(path, mode) as tar:
             yield from find_members(check_members(tar, path), functools.partial(read, tar))
     except TAR_ERRORS as error:
+        check_lost(path, error)
         errors.append(error)
 
 
@@ -166,6 +167,7 @@ def index_shard(path: str, members: Sequence[str] = (), left: Counter[str] | Non
                 elif is_image_ending(ending):
                     images[member.name] = Member(member.name, key, ending, (member.offset_data, member.size))
     except TAR_ERRORS as error:
+        check_lost(path, error)
         raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
     choice = Choice(members)
     chosen = list(choice.choose(iter(images.values())))

@@ -21,8 +21,9 @@ from torchvision.transforms.v2.functional import resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage
 from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
-from itpn.data.readers import is_compressed
+from itpn.data.readers import check_lost, is_compressed, read_file
 from itpn.data.shards import index_shard
+from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.text import one_line, read_text, readable
@@ -133,6 +134,7 @@ class ShrunkImages(Dataset[ShrunkImage]):
     max_pixels: int = MAX_PIXELS
 
     def __getitem__(self, original: Original) -> ShrunkImage:
+        beat()
         try:
             encoded = EncodedImage(_read(original), self.max_pixels)
             content = shrink_encoded(encoded, self.short_side, self.quality)
@@ -140,6 +142,7 @@ class ShrunkImages(Dataset[ShrunkImage]):
         except UnreadableImage as error:
             return ShrunkImage(original, error)
         except (OSError, EOFError) as error:
+            check_lost(original.path, error)
             return ShrunkImage(original, UnreadableImage(getattr(error, "strerror", None) or str(error)))
 
 
@@ -148,9 +151,7 @@ def _read(original: Original) -> bytes:
         file = _open_compressed(original.path)
         file.seek(original.start)
         return file.read(original.size)
-    with open(original.path, "rb") as plain:
-        plain.seek(original.start)
-        return plain.read(original.size)
+    return read_file(original.path, original.start, original.size)
 
 
 @lru_cache(maxsize=1)

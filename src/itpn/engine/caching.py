@@ -16,11 +16,12 @@ from itpn.config import Config, image_size, to_dict
 from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, write_shard
 from itpn.data.files import CACHE_INDEX, ImageSource
 from itpn.data.folders import check_settings
-from itpn.data.loader import SkippedImages
+from itpn.data.loader import SkippedImages, TrainingLoader
 from itpn.engine.console import print_aside, tell_remarks
+from itpn.engine.folder import writing_to
 from itpn.engine.launch import choose_precision
 from itpn.engine.pretraining import make_frozen_teacher, make_loader, tell_what_is_left_out
-from itpn.errors import UserError
+from itpn.errors import MachineError, RunStopped, UserError
 from itpn.pretraining.teacher import FeatureTeacher
 
 SHARD_SIZE = 512
@@ -81,36 +82,23 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
     cuda = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu")
     teacher.to("cuda" if cuda else "cpu")
     skipped = SkippedImages(len(source.images) or None, config.data.max_broken)
-    dtype = torch.float16 if half else torch.float32
     precision = choose_precision(config.trainer.precision, cuda)
     numbers = [n for n in range(index.shards) if not shard_path(out, n).exists()]
     if len(numbers) < index.shards:
         console.print(f"{index.shards - len(numbers)} of {index.shards} shards are there already", highlight=False)
-    stream = itertools.chain.from_iterable(itertools.repeat(loader))  # epoch after epoch
-    position = 0
     try:
         for number in track(numbers, "features", console=console, disable=not console.is_terminal):
-            begin = number * SHARD_SIZE
-            if begin != position:
-                loader.load_state_dict({"epoch": begin // len(loader), "batch": begin % len(loader)})
-                stream = itertools.chain.from_iterable(itertools.repeat(loader))
-            position = min(begin + SHARD_SIZE, index.samples)
-            samples = itertools.islice(stream, position - begin)
-            images, features, keys = [], [], []
-            for batch in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):  # noqa: B023
-                for message in skipped.update(item for sample in batch for item in sample["broken"]):
-                    print_aside(f"skipped {message}", console)
-                tell_remarks((item for sample in batch for item in sample["remarks"]), console)
-                view = "teacher_image" if "teacher_image" in batch[0] else "image"
-                shown = torch.cat([sample[view] for sample in batch])
-                features.append(_run(teacher, shown, precision).to(dtype).cpu())
-                images.append(torch.cat([sample["image"] for sample in batch]))
-                keys += [key for sample in batch for key in sample["key"]]
-            write_shard(shard_path(out, number), torch.cat(images), torch.cat(features), keys)
-            skipped.check(min(position, loader.images), epoch_ended=position >= loader.images)
+            _write_shard(out, index, number, loader, teacher, precision, skipped)
+    except RunStopped:
+        print_aside(f"stopped with {_count(out, index)} of {index.shards} shards done; the same command resumes")
+        raise
+    except MachineError as error:
+        done = f"{_count(out, index)} of {index.shards} shards are done, the same command resumes"
+        raise MachineError(f"{error} ({done})") from error
     finally:
         loader.close()
-    write_index(out, replace(index, complete=True))
+    with writing_to(out):
+        write_index(out, replace(index, complete=True))
     gigabytes = sum(path.stat().st_size for path in out.glob("features-*")) / 1e9
     console.print(
         f"{index.samples:,} crops ({views} of each image) with features of {teacher.name}, {gigabytes:.3g} GB; "
@@ -120,15 +108,50 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
     )
 
 
+def _write_shard(
+    out: Path,
+    index: CacheIndex,
+    number: int,
+    loader: TrainingLoader,
+    teacher: FeatureTeacher,
+    precision: str,
+    skipped: SkippedImages,
+) -> None:
+    """The crops of a shard and their features; the loader is moved there, if it is not there already."""
+    begin = number * index.shard_size
+    end = min(begin + index.shard_size, index.samples)
+    epoch, batch = divmod(begin, len(loader))
+    if loader.state_dict() != {"epoch": epoch, "batch": batch}:
+        loader.load_state_dict({"epoch": epoch, "batch": batch})
+    samples = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), end - begin)
+    dtype = torch.float16 if index.settings["half"] else torch.float32
+    images, features, keys = [], [], []
+    for views in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):
+        for message in skipped.update(item for sample in views for item in sample["broken"]):
+            print_aside(f"skipped {message}", Console())
+        tell_remarks((item for sample in views for item in sample["remarks"]), Console())
+        view = "teacher_image" if "teacher_image" in views[0] else "image"
+        shown = torch.cat([sample[view] for sample in views])
+        features.append(_run(teacher, shown, precision).to(dtype).cpu())
+        images.append(torch.cat([sample["image"] for sample in views]))
+        keys += [key for sample in views for key in sample["key"]]
+    with writing_to(out):
+        write_shard(shard_path(out, number), torch.cat(images), torch.cat(features), keys)
+    skipped.check(min(end, loader.images), epoch_ended=end >= loader.images)
+
+
+def _count(out: Path, index: CacheIndex) -> int:
+    """Shards that are there."""
+    return sum(shard_path(out, number).exists() for number in range(index.shards))
+
+
 def _open_folder(out: Path, index: CacheIndex) -> None:
-    try:
+    with writing_to(out):
         out.mkdir(parents=True, exist_ok=True)
         if (out / CACHE_INDEX).exists():
             before, now = ({**dataclasses.asdict(i), **i.settings} for i in (read_index(out), index))
             check_settings(out, before, {k: v for k, v in now.items() if k not in ("complete", "settings")}, "features")
         write_index(out, index)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 def _run(teacher: FeatureTeacher, images: Tensor, precision: str) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from itpn.data.objects import DetectionImages
 from itpn.engine.console import tell_remarks
 from itpn.engine.scores import share
+from itpn.writing import open_whole_text, write_whole
 
 Results = list[dict[str, Any]]  # detections in COCO's form: image_id, category_id, bbox, score, segmentation
 
@@ -175,8 +176,8 @@ def write_detection_scores(
     """Write ``evaluation.json``, ``classes.csv`` and ``results.json``, the latter as COCO's test server takes it."""
     figures = {name: None if np.isnan(value) else value for name, value in scores.flat().items()}
     about = {**about, "images": scores.images, "objects": scores.objects}
-    (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n", encoding="utf-8")
-    with (folder / "classes.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    write_whole(folder / "evaluation.json", (json.dumps({**about, **figures}, indent=2) + "\n").encode())
+    with open_whole_text(folder / "classes.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["class", *(f"{kind}_ap" for kind in scores.per_class)])
         for name, *own in zip(classes, *scores.per_class.values(), strict=True):
@@ -186,4 +187,4 @@ def write_detection_scores(
         for one in results
         if one["category_id"] >= 0  # of classes that the annotations do not have
     ]
-    (folder / "results.json").write_text(json.dumps(rounded), encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(rounded).encode())

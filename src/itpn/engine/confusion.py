@@ -14,6 +14,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from itpn.data.masks import IGNORED
 from itpn.engine.console import tell_remarks
 from itpn.engine.scores import share, write_confusion
+from itpn.writing import open_whole_text, write_whole
 
 PIXELS = 2**20  # that are compared at a time
 
@@ -93,10 +94,9 @@ def gather_confusion(scores: PixelScores, world_size: int) -> PixelScores:
 
 def write_pixel_scores(scores: PixelScores, classes: tuple[str, ...], folder: Path, about: dict[str, Any]) -> None:
     """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
-    (folder / "evaluation.json").write_text(
-        json.dumps({**about, "images": scores.images, **scores.figures}, indent=2) + "\n", encoding="utf-8"
-    )
-    with (folder / "classes.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    content = json.dumps({**about, "images": scores.images, **scores.figures}, indent=2) + "\n"
+    write_whole(folder / "evaluation.json", content.encode())
+    with open_whole_text(folder / "classes.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "iou", "accuracy", "pixels"])
         pixels = scores.confusion.sum(dim=1).tolist()

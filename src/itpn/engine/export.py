@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import io
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from itpn.checkpoints.loading import load_found
 from itpn.data.shapes import draw_scene
 from itpn.engine.console import print_aside
 from itpn.engine.fitting import make_table
-from itpn.errors import ExportFailed, UserError
+from itpn.errors import ExportFailed, UserError, refusal
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
@@ -86,7 +87,7 @@ def check_out(out: Path) -> None:
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+        raise refusal(f"--out {out} cannot be written", error) from error
 
 
 def export_checkpoint(
@@ -183,7 +184,9 @@ def export_model(
             if out.suffix == ".onnx":
                 form = _write_onnx(program, partial, list(tried), names, metadata or {})
             else:
-                torch.export.save(program, partial, extra_files=dict(metadata or {}))
+                content = io.BytesIO()  # torch aborts the process where it writes to a full disk itself
+                torch.export.save(program, content, extra_files=dict(metadata or {}))
+                partial.write_bytes(content.getbuffer())
                 form = f"torch.export of torch {torch.__version__}"
         run = _open(partial)
         examples = [draw(batch, size) for batch, size in checked]
@@ -269,7 +272,7 @@ def writing(out: Path) -> Iterator[Path]:
         yield partial
         os.replace(partial, out)
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+        raise refusal(f"--out {out} cannot be written", error) from error
     finally:
         partial.unlink(missing_ok=True)
 

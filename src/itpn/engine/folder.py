@@ -15,7 +15,7 @@ from itpn.checkpoints.run_state import DamagedCheckpoint, find_settings, read_st
 from itpn.config import RunConfig, read_yaml, to_dict, write_yaml
 from itpn.engine.console import print_aside
 from itpn.engine.metrics_file import read_steps
-from itpn.errors import MachineError, UserError
+from itpn.errors import MachineError, UserError, refusal
 from itpn.writing import open_whole, remove_partial_files
 
 # what may differ when a run goes on; anything else would make it another run
@@ -94,8 +94,7 @@ class RunFolder:
                 f"run folder {self.path} is in use by another process; wait for it, or choose another --name"
             ) from None
         except OSError as error:
-            kind = UserError if isinstance(error, FileExistsError | NotADirectoryError) else MachineError
-            raise kind(f"run folder {self.path} cannot be written: {error.strerror}; see --output-dir") from error
+            raise refusal(f"run folder {self.path} (see --output-dir) cannot be written", error) from error
         try:
             with self.writing(self.path):
                 for folder in (self.path, self.checkpoints, self.pictures):
@@ -330,8 +329,8 @@ def make_folder(out: Path) -> None:
 
 @contextlib.contextmanager
 def writing_to(out: Path) -> Iterator[None]:
-    """Raise :class:`UserError` for files that cannot be written."""
+    """Raise :class:`UserError` for a path where no files can be, :class:`MachineError` for a full disk and the like."""
     try:
         yield
     except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
+        raise refusal(f"--out {out} cannot be written", error) from error

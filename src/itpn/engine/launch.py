@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.strategies.launchers import subprocess_script as fabric_launcher
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.plugins.environments import (
     ClusterEnvironment,
@@ -21,8 +22,10 @@ from lightning.pytorch.plugins.environments import (
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
+from lightning.pytorch.strategies.launchers import subprocess_script as trainer_launcher
 
 from itpn.config import TrainerConfig
+from itpn.engine.peers import watch_children, watch_parent
 from itpn.errors import UserError
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -53,6 +56,10 @@ def read_launch() -> Launch:
             raise UserError(str(error)) from error
         return Launch(slurm, slurm.global_rank() == 0, slurm.world_size() // machines, machines)
     own = LightningEnvironment()
+    if own.local_rank() > 0:
+        watch_parent()
+    for module in (fabric_launcher, trainer_launcher):
+        module._launch_process_observer = watch_children  # type: ignore[attr-defined]
     return Launch(own, own.local_rank() == 0 and own.node_rank() == 0)
 
 
@@ -102,13 +109,14 @@ def start_fabric(settings: TrainerConfig, single: bool = False) -> Iterator[L.Fa
             plugins=[launch.environment] if devices.several else [],
         )
         fabric.launch()
+    except torch.distributed.DistError:
+        raise
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"cannot compute on these devices: {str(error).splitlines()[0]}") from error
-    try:
-        yield fabric
-    finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    yield fabric
+    # not after an error: the others may have ended, and would be waited for
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def choose_precision(wanted: str, cuda: bool) -> Any:

@@ -23,6 +23,7 @@ from itpn.data.readers import FileReader
 from itpn.data.shards import read_shard
 from itpn.engine.console import tell_remarks
 from itpn.tasks.pretrain import PretrainingTask
+from itpn.writing import open_whole
 
 HEADER, PADDING = 20, 4  # pixels
 SMALL, LARGE = 224, 320  # pixels: sides that smaller images are enlarged towards
@@ -238,7 +239,13 @@ def save_labels(labels: Tensor, classes: int, colours: Sequence[tuple[int, int, 
     palette = colours or [name_colour(number) for number in range(1, classes + 1)]
     picture = Image.fromarray(labels.numpy(), mode="P")
     picture.putpalette([value for colour in palette for value in colour])
-    picture.save(path)
+    save_whole(picture, path)
+
+
+def save_whole(picture: Image.Image, path: Path) -> None:
+    """Write a PNG that appears whole, or not at all."""
+    with open_whole(path) as file:
+        picture.save(file, "PNG")
 
 
 def add_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]], font: Any) -> Image.Image:

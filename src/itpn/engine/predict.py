@@ -35,9 +35,10 @@ from itpn.engine.pictures import (
     draw_titles,
     read_whole_images,
     save_labels,
+    save_whole,
 )
 from itpn.engine.segmentation import make_segmentation
-from itpn.errors import UserError
+from itpn.errors import UserError, refusal
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
@@ -46,7 +47,7 @@ from itpn.pretraining.model import MaskedImageModel
 from itpn.tasks.detection import detect
 from itpn.tasks.pretrain import PretrainingTask
 from itpn.text import as_file_name, one_line
-from itpn.writing import write_whole
+from itpn.writing import open_whole, open_whole_text, write_whole
 
 PER_PICTURE = 16
 TOP = 5  # classes of an image in predictions.csv
@@ -186,7 +187,7 @@ def read_images(
 
 def save_picture(picture: Image.Image, out: Path, number: int) -> None:
     path = out / f"prediction-{number:04d}.png"
-    picture.save(path)
+    save_whole(picture, path)
     Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -205,7 +206,7 @@ def predict_classes(
     table = Table("image", "class", "probability", "then", box=None, pad_edge=False, header_style="bold")
     path = out / "predictions.csv"
     answers: list[dict[str, Any]] = []
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with open_whole_text(path) as file:
         writer = csv.writer(file)
         writer.writerow(["image", "rank", "class", "probability"])
         for number, (names, images) in enumerate(batches):
@@ -225,7 +226,7 @@ def predict_classes(
                     table.add_row(*map(Text, (one_line(Path(name).name), labels[0], f"{values[0]:.1%}", others)))
                 titles.append(f"{values[0]:.0%} {labels[0]}")  # a long name is cut at its end
             save_picture(draw_titles(images, titles), out, number)
-    path.with_suffix(".json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+    write_whole(path.with_suffix(".json"), (json.dumps(answers, indent=1) + "\n").encode())
     print_answers(table, len(answers), f"{path}\n{path.with_suffix('.json')}")
 
 
@@ -250,12 +251,12 @@ def predict_objects(
             objects.append(one | ({"mask": result["segmentation"]} if "segmentation" in result else {}))
         answers.append({"image": name, "size": list(image.shape[-2:]), "objects": objects})
         picture = draw_objects(image, found, classes, min_score)
-        picture.save(out / as_file_name(name_output(out, number, name, ".png")))
+        save_whole(picture, out / as_file_name(name_output(out, number, name, ".png")))
         if table.row_count < ROWS:
             some = ", ".join(f"{one['class']} {one['score']:.0%}" for one in objects[:4])
             table.add_row(*map(Text, (one_line(Path(name).name), str(len(objects)), some)))
-    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
-    with (out / "predictions.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    write_whole(out / "predictions.json", (json.dumps(answers, indent=1) + "\n").encode())
+    with open_whole_text(out / "predictions.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "class", "score", "x0", "y0", "x1", "y1"])
         for answer in answers:
@@ -280,7 +281,7 @@ def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[s
     for number, (name, image) in enumerate(images):
         labels = segment(model, normalize, image)
         drawn, mask = (name_output(out, number, name, ending) for ending in (".png", "-labels.png"))
-        draw_labels(image, labels, names, colours).save(out / as_file_name(drawn))
+        save_whole(draw_labels(image, labels, names, colours), out / as_file_name(drawn))
         save_labels(labels, len(names), colours, out / as_file_name(mask))
         shares = (labels.flatten().bincount(minlength=len(names)) / labels.numel()).tolist()
         order = sorted(range(len(names)), key=lambda row: -shares[row])
@@ -289,8 +290,8 @@ def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[s
         if table.row_count < ROWS:
             some = ", ".join(f"{one} {share:.0%}" for one, share in list(own.items())[:5])
             table.add_row(*map(Text, (one_line(Path(name).name), some)))
-    (out / "predictions.json").write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
-    with (out / "predictions.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    write_whole(out / "predictions.json", (json.dumps(answers, indent=1) + "\n").encode())
+    with open_whole_text(out / "predictions.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["image", "labels", *names])
         for answer in answers:
@@ -324,15 +325,14 @@ def write_features(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npy":
-            with path.with_name(f"{path.name}.tmp").open("wb") as file:
+            with open_whole(path) as file:
                 np.save(file, columns["features"].numpy())
-            Path(file.name).replace(path)
-            lines = "".join(f"{one_line(name)}\n" for name in names)
-            path.with_name(f"{path.name}.txt").write_text(lines, encoding="utf-8")
+            with open_whole_text(path.with_name(f"{path.name}.txt")) as text:
+                text.writelines(f"{one_line(name)}\n" for name in names)
         else:
             write_whole(path, save(columns, {"images": json.dumps(names)}))
     except OSError as error:
-        raise UserError(f"--features {path} cannot be written: {error.strerror}") from error
+        raise refusal(f"--features {path} cannot be written", error) from error
     shapes = ", ".join(f"{name} {list(column.shape)}" for name, column in columns.items())
     Console().print(f"{path}: {shapes}", markup=False, highlight=False, soft_wrap=True)
 

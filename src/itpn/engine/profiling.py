@@ -31,7 +31,7 @@ from itpn.engine.launch import (
 )
 from itpn.engine.signals import SignalHandlers, stop_at_once
 from itpn.engine.traces import MARK, OTHER, OURS, PARTS, read_device, read_operators, tell_device, tell_operations
-from itpn.errors import RunStopped, UserError
+from itpn.errors import RunStopped, refusal
 from itpn.writing import write_whole
 
 STEPS, SETTLE = 10, 2
@@ -85,7 +85,7 @@ def profile(
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"folder {folder.path} cannot be written: {error.strerror}; see --output-dir") from error
+        raise refusal(f"folder {folder.path} (see --output-dir) cannot be written", error) from error
     job = make()
     compilation = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
     plan = make_plan(config, compilation.active)

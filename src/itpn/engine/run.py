@@ -7,6 +7,8 @@ from itpn.config import Config, DetectionConfig, RunConfig, SegmentationConfig
 from itpn.engine.classification import train_classifier
 from itpn.engine.detection import train_detector
 from itpn.engine.fitting import Run, fit
+from itpn.engine.folder import RunFolder
+from itpn.engine.guard import guard
 from itpn.engine.pretraining import pretrain
 from itpn.engine.segmentation import train_segmenter
 
@@ -17,8 +19,21 @@ def train(config: RunConfig, recipe: str, source: Any = None, run: Run = fit) ->
     Args:
         source: the images, where they have been looked for already.
         run: what to do, instead of training.
+
+    Raises:
+        MachineError: an accident of the machine; the message says what is kept.
     """
     config.check()
+    folder = RunFolder(config, recipe)
+
+    def kept() -> str:
+        return f"the same command resumes from {folder.last}" if folder.last.exists() else ""
+
+    with guard(f"run folder {folder.path}", kept):
+        return _train(config, recipe, source, run)
+
+
+def _train(config: RunConfig, recipe: str, source: Any, run: Run) -> Path:
     if isinstance(config, Config):
         return pretrain(config, recipe, source, run)
     if isinstance(config, DetectionConfig):

@@ -22,6 +22,7 @@ from itpn.data.normalize import Normalize
 from itpn.engine.console import print_aside, tell_remarks
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
+from itpn.writing import open_whole, open_whole_text, write_whole
 
 TOP = 5
 Anything = TypeVar("Anything")
@@ -237,9 +238,9 @@ def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: 
     figures = {name: getattr(scores, name) for name in ("images", "top1", "top5", "loss", "calibration_error")}
     if not math.isfinite(scores.loss):  # of neighbours, none of whom has the class
         figures["loss"] = None
-    (folder / "evaluation.json").write_text(json.dumps({**about, **figures}, indent=2) + "\n", encoding="utf-8")
+    write_whole(folder / "evaluation.json", (json.dumps({**about, **figures}, indent=2) + "\n").encode())
     counts = scores.confusion.sum(dim=1).tolist()
-    with (folder / "classes.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with open_whole_text(folder / "classes.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "images", "top1"])
         for name, count, accuracy in zip(classes, counts, scores.per_class.tolist(), strict=True):
@@ -249,7 +250,7 @@ def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: 
 
 def write_confusion(confusion: Tensor, classes: tuple[str, ...], folder: Path, unit: str = "images") -> None:
     """Write ``confusion.csv`` and ``confusion.png``."""
-    with (folder / "confusion.csv").open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+    with open_whole_text(folder / "confusion.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["class \\ answer", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
@@ -279,7 +280,8 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, unit
                         share = float(shares[row, column])
                         text = f"{int(confusion[row, column])}" if unit == "images" else f"{100 * share:.0f}"
                         axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
-        figure.savefig(path)
+        with open_whole(path) as file:
+            figure.savefig(file, format="png")
 
 
 def rank_classes(figures: dict[str, float]) -> dict[str, str]:

@@ -5,7 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,12 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
-from torch.utils.data import DataLoader
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage
 from itpn.data.files import CACHE_INDEX, CLASSES, SHRINK_INDEX, ImageSource, walk
 from itpn.data.folders import check_settings
 from itpn.data.labelled import read_class_names
-from itpn.data.loader import SkippedImages, start_worker
+from itpn.data.loader import SkippedImages
 from itpn.data.members import list_endings
 from itpn.data.shrunk import (
     Original,
@@ -31,10 +30,12 @@ from itpn.data.shrunk import (
     write_index,
     write_shard,
 )
+from itpn.data.workers import WorkerLoader
 from itpn.engine.console import print_aside, tell_remarks
+from itpn.engine.folder import writing_to
 from itpn.engine.launch import count_cores
 from itpn.engine.signals import stopped_by_signals
-from itpn.errors import RunStopped, UserError
+from itpn.errors import MachineError, RunStopped, UserError
 from itpn.writing import write_whole
 
 LOCK_SECONDS = 15  # the workers of a process that was killed notice within 5, and the lock is theirs as well
@@ -74,28 +75,21 @@ def shrink(
         for begin in range(0, len(found), shard_size)
     }
     settings = {"short side": short_side, "quality": quality, "shard size": shard_size, "files": _hash(originals)}
-    try:
-        with _open_folder(out, settings) as index:
-            if classes is not None:
-                write_whole(out / CLASSES, "".join(f"{name}\n" for name in classes).encode())
-            try:
-                with stopped_by_signals():
-                    _write_shards(out, index, shards, num_workers, max_pixels, console)
-            except RunStopped:
-                print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command goes on")
-                raise
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
-                    raise
-                raise UserError(
-                    "a process that shrinks was killed, for want of memory perhaps: repeat the command, with fewer "
-                    "--num-workers if need be"
-                ) from error
-            index.complete = True
-            write_index(out, index)
-            size = sum((out / name).stat().st_size for name in shards)
-    except OSError as error:
-        raise UserError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    with writing_to(out), _open_folder(out, settings) as index:
+        if classes is not None:
+            write_whole(out / CLASSES, "".join(f"{name}\n" for name in classes).encode())
+        try:
+            with stopped_by_signals():
+                _write_shards(out, index, shards, num_workers, max_pixels, console)
+        except RunStopped:
+            print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command goes on")
+            raise
+        except MachineError as error:
+            done = f"{len(index.shards)} of {len(shards)} shards are done, the same command resumes"
+            raise MachineError(f"{error} ({done})".replace("--data.num-workers", "--num-workers")) from error
+        index.complete = True
+        write_index(out, index)
+        size = sum((out / name).stat().st_size for name in shards)
     images, before = (sum(record[name] for record in index.shards.values()) for name in ("images", "bytes"))
     broken = sum(len(record["broken"]) for record in index.shards.values())
     console.print(
@@ -179,16 +173,14 @@ def _write_shards(
     skipped = SkippedImages(sum(map(len, shards.values())))
     for done in index.shards.values():
         skipped.update(done["broken"].items())
-    images: DataLoader[Any] = DataLoader(
+    originals = [one for name in todo for one in shards[name]]
+    images = WorkerLoader(
         ShrunkImages(index.settings["short side"], index.settings["quality"], max_pixels),
-        sampler=chain.from_iterable(shards[name] for name in todo),
-        batch_size=None,
-        collate_fn=_unchanged,
-        num_workers=count_cores() if num_workers is None else num_workers,
-        worker_init_fn=start_worker,
+        originals,
+        count_cores() if num_workers is None else num_workers,
+        f"those to shrink ({originals[0].path}, ...)" if originals else "those to shrink",
     )
-    count = sum(len(shards[name]) for name in todo)
-    results = iter(track(images, "images", total=count, console=console, disable=not console.is_terminal))
+    results = iter(track(images, "images", total=len(originals), console=console, disable=not console.is_terminal))
     for name in todo:
         record: dict[str, Any] = {"images": 0, "bytes": 0, "broken": {}}
         (out / name).parent.mkdir(exist_ok=True)
@@ -223,7 +215,3 @@ def _members(
         if original.label is not None:
             yield f"{original.key}.cls", original.label.encode()
         yield f"{original.key}.jpg", content
-
-
-def _unchanged(item: Any) -> Any:
-    return item

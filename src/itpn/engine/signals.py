@@ -2,10 +2,13 @@
 
 import contextlib
 import signal
+import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
+from itpn.engine.peers import several
 from itpn.errors import RunStopped
 
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, the end of a job, and Slurm's warning of it
@@ -35,12 +38,17 @@ class SignalHandlers:
 
 
 def stop_at_once(signum: int, frame: FrameType | None) -> None:
+    if several() and isinstance(sys.exc_info()[1], Exception):
+        return  # of several processes one has failed, and torchrun ends the others: what failed is still to be said
     raise RunStopped(signum)
 
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Raise RunStopped on Ctrl-C and SIGTERM."""
+    if threading.current_thread() is not threading.main_thread():  # the only one that may answer signals
+        yield
+        return
     handlers = SignalHandlers(stop_at_once, (signal.SIGINT, signal.SIGTERM))
     handlers.set()
     try:

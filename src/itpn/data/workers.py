@@ -1,0 +1,275 @@
+"""Worker processes that read, for every command alike: how they start, and what happens when one is lost."""
+
+import atexit
+import contextlib
+import ctypes
+import functools
+import multiprocessing.process
+import multiprocessing.queues
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Generator, Sequence
+from multiprocessing.sharedctypes import RawValue
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils.signal_handling import _remove_worker_pids
+
+from itpn.errors import MachineError, UserError, errno_in, remedy
+
+POLL = 5.0  # seconds after which the workers are checked while a batch is awaited
+PATIENCE = 600.0  # seconds in which no worker finishes a single image: a slow file system is not as slow as that
+SHARED_MEMORY = "/dev/shm"
+MORE_SHARED_MEMORY = (
+    "give it more (docker run --shm-size 8g), or lower --data.num-workers (0 needs none) or --data.batch-size"
+)
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
+CANNOT_SEND = 113  # exit code of a worker whose batch cannot be sent
+
+_streams: list[Any] = []  # torch's iterators whose workers live
+_beats: Any = None  # in a worker: counts what all workers of a loader have read
+
+
+class WorkerLoader(DataLoader[Any]):
+    """What a data set makes, item after item, by worker processes that may die, hang or find no shared memory.
+
+    Args:
+        where: the data, in a message.
+        dataset, sampler, num_workers, pin_memory: as of `DataLoader`; an item is a whole batch.
+
+    Raises:
+        MachineError: while iterating: a worker is killed, no worker finishes an image for `PATIENCE` seconds (see
+            `beat`), or shared memory does not suffice, which is checked with the first batch.
+        UserError, OSError, MemoryError: while iterating: as the data set raises them in a worker.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], sampler: Any, num_workers: int, where: str, pin_memory: bool = False
+    ) -> None:
+        self._where = where
+        self._beats = RawValue("Q") if num_workers else None
+        self._share = _ToSharedMemory(num_workers)
+        super().__init__(
+            dataset,
+            sampler=sampler,
+            batch_size=None,  # the data set makes whole batches
+            collate_fn=self._share,
+            num_workers=num_workers,
+            worker_init_fn=functools.partial(start_worker, self._beats, _is_main_thread()),
+            pin_memory=pin_memory,
+            generator=torch.Generator(),  # or else the loader draws a number from the global one
+            timeout=POLL if num_workers else 0,
+        )
+
+    def __iter__(self) -> Generator[Any, None, None]:  # type: ignore[override]  # nothing else of torch's iterators is used
+        if self._beats is None:
+            yield from super().__iter__()
+            return
+        self._share.free = free_shared_memory()
+        stream: Any = super().__iter__()
+        _streams.append(stream)
+        try:
+            seen, silence = self._beats.value, 0.0
+            while True:
+                try:
+                    batch = next(stream)
+                except StopIteration:
+                    return
+                except Exception as error:
+                    if not str(error).startswith("DataLoader timed out"):
+                        raise _explain(error, stream._workers) from error
+                    if not getattr(stream, "_pin_memory_thread", _Alive).is_alive():
+                        raise MachineError("the thread that copies batches to pinned memory died") from None
+                    # in looks, not by the clock: a job that was suspended has not hung
+                    silence = silence + POLL if self._beats.value == seen else 0.0
+                    seen = self._beats.value
+                    if silence >= PATIENCE:
+                        raise MachineError(
+                            f"no image of {self._where} was read for {silence:.0f} s, worker processes hang: look "
+                            "whether its disk or network mount still answers, then repeat the command"
+                        ) from None
+                    continue
+                seen, silence = self._beats.value, 0.0
+                yield batch
+        finally:
+            _kill(stream)
+
+
+class _Alive:
+    @staticmethod
+    def is_alive() -> bool:
+        return True
+
+
+def start_worker(beats: Any, by_main_thread: bool, worker: int) -> None:
+    """Prepare a worker process: signals, threads, and how its failures become known."""
+    global _beats
+    _beats = beats
+    if by_main_thread and sys.platform == "linux":  # Linux tells when the thread that started us ends
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # A signal to stop often goes to all processes. The main one answers it: it needs us for the step it is in, and
+    # ends us itself. Only if it does not, an alarm does.
+    for signum in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    for signum in (signal.SIGBUS, signal.SIGSEGV):  # torch's handlers write a line of their own
+        signal.signal(signum, signal.SIG_DFL)
+    # a batch that cannot be sent would be dropped with a traceback, and waited for in vain
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # type: ignore[attr-defined]
+        lambda error, item: os._exit(CANNOT_SEND)
+    )
+    torch.set_num_threads(1)
+
+
+def _is_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
+
+
+def beat() -> None:
+    """Tell the main process that something was read: called for each image, so that slow is not taken for hung."""
+    if _beats is not None:
+        _beats.value += 1
+
+
+def free_shared_memory() -> int | None:
+    """Bytes; None where there is no such file system."""
+    with contextlib.suppress(OSError):
+        status = os.statvfs(SHARED_MEMORY)
+        return status.f_bavail * status.f_frsize
+    return None
+
+
+class _ToSharedMemory:
+    """Moves the tensors of a worker's batch to shared memory, where a failure can still be told to the main process.
+
+    Attributes:
+        free: bytes of shared memory before the workers started; None where they are not known.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        # those that each worker makes ahead, and the one that is computed on
+        self.in_flight = 2 * num_workers + 1
+        self.free: int | None = None
+
+    def __call__(self, batch: Any) -> Any:
+        if get_worker_info() is None:
+            return batch
+        tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.untyped_storage().nbytes()]
+        sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        need = self.in_flight * sum(-(-size // 4096) * 4096 for size in sizes.values())
+        if self.free is not None and need > self.free:
+            raise MachineError(
+                f"shared memory {SHARED_MEMORY} is too small: {_mb(self.free)} MB are free, and the batches of worker "
+                f"processes need about {_mb(need)} MB: {MORE_SHARED_MEMORY}"
+            )
+        self.free = None  # once is enough: it is compared with what was free at the start
+        try:
+            for tensor in tensors:
+                tensor.share_memory_()
+        except RuntimeError as error:
+            raise _explain(error) from error
+        return batch
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.1f}"
+
+
+def _explain(error: Exception, workers: Sequence[Any] = ()) -> Exception:
+    """The error itself, or what it means: a worker's own error without its traceback, or the loss of a worker."""
+    text = str(error)
+    if workers and not text.startswith("Caught "):  # it may be a connection to one that is just ending
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline and not any(worker.exitcode for worker in workers):
+            with contextlib.suppress(RuntimeError):  # of torch's own handler, just now
+                time.sleep(0.02)
+        for worker in workers:
+            if worker.exitcode:
+                how = f"exit code {worker.exitcode}"
+                if worker.exitcode < 0:
+                    how = f"killed by signal: {signal.strsignal(-worker.exitcode)}"
+                text = f"DataLoader worker (pid {worker.pid}) {how}"
+    if text.startswith("Caught ") and " in DataLoader worker process " in text:
+        name, _, reason = text.rstrip().splitlines()[-1].partition(": ")
+        kind = {"itpn.errors.UserError": UserError, "itpn.errors.MachineError": MachineError}.get(name)
+        if kind is not None:
+            return kind(reason)
+        if isinstance(error, MemoryError):
+            return MemoryError(reason)
+        if isinstance(error, OSError) and (found := re.match(r"\[Errno (\d+)\] (.*?)(?:: '(.*)')?$", reason)):
+            return OSError(int(found[1]), found[2], found[3])
+        text = reason
+    accident = describe_loss(text)
+    return error if accident is None else MachineError(accident)
+
+
+def describe_loss(text: str) -> str | None:
+    """What torch's words about a lost worker, or about shared memory, mean; None where they are about something else.
+
+    They can come up anywhere in the main process: torch raises them from a handler of SIGCHLD.
+    """
+    if "shared memory" in text and ("unable to" in text or "bytes" in text) and "DataLoader worker" not in text:
+        number = errno_in(text)
+        if number is not None and "No space" not in text:
+            return f"shared memory cannot be used: {os.strerror(number)}; {remedy(OSError(number, ''))}"
+        free = free_shared_memory()
+        return (
+            f"shared memory {SHARED_MEMORY} is full{'' if free is None else f' ({_mb(free)} MB are free)'}: end other "
+            f"processes that use it, {MORE_SHARED_MEMORY}"
+        )
+    if "Too many open files" in text or "ancdata" in text:
+        return "too many open files for worker processes: raise their limit (ulimit -n), or lower --data.num-workers"
+    if not text.startswith("DataLoader worker (pid"):
+        return None
+    if "Bus error" in text:
+        return (
+            f"a worker process that reads died of a bus error: shared memory {SHARED_MEMORY} is full "
+            f"({MORE_SHARED_MEMORY}), or a file that it read through a mapping was lost"
+        )
+    if f"exit code {CANNOT_SEND}" in text:
+        return (
+            "a worker process cannot send what it has read: memory, shared memory or open files are exhausted; "
+            "lower --data.num-workers, or raise the limits (ulimit -n, docker run --shm-size)"
+        )
+    if found := re.search(r"killed by signal: ([^.]+)", text):
+        return (
+            f"a worker process that reads was killed ({found[1]}), for want of memory perhaps: lower "
+            "--data.num-workers or --data.batch-size, or give the job more memory, then repeat the command"
+        )
+    return (
+        "a worker process that reads ended unexpectedly, killed for want of memory perhaps: lower --data.num-workers "
+        "or --data.batch-size, or give the job more memory, then repeat the command"
+    )
+
+
+def _kill(stream: Any) -> None:
+    """End workers at once. torch's own way waits for each, and for ever where one was killed while it sent a batch."""
+    _streams.remove(stream)
+    if stream._shutdown:
+        return  # all batches were made
+    stream._shutdown = True
+    if stream._worker_pids_set:
+        _remove_worker_pids(id(stream))  # or else their end is taken for an accident
+        stream._worker_pids_set = False
+    if hasattr(stream, "_pin_memory_thread_done_event"):
+        stream._pin_memory_thread_done_event.set()
+    for worker in stream._workers:
+        worker.kill()
+    deadline = time.monotonic() + 5
+    for worker in stream._workers:
+        worker.join(timeout=max(0.0, deadline - time.monotonic()))
+        if worker.is_alive():  # it waits for a lost disk, whatever it is sent; Python would wait for it at exit
+            multiprocessing.process._children.discard(worker)  # type: ignore[attr-defined]
+
+
+@atexit.register  # before multiprocessing, which waits for those that are busy
+def _kill_all() -> None:
+    for stream in [*_streams]:
+        _kill(stream)

@@ -1,0 +1,119 @@
+"""The processes of one run: when one ends, all end, and one of them says why. Without torch, which may not be there."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+
+from itpn.errors import PeerLost, UserError
+from itpn.text import one_line
+
+LOST_PEER = "another process of this run ended unexpectedly"
+GRACE = 10.0  # seconds in which a process learns from its broken connections that another has ended
+STOPPED = tuple(128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))  # exit codes
+
+_children: list[subprocess.Popen[bytes]] = []  # that Lightning has started, ranks 1, 2, ... of this machine
+_watching = False
+
+
+def several() -> bool:
+    """Whether this process belongs to a run of several, whoever started them."""
+    # Lightning takes WORLD_SIZE away again when a run ends
+    launched = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    return bool(_children) or _watching or launched > 1
+
+
+def watch_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
+    """In the place of Lightning's observer, which kills this process as well as soon as a child fails."""
+    _children[:] = children
+    threading.Thread(target=_end_with_children, daemon=True).start()
+
+
+def watch_parent() -> None:
+    """End this process, one of those that Lightning has started, soon after the one that started it."""
+    global _watching
+    if not _watching:
+        _watching = True
+        threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+
+
+def conclude(error: Exception) -> int:
+    """Say why the command ends, unless another process of the run has, and end the processes that this one started.
+
+    Returns:
+        The exit code.
+    """
+    message, code = " ".join(str(error).split()), 2 if isinstance(error, UserError) else 1
+    if isinstance(error, PeerLost) and _children:
+        reason, code = _blame()
+        message = message.replace(LOST_PEER, reason) if reason else ""
+    if message and _is_first():
+        print(f"itpn: {one_line(message)}", file=sys.stderr)
+    end_children(0)
+    return code
+
+
+def end_children(patience: float) -> None:
+    """Kill the processes that this one started, those that are still there after some seconds."""
+    deadline = time.monotonic() + patience
+    for child in _children:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(max(0.0, deadline - time.monotonic()))
+        if child.poll() is None:
+            child.kill()
+            child.wait()
+    _children.clear()
+
+
+def _blame() -> tuple[str, int]:
+    """Which child has ended, "" where it has said so itself; and the exit code that follows."""
+    deadline = time.monotonic() + GRACE
+    while time.monotonic() < deadline:
+        for rank, child in enumerate(_children, start=1):
+            code = child.poll()
+            if code is not None and code < 0:
+                return f"the process of rank {rank} was killed ({signal.Signals(-code).name})", 1
+            if code:
+                return "", 2 if code == 2 else 1
+        time.sleep(0.1)
+    return LOST_PEER, 1
+
+
+def _end_with_children() -> None:
+    while True:
+        time.sleep(1)
+        codes = [child.poll() for child in _children]
+        if all(code == 0 for code in codes):
+            return
+        if any(code is not None and code != 0 and code not in STOPPED for code in codes):
+            time.sleep(GRACE)  # the main thread learns of it, and says what is kept; unless it waits for a GPU
+            os._exit(conclude(PeerLost(f"{LOST_PEER}; the same command resumes")))
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        time.sleep(1)
+    time.sleep(GRACE)
+    os._exit(conclude(PeerLost("the first process of this run ended unexpectedly; the same command resumes")))
+
+
+def _is_first() -> bool:
+    """Whether no other process of the run has said yet why it ends; they agree through the run's own server."""
+    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    if not several():
+        return True
+    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
+    if "torch" in sys.modules and host and port:
+        with contextlib.suppress(OSError, RuntimeError):
+            socket.create_connection((host, int(port)), timeout=2).close()  # quieter than torch, which tries again
+            from torch.distributed import TCPStore
+
+            store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=2), wait_for_workers=False)
+            return bool(store.add("itpn/ended", 1) == 1)
+    return rank <= 1  # not started yet, or the first process, which kept it, has ended
