@@ -16,6 +16,8 @@ from itpn.engine.folder import RunFolder
 from itpn.engine.signals import SignalHandlers
 from itpn.errors import MachineError, RunStopped
 
+STATE = "Checkpointing"  # where a checkpoint holds what :class:`Checkpointing` keeps
+
 
 class CheckpointFiles(TorchCheckpointIO):
     """Writes checkpoints in place; Lightning's own way is through a file in the folder of temporary files.
@@ -31,7 +33,7 @@ class CheckpointFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         self.problem = None
         step = checkpoint["global_step"]
-        best = checkpoint["callbacks"]["Checkpointing"]["best_step"] == step
+        best = checkpoint["callbacks"].get(STATE, {}).get("best_step") == step
         try:
             with self.folder.writing(self.folder.last):
                 self.folder.put_checkpoint(lambda file: save_to(file, checkpoint), step, best)
@@ -95,6 +97,10 @@ class Checkpointing(Aside):
         self.restored: dict[str, Any] = {}
         self._signum: int | None = None
         self.signals = SignalHandlers(self._ask_to_stop)
+
+    @property
+    def state_key(self) -> str:
+        return STATE
 
     def state_dict(self) -> dict[str, Any]:
         scores = {"score": self.score_of_step, "best_score": self.best_score, "best_step": self.best_step}
