@@ -45,7 +45,7 @@ test-torch: .venv/.installed
 
 # The tests that need a GPU, with the python3 that is there: no network and no .venv.
 test-gpu:
-	PYTHONPATH=src python3 -m pytest -m gpu tests
+	OMP_NUM_THREADS=4 PYTHONPATH=src python3 -m pytest -m gpu tests/gpu
 
 format: .venv/.installed
 	$(BIN)/ruff check --fix .
