@@ -143,7 +143,8 @@ def test_a_hostile_yaml(tmp_path, photo, kind):
     train = ["train", "detector_nano", "--data.root", tmp_path, "--model.scratch", "--model.name", "itpn_nano"]
     assert "data.yaml" in refused(*train, memory=2**28)
     (tmp_path / "config.yaml").write_text(f"recipe: x\ndata:\n  root: x\n{text}")
-    assert "is not a run's config.yaml" in refused("train", tmp_path / "config.yaml", memory=2**28)
+    said = "bytes, more than the" if kind == "too long" else "is not a run's config.yaml"
+    assert said in refused("train", tmp_path / "config.yaml", memory=2**28)
     assert not canary.exists()
 
 
@@ -173,7 +174,7 @@ def yolo(folder, label: bytes | None):
         b"0 " + b"9" * 10**6 + b" 0.5 0.5 0.5",
         b"9" * 10**6 + b" 0.5 0.5 0.5 0.5",
         b"0 nan inf 0.5 0.5",
-        b"\xff\xfe\0\0",
+        b"\xff\xfe\0\0x",  # of a text in UTF-32 that breaks off
         b"0 0.5 0.5 0.5 0.5\n" * 10**4 + b"x",
     ],
 )
