@@ -1,5 +1,6 @@
 """`itpn train`: a run of whichever kind."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def train(config: RunConfig, recipe: str, source: Any = None, run: Run = fit) ->
     folder = RunFolder(config, recipe)
 
     def kept() -> str:
-        return f"the same command resumes from {folder.last}" if folder.last.exists() else ""
+        return f"the same command resumes from {folder.last}" if os.path.exists(folder.last) else ""
 
     with guard(f"run folder {folder.path}", kept):
         return _train(config, recipe, source, run)
