@@ -22,11 +22,13 @@ def read_bounded(path: str | os.PathLike[str], most: int, start: bytes = b"") ->
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
+        if status.st_size > most:
+            raise ValueError(f"{status.st_size:,} bytes, more than the {most:,} that are read")
         if start and not file.peek(4096).lstrip(b"\xef\xbb\xbf\xff\xfe\0 \t\r\n").startswith(start):
             raise ValueError(f"it does not start with {start.decode()}")
-        content = b"" if status.st_size > most else file.read(status.st_size + 1)  # which takes that memory at once
+        content = file.read(status.st_size + 1)  # which takes that memory at once
         while len(content) <= most and (more := file.read(2**20)):  # it grew, or its system does not tell its size
             content += more
-        if max(status.st_size, len(content)) > most:
-            raise ValueError(f"{max(status.st_size, len(content)):,} bytes, more than the {most:,} that are read")
+        if len(content) > most:
+            raise ValueError(f"more than the {most:,} bytes that are read")
         return content

@@ -14,7 +14,8 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
 
     Until then it is ``NAME.tmp`` in the same folder, which only a killed process leaves behind.
     """
-    partial = path.with_name(f"{path.name}.tmp")
+    # a name of the greatest length has no room for another suffix
+    partial = path.with_name(os.fsdecode(os.fsencode(path.name)[:200]) + ".tmp")
     try:
         with partial.open("wb") as file:
             yield file
@@ -39,10 +40,11 @@ def open_whole_text(path: Path) -> Iterator[IO[str]]:
 
     Bytes of a file name that are not UTF-8 become ``\\xNN``.
     """
-    with open_whole(path) as file, io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="") as text:
+    with open_whole(path) as file:
+        text = io.TextIOWrapper(file, "utf-8", errors="backslashreplace", newline="")
         yield text
         text.flush()
-        text.detach()
+        text.detach()  # or else it closes the file before that is on the disk
 
 
 def sync_folder(path: Path) -> None:

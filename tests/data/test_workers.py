@@ -58,8 +58,10 @@ def run(action: str, workers: int = 2) -> list[int]:
 
 
 def alive() -> list[str]:
-    children = subprocess.run(["ps", "-o", "pid,stat,comm", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    return [line for line in children.stdout.splitlines()[1:] if " ps" not in line and " Z" not in line]
+    """Worker processes; not the server of other tests that starts processes."""
+    command = ["ps", "-ww", "-o", "pid,stat,args", "--ppid", str(os.getpid())]
+    children = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()[1:]
+    return [line for line in children if not any(word in line for word in (" ps ", " Z", "forkserver", "tracker"))]
 
 
 @pytest.mark.parametrize(
@@ -199,13 +201,15 @@ def test_a_passing_read_error_is_no_fault_of_the_image(tmp_path, monkeypatch):
     monkeypatch.setattr(itpn.data.readers, "RETRY_AFTER", (0.0, 0.0))
     failures: list[int] = []
 
-    def refuse(name, *_):
+    read_bounded = itpn.data.readers.read_bounded
+
+    def refuse(name, most):
         if failures:
             number = failures.pop()
             raise OSError(number, os.strerror(number), name)
-        return open(name, "rb")
+        return read_bounded(name, most)
 
-    monkeypatch.setattr(itpn.data.readers, "open", refuse, raising=False)
+    monkeypatch.setattr(itpn.data.readers, "read_bounded", refuse)
     failures += [errno.ESTALE, errno.EIO]
     assert FileReader([path])[0] == (path, b"content")
     assert read_file(path, 3, 2) == b"te"

@@ -97,7 +97,7 @@ def test_an_accident_that_was_taken_for_a_mistake():
 
 def kill_a_worker(monkeypatch, where) -> None:
     """In a worker process, while it decodes."""
-    decode = where.decode_sample if hasattr(where, "decode_sample") else where.open_sample
+    decode = where.open_sample
     main_process = os.getpid()
 
     def die(*arguments):
@@ -187,7 +187,7 @@ def test_files_that_are_lost_are_not_corrupt(photos, tmp_path, monkeypatch, caps
     def lost(name, *_):
         raise OSError(errno.EIO, "Input/output error", name)
 
-    monkeypatch.setattr(itpn.data.readers, "open", lost, raising=False)
+    monkeypatch.setattr(itpn.data.readers, "read_bounded", lost)
     command = ["train", "itpn-pixel_nano", "--data.root", str(photos), *OPTIONS, "--output-dir", str(tmp_path)]
     assert main(command) == 1
     assert re.match(r"itpn: .*\.png cannot be read: Input/output error; look whether its disk or network", line(capsys))

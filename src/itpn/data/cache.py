@@ -51,7 +51,7 @@ def read_index(folder: str | Path) -> CacheIndex:
         for number in (index.width, height, width, index.patch_size, index.images, index.views, index.shard_size):
             if type(number) is not int or not 0 < number < 2**31:
                 raise ValueError(f"{number!r} where a positive whole number must be")
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (UserError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not the index of cached features ({type(error).__name__}): {error}") from error
     return index
 

@@ -287,6 +287,8 @@ def check_root(root: str) -> None:
     if not os.path.exists(root):
         raise UserError(f"{root} does not exist: give a folder of images, or tar shards")
     if not os.path.isdir(root):
+        if not os.path.isfile(root):
+            raise UserError(f"{root} is neither a folder nor a regular file: give a folder of images, or tar shards")
         if not is_image(root) and not is_shard(root):
             raise UserError(f"{root} is neither a folder, an image nor a tar shard{describe_file(root)}")
         return

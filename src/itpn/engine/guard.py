@@ -98,14 +98,17 @@ def _is_disconnected(error: BaseException) -> bool:
 
 def _accident_behind(error: BaseException) -> OSError | None:
     """The accident that a library has wrapped into an error of its own."""
-    text = str(error)
-    number = errno_in(text)
-    if number is not None:
-        return OSError(number, os.strerror(number))
-    cause = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
-    if isinstance(cause, OSError) and cause.errno in ACCIDENTS:
-        return cause
-    return None if cause is None else _accident_behind(cause)
+    cause: BaseException | None = error
+    seen: set[int] = set()  # an error that is raised again while it is handled can be its own context
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        if isinstance(cause, OSError) and cause.errno in ACCIDENTS:
+            return cause
+        number = errno_in(str(cause))
+        if number is not None:
+            return OSError(number, os.strerror(number))
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
+    return None
 
 
 def _describe_refusal(error: OSError, subject: str) -> str:
