@@ -86,4 +86,7 @@ def one_line(text: str) -> str:
 
 def as_file_name(name: str) -> str:
     """A name from a text file the way the operating system's functions take it: only a C locale makes a difference."""
-    return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    try:
+        return os.fsdecode(name.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:  # half a character of two, as JSON may hold it: no file is called so
+        return readable(name)

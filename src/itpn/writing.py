@@ -15,7 +15,7 @@ def open_whole(path: Path) -> Iterator[IO[bytes]]:
     Until then it is ``NAME.tmp`` in the same folder, which only a killed process leaves behind.
     """
     # a name of the greatest length has no room for another suffix
-    partial = path.with_name(os.fsdecode(os.fsencode(path.name)[:200]) + ".tmp")
+    partial = path.with_name(os.fsdecode(os.fsencode(path.name)[:100]) + ".tmp")
     try:
         with partial.open("wb") as file:
             yield file
@@ -60,4 +60,5 @@ def sync_folder(path: Path) -> None:
 def remove_partial_files(folder: Path) -> None:
     """Remove what killed processes have left of files that they were writing into a folder."""
     for partial in folder.glob("*.tmp"):
-        partial.unlink(missing_ok=True)
+        if partial.is_file() or partial.is_symlink():
+            partial.unlink(missing_ok=True)

@@ -127,7 +127,7 @@ def test_stopped_and_gone_on_with(large, whole, tmp_path, capsys, monkeypatch, s
     with monkeypatch.context() as patched:
         patched.setattr(itpn.engine.shrinking, "write_shard", stop)
         assert shrink(large, tmp_path / "out", workers=workers) == code
-    assert capsys.readouterr().err == "stopped with 2 of 5 shards done; the same command goes on\n"
+    assert capsys.readouterr().err == "stopped with 2 of 5 shards done; the same command resumes\n"
     assert shrink(large, tmp_path / "out") == 0
     assert contents(tmp_path / "out") == contents(whole)
 

@@ -14,7 +14,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from itpn.config import HUB, Config, check_file, from_dict, image_size, to_dict
-from itpn.errors import MachineError, UserError
+from itpn.errors import UserError
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT
 from itpn.models.naming import Layout, detect_layout, to_ours
@@ -184,7 +184,7 @@ def _read_timm_config(path: Path) -> dict[str, Any]:
         preprocessing = {"mean": own["mean"], "std": own["std"], "size": own["input_size"][1:]}
         found = {"model_args": config.get("model_args", {}), "preprocessing": preprocessing}
         return found | ({"classes": names} if (names := config.get("label_names")) else {})
-    except (UserError, MachineError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # a file of weights beside something else
 
 

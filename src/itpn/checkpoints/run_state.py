@@ -117,9 +117,13 @@ def find_settings(state: dict[str, Any]) -> tuple[str, RunConfig] | None:
 
     Raises:
         UserError: it has a setting that this version does not know.
+        DamagedCheckpoint: it is no checkpoint of a run.
     """
-    own = state.get("itpn", {})
-    settings = own.get("settings", own.get("config"))
-    if settings is None or own.get("task") not in CONFIGS:
-        return None
-    return own["recipe"], from_dict(settings, CONFIGS[own["task"]])
+    try:
+        own = state.get("itpn", {})
+        settings = own.get("settings", own.get("config"))
+        if settings is None or own.get("task") not in CONFIGS:
+            return None
+        return own["recipe"], from_dict(settings, CONFIGS[own["task"]])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DamagedCheckpoint(f"its settings are none ({type(error).__name__}: {error})") from error

@@ -18,6 +18,7 @@ from torchvision.io import ImageReadMode, decode_jpeg
 
 from itpn.data.orientation import ORIENTATION, SWAPPED, read_orientation, turn_image, turn_tensor
 from itpn.data.values import remark_on_high_bytes, scale_values
+from itpn.errors import LOST
 
 # The first that fits wins. A closed list, because among Pillow's other formats some run programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
@@ -248,6 +249,8 @@ def reading() -> Iterator[None]:
         except UnidentifiedImageError:
             raise UnreadableImage("not an image of a known format") from None
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in LOST:  # the disk fails, not the image
+                raise
             raise UnreadableImage(reason_of(error)) from None
 
 

@@ -233,7 +233,7 @@ class _Parts:
             names = [os.path.basename(path) for paths in division.places.values() for path in paths]
             self.told.append(f"{self.root}: nothing in it is called train, so all of it is read, {join(names)} too")
         if not division.places or ("train" not in division.places and not self.keep):
-            return self._leave_masks(entries)
+            return self.leave_masks(entries)
         named = {path for paths in division.places.values() for path in paths}
         found: dict[str, str] = {}
         for split, paths in division.places.items():
@@ -246,14 +246,14 @@ class _Parts:
                 self.left.append(os.path.relpath(entry.path, self.root))
         return found
 
-    def _leave_masks(self, entries: Sequence[os.DirEntry[str]]) -> dict[str, str] | None:
+    def leave_masks(self, entries: Sequence[os.DirEntry[str]], split: str = "") -> dict[str, str] | None:
         """All entries but folders of masks beside those of images, as in ADE20K's and Cityscapes' layouts."""
         names = {entry.name.lower() for entry in entries if entry.is_dir()}
         if not names & IMAGE_FOLDERS or not names & MASK_FOLDERS:
             return None
         masks = [entry for entry in entries if entry.is_dir() and entry.name.lower() in MASK_FOLDERS]
         self.masks += [os.path.relpath(entry.path, self.root) for entry in masks if next(walk(entry.path), None)]
-        return {entry.path: "" for entry in entries if entry not in masks}
+        return {entry.path: split for entry in entries if entry not in masks}
 
     def notes(self) -> list[str]:
         """What was decided, a line each."""
@@ -295,7 +295,7 @@ def check_root(root: str) -> None:
     for folder in (root, os.path.dirname(os.path.abspath(root))):
         try:
             index = json.loads(read_text(Path(folder, SHRINK_INDEX)))
-        except (UserError, MachineError, ValueError, RecursionError):
+        except (UserError, ValueError, RecursionError):
             continue
         if not isinstance(index, dict) or not index.get("complete"):
             raise UserError(f"{folder} is not complete: repeat the `itpn shrink` that writes it, or remove it")
@@ -369,7 +369,9 @@ def _walk(root: str, unread: Counter[str] | None = None, parts: _Parts | None = 
             continue
         seen.add((status.st_dev, status.st_ino))
         entries = _list(folder)
-        named = None if parts is None or split else parts.split(folder, entries)
+        named = None
+        if parts is not None:
+            named = parts.leave_masks(entries, split) if split else parts.split(folder, entries)
         if named is not None:
             entries = [entry for entry in entries if entry.path in named]
         splits = named or {}

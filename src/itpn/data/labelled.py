@@ -13,6 +13,7 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.files import (
     CLASSES,
     IMAGE_SUFFIXES,
+    check_root,
     describe_file,
     describe_unread,
     find_division,
@@ -30,6 +31,8 @@ from itpn.data.splits import Division
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.text import one_line, read_lines
+
+MAX_CLASSES = 10**6  # that numbers in shards may stand for
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,9 @@ def _check_root(root: str) -> None:
         raise UserError(f"a data root is an empty name: {wanted}")
     if not os.path.exists(root):
         raise UserError(f"{root} does not exist: {wanted}")
-    if not os.path.isdir(root) and not is_shard(root) and not is_table(root):
+    if os.path.isdir(root):
+        check_root(root)  # what an unfinished `itpn shrink` left
+    elif not os.path.isfile(root) or not (is_shard(root) or is_table(root)):
         raise UserError(f"{root} is neither a folder, a tar shard nor a parquet file{describe_file(root)}")
 
 
@@ -218,6 +223,11 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
         for place in list_folders(folder):
             places.setdefault(one_line(os.path.basename(place)), []).append(place)
     classes = sorted(places)
+    if classes and "train" in find_division(first := places[classes[0]][0]).places:
+        raise UserError(
+            f"{first} is divided into training and other images: give folders train and val that hold a folder for "
+            "each class"
+        )
     paths: list[str] = []
     labels: list[int] = []
     unread: Counter[str] = Counter()
@@ -258,6 +268,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
     classes = read_class_names(folders)
     if all(text.isdecimal() for text in texts):
         numbers = [int(text) for text in texts]
+        if max(numbers) >= MAX_CLASSES:
+            raise UserError(f"class {max(numbers)} in the shards ({shards[0]} ...): it must be below {MAX_CLASSES:,}")
         if classes is None:
             classes = [str(number) for number in range(max(numbers) + 1)]
         if max(numbers) >= len(classes):

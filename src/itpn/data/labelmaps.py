@@ -31,7 +31,7 @@ from itpn.data.masks import (
     read_names,
     ungrey,
 )
-from itpn.data.readers import FileReader, PackedStrings, Reader, Subset
+from itpn.data.readers import FileReader, PackedStrings, Reader, Subset, check_lost
 from itpn.data.splits import split_of
 from itpn.errors import UserError
 from itpn.models.detector import fit_sides
@@ -409,6 +409,7 @@ def _find_mistake(
     try:
         size = read_size(image)
     except Exception as error:  # whatever Pillow meets
+        check_lost(image, error)
         return "images that cannot be read", f"{image}: {reason_of(error)}"
     unknown = [value for value, number in classes.items() if number is None]
     if unknown:

@@ -23,7 +23,7 @@ from itpn.data.decode import MAX_PIXELS, read_size, reason_of
 from itpn.data.files import SPLITS, is_image, split_places, walk
 from itpn.data.numbers import read_number, read_whole
 from itpn.data.readers import check_lost
-from itpn.errors import UserError
+from itpn.errors import MachineError, UserError
 from itpn.reading import MAX_TEXT, read_bounded
 from itpn.text import as_file_name, decode_text, read_lines
 
@@ -165,6 +165,8 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
     if not folders:
         return None
     folders = folders if isinstance(folders, list) else [folders]
+    if not all(isinstance(folder, str) for folder in folders):
+        raise UserError(f"{file}: train and val must each be a folder or a list of folders")
     base = root / str(settings.get("path") or ".")
     base = base if base.is_dir() else root
     parse = _yolo_parser(keypoints, mistakes)
@@ -370,6 +372,8 @@ def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mist
     """Add an image with the objects that its file of annotations names; neither, if that cannot be read whole."""
     try:
         objects = list(parse(notes, size))
+    except MachineError:
+        raise
     except Exception as error:  # whatever a reader meets in a damaged file
         check_lost(str(notes), error)
         mistakes.add("images whose annotations cannot be read", f"{notes}: {reason_of(error)}")

@@ -4,6 +4,7 @@ import csv
 import functools
 import io
 import math
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading, reason_of
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
 from itpn.data.labelled import join_names
 from itpn.data.readers import read_file
 from itpn.errors import UserError
@@ -156,7 +157,7 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour
     try:
         file = io.BytesIO(read_file(path))
     except (OSError, ValueError) as error:
-        raise UnreadableImage(reason_of(error)) from None
+        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from None
     with reading():
         image = load_image(open_image(file, max_pixels))
         if image.mode == "1":
@@ -254,20 +255,22 @@ def read_names(file: str | None, root: str) -> Names | None:
         if found is None:
             return None
         file = str(found)
-    if not Path(file).exists():
-        raise UserError(f"file of classes {file} does not exist")
     lines = [line for line in read_lines(file) if line]
     if not lines:
         raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
-    if lines and lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
+    if lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
         return [(line.split("\t")[-1].split(",")[0].strip(), None) for line in lines[1:]]
     names: list[tuple[str, Colour | None]] = []
-    for row in csv.reader(lines) if any("," in line for line in lines) else (line.split() for line in lines):
+    for row in _split_lines(lines, file):
         words = [word.strip() for word in row]
         if [word.lower() for word in words] == ["name", "r", "g", "b"]:
             continue
         for name, colour in ((words[:-3], words[-3:]), (words[3:], words[:3])):
-            if name and len(colour) == 3 and all(word.isdigit() and int(word) < 256 for word in colour):
+            if (
+                name
+                and len(colour) == 3
+                and all(re.fullmatch("[0-9]{1,3}", word) and int(word) < 256 for word in colour)
+            ):
                 red, green, blue = (int(word) for word in colour)
                 names.append((" ".join(name), (red, green, blue)))
                 break
@@ -281,6 +284,15 @@ def read_names(file: str | None, root: str) -> Names | None:
     if len({colour is None for _, colour in names}) > 1:
         raise UserError(f"{file} has colours for some of the classes: give all or none")
     return names
+
+
+def _split_lines(lines: list[str], file: str) -> list[list[str]]:
+    if not any("," in line for line in lines):
+        return [line.split() for line in lines]
+    try:
+        return [next(csv.reader([line])) for line in lines]  # one by one: a quote that is not closed ends with its line
+    except csv.Error as error:
+        raise UserError(f"file of classes {file} cannot be read: {error}") from None
 
 
 def name_labels(

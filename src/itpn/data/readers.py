@@ -4,6 +4,7 @@ import errno
 import gzip
 import os
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,7 +14,7 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
 from itpn.reading import read_bounded
-from itpn.text import readable
+from itpn.text import one_line, readable
 
 MAX_FILE = 2**31  # bytes of an image's file: floating-point RGB of the most pixels that are decoded has 1.6 GB
 MAX_UNPACKED = 2**33  # bytes of compressed archives that are kept in memory
@@ -74,7 +75,7 @@ def read_file(path: str, start: int = 0, size: int = -1) -> bytes:
 def check_lost(path: str | Path, error: Exception) -> None:
     """Raise :class:`MachineError` where it is the file system that fails, and not the file that is damaged."""
     if isinstance(error, OSError) and error.errno in LOST:
-        raise MachineError(f"{path} cannot be read: {error.strerror}; {remedy(error)}") from error
+        raise MachineError(f"{one_line(str(path))} cannot be read: {error.strerror}; {remedy(error)}") from error
 
 
 def is_lost(name: str, reason: str) -> bool:
@@ -173,12 +174,15 @@ def unpack(path: str, most: int) -> bytes:
     """The content of a compressed file.
 
     Raises:
-        UserError: more than ``most`` bytes.
+        UserError: more than ``most`` bytes, or damaged.
     """
     content = bytearray()
-    with gzip.open(path) as file:
-        while len(content) <= most and (part := file.read(2**24)):
-            content += part
+    try:
+        with gzip.open(path) as file:
+            while len(content) <= most and (part := file.read(2**24)):
+                content += part
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"shard {path} is damaged ({error}): make it again") from error
     if len(content) > most:
         raise UserError(
             f"compressed archives are unpacked into memory, and with {path} they take more than "

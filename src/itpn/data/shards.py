@@ -215,6 +215,8 @@ def check_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.Ta
         tarfile.ReadError: a bomb.
     """
     most = 2**26 + MAX_RATIO * os.path.getsize(path)
+    if tar.firstmember is None:  # type: ignore[attr-defined]  # empty: Python 3.10 would seek backwards for another
+        return
     while (member := tar.next()) is not None:
         tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every header it has read
         if member.issparse():

@@ -7,6 +7,7 @@ import os
 import random
 import re
 import tarfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -21,7 +22,7 @@ from torchvision.transforms.v2.functional import resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage
 from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
-from itpn.data.readers import check_lost, is_compressed, read_file
+from itpn.data.readers import MAX_FILE, check_lost, is_compressed, read_file, too_large
 from itpn.data.shards import index_shard
 from itpn.data.workers import beat
 from itpn.errors import UserError
@@ -141,12 +142,14 @@ class ShrunkImages(Dataset[ShrunkImage]):
             return ShrunkImage(original, content, len(encoded.data), encoded.remark)
         except UnreadableImage as error:
             return ShrunkImage(original, error)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, ValueError, zlib.error) as error:
             check_lost(original.path, error)
             return ShrunkImage(original, UnreadableImage(getattr(error, "strerror", None) or str(error)))
 
 
 def _read(original: Original) -> bytes:
+    if original.size > MAX_FILE:
+        raise too_large(original.size)
     if is_shard(original.path) and is_compressed(original.path):
         file = _open_compressed(original.path)
         file.seek(original.start)

@@ -197,7 +197,9 @@ def _explain(error: Exception, workers: Sequence[Any] = ()) -> Exception:
                     how = f"killed by signal: {signal.strsignal(-worker.exitcode)}"
                 text = f"DataLoader worker (pid {worker.pid}) {how}"
     if text.startswith("Caught ") and " in DataLoader worker process " in text:
-        name, _, reason = text.rstrip().splitlines()[-1].partition(": ")
+        # a message of ours may have several lines
+        own = re.search(r"^(itpn\.errors\.\w+): (.*)\Z", text.rstrip(), re.DOTALL | re.MULTILINE)
+        name, _, reason = (own[0] if own else text.rstrip().splitlines()[-1]).partition(": ")
         kind = {"itpn.errors.UserError": UserError, "itpn.errors.MachineError": MachineError}.get(name)
         if kind is not None:
             return kind(reason)

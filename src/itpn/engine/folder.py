@@ -1,7 +1,6 @@
 """A run's folder: who may use it, what was run in it, and its checkpoints."""
 
 import contextlib
-import errno
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ from itpn.checkpoints.run_state import DamagedCheckpoint, find_settings, read_st
 from itpn.config import RunConfig, read_yaml, to_dict, write_yaml
 from itpn.engine.console import print_aside
 from itpn.engine.metrics_file import read_steps
-from itpn.errors import MachineError, UserError, refusal
+from itpn.errors import FULL, WRONG_PATH, MachineError, UserError, refusal
 from itpn.writing import open_whole, remove_partial_files
 
 # what may differ when a run goes on; anything else would make it another run
@@ -131,11 +130,12 @@ class RunFolder:
                 continue  # the main process has just put it aside
             try:
                 state = read_state(path)
+                settings = find_settings(state)
             except DamagedCheckpoint as error:
                 damaged.append((path, str(error)))
                 continue
             # not the state itself: a file that is mapped takes its room after it is removed
-            self.resumed, self._last_step, settings = path, state["global_step"], find_settings(state)
+            self.resumed, self._last_step = path, state["global_step"]
             self._earlier = None if settings is None else settings[1]
             break
         else:
@@ -215,7 +215,7 @@ class RunFolder:
         """The run's ``summary.json``; empty where there is none that can be used."""
         try:
             summary = json.loads(self.summary.read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return {}
         return summary if isinstance(summary, dict) else {}
 
@@ -225,7 +225,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            full = error.errno in FULL
             kept = f"is of step {self._last_step}" if self._last_step else "is yet to come"
             raise MachineError(
                 f"{'the disk is full: ' if full else ''}{path} cannot be written: {error.strerror or error}; the last "
@@ -257,6 +257,8 @@ class RunFolder:
             # below a link that leads nowhere there may be checkpoints again, once its disk is mounted
             if isinstance(error, FileNotFoundError) and not os.path.islink(self.checkpoints):
                 return []
+            if error.errno in WRONG_PATH and not isinstance(error, FileNotFoundError):
+                raise refusal(f"run folder {self.path} (see --output-dir) cannot be written", error) from error
             raise MachineError(
                 f"the folder of checkpoints {self.checkpoints} cannot be read: {error.strerror}; nothing was changed"
             ) from error

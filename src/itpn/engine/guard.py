@@ -42,7 +42,8 @@ def guard(subject: str = "", kept: Callable[[], str] | None = None) -> Iterator[
     except UserError as error:
         # found where a mistake was expected
         cause = error.__cause__ or error.__context__
-        if not isinstance(cause, OSError) or cause.errno not in ACCIDENTS | FORBIDDEN:
+        forbidden = isinstance(cause, OSError) and cause.errno in FORBIDDEN
+        if cause is None or not (forbidden or _accident_behind(cause)):
             raise
         raise _finish(error, str(error), kept) from error
     except Exception as error:

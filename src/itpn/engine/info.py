@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 from timm import create_model
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.checkpoints.files import read_checkpoint
@@ -31,7 +32,8 @@ def count_parameters(module: nn.Module) -> float:
 @torch.no_grad()
 def count_flops(forward: Callable[..., object], *inputs: Tensor) -> float:
     """Billions of multiply-adds of a forward pass: matrix products and attention."""
-    with FlopCounterMode(display=False) as counter:
+    # older versions of torch do not count its fused attention on a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(*inputs)
     return counter.get_total_flops() / 2e9
 

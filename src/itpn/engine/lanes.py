@@ -17,7 +17,7 @@ from itpn.config import RunConfig
 from itpn.engine.folder import RunFolder
 from itpn.engine.run import train
 from itpn.engine.signals import stopped_by_signals
-from itpn.errors import RunStopped, UserError
+from itpn.errors import MachineError, RunStopped
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,10 @@ def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, lan
             for title in [title for title in left if plans[title].after in {None, *done}][: len(idle)]:
                 left.remove(title)
                 lane = idle.pop()
-                lane.send((plans[title], logs / f"{title}.log"))
+                try:
+                    lane.send((plans[title], logs / f"{title}.log"))
+                except OSError:  # its process has ended
+                    raise _lost(logs / f"{title}.log") from None
                 busy[lane] = title
                 bars[title] = progress.add_task(title, total=plans[title].config.trainer.max_steps)
             ready = wait(list(busy), timeout=1)
@@ -123,10 +126,14 @@ def _receive(lane: Connection, log: Path) -> float:
     try:
         answer = lane.recv()
     except EOFError:
-        raise UserError(f"a run was killed, perhaps for want of memory; it wrote {log}") from None
+        raise _lost(log) from None
     if isinstance(answer, Exception):
         raise answer
     return float(answer)
+
+
+def _lost(log: Path) -> MachineError:
+    return MachineError(f"a run was killed, perhaps for want of memory; it wrote {log}")
 
 
 def _last_step(metrics: Path) -> int:

@@ -63,15 +63,19 @@ def read_steps(path: Path) -> list[int]:
 def _read_header(path: Path) -> list[str]:
     if not path.exists():
         return []
-    with path.open("rb") as file:
+    with path.open("rb") as file, contextlib.suppress(csv.Error):
         return next(csv.reader([file.readline().decode(errors="replace")]), [])
+    return []
 
 
 def _read(path: Path) -> tuple[list[str], Rows]:
     """The header and the whole rows; nothing of a file that is not of a run."""
     content = path.read_bytes() if path.exists() else b""
     whole = content[: content.rfind(b"\n") + 1].decode(errors="replace")
-    lines = list(csv.reader(line for line in whole.splitlines() if "\0" not in line))  # zeros: a power failure
+    try:
+        lines = list(csv.reader(line for line in whole.splitlines() if "\0" not in line))  # zeros: a power failure
+    except csv.Error:  # a field without end
+        lines = []
     header = lines[0] if lines else []
     if "step" not in header:
         return [], []

@@ -25,8 +25,8 @@ _watching = False
 def several() -> bool:
     """Whether this process belongs to a run of several, whoever started them."""
     # Lightning takes WORLD_SIZE away again when a run ends
-    launched = int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
-    return bool(_children) or _watching or launched > 1
+    launched = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
+    return bool(_children) or _watching or (launched.isdecimal() and int(launched) > 1)
 
 
 def watch_children(children: Sequence[subprocess.Popen[bytes]]) -> None:

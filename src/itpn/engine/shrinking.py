@@ -82,7 +82,7 @@ def shrink(
             with stopped_by_signals():
                 _write_shards(out, index, shards, num_workers, max_pixels, console)
         except RunStopped:
-            print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command goes on")
+            print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command resumes")
             raise
         except MachineError as error:
             done = f"{len(index.shards)} of {len(shards)} shards are done, the same command resumes"

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from itpn.errors import UserError
+from itpn.errors import ACCIDENTS, FORBIDDEN, UserError, refusal
 from itpn.pretraining.torchscript import read_script
 
 FILE_FORMS = "a .safetensors or .pt file in timm, OpenAI CLIP or open_clip form"
@@ -89,9 +89,13 @@ def read_state(path: str | Path, what: str, wanted: str, scripts: bool = False) 
         state = _read_file(str(path), what, wanted, scripts)
     except UserError:
         raise
-    except PermissionError as error:
-        raise UserError(f"{what} cannot be read: {error.strerror}") from error
+    except MemoryError:
+        raise
     except Exception as error:  # of whatever class: damaged files are damaged in many ways
+        if isinstance(error, OSError) and error.errno in ACCIDENTS | FORBIDDEN:
+            raise refusal(f"{what} cannot be read", error) from error
+        if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
+            raise
         raise UserError(f"{what} {_describe_damage(error)}; give {wanted}") from error
     if not isinstance(state, dict):
         raise UserError(f"{what} holds a {type(state).__name__}, not a dict of weights; give {wanted}")
