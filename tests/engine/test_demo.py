@@ -16,7 +16,7 @@ from itpn.cli import main
 from itpn.data.shapes import write_shapes
 from itpn.engine import demo
 from itpn.engine.lanes import Plan, train_side_by_side
-from itpn.errors import RunStopped, UserError
+from itpn.errors import MachineError, RunStopped, UserError
 
 
 def test_the_whole_story(monkeypatch, tmp_path, capsys):
@@ -78,7 +78,7 @@ def test_a_process_that_was_killed_is_one_line(settings, tmp_path):
         child.kill()
 
     threading.Thread(target=kill, daemon=True).start()
-    with pytest.raises(UserError, match=r"killed.*one\.log"):
+    with pytest.raises(MachineError, match=r"killed.*one\.log"):
         train_side_by_side({"one": plan}, tmp_path / "logs", Console(quiet=True), lanes=1)
 
 
