@@ -255,6 +255,8 @@ def read_names(file: str | None, root: str) -> Names | None:
         if found is None:
             return None
         file = str(found)
+    if not Path(file).exists():
+        raise UserError(f"file of classes {file} does not exist")
     lines = [line for line in read_lines(file) if line]
     if not lines:
         raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
