@@ -225,7 +225,7 @@ class RunFolder:
         try:
             yield
         except OSError as error:
-            full = error.errno in FULL
+            full = error.errno in FULL - {errno.EFBIG}  # which is a limit of files
             kept = f"is of step {self._last_step}" if self._last_step else "is yet to come"
             raise MachineError(
                 f"{'the disk is full: ' if full else ''}{path} cannot be written: {error.strerror or error}; the last "
