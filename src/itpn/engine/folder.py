@@ -1,6 +1,7 @@
 """A run's folder: who may use it, what was run in it, and its checkpoints."""
 
 import contextlib
+import errno
 import json
 import os
 import shutil
