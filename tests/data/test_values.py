@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image
@@ -227,6 +228,10 @@ def test_only_a_declared_alpha_is_transparent():
 def test_grey_with_alpha(extra):
     values = np.zeros((4, 4, 2), np.uint8)
     values[..., 1] = 51  # a fifth of black over white
+    if extra == 1 and int(PIL.__version__.partition(".")[0]) < 13:  # which does not know premultiplied grey
+        with pytest.raises(UnreadableImage, match="cannot be read"):
+            decode_image(tiff(values, extra=(extra,)))
+        return
     image = decode_image(tiff(values, extra=(extra,)))
     assert abs(int(image.unique()) - 204) <= 1
 
