@@ -53,7 +53,8 @@ def load_yaml(path: Path, loader: type[yaml.SafeLoader] | type[yaml.BaseLoader] 
         loader: `yaml.BaseLoader` leaves every value the text that it is.
 
     Raises:
-        yaml.YAMLError, ValueError, RecursionError, OSError: it is none, or aliases in it stand for more than they say.
+        UserError: it cannot be read, or is no text.
+        yaml.YAMLError, ValueError, RecursionError: it is no YAML, or aliases in it stand for more than they say.
     """
     content = yaml.load(read_text(path, most=MAX_YAML), Loader=loader)
     sizes: dict[int, float] = {}

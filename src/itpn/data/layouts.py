@@ -203,7 +203,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
             raise TypeError("names are no list")
         pairs = names.items() if isinstance(names, dict) else enumerate(names)
         named = {int(key): str(name).strip() for key, name in pairs}
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{file} is not YOLO's: it needs names, train and val ({reason})") from error
     if nameless := [key for key, name in named.items() if not name]:

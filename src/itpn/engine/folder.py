@@ -273,7 +273,7 @@ class RunFolder:
             return self._earlier
         try:
             stored = read_yaml(self.settings)[1]
-        except (UserError, OSError):
+        except UserError:
             if self._earlier is None:
                 raise
             print_aside(f"{self.settings} is corrupt: its settings are taken from {self.resumed}")
