@@ -1,14 +1,26 @@
-"""Two processes against one."""
+"""Two processes against one: a training step of a detector or segmenter.
+
+Run as a program, ``processes.py RANK FOLDER``, it is one of the two, each of which takes its share of the images.
+"""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
-SCRIPT = Path(__file__).parent / "models" / "gradient_of_heads.py"
+from itpn.models.detector import MaskDetector
+from itpn.models.pyramid import PyramidBackbone
+from itpn.models.segmenter import Segmenter
+from itpn.tasks.segmentation import pixel_loss
+
+PROCESSES = 2
+Tensors = dict[str, torch.Tensor]
 
 
 def compare_processes(given: dict[str, Any], folder: Path) -> int:
@@ -18,19 +30,55 @@ def compare_processes(given: dict[str, Any], folder: Path) -> int:
         How many batch norms there are.
     """
     torch.save(given, folder / "given.pt")
-    results = []
-    for launcher in ([], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]):
-        out = folder / f"{len(results)}.pt"
-        command = [sys.executable, *launcher, SCRIPT, folder / "given.pt", out]
-        subprocess.run(command, check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        results.append(torch.load(out, weights_only=True))
-    one, two = results
-    largest = max(gradient.norm() for gradient in one["gradients"].values())
-    for name, gradient in one["gradients"].items():
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, __file__]
+    started = [subprocess.Popen([*command, str(rank), folder], env=environment) for rank in range(PROCESSES)]
+    try:
+        gradients, buffers = train_step(given)
+        assert [process.wait(timeout=300) for process in started] == [0] * PROCESSES
+    finally:
+        for process in started:
+            process.kill()
+    shared_gradients, shared_buffers = torch.load(folder / "taken.pt", weights_only=True)
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for name, gradient in gradients.items():
         # a bias before batch norm has no gradient but rounding
-        assert (two["gradients"][name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12 * largest, name
+        assert (shared_gradients[name] - gradient).norm() <= 1e-5 * gradient.norm() + 1e-12 * largest, name
     changed = 0
-    for name, buffer in one["buffers"].items():
-        assert torch.allclose(two["buffers"][name].float(), buffer.float(), rtol=1e-5, atol=1e-7), name
+    for name, buffer in buffers.items():
+        assert torch.allclose(shared_buffers[name].float(), buffer.float(), rtol=1e-5, atol=1e-7), name
         changed += name.endswith("running_mean")
     return changed
+
+
+def train_step(given: dict[str, Any], rank: int = 0, world: int = 1) -> tuple[Tensors, Tensors]:
+    """Gradients and buffers after a step with every ``world``-th image."""
+    segments = isinstance(given["targets"], torch.Tensor)
+    backbone = PyramidBackbone(
+        "segmentation" if segments else "detection", pyramid_width=32, pyramid_depth=1, **given["backbone"]
+    )
+    kind = Segmenter if segments else MaskDetector
+    model = kind(backbone, num_classes=4, **given["options"])
+    model.to(given["images"][0].dtype).load_state_dict(given["state"])
+    images, targets = given["images"][rank::world], given["targets"][rank::world]
+    network = DistributedDataParallel(model) if world > 1 else model
+    # anchors and proposals are drawn in an order that does not depend on which images came before
+    with mock.patch("torch.randperm", lambda n, **kwargs: torch.arange(n, device=kwargs.get("device"))):
+        if segments:
+            losses = {name: pixel_loss(logits, targets) for name, logits in network(images).items()}
+        else:
+            losses = network(images, targets)
+    sum(losses.values()).backward()
+    return {name: p.grad for name, p in model.named_parameters()}, dict(model.named_buffers())
+
+
+def main(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES)
+    taken = train_step(torch.load(folder / "given.pt", weights_only=True), rank, PROCESSES)
+    if rank == 0:
+        torch.save(taken, folder / "taken.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))
