@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args
 
 from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_types
 from itpn.engine.guard import guard
-from itpn.engine.peers import GRACE, conclude, end_children
+from itpn.engine.peers import GRACE, conclude, disconnect, end_children
 from itpn.engine.signals import stopped_by_signals
 from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
@@ -63,11 +63,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with stopped_by_signals(), guard():
-            return run_command(arguments)
+            code = run_command(arguments)
+            disconnect()
+            return code
     except (UserError, MachineError, NonFiniteLoss, ExportFailed) as error:
         return conclude(error)
     except RunStopped as stop:
         end_children(GRACE)
+        disconnect()
         if arguments[0] not in TELL_THEMSELVES:
             print(f"itpn: stopped by {stop}; files that were not complete are not kept", file=sys.stderr)
         return 128 + stop.signum

@@ -59,6 +59,17 @@ def conclude(error: Exception) -> int:
     return code
 
 
+def disconnect() -> None:
+    """Close the connections to the other processes, once all have said what they had to.
+
+    A thread of torch's that still holds one while the interpreter ends aborts the process now and then (SIGABRT), and
+    torchrun reports a complete run as failed.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
+
+
 def end_children(patience: float) -> None:
     """Kill the processes that this one started, those that are still there after some seconds."""
     deadline = time.monotonic() + patience
