@@ -511,6 +511,41 @@ def test_rounding_above_one_is_no_pixel(tmp_path):
     assert boxes_of(images) == [[("dog", 0, 0, 80, 60)], [("cat", 39.92, 15, 40.08, 30)]]
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("0 0.5 0.5 nonsense 0.1", "could not convert string to float: 'nonsense'"),
+        ("cat 0.5 0.5 0.1 0.1", "Invalid class id 'cat'"),
+        ("1.5 0.5 0.5 0.1 0.1", "Invalid class id '1.5'"),
+        ("0 0.5 0.5", "Invalid YOLO annotation line '0 0.5 0.5'; expected at least 5 tokens"),
+        ("0,0.5,0.5,0.1,0.1", "Invalid YOLO annotation line '0,0.5,0.5,0.1,0.1'"),
+        ("# class x y width height", "Invalid class id '#'"),
+        ("0 0.5 0.5 -0.1 0.1", "Invalid box extent ('-0.1', '0.1')"),
+        ("0 0.5 0.5 nan 0.1", "Invalid box ('0.5', '0.5', 'nan', '0.1')"),
+        ("0 0.1 0.1 0.5 0.1 0.5 x", "could not convert string to float: 'x'"),
+        ("0 0.5 0.5 0.1 0." + "1" * 40, "a number of more than 40 characters"),
+        ("\x01 0.5 0.5 0.1 0.1", "Invalid class id '\\x01'"),
+    ],
+)
+def test_a_line_that_cannot_be_read_leaves_the_others(tmp_path, capsys, line, reason):
+    good = "1 0.5 0.5 0.25 0.5"
+    root = write_yolo(tmp_path / "a", f"{line}\n{good}\n\n{line}\n", f"{line}\n\n", "", good)
+    place = root / "labels" / "train"
+    images, said = read(root)
+    assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "2", "3"]
+    assert boxes_of(images) == [[("dog", 30, 15, 20, 30)], [], [("dog", 30, 15, 20, 30)]]
+    assert len(said) == 2
+    assert said[0].startswith(f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}")
+    assert f", {place}/0.txt: line 4: {reason}" in said[0]
+    assert said[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.txt: line 1: {reason}")
+    code, _, told = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
+    assert code == 2
+    assert f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}" in told
+    assert told.endswith("--data.mistakes skip leaves these out")
+    with pytest.raises(UserError, match="has no images that can be used: images whose annotations cannot be read: 1"):
+        read(write_yolo(tmp_path / "b", line))
+
+
 # --- Pascal VOC
 
 
@@ -550,13 +585,60 @@ def test_what_pascal_voc_gets_wrong(tmp_path):
     assert sorted(said) == [
         "boxes with coordinates from 0 to 1, which look like fractions: multiply them by the image's sides: 1 "
         f"({place}/2.xml object 1)",
-        f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1 has no name)",
+        f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1: it has no name)",
         f"objects that are annotated twice, and count once: 1 ({place}/0.xml object 2)",
     ]
     text = refusal(
         write_voc(tmp_path / "b", voc_object("cat"), size="<size><width>x</width><height>60</height></size>")
     )
     assert "0.xml: height 60, width x are no whole numbers" in text
+
+
+BROKEN = {
+    "object 2: it has no name": voc_object(""),
+    "object 2: Missing bndbox in Pascal VOC annotation.": "<object><name>dog</name></object>",
+    "object 2: Missing 'ymax'": voc_object("dog").replace("ymax", "y_max"),
+    "object 2: Invalid 'xmin' value 'left'": voc_object("dog").replace("11", "left"),
+    "object 2: Invalid 'xmax' value 'nan'": voc_object("dog", 11, 13, float("nan"), 27),
+    "object 2: Invalid 'xmax' value 'xxx": voc_object("dog", 11, 13, "x" * 10**6, 27),
+}
+
+
+@pytest.mark.parametrize("reason", list(BROKEN))
+def test_an_object_that_cannot_be_read_leaves_the_others(tmp_path, capsys, reason):
+    good, broken = voc_object("cat"), BROKEN[reason]
+    root = write_voc(tmp_path, good + broken + good.replace("27", "25"), broken, good)
+    place = root / "Annotations"
+    images, said = read(root)
+    assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "2"]
+    assert images.classes == ("cat",)
+    assert boxes_of(images) == [[("cat", *BOX), ("cat", *BOX[:3], 13)], [("cat", *BOX)]]
+    assert said[0].startswith(f"objects that cannot be read: 1 ({place}/0.xml: {reason}")
+    assert said[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1")
+    assert max(map(len, said)) < 1000
+    code, _, told = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
+    assert code == 2
+    assert f"objects that cannot be read: 1 ({place}/0.xml: {reason}" in told
+
+
+def test_a_polygon_of_pascal_voc_that_cannot_be_read_leaves_its_box(tmp_path):
+    """And objects without a polygon have none, rather than an empty one, beside those that have."""
+    polygon = (
+        "<polygon><x1>11</x1><y1>13</y1><x2>30</x2><y2>13</y2><x3>30</x3><y3>27</y3><x4>11</x4><y4>27</y4></polygon>"
+    )
+    drawn = voc_object("cat").replace("</object>", f"{polygon}</object>")
+    root = write_voc(
+        tmp_path, drawn + voc_object("dog"), drawn.replace("<y4>27</y4>", ""), drawn.replace("<x1>11", "<x1>x")
+    )
+    images, said = read(root)
+    assert boxes_of(images) == [[("cat", *BOX), ("dog", *BOX)], [("cat", *BOX)], [("cat", *BOX)]]
+    assert images.outlined == (1, 3)
+    place = root / "Annotations"
+    assert said == [
+        "polygons or masks that cannot be used (the box is, if there is one): 2 ("
+        f"{place}/1.xml object 1: an odd number of coordinates, "
+        f"{place}/2.xml object 1: Invalid 'x1' value 'x' in Pascal VOC annotation.)"
+    ]
 
 
 # --- images to evaluate on
