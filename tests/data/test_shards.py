@@ -93,10 +93,10 @@ def test_what_is_told_of_members(tmp_path: Path) -> None:
         (
             ["0.rgb.png", "0.nir.png"],
             (),
-            r"several images of one sample \(0.rgb.png, 0.nir.png\): --data.members of `itpn train` says",
+            r"several images of one sample \(0.rgb.png, 0.nir.png\): --data.members says",
         ),
-        (["0.seg.png", "1.seg.png"], (), r"no plain images, but 2 .seg.png: --data.members of `itpn train` says"),
-        (["0.jpg", "1.jpg"], ("webp",), r"no images that end in webp, but 2 .jpg: --data.members of `itpn train` says"),
+        (["0.seg.png", "1.seg.png"], (), r"no plain images, but 2 .seg.png: --data.members says"),
+        (["0.jpg", "1.jpg"], ("webp",), r"no images that end in webp, but 2 .jpg: --data.members says"),
         ([f"2024.{i}.jpg" for i in range(99)], (), r"several images of one sample \(2024.0.jpg, .*, \.\.\.\)"),
     ],
 )

@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class ImageSource:
 class _Found:
     """What a search has met so far."""
 
+    members: tuple[str, ...] = ()  # as of `ImageSource`
     images: dict[str, None] = field(default_factory=dict)  # an ordered set: roots may overlap
     shards: dict[str, None] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
@@ -81,15 +82,24 @@ class _Found:
                 f"{f'; {unread}' if unread else ''}"
             )
         lines = [*notes, *([unread] if unread else [])]
-        return ImageSource(tuple(self.images), tuple(self.shards), roots=tuple(self.places), notes=tuple(lines))
+        return ImageSource(
+            images=tuple(self.images),
+            shards=tuple(self.shards),
+            roots=tuple(self.places),
+            notes=tuple(lines),
+            members=self.members,
+        )
 
 
-def find_images(roots: Sequence[Path | str]) -> ImageSource:
+def find_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> ImageSource:
     """Find the images, or else the tar shards, under some folders; a root may also be one image or one shard.
 
     Folders are searched at any depth and links to folders are followed, each folder once. Hidden files and
     folders are passed over, and so is everything that is neither image nor shard, which the notes count. The order is
     that of the roots, then of the names, on every file system.
+
+    Args:
+        members: endings of the images in shards, see `itpn.data.members.Choice`.
 
     Raises:
         UserError: a root is missing, unreadable or holds nothing of use, or some hold images and others shards.
@@ -97,7 +107,7 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
     names = [os.fspath(root) for root in roots]
     if cache := _find_cache(names):
         return cache
-    found = _Found()
+    found = _Found(tuple(members))
     for root in names:
         check_root(root)
         found.add(root, list(walk(root, found.unread)) if os.path.isdir(root) else [root])
@@ -110,12 +120,12 @@ def find_training_images(roots: Sequence[Path | str], members: Sequence[str] = (
     Evaluation sets stay unseen. The notes say what is left out.
 
     Args:
-        members: endings of the images in shards, see `itpn.data.members.Choice`.
+        members: as of `find_images`.
     """
     names = [os.fspath(root) for root in roots]
     if cache := _find_cache(names):
         return cache
-    found, notes = _Found(), []
+    found, notes = _Found(tuple(members)), []
     for root in names:
         check_root(root)
         if not os.path.isdir(root):
@@ -125,11 +135,14 @@ def find_training_images(roots: Sequence[Path | str], members: Sequence[str] = (
         own = [path for split, path in _walk(root, found.unread, parts) if split in ("", "train")]
         found.add(root, own)
         notes += parts.notes()
-    return replace(found.source(notes), members=tuple(members))
+    return found.source(notes)
 
 
-def find_splits(roots: Sequence[str]) -> dict[str, ImageSource]:
+def find_splits(roots: Sequence[str], members: Sequence[str] = ()) -> dict[str, ImageSource]:
     """As `find_images`, but what is for training apart from what is for evaluation, where the names say which is which.
+
+    Args:
+        members: as of `find_images`.
 
     Returns:
         By split, ``train``, ``val`` and ``test``, what is called so in the roots, and nothing of what lies beside;
@@ -160,12 +173,12 @@ def find_splits(roots: Sequence[str]) -> dict[str, ImageSource]:
             own["train"] = own.pop("") + own["train"]
         for split, paths in own.items():
             places = sorted(parts.places.get(split, []), key=len, reverse=True)
-            some = found.setdefault(split, _Found())
+            some = found.setdefault(split, _Found(tuple(members)))
             some.add(root, paths)
             some.places[-1:] = [*places, *([] if places and split else [root])]
         notes += parts.notes()
     if "train" not in found:
-        return {"": find_training_images(names)}
+        return {"": find_training_images(names, members)}
     for root, is_divided in divided.items():
         if not is_divided:
             raise UserError(f"{root} has nothing called train, unlike another folder: give folders of one kind")

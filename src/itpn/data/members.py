@@ -12,7 +12,7 @@ from itpn.errors import UserError
 
 ALL = "all"
 MOST_OF_A_SAMPLE = 64  # images
-REMEDY = "--data.members of `itpn train` says which to read, `all` for every one"
+REMEDY = "--data.members says which to read, `all` for every one"
 # between the key and the suffix: what describes an image, and is none to train on
 SECONDARY = {
     *("seg", "segmentation", "semantic", "instance", "panoptic", "mask", "masks", "label", "labels", "labelids"),
@@ -47,15 +47,6 @@ def is_image_ending(ending: str) -> bool:
     return f".{ending}".endswith(IMAGE_SUFFIXES)
 
 
-def check_members(endings: Sequence[str]) -> None:
-    """Refuse endings that no image has."""
-    for ending in endings:
-        if ending != ALL and not is_image_ending(ending.lower().lstrip(".")):
-            raise UserError(
-                f"--data.members {ending} is no ending of an image: give `jpg`, `rgb.png` or the like, or all"
-            )
-
-
 class Choice:
     """Chooses the images of a shard, one after the other.
 
@@ -64,6 +55,9 @@ class Choice:
 
     Args:
         endings: of the members to take instead; :data:`ALL` for every image.
+
+    Raises:
+        UserError: an ending that no image has.
 
     Attributes:
         taken, left: count the endings of the images that are taken, and of those that are not.
@@ -75,6 +69,11 @@ class Choice:
         self.left: Counter[str] = Counter()
         self.problem = ""
         self._endings = {ending.lower().lstrip(".") for ending in endings}
+        for ending in sorted(self._endings - {ALL}):
+            if not is_image_ending(ending):
+                raise UserError(
+                    f"--data.members {ending} is no ending of an image: give `jpg`, `rgb.png` or the like, or all"
+                )
 
     def choose(self, images: Iterable[Member]) -> Iterator[Member]:
         """Those of a shard's images that are to be read; none of a sample that is not certain, see ``problem``."""
