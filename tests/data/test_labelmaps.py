@@ -335,6 +335,41 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
     assert "left out (--data.mistakes summary shows" in said[0]
 
 
+def test_what_is_not_read_is_counted_by_suffix(root):
+    """In both folders of a set; what is read as a file of classes is none of it."""
+    images, masks = root / "images" / "training", root / "annotations" / "training"
+    for name in ("a.heic", "b.heic", "Thumbs.db", "classes.csv", ".hidden", "x/c.AVIF", "s.tar"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).touch()
+    for name in ("a.json", "b.json", "notes"):
+        (masks / name).touch()
+    said: list[str] = []
+    train, _ = find(root, tell=said.append, mistakes="error")
+    assert len(train) == 12
+    assert said == [
+        f"{masks}: not read: 2 .heic, 1 .avif, 1 .db, 1 .tar in {images}",
+        f"{masks}: not read: 2 .json, 1 without a suffix in {masks}",
+    ]
+    for path in [*images.iterdir(), *masks.iterdir()]:
+        path.rename(path.with_suffix(".heic")) if path.is_file() else None
+    with pytest.raises(
+        UserError, match=rf"{images} has no images; not read: 17 \.heic, 1 \.avif in {images}; not read"
+    ):
+        find(root)
+
+
+def test_what_is_not_read_of_images_and_masks_in_one_folder(tmp_path):
+    write_pair(tmp_path, "a", Image.new("L", (6, 4), 1))
+    for path in [*(tmp_path / "images").iterdir(), *(tmp_path / "masks").iterdir()]:
+        path.rename(tmp_path / path.name)
+    (tmp_path / "names.txt").write_text("x\ny\n")
+    (tmp_path / "Thumbs.db").touch()
+    said: list[str] = []
+    options = {"masks": str(tmp_path), "reduce_zero_label": False, "mistakes": "skip"}
+    find(tmp_path, **options, classes=str(tmp_path / "names.txt"), tell=said.append)
+    assert said == [f"{tmp_path}: not read: 1 .db in {tmp_path}"]
+
+
 @pytest.mark.parametrize(
     ("mask", "words"),
     [

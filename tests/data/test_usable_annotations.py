@@ -641,6 +641,54 @@ def test_a_polygon_of_pascal_voc_that_cannot_be_read_leaves_its_box(tmp_path):
     ]
 
 
+# --- files that are not read
+
+
+def test_what_is_not_read_of_yolo_is_counted_by_suffix(tmp_path):
+    """Labels are read, whether they lie in a folder of their own or beside the images."""
+    label = "1 0.5 0.5 0.25 0.5"
+    root = write_yolo(tmp_path / "a", label, label)
+    place = root / "images" / "train"
+    for name in ("a.heic", "b.heic", "Thumbs.db", "0.txt", ".hidden", "x.tar.gz"):
+        (place / name).touch()
+    images, said = read(root)
+    assert len(images) == 2
+    assert said == [f"{root}/data.yaml: not read: 2 .heic, 1 .db, 1 .tar.gz, 1 .txt in {place}"]
+    root = tmp_path / "b"
+    root.mkdir()
+    for name in ("0", "1"):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(root / f"{name}.jpg")
+        (root / f"{name}.txt").write_text(label)
+    (root / "data.yaml").write_text("train: .\nnames: [cat, dog]\n")
+    images, said = read(root)
+    assert [len(objects) for objects in objects_of(images)] == [1, 1]
+    assert said == []
+    (root / "2.txt").write_text(label)
+    (root / "3.jp2").touch()
+    assert read(root)[1] == [f"{root}/data.yaml: not read: 1 .jp2, 1 .txt in {root}"]
+
+
+def test_what_is_not_read_of_pascal_voc_is_counted_by_suffix(tmp_path):
+    root = write_voc(tmp_path, voc_object("cat"), voc_object("cat"))
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for split, name in (("train", 0), ("val", 1)):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
+    for name in ("a.heic", "b.avif"):
+        (root / "JPEGImages" / name).touch()
+    said: list[str] = []
+    find_objects(str(root), tell=said.append)  # of two sets in one folder, once
+    assert said == [f"{root}/ImageSets/Main/train.txt: not read: 1 .avif, 1 .heic in {root}/JPEGImages"]
+
+
+def test_images_of_other_formats_alone(tmp_path):
+    root = write_yolo(tmp_path, "1 0.5 0.5 0.25 0.5")
+    (root / "images" / "train" / "0.jpg").rename(root / "images" / "train" / "0.heic")
+    said: list[str] = []
+    with pytest.raises(UserError, match="has no images"):
+        read_objects(str(root), "train", "summary", said.append)
+    assert said == [f"{root}/data.yaml: not read: 1 .heic in {root}/images/train"]
+
+
 # --- images to evaluate on
 
 

@@ -12,7 +12,16 @@ from itpn.data.splits import SPLITS, Division, divide, join, split_of_file, spli
 from itpn.errors import MachineError, UserError
 from itpn.text import read_text, readable
 
-__all__ = ["SPLITS", "ImageSource", "find_images", "find_splits", "find_training_images", "is_image", "walk"]
+__all__ = [
+    "SPLITS",
+    "ImageSource",
+    "find_images",
+    "find_splits",
+    "find_training_images",
+    "is_image",
+    "list_images",
+    "walk",
+]
 
 # the first six are JPEG by other names
 IMAGE_SUFFIXES = (
@@ -24,6 +33,7 @@ TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in a folder written by `itpn cache-features`
 SHRINK_INDEX = "itpn-shrink.json"  # in one written by `itpn shrink`
 CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
+CLASS_FILES = (CLASSES, "classes.csv", "class_dict.csv", "objectInfo150.txt")  # of masks; ADE20K has the last
 ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 IMAGE_FOLDERS = {"images", "jpegimages", "leftimg8bit", "imgs", "img"}
 MASK_FOLDERS = {"annotations", "masks", "labels", "segmentationclass", "segmentationobject", "gtfine", "gtcoarse"}
@@ -62,7 +72,7 @@ class _Found:
         images = [path for path in paths if is_image(path)]
         self.images.update(dict.fromkeys(images))
         if images:
-            self.unread.update(_suffix(path) for path in paths if is_shard(path))
+            self.unread.update(suffix_of(path) for path in paths if is_shard(path))
         else:
             self.shards.update(dict.fromkeys(paths))
         self.places.append(root)
@@ -371,6 +381,13 @@ def walk(root: str, unread: Counter[str] | None = None) -> Iterator[str]:
     return (path for _, path in _walk(root, unread))
 
 
+def list_images(root: str, unread: Counter[str]) -> list[str]:
+    """The images alone that `walk` gives; all other files are counted by suffix."""
+    paths = list(walk(root, unread))
+    unread.update(suffix_of(path) for path in paths if not is_image(path))
+    return [path for path in paths if is_image(path)]
+
+
 def _walk(root: str, unread: Counter[str] | None = None, parts: _Parts | None = None) -> Iterator[tuple[str, str]]:
     """As `walk`, each path after its split, "" outside of every divided folder."""
     seen: set[tuple[int, int]] = set()  # links may lead back to where they start
@@ -395,8 +412,8 @@ def _walk(root: str, unread: Counter[str] | None = None, parts: _Parts | None = 
                 continue
             if is_image(entry.name) or is_shard(entry.name):
                 yield splits.get(entry.path, split), entry.path
-            elif unread is not None and entry.name not in (CACHE_INDEX, SHRINK_INDEX, CLASSES):
-                unread[_suffix(entry.name)] += 1
+            elif unread is not None and entry.name not in (CACHE_INDEX, SHRINK_INDEX, *CLASS_FILES):
+                unread[suffix_of(entry.name)] += 1
 
 
 def _list(folder: str) -> list[os.DirEntry[str]]:
@@ -414,7 +431,8 @@ def _read(ask: Callable[[str], Any], folder: str) -> Any:
         ) from None
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
+    """As a count of files that are not read calls it."""
     lower = os.path.basename(name).lower()
     return next(
         (suffix for suffix in SHARD_SUFFIXES[1:] if lower.endswith(suffix)), readable(os.path.splitext(lower)[1])

@@ -22,7 +22,7 @@ from itpn.data.files import (
     is_table,
     list_files,
     list_folders,
-    walk,
+    list_images,
 )
 from itpn.data.members import list_endings, split_name
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
@@ -233,7 +233,7 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
     unread: Counter[str] = Counter()
     for label, name in enumerate(classes):
         for place in places[name]:
-            found = [path for path in walk(place, unread) if is_image(path)]
+            found = list_images(place, unread)
             paths += found
             labels += [label] * len(found)
     where = ", ".join(folders)

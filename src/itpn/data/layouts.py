@@ -6,10 +6,11 @@ Each reader gives None where the folder has another layout, or not this set.
 import contextlib
 import importlib
 import json
+import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from faster_coco_eval.core import mask as rle
 
 from itpn.config.files import load_yaml
 from itpn.data.decode import MAX_PIXELS, read_size, reason_of
-from itpn.data.files import SPLITS, is_image, split_places, walk
+from itpn.data.files import SPLITS, describe_unread, list_images, split_places, suffix_of
 from itpn.data.numbers import read_whole
 from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError
@@ -55,6 +56,13 @@ class Mistakes:
         self.counts[kind] += 1
         if self.counts[kind] <= 3:
             self.examples.setdefault(kind, []).append(one_line(example))
+
+    def note_unread(self, folder: str, unread: Counter[str], read: Iterable[str | Path] = ()) -> None:
+        """Note what files below a folder are not read; ``read`` are some that are, and were counted as well."""
+        below = os.path.join(os.path.abspath(folder), "")
+        unread = unread - Counter(suffix_of(str(path)) for path in read if os.path.abspath(path).startswith(below))
+        if line := describe_unread(unread):
+            self.notes.append(f"{line} in {folder}")
 
     def lines(self) -> list[str]:
         """A line for each kind, the commonest first."""
@@ -182,15 +190,19 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
         place = next((p for p in (base / folder, root / folder.removeprefix("../")) if p.is_dir()), None)
         if place is None:
             raise UserError(f"{file} speaks of images in {folder}, which is not a folder below {root}")
-        for image, size in _images_below(place, mistakes, max_pixels):
+        unread, read = Counter[str](), [file]
+        for image, size in _images_below(place, mistakes, max_pixels, unread):
             parts = list(image.parts)
             if "images" in parts[len(root.parts) :]:
                 last = len(parts) - 1 - parts[::-1].index("images")
                 parts[last] = "labels"
             labels = Path(*parts).with_suffix(".txt")
             missing = missing or (None if labels.is_file() else labels)
-            found += labels.is_file()
+            if labels.is_file():
+                found += 1
+                read.append(labels)
             _append(coco, image, size, labels, parse, mistakes)
+        mistakes.note_unread(str(place), unread, read)
     if missing is not None and not found:
         raise UserError(f"{file} has images in {', '.join(folders)}, but no labels: {missing} is not there, nor others")
     return coco, Path, str(file)
@@ -283,13 +295,14 @@ def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_P
     classes: list[str] = []
     parse = _voc_parser(classes, mistakes)
     coco: Coco = {"images": [], "annotations": []}
-    seen = set()
-    for image, size in _images_below(images, mistakes, max_pixels, wanted):
+    seen, unread = set(), Counter[str]()
+    for image, size in _images_below(images, mistakes, max_pixels, unread, wanted):
         seen.add(image.stem)
         path = notes / f"{image.stem}.xml"
         if not path.is_file():
             path = next((p for p in [path.with_suffix(".XML")] if p.is_file()), path)
         _append(coco, image, size, path, parse, mistakes)
+    mistakes.note_unread(str(images), unread)
     for name in sorted((wanted or set()) - seen):
         mistakes.add("images not on disk", name)
     order = sorted(classes)  # which must not depend on which image came first
@@ -375,10 +388,14 @@ def _text(counts: Any) -> Any:
 
 
 def _images_below(
-    folder: Path, mistakes: Mistakes, max_pixels: int, stems: set[str] | None = None
+    folder: Path, mistakes: Mistakes, max_pixels: int, unread: Counter[str], stems: set[str] | None = None
 ) -> Iterator[tuple[Path, Size]]:
-    """Image files and their height and width, from their headers; of some names alone, if given."""
-    for name in sorted(path for path in walk(str(folder)) if is_image(path)):
+    """Image files and their height and width, from their headers; of some names alone, if given.
+
+    Args:
+        unread: counts all other files by suffix.
+    """
+    for name in sorted(list_images(str(folder), unread)):
         if stems is not None and Path(name).stem not in stems:
             continue
         try:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
+from itpn.data.files import CLASS_FILES
 from itpn.data.labelled import join_names
 from itpn.data.readers import read_file
 from itpn.errors import UserError
@@ -24,7 +25,6 @@ IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
 MAX_CLASSES = 254
 WHITE = 255  # in masks of 8 bits
 MAX_LEVELS = 10  # shades that are recognized as evenly spaced: more are too close to class indices
-NAME_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "objectInfo150.txt")  # ADE20K has the last
 
 Colour = tuple[int, int, int]
 Names = Sequence[tuple[str, Colour | None]]  # of labels in turn, and their colours
@@ -250,7 +250,7 @@ def read_names(file: str | None, root: str) -> Names | None:
         UserError: no such file, or a line that is no class.
     """
     if file is None:
-        places = [place / name for place in (Path(root), Path(root).parent) for name in NAME_FILES]
+        places = [place / name for place in (Path(root), Path(root).parent) for name in CLASS_FILES]
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             return None
