@@ -36,7 +36,9 @@ CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
 CLASS_FILES = (CLASSES, "classes.csv", "class_dict.csv", "objectInfo150.txt")  # of masks; ADE20K has the last
 ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 IMAGE_FOLDERS = {"images", "jpegimages", "leftimg8bit", "imgs", "img"}
-MASK_FOLDERS = {"annotations", "masks", "labels", "segmentationclass", "segmentationobject", "gtfine", "gtcoarse"}
+MASK_FOLDERS = ("annotations", "masks", "labels")  # where masks are looked for
+# those, and folders of masks that have to be named
+ALL_MASK_FOLDERS = {*MASK_FOLDERS, "segmentationclass", "segmentationobject", "gtfine", "gtcoarse"}
 MOST_SUFFIXES = 8  # that a line names
 
 
@@ -272,9 +274,9 @@ class _Parts:
     def leave_masks(self, entries: Sequence[os.DirEntry[str]], split: str = "") -> dict[str, str] | None:
         """All entries but folders of masks beside those of images, as in ADE20K's and Cityscapes' layouts."""
         names = {entry.name.lower() for entry in entries if entry.is_dir()}
-        if not names & IMAGE_FOLDERS or not names & MASK_FOLDERS:
+        if not names & IMAGE_FOLDERS or not names & ALL_MASK_FOLDERS:
             return None
-        masks = [entry for entry in entries if entry.is_dir() and entry.name.lower() in MASK_FOLDERS]
+        masks = [entry for entry in entries if entry.is_dir() and entry.name.lower() in ALL_MASK_FOLDERS]
         self.masks += [os.path.relpath(entry.path, self.root) for entry in masks if next(walk(entry.path), None)]
         return {entry.path: split for entry in entries if entry not in masks}
 

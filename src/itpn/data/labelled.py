@@ -27,7 +27,7 @@ from itpn.data.files import (
 from itpn.data.members import list_endings, split_name
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
 from itpn.data.shards import index_shard
-from itpn.data.splits import Division
+from itpn.data.splits import Division, join
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.text import one_line, read_lines
@@ -363,6 +363,4 @@ def _hint(names: Sequence[str]) -> str:
 
 def join_names(names: Sequence[str], most: int = 3) -> str:
     """The first few, each set off from the sentence."""
-    return ", ".join(f"'{name}'" for name in names[:most]) + (
-        f" and {len(names) - most} more" if len(names) > most else ""
-    )
+    return join([f"'{name}'" for name in names], most)

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, read_size, reason_of
-from itpn.data.files import SPLITS, describe_file, is_image, list_images, split_places, walk
+from itpn.data.files import MASK_FOLDERS, SPLITS, describe_file, is_image, list_images, split_places, walk
 from itpn.data.labelled import join_names
 from itpn.data.layouts import Mistakes
 from itpn.data.masks import (
@@ -37,7 +37,6 @@ from itpn.errors import UserError
 from itpn.models.detector import fit_sides
 from itpn.seeding import derive_seed
 
-MASK_FOLDERS = ("annotations", "masks", "labels")
 MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name
 CROP_TRIES = 10
 LAYOUTS = (
