@@ -1,5 +1,7 @@
 """Images with masks: layouts, encodings, mistakes, image and mask through every augmentation."""
 
+import errno
+import os
 import random
 import re
 import shutil
@@ -15,7 +17,7 @@ from itpn.data.labelmaps import MaskRules, SegmentationTransform, find_label_map
 from itpn.data.loader import TrainingLoader
 from itpn.data.masks import IGNORED, make_table, name_labels, read_names
 from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
-from itpn.errors import UserError
+from itpn.errors import MachineError, UserError
 
 NAMES = (*GROUNDS, *CLASSES)
 
@@ -532,3 +534,34 @@ def test_a_mask_that_is_lost_while_training(root):
     Image.new("L", (80, 64), 77).save(lost)
     with pytest.raises(UnreadableImage, match="label 77, which no class has"):
         train.table.read(str(lost))
+
+
+@pytest.mark.parametrize("place", ["itpn.data.labelmaps.read_size", "itpn.data.readers.read_bounded"])
+def test_masks_and_images_on_a_lost_disk_are_not_damaged(root, monkeypatch, place):
+    def refuse(path, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("itpn.data.readers.RETRY_AFTER", ())
+    monkeypatch.setattr(place, refuse)
+    kind = "images" if place.endswith("read_size") else "annotations"
+    with pytest.raises(
+        MachineError, match=rf"{root}/{kind}/training/.* cannot be read: Input/output error; look whether"
+    ):
+        find(root)
+
+
+def test_names_with_quotes_and_digits_of_other_kinds(tmp_path):
+    """Raised digits are digits to Python, and no numbers."""
+    file = tmp_path / "x.csv"
+    for text, names in {
+        'name,r,g,b\n"traffic light, red",1,2,3\n"a ""b""",4,5,6\n': [
+            ("traffic light, red", (1, 2, 3)),
+            ('a "b"', (4, 5, 6)),
+        ],
+        '"it, is"\nan "odd, one\n': [("it, is", None), ('an "odd one', None)],
+        "m² 1 2 3\nm³ 4 5 6\n": [("m²", (1, 2, 3)), ("m³", (4, 5, 6))],
+        "a ² 1 2\nb 3 4 ³\n": [("a ² 1 2", None), ("b 3 4 ³", None)],
+        "²\n³\n": [("²", None), ("³", None)],
+    }.items():
+        file.write_text(text, encoding="utf-8")
+        assert read_names(str(file), "") == names

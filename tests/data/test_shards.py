@@ -6,10 +6,12 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.members import split_name
+from itpn.data.readers import unpack
 from itpn.data.shards import check_shards, count_shard_images, index_shard, read_shard, shard_samples
 from itpn.errors import UserError
 
@@ -211,3 +213,35 @@ def test_cifar_shards() -> None:
     assert key.startswith("train-0000.tar.gz/train_")
     assert isinstance(data, bytes)
     assert data[:2] == b"\xff\xd8"
+
+
+def damage_end(packed: bytes, kind: str) -> bytes:
+    return packed[:-8] if kind == "cut" else packed[:-8] + bytes(8)  # its checksum and length
+
+
+@pytest.mark.parametrize("kind", ["cut", "checksum"])
+def test_a_compressed_shard_with_a_damaged_end(tmp_path: Path, kind: str) -> None:
+    """All of its images are there; what is kept in memory whole is refused."""
+    shard = make_shard(tmp_path / "s.tar", ["0.jpg", "1.jpg"])
+    (tmp_path / "s.tar.gz").write_bytes(damage_end(gzip.compress(shard.read_bytes()), kind))
+    shard = tmp_path / "s.tar.gz"
+    images = [key for key, data in read_shard(shard) if isinstance(data, bytes)]
+    assert images == ["s.tar.gz/0.jpg", "s.tar.gz/1.jpg"]
+    with pytest.raises(UserError, match=r"shard .*s\.tar\.gz is damaged .*: make it again"):
+        unpack(str(shard), 2**20)
+
+
+def test_a_compressed_shard_that_breaks_off(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
+        for name in ("0.jpg", "1.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 40_000
+            tar.addfile(member, io.BytesIO(rng.bytes(40_000)))  # which cannot be compressed
+    shard = tmp_path / "s.tar.gz"
+    shard.write_bytes(shard.read_bytes()[:60_000])
+    (key, data), (name, damage) = read_shard(shard)
+    assert (key, len(data)) == ("s.tar.gz/0.jpg", 40_000)
+    assert (name, type(damage)) == (str(shard), UnreadableImage)
+    with pytest.raises(UserError, match=r"shard .*s\.tar\.gz is damaged .*: make it again"):
+        index_shard(str(shard))

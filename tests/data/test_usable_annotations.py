@@ -1,7 +1,10 @@
 """Annotations as people have them: what is usable is used, what is invalid is named by kind before training."""
 
+import errno
 import json
+import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import itpn.text
 from itpn.cli import main
 from itpn.data.annotations import find_objects, read_objects
 from itpn.data.objects import DetectionTransform, make_target
@@ -700,3 +704,77 @@ def test_images_to_evaluate_on_of_which_no_object_can_be_used(tmp_path):
     edit(other, lambda c: c.update(annotations=[]))
     _, val = find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), tell=pytest.fail)
     assert np.array_equal(val.ids, [1, 2, 3])
+
+
+# --- accidents
+
+
+def refuse(number: int):
+    def read(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    return read
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize(
+    ("layout", "place"),
+    [
+        ("yolo", "itpn.text.read_bounded"),
+        ("yolo", "itpn.data.layouts.read_size"),
+        ("voc", "itpn.data.layouts.read_bounded"),
+        ("voc", "itpn.data.layouts.read_size"),
+    ],
+)
+def test_annotations_on_a_lost_disk_are_not_damaged(tmp_path, capsys, monkeypatch, layout, place, number):
+    """A line that names the file, and exit code 1: nothing is left out, and no file is called corrupt."""
+    if layout == "yolo":
+        root = write_yolo(tmp_path / "a", "1 0.5 0.5 0.25 0.5")
+        assert boxes_of(read(root)[0])
+        if place == "itpn.text.read_bounded":  # the settings are read by it as well
+            bounded = itpn.text.read_bounded
+
+            def lost(path, *rest):
+                return (refuse(number) if "labels" in str(path) else bounded)(path, *rest)
+
+            monkeypatch.setattr(place, lost)
+        else:
+            monkeypatch.setattr(place, refuse(number))
+    else:
+        root = write_voc(tmp_path / "a", voc_object("cat"))
+        monkeypatch.setattr(place, refuse(number))
+    code, _, said = train(root, tmp_path / "runs", capsys)
+    assert code == 1
+    assert re.search(rf"itpn: {root}/.*0\.(jpg|txt|xml) cannot be read: {os.strerror(number)}; ", said), said
+    assert "left out" not in said
+
+
+# --- names
+
+
+def test_a_yolo_set_of_several_folders(tmp_path):
+    root = write_yolo(tmp_path, "1 0.5 0.5 0.25 0.5")
+    for part in ("images", "labels"):
+        (root / part / "more").mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images" / "more" / "7.jpg")
+    (root / "labels" / "more" / "7.txt").write_text("0 0.5 0.5 0.25 0.5")
+    (root / "data.yaml").write_text("train: [images/train, images/more]\nval:\n- images/more\nnames: [cat, dog]\n")
+    train, val = find_objects(str(root), tell=pytest.fail)
+    assert [row[0][0] for row in boxes_of(train)] == ["dog", "cat"]
+    assert [row[0][0] for row in boxes_of(val)] == ["cat"]
+    (root / "data.yaml").write_text("train: [images/train, images/none]\nnames: [cat, dog]\n")
+    assert "speaks of images in images/none, which is not a folder below" in refusal(root)
+    (root / "data.yaml").write_text("train: [[images/train]]\nnames: [cat, dog]\n")
+    assert "train and val must each be a folder or a list of folders" in refusal(root)
+
+
+def test_half_characters_in_json(tmp_path, capsys):
+    """Of a pair, as JSON may hold them: no file is called so, and every terminal takes the message."""
+    root = write_coco(tmp_path / "a", [{}, {}, {}])
+    edit(root, lambda c: c["images"][0].update(file_name="half \ud800.jpg"))
+    images, said = read(root)
+    assert len(images) == 2
+    assert said == [f"images not on disk: 1 ({root}/train2017/half \\ud800.jpg)"]
+    edit(root, lambda c: c["categories"][0].update(name="half \ud800"))
+    code, _, said = train(root, tmp_path / "runs", capsys)
+    assert code == 0, said
