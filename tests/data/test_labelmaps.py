@@ -565,3 +565,33 @@ def test_names_with_quotes_and_digits_of_other_kinds(tmp_path):
     }.items():
         file.write_text(text, encoding="utf-8")
         assert read_names(str(file), "") == names
+
+
+@pytest.mark.parametrize("quality", [75, 100])
+@pytest.mark.parametrize("step", [1, 60])
+def test_jpeg_masks_need_a_file_of_classes(tmp_path, step, quality):
+    """Their compression makes labels of its own, of grey levels that do not reach white as well."""
+    labels = np.zeros((40, 60), np.uint8)
+    labels[:20], labels[:, :20] = step, 2 * step
+    for number in range(2):
+        write_pair(tmp_path, str(number), Image.fromarray(labels), (60, 40))
+        Image.fromarray(labels).save(tmp_path / "masks" / f"{number}.jpg", quality=quality)
+        (tmp_path / "masks" / f"{number}.png").unlink()
+    with pytest.raises(
+        UserError, match=r"masks in .*, such as .*\.jpg: .*(save masks as PNG|look like shades of grey)"
+    ):
+        find(tmp_path, reduce_zero_label=False)
+
+
+def test_an_empty_line_among_the_classes(tmp_path):
+    """Those after it would be other labels; with colours, nothing depends on the order."""
+    file = tmp_path / "x.txt"
+    file.write_text("a\n\nb\n\n\n")
+    with pytest.raises(
+        UserError, match=r"x\.txt has nothing in line 2: each line names a class, the first that of label 0"
+    ):
+        read_names(str(file), "")
+    file.write_text("a\nb\n\n \n\n")
+    assert read_names(str(file), "") == [("a", None), ("b", None)]
+    file.write_text("a 1 2 3\n\nb 4 5 6\n")
+    assert read_names(str(file), "") == [("a", (1, 2, 3)), ("b", (4, 5, 6))]

@@ -68,6 +68,7 @@ PLAIN = ["a.b/0.jpg", "a.b/0.seg.png", "a.b/0.cls", "a.b/1.depth.png", "a.b/1.pn
         (["0.rgb.png", "0.json", "1.rgb.png"], (), ["0.rgb.png", "1.rgb.png"]),
         (["0.rgb.png", "0.mask.png", "1.mask.png", "1.rgb.png"], (), ["0.rgb.png", "1.rgb.png"]),
         (["0.jpg", "2024.05.jpg", "0.mask.png"], (), ["0.jpg", "2024.05.jpg"]),  # alone of its key; a mask never is
+        (["0.image.jpg", "0.mask_1.png", "0.seg2.png", "0.label-03.png"], (), ["0.image.jpg"]),
         (["0.jpg", "1.jpg", "0.seg.png", "1.seg.png"], (), ["0.jpg", "1.jpg"]),  # not beside one another
     ],
 )

@@ -778,3 +778,45 @@ def test_half_characters_in_json(tmp_path, capsys):
     edit(root, lambda c: c["categories"][0].update(name="half \ud800"))
     code, _, said = train(root, tmp_path / "runs", capsys)
     assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    "listed", ["my photo 1.jpg", "my photo 1", "my photo 1  -1", "my photo 1 1", "my photo 1.JPG 0"]
+)
+def test_lists_of_pascal_voc_name_images_in_any_form(tmp_path, listed):
+    """With a suffix, with blanks, and with the 1, 0 or -1 that lists of a class have."""
+    root = write_voc(tmp_path, voc_object("cat"), voc_object("cat"))
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (root / folder / f"0.{suffix}").rename(root / folder / f"my photo 1.{suffix}")
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "train.txt").write_text(f"{listed}\n\n1\n")
+    images, said = read(root)
+    assert said == []
+    assert [Path(images.name(i)).name for i in range(len(images))] == ["1.jpg", "my photo 1.jpg"]
+
+
+def test_an_xml_of_another_form_is_no_image_without_objects(tmp_path):
+    root = write_voc(tmp_path, *[voc_object("cat")] * 3, "")
+    good = (root / "Annotations" / "0.xml").read_text()
+    (root / "Annotations" / "1.xml").write_text(good.replace("<annotation>", '<annotation xmlns="http://x/y">'))
+    (root / "Annotations" / "2.xml").write_text(f"<annotations>{good}</annotations>")
+    images, said = read(root)
+    assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "3"]
+    place = root / "Annotations"
+    assert said == [
+        "images whose annotations cannot be read: 2 "
+        f"({place}/1.xml: is of <{{http://x/y}}annotation>, not of <annotation>, "
+        f"{place}/2.xml: is of <annotations>, not of <annotation>)"
+    ]
+
+
+def test_names_of_files_from_windows(tmp_path):
+    root = write_coco(tmp_path, [{}, {}, {}])
+    names = ("train2017\\1.jpg", ".\\2.jpg", "train2017/3.jpg")
+    edit(root, lambda c: [one.update(file_name=name) for one, name in zip(c["images"], names, strict=True)])
+    images, said = read(root)
+    assert said == []
+    assert [Path(images.name(i)).name for i in range(len(images))] == ["1.jpg", "2.jpg", "3.jpg"]
+    (root / "train2017" / "a\\b.jpg").write_bytes((root / "train2017" / "1.jpg").read_bytes())
+    edit(root, lambda c: c["images"][0].update(file_name="a\\b.jpg"))  # a name of its own elsewhere
+    assert Path(read(root)[0].name(0)).name == "a\\b.jpg"

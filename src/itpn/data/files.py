@@ -28,6 +28,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp"),
     *(".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
 )
+JPEG_SUFFIXES = IMAGE_SUFFIXES[:6]
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in a folder written by `itpn cache-features`

@@ -291,15 +291,19 @@ def read_class_names(folders: Sequence[str]) -> list[str] | None:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
                 names = read_lines(place / CLASSES)
-                if "" in names:
-                    raise UserError(
-                        f"{place / CLASSES} has nothing in line {names.index('') + 1}: each line names a class, the "
-                        "first that of label 0"
-                    )
+                refuse_empty_line(names, place / CLASSES)
                 if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                     raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
                 return names
     return None
+
+
+def refuse_empty_line(names: Sequence[str], file: str | Path) -> None:
+    """Raise :class:`UserError` where a line of a file of classes is empty: those after it would get other labels."""
+    if "" in names:
+        raise UserError(
+            f"{file} has nothing in line {names.index('') + 1}: each line names a class, the first that of label 0"
+        )
 
 
 def _read_tables(files: Sequence[str]) -> LabelledImages:

@@ -16,7 +16,16 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, read_size, reason_of
-from itpn.data.files import MASK_FOLDERS, SPLITS, describe_file, is_image, list_images, split_places, walk
+from itpn.data.files import (
+    JPEG_SUFFIXES,
+    MASK_FOLDERS,
+    SPLITS,
+    describe_file,
+    is_image,
+    list_images,
+    split_places,
+    walk,
+)
 from itpn.data.labelled import join_names
 from itpn.data.layouts import Mistakes
 from itpn.data.masks import (
@@ -358,6 +367,12 @@ def _refuse_greys(masks: Mapping[str, Mapping[int, int]], others: str, rules: Ma
     if reason := explain_greys(counts):
         example = max(masks, key=lambda mask: len(masks[mask]))
         raise UserError(f"masks in {others}, such as {example}: {reason}")
+    lossy = (mask for mask in masks if mask.lower().endswith(JPEG_SUFFIXES) and set(masks[mask]) - {0, IGNORED})
+    if example := next(lossy, ""):
+        raise UserError(
+            f"masks in {others}, such as {example}: JPEG changes pixels, so that their values are no class indices: "
+            "save masks as PNG (or give --data.classes FILE with a name for each index, if they are indices)"
+        )
 
 
 def look_at(path: str, max_pixels: int, colours: Container[Colour]) -> Look:

@@ -21,7 +21,7 @@ from faster_coco_eval.core import mask as rle
 
 from itpn.config.files import load_yaml
 from itpn.data.decode import MAX_PIXELS, read_size, reason_of
-from itpn.data.files import SPLITS, describe_unread, list_images, split_places, suffix_of
+from itpn.data.files import SPLITS, describe_unread, is_image, list_images, split_places, suffix_of
 from itpn.data.numbers import read_whole
 from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError
@@ -147,7 +147,8 @@ def _searching(places: list[Path]) -> Callable[[str], Path]:
     def path_of(name: str) -> Path:
         name = as_file_name(name)
         with contextlib.suppress(OSError):  # no name of a file
-            return next((place / name for place in places if (place / name).is_file()), places[0] / name)
+            paths = [place / own for own in (name, name.replace("\\", "/")) for place in places]  # of Windows
+            return next((path for path in paths if path.is_file()), places[0] / name)
         return places[0] / name[:100]
 
     return path_of
@@ -291,7 +292,7 @@ def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_P
     if file is None and (split != "train" or lists.is_dir()):
         return None
     # without lists, all of them
-    wanted = None if file is None else {as_file_name(line.split()[0]) for line in read_lines(file) if line}
+    wanted = None if file is None else {_listed_name(line, notes) for line in read_lines(file) if line}
     classes: list[str] = []
     parse = _voc_parser(classes, mistakes)
     coco: Coco = {"images": [], "annotations": []}
@@ -310,6 +311,14 @@ def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_P
         note["category_id"] = 1 + order.index(classes[note["category_id"] - 1])
     categories = [{"id": number, "name": name} for number, name in enumerate(order, start=1)]
     return coco | {"categories": categories}, Path, str(file or notes)
+
+
+def _listed_name(line: str, notes: Path) -> str:
+    """The name in a line of a list of images: with a suffix or without, before a 1, 0 or -1 in lists of a class."""
+    name = as_file_name(line)
+    if not (notes / f"{name}.xml").is_file():  # a name may end in a number, too
+        name = re.sub(r"\s+[+-]?[01]$", "", name)
+    return os.path.splitext(name)[0] if is_image(name) else name
 
 
 def _voc_parser(classes: list[str], mistakes: Mistakes) -> Parse:
@@ -351,7 +360,10 @@ def _voc_parser(classes: list[str], mistakes: Mistakes) -> Parse:
             raise ValueError(f"height {written[0]}, width {written[1]} are no whole numbers")
         if all(sides) and tuple(sides) != size:
             raise ValueError(f"is of {sides[1]}x{sides[0]} pixels, the image of {size[1]}x{size[0]}")
-        for number, one in enumerate(element.findall("object"), start=1):
+        objects = element.findall("object")
+        if not objects and element.tag != "annotation":  # as with a namespace; it is no image without objects
+            raise ValueError(f"is of <{element.tag}>, not of <annotation>")
+        for number, one in enumerate(objects, start=1):
             try:
                 yield parse_object(one, size, f"{path} object {number}")
             except Exception as error:  # whatever it meets

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
 from itpn.data.files import CLASS_FILES
-from itpn.data.labelled import join_names
+from itpn.data.labelled import join_names, refuse_empty_line
 from itpn.data.readers import read_file
 from itpn.errors import UserError
 from itpn.text import read_lines
@@ -257,7 +257,8 @@ def read_names(file: str | None, root: str) -> Names | None:
         file = str(found)
     if not Path(file).exists():
         raise UserError(f"file of classes {file} does not exist")
-    lines = [line for line in read_lines(file) if line]
+    written = read_lines(file)
+    lines = [line for line in written if line]
     if not lines:
         raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
     if lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
@@ -285,6 +286,8 @@ def read_names(file: str | None, root: str) -> Names | None:
             raise UserError(f"{file} has two classes of the {what} {twice[0]}")
     if len({colour is None for _, colour in names}) > 1:
         raise UserError(f"{file} has colours for some of the classes: give all or none")
+    if "" in written and names[0][1] is None:  # is it a label without a name, or of no meaning?
+        refuse_empty_line(written, file)
     return names
 
 

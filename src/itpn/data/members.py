@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -97,7 +98,7 @@ class Choice:
             return [image for image in sample if image.ending in self._endings]
         if plain := [image for image in sample if "." not in image.ending]:
             return plain
-        first = [image for image in sample if not SECONDARY & set(image.ending.split(".")[:-1])]
+        first = [image for image in sample if not _is_secondary(image.ending)]
         if len(first) > 1:
             names = ", ".join(os.path.basename(image.name) for image in first[:3])
             more = ", ..." if len(first) > 3 else ""
@@ -122,6 +123,11 @@ def find_members(members: Iterable[tarfile.TarInfo], read: Callable[[tarfile.Tar
         key, ending = split_name(member.name)
         if member.isfile() and is_image_ending(ending) and not is_hidden(member.name):
             yield Member(member.name, key, ending, read(member))
+
+
+def _is_secondary(ending: str) -> bool:
+    """Whether an ending names what describes an image, by itself or one of several: ``seg.png``, ``mask_1.png``."""
+    return any(re.sub(r"[_-]?\d+$", "", word) in SECONDARY for word in ending.split(".")[:-1])
 
 
 def list_endings(endings: Counter[str]) -> str:
