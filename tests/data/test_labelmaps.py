@@ -595,3 +595,5 @@ def test_an_empty_line_among_the_classes(tmp_path):
     assert read_names(str(file), "") == [("a", None), ("b", None)]
     file.write_text("a 1 2 3\n\nb 4 5 6\n")
     assert read_names(str(file), "") == [("a", (1, 2, 3)), ("b", (4, 5, 6))]
+    file.write_text("\nname,r,g,b\n")
+    assert read_names(str(file), "") == []

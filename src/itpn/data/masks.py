@@ -286,7 +286,7 @@ def read_names(file: str | None, root: str) -> Names | None:
             raise UserError(f"{file} has two classes of the {what} {twice[0]}")
     if len({colour is None for _, colour in names}) > 1:
         raise UserError(f"{file} has colours for some of the classes: give all or none")
-    if "" in written and names[0][1] is None:  # is it a label without a name, or of no meaning?
+    if "" in written and any(colour is None for _, colour in names):  # is it a label without a name, or of no meaning?
         refuse_empty_line(written, file)
     return names
 
