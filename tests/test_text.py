@@ -12,6 +12,7 @@ from itpn.config import Config, write_yaml
 from itpn.errors import UserError
 from itpn.recipes import read_recipe
 from itpn.text import as_file_name, decode_text, one_line, read_lines, read_text, readable
+from itpn.writing import open_whole
 
 ROOT = Path(itpn.__file__).parents[1]
 
@@ -81,3 +82,15 @@ def test_settings_with_a_byte_order_mark(tmp_path: Path) -> None:
     path.write_bytes("recipe: caf\xe9\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.yml is not text in UTF-8"):
         read_recipe(str(path))
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".csv", "ü" * 120 + ".csv", "x" * 99 + "ü.csv"])
+def test_files_of_the_longest_names_are_written(tmp_path, name):
+    """The unfinished file has a shorter name, cut within a character where that falls so."""
+    with open_whole(tmp_path / name) as file:
+        (partial,) = os.listdir(tmp_path)
+        assert len(os.fsencode(partial)) <= 104
+        assert partial.endswith(".tmp")
+        file.write(b"1")
+    assert os.listdir(tmp_path) == [name]
+    assert (tmp_path / name).read_bytes() == b"1"

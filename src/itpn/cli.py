@@ -148,6 +148,7 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--quality", type=int, default=95, help="of the JPEGs, 1 to 100 (default: %(default)s)")
     add.add_argument("--shard-size", type=int, default=512, metavar="N", help="images in each (default: %(default)s)")
     add.add_argument("--num-workers", type=int, metavar="N", help="processes that shrink (default: one for each core)")
+    _add_members(add)
     _add_max_pixels(add, "left out (default: 2**27)")
 
     add = commands.add_parser(
@@ -161,11 +162,12 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("predict", help="reconstruct, classify or detect, or write features")
     add.add_argument("checkpoint", help="a checkpoint of iTPN, Fast-iTPN or HiViT, see itpn inspect")
-    add.add_argument("images", nargs="+", help="image files or folders")
+    add.add_argument("images", nargs="+", help="image files, tar shards or folders of either")
     add.add_argument("--out", default="predictions", help="folder for the pictures (default: %(default)s)")
     add.add_argument("--seed", type=int, default=0, help="which units are hidden (default: %(default)s)")
     add.add_argument("--min-score", type=float, default=0.5, help="of objects, above 0.05 (default: %(default)s)")
     add.add_argument("--features", metavar="FILE", help="write features to this .safetensors or .npy file instead")
+    _add_members(add)
     _add_max_pixels(add, "skipped (default: the checkpoint's setting)")
 
     add = commands.add_parser("inspect", help="what a checkpoint is, and what it can be used for")
@@ -205,8 +207,17 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+# messages speak of the second names, which training has
+
+
+def _add_members(parser: argparse.ArgumentParser) -> None:
+    names = "--members", "--data.members"
+    what = "of tar shards, endings of the images to read, as jpg or seg.png, or all (default: a sample's plain image)"
+    parser.add_argument(*names, nargs="+", default=(), metavar="ENDING", help=what)
+
+
 def _add_max_pixels(parser: argparse.ArgumentParser, what: str) -> None:
-    names = "--max-pixels", "--data.max-pixels"  # messages speak of the second, which training has
+    names = "--max-pixels", "--data.max-pixels"
     parser.add_argument(*names, type=int, metavar="N", help=f"images of more pixels are {what}")
 
 
@@ -345,7 +356,7 @@ def run_shrink(options: argparse.Namespace) -> int:
         place = Path(os.path.realpath(root))
         if place == out or out in place.parents or place in out.parents:
             raise UserError(f"--out {options.out} and {root} overlap: choose an --out beside it")
-    splits = find_splits(options.images)
+    splits = find_splits(options.images, options.members)
     from itpn.data.decode import MAX_PIXELS
     from itpn.engine.shrinking import shrink
 
@@ -515,7 +526,7 @@ def run_predict(options: argparse.Namespace) -> int:
 
     if not 0 <= options.min_score <= 1:
         raise UserError(f"--min-score must lie between 0 and 1, not {options.min_score}")
-    source = find_images(options.images)
+    source = find_images(options.images, options.members)
     check_file(options.checkpoint)
     features = None if options.features is None else Path(options.features)
     if features is not None and features.suffix not in (".safetensors", ".npy"):

@@ -1,8 +1,10 @@
 """Every kind of file a folder may hold: colours as a person sees them, or a refusal with a reason."""
 
 import csv
+import errno
 import io
 import multiprocessing
+import os
 import resource
 import sys
 import threading
@@ -19,7 +21,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from itpn.data import decode
-from itpn.data.decode import EncodedImage, UnreadableImage, decode_image
+from itpn.data.decode import EncodedImage, UnreadableImage, decode_image, open_image
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
@@ -341,3 +343,16 @@ def test_a_decoder_of_its_own_after_a_fork():
 
 def _decode_in_child(data: bytes) -> np.ndarray:
     return EncodedImage(data).decode_crop(10, 10, 200, 200, (150, 150)).numpy()
+
+
+def test_a_lost_disk_is_no_damaged_image():
+    class Lost(io.BytesIO):
+        def read(self, *_):
+            raise OSError(number, os.strerror(number))
+
+    for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
+        with pytest.raises(OSError, match=os.strerror(number)):
+            open_image(Lost())
+    number = errno.EINVAL  # as Pillow raises it of damaged files
+    with pytest.raises(UnreadableImage, match="Invalid argument"):
+        open_image(Lost())

@@ -386,3 +386,26 @@ def test_the_centre_crop_is_timms(crop_pct):
     theirs = create_transform(24, crop_pct=crop_pct, interpolation="bicubic", mean=(0.0,) * 3, std=(1.0,) * 3)
     ours = EvaluationTransform((24, 24), crop_pct)(torch.from_numpy(pixels).permute(2, 0, 1))
     assert torch.equal(ours.float() / 255, theirs(Image.fromarray(pixels)))
+
+
+def test_classes_above_training_sets_are_refused(tmp_path):
+    """A folder for each class with a folder for each set in it: the other way round is read."""
+    for name in ("a", "b"):
+        for split in ("train", "val"):
+            path = tmp_path / name / split / "0.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(encode(0))
+    with pytest.raises(UserError, match=r"/a is divided into training and other images: give folders train and val"):
+        find_labelled([str(tmp_path)])
+
+
+def test_numbers_of_classes_in_shards(tmp_path):
+    write_shard(tmp_path / "x.tar", [("a", encode(0), 0), ("b", encode(1), 10**6)])
+    with pytest.raises(UserError, match=r"class 1000000 in the shards .* must be below 1,000,000"):
+        find_labelled([str(tmp_path)])
+    write_shard(tmp_path / "x.tar", [("a", encode(0), 0), ("b", encode(1), 10**6 - 1)])
+    with pytest.raises(UserError, match=r"class 1 in .* has no images"):
+        find_labelled([str(tmp_path)])
+    write_shard(tmp_path / "x.tar", [("a", encode(0), "²"), ("b", encode(1), "1")])  # a digit, and no number
+    train, _ = find_labelled([str(tmp_path)])
+    assert (train.classes, train.labels.tolist()) == (("1", "²"), [1, 0])

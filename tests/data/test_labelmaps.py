@@ -1,5 +1,7 @@
 """Images with masks: layouts, encodings, mistakes, image and mask through every augmentation."""
 
+import errno
+import os
 import random
 import re
 import shutil
@@ -15,7 +17,7 @@ from itpn.data.labelmaps import MaskRules, SegmentationTransform, find_label_map
 from itpn.data.loader import TrainingLoader
 from itpn.data.masks import IGNORED, make_table, name_labels, read_names
 from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
-from itpn.errors import UserError
+from itpn.errors import MachineError, UserError
 
 NAMES = (*GROUNDS, *CLASSES)
 
@@ -335,6 +337,41 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
     assert "left out (--data.mistakes summary shows" in said[0]
 
 
+def test_what_is_not_read_is_counted_by_suffix(root):
+    """In both folders of a set; what is read as a file of classes is none of it."""
+    images, masks = root / "images" / "training", root / "annotations" / "training"
+    for name in ("a.heic", "b.heic", "Thumbs.db", "classes.csv", ".hidden", "x/c.AVIF", "s.tar"):
+        (images / name).parent.mkdir(exist_ok=True)
+        (images / name).touch()
+    for name in ("a.json", "b.json", "notes"):
+        (masks / name).touch()
+    said: list[str] = []
+    train, _ = find(root, tell=said.append, mistakes="error")
+    assert len(train) == 12
+    assert said == [
+        f"{masks}: not read: 2 .heic, 1 .avif, 1 .db, 1 .tar in {images}",
+        f"{masks}: not read: 2 .json, 1 without a suffix in {masks}",
+    ]
+    for path in [*images.iterdir(), *masks.iterdir()]:
+        path.rename(path.with_suffix(".heic")) if path.is_file() else None
+    with pytest.raises(
+        UserError, match=rf"{images} has no images; not read: 17 \.heic, 1 \.avif in {images}; not read"
+    ):
+        find(root)
+
+
+def test_what_is_not_read_of_images_and_masks_in_one_folder(tmp_path):
+    write_pair(tmp_path, "a", Image.new("L", (6, 4), 1))
+    for path in [*(tmp_path / "images").iterdir(), *(tmp_path / "masks").iterdir()]:
+        path.rename(tmp_path / path.name)
+    (tmp_path / "names.txt").write_text("x\ny\n")
+    (tmp_path / "Thumbs.db").touch()
+    said: list[str] = []
+    options = {"masks": str(tmp_path), "reduce_zero_label": False, "mistakes": "skip"}
+    find(tmp_path, **options, classes=str(tmp_path / "names.txt"), tell=said.append)
+    assert said == [f"{tmp_path}: not read: 1 .db in {tmp_path}"]
+
+
 @pytest.mark.parametrize(
     ("mask", "words"),
     [
@@ -497,3 +534,66 @@ def test_a_mask_that_is_lost_while_training(root):
     Image.new("L", (80, 64), 77).save(lost)
     with pytest.raises(UnreadableImage, match="label 77, which no class has"):
         train.table.read(str(lost))
+
+
+@pytest.mark.parametrize("place", ["itpn.data.labelmaps.read_size", "itpn.data.readers.read_bounded"])
+def test_masks_and_images_on_a_lost_disk_are_not_damaged(root, monkeypatch, place):
+    def refuse(path, *_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr("itpn.data.readers.RETRY_AFTER", ())
+    monkeypatch.setattr(place, refuse)
+    kind = "images" if place.endswith("read_size") else "annotations"
+    with pytest.raises(
+        MachineError, match=rf"{root}/{kind}/training/.* cannot be read: Input/output error; look whether"
+    ):
+        find(root)
+
+
+def test_names_with_quotes_and_digits_of_other_kinds(tmp_path):
+    """Raised digits are digits to Python, and no numbers."""
+    file = tmp_path / "x.csv"
+    for text, names in {
+        'name,r,g,b\n"traffic light, red",1,2,3\n"a ""b""",4,5,6\n': [
+            ("traffic light, red", (1, 2, 3)),
+            ('a "b"', (4, 5, 6)),
+        ],
+        '"it, is"\nan "odd, one\n': [("it, is", None), ('an "odd one', None)],
+        "m² 1 2 3\nm³ 4 5 6\n": [("m²", (1, 2, 3)), ("m³", (4, 5, 6))],
+        "a ² 1 2\nb 3 4 ³\n": [("a ² 1 2", None), ("b 3 4 ³", None)],
+        "²\n³\n": [("²", None), ("³", None)],
+    }.items():
+        file.write_text(text, encoding="utf-8")
+        assert read_names(str(file), "") == names
+
+
+@pytest.mark.parametrize("quality", [75, 100])
+@pytest.mark.parametrize("step", [1, 60])
+def test_jpeg_masks_need_a_file_of_classes(tmp_path, step, quality):
+    """Their compression makes labels of its own, of grey levels that do not reach white as well."""
+    labels = np.zeros((40, 60), np.uint8)
+    labels[:20], labels[:, :20] = step, 2 * step
+    for number in range(2):
+        write_pair(tmp_path, str(number), Image.fromarray(labels), (60, 40))
+        Image.fromarray(labels).save(tmp_path / "masks" / f"{number}.jpg", quality=quality)
+        (tmp_path / "masks" / f"{number}.png").unlink()
+    with pytest.raises(
+        UserError, match=r"masks in .*, such as .*\.jpg: .*(save masks as PNG|look like shades of grey)"
+    ):
+        find(tmp_path, reduce_zero_label=False)
+
+
+def test_an_empty_line_among_the_classes(tmp_path):
+    """Those after it would be other labels; with colours, nothing depends on the order."""
+    file = tmp_path / "x.txt"
+    file.write_text("a\n\nb\n\n\n")
+    with pytest.raises(
+        UserError, match=r"x\.txt has nothing in line 2: each line names a class, the first that of label 0"
+    ):
+        read_names(str(file), "")
+    file.write_text("a\nb\n\n \n\n")
+    assert read_names(str(file), "") == [("a", None), ("b", None)]
+    file.write_text("a 1 2 3\n\nb 4 5 6\n")
+    assert read_names(str(file), "") == [("a", (1, 2, 3)), ("b", (4, 5, 6))]
+    file.write_text("\nname,r,g,b\n")
+    assert read_names(str(file), "") == []

@@ -409,11 +409,11 @@ def test_a_damaged_file_of_labels(shapes, tmp_path):
     (tmp_path / "yolo" / "images" / "train" / "extra.jpg").write_bytes(b"no image")
     said: list[str] = []
     train = read_objects(str(tmp_path / "yolo"), "train", "summary", said.append)
-    assert len(train) == 11  # without the first: what is not read of it would count as background
-    assert train.objects_of(1)
-    assert not train.objects_of(0)  # an image without a file has no objects
+    assert len(train) == 12
+    assert [o["label"] for o in train.objects_of(0)] == [0]  # the other line of the file
+    assert not train.objects_of(1)  # an image without a file has no objects
     text = " ".join(said)
-    assert f"images whose annotations cannot be read: 1 ({files[0]}: line 2: could not convert" in text
+    assert f"objects that cannot be read: 1 ({files[0]}: line 2: could not convert" in text
     assert "images that cannot be read: 1" in text
 
 

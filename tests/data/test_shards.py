@@ -6,10 +6,12 @@ import os
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.members import split_name
+from itpn.data.readers import unpack
 from itpn.data.shards import check_shards, count_shard_images, index_shard, read_shard, shard_samples
 from itpn.errors import UserError
 
@@ -66,6 +68,7 @@ PLAIN = ["a.b/0.jpg", "a.b/0.seg.png", "a.b/0.cls", "a.b/1.depth.png", "a.b/1.pn
         (["0.rgb.png", "0.json", "1.rgb.png"], (), ["0.rgb.png", "1.rgb.png"]),
         (["0.rgb.png", "0.mask.png", "1.mask.png", "1.rgb.png"], (), ["0.rgb.png", "1.rgb.png"]),
         (["0.jpg", "2024.05.jpg", "0.mask.png"], (), ["0.jpg", "2024.05.jpg"]),  # alone of its key; a mask never is
+        (["0.image.jpg", "0.mask_1.png", "0.seg2.png", "0.label-03.png"], (), ["0.image.jpg"]),
         (["0.jpg", "1.jpg", "0.seg.png", "1.seg.png"], (), ["0.jpg", "1.jpg"]),  # not beside one another
     ],
 )
@@ -93,10 +96,10 @@ def test_what_is_told_of_members(tmp_path: Path) -> None:
         (
             ["0.rgb.png", "0.nir.png"],
             (),
-            r"several images of one sample \(0.rgb.png, 0.nir.png\): --data.members of `itpn train` says",
+            r"several images of one sample \(0.rgb.png, 0.nir.png\): --data.members says",
         ),
-        (["0.seg.png", "1.seg.png"], (), r"no plain images, but 2 .seg.png: --data.members of `itpn train` says"),
-        (["0.jpg", "1.jpg"], ("webp",), r"no images that end in webp, but 2 .jpg: --data.members of `itpn train` says"),
+        (["0.seg.png", "1.seg.png"], (), r"no plain images, but 2 .seg.png: --data.members says"),
+        (["0.jpg", "1.jpg"], ("webp",), r"no images that end in webp, but 2 .jpg: --data.members says"),
         ([f"2024.{i}.jpg" for i in range(99)], (), r"several images of one sample \(2024.0.jpg, .*, \.\.\.\)"),
     ],
 )
@@ -211,3 +214,35 @@ def test_cifar_shards() -> None:
     assert key.startswith("train-0000.tar.gz/train_")
     assert isinstance(data, bytes)
     assert data[:2] == b"\xff\xd8"
+
+
+def damage_end(packed: bytes, kind: str) -> bytes:
+    return packed[:-8] if kind == "cut" else packed[:-8] + bytes(8)  # its checksum and length
+
+
+@pytest.mark.parametrize("kind", ["cut", "checksum"])
+def test_a_compressed_shard_with_a_damaged_end(tmp_path: Path, kind: str) -> None:
+    """All of its images are there; what is kept in memory whole is refused."""
+    shard = make_shard(tmp_path / "s.tar", ["0.jpg", "1.jpg"])
+    (tmp_path / "s.tar.gz").write_bytes(damage_end(gzip.compress(shard.read_bytes()), kind))
+    shard = tmp_path / "s.tar.gz"
+    images = [key for key, data in read_shard(shard) if isinstance(data, bytes)]
+    assert images == ["s.tar.gz/0.jpg", "s.tar.gz/1.jpg"]
+    with pytest.raises(UserError, match=r"shard .*s\.tar\.gz is damaged .*: make it again"):
+        unpack(str(shard), 2**20)
+
+
+def test_a_compressed_shard_that_breaks_off(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    with tarfile.open(tmp_path / "s.tar.gz", "w:gz") as tar:
+        for name in ("0.jpg", "1.jpg"):
+            member = tarfile.TarInfo(name)
+            member.size = 40_000
+            tar.addfile(member, io.BytesIO(rng.bytes(40_000)))  # which cannot be compressed
+    shard = tmp_path / "s.tar.gz"
+    shard.write_bytes(shard.read_bytes()[:60_000])
+    (key, data), (name, damage) = read_shard(shard)
+    assert (key, len(data)) == ("s.tar.gz/0.jpg", 40_000)
+    assert (name, type(damage)) == (str(shard), UnreadableImage)
+    with pytest.raises(UserError, match=r"shard .*s\.tar\.gz is damaged .*: make it again"):
+        index_shard(str(shard))

@@ -194,3 +194,22 @@ def test_a_shard_appears_only_whole(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
     write_shard(tmp_path / "empty.tar", iter(()))
     assert list(read_shard(tmp_path / "empty.tar")) == []
+
+
+def test_files_and_members_of_more_than_two_gibibytes(tmp_path):
+    """They are named and left out, and nothing of them is read."""
+    size = 2**31 + 1
+    (tmp_path / "a").mkdir()
+    with (tmp_path / "a" / "0.jpg").open("wb") as file:
+        file.truncate(size)  # sparse: it takes no room on disk
+    (tmp_path / "b").mkdir()
+    member = tarfile.TarInfo("0.jpg")
+    member.size = size
+    with (tmp_path / "b" / "s.tar").open("wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(512 + -(-size // 512) * 512 + 1024)
+    for folder in ("a", "b"):
+        (one,) = list_originals(find_images([tmp_path / folder]))
+        content = ShrunkImages(64, 95)[one].content
+        assert isinstance(content, UnreadableImage)
+        assert str(content) == f"{size:,} bytes, more than the {2**31:,} that are read"

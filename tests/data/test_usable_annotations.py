@@ -1,7 +1,10 @@
 """Annotations as people have them: what is usable is used, what is invalid is named by kind before training."""
 
+import errno
 import json
+import os
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import itpn.text
 from itpn.cli import main
 from itpn.data.annotations import find_objects, read_objects
 from itpn.data.objects import DetectionTransform, make_target
@@ -511,6 +515,41 @@ def test_rounding_above_one_is_no_pixel(tmp_path):
     assert boxes_of(images) == [[("dog", 0, 0, 80, 60)], [("cat", 39.92, 15, 40.08, 30)]]
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("0 0.5 0.5 nonsense 0.1", "could not convert string to float: 'nonsense'"),
+        ("cat 0.5 0.5 0.1 0.1", "Invalid class id 'cat'"),
+        ("1.5 0.5 0.5 0.1 0.1", "Invalid class id '1.5'"),
+        ("0 0.5 0.5", "Invalid YOLO annotation line '0 0.5 0.5'; expected at least 5 tokens"),
+        ("0,0.5,0.5,0.1,0.1", "Invalid YOLO annotation line '0,0.5,0.5,0.1,0.1'"),
+        ("# class x y width height", "Invalid class id '#'"),
+        ("0 0.5 0.5 -0.1 0.1", "Invalid box extent ('-0.1', '0.1')"),
+        ("0 0.5 0.5 nan 0.1", "Invalid box ('0.5', '0.5', 'nan', '0.1')"),
+        ("0 0.1 0.1 0.5 0.1 0.5 x", "could not convert string to float: 'x'"),
+        ("0 0.5 0.5 0.1 0." + "1" * 40, "a number of more than 40 characters"),
+        ("\x01 0.5 0.5 0.1 0.1", "Invalid class id '\\x01'"),
+    ],
+)
+def test_a_line_that_cannot_be_read_leaves_the_others(tmp_path, capsys, line, reason):
+    good = "1 0.5 0.5 0.25 0.5"
+    root = write_yolo(tmp_path / "a", f"{line}\n{good}\n\n{line}\n", f"{line}\n\n", "", good)
+    place = root / "labels" / "train"
+    images, said = read(root)
+    assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "2", "3"]
+    assert boxes_of(images) == [[("dog", 30, 15, 20, 30)], [], [("dog", 30, 15, 20, 30)]]
+    assert len(said) == 2
+    assert said[0].startswith(f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}")
+    assert f", {place}/0.txt: line 4: {reason}" in said[0]
+    assert said[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.txt: line 1: {reason}")
+    code, _, told = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
+    assert code == 2
+    assert f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}" in told
+    assert told.endswith("--data.mistakes skip leaves these out")
+    with pytest.raises(UserError, match="has no images that can be used: images whose annotations cannot be read: 1"):
+        read(write_yolo(tmp_path / "b", line))
+
+
 # --- Pascal VOC
 
 
@@ -550,13 +589,108 @@ def test_what_pascal_voc_gets_wrong(tmp_path):
     assert sorted(said) == [
         "boxes with coordinates from 0 to 1, which look like fractions: multiply them by the image's sides: 1 "
         f"({place}/2.xml object 1)",
-        f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1 has no name)",
+        f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1: it has no name)",
         f"objects that are annotated twice, and count once: 1 ({place}/0.xml object 2)",
     ]
     text = refusal(
         write_voc(tmp_path / "b", voc_object("cat"), size="<size><width>x</width><height>60</height></size>")
     )
     assert "0.xml: height 60, width x are no whole numbers" in text
+
+
+BROKEN = {
+    "object 2: it has no name": voc_object(""),
+    "object 2: Missing bndbox in Pascal VOC annotation.": "<object><name>dog</name></object>",
+    "object 2: Missing 'ymax'": voc_object("dog").replace("ymax", "y_max"),
+    "object 2: Invalid 'xmin' value 'left'": voc_object("dog").replace("11", "left"),
+    "object 2: Invalid 'xmax' value 'nan'": voc_object("dog", 11, 13, float("nan"), 27),
+    "object 2: Invalid 'xmax' value 'xxx": voc_object("dog", 11, 13, "x" * 10**6, 27),
+}
+
+
+@pytest.mark.parametrize("reason", list(BROKEN))
+def test_an_object_that_cannot_be_read_leaves_the_others(tmp_path, capsys, reason):
+    good, broken = voc_object("cat"), BROKEN[reason]
+    root = write_voc(tmp_path, good + broken + good.replace("27", "25"), broken, good)
+    place = root / "Annotations"
+    images, said = read(root)
+    assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "2"]
+    assert images.classes == ("cat",)
+    assert boxes_of(images) == [[("cat", *BOX), ("cat", *BOX[:3], 13)], [("cat", *BOX)]]
+    assert said[0].startswith(f"objects that cannot be read: 1 ({place}/0.xml: {reason}")
+    assert said[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1")
+    assert max(map(len, said)) < 1000
+    code, _, told = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
+    assert code == 2
+    assert f"objects that cannot be read: 1 ({place}/0.xml: {reason}" in told
+
+
+def test_a_polygon_of_pascal_voc_that_cannot_be_read_leaves_its_box(tmp_path):
+    """And objects without a polygon have none, rather than an empty one, beside those that have."""
+    polygon = (
+        "<polygon><x1>11</x1><y1>13</y1><x2>30</x2><y2>13</y2><x3>30</x3><y3>27</y3><x4>11</x4><y4>27</y4></polygon>"
+    )
+    drawn = voc_object("cat").replace("</object>", f"{polygon}</object>")
+    root = write_voc(
+        tmp_path, drawn + voc_object("dog"), drawn.replace("<y4>27</y4>", ""), drawn.replace("<x1>11", "<x1>x")
+    )
+    images, said = read(root)
+    assert boxes_of(images) == [[("cat", *BOX), ("dog", *BOX)], [("cat", *BOX)], [("cat", *BOX)]]
+    assert images.outlined == (1, 3)
+    place = root / "Annotations"
+    assert said == [
+        "polygons or masks that cannot be used (the box is, if there is one): 2 ("
+        f"{place}/1.xml object 1: an odd number of coordinates, "
+        f"{place}/2.xml object 1: Invalid 'x1' value 'x' in Pascal VOC annotation.)"
+    ]
+
+
+# --- files that are not read
+
+
+def test_what_is_not_read_of_yolo_is_counted_by_suffix(tmp_path):
+    """Labels are read, whether they lie in a folder of their own or beside the images."""
+    label = "1 0.5 0.5 0.25 0.5"
+    root = write_yolo(tmp_path / "a", label, label)
+    place = root / "images" / "train"
+    for name in ("a.heic", "b.heic", "Thumbs.db", "0.txt", ".hidden", "x.tar.gz"):
+        (place / name).touch()
+    images, said = read(root)
+    assert len(images) == 2
+    assert said == [f"{root}/data.yaml: not read: 2 .heic, 1 .db, 1 .tar.gz, 1 .txt in {place}"]
+    root = tmp_path / "b"
+    root.mkdir()
+    for name in ("0", "1"):
+        Image.new("RGB", (WIDTH, HEIGHT)).save(root / f"{name}.jpg")
+        (root / f"{name}.txt").write_text(label)
+    (root / "data.yaml").write_text("train: .\nnames: [cat, dog]\n")
+    images, said = read(root)
+    assert [len(objects) for objects in objects_of(images)] == [1, 1]
+    assert said == []
+    (root / "2.txt").write_text(label)
+    (root / "3.jp2").touch()
+    assert read(root)[1] == [f"{root}/data.yaml: not read: 1 .jp2, 1 .txt in {root}"]
+
+
+def test_what_is_not_read_of_pascal_voc_is_counted_by_suffix(tmp_path):
+    root = write_voc(tmp_path, voc_object("cat"), voc_object("cat"))
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    for split, name in (("train", 0), ("val", 1)):
+        (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
+    for name in ("a.heic", "b.avif"):
+        (root / "JPEGImages" / name).touch()
+    said: list[str] = []
+    find_objects(str(root), tell=said.append)  # of two sets in one folder, once
+    assert said == [f"{root}/ImageSets/Main/train.txt: not read: 1 .avif, 1 .heic in {root}/JPEGImages"]
+
+
+def test_images_of_other_formats_alone(tmp_path):
+    root = write_yolo(tmp_path, "1 0.5 0.5 0.25 0.5")
+    (root / "images" / "train" / "0.jpg").rename(root / "images" / "train" / "0.heic")
+    said: list[str] = []
+    with pytest.raises(UserError, match="has no images"):
+        read_objects(str(root), "train", "summary", said.append)
+    assert said == [f"{root}/data.yaml: not read: 1 .heic in {root}/images/train"]
 
 
 # --- images to evaluate on
@@ -570,3 +704,119 @@ def test_images_to_evaluate_on_of_which_no_object_can_be_used(tmp_path):
     edit(other, lambda c: c.update(annotations=[]))
     _, val = find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), tell=pytest.fail)
     assert np.array_equal(val.ids, [1, 2, 3])
+
+
+# --- accidents
+
+
+def refuse(number: int):
+    def read(path, *_, **__):
+        raise OSError(number, os.strerror(number), str(path))
+
+    return read
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE])
+@pytest.mark.parametrize(
+    ("layout", "place"),
+    [
+        ("yolo", "itpn.text.read_bounded"),
+        ("yolo", "itpn.data.layouts.read_size"),
+        ("voc", "itpn.data.layouts.read_bounded"),
+        ("voc", "itpn.data.layouts.read_size"),
+    ],
+)
+def test_annotations_on_a_lost_disk_are_not_damaged(tmp_path, capsys, monkeypatch, layout, place, number):
+    """A line that names the file, and exit code 1: nothing is left out, and no file is called corrupt."""
+    if layout == "yolo":
+        root = write_yolo(tmp_path / "a", "1 0.5 0.5 0.25 0.5")
+        assert boxes_of(read(root)[0])
+        if place == "itpn.text.read_bounded":  # the settings are read by it as well
+            bounded = itpn.text.read_bounded
+
+            def lost(path, *rest):
+                return (refuse(number) if "labels" in str(path) else bounded)(path, *rest)
+
+            monkeypatch.setattr(place, lost)
+        else:
+            monkeypatch.setattr(place, refuse(number))
+    else:
+        root = write_voc(tmp_path / "a", voc_object("cat"))
+        monkeypatch.setattr(place, refuse(number))
+    code, _, said = train(root, tmp_path / "runs", capsys)
+    assert code == 1
+    assert re.search(rf"itpn: {root}/.*0\.(jpg|txt|xml) cannot be read: {os.strerror(number)}; ", said), said
+    assert "left out" not in said
+
+
+# --- names
+
+
+def test_a_yolo_set_of_several_folders(tmp_path):
+    root = write_yolo(tmp_path, "1 0.5 0.5 0.25 0.5")
+    for part in ("images", "labels"):
+        (root / part / "more").mkdir()
+    Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images" / "more" / "7.jpg")
+    (root / "labels" / "more" / "7.txt").write_text("0 0.5 0.5 0.25 0.5")
+    (root / "data.yaml").write_text("train: [images/train, images/more]\nval:\n- images/more\nnames: [cat, dog]\n")
+    train, val = find_objects(str(root), tell=pytest.fail)
+    assert [row[0][0] for row in boxes_of(train)] == ["dog", "cat"]
+    assert [row[0][0] for row in boxes_of(val)] == ["cat"]
+    (root / "data.yaml").write_text("train: [images/train, images/none]\nnames: [cat, dog]\n")
+    assert "speaks of images in images/none, which is not a folder below" in refusal(root)
+    (root / "data.yaml").write_text("train: [[images/train]]\nnames: [cat, dog]\n")
+    assert "train and val must each be a folder or a list of folders" in refusal(root)
+
+
+def test_half_characters_in_json(tmp_path, capsys):
+    """Of a pair, as JSON may hold them: no file is called so, and every terminal takes the message."""
+    root = write_coco(tmp_path / "a", [{}, {}, {}])
+    edit(root, lambda c: c["images"][0].update(file_name="half \ud800.jpg"))
+    images, said = read(root)
+    assert len(images) == 2
+    assert said == [f"images not on disk: 1 ({root}/train2017/half \\ud800.jpg)"]
+    edit(root, lambda c: c["categories"][0].update(name="half \ud800"))
+    code, _, said = train(root, tmp_path / "runs", capsys)
+    assert code == 0, said
+
+
+@pytest.mark.parametrize(
+    "listed", ["my photo 1.jpg", "my photo 1", "my photo 1  -1", "my photo 1 1", "my photo 1.JPG 0"]
+)
+def test_lists_of_pascal_voc_name_images_in_any_form(tmp_path, listed):
+    """With a suffix, with blanks, and with the 1, 0 or -1 that lists of a class have."""
+    root = write_voc(tmp_path, voc_object("cat"), voc_object("cat"))
+    for folder, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml")):
+        (root / folder / f"0.{suffix}").rename(root / folder / f"my photo 1.{suffix}")
+    (root / "ImageSets" / "Main").mkdir(parents=True)
+    (root / "ImageSets" / "Main" / "train.txt").write_text(f"{listed}\n\n1\n")
+    images, said = read(root)
+    assert said == []
+    assert [Path(images.name(i)).name for i in range(len(images))] == ["1.jpg", "my photo 1.jpg"]
+
+
+def test_an_xml_of_another_form_is_no_image_without_objects(tmp_path):
+    root = write_voc(tmp_path, *[voc_object("cat")] * 3, "")
+    good = (root / "Annotations" / "0.xml").read_text()
+    (root / "Annotations" / "1.xml").write_text(good.replace("<annotation>", '<annotation xmlns="http://x/y">'))
+    (root / "Annotations" / "2.xml").write_text(f"<annotations>{good}</annotations>")
+    images, said = read(root)
+    assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "3"]
+    place = root / "Annotations"
+    assert said == [
+        "images whose annotations cannot be read: 2 "
+        f"({place}/1.xml: is of <{{http://x/y}}annotation>, not of <annotation>, "
+        f"{place}/2.xml: is of <annotations>, not of <annotation>)"
+    ]
+
+
+def test_names_of_files_from_windows(tmp_path):
+    root = write_coco(tmp_path, [{}, {}, {}])
+    names = ("train2017\\1.jpg", ".\\2.jpg", "train2017/3.jpg")
+    edit(root, lambda c: [one.update(file_name=name) for one, name in zip(c["images"], names, strict=True)])
+    images, said = read(root)
+    assert said == []
+    assert [Path(images.name(i)).name for i in range(len(images))] == ["1.jpg", "2.jpg", "3.jpg"]
+    (root / "train2017" / "a\\b.jpg").write_bytes((root / "train2017" / "1.jpg").read_bytes())
+    edit(root, lambda c: c["images"][0].update(file_name="a\\b.jpg"))  # a name of its own elsewhere
+    assert Path(read(root)[0].name(0)).name == "a\\b.jpg"

@@ -18,6 +18,7 @@ import itpn.data.readers
 import itpn.data.workers
 from itpn.data.readers import FileReader, read_file
 from itpn.data.workers import WorkerLoader, beat
+from itpn.engine.peers import conclude
 from itpn.errors import MachineError, UserError
 
 
@@ -40,6 +41,8 @@ class Misbehaving(Dataset[dict[str, Any]]):
                     raise OSError(errno.EIO, "Input/output error", "/photos/1.jpg")
                 case "mistake":
                     raise UserError("a mistake of the user's")
+                case "lines":
+                    raise UserError("a name\nof two lines: x\nitpn.errors.MachineError: none")
                 case "memory":
                     raise MemoryError("no more")
                 case "bug":
@@ -93,6 +96,15 @@ def test_a_lost_worker(action, kind, message, capfd):
     assert kind is KeyError or "\n" not in str(error.value)
     assert not alive()
     assert capfd.readouterr().err == ""  # the command prints the only line
+
+
+def test_a_message_of_several_lines(capsys):
+    """All of it comes from the worker, of the kind that it had there, and a command prints it as one line."""
+    with pytest.raises(UserError) as error:
+        run("lines")
+    assert str(error.value) == "a name\nof two lines: x\nitpn.errors.MachineError: none"
+    assert conclude(error.value) == 2
+    assert capsys.readouterr().err == "itpn: a name of two lines: x itpn.errors.MachineError: none\n"
 
 
 def test_a_worker_that_hangs(tmp_path, monkeypatch):

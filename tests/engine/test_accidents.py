@@ -21,7 +21,7 @@ import itpn.data.readers
 import itpn.engine.predict
 from itpn.cli import main
 from itpn.config import write_yaml
-from itpn.data.loader import SkippedImages
+from itpn.data.loader import SkippedImages, nothing_readable
 from itpn.engine.guard import guard
 from itpn.engine.run import train
 from itpn.errors import MachineError, UserError
@@ -198,6 +198,8 @@ def test_files_that_vanished_are_not_corrupt(tmp_path):
     skipped.update([(str(tmp_path / "1.jpg"), os.strerror(errno.ENOENT))])
     with pytest.raises(MachineError, match=r"1 of 10 images cannot be read, .*network mount is still there"):
         skipped.check(10)
+    with pytest.raises(MachineError, match=r"none of 1 images in a row .*Permission denied; check the permissions of"):
+        raise nothing_readable([(str(tmp_path / "1.jpg"), os.strerror(errno.EACCES))])
     (tmp_path / "1.jpg").symlink_to("nothing")  # which never led anywhere
     with pytest.raises(UserError, match="Mend or remove broken files"):
         skipped.check(10)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,6 +107,28 @@ def test_files_of_any_name(tmp_path, capsys):
     assert lines == [name.replace("\n", "\\n") for name in names]
     with safe_open(tmp_path / "f.safetensors", "pt") as tensors:
         assert json.loads(tensors.metadata()["images"]) == names
+
+
+def test_one_image_of_a_sample(tmp_path, photos, capsys):
+    """Of shards, what describes an image is not predicted, unless it is asked for."""
+    path = save_public(tmp_path, "off_pixel_finetune")
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as tar:
+        for key in ("0", "1"):
+            for ending in ("png", "seg.png"):
+                tar.add(photos / "00.png", f"v1.0/{key}.{ending}")
+
+    def predict(*options: str) -> tuple[list[str], str]:
+        file = tmp_path / "f.npy"
+        assert main(["predict", str(path), str(shard), "--features", str(file), *options]) == 0
+        return (tmp_path / "f.npy.txt").read_text().split(), capsys.readouterr().err
+
+    plain, other = (["s.tar/v1.0/0.png", "s.tar/v1.0/1.png"], ["s.tar/v1.0/0.seg.png", "s.tar/v1.0/1.seg.png"])
+    assert predict() == (plain, f"{shard}: not read are 2 .seg.png (see --data.members)\n")
+    assert predict("--members", "seg.png") == (other, f"{shard}: not read are 2 .png (see --data.members)\n")
+    assert predict("--data.members", "png", "seg.png") == (sorted(plain + other), "")
+    assert main(["predict", str(path), str(shard), "--out", str(tmp_path / "o"), "--members", "webp"]) == 2
+    assert "s.tar holds no images that end in webp, but 2 .png, 2 .seg.png: --data.members" in capsys.readouterr().err
 
 
 def test_reconstructions_of_others(tmp_path, photos, capsys):

@@ -328,7 +328,7 @@ def test_a_class_called_train(large, tmp_path, capsys):
 
 
 def test_one_image_of_a_sample(tmp_path, capsys):
-    """What describes it is not written."""
+    """What describes it is not written, unless it is asked for."""
     draw(tmp_path / "0.jpg", 0)
     draw(tmp_path / "1.png", 1)
     (tmp_path / "in").mkdir()
@@ -340,8 +340,15 @@ def test_one_image_of_a_sample(tmp_path, capsys):
             label.size = 1
             tar.addfile(label, io.BytesIO(b"7"))
     assert shrink(tmp_path / "in", tmp_path / "out") == 0
-    assert "not written of the shards: 3 .seg.png; a sample's plain image is taken\n" in capsys.readouterr().err
+    assert "not written of the shards: 3 .seg.png (see --data.members)\n" in capsys.readouterr().err
     assert sorted(members(tmp_path / "out")) == [f"a/v1.0/{key}.{ending}" for key in "xyz" for ending in ("cls", "jpg")]
+    assert shrink(tmp_path / "in", "--members", "seg.png", "--quality", "90", tmp_path / "seg") == 0
+    assert "not written of the shards: 3 .jpg (see --data.members)\n" in capsys.readouterr().err
+    assert shrink(tmp_path / "in", "--members", "all", tmp_path / "all") == 0
+    assert len(members(tmp_path / "all")) == 12
+    assert capsys.readouterr().err == ""
+    assert shrink(tmp_path / "in", "--members", "txt", tmp_path / "none") == 2
+    assert "--data.members txt is no ending of an image" in capsys.readouterr().err
 
 
 def test_what_is_not_complete_is_not_trained_from(large, tmp_path, capsys, monkeypatch):

@@ -11,7 +11,7 @@ from faster_coco_eval.core import mask as rle
 
 from itpn.data.decode import MAX_PIXELS
 from itpn.data.files import describe_file
-from itpn.data.layouts import FRACTIONS, Coco, Mistakes, read_coco, read_voc, read_yolo
+from itpn.data.layouts import FRACTIONS, NO_OUTLINE, Coco, Mistakes, read_coco, read_voc, read_yolo
 from itpn.data.numbers import read_number, read_whole
 from itpn.data.objects import MIN_SIDE, DetectionImages, encode_outline
 from itpn.data.readers import FileReader, PackedStrings
@@ -419,7 +419,7 @@ def _check_segmentation(
     encoded, wrong = _encode(usable, height, width)
     reason = reason or wrong
     if encoded is None:
-        mistakes.add("polygons or masks that cannot be used (the box is, if there is one)", f"{what}: {reason}")
+        mistakes.add(NO_OUTLINE, f"{what}: {reason}")
         return None, None
     if isinstance(usable, list):
         usable = [[read_number(v) if isinstance(v, str) else v for v in polygon] for polygon in usable]

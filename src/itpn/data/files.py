@@ -4,7 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +12,34 @@ from itpn.data.splits import SPLITS, Division, divide, join, split_of_file, spli
 from itpn.errors import MachineError, UserError
 from itpn.text import read_text, readable
 
-__all__ = ["SPLITS", "ImageSource", "find_images", "find_splits", "find_training_images", "is_image", "walk"]
+__all__ = [
+    "SPLITS",
+    "ImageSource",
+    "find_images",
+    "find_splits",
+    "find_training_images",
+    "is_image",
+    "list_images",
+    "walk",
+]
 
 # the first six are JPEG by other names
 IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp"),
     *(".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
 )
+JPEG_SUFFIXES = IMAGE_SUFFIXES[:6]
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in a folder written by `itpn cache-features`
 SHRINK_INDEX = "itpn-shrink.json"  # in one written by `itpn shrink`
 CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
+CLASS_FILES = (CLASSES, "classes.csv", "class_dict.csv", "objectInfo150.txt")  # of masks; ADE20K has the last
 ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 IMAGE_FOLDERS = {"images", "jpegimages", "leftimg8bit", "imgs", "img"}
-MASK_FOLDERS = {"annotations", "masks", "labels", "segmentationclass", "segmentationobject", "gtfine", "gtcoarse"}
+MASK_FOLDERS = ("annotations", "masks", "labels")  # where masks are looked for
+# those, and folders of masks that have to be named
+ALL_MASK_FOLDERS = {*MASK_FOLDERS, "segmentationclass", "segmentationobject", "gtfine", "gtcoarse"}
 MOST_SUFFIXES = 8  # that a line names
 
 
@@ -52,6 +65,7 @@ class ImageSource:
 class _Found:
     """What a search has met so far."""
 
+    members: tuple[str, ...] = ()  # as of `ImageSource`
     images: dict[str, None] = field(default_factory=dict)  # an ordered set: roots may overlap
     shards: dict[str, None] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
@@ -61,7 +75,7 @@ class _Found:
         images = [path for path in paths if is_image(path)]
         self.images.update(dict.fromkeys(images))
         if images:
-            self.unread.update(_suffix(path) for path in paths if is_shard(path))
+            self.unread.update(suffix_of(path) for path in paths if is_shard(path))
         else:
             self.shards.update(dict.fromkeys(paths))
         self.places.append(root)
@@ -81,15 +95,24 @@ class _Found:
                 f"{f'; {unread}' if unread else ''}"
             )
         lines = [*notes, *([unread] if unread else [])]
-        return ImageSource(tuple(self.images), tuple(self.shards), roots=tuple(self.places), notes=tuple(lines))
+        return ImageSource(
+            images=tuple(self.images),
+            shards=tuple(self.shards),
+            roots=tuple(self.places),
+            notes=tuple(lines),
+            members=self.members,
+        )
 
 
-def find_images(roots: Sequence[Path | str]) -> ImageSource:
+def find_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> ImageSource:
     """Find the images, or else the tar shards, under some folders; a root may also be one image or one shard.
 
     Folders are searched at any depth and links to folders are followed, each folder once. Hidden files and
     folders are passed over, and so is everything that is neither image nor shard, which the notes count. The order is
     that of the roots, then of the names, on every file system.
+
+    Args:
+        members: endings of the images in shards, see `itpn.data.members.Choice`.
 
     Raises:
         UserError: a root is missing, unreadable or holds nothing of use, or some hold images and others shards.
@@ -97,7 +120,7 @@ def find_images(roots: Sequence[Path | str]) -> ImageSource:
     names = [os.fspath(root) for root in roots]
     if cache := _find_cache(names):
         return cache
-    found = _Found()
+    found = _Found(tuple(members))
     for root in names:
         check_root(root)
         found.add(root, list(walk(root, found.unread)) if os.path.isdir(root) else [root])
@@ -110,12 +133,12 @@ def find_training_images(roots: Sequence[Path | str], members: Sequence[str] = (
     Evaluation sets stay unseen. The notes say what is left out.
 
     Args:
-        members: endings of the images in shards, see `itpn.data.members.Choice`.
+        members: as of `find_images`.
     """
     names = [os.fspath(root) for root in roots]
     if cache := _find_cache(names):
         return cache
-    found, notes = _Found(), []
+    found, notes = _Found(tuple(members)), []
     for root in names:
         check_root(root)
         if not os.path.isdir(root):
@@ -125,11 +148,14 @@ def find_training_images(roots: Sequence[Path | str], members: Sequence[str] = (
         own = [path for split, path in _walk(root, found.unread, parts) if split in ("", "train")]
         found.add(root, own)
         notes += parts.notes()
-    return replace(found.source(notes), members=tuple(members))
+    return found.source(notes)
 
 
-def find_splits(roots: Sequence[str]) -> dict[str, ImageSource]:
+def find_splits(roots: Sequence[str], members: Sequence[str] = ()) -> dict[str, ImageSource]:
     """As `find_images`, but what is for training apart from what is for evaluation, where the names say which is which.
+
+    Args:
+        members: as of `find_images`.
 
     Returns:
         By split, ``train``, ``val`` and ``test``, what is called so in the roots, and nothing of what lies beside;
@@ -160,12 +186,12 @@ def find_splits(roots: Sequence[str]) -> dict[str, ImageSource]:
             own["train"] = own.pop("") + own["train"]
         for split, paths in own.items():
             places = sorted(parts.places.get(split, []), key=len, reverse=True)
-            some = found.setdefault(split, _Found())
+            some = found.setdefault(split, _Found(tuple(members)))
             some.add(root, paths)
             some.places[-1:] = [*places, *([] if places and split else [root])]
         notes += parts.notes()
     if "train" not in found:
-        return {"": find_training_images(names)}
+        return {"": find_training_images(names, members)}
     for root, is_divided in divided.items():
         if not is_divided:
             raise UserError(f"{root} has nothing called train, unlike another folder: give folders of one kind")
@@ -249,9 +275,9 @@ class _Parts:
     def leave_masks(self, entries: Sequence[os.DirEntry[str]], split: str = "") -> dict[str, str] | None:
         """All entries but folders of masks beside those of images, as in ADE20K's and Cityscapes' layouts."""
         names = {entry.name.lower() for entry in entries if entry.is_dir()}
-        if not names & IMAGE_FOLDERS or not names & MASK_FOLDERS:
+        if not names & IMAGE_FOLDERS or not names & ALL_MASK_FOLDERS:
             return None
-        masks = [entry for entry in entries if entry.is_dir() and entry.name.lower() in MASK_FOLDERS]
+        masks = [entry for entry in entries if entry.is_dir() and entry.name.lower() in ALL_MASK_FOLDERS]
         self.masks += [os.path.relpath(entry.path, self.root) for entry in masks if next(walk(entry.path), None)]
         return {entry.path: split for entry in entries if entry not in masks}
 
@@ -358,6 +384,13 @@ def walk(root: str, unread: Counter[str] | None = None) -> Iterator[str]:
     return (path for _, path in _walk(root, unread))
 
 
+def list_images(root: str, unread: Counter[str]) -> list[str]:
+    """The images alone that `walk` gives; all other files are counted by suffix."""
+    paths = list(walk(root, unread))
+    unread.update(suffix_of(path) for path in paths if not is_image(path))
+    return [path for path in paths if is_image(path)]
+
+
 def _walk(root: str, unread: Counter[str] | None = None, parts: _Parts | None = None) -> Iterator[tuple[str, str]]:
     """As `walk`, each path after its split, "" outside of every divided folder."""
     seen: set[tuple[int, int]] = set()  # links may lead back to where they start
@@ -382,8 +415,8 @@ def _walk(root: str, unread: Counter[str] | None = None, parts: _Parts | None = 
                 continue
             if is_image(entry.name) or is_shard(entry.name):
                 yield splits.get(entry.path, split), entry.path
-            elif unread is not None and entry.name not in (CACHE_INDEX, SHRINK_INDEX, CLASSES):
-                unread[_suffix(entry.name)] += 1
+            elif unread is not None and entry.name not in (CACHE_INDEX, SHRINK_INDEX, *CLASS_FILES):
+                unread[suffix_of(entry.name)] += 1
 
 
 def _list(folder: str) -> list[os.DirEntry[str]]:
@@ -401,7 +434,8 @@ def _read(ask: Callable[[str], Any], folder: str) -> Any:
         ) from None
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
+    """As a count of files that are not read calls it."""
     lower = os.path.basename(name).lower()
     return next(
         (suffix for suffix in SHARD_SUFFIXES[1:] if lower.endswith(suffix)), readable(os.path.splitext(lower)[1])

@@ -22,12 +22,12 @@ from itpn.data.files import (
     is_table,
     list_files,
     list_folders,
-    walk,
+    list_images,
 )
 from itpn.data.members import list_endings, split_name
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
 from itpn.data.shards import index_shard
-from itpn.data.splits import Division
+from itpn.data.splits import Division, join
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.text import one_line, read_lines
@@ -233,7 +233,7 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
     unread: Counter[str] = Counter()
     for label, name in enumerate(classes):
         for place in places[name]:
-            found = [path for path in walk(place, unread) if is_image(path)]
+            found = list_images(place, unread)
             paths += found
             labels += [label] * len(found)
     where = ", ".join(folders)
@@ -291,15 +291,19 @@ def read_class_names(folders: Sequence[str]) -> list[str] | None:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
                 names = read_lines(place / CLASSES)
-                if "" in names:
-                    raise UserError(
-                        f"{place / CLASSES} has nothing in line {names.index('') + 1}: each line names a class, the "
-                        "first that of label 0"
-                    )
+                refuse_empty_line(names, place / CLASSES)
                 if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                     raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
                 return names
     return None
+
+
+def refuse_empty_line(names: Sequence[str], file: str | Path) -> None:
+    """Raise :class:`UserError` where a line of a file of classes is empty: those after it would get other labels."""
+    if "" in names:
+        raise UserError(
+            f"{file} has nothing in line {names.index('') + 1}: each line names a class, the first that of label 0"
+        )
 
 
 def _read_tables(files: Sequence[str]) -> LabelledImages:
@@ -363,6 +367,4 @@ def _hint(names: Sequence[str]) -> str:
 
 def join_names(names: Sequence[str], most: int = 3) -> str:
     """The first few, each set off from the sentence."""
-    return ", ".join(f"'{name}'" for name in names[:most]) + (
-        f" and {len(names) - most} more" if len(names) > most else ""
-    )
+    return join([f"'{name}'" for name in names], most)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,16 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, read_size, reason_of
-from itpn.data.files import SPLITS, describe_file, is_image, split_places, walk
+from itpn.data.files import (
+    JPEG_SUFFIXES,
+    MASK_FOLDERS,
+    SPLITS,
+    describe_file,
+    is_image,
+    list_images,
+    split_places,
+    walk,
+)
 from itpn.data.labelled import join_names
 from itpn.data.layouts import Mistakes
 from itpn.data.masks import (
@@ -37,7 +46,6 @@ from itpn.errors import UserError
 from itpn.models.detector import fit_sides
 from itpn.seeding import derive_seed
 
-MASK_FOLDERS = ("annotations", "masks", "labels")
 MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name
 CROP_TRIES = 10
 LAYOUTS = (
@@ -197,7 +205,13 @@ def find_to_evaluate(root: str, masks: str | None, val_root: str | None, val_mas
     return pairs
 
 
-Pairs = tuple[list[str], str, str]  # images, the folder that they are in, the folder of their masks
+class Pairs(NamedTuple):
+    """The images of a set, the folder that they are in, the folder of their masks, and the other files of the first."""
+
+    images: list[str]
+    folder: str
+    masks: str
+    unread: Counter[str]
 
 
 def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
@@ -225,7 +239,8 @@ def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
     for images, others in places:
         divided = images.is_dir() and any(split_of(entry.name) for entry in images.iterdir() if entry.is_dir())
         if images.is_dir() and others.is_dir() and not divided:
-            return sorted(path for path in walk(str(images)) if is_image(path)), str(images), str(others)
+            unread: Counter[str] = Counter()
+            return Pairs(sorted(list_images(str(images), unread)), str(images), str(others), unread)
     return None
 
 
@@ -259,8 +274,9 @@ def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> L
     Raises:
         UserError: none can be; or a mistake if it is an error.
     """
-    images, folder, others = pairs
+    images, folder, others, unread = pairs
     found = Mistakes()
+    found.note_unread(folder, unread, [rules.classes] if rules.classes else ())
     masks = match_masks(images, folder, others, found)
     known = names.by_colour if isinstance(names, LabelTable) else names and {c: 0 for _, c in names if c is not None}
     looks: dict[str, Look] = {}
@@ -287,7 +303,8 @@ def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> L
         else:
             found.add(*mistake)
     if not kept:
-        raise UserError(f"{folder} has no images" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
+        why = f" that can be used: {found.lines()[0]}" if found.counts else ""
+        raise UserError("; ".join([f"{folder} has no images{why}", *found.notes]))
     found.report(others, rules.mistakes, rules.tell)
     assert table is not None
     if not present - {IGNORED}:
@@ -350,6 +367,12 @@ def _refuse_greys(masks: Mapping[str, Mapping[int, int]], others: str, rules: Ma
     if reason := explain_greys(counts):
         example = max(masks, key=lambda mask: len(masks[mask]))
         raise UserError(f"masks in {others}, such as {example}: {reason}")
+    lossy = (mask for mask in masks if mask.lower().endswith(JPEG_SUFFIXES) and set(masks[mask]) - {0, IGNORED})
+    if example := next(lossy, ""):
+        raise UserError(
+            f"masks in {others}, such as {example}: JPEG changes pixels, so that their values are no class indices: "
+            "save masks as PNG (or give --data.classes FILE with a name for each index, if they are indices)"
+        )
 
 
 def look_at(path: str, max_pixels: int, colours: Container[Colour]) -> Look:
@@ -382,9 +405,12 @@ def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mista
     """
     together = os.path.realpath(folder) == os.path.realpath(others)
     stems: dict[str, list[str]] = {}
-    for path in walk(others):
-        if is_image(path) and not (together and path.lower().endswith((".jpg", ".jpeg"))):
+    unread: Counter[str] = Counter()
+    for path in list_images(others, unread):
+        if not (together and path.lower().endswith((".jpg", ".jpeg"))):
             stems.setdefault(os.path.splitext(os.path.relpath(path, others))[0], []).append(path)
+    if not together:
+        mistakes.note_unread(others, unread)
     found: dict[str, str] = {}
     for path in images:
         stem = os.path.splitext(os.path.relpath(path, folder))[0]

@@ -6,10 +6,11 @@ Each reader gives None where the folder has another layout, or not this set.
 import contextlib
 import importlib
 import json
+import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +21,23 @@ from faster_coco_eval.core import mask as rle
 
 from itpn.config.files import load_yaml
 from itpn.data.decode import MAX_PIXELS, read_size, reason_of
-from itpn.data.files import SPLITS, is_image, split_places, walk
-from itpn.data.numbers import read_number, read_whole
+from itpn.data.files import SPLITS, describe_unread, is_image, list_images, split_places, suffix_of
+from itpn.data.numbers import read_whole
 from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError
 from itpn.reading import MAX_TEXT, read_bounded
-from itpn.text import as_file_name, decode_text, read_lines
+from itpn.text import as_file_name, decode_text, one_line, read_lines
 
+LONGEST_REASON = 500  # characters: it may quote megabytes of a damaged file
 LONGEST_NUMBER = 40  # characters: supervision takes hours for a class index of a million digits
 MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
 Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON
 Size = tuple[int, int]  # height, width
-Parse = Callable[[Path, Size], Iterator[dict[str, Any]]]  # a file of annotations to objects
-# kinds of boxes in the wrong terms
+Found = dict[str, Any] | str  # an object, or why it cannot be read
+Parse = Callable[[Path, Size], Iterator[Found]]  # of a file of annotations
+# kinds of mistakes
+UNREAD = "images whose annotations cannot be read"
+NO_OUTLINE = "polygons or masks that cannot be used (the box is, if there is one)"
 PIXELS = "objects with coordinates above 1, which look like pixels: divide them by the image's width and height"
 FRACTIONS = "boxes with coordinates from 0 to 1, which look like fractions: multiply them by the image's sides"
 
@@ -50,7 +55,14 @@ class Mistakes:
     def add(self, kind: str, example: str) -> None:
         self.counts[kind] += 1
         if self.counts[kind] <= 3:
-            self.examples.setdefault(kind, []).append(example)
+            self.examples.setdefault(kind, []).append(one_line(example))
+
+    def note_unread(self, folder: str, unread: Counter[str], read: Iterable[str | Path] = ()) -> None:
+        """Note what files below a folder are not read; ``read`` are some that are, and were counted as well."""
+        below = os.path.join(os.path.abspath(folder), "")
+        unread = unread - Counter(suffix_of(str(path)) for path in read if os.path.abspath(path).startswith(below))
+        if line := describe_unread(unread):
+            self.notes.append(f"{line} in {folder}")
 
     def lines(self) -> list[str]:
         """A line for each kind, the commonest first."""
@@ -135,7 +147,8 @@ def _searching(places: list[Path]) -> Callable[[str], Path]:
     def path_of(name: str) -> Path:
         name = as_file_name(name)
         with contextlib.suppress(OSError):  # no name of a file
-            return next((place / name for place in places if (place / name).is_file()), places[0] / name)
+            paths = [place / own for own in (name, name.replace("\\", "/")) for place in places]  # of Windows
+            return next((path for path in paths if path.is_file()), places[0] / name)
         return places[0] / name[:100]
 
     return path_of
@@ -178,15 +191,19 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
         place = next((p for p in (base / folder, root / folder.removeprefix("../")) if p.is_dir()), None)
         if place is None:
             raise UserError(f"{file} speaks of images in {folder}, which is not a folder below {root}")
-        for image, size in _images_below(place, mistakes, max_pixels):
+        unread, read = Counter[str](), [file]
+        for image, size in _images_below(place, mistakes, max_pixels, unread):
             parts = list(image.parts)
             if "images" in parts[len(root.parts) :]:
                 last = len(parts) - 1 - parts[::-1].index("images")
                 parts[last] = "labels"
             labels = Path(*parts).with_suffix(".txt")
             missing = missing or (None if labels.is_file() else labels)
-            found += labels.is_file()
+            if labels.is_file():
+                found += 1
+                read.append(labels)
             _append(coco, image, size, labels, parse, mistakes)
+        mistakes.note_unread(str(place), unread, read)
     if missing is not None and not found:
         raise UserError(f"{file} has images in {', '.join(folders)}, but no labels: {missing} is not there, nor others")
     return coco, Path, str(file)
@@ -225,25 +242,26 @@ def _read_keypoints(shape: Any, file: Path) -> int:
 def _yolo_parser(keypoints: int, mistakes: Mistakes) -> Parse:
     read = import_supervision()["yolo"].yolo_annotations_to_detections
 
-    def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
+    def parse_line(line: str, size: Size) -> dict[str, Any]:
+        if max(map(len, line.split())) > LONGEST_NUMBER:
+            raise ValueError(f"a number of more than {LONGEST_NUMBER} characters")
+        values = _drop_keypoints(line.split(), keypoints, mistakes)
+        (one,) = _from_supervision(read([" ".join(values)], resolution_wh=size[::-1], with_masks=len(values) > 6))
+        coordinates = values[1:5] if len(values) < 7 else values[1 : 1 + (len(values) - 1) // 2 * 2]
+        if max(map(float, coordinates)) > 2:
+            one["problem"] = PIXELS
+        return one | {"label": one["category_id"] - 1}
+
+    def parse(path: Path, size: Size) -> Iterator[Found]:
         if not path.is_file():
             return  # an image without objects
         for number, line in enumerate(read_lines(path), start=1):
             if not line:
                 continue
-            if max(map(len, line.split())) > LONGEST_NUMBER:
-                raise ValueError(f"line {number} has a number of more than {LONGEST_NUMBER} characters")
             try:
-                values = _drop_keypoints(line.split(), keypoints, mistakes)
-                (one,) = _from_supervision(
-                    read([" ".join(values)], resolution_wh=size[::-1], with_masks=len(values) > 6)
-                )
+                yield parse_line(line, size) | {"where": f"{path} line {number}"}
             except Exception as error:  # whatever it meets
-                raise ValueError(f"line {number}: {error}") from error
-            coordinates = values[1:5] if len(values) < 7 else values[1 : 1 + (len(values) - 1) // 2 * 2]
-            if max(map(float, coordinates)) > 2:
-                one["problem"] = PIXELS
-            yield one | {"where": f"{path} line {number}", "label": one["category_id"] - 1}
+                yield f"line {number}: {_shorten(error)}"
 
     return parse
 
@@ -274,45 +292,18 @@ def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_P
     if file is None and (split != "train" or lists.is_dir()):
         return None
     # without lists, all of them
-    wanted = None if file is None else {as_file_name(line.split()[0]) for line in read_lines(file) if line}
-    read = import_supervision()["pascal_voc"].detections_from_xml_obj
-    parse_xml = importlib.import_module("defusedxml.ElementTree").fromstring  # supervision brings it
-
+    wanted = None if file is None else {_listed_name(line, notes) for line in read_lines(file) if line}
     classes: list[str] = []
+    parse = _voc_parser(classes, mistakes)
     coco: Coco = {"images": [], "annotations": []}
-
-    def parse(path: Path, size: Size) -> Iterator[dict[str, Any]]:
-        nonlocal classes
-        element = parse_xml(read_bounded(path, MAX_TEXT))
-        written = [element.findtext(f"size/{side}", "0").strip() for side in ("height", "width")]
-        sides = [read_whole(side or "0") for side in written]
-        if None in sides:
-            raise ValueError(f"height {written[0]}, width {written[1]} are no whole numbers")
-        if all(sides) and tuple(sides) != size:
-            raise ValueError(f"is of {sides[1]}x{sides[0]} pixels, the image of {size[1]}x{size[0]}")
-        found = element.findall("object")
-        for number, one in enumerate(found, start=1):
-            name = one.find("name")
-            if name is None or not (name.text or "").strip():
-                raise ValueError(f"object {number} has no name")
-            name.text = name.text.strip()
-        detections, classes = read(element, classes, size[::-1])
-        for number, (row, one) in enumerate(zip(_from_supervision(detections), found, strict=True), start=1):
-            corners = [read_number(one.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
-            known = [corner for corner in corners if corner is not None]
-            if min(known) >= 0 and max(known) <= 1 and min(known) < 1:  # VOC's pixels count from 1
-                row["problem"] = FRACTIONS
-            # difficult objects are neither targets nor held against a detector
-            crowd = one.findtext("difficult", "0").strip() == "1"
-            yield row | {"iscrowd": int(crowd), "where": f"{path} object {number}"}
-
-    seen = set()
-    for image, size in _images_below(images, mistakes, max_pixels, wanted):
+    seen, unread = set(), Counter[str]()
+    for image, size in _images_below(images, mistakes, max_pixels, unread, wanted):
         seen.add(image.stem)
         path = notes / f"{image.stem}.xml"
         if not path.is_file():
             path = next((p for p in [path.with_suffix(".XML")] if p.is_file()), path)
         _append(coco, image, size, path, parse, mistakes)
+    mistakes.note_unread(str(images), unread)
     for name in sorted((wanted or set()) - seen):
         mistakes.add("images not on disk", name)
     order = sorted(classes)  # which must not depend on which image came first
@@ -320,6 +311,65 @@ def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_P
         note["category_id"] = 1 + order.index(classes[note["category_id"] - 1])
     categories = [{"id": number, "name": name} for number, name in enumerate(order, start=1)]
     return coco | {"categories": categories}, Path, str(file or notes)
+
+
+def _listed_name(line: str, notes: Path) -> str:
+    """The name in a line of a list of images: with a suffix or without, before a 1, 0 or -1 in lists of a class."""
+    name = as_file_name(line)
+    if not (notes / f"{name}.xml").is_file():  # a name may end in a number, too
+        name = re.sub(r"\s+[+-]?[01]$", "", name)
+    return os.path.splitext(name)[0] if is_image(name) else name
+
+
+def _voc_parser(classes: list[str], mistakes: Mistakes) -> Parse:
+    """A reader of XML files, which adds the names that it meets to ``classes``."""
+    read = import_supervision()["pascal_voc"].detections_from_xml_obj
+    parse_xml = importlib.import_module("defusedxml.ElementTree").fromstring  # supervision brings it
+
+    def parse_object(one: Any, size: Size, where: str) -> dict[str, Any]:
+        name = one.find("name")
+        if name is None or not (name.text or "").strip():
+            raise ValueError("it has no name")
+        name.text = name.text.strip()
+        alone = one.makeelement("annotation", {})
+        alone.append(one)
+        try:
+            detections, classes[:] = read(alone, classes, size[::-1])
+        except Exception as error:
+            outlines = one.findall("polygon")
+            if not outlines:
+                raise
+            for outline in outlines:
+                one.remove(outline)
+            detections, classes[:] = read(alone, classes, size[::-1])
+            odd = isinstance(error, IndexError)  # as supervision meets it
+            mistakes.add(NO_OUTLINE, f"{where}: {'an odd number of coordinates' if odd else _shorten(error)}")
+        (row,) = _from_supervision(detections)
+        corners = [float(one.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")]
+        if min(corners) >= 0 and max(corners) <= 1 and min(corners) < 1:  # VOC's pixels count from 1
+            row["problem"] = FRACTIONS
+        # difficult objects are neither targets nor held against a detector
+        crowd = one.findtext("difficult", "0").strip() == "1"
+        return row | {"iscrowd": int(crowd), "where": where}
+
+    def parse(path: Path, size: Size) -> Iterator[Found]:
+        element = parse_xml(read_bounded(path, MAX_TEXT))
+        written = [element.findtext(f"size/{side}", "0").strip() for side in ("height", "width")]
+        sides = [read_whole(side or "0") for side in written]
+        if None in sides:
+            raise ValueError(f"height {written[0]}, width {written[1]} are no whole numbers")
+        if all(sides) and tuple(sides) != size:
+            raise ValueError(f"is of {sides[1]}x{sides[0]} pixels, the image of {size[1]}x{size[0]}")
+        objects = element.findall("object")
+        if not objects and element.tag != "annotation":  # as with a namespace; it is no image without objects
+            raise ValueError(f"is of <{element.tag}>, not of <annotation>")
+        for number, one in enumerate(objects, start=1):
+            try:
+                yield parse_object(one, size, f"{path} object {number}")
+            except Exception as error:  # whatever it meets
+                yield f"object {number}: {_shorten(error)}"
+
+    return parse
 
 
 def import_supervision() -> Any:
@@ -350,10 +400,14 @@ def _text(counts: Any) -> Any:
 
 
 def _images_below(
-    folder: Path, mistakes: Mistakes, max_pixels: int, stems: set[str] | None = None
+    folder: Path, mistakes: Mistakes, max_pixels: int, unread: Counter[str], stems: set[str] | None = None
 ) -> Iterator[tuple[Path, Size]]:
-    """Image files and their height and width, from their headers; of some names alone, if given."""
-    for name in sorted(path for path in walk(str(folder)) if is_image(path)):
+    """Image files and their height and width, from their headers; of some names alone, if given.
+
+    Args:
+        unread: counts all other files by suffix.
+    """
+    for name in sorted(list_images(str(folder), unread)):
         if stems is not None and Path(name).stem not in stems:
             continue
         try:
@@ -368,17 +422,28 @@ def _images_below(
         yield Path(name), size
 
 
+def _shorten(error: Exception) -> str:
+    return reason_of(error)[:LONGEST_REASON]
+
+
 def _append(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mistakes: Mistakes) -> None:
-    """Add an image with the objects that its file of annotations names; neither, if that cannot be read whole."""
+    """Add an image with those objects of its file of annotations that can be read; neither, if none can be."""
     try:
-        objects = list(parse(notes, size))
+        found = list(parse(notes, size))
     except MachineError:
         raise
     except Exception as error:  # whatever a reader meets in a damaged file
         check_lost(str(notes), error)
-        mistakes.add("images whose annotations cannot be read", f"{notes}: {reason_of(error)}")
+        mistakes.add(UNREAD, f"{notes}: {_shorten(error)}")
         return
+    objects = [one for one in found if not isinstance(one, str)]
+    reasons = [one for one in found if isinstance(one, str)]
+    if reasons and not objects:
+        mistakes.add(UNREAD, f"{notes}: {reasons[0]}")
+        return
+    for reason in reasons:
+        mistakes.add("objects that cannot be read", f"{notes}: {reason}")
     number = 1 + len(coco["images"])
     coco["images"].append({"id": number, "file_name": str(image), "height": size[0], "width": size[1]})
     for one in objects:
-        coco["annotations"].append({"where": str(notes), "id": 1 + len(coco["annotations"]), "image_id": number, **one})
+        coco["annotations"].append({"id": 1 + len(coco["annotations"]), "image_id": number, **one})

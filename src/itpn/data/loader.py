@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from itpn.data.cache import FeatureCache
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_sample
 from itpn.data.files import ImageSource
-from itpn.data.readers import FileReader, Reader, is_lost
+from itpn.data.readers import FileReader, Reader, remedy_of_loss
 from itpn.data.shards import Sample, count_shard_images, shard_samples
 from itpn.data.workers import WorkerLoader, beat
 from itpn.errors import MachineError, UserError
@@ -42,7 +42,6 @@ def collect(views: list[View]) -> Batch:
     return {name: [view[name] for view in views] for name in views[0]}
 
 
-LOST_FILES = "Look whether its disk or network mount is still there, and at its permissions, then repeat the command"
 MAX_SPARES = 1000  # so many broken files in a row, and the data cannot be what was meant
 
 
@@ -437,13 +436,8 @@ class SkippedImages:
             of = seen_images
         if self.count > self._max_fraction * of:
             name, reason = next(iter(self._reasons.items()))
-            what = f"{self.count} of {of} images cannot be read, more than {self._max_fraction:.0%}; the first is"
-            if is_lost(name, reason):
-                raise MachineError(f"{what} {one_line(name)}: {reason}. {LOST_FILES}")
-            raise UserError(
-                f"{what} {one_line(name)}: {reason}. Mend or remove broken files, or look whether the data root is "
-                "right"
-            )
+            what = f"{self.count} of {of} images cannot be read, more than {self._max_fraction:.0%}"
+            raise _too_many(what, name, reason)
 
     def state_dict(self) -> dict[str, dict[str, str]]:
         return {"broken": dict(self._reasons)}
@@ -456,9 +450,12 @@ def nothing_readable(broken: list[tuple[str, str]]) -> UserError | MachineError:
     """What to raise where not one image can be read, of the (name, reason) of each."""
     if not broken:
         return UserError("no images in the shards: look whether the data root is right")
-    name, reason = broken[0]
-    what = f"none of {len({name for name, _ in broken})} images in a row can be read"
-    what = f"{what}; the first is {one_line(name)}: {reason}."
-    if is_lost(name, reason):
-        return MachineError(f"{what} {LOST_FILES}")
-    return UserError(f"{what} Mend or remove the broken files, or look whether the data root is right")
+    return _too_many(f"none of {len({name for name, _ in broken})} images in a row can be read", *broken[0])
+
+
+def _too_many(what: str, name: str, reason: str) -> UserError | MachineError:
+    """What to raise for images that cannot be read, the first of which has a name and a reason."""
+    what = f"{what}; the first is {one_line(name)}: {reason}"
+    if lost := remedy_of_loss(name, reason):
+        return MachineError(f"{what}; {lost}")
+    return UserError(f"{what}. Mend or remove broken files, or look whether the data root is right")

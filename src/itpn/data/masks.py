@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
-from itpn.data.labelled import join_names
+from itpn.data.files import CLASS_FILES
+from itpn.data.labelled import join_names, refuse_empty_line
 from itpn.data.readers import read_file
 from itpn.errors import UserError
 from itpn.text import read_lines
@@ -24,7 +25,6 @@ IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
 MAX_CLASSES = 254
 WHITE = 255  # in masks of 8 bits
 MAX_LEVELS = 10  # shades that are recognized as evenly spaced: more are too close to class indices
-NAME_FILES = ("classes.txt", "classes.csv", "class_dict.csv", "objectInfo150.txt")  # ADE20K has the last
 
 Colour = tuple[int, int, int]
 Names = Sequence[tuple[str, Colour | None]]  # of labels in turn, and their colours
@@ -250,14 +250,15 @@ def read_names(file: str | None, root: str) -> Names | None:
         UserError: no such file, or a line that is no class.
     """
     if file is None:
-        places = [place / name for place in (Path(root), Path(root).parent) for name in NAME_FILES]
+        places = [place / name for place in (Path(root), Path(root).parent) for name in CLASS_FILES]
         found = next((place for place in places if place.is_file()), None)
         if found is None:
             return None
         file = str(found)
     if not Path(file).exists():
         raise UserError(f"file of classes {file} does not exist")
-    lines = [line for line in read_lines(file) if line]
+    written = read_lines(file)
+    lines = [line for line in written if line]
     if not lines:
         raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
     if lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
@@ -285,6 +286,8 @@ def read_names(file: str | None, root: str) -> Names | None:
             raise UserError(f"{file} has two classes of the {what} {twice[0]}")
     if len({colour is None for _, colour in names}) > 1:
         raise UserError(f"{file} has colours for some of the classes: give all or none")
+    if "" in written and any(colour is None for _, colour in names):  # is it a label without a name, or of no meaning?
+        refuse_empty_line(written, file)
     return names
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -12,7 +13,7 @@ from itpn.errors import UserError
 
 ALL = "all"
 MOST_OF_A_SAMPLE = 64  # images
-REMEDY = "--data.members of `itpn train` says which to read, `all` for every one"
+REMEDY = "--data.members says which to read, `all` for every one"
 # between the key and the suffix: what describes an image, and is none to train on
 SECONDARY = {
     *("seg", "segmentation", "semantic", "instance", "panoptic", "mask", "masks", "label", "labels", "labelids"),
@@ -47,15 +48,6 @@ def is_image_ending(ending: str) -> bool:
     return f".{ending}".endswith(IMAGE_SUFFIXES)
 
 
-def check_members(endings: Sequence[str]) -> None:
-    """Refuse endings that no image has."""
-    for ending in endings:
-        if ending != ALL and not is_image_ending(ending.lower().lstrip(".")):
-            raise UserError(
-                f"--data.members {ending} is no ending of an image: give `jpg`, `rgb.png` or the like, or all"
-            )
-
-
 class Choice:
     """Chooses the images of a shard, one after the other.
 
@@ -64,6 +56,9 @@ class Choice:
 
     Args:
         endings: of the members to take instead; :data:`ALL` for every image.
+
+    Raises:
+        UserError: an ending that no image has.
 
     Attributes:
         taken, left: count the endings of the images that are taken, and of those that are not.
@@ -75,6 +70,11 @@ class Choice:
         self.left: Counter[str] = Counter()
         self.problem = ""
         self._endings = {ending.lower().lstrip(".") for ending in endings}
+        for ending in sorted(self._endings - {ALL}):
+            if not is_image_ending(ending):
+                raise UserError(
+                    f"--data.members {ending} is no ending of an image: give `jpg`, `rgb.png` or the like, or all"
+                )
 
     def choose(self, images: Iterable[Member]) -> Iterator[Member]:
         """Those of a shard's images that are to be read; none of a sample that is not certain, see ``problem``."""
@@ -98,7 +98,7 @@ class Choice:
             return [image for image in sample if image.ending in self._endings]
         if plain := [image for image in sample if "." not in image.ending]:
             return plain
-        first = [image for image in sample if not SECONDARY & set(image.ending.split(".")[:-1])]
+        first = [image for image in sample if not _is_secondary(image.ending)]
         if len(first) > 1:
             names = ", ".join(os.path.basename(image.name) for image in first[:3])
             more = ", ..." if len(first) > 3 else ""
@@ -123,6 +123,11 @@ def find_members(members: Iterable[tarfile.TarInfo], read: Callable[[tarfile.Tar
         key, ending = split_name(member.name)
         if member.isfile() and is_image_ending(ending) and not is_hidden(member.name):
             yield Member(member.name, key, ending, read(member))
+
+
+def _is_secondary(ending: str) -> bool:
+    """Whether an ending names what describes an image, by itself or one of several: ``seg.png``, ``mask_1.png``."""
+    return any(re.sub(r"[_-]?\d+$", "", word) in SECONDARY for word in ending.split(".")[:-1])
 
 
 def list_endings(endings: Counter[str]) -> str:

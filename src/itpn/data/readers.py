@@ -78,10 +78,15 @@ def check_lost(path: str | Path, error: Exception) -> None:
         raise MachineError(f"{one_line(str(path))} cannot be read: {error.strerror}; {remedy(error)}") from error
 
 
-def is_lost(name: str, reason: str) -> bool:
-    """Whether a file that was found at the start is not there any more, or must not be read: no fault of the image."""
-    gone = reason == os.strerror(errno.ENOENT) and not os.path.lexists(name)
-    return gone or reason in {os.strerror(number) for number in FORBIDDEN}
+def remedy_of_loss(name: str, reason: str) -> str:
+    """What to do about a file that was found at the start and is not there any more, or must not be read.
+
+    Empty where the image is at fault.
+    """
+    if reason == os.strerror(errno.ENOENT) and not os.path.lexists(name):
+        return remedy(OSError(errno.EIO, reason))  # of a mount that is lost
+    number = next((number for number in FORBIDDEN if os.strerror(number) == reason), None)
+    return "" if number is None else remedy(OSError(number, reason))
 
 
 class FileReader:

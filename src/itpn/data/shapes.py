@@ -9,7 +9,7 @@ import colorsys
 import io
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from itpn.writing import write_whole
 
 Array = npt.NDArray[Any]  # float32, unless said
 Mask = npt.NDArray[np.bool_]
+ScenePaths = tuple[Path, Path, Path, Path]  # of one scene: in imagefolder, in coco, in ade20k, its mask there
 
 CLASSES = ("disk", "ring", "triangle", "square", "star", "cross")
 GROUNDS = ("clouds", "stripes", "checks", "dots")
@@ -66,6 +67,7 @@ class ShapesFolders:
     ade20k: Path
 
 
+# over 60 lines: each draw of random numbers depends on those before, and reads in their order
 def draw_scene(
     seed: int, split: str, index: int, *, img_size: int | tuple[int, int] = 96, category: str | None = None
 ) -> Scene:
@@ -184,20 +186,27 @@ def write_shapes(
         raise refusal(f"cannot make folders under {root}", error) from error
     _write_json(marker, {**arguments, "complete": False})
     for split, rows in scenes.items():
-        annotated = []
-        for index, (object_jpg, coco_jpg, ade_jpg, ade_png) in enumerate(rows):
-            category = CLASSES[index % len(CLASSES)]
-            object_jpg.write_bytes(_encode(draw_scene(seed, split, index, img_size=size, category=category).image))
-            scene = draw_scene(seed, split, index, img_size=size)
-            jpeg = _encode(scene.image)
-            coco_jpg.write_bytes(jpeg)
-            ade_jpg.write_bytes(jpeg)
-            Image.fromarray(scene.labels).save(ade_png)
-            annotated.append((coco_jpg.name, scene.instances))
-        _write_json(indices[split], _coco_index(annotated, size))
+        _write_json(indices[split], _coco_index(_write_scenes(rows, seed, split, size), size))
     names.write_text("\n".join(GROUNDS + CLASSES) + "\n", encoding="utf-8")
     _write_json(marker, {**arguments, "complete": True})
     return folders
+
+
+def _write_scenes(
+    rows: Sequence[ScenePaths], seed: int, split: str, size: tuple[int, int]
+) -> list[tuple[str, list[Instance]]]:
+    """Draw and write the images of a split; returns what is in each, by the name of its file in ``coco/``."""
+    annotated = []
+    for index, (object_jpg, coco_jpg, ade_jpg, ade_png) in enumerate(rows):
+        category = CLASSES[index % len(CLASSES)]
+        object_jpg.write_bytes(_encode(draw_scene(seed, split, index, img_size=size, category=category).image))
+        scene = draw_scene(seed, split, index, img_size=size)
+        jpeg = _encode(scene.image)
+        coco_jpg.write_bytes(jpeg)
+        ade_jpg.write_bytes(jpeg)
+        Image.fromarray(scene.labels).save(ade_png)
+        annotated.append((coco_jpg.name, scene.instances))
+    return annotated
 
 
 def _check_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -320,7 +329,7 @@ def _smoothstep(t: Array) -> Array:
 # Writing
 
 
-def _scene_paths(folders: ShapesFolders, split: str, index: int) -> tuple[Path, Path, Path, Path]:
+def _scene_paths(folders: ShapesFolders, split: str, index: int) -> ScenePaths:
     """The files of an index: image of one shape; scene for COCO; scene and labels for ADE20K."""
     ade_split, ade_name = {"train": "training", "val": "validation"}[split], f"ADE_{split}_{index + 1:08d}"
     return (

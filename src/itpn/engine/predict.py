@@ -78,7 +78,7 @@ def predict(
     """
     found = read_checkpoint(checkpoint)
     check_sound(found)
-    for note in [*source.notes, *(check_shards(source.shards) if source.shards else ())]:
+    for note in [*source.notes, *(check_shards(source.shards, source.members) if source.shards else ())]:
         print_aside(note)
     model, notes = load_found(found)
     for note in notes:

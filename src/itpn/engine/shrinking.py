@@ -67,7 +67,7 @@ def shrink(
     for note in [note for source in splits.values() for note in source.notes]:
         print_aside(note)
     if left:
-        print_aside(f"not written of the shards: {list_endings(left)}; a sample's plain image is taken")
+        print_aside(f"not written of the shards: {list_endings(left)} (see --data.members)")
     classes = _label(splits, originals)
     shards = {
         os.path.join(split, f"images-{begin // shard_size:05d}.tar"): found[begin : begin + shard_size]
