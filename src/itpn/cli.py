@@ -83,6 +83,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(arguments: list[str]) -> int:
+    if holding := next((argument for argument in arguments if "\0" in argument), None):
+        raise UserError(f"{holding!r} holds a zero byte, which no name of a file can have")
     if len(arguments) > 1 and arguments[0] in WITH_CONFIG and not arguments[1].startswith("-"):
         return WITH_CONFIG[arguments[0]](arguments[1], arguments[2:])  # options come from the recipe's config
     if len(arguments) > 1 and arguments[0] in WITH_CONFIG and arguments[1] not in ("-h", "--help"):
