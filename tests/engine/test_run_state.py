@@ -258,6 +258,20 @@ def test_several_processes_complete_a_run_as_one_does(settings, tmp_path):
         assert_complete(folder, 2)
 
 
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(short, tmp_path, monkeypatch, capsys):
+    """As of `itpn train ... | head -1`."""
+    write_yaml(tmp_path / "run.yaml", "test", short())
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert_complete(folder_of(short()), 2)
+    assert capsys.readouterr().err == (
+        "nobody reads standard output any more: the command goes on, and its files tell how it goes\n"
+    )
+
+
 # --- checkpoints that cannot be read
 
 

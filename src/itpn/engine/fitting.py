@@ -27,6 +27,7 @@ from itpn.engine.callbacks import Monitor, Pictures, Watcher
 from itpn.engine.checkpointing import CheckpointFiles, Checkpointing, restoring
 from itpn.engine.compiling import compile_networks
 from itpn.engine.completion import Completion
+from itpn.engine.console import Output
 from itpn.engine.event_files import EventFiles, leave_to_caller
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import (
@@ -91,7 +92,7 @@ def fit(
     """
     launch = launch or read_launch()
     check_strategy(config, launch)
-    console = Console(quiet=not launch.main)
+    console = Output(quiet=not launch.main)
     quieten_libraries()
     folder = RunFolder(config, recipe)
     notes = [] if folder.begun else load()  # before the folder: a refusal leaves nothing behind

@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, record_function, schedule
 from itpn.config import RunConfig
 from itpn.engine.bottlenecks import advise, draw_summary
 from itpn.engine.compiling import compile_networks
+from itpn.engine.console import Output
 from itpn.engine.fitting import Job, check_strategy, make_trainer
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import (
@@ -79,7 +80,7 @@ def profile(
     """
     launch = launch or read_launch()
     check_strategy(config, launch)
-    console = Console(quiet=not launch.main)
+    console = Output(quiet=not launch.main)
     quieten_libraries()
     folder = RunFolder(replace(config, name=f"{config.name}/profile"), recipe)
     load()  # how many boxes a detector proposes depends on its weights

@@ -31,7 +31,7 @@ from itpn.data.shrunk import (
     write_shard,
 )
 from itpn.data.workers import WorkerLoader
-from itpn.engine.console import print_aside, tell_remarks
+from itpn.engine.console import Output, print_aside, tell_remarks
 from itpn.engine.folder import writing_to
 from itpn.engine.launch import count_cores
 from itpn.engine.signals import stopped_by_signals
@@ -61,7 +61,7 @@ def shrink(
         UserError: nothing to read, the folder cannot be written or holds something else, too many broken images.
         RunStopped: by a signal.
     """
-    console = Console()
+    console = Output()
     left: Counter[str] = Counter()
     originals = {split: _list_some(source, left) for split, source in splits.items()}
     for note in [note for source in splits.values() for note in source.notes]:
