@@ -49,6 +49,8 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
         try:
             with path.open("rb") as file:
                 archive = zipfile.ZipFile(file)
+                if any(member.compress_type for member in archive.infolist()):  # torch compresses nothing
+                    raise zipfile.BadZipFile("its parts are compressed, and could take any memory")
                 if whole and (member := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {member}")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
