@@ -2,6 +2,7 @@
 
 import pytest
 
+from itpn.cli import main
 from itpn.config import (
     Config,
     DataConfig,
@@ -33,6 +34,36 @@ def test_every_recipe_is_possible_and_survives_yaml(name, tmp_path):
         config.data.img_size, config.data.root = (64, 96), ("a", "b")
     write_yaml(tmp_path / "config.yaml", name, config)
     assert read_yaml(tmp_path / "config.yaml") == (name, config)
+
+
+@pytest.mark.parametrize("setting", ["name", "output-dir", "data.root", "teacher.checkpoint"])
+def test_a_zero_byte_is_no_part_of_a_name(tmp_path, capsys, setting):
+    """Not from a shell, but from Python, and from the escapes of a config.yaml."""
+    assert main(["train", "itpn-pixel_nano", f"--{setting}", "a\0b"]) == 2
+    error = capsys.readouterr().err
+    assert (error.count("\n"), "'a\\x00b' holds a zero byte" in error) == (1, True)
+
+    config = Config()
+    section, _, name = setting.replace("-", "_").rpartition(".")
+    setattr(getattr(config, section) if section else config, name, ("a\0b",) if name == "root" else "a\0b")
+    write_yaml(tmp_path / "config.yaml", "test", config)
+    assert main(["train", str(tmp_path / "config.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert (error.count("\n"), f"{setting.replace('-', '_')} holds a zero byte" in error) == (1, True)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *(["train", "a\0"], ["inspect", "a\0"], ["predict", "a\0", "b"], ["predict", "a", "b\0"], ["info", "a\0"]),
+        *(["convert", "a", "b\0.pth"], ["export", "a", "--out", "b\0.onnx"], ["shrink", "a\0", "--out", "b"]),
+        *(["demo", "--output-dir", "a\0"], ["evaluate", "classifier_small", "--checkpoint", "a\0"]),
+    ],
+)
+def test_a_zero_byte_in_any_command(capsys, arguments):
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert (error.count("\n"), "holds a zero byte" in error) == (1, True)
 
 
 def test_published_settings():

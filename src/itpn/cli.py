@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_types
+from itpn.engine.environment import check_environment
 from itpn.engine.guard import guard
 from itpn.engine.peers import GRACE, conclude, disconnect, end_children
 from itpn.engine.signals import stopped_by_signals
@@ -86,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run_command(arguments: list[str]) -> int:
+    if holding := next((argument for argument in arguments if "\0" in argument), None):
+        raise UserError(f"{holding!r} holds a zero byte, which no name of a file can have")
+    check_environment()
     if len(arguments) > 1 and arguments[0] in WITH_CONFIG and not arguments[1].startswith("-"):
         return WITH_CONFIG[arguments[0]](arguments[1], arguments[2:])  # options come from the recipe's config
     if len(arguments) > 1 and arguments[0] in WITH_CONFIG and arguments[1] not in ("-h", "--help"):

@@ -11,7 +11,7 @@ from public import read_golden, save_public
 
 import itpn
 from itpn.checkpoints.convert import convert
-from itpn.checkpoints.files import read_checkpoint, save_weights
+from itpn.checkpoints.files import read_checkpoint, save_weights, write_safetensors
 from itpn.checkpoints.loading import load_weights
 from itpn.config import Config, DataConfig, ModelConfig, TeacherConfig
 from itpn.errors import UserError
@@ -298,6 +298,26 @@ def test_damaged_and_foreign_files(tmp_path):
     whole = save(tmp_path)
     whole.write_bytes(whole.read_bytes()[:-1000])
     assert refused(whole).startswith("checkpoint FILE is damaged or no checkpoint")
+
+
+ODD_METADATA = [("config", 3), ("config", {"data": []}), ("architecture", []), ("classes", 3), ("classes", [3])]
+
+
+@pytest.mark.parametrize(("name", "odd"), ODD_METADATA)
+@pytest.mark.parametrize("ending", ["safetensors", "ckpt"])
+def test_odd_metadata_is_said(tmp_path, name, odd, ending):
+    tensors = itpn.load(save(tmp_path, (32, 32))).state_dict()
+    path = tmp_path / f"odd.{ending}"
+    if ending == "ckpt":
+        state = {f"model.{key}": tensor for key, tensor in tensors.items()}
+        torch.save({"state_dict": state, "global_step": "x", "itpn": {name: odd}}, path)
+    else:
+        write_safetensors(path, tensors, {name: odd})
+    for read in (itpn.inspect, itpn.load):
+        with pytest.raises(UserError, match=r"has damaged (metadata|settings)") as caught:
+            read(path)
+        assert str(path) in str(caught.value)
+        assert "\n" not in str(caught.value)
 
 
 class Pointer:

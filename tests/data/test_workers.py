@@ -157,6 +157,22 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
         time.sleep(0.05)
 
 
+def test_streams_that_are_given_up_say_nothing_at_the_end():
+    code = """
+        import sys; sys.path[:0] = {path!r}
+        from test_workers import *
+        streams = [iter(WorkerLoader(Misbehaving("none"), range(9), 1, "photos")) for _ in range(3)]
+        print([int(next(stream)["image"][0]) for stream in streams])
+        plain, circle, sys.kept = streams
+        del streams
+        circle = [circle]; circle.append(circle)
+        raise SystemExit(3)
+    """
+    code = textwrap.dedent(code).format(path=[str(Path(__file__).parent), *sys.path])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "[0, 0, 0]\n", "")
+
+
 def _cmdline(pid: int) -> bytes:
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes()  # empty where only its exit code is left of it

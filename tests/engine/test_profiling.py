@@ -168,6 +168,18 @@ def test_a_signal_ends_it(settings, monkeypatch, at):
     assert not bytes_of(Path(config.output_dir))
 
 
+def test_a_signal_while_the_trace_is_written(settings, monkeypatch):
+    def copy(content, packed):
+        packed.write(content.read(1000))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(profiling.shutil, "copyfileobj", copy)
+    config = settings()
+    with pytest.raises(RunStopped):
+        train(config, "test", run=profile)
+    assert not bytes_of(Path(config.output_dir))
+
+
 def test_processes_beside_the_first_take_the_same_steps(settings):
     config = settings()
     steps = []

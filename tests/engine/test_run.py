@@ -306,6 +306,26 @@ def test_launchers(monkeypatch, env, environment, main, processes, machines):
     assert (launch.main, launch.processes, launch.machines) == (main, processes, machines)
 
 
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE must be a number above 0, not 'x'"),
+        ({"LOCAL_RANK": ""}, "LOCAL_RANK must be a number, not ''"),
+        ({"MASTER_PORT": "-1"}, "MASTER_PORT must be a number, not '-1'"),
+        ({**TORCHRUN, "RANK": "1.5"}, "RANK must be a number, not '1.5'"),
+        ({**TORCHRUN, "LOCAL_WORLD_SIZE": "0"}, "LOCAL_WORLD_SIZE must be a number above 0, not '0'"),
+        ({"TORCHELASTIC_RUN_ID": "x"}, "LOCAL_WORLD_SIZE is missing"),
+        ({**SLURM, "SLURM_NTASKS": "2(x3)"}, r"SLURM_NTASKS must be a number above 0, not '2\(x3\)'"),
+        (SLURM, "SLURM_PROCID is missing"),
+    ],
+)
+def test_variables_of_launchers_that_are_none(monkeypatch, env, words):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=words):
+        read_launch()
+
+
 def test_precision(monkeypatch):
     assert choose_precision("auto", cuda=False) == "32-true"
     for has_bf16, expected in ((True, "bf16-mixed"), (False, "16-mixed")):

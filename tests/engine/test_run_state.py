@@ -22,9 +22,9 @@ from safetensors.torch import load_file
 import itpn
 import itpn.engine.fitting
 from itpn.checkpoints import run_state
-from itpn.checkpoints.run_state import DamagedCheckpoint, read_state
+from itpn.checkpoints.run_state import DamagedCheckpoint, find_settings, read_state
 from itpn.cli import main
-from itpn.config import ClassificationConfig, LabelledDataConfig, read_yaml, write_yaml
+from itpn.config import ClassificationConfig, LabelledDataConfig, read_yaml, to_dict, write_yaml
 from itpn.engine.checkpointing import Checkpointing
 from itpn.engine.classification import Validation
 from itpn.engine.folder import RunFolder
@@ -258,6 +258,20 @@ def test_several_processes_complete_a_run_as_one_does(settings, tmp_path):
         assert_complete(folder, 2)
 
 
+def test_a_run_goes_on_when_nobody_reads_what_it_prints(short, tmp_path, monkeypatch, capsys):
+    """As of `itpn train ... | head -1`."""
+    write_yaml(tmp_path / "run.yaml", "test", short())
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert_complete(folder_of(short()), 2)
+    assert capsys.readouterr().err == (
+        "nobody reads standard output any more: the command goes on, and its files tell how it goes\n"
+    )
+
+
 # --- checkpoints that cannot be read
 
 
@@ -364,7 +378,8 @@ def test_damaged_checkpoints_are_never_passed_over_for_step_0(short, capsys):
 
 def test_a_damaged_file_is_told_from_others(tmp_path):
     path = tmp_path / "a.ckpt"
-    torch.save({"global_step": 1, "x": torch.arange(1000)}, path)
+    parts = {"epoch": 0, "loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
+    torch.save({**parts, "global_step": 1, "state_dict": {"x": torch.arange(1000)}}, path)
     whole = path.read_bytes()
     assert read_state(path)["global_step"] == 1
     damaged = [b"", b"text", whole[:-1], whole[: len(whole) // 2], whole[1:], bytes(len(whole))]
@@ -379,6 +394,60 @@ def test_a_damaged_file_is_told_from_others(tmp_path):
     for other in (tmp_path, tmp_path / "none.ckpt"):
         with pytest.raises(MachineError, match="cannot be read"):
             read_state(other)
+
+
+ODD = [
+    *[("state_dict", odd, "its state_dict is a (list|str)") for odd in ([], "x")],
+    ("state_dict", {"a": 1}, "its weight a is a int"),
+    ("state_dict", {"a": torch.ones(1)}, "RuntimeError: Error.*in loading state_dict"),
+    ("global_step", "x", "its global_step is a str"),
+    ("global_step", -1, "its global_step is -1"),
+    ("loops", None, "its loops is a NoneType"),
+    ("loops", {}, "KeyError: 'fit_loop'"),
+    ("optimizer_states", {}, "its optimizer_states is a dict"),
+    ("optimizer_states", ["x"], "AttributeError"),
+    ("lr_schedulers", [{}], "KeyError"),
+    ("callbacks", {"Monitor": "x"}, "TypeError"),
+    ("callbacks", {"Checkpointing": {"best_score": "x"}}, "ValueError"),
+    ("pytorch-lightning_version", "x", "InvalidVersion"),
+    ("itpn", 3, "its settings are none"),
+    ("itpn_loader", {"epoch": 0, "batch": []}, "TypeError"),
+    ("itpn_processes", None, "was trained by None processes"),
+]
+
+
+def test_a_checkpoint_with_odd_keys_stops_the_run(short):
+    """Its bytes are whole, but no run can be restored from it."""
+    folder = train(short(2), "test")
+    last = folder / "checkpoints/last.ckpt"
+    sound = torch.load(last, weights_only=True)
+    for path in last.parent.iterdir():
+        path.unlink()
+    for key, odd, reason in ODD:
+        torch.save({**sound, key: odd}, last)
+        before = last.read_bytes()
+        with pytest.raises(UserError, match=reason) as caught:
+            train(short(3), "test")
+        assert "\n" not in str(caught.value)
+        assert "damaged" in str(caught.value) or key == "itpn_processes"
+        assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+        assert last.read_bytes() == before
+    torch.save(sound, last)
+    assert_complete(train(short(3), "test"), 3)
+
+
+def test_settings_of_odd_checkpoints(short):
+    settings = {"recipe": "test", "task": "pretraining", "config": to_dict(short())}
+    assert find_settings({"itpn": settings}) == ("test", short())
+    assert find_settings({}) is None  # of another program, or of an early version
+    assert find_settings({"itpn": {**settings, "task": "other"}}) is None
+    for odd in (3, [], {**settings, "task": []}, {**settings, "config": []}, {**settings, "config": {"data": "x"}}):
+        with pytest.raises(DamagedCheckpoint, match="its settings are none"):
+            find_settings({"itpn": odd})
+    with pytest.raises(DamagedCheckpoint, match="KeyError: 'recipe'"):
+        find_settings({"itpn": {"task": "pretraining", "config": {}}})
+    with pytest.raises(UserError, match="unknown setting newer"):
+        find_settings({"itpn": {**settings, "config": {"newer": 1}}})
 
 
 @pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/last.ckpt"])

@@ -190,16 +190,27 @@ def test_folders_of_others_are_left_alone(large, tmp_path, capsys, monkeypatch):
     assert "itpn-shrink.json is damaged" in mistake(capsys)
 
 
-def test_a_full_disk(large, tmp_path, capsys, monkeypatch):
-    def addfile(tar, member, file=None):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("fitting", [0, 2])
+def test_a_full_disk(large, tmp_path, capsys, monkeypatch, fitting):
+    left = 2 * 5 * fitting  # images and labels of so many shards
+
+    def addfile(tar, member, file=None, original=tarfile.TarFile.addfile):
+        nonlocal left
+        if not left:
+            raise OSError(28, "No space left on device")
+        left -= 1
+        original(tar, member, file)
 
     with monkeypatch.context() as patched:
         patched.setattr(tarfile.TarFile, "addfile", addfile)
         assert shrink(large, tmp_path / "out") == 1
-    assert mistake(capsys).endswith("cannot be written: No space left on device")
+    said = mistake(capsys)
+    assert said.startswith(f"itpn: make room on the disk: --out {tmp_path / 'out'} cannot be written: No space left")
+    assert said.endswith(f"({fitting} of 5 shards are done, the same command resumes)")
     assert not list((tmp_path / "out").glob("*.tmp"))
     assert shrink(large, tmp_path / "out") == 0
+    if fitting:
+        assert f"{fitting} of 5 shards are there already" in capsys.readouterr().out
 
 
 def test_broken_images(large, tmp_path, capsys):

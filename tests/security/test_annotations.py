@@ -1,4 +1,6 @@
-"""Rows of docs/security.md: COCO's JSON, YOLO's YAML and text, Pascal VOC's XML, class files, settings, recipes."""
+"""Rows of docs/security.md: COCO's JSON, YOLO's YAML and text, Pascal VOC's XML, class files, settings, recipes, the
+environment.
+"""
 
 import json
 import os
@@ -7,10 +9,12 @@ import pytest
 from PIL import Image
 from security.attack import limited, refused
 
+from itpn.cli import main
 from itpn.config.files import load_yaml
 from itpn.data.annotations import read_objects
 from itpn.data.files import find_images
 from itpn.data.labelmaps import read_names
+from itpn.engine import peers
 
 BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 0, 20, 1], "iscrowd": 0}
 
@@ -294,3 +298,20 @@ def test_a_recipe_file_is_a_program_and_is_run(tmp_path):
     (tmp_path / "x.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w').close()")
     assert "must set `config`" in refused("train", tmp_path / "x.py")
     assert (tmp_path / "canary").exists()
+
+
+# --- the environment
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "RANK", "SLURM_NTASKS", "MASTER_PORT"])
+@pytest.mark.parametrize("value", ["x", "9" * 10])
+def test_variables_of_torchrun_and_slurm(tmp_path, photo, monkeypatch, capsys, name, value):
+    monkeypatch.setattr(peers, "_watching", False)  # as in a process of its own
+    monkeypatch.setenv(name, value)
+    options = ["--data.root", str(photo.parent), "--output-dir", str(tmp_path / "runs")]
+    assert main(["train", "itpn-pixel_nano", *options]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"itpn: the environment variable {name} must be a number")
+    assert error.count("\n") == 1
+    assert len(error) < 200
+    assert not (tmp_path / "runs").exists()

@@ -98,6 +98,26 @@ def test_a_run_resumes_without_running_code(tmp_path, canary, monkeypatch, photo
     assert "last" in printed
 
 
+def test_a_run_resumes_without_unpacking(tmp_path, photo):
+    """Half a GiB in two megabytes, in the place of a tensor."""
+    last = tmp_path / "runs" / "itpn-pixel_nano" / "x" / "checkpoints" / "last.ckpt"
+    last.parent.mkdir(parents=True)
+    torch.save({"state_dict": {"model.x": torch.zeros(2**10)}}, tmp_path / "small")
+    with (
+        zipfile.ZipFile(tmp_path / "small") as small,
+        zipfile.ZipFile(last, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+    ):
+        for name in small.namelist():
+            with archive.open(name, "w") as file:
+                for _ in range(32 if name.endswith("/data/0") else 0):
+                    file.write(bytes(2**24))
+                file.write(small.read(name))
+    options = ["--data.root", photo.parent, "--name", "x", "--data.batch-size", "2", "--output-dir", tmp_path / "runs"]
+    line = refused("train", "itpn-pixel_nano", *options, memory=2**28)
+    assert "last.ckpt is damaged (its parts are compressed" in line
+    assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
+
+
 class Writes(torch.nn.Module):
     """A program that writes a file when it is loaded."""
 

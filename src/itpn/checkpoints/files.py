@@ -33,6 +33,11 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, to
 PUBLIC_INSIDE = re.compile(r"(backbone\.|encoder\.|encoder\.body\.)(absolute_pos_embed$|blocks\.\d+\.attn\.q_proj\.)")
 # networks that others have put on top of a backbone
 OTHER_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "decode_head.", "auxiliary_head.")
+# of what a file of ours says of itself
+KINDS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("config", "settings", "architecture"), dict),
+    **dict.fromkeys(("classes", "colours"), (list, tuple)),
+}
 
 
 @dataclass
@@ -74,7 +79,7 @@ class Checkpoint:
             return None
         try:
             return from_dict(self.metadata["config"])
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"checkpoint {self.source} has damaged settings in it ({one_line(error)})") from error
         except UserError as error:  # a setting that this version does not know
             raise UserError(f"checkpoint {self.source}: {error}; it may be of a newer itpn") from error
@@ -160,7 +165,7 @@ def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, An
     """What one of our own files says about itself; nothing for others."""
     if file.suffix != ".safetensors":
         own = state.get("itpn")
-        return {"task": "pretraining", **own} if isinstance(own, dict) else {}
+        return _check_metadata({"task": "pretraining", **own}, what) if isinstance(own, dict) else {}
     with safe_open(file, "pt") as tensors:
         stored: dict[str, Any] = tensors.metadata() or {}
     if stored.get("format") != "itpn":
@@ -173,7 +178,18 @@ def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, An
         }
     except (ValueError, RecursionError) as error:
         raise UserError(f"{what} has damaged metadata ({one_line(error)})") from error
-    return {**stored, **parts}
+    return _check_metadata({**stored, **parts}, what)
+
+
+def _check_metadata(metadata: dict[str, Any], what: str) -> dict[str, Any]:
+    """What a file says of itself, if each part of it is of its kind."""
+    for name, kind in KINDS.items():
+        part = metadata.get(name)
+        if part is not None and not isinstance(part, kind):
+            raise UserError(f"{what} has damaged metadata (its {name} is a {type(part).__name__})")
+    if not all(isinstance(name, str) for name in metadata.get("classes") or ()):
+        raise UserError(f"{what} has damaged metadata (a name of its classes is none)")
+    return metadata
 
 
 def _read_timm_config(path: Path) -> dict[str, Any]:

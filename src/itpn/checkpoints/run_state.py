@@ -19,6 +19,16 @@ DAMAGE = (
     *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
 )
 CHUNK = 2**24  # bytes
+# what Lightning restores a run from
+PARTS: dict[str, type] = {
+    "global_step": int,
+    "epoch": int,
+    "state_dict": dict,
+    "loops": dict,
+    "callbacks": dict,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+}
 
 
 class DamagedCheckpoint(Exception):
@@ -39,10 +49,12 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
         try:
             with path.open("rb") as file:
                 archive = zipfile.ZipFile(file)
+                if any(member.compress_type for member in archive.infolist()):  # torch compresses nothing
+                    raise zipfile.BadZipFile("its parts are compressed, and could take any memory")
                 if whole and (member := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {member}")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            state["global_step"] = int(state["global_step"])
+            _check_parts(state)
         except Exception as error:
             if not _proves_damage(error):
                 raise
@@ -58,6 +70,21 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
             f"checkpoint {path} cannot be read: {reason}; it may be whole, and nothing was changed: once it can be "
             f"read, the same command resumes from {path}"
         ) from error
+
+
+def _check_parts(state: Any) -> None:
+    """Raise TypeError or ValueError for what is no checkpoint of a run, although torch can read it."""
+    if not isinstance(state, dict):
+        raise TypeError(f"it holds a {type(state).__name__}")
+    for name, kind in PARTS.items():
+        if not isinstance(state.get(name), kind):
+            found = f"is a {type(state[name]).__name__}" if name in state else "is missing"
+            raise TypeError(f"its {name} {found}")
+    if state["global_step"] < 0:
+        raise ValueError(f"its global_step is {state['global_step']}")
+    for name, tensor in state["state_dict"].items():
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"its weight {name} is a {type(tensor).__name__}")
 
 
 def _proves_damage(error: Exception) -> bool:

@@ -165,6 +165,8 @@ def check_types(settings: Any, path: str = "") -> None:
             check_types(value, f"{path}{field.name}.")
         else:
             check_type(value, hints[field.name], f"{path}{field.name}")
+            if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
+                raise UserError(f"{path}{field.name} holds a zero byte: {value!r}")
 
 
 def option_types(cls: Any, prefix: str = "") -> dict[str, Any]:

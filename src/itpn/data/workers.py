@@ -74,7 +74,8 @@ class WorkerLoader(DataLoader[Any]):
             return
         self._share.free = free_shared_memory()
         stream: Any = super().__iter__()
-        _streams.append(stream)
+        streams, kill = _streams, _kill  # a stream that is given up may be ended after this module's names have gone
+        streams.append(stream)
         try:
             seen, silence = self._beats.value, 0.0
             while True:
@@ -99,7 +100,8 @@ class WorkerLoader(DataLoader[Any]):
                 seen, silence = self._beats.value, 0.0
                 yield batch
         finally:
-            _kill(stream)
+            if stream in streams:  # else the end of the program came first
+                kill(stream)
 
 
 class _Alive:

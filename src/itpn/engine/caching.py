@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, wri
 from itpn.data.files import CACHE_INDEX, ImageSource
 from itpn.data.folders import check_settings
 from itpn.data.loader import SkippedImages, TrainingLoader
-from itpn.engine.console import print_aside, tell_remarks
+from itpn.engine.console import Output, print_aside, tell_remarks
 from itpn.engine.folder import writing_to
 from itpn.engine.launch import choose_precision
 from itpn.engine.pretraining import make_frozen_teacher, make_loader, tell_what_is_left_out
@@ -47,7 +46,7 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
     Raises:
         UserError: no teacher to run, the folder cannot be written or holds features of other settings.
     """
-    console = Console()
+    console = Output()
     if config.teacher.name in (None, "ema"):
         raise UserError("only features of an outside teacher can be cached: give --teacher.name, a model of timm")
     if views < 1:
@@ -128,8 +127,8 @@ def _write_shard(
     images, features, keys = [], [], []
     for views in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):
         for message in skipped.update(item for sample in views for item in sample["broken"]):
-            print_aside(f"skipped {message}", Console())
-        tell_remarks((item for sample in views for item in sample["remarks"]), Console())
+            print_aside(f"skipped {message}", Output())
+        tell_remarks((item for sample in views for item in sample["remarks"]), Output())
         view = "teacher_image" if "teacher_image" in views[0] else "image"
         shown = torch.cat([sample[view] for sample in views])
         features.append(_run(teacher, shown, precision).to(dtype).cpu())

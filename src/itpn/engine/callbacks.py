@@ -165,7 +165,7 @@ class Monitor(L.Callback):
         return {"images_seen": self.images_seen, "skipped": self.skipped.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.images_seen = state_dict["images_seen"]
+        self.images_seen = int(state_dict["images_seen"])
         self.skipped.load_state_dict(state_dict["skipped"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -1,7 +1,10 @@
 """Checkpoints of a run, and how all its processes stop at the same step."""
 
+import contextlib
 import signal
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -10,11 +13,12 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from itpn.checkpoints.run_state import save_to
+from itpn.checkpoints.run_state import DAMAGE, save_to
 from itpn.engine.callbacks import Aside, Monitor
 from itpn.engine.folder import RunFolder
 from itpn.engine.signals import SignalHandlers
-from itpn.errors import MachineError, RunStopped
+from itpn.errors import MachineError, RunStopped, UserError
+from itpn.text import one_line
 
 STATE = "Checkpointing"  # where a checkpoint holds what :class:`Checkpointing` keeps
 
@@ -46,6 +50,26 @@ class CheckpointFiles(TorchCheckpointIO):
         except (OSError, MemoryError, RuntimeError) as error:  # it was whole a moment ago
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise MachineError(f"checkpoint {path} cannot be read: {reason}; nothing was changed") from error
+
+
+@contextlib.contextmanager
+def restoring(checkpoint: Path | None) -> Iterator[None]:
+    """Raise UserError for what Lightning, or a callback that it asks, does not find in a checkpoint.
+
+    Its bytes are those that were written, but not by a run of this kind and version.
+    """
+    try:
+        yield
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        inside = any("checkpoint_connector" in frame.f_code.co_filename for frame, _ in frames)
+        if not inside or not (isinstance(error, DAMAGE) or "in loading state_dict" in str(error)):
+            raise
+        raise UserError(
+            f"checkpoint {checkpoint} is damaged: no run can be restored from it "
+            f"({one_line(f'{type(error).__name__}: {error}'.partition(chr(10))[0])}); nothing was changed: choose "
+            "another --name, or move it away to resume from the one before"
+        ) from error
 
 
 class Vote:
@@ -108,8 +132,8 @@ class Checkpointing(Aside):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.restored = state_dict
-        self.best_score = state_dict["best_score"]
-        self.best_step = state_dict.get("best_step", -1)
+        self.best_score = float(state_dict["best_score"])
+        self.best_step = int(state_dict.get("best_step", -1))
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._step = trainer.global_step

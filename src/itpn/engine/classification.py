@@ -9,7 +9,6 @@ import lightning as L
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from itpn.checkpoints.files import named_tensors, write_safetensors
@@ -20,7 +19,7 @@ from itpn.data.evaluation import make_evaluation_loader, read_some, view_labelle
 from itpn.data.labelled import LabelledImages, draw_share, find_labelled, join_names
 from itpn.data.loader import TrainingLoader
 from itpn.engine.callbacks import Pictures, Watcher
-from itpn.engine.console import print_aside
+from itpn.engine.console import Output, print_aside
 from itpn.engine.finetuning import read_start, scale_epochs, start_network
 from itpn.engine.fitting import Job, Run, describe_size, fit, make_table, make_training_loader, write_summary
 from itpn.engine.folder import RunFolder
@@ -144,7 +143,7 @@ def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = 
         summary |= {"epochs": 1, "steps": 0, "images_seen": len(features), "images_skipped": len(skipped)}
         summary |= {"images_per_second": len(features) / seconds, "duration_seconds": seconds, "saved": "weights"}
         write_summary(folder, summary | describe_machine(device, 1, str(fabric._precision.precision)))
-        Console().print(make_table(f"{recipe} / {config.name}", {**rows, "weights": str(folder.weights)}))
+        Output().print(make_table(f"{recipe} / {config.name}", {**rows, "weights": str(folder.weights)}))
         return folder.path
     finally:
         folder.close()

@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import torch
 from PIL import Image, ImageFont
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -17,6 +16,7 @@ from itpn.config import ClassificationConfig, Config, DetectionConfig, FineTunin
 from itpn.data.decode import decode_image
 from itpn.data.normalize import Normalize
 from itpn.data.shapes import CLASSES, GROUNDS, ShapesFolders, write_shapes
+from itpn.engine.console import Output
 from itpn.engine.lanes import Plan, train_side_by_side
 from itpn.engine.pictures import (
     LARGE,
@@ -108,7 +108,7 @@ def demo(output_dir: Path) -> None:
         UserError: the folder cannot be written.
         RunStopped: as :func:`itpn.engine.run.train`; the same command goes on.
     """
-    console = Console()
+    console = Output()
     folders = write_shapes(output_dir / "shapes", train=1200, val=150, img_size=IMG_SIZE)
     console.print(f"sample images, as ImageNet, COCO and ADE20K have theirs: {output_dir / 'shapes'}", soft_wrap=True)
     pretraining = plan_pretraining(folders, output_dir)

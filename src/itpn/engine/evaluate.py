@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.finetuning import settle
@@ -16,7 +15,7 @@ from itpn.config import ClassificationConfig
 from itpn.data.labelled import LabelledImages, find_labelled, read_split
 from itpn.data.normalize import Normalize
 from itpn.engine.classification import find_sets, make_batches
-from itpn.engine.console import print_aside
+from itpn.engine.console import Output, print_aside
 from itpn.engine.finetuning import real_paths
 from itpn.engine.fitting import make_table
 from itpn.engine.folder import make_folder, writing_to
@@ -176,7 +175,7 @@ def report(scores: Scores, classes: tuple[str, ...], out: Path, about: dict[str,
     if mix := most_confused(scores, classes):
         rows["most confused"] = mix
     rows["files"] = f"{out}/evaluation.json, classes.csv, confusion.csv, confusion.png"
-    Console().print(make_table(f"{about['checkpoint']} by {about['by']}", rows))
+    Output().print(make_table(f"{about['checkpoint']} by {about['by']}", rows))
 
 
 def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:

@@ -6,8 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from itpn.checkpoints.architecture import read_detector
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.loading import check_sound, load_found
@@ -21,7 +19,7 @@ from itpn.engine.coco import (
     score_detections,
     write_detection_scores,
 )
-from itpn.engine.console import print_aside
+from itpn.engine.console import Output, print_aside
 from itpn.engine.detection import make_batches
 from itpn.engine.fitting import make_table
 from itpn.engine.folder import make_folder, writing_to
@@ -109,7 +107,7 @@ def report(scores: DetectionScores, classes: tuple[str, ...], out: Path, checkpo
     known = {name: v for name, v in zip(classes, scores.per_class["box"], strict=True) if not math.isnan(v)}
     rows |= rank_classes(known)
     rows["files"] = f"{out}/evaluation.json, classes.csv, results.json"
-    Console().print(make_table(checkpoint, rows))
+    Output().print(make_table(checkpoint, rows))
 
 
 def _percent(value: float) -> str:

@@ -5,8 +5,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from itpn.checkpoints.architecture import read_segmenter
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.finetuning import settle
@@ -16,6 +14,7 @@ from itpn.data.labelmaps import read_to_evaluate
 from itpn.data.masks import Names, name_labels
 from itpn.data.normalize import Normalize
 from itpn.engine.confusion import PixelScores, collect_confusion, gather_confusion, write_pixel_scores
+from itpn.engine.console import Output
 from itpn.engine.finetuning import real_paths
 from itpn.engine.fitting import make_table
 from itpn.engine.folder import make_folder, writing_to
@@ -135,4 +134,4 @@ def report(scores: PixelScores, classes: tuple[str, ...], out: Path, about: Mapp
     }
     rows |= rank_classes({name: v for name, v in zip(classes, scores.iou.tolist(), strict=True) if v == v})
     rows["files"] = f"{out}/evaluation.json, classes.csv, confusion.csv, confusion.png"
-    Console().print(make_table(about["checkpoint"], rows))
+    Output().print(make_table(about["checkpoint"], rows))

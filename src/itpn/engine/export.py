@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -24,7 +23,7 @@ from itpn.checkpoints.architecture import Task, read_architecture
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.loading import load_found
 from itpn.data.shapes import draw_scene
-from itpn.engine.console import print_aside
+from itpn.engine.console import Output, print_aside
 from itpn.engine.fitting import make_table
 from itpn.errors import ExportFailed, UserError, refusal
 from itpn.models.detector import Detector
@@ -288,7 +287,7 @@ def print_exported(exported: Exported) -> None:
     rows |= {f"output {name}": shape for name, shape in exported.outputs.items()}
     sizes = ", ".join(f"{batch} of {height}x{width}" for batch, (height, width) in exported.checked)
     rows["largest difference"] = f"{exported.difference:.1e} of the largest value, from PyTorch, for images {sizes}"
-    Console().print(make_table("exported", rows), highlight=False)
+    Output().print(make_table("exported", rows), highlight=False)
 
 
 def _trace(network: nn.Module, images: Tensor, patch: int | None) -> ExportedProgram:

@@ -24,9 +24,10 @@ from itpn.data.files import ImageSource
 from itpn.data.loader import SkippedImages, TrainingLoader, Transform
 from itpn.data.readers import Reader
 from itpn.engine.callbacks import Monitor, Pictures, Watcher
-from itpn.engine.checkpointing import CheckpointFiles, Checkpointing
+from itpn.engine.checkpointing import CheckpointFiles, Checkpointing, restoring
 from itpn.engine.compiling import compile_networks
 from itpn.engine.completion import Completion
+from itpn.engine.console import Output
 from itpn.engine.event_files import EventFiles, leave_to_caller
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import (
@@ -91,7 +92,7 @@ def fit(
     """
     launch = launch or read_launch()
     check_strategy(config, launch)
-    console = Console(quiet=not launch.main)
+    console = Output(quiet=not launch.main)
     quieten_libraries()
     folder = RunFolder(config, recipe)
     notes = [] if folder.begun else load()  # before the folder: a refusal leaves nothing behind
@@ -137,7 +138,8 @@ def train_job(config: RunConfig, recipe: str, launch: Launch, console: Console, 
     hook, threading.excepthook = threading.excepthook, leave_to_caller
     checkpointing.signals.set()
     try:
-        trainer.fit(job.task, ckpt_path=resume, weights_only=True if resume else None)
+        with restoring(resume):
+            trainer.fit(job.task, ckpt_path=resume, weights_only=True if resume else None)
         if trainer.is_global_zero:
             finish(console, folder, trainer, job, completion, recipe, time.perf_counter() - began)
     except RunStopped:

@@ -25,6 +25,7 @@ from lightning.pytorch.plugins.environments import (
 from lightning.pytorch.strategies.launchers import subprocess_script as trainer_launcher
 
 from itpn.config import TrainerConfig
+from itpn.engine.environment import check_environment
 from itpn.engine.peers import watch_children, watch_parent
 from itpn.errors import UserError
 
@@ -42,7 +43,22 @@ class Launch:
 
 
 def read_launch() -> Launch:
-    """Look for torchrun (inside Slurm as well), then for Slurm with several tasks; else Lightning starts processes."""
+    """Look for torchrun (inside Slurm as well), then for Slurm with several tasks; else Lightning starts processes.
+
+    Raises:
+        UserError: a variable of theirs is no number, or missing.
+    """
+    check_environment()
+    try:
+        return _read_launch()
+    except KeyError as error:
+        raise UserError(
+            f"the environment variable {error.args[0]} is missing beside others of torchrun or Slurm: start the "
+            "command with either, or unset those"
+        ) from error
+
+
+def _read_launch() -> Launch:
     if TorchElasticEnvironment.detect():
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         torchrun = TorchElasticEnvironment()

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from safetensors.torch import save
@@ -25,7 +24,7 @@ from itpn.data.folders import name_output
 from itpn.data.normalize import Normalize
 from itpn.data.shards import check_shards
 from itpn.engine.coco import to_results
-from itpn.engine.console import print_aside
+from itpn.engine.console import Output, print_aside
 from itpn.engine.evaluate_pixels import take_over
 from itpn.engine.folder import make_folder, writing_to
 from itpn.engine.pictures import (
@@ -188,7 +187,7 @@ def read_images(
 def save_picture(picture: Image.Image, out: Path, number: int) -> None:
     path = out / f"prediction-{number:04d}.png"
     save_whole(picture, path)
-    Console().print(str(path), markup=False, highlight=False, soft_wrap=True)
+    Output().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()
@@ -302,10 +301,10 @@ def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[s
 
 def print_answers(table: Table, count: int, files: str) -> None:
     """The first answers, how many more there are, and where."""
-    Console().print(table, highlight=False)
+    Output().print(table, highlight=False)
     if count > ROWS:
-        Console().print(f"and {count - ROWS} more images in the files", highlight=False)
-    Console().print(files, markup=False, highlight=False, soft_wrap=True)
+        Output().print(f"and {count - ROWS} more images in the files", highlight=False)
+    Output().print(files, markup=False, highlight=False, soft_wrap=True)
 
 
 def write_features(
@@ -334,7 +333,7 @@ def write_features(
     except OSError as error:
         raise refusal(f"--features {path} cannot be written", error) from error
     shapes = ", ".join(f"{name} {list(column.shape)}" for name, column in columns.items())
-    Console().print(f"{path}: {shapes}", markup=False, highlight=False, soft_wrap=True)
+    Output().print(f"{path}: {shapes}", markup=False, highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()

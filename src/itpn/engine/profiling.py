@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from torch.profiler import ProfilerActivity, record_function, schedule
 from itpn.config import RunConfig
 from itpn.engine.bottlenecks import advise, draw_summary
 from itpn.engine.compiling import compile_networks
+from itpn.engine.console import Output
 from itpn.engine.fitting import Job, check_strategy, make_trainer
 from itpn.engine.folder import RunFolder
 from itpn.engine.launch import (
@@ -32,7 +34,7 @@ from itpn.engine.launch import (
 from itpn.engine.signals import SignalHandlers, stop_at_once
 from itpn.engine.traces import MARK, OTHER, OURS, PARTS, read_device, read_operators, tell_device, tell_operations
 from itpn.errors import RunStopped, refusal
-from itpn.writing import write_whole
+from itpn.writing import open_whole, write_whole
 
 STEPS, SETTLE = 10, 2
 
@@ -78,7 +80,7 @@ def profile(
     """
     launch = launch or read_launch()
     check_strategy(config, launch)
-    console = Console(quiet=not launch.main)
+    console = Output(quiet=not launch.main)
     quieten_libraries()
     folder = RunFolder(replace(config, name=f"{config.name}/profile"), recipe)
     load()  # how many boxes a detector proposes depends on its weights
@@ -234,9 +236,7 @@ def figure_out(
     """Write the trace, and find what the summary says."""
     trace, plan, task = recorder.trace, recorder.plan, job.task
     assert trace is not None
-    unfinished = folder / "unfinished.json.gz"
-    trace.export_chrome_trace(str(unfinished))
-    unfinished.replace(folder / "trace.json.gz")
+    write_trace(trace, folder / "trace.json.gz")
     device = None
     if recorder.device.type == "cuda":
         with gzip.open(folder / "trace.json.gz") as file:
@@ -263,6 +263,18 @@ def figure_out(
         "gpu_memory_gb": None if device is None else torch.cuda.mem_get_info(recorder.device)[1] / 1e9,
         **describe_machine(recorder.device, trainer.world_size, str(trainer.precision)),
     }
+
+
+def write_trace(trace: torch.profiler.profile, path: Path) -> None:
+    """Write a compressed trace; torch would compress it by way of the folder of temporary files, and leave it there."""
+    plain = path.with_name("trace.json")
+    try:
+        trace.export_chrome_trace(str(plain))
+        with plain.open("rb") as content, open_whole(path) as file, gzip.open(file, "wb") as packed:
+            shutil.copyfileobj(content, packed)
+    finally:
+        for left in (plain, plain.with_name("trace.json.tmp")):
+            left.unlink(missing_ok=True)
 
 
 def report(console: Console, folder: Path, figures: dict[str, Any]) -> None:

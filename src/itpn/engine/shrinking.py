@@ -31,11 +31,11 @@ from itpn.data.shrunk import (
     write_shard,
 )
 from itpn.data.workers import WorkerLoader
-from itpn.engine.console import print_aside, tell_remarks
+from itpn.engine.console import Output, print_aside, tell_remarks
 from itpn.engine.folder import writing_to
 from itpn.engine.launch import count_cores
 from itpn.engine.signals import stopped_by_signals
-from itpn.errors import MachineError, RunStopped, UserError
+from itpn.errors import MachineError, RunStopped, UserError, refusal
 from itpn.writing import write_whole
 
 LOCK_SECONDS = 15  # the workers of a process that was killed notice within 5, and the lock is theirs as well
@@ -61,7 +61,7 @@ def shrink(
         UserError: nothing to read, the folder cannot be written or holds something else, too many broken images.
         RunStopped: by a signal.
     """
-    console = Console()
+    console = Output()
     left: Counter[str] = Counter()
     originals = {split: _list_some(source, left) for split, source in splits.items()}
     for note in [note for source in splits.values() for note in source.notes]:
@@ -84,9 +84,10 @@ def shrink(
         except RunStopped:
             print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command resumes")
             raise
-        except MachineError as error:
+        except (MachineError, OSError) as error:
+            end = refusal(f"--out {out} cannot be written", error) if isinstance(error, OSError) else error
             done = f"{len(index.shards)} of {len(shards)} shards are done, the same command resumes"
-            raise MachineError(f"{error} ({done})".replace("--data.num-workers", "--num-workers")) from error
+            raise type(end)(f"{end} ({done})".replace("--data.num-workers", "--num-workers")) from error
         index.complete = True
         write_index(out, index)
         size = sum((out / name).stat().st_size for name in shards)

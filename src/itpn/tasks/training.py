@@ -138,7 +138,7 @@ class TrainingTask(L.LightningModule, ABC):
                 "begin from its weights with --model.checkpoint"
             )
         # after an epoch's last batch Lightning's own count is one epoch behind, if the run was resumed before
-        place = checkpoint["itpn_loader"]
+        place = {name: int(checkpoint["itpn_loader"][name]) for name in ("epoch", "batch")}
         done = place["epoch"] - (place["batch"] == 0)
         for counts in checkpoint["loops"]["fit_loop"]["epoch_progress"].values():
             counts |= {"ready": done + 1, "started": done + 1, "processed": done, "completed": done}
