@@ -170,7 +170,7 @@ def test_names_of_yolo_belong_to_their_numbers(shapes, tmp_path, names, expected
     ("change", "words"),
     [
         ({"path": None}, None),
-        ({"train": 5}, "speaks of images in 5, which is not a folder"),
+        ({"train": 5}, "speaks of images in 5, which is not a folder or list of images"),
         ({"names": "disk"}, "is not YOLO's: it needs names, train and val"),
         ({"names": {"disk": 1}}, "is not YOLO's: it needs names, train and val"),
     ],

@@ -763,9 +763,26 @@ def test_a_yolo_set_of_several_folders(tmp_path):
     assert [row[0][0] for row in boxes_of(train)] == ["dog", "cat"]
     assert [row[0][0] for row in boxes_of(val)] == ["cat"]
     (root / "data.yaml").write_text("train: [images/train, images/none]\nnames: [cat, dog]\n")
-    assert "speaks of images in images/none, which is not a folder below" in refusal(root)
+    assert "speaks of images in images/none, which is not a folder or list of images below" in refusal(root)
     (root / "data.yaml").write_text("train: [[images/train]]\nnames: [cat, dog]\n")
-    assert "train and val must each be a folder or a list of folders" in refusal(root)
+    assert "train and val must each be a folder, a list of images, or several of them" in refusal(root)
+
+
+def test_a_yolo_set_of_listed_images(tmp_path):
+    """As COCO is given in YOLO's form: paths relative to the list's folder or the set's, or absolute ones."""
+    root = write_yolo(tmp_path, "1 0.5 0.5 0.25 0.5", "0 0.5 0.5 0.25 0.5", "1 0.5 0.5 0.25 0.5")
+    (root / "lists").mkdir()
+    listed = f"./images/train/0.jpg\r\n\r\nimages/train/0.jpg\r\n{root}/images/train/1.jpg\r\nimages\\train\\9.jpg\r\n"
+    (root / "lists" / "train.txt").write_text(listed)
+    (root / "val.txt").write_text("images/train/2.jpg")
+    (root / "data.yaml").write_text("train: lists/train.txt\nval: val.txt\nnames: [cat, dog]\n")
+    said: list[str] = []
+    train, val = find_objects(str(root), tell=said.append)
+    assert [row[0][0] for row in boxes_of(train)] == ["dog", "cat"]
+    assert [row[0][0] for row in boxes_of(val)] == ["dog"]
+    assert "images not on disk: 1" in "\n".join(said)
+    (root / "lists" / "train.txt").write_text("images/train/8.jpg\nimages/train/9.jpg\n")
+    assert "images not on disk" in refusal(root)
 
 
 def test_half_characters_in_json(tmp_path, capsys):

@@ -168,7 +168,10 @@ def _read_json(path: Path) -> Coco:
 
 
 def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_PIXELS) -> Parts | None:
-    """``data.yaml`` names the classes and the folders of images; labels are text files beside or below ``labels``."""
+    """``data.yaml`` names the classes and the images: folders, or text files of their paths, as COCO's has.
+
+    Labels are text files below ``labels``, or beside the images.
+    """
     file = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
     if file is None:
         return None
@@ -179,7 +182,7 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
         return None
     folders = folders if isinstance(folders, list) else [folders]
     if not all(isinstance(folder, str) for folder in folders):
-        raise UserError(f"{file}: train and val must each be a folder or a list of folders")
+        raise UserError(f"{file}: train and val must each be a folder, a list of images, or several of them")
     base = root / str(settings.get("path") or ".")
     base = base if base.is_dir() else root
     parse = _yolo_parser(keypoints, mistakes)
@@ -188,16 +191,16 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
     coco: Coco = {"images": [], "annotations": [], "categories": categories}
     missing, found = None, 0
     for folder in folders:
-        place = next((p for p in (base / folder, root / folder.removeprefix("../")) if p.is_dir()), None)
+        places = (base / folder, root / folder.removeprefix("../"))
+        place = next((p for p in places if p.is_dir() or (p.suffix == ".txt" and p.is_file())), None)
         if place is None:
-            raise UserError(f"{file} speaks of images in {folder}, which is not a folder below {root}")
+            raise UserError(
+                f"{file} speaks of images in {folder}, which is not a folder or list of images below {root}"
+            )
         unread, read = Counter[str](), [file]
-        for image, size in _images_below(place, mistakes, max_pixels, unread):
-            parts = list(image.parts)
-            if "images" in parts[len(root.parts) :]:
-                last = len(parts) - 1 - parts[::-1].index("images")
-                parts[last] = "labels"
-            labels = Path(*parts).with_suffix(".txt")
+        images = list_images(str(place), unread) if place.is_dir() else _listed_images(place, base, mistakes)
+        for image, size in _measure(images, mistakes, max_pixels):
+            labels = _labels_of(image, root)
             missing = missing or (None if labels.is_file() else labels)
             if labels.is_file():
                 found += 1
@@ -207,6 +210,28 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
     if missing is not None and not found:
         raise UserError(f"{file} has images in {', '.join(folders)}, but no labels: {missing} is not there, nor others")
     return coco, Path, str(file)
+
+
+def _listed_images(file: Path, base: Path, mistakes: Mistakes) -> list[str]:
+    """The images of a text file of paths, which are relative to its own folder or to the data set's."""
+    path_of, paths = _searching([file.parent, base]), list[str]()
+    for line in dict.fromkeys(filter(None, read_lines(file))):
+        path = path_of(line)
+        if path.is_file():
+            paths.append(str(path))
+        else:
+            mistakes.add("images not on disk", f"{path} ({file})")
+    return paths
+
+
+def _labels_of(image: Path, root: Path) -> Path:
+    """YOLO's file of labels: in ``labels`` in place of the last ``images`` below the root, else beside the image."""
+    parts = list(image.parts)
+    above = len(root.parts) if image.is_relative_to(root) else 0
+    if "images" in parts[above:]:
+        last = len(parts) - 1 - parts[::-1].index("images")
+        parts[last] = "labels"
+    return Path(*parts).with_suffix(".txt")
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
@@ -297,7 +322,8 @@ def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_P
     parse = _voc_parser(classes, mistakes)
     coco: Coco = {"images": [], "annotations": []}
     seen, unread = set(), Counter[str]()
-    for image, size in _images_below(images, mistakes, max_pixels, unread, wanted):
+    names = [name for name in list_images(str(images), unread) if wanted is None or Path(name).stem in wanted]
+    for image, size in _measure(names, mistakes, max_pixels):
         seen.add(image.stem)
         path = notes / f"{image.stem}.xml"
         if not path.is_file():
@@ -399,17 +425,9 @@ def _text(counts: Any) -> Any:
     return counts.decode() if isinstance(counts, bytes) else counts
 
 
-def _images_below(
-    folder: Path, mistakes: Mistakes, max_pixels: int, unread: Counter[str], stems: set[str] | None = None
-) -> Iterator[tuple[Path, Size]]:
-    """Image files and their height and width, from their headers; of some names alone, if given.
-
-    Args:
-        unread: counts all other files by suffix.
-    """
-    for name in sorted(list_images(str(folder), unread)):
-        if stems is not None and Path(name).stem not in stems:
-            continue
+def _measure(names: Iterable[str], mistakes: Mistakes, max_pixels: int) -> Iterator[tuple[Path, Size]]:
+    """Image files in the order of their names, and their height and width, from their headers."""
+    for name in sorted(names):
         try:
             size = read_size(name)
         except Exception as error:  # whatever Pillow meets
