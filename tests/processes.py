@@ -1,11 +1,6 @@
-"""Two processes against one: a training step of a detector or segmenter.
+"""Two processes against one: a training step of a detector or segmenter."""
 
-Run as a program, ``processes.py RANK FOLDER``, it is one of the two, each of which takes its share of the images.
-"""
-
-import os
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -30,12 +25,16 @@ def compare_processes(given: dict[str, Any], folder: Path) -> int:
         How many batch norms there are.
     """
     torch.save(given, folder / "given.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__]
-    started = [subprocess.Popen([*command, str(rank), folder], env=environment) for rank in range(PROCESSES)]
+    context = multiprocessing.get_context("forkserver")  # torch is imported once, for all tests
+    context.set_forkserver_preload(["itpn.engine.run"])
+    started = [context.Process(target=take_part, args=(rank, folder)) for rank in range(PROCESSES)]
+    for process in started:
+        process.start()
     try:
         gradients, buffers = train_step(given)
-        assert [process.wait(timeout=300) for process in started] == [0] * PROCESSES
+        for process in started:
+            process.join(300)
+        assert [process.exitcode for process in started] == [0] * PROCESSES
     finally:
         for process in started:
             process.kill()
@@ -72,13 +71,11 @@ def train_step(given: dict[str, Any], rank: int = 0, world: int = 1) -> tuple[Te
     return {name: p.grad for name, p in model.named_parameters()}, dict(model.named_buffers())
 
 
-def main(rank: int, folder: Path) -> None:
+def take_part(rank: int, folder: Path) -> None:
+    """One of the processes, each of which takes its share of the images."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=PROCESSES)
     taken = train_step(torch.load(folder / "given.pt", weights_only=True), rank, PROCESSES)
     if rank == 0:
         torch.save(taken, folder / "taken.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

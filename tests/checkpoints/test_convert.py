@@ -259,11 +259,11 @@ def test_an_accident_leaves_what_was_there(tmp_path, monkeypatch, target):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", fail)  # as a full network disk says it
-    with pytest.raises(MachineError, match=rf"{target.name} cannot be written \(No space left on device\)"):
+    with pytest.raises(MachineError, match=rf"make room on the disk: .*{target.name} cannot be written: No space"):
         convert(source, target, form)
     monkeypatch.undo()
     assert [path.read_bytes() for path in target.parent.iterdir()] == [b"a file of before"]
     (tmp_path / "folder.safetensors").mkdir()
-    with pytest.raises(UserError, match=r"cannot be written \(Is a directory\): give the path of a file"):
+    with pytest.raises(UserError, match=r"folder\.safetensors cannot be written: Is a directory"):
         convert(source, tmp_path / "folder.safetensors")
     assert not list(tmp_path.glob("*.tmp"))

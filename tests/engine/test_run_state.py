@@ -32,6 +32,7 @@ from itpn.engine.metrics_file import append_row, complete_row, keep_rows, read_s
 from itpn.engine.run import train
 from itpn.errors import MachineError, UserError
 from itpn.tasks.pretrain import PretrainingTask
+from itpn.writing import remove_partial_files
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -650,6 +651,41 @@ def test_settings_come_back_from_the_checkpoint(short, capsys, content, by):
     (folder / "config.yaml").write_bytes(content)
     with pytest.raises(UserError, match="holds a run with --seed 0, not 1"):
         train(replace(config, seed=1), "test")
+
+
+def test_odd_files_beside_the_checkpoints(short):
+    """A summary and rows that are none, of a run whose checkpoints are whole."""
+    folder = train(short(2), "test")
+    for steps, content in enumerate((b"", b"[1, 2]", b"[" * 10**5), start=3):
+        (folder / "summary.json").write_bytes(content)
+        train(short(steps), "test")
+        assert json.loads((folder / "summary.json").read_text())["steps"] == steps
+    for content in (b"", b"[1, 2]"):
+        steps += 1
+        (folder / "metrics.csv").write_bytes(content)
+        train(short(steps), "test")
+        assert read_steps(folder / "metrics.csv") == [steps]
+
+
+def test_folders_are_no_partial_files(tmp_path):
+    (tmp_path / "mine.tmp").mkdir()
+    (tmp_path / "mine.tmp" / "kept").touch()
+    (tmp_path / "half.tmp").touch()
+    (tmp_path / "link.tmp").symlink_to(tmp_path / "nowhere")
+    remove_partial_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.tmp"]
+    assert (tmp_path / "mine.tmp" / "kept").exists()
+
+
+@pytest.mark.parametrize("kind", ["a file", "below a file"])
+def test_an_output_folder_that_can_be_none(short, tmp_path, capsys, kind):
+    (tmp_path / "file").touch()
+    config = replace(short(), output_dir=str(tmp_path / ("file" if kind == "a file" else "file/below")))
+    write_yaml(tmp_path / "run.yaml", "test", config)
+    assert main(["train", str(tmp_path / "run.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"itpn: run folder {config.output_dir}/test/default (see --output-dir) cannot be written")
+    assert error.count("\n") == 1
 
 
 def test_corrupt_settings_of_a_run_without_checkpoints(short, tmp_path):

@@ -1,5 +1,7 @@
 """Teachers: OpenAI's CLIP in every file form, other timm models, and what is said where there is none to be had."""
 
+import errno
+import os
 import warnings
 
 import pytest
@@ -12,9 +14,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from itpn.errors import UserError
+from itpn.errors import MachineError, UserError
 from itpn.models.position import resample_position_table
 from itpn.pretraining import teacher as module
+from itpn.pretraining.foreign import read_tensors
 from itpn.pretraining.teacher import build_teacher, count_teacher_parameters, teacher_width
 
 GOLDEN, _ = read_golden("off_clip_teacher")
@@ -458,3 +461,21 @@ def test_nothing_to_fetch(monkeypatch, capfd):
     said = one_line(error)
     assert "--teacher.checkpoint FILE, a .safetensors or .pt file in timm, OpenAI CLIP or open_clip form" in said
     assert capfd.readouterr().err == ""
+
+
+def test_a_file_that_a_disk_does_not_give_is_an_accident(tmp_path, monkeypatch):
+    """Not the user's mistake: it may pass."""
+    path = tmp_path / "teacher.pt"
+    torch.save({"x": torch.ones(1)}, path)
+    for number, kind in ((errno.EIO, MachineError), (errno.EACCES, MachineError), (errno.EINVAL, UserError)):
+
+        def load(*_, number=number, **__):
+            raise OSError(number, os.strerror(number), str(path))
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "load", load)
+            with pytest.raises(kind) as caught:
+                read_tensors(str(path))
+        assert str(path) in str(caught.value)
+        assert (os.strerror(number) in str(caught.value)) == (kind is MachineError)
+    assert read_tensors(str(path)).keys() == {"x"}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from itpn.checkpoints.architecture import UNSHOWN, read_architecture
 from itpn.checkpoints.files import Checkpoint, describe_preprocessing, read_checkpoint, write_safetensors
-from itpn.errors import MachineError, UserError
+from itpn.errors import UserError, refusal
 from itpn.models.hivit import HiViT
 from itpn.models.naming import Layout, detect_layout, from_ours, to_ours
 from itpn.writing import write_whole
@@ -96,10 +96,8 @@ def _write(target: Path, write: Callable[[], None]) -> None:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         write()
-    except (NotADirectoryError, IsADirectoryError, FileExistsError) as error:
-        raise UserError(f"{target} cannot be written ({error.strerror}): give the path of a file") from error
     except OSError as error:
-        raise MachineError(f"{target} cannot be written ({error.strerror}): nothing was changed") from error
+        raise refusal(f"{target} cannot be written", error) from error
 
 
 def _check_square(found: Checkpoint, form: Form) -> None:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import re
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -245,8 +244,11 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
             difference, count = write(partial)
             if not count:  # of nothing: compare the same graph with all that it does not find worth a mention
                 heads.score_thresh = 0.0
-                with tempfile.TemporaryDirectory() as folder:
-                    difference, count = write(Path(folder) / "all.onnx")
+                every = partial.with_name(f"{partial.stem}.all.onnx")
+                try:
+                    difference, count = write(every)
+                finally:
+                    every.unlink(missing_ok=True)
             check_difference(out, difference)
     finally:
         resize.min_size, resize.max_size, heads.score_thresh = before
