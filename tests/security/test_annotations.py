@@ -304,10 +304,12 @@ def test_a_recipe_file_is_a_program_and_is_run(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "LOCAL_RANK", "RANK", "SLURM_NTASKS", "MASTER_PORT"])
-@pytest.mark.parametrize("value", ["x", "9" * 10])
-def test_variables_of_torchrun_and_slurm(tmp_path, photo, monkeypatch, capsys, name, value):
+@pytest.mark.parametrize("value", ["", "x", "9" * 10, "9" * 10_000])
+@pytest.mark.parametrize("others", [{}, {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}])
+def test_variables_of_torchrun_and_slurm(tmp_path, photo, monkeypatch, capsys, name, value, others):
     monkeypatch.setattr(peers, "_watching", False)  # as in a process of its own
-    monkeypatch.setenv(name, value)
+    for variable, number in {**others, name: value}.items():
+        monkeypatch.setenv(variable, number)
     options = ["--data.root", str(photo.parent), "--output-dir", str(tmp_path / "runs")]
     assert main(["train", "itpn-pixel_nano", *options]) == 2
     error = capsys.readouterr().err

@@ -21,3 +21,9 @@ def check_environment() -> None:
                 f"the environment variable {name} must be a number{' above 0' * (name in COUNTS)}, not {value[:20]!r}: "
                 "torchrun and Slurm set it; to start one process, unset it"
             )
+
+
+def read_number(*names: str, default: int) -> int:
+    """The first of some variables that is set, or the default where none is or it is no number."""
+    value = next(filter(None, map(os.environ.get, names)), "")
+    return int(value) if value.isdecimal() and len(value) <= 9 else default

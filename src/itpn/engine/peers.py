@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
+from itpn.engine.environment import read_number
 from itpn.errors import PeerLost, UserError
 from itpn.text import one_line
 
@@ -25,8 +26,7 @@ _watching = False
 def several() -> bool:
     """Whether this process belongs to a run of several, whoever started them."""
     # Lightning takes WORLD_SIZE away again when a run ends
-    launched = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or "1"
-    return bool(_children) or _watching or (launched.isdecimal() and int(launched) > 1)
+    return bool(_children) or _watching or read_number("WORLD_SIZE", "SLURM_NTASKS", default=1) > 1
 
 
 def watch_children(children: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -116,15 +116,15 @@ def _end_with_parent(parent: int) -> None:
 
 def _is_first() -> bool:
     """Whether no other process of the run has said yet why it ends; they agree through the run's own server."""
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    host, port = os.environ.get("MASTER_ADDR"), read_number("MASTER_PORT", default=0)
     if not several():
         return True
-    rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or os.environ.get("LOCAL_RANK") or 0)
+    rank = read_number("RANK", "SLURM_PROCID", "LOCAL_RANK", default=0)
     if "torch" in sys.modules and host and port:
-        with contextlib.suppress(OSError, RuntimeError):
-            socket.create_connection((host, int(port)), timeout=2).close()  # quieter than torch, which tries again
+        with contextlib.suppress(OSError, OverflowError, RuntimeError):
+            socket.create_connection((host, port), timeout=2).close()  # quieter than torch, which tries again
             from torch.distributed import TCPStore
 
-            store = TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=2), wait_for_workers=False)
+            store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=2), wait_for_workers=False)
             return bool(store.add("itpn/ended", 1) == 1)
     return rank <= 1  # not started yet, or the first process, which kept it, has ended
