@@ -399,6 +399,14 @@ def test_classes_above_training_sets_are_refused(tmp_path):
         find_labelled([str(tmp_path)])
 
 
+@pytest.mark.parametrize(("label", "reason"), [("", r"b\.cls in .* is empty"), ("-1", "class -1 in the shards")])
+def test_labels_that_are_none(tmp_path, label, reason):
+    """Either would be a class of its own, and turn the numbers of all others into names."""
+    write_shard(tmp_path / "train-0.tar", [("a", encode(0), "1"), ("b", encode(1), label)])
+    with pytest.raises(UserError, match=reason):
+        find_labelled([str(tmp_path)])
+
+
 def test_numbers_of_classes_in_shards(tmp_path):
     write_shard(tmp_path / "x.tar", [("a", encode(0), 0), ("b", encode(1), 10**6)])
     with pytest.raises(UserError, match=r"class 1000000 in the shards .* must be below 1,000,000"):

@@ -596,9 +596,9 @@ def test_an_image_of_another_size_than_its_annotations(root):
     train, _ = find_objects(str(root))
     transform = DetectionTransform(64, 106)
     turned = torch.zeros(3, 80, 64, dtype=torch.uint8)
-    with pytest.raises(UnreadableImage, match="it is turned by EXIF, its annotations are not"):
+    with pytest.raises(UnreadableImage, match="; if EXIF turns the image, they must be of the turned one"):
         transform(turned, random.Random(0), train[0][2])
-    with pytest.raises(UnreadableImage, match="30x40 pixels, and 64x80 in the annotations"):
+    with pytest.raises(UnreadableImage, match="40x30 pixels, and 80x64 in the annotations"):
         transform(decode_image(name.read_bytes()), random.Random(0), train[0][2])
     loader = TrainingLoader(train, transform, batch_size=4, num_workers=0, seed=0, collate=collect)
     broken = [name for batch in loader for name, _ in batch["broken"]]

@@ -15,6 +15,7 @@ from PIL import Image
 import itpn.text
 from itpn.cli import main
 from itpn.data.annotations import find_objects, read_objects
+from itpn.data.layouts import PIXELS, UNREAD
 from itpn.data.objects import DetectionTransform, make_target
 from itpn.engine.coco import score_detections
 from itpn.errors import UserError
@@ -433,6 +434,35 @@ def test_names_are_as_they_are_written(tmp_path, names, classes):
     assert read_objects(str(root), "val", optional=True) is None  # null is no folder
 
 
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        ("\n- 0: cat\n- 1: dog", "the name of class 0 is a dict, not text"),
+        ("\n- [cat, dog]", "the name of class 0 is a list, not text"),
+        ("\n  0: cat\n  0: dog", "0 is there twice"),
+    ],
+)
+def test_names_that_are_none(tmp_path, names, reason):
+    assert reason in refusal(write_yolo(tmp_path, "0 0.5 0.5 0.25 0.5", names=names))
+
+
+@pytest.mark.parametrize("layout", ["coco", "yolo", "voc"])
+def test_sets_in_capitals(tmp_path, layout):
+    if layout == "coco":
+        root = write_coco(tmp_path, [{}], images=1)
+        (root / "train2017").rename(root / "Train")
+        next((root / "annotations").iterdir()).rename(root / "annotations" / "instances_Train.json")
+    elif layout == "yolo":
+        root = write_yolo(tmp_path, "0 0.5 0.5 0.25 0.5")
+        (root / "data.yaml").write_text("Train: images/train\nnames: [cat, dog]\n")
+    else:
+        root = write_voc(tmp_path, voc_object("cat"))
+        (root / "ImageSets" / "Main").mkdir(parents=True)
+        (root / "ImageSets" / "Main" / "Train.txt").write_text("0\n")
+    images, _ = read(root)
+    assert len(images.with_objects()) == 1
+
+
 def test_a_class_without_a_name(tmp_path):
     assert "data.yaml: class 1 has no name" in refusal(
         write_yolo(tmp_path, "0 0.5 0.5 0.2 0.2", names="[cat, '', dog]")
@@ -490,6 +520,12 @@ def test_keypoints_that_are_not_declared(tmp_path):
     assert boxes_of(images) == [[("dog", 30, 15, 20, 30)]]
     assert images.outlined == (0, 1)
     assert len(said) == 1
+    # an odd number of columns may be a polygon's, unless a visibility of 2 is among them
+    root = write_yolo(tmp_path / "d", "1 0.5 0.5 0.25 0.5 0.4 0.4 2.0 0.6 0.6 1.0")
+    images, said = read(root)
+    assert boxes_of(images) == [[("dog", 30, 15, 20, 30)]]
+    assert images.outlined == (0, 1)
+    assert said == [f"{root}/data.yaml: keypoints are left out, boxes are used"]
     for shape in ("17", "[17]", "[17, 4]", "[x, 2]", "[0, 3]"):
         assert "is not [number of keypoints, 2 or 3]" in refusal(
             write_yolo(tmp_path / "b", "0 0.5 0.5 0.2 0.2", more=f"kpt_shape: {shape}")
@@ -687,10 +723,17 @@ def test_what_is_not_read_of_pascal_voc_is_counted_by_suffix(tmp_path):
 def test_images_of_other_formats_alone(tmp_path):
     root = write_yolo(tmp_path, "1 0.5 0.5 0.25 0.5")
     (root / "images" / "train" / "0.jpg").rename(root / "images" / "train" / "0.heic")
-    said: list[str] = []
-    with pytest.raises(UserError, match="has no images"):
-        read_objects(str(root), "train", "summary", said.append)
-    assert said == [f"{root}/data.yaml: not read: 1 .heic in {root}/images/train"]
+    assert refusal(root) == (
+        f"{root}/data.yaml has no images that can be used: not read: 1 .heic in {root}/images/train"
+    )
+
+
+def test_a_set_of_which_nothing_can_be_used_is_one_line_that_names_every_reason(tmp_path):
+    root = write_yolo(tmp_path, "0 30 15 20 30", "0 0.5 0.5")
+    text = refusal(root)
+    assert "has no objects that can be used: " in text
+    assert PIXELS in text
+    assert UNREAD in text
 
 
 # --- images to evaluate on

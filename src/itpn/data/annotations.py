@@ -110,12 +110,12 @@ def read_objects(
         images = check(coco, path_of, source, found, max_pixels)
     except RecursionError as error:
         raise UserError(f"{source} has values nested too deeply to be annotations") from error
-    found.report(source, mistakes, tell, set() if told is None else told)
-    if not len(images):
-        raise UserError(f"{source} has no images" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
     annotated = split == "train" or any(not one.get("iscrowd") for one in coco["annotations"] if isinstance(one, dict))
-    if annotated and not len(images.with_objects()):
-        raise UserError(f"{source} has no objects" + (f" that can be used: {found.lines()[0]}" if found.counts else ""))
+    lacking = "images" if not len(images) else "objects" if annotated and not len(images.with_objects()) else ""
+    if lacking:
+        reasons = "; ".join([*found.lines(), *dict.fromkeys(found.notes)])
+        raise UserError(f"{source} has no {lacking}" + (f" that can be used: {reasons}" if reasons else ""))
+    found.report(source, mistakes, tell, set() if told is None else told)
     return images
 
 

@@ -260,13 +260,18 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
             if label is None:
                 key = os.path.basename(split_name(name)[0])
                 raise UserError(f"{name} in {path} has no {key}.cls beside it: its class is not known")
+            if not label:
+                key = split_name(name)[0]
+                raise UserError(f"{key}.cls in {path} is empty: its image has no class")
             places.append((number, start, size))
             names.append(f"{os.path.basename(path)}/{name}")
             texts.append(label)
     if not places:
         raise UserError(f"no images with .cls in the shards ({shards[0]} ...)")
     classes = read_class_names(folders)
-    if all(text.isdecimal() for text in texts):
+    if all(text.removeprefix("-").isdecimal() for text in texts):
+        if negative := next((text for text in texts if text.startswith("-")), None):
+            raise UserError(f"class {negative} in the shards ({shards[0]} ...): leave images without a class out")
         numbers = [int(text) for text in texts]
         if max(numbers) >= MAX_CLASSES:
             raise UserError(f"class {max(numbers)} in the shards ({shards[0]} ...): it must be below {MAX_CLASSES:,}")

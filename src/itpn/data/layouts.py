@@ -113,9 +113,9 @@ def read_coco(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
     places = [file.parent]
     if file.parent.name == "annotations":
         root = file.parent.parent
-        year = file.stem.removeprefix("instances_").removeprefix("image_info_")
-        word = re.match(r"[a-z]*", year)[0]  # type: ignore[index]  # matches anything
-        names = dict.fromkeys([year, year.replace("-dev", ""), word])
+        year = re.sub("^(instances|image_info)_", "", file.stem, flags=re.IGNORECASE)
+        word = re.match(r"[A-Za-z]*", year)[0]  # type: ignore[index]  # matches anything
+        names = dict.fromkeys([year, year.replace("-dev", ""), word, word.lower()])
         places = [*(root / name for name in names if name), root / "images" / year]
     return _read_json(file), _searching([*places, root / "images", root]), str(file)
 
@@ -138,7 +138,7 @@ def _find_json(root: Path, split: str) -> Path | None:
 
 def _list_json(folder: Path, start: str = "") -> list[Path]:
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path for path in paths if path.suffix.lower() == ".json" and path.name.startswith(start)]
+    return [path for path in paths if path.suffix.lower() == ".json" and path.name.lower().startswith(start)]
 
 
 def _searching(places: list[Path]) -> Callable[[str], Path]:
@@ -234,17 +234,34 @@ def _labels_of(image: Path, root: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
+class _Text(yaml.BaseLoader):
+    """Every value as it is written; a key that is there twice would lose what stands under the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := next((key for key, count in keys.items() if count > 1), None):
+            raise ValueError(f"{twice} is there twice")
+        return super().construct_mapping(node, deep)
+
+
+def _name_of(key: Any, name: Any) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"the name of class {key} is a {type(name).__name__}, not text")
+    return name.strip()
+
+
 def _read_settings(file: Path) -> dict[str, Any]:
     """A ``data.yaml`` with every value as it is written: a class may be called ``no``, ``1.0`` or ``null``."""
     try:
-        settings = load_yaml(file, yaml.BaseLoader)
+        settings = load_yaml(file, _Text)
         if not isinstance(settings, dict):
             raise TypeError("it is no mapping")
+        settings = {key.lower(): value for key, value in settings.items()}
         names = settings["names"]
         if not isinstance(names, dict | list):
             raise TypeError("names are no list")
         pairs = names.items() if isinstance(names, dict) else enumerate(names)
-        named = {int(key): str(name).strip() for key, name in pairs}
+        named = {int(key): _name_of(key, name) for key, name in pairs}
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{file} is not YOLO's: it needs names, train and val ({reason})") from error
@@ -294,11 +311,11 @@ def _yolo_parser(keypoints: int, mistakes: Mistakes) -> Parse:
 def _drop_keypoints(values: list[str], keypoints: int, mistakes: Mistakes) -> list[str]:
     """The class and the box of a pose label, which is class, box and keypoints of two or three values each.
 
-    Three are x, y and visibility (0, 1 or 2). In an even number of columns they are known without ``kpt_shape``: a
-    polygon has an odd one.
+    Three are x, y and visibility (0, 1 or 2). They are known without ``kpt_shape`` where no polygon looks alike: that
+    has an odd number of columns, and no coordinate of 2.
     """
-    rest = len(values) - 5
-    visible = len(values) % 2 == 0 and rest > 1 and rest % 3 == 0 and set(map(read_whole, values[7::3])) <= {0, 1, 2}
+    rest, flags = len(values) - 5, set(map(read_whole, values[7::3]))
+    visible = rest > 1 and rest % 3 == 0 and flags <= {0, 1, 2} and (len(values) % 2 == 0 or 2 in flags)
     if rest <= 1 or not (keypoints or visible):
         return values
     if keypoints and rest not in (2 * keypoints, 3 * keypoints):
@@ -313,7 +330,8 @@ def read_voc(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_P
     if not images.is_dir() or not notes.is_dir():
         return None
     lists = root / "ImageSets" / "Main"
-    file = next((lists / f"{word}.txt" for word in SPLITS[split] if (lists / f"{word}.txt").is_file()), None)
+    by_name = {path.name.lower(): path for path in sorted(lists.glob("*.*"))}
+    file = next((by_name[f"{word}.txt"] for word in SPLITS[split] if f"{word}.txt" in by_name), None)
     if file is None and (split != "train" or lists.is_dir()):
         return None
     # without lists, all of them

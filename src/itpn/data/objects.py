@@ -283,8 +283,12 @@ def check_size(image: Tensor, known: dict[str, Any]) -> None:
     """Raise :class:`UnreadableImage` where the annotations mean another image."""
     (height, width), (wanted_height, wanted_width) = image.shape[-2:], known["size"]
     if (height, width) != (wanted_height, wanted_width):
-        turned = ": it is turned by EXIF, its annotations are not" if (width, height) == known["size"] else ""
-        raise UnreadableImage(f"{height}x{width} pixels, and {wanted_height}x{wanted_width} in the annotations{turned}")
+        swapped = (
+            "; if EXIF turns the image, they must be of the turned one" if (width, height) == known["size"] else ""
+        )
+        raise UnreadableImage(
+            f"{width}x{height} pixels, and {wanted_width}x{wanted_height} in the annotations{swapped}"
+        )
 
 
 def _crop(

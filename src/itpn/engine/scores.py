@@ -24,6 +24,7 @@ from itpn.errors import UserError
 from itpn.models.hivit import HiViT
 from itpn.writing import open_whole, open_whole_text, write_whole
 
+LONGEST_NAME = 32  # of a class beside a row or column of a picture
 TOP = 5
 Anything = TypeVar("Anything")
 
@@ -270,8 +271,9 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, unit
         axes.set_xlabel("answer")
         axes.set_ylabel("class")
         if count <= 40:
-            axes.set_xticks(range(count), classes, rotation=90, parse_math=False)
-            axes.set_yticks(range(count), classes, parse_math=False)
+            names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]
+            axes.set_xticks(range(count), names, rotation=90, parse_math=False)
+            axes.set_yticks(range(count), names, parse_math=False)
         if count <= 20:
             for row in range(count):
                 for column in range(count):
