@@ -250,6 +250,14 @@ def test_tiffs_that_cannot_be_read_say_so(values):
         decode_image(tiff(values))
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_signed_bytes_are_refused_not_taken_for_unsigned(order):
+    values = np.arange(-128, 128, dtype=np.int8).reshape(16, 16)
+    with pytest.raises(UnreadableImage, match="TIFF of signed 8 bits cannot be read"):
+        decode_image(tiff(values, order))
+    assert decode_image(tiff(values.view(np.uint8), order))[0, 0, 0] == 128
+
+
 def test_cmyk_jpegs_with_and_without_adobes_marker():
     paper = encode(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), "JPEG", quality=95)
     ink = encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)

@@ -70,7 +70,7 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
         width, height = image.size
         if image.format == "TIFF":
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
-            _check_planes(image.info["compression"], tags)
+            _check_tags(image.info["compression"], tags)
             width, height = tags[256], tags[257]  # some versions of Pillow give the turned size
             image.getexif()[ORIENTATION] = 1  # or else Pillow turns it as well
     if orientation in SWAPPED:
@@ -98,9 +98,11 @@ def read_size(path: str) -> tuple[int, int]:
     return opened.height, opened.width
 
 
-def _check_planes(compression: str, tags: Any) -> None:
-    """Refuse TIFFs of separate planes that Pillow reads as something else, without a word."""
+def _check_tags(compression: str, tags: Any) -> None:
+    """Refuse TIFFs of signed bytes or separate planes, which Pillow reads as something else, without a word."""
     deep = max(tags.get(258) or (1,)) > 8
+    if not deep and 2 in (tags.get(339) or ()):
+        raise UnreadableImage("TIFF of signed 8 bits cannot be read: save it with unsigned values, or more bits")
     undeclared = tags.get(277, 1) == 4 and tags.get(262) == 2 and 338 not in tags
     if tags.get(284) == 2 and (deep if compression == "raw" else undeclared):
         what = "16 bits" if deep else "an undeclared fourth band"
