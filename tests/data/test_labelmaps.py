@@ -170,6 +170,50 @@ def test_masks_in_every_encoding(tmp_path):
             assert np.array_equal(labels_of(train, index), np.full_like(wanted, IGNORED) if name == "void" else wanted)
 
 
+def palette_of(numbers: np.ndarray, palette: list[int]) -> Image.Image:
+    mask = Image.fromarray(numbers.astype(np.uint8), mode="P")
+    mask.putpalette(palette)
+    return mask
+
+
+@pytest.mark.parametrize("filling", [[9, 9, 9] * 252 + [224, 224, 192], [0, 0, 0] * 253], ids=["grey", "black"])
+@pytest.mark.parametrize(("order", "wanted"), [("bg red green", (0, 1, 2)), ("red green bg", (2, 0, 1))])
+def test_a_palette_with_and_without_void(tmp_path, filling, order, wanted):
+    """Both masks are read by colour, in whatever order the classes are; the label that is ignored has none."""
+    whole = np.array([[0, 1, 2, 2, 1, 0]] * 4)
+    colours = {"bg": "0 0 0", "red": "255 0 0", "green": "0 255 0"}
+    for name, numbers in (("a", whole), ("b", np.where(whole == 2, 255, whole)), ("c", np.full_like(whole, 255))):
+        write_pair(tmp_path, name, palette_of(numbers, [0, 0, 0, 255, 0, 0, 0, 255, 0, *filling]))
+    (tmp_path / "classes.txt").write_text("".join(f"{name} {colours[name]}\n" for name in order.split()))
+    said: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    assert said == [f"{tmp_path}/masks: pixels of label 255 are ignored (--data.ignore)"]
+    assert np.array_equal(labels_of(train, 0), np.array(wanted)[whole])
+    assert np.array_equal(labels_of(train, 1), np.array([*wanted[:2], IGNORED])[whole])
+    assert (labels_of(train, 2) == IGNORED).all()
+    renamed = train.rename(("green", "bg", "red"))
+    assert np.array_equal(labels_of(renamed, 1), np.array([1, 2, IGNORED])[whole])
+
+
+def test_a_palette_of_two_minds(tmp_path):
+    """Some colours are classes', others not: numbers, if those mean the same; or else nobody knows."""
+    numbers = np.array([[0, 1, 3, 3, 1, 0]] * 4)
+    write_pair(tmp_path, "a", palette_of(numbers % 3, [0, 0, 0, 255, 0, 0]))
+    write_pair(tmp_path, "b", palette_of(numbers, [0, 0, 0, 255, 0, 0, 0, 255, 0, 9, 9, 9]))
+    (tmp_path / "classes.txt").write_text("bg 0 0 0\nred 255 0 0\ngreen 0 255 0\nblue 0 0 255\n")
+    train, _ = find(tmp_path, reduce_zero_label=False, mistakes="skip", tell=lambda line: None)
+    assert np.array_equal(labels_of(train, 1), numbers)
+    (tmp_path / "classes.txt").write_text("red 255 0 0\ngreen 0 255 0\nblue 0 0 255\nbg 0 0 0\n")
+    said: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    assert [Path(train.name(i)).stem for i in range(len(train))] == ["a"]
+    assert np.array_equal(labels_of(train), np.array([3, 0])[numbers % 3])
+    assert any(
+        "masks that cannot be read: 1 (" in line and "b.png: colour (9, 9, 9) of label 3, which" in line
+        for line in said
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "first"),
     [(None, 0), ("back\nfront\n", 0), ("back 0 0 0\nfront 255 255 255\n", 0), ("front 255 255 255\nback 0 0 0\n", 1)],
