@@ -5,6 +5,8 @@ import os
 import random
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +170,66 @@ def test_masks_in_every_encoding(tmp_path):
         for index, name in enumerate(("palette", "rgb", "void")):
             assert Path(train.name(index)).stem == name
             assert np.array_equal(labels_of(train, index), np.full_like(wanted, IGNORED) if name == "void" else wanted)
+
+
+def write_bits(path: Path, numbers: np.ndarray, bits: int, palette: bytes = b"") -> None:
+    """Numbers of 1, 2 or 4 bits in a PNG or TIFF, stored as they are; Pillow writes none."""
+    height, width = numbers.shape
+    digits = (numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(height, -1)
+    rows = [row.tobytes() for row in np.packbits(digits, axis=1)]
+    if path.suffix == ".png":
+        head = struct.pack(">IIBBBBB", width, height, bits, 3 if palette else 0, 0, 0, 0)
+        chunks = [(b"IHDR", head), (b"PLTE", palette), (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))]
+        parts = [
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+            for name, data in [*chunks, (b"IEND", b"")]
+            if data or name == b"IEND"
+        ]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+        return
+    data = b"".join(rows)
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = 8 + len(data) + len(data) % 2
+    ifd = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    path.write_bytes((struct.pack("<2sHI", b"II", 42, start) + data).ljust(start, b"\0") + ifd)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_numbers_of_few_bits_are_those_that_are_stored(tmp_path, bits, suffix):
+    """Beside a mask of 8 bits, with names of classes and without, a palette or none."""
+    numbers = np.arange(28).reshape(4, 7) % 2**bits
+    write_pair(tmp_path, "a", Image.fromarray(numbers.astype(np.uint8)), (7, 4))
+    write_pair(tmp_path, "b", Image.new("L", (7, 4)), (7, 4))
+    (tmp_path / "masks" / "b.png").unlink()
+    write_bits(tmp_path / "masks" / f"b{suffix}", numbers, bits)
+    if suffix == ".png":
+        write_pair(tmp_path, "c", Image.new("L", (7, 4)), (7, 4))
+        write_bits(tmp_path / "masks" / "c.png", numbers, bits, bytes(range(3 * 2**bits)))
+    for names in (map(str, range(2**bits)), (f"class{i} 0 {i} {9 * (i > 0)}" for i in range(2**bits))):
+        train, _ = find(tmp_path, reduce_zero_label=False)
+        assert len(train.classes) == 2**bits
+        assert len(train) == 2 + (suffix == ".png")
+        for index in range(len(train)):
+            assert np.array_equal(labels_of(train, index), numbers)
+        (tmp_path / "classes.txt").write_text("\n".join(names))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_shades_of_few_bits_may_be_colours(tmp_path, bits):
+    """Programs that shrink PNGs make fewer bits of 8; the file of classes says which shades they are."""
+    shades = [255 * i // (2**bits - 1) for i in range(2**bits)]
+    numbers = np.arange(28).reshape(4, 7) % 2**bits
+    write_pair(tmp_path, "a", Image.fromarray(np.array(shades, dtype=np.uint8)[numbers]), (7, 4))
+    write_pair(tmp_path, "b", Image.new("L", (7, 4)), (7, 4))
+    write_bits(tmp_path / "masks" / "b.png", numbers, bits)
+    write_pair(tmp_path, "c", Image.new("L", (7, 4)), (7, 4))
+    write_bits(tmp_path / "masks" / "c.png", 0 * numbers, bits)
+    (tmp_path / "classes.txt").write_text("".join(f"class{i} {i} {i} {i}\n" for i in reversed(shades)))
+    train, _ = find(tmp_path, reduce_zero_label=False)
+    for index, wanted in enumerate((numbers, numbers, 0 * numbers)):
+        assert np.array_equal(labels_of(train, index), 2**bits - 1 - wanted)
 
 
 def palette_of(numbers: np.ndarray, palette: list[int]) -> Image.Image:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
@@ -151,28 +152,50 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, table: LabelTable | None 
     """The numbers of a mask file, [H, W], or its colours, [H, W, 3], turned as an image would be.
 
     Args:
-        table: a palette of its colours alone is for colours, whatever its numbers are.
+        table: a palette of its colours alone is for colours, whatever its numbers are; so are shades of 1, 2 or 4
+            bits where all of its colours are shades.
 
     Raises:
         UnreadableImage: it is not there, damaged, too large, or transparent, or its palette is of two minds.
     """
     try:
-        file = io.BytesIO(read_file(path))
+        data = read_file(path)
     except (OSError, ValueError) as error:
         raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from None
     with reading():
-        image = load_image(open_image(file, max_pixels))
-        if image.mode == "1":
-            image = image.convert("L").point(lambda value: value // 255)
-        if image.mode not in ("L", "P", "RGB") and not image.mode.startswith("I"):
+        opened = open_image(io.BytesIO(data), max_pixels)
+        image = load_image(opened)
+        if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
             raise UnreadableImage(f"a picture of mode {image.mode}, not of labels")
-        values = np.asarray(image)  # of a palette, the numbers
-        if image.mode == "P" and table is not None and table.by_colour is not None:
-            channels = iter(image.getpalette("RGB") or ())
-            values = _use_palette(values, list(zip(channels, channels, channels, strict=False)), table)
+        values, palette = _find_palette(image, _count_bits(opened.image, data))
+        colours = table.by_colour if table is not None else None
+        shades = all(red == green == blue for red, green, blue in colours or ())
+        if table is not None and colours is not None and palette and (image.mode == "P" or shades):
+            values = _use_palette(values, palette, table)
     if values.min(initial=0) < 0:
         raise UnreadableImage(f"label {values.min()}, which no class has")
     return values
+
+
+def _count_bits(image: Image.Image, data: bytes) -> int:
+    """Bits of a pixel that is stored, of formats that have fewer than 8 for shades of grey."""
+    if image.format == "PNG":
+        return data[24]
+    tags: Any = getattr(image, "tag_v2", {})
+    return int((tags.get(258) or (8,))[0])
+
+
+def _find_palette(image: Image.Image, bits: int) -> tuple[np.ndarray, list[Colour]]:
+    """The numbers that are stored, and the colours that they stand for; none of 8 bits or more without a palette."""
+    if image.mode == "P":
+        channels = iter(image.getpalette("RGB") or ())
+        return np.asarray(image), list(zip(channels, channels, channels, strict=False))
+    if image.mode == "1":
+        image, bits = image.convert("L"), 1
+    if image.mode == "L" and bits in (1, 2, 4):
+        step = 255 // (2**bits - 1)  # by which Pillow multiplies
+        return np.asarray(image) // step, [(shade, shade, shade) for shade in range(0, 256, step)]
+    return np.asarray(image), []
 
 
 def _use_palette(values: np.ndarray, palette: Sequence[Colour], table: LabelTable) -> np.ndarray:
