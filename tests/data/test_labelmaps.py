@@ -314,6 +314,33 @@ def test_images_and_masks_in_one_folder(tmp_path):
     assert pairs == [("a.jpg", "a.png"), ("b.jpg", "b.png")]
 
 
+@pytest.mark.parametrize(
+    ("image", "masks"),
+    [
+        ("a.png", "a.png a.bmp"),
+        ("a.tif", "a.TIF a.png a.bmp"),
+        ("a.jpg", "a.png a.bmp a.jpg"),
+        ("a.jpg", "a.gif a.jpg"),
+    ],
+)
+def test_two_masks_of_one_name(tmp_path, image, masks):
+    """The first is taken: of the image's suffix, or a PNG, and a JPEG last; the others are named."""
+    write_pair(tmp_path, "b", Image.fromarray(np.eye(4, 6, dtype=np.uint8)))
+    Image.new("RGB", (6, 4)).save(tmp_path / "images" / image)
+    right, *wrong = (tmp_path / "masks" / name for name in masks.split())
+    Image.fromarray(np.eye(4, 6, dtype=np.uint8)).save(right)
+    for path in wrong:
+        Image.new("L", (6, 4), 7).save(path)
+    said: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    assert [train[index][2] for index in range(2)] == [str(right), str(tmp_path / "masks" / "b.png")]
+    path = tmp_path / "images" / image
+    named = ", ".join(f"{path}: {right} is read, {other} is not" for other in wrong)
+    assert said[1:] == [f"  images with two masks: {len(wrong)} ({named})"]
+    with pytest.raises(UserError, match="images with two masks: "):
+        find(tmp_path, reduce_zero_label=False, mistakes="error")
+
+
 def test_what_the_labels_mean_is_said(tmp_path):
     """Where it may not be what was meant."""
     said: list[str] = []

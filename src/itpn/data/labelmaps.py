@@ -1,5 +1,6 @@
 """Images with a class for each pixel: where they are, the mistakes in their masks, both on their way to a network."""
 
+import functools
 import os
 import random
 from collections import Counter
@@ -414,6 +415,7 @@ def look_at(path: str, max_pixels: int, table: LabelTable | None) -> Look:
 def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mistakes) -> dict[str, str]:
     """Image to mask: of the same name below the other folder, or with a word after it (``x_mask.png``).
 
+    Of two masks of one name that with the image's suffix is taken, but no JPEG if there is another, or else a PNG.
     Where both are in one folder, no image is its own mask, and no mask an image.
     """
     together = os.path.realpath(folder) == os.path.realpath(others)
@@ -425,20 +427,31 @@ def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mista
     if not together:
         mistakes.note_unread(others, unread)
     found: dict[str, str] = {}
+    spare: dict[str, list[str]] = {}
     for path in images:
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
         names = [stem + ending for ending in MASK_ENDINGS] + [stem.removesuffix("_leftImg8bit") + MASK_ENDINGS[-1]]
-        mask = next((mask for name in names for mask in stems.get(name, ()) if mask != path), None)
-        if mask is not None:
-            found[path] = mask
+        same = ([mask for mask in stems.get(name, ()) if mask != path] for name in names)
+        if some := next(filter(None, same), []):
+            found[path], *spare[path] = sorted(some, key=functools.partial(_rank_mask, path))
     masks = set(found.values())
     found = {path: mask for path, mask in found.items() if path not in masks}
     for path in images:
         if path not in found and path not in masks:
             mistakes.add("images without a mask", path)
-    for path in sorted({path for paths in stems.values() for path in paths} - masks - set(images)):
+    for path, mask in found.items():
+        for other in spare[path]:
+            mistakes.add("images with two masks", f"{path}: {mask} is read, {other} is not")
+    others_left = {path for paths in stems.values() for path in paths} - masks - set(images)
+    for path in sorted(others_left.difference(*spare.values())):
         mistakes.add("masks without an image", path)
     return found
+
+
+def _rank_mask(image: str, mask: str) -> tuple[bool, bool, bool, str]:
+    """Among masks of one name the first is taken."""
+    suffix = os.path.splitext(mask)[1].lower()
+    return suffix in JPEG_SUFFIXES, suffix != os.path.splitext(image)[1].lower(), suffix != ".png", mask
 
 
 def _find_mistake(
