@@ -5,6 +5,8 @@ import os
 import random
 import re
 import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -170,6 +172,110 @@ def test_masks_in_every_encoding(tmp_path):
             assert np.array_equal(labels_of(train, index), np.full_like(wanted, IGNORED) if name == "void" else wanted)
 
 
+def write_bits(path: Path, numbers: np.ndarray, bits: int, palette: bytes = b"") -> None:
+    """Numbers of 1, 2 or 4 bits in a PNG or TIFF, stored as they are; Pillow writes none."""
+    height, width = numbers.shape
+    digits = (numbers[..., None] >> np.arange(bits)[::-1] & 1).reshape(height, -1)
+    rows = [row.tobytes() for row in np.packbits(digits, axis=1)]
+    if path.suffix == ".png":
+        head = struct.pack(">IIBBBBB", width, height, bits, 3 if palette else 0, 0, 0, 0)
+        chunks = [(b"IHDR", head), (b"PLTE", palette), (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))]
+        parts = [
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+            for name, data in [*chunks, (b"IEND", b"")]
+            if data or name == b"IEND"
+        ]
+        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+        return
+    data = b"".join(rows)
+    tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = 8 + len(data) + len(data) % 2
+    ifd = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    path.write_bytes((struct.pack("<2sHI", b"II", 42, start) + data).ljust(start, b"\0") + ifd)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_numbers_of_few_bits_are_those_that_are_stored(tmp_path, bits, suffix):
+    """Beside a mask of 8 bits, with names of classes and without, a palette or none."""
+    numbers = np.arange(28).reshape(4, 7) % 2**bits
+    write_pair(tmp_path, "a", Image.fromarray(numbers.astype(np.uint8)), (7, 4))
+    write_pair(tmp_path, "b", Image.new("L", (7, 4)), (7, 4))
+    (tmp_path / "masks" / "b.png").unlink()
+    write_bits(tmp_path / "masks" / f"b{suffix}", numbers, bits)
+    if suffix == ".png":
+        write_pair(tmp_path, "c", Image.new("L", (7, 4)), (7, 4))
+        write_bits(tmp_path / "masks" / "c.png", numbers, bits, bytes(range(3 * 2**bits)))
+    for names in (map(str, range(2**bits)), (f"class{i} 0 {i} {9 * (i > 0)}" for i in range(2**bits))):
+        train, _ = find(tmp_path, reduce_zero_label=False)
+        assert len(train.classes) == 2**bits
+        assert len(train) == 2 + (suffix == ".png")
+        for index in range(len(train)):
+            assert np.array_equal(labels_of(train, index), numbers)
+        (tmp_path / "classes.txt").write_text("\n".join(names))
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_shades_of_few_bits_may_be_colours(tmp_path, bits):
+    """Programs that shrink PNGs make fewer bits of 8; the file of classes says which shades they are."""
+    shades = [255 * i // (2**bits - 1) for i in range(2**bits)]
+    numbers = np.arange(28).reshape(4, 7) % 2**bits
+    write_pair(tmp_path, "a", Image.fromarray(np.array(shades, dtype=np.uint8)[numbers]), (7, 4))
+    write_pair(tmp_path, "b", Image.new("L", (7, 4)), (7, 4))
+    write_bits(tmp_path / "masks" / "b.png", numbers, bits)
+    write_pair(tmp_path, "c", Image.new("L", (7, 4)), (7, 4))
+    write_bits(tmp_path / "masks" / "c.png", 0 * numbers, bits)
+    (tmp_path / "classes.txt").write_text("".join(f"class{i} {i} {i} {i}\n" for i in reversed(shades)))
+    train, _ = find(tmp_path, reduce_zero_label=False)
+    for index, wanted in enumerate((numbers, numbers, 0 * numbers)):
+        assert np.array_equal(labels_of(train, index), 2**bits - 1 - wanted)
+
+
+def palette_of(numbers: np.ndarray, palette: list[int]) -> Image.Image:
+    mask = Image.fromarray(numbers.astype(np.uint8), mode="P")
+    mask.putpalette(palette)
+    return mask
+
+
+@pytest.mark.parametrize("filling", [[9, 9, 9] * 252 + [224, 224, 192], [0, 0, 0] * 253], ids=["grey", "black"])
+@pytest.mark.parametrize(("order", "wanted"), [("bg red green", (0, 1, 2)), ("red green bg", (2, 0, 1))])
+def test_a_palette_with_and_without_void(tmp_path, filling, order, wanted):
+    """Both masks are read by colour, in whatever order the classes are; the label that is ignored has none."""
+    whole = np.array([[0, 1, 2, 2, 1, 0]] * 4)
+    colours = {"bg": "0 0 0", "red": "255 0 0", "green": "0 255 0"}
+    for name, numbers in (("a", whole), ("b", np.where(whole == 2, 255, whole)), ("c", np.full_like(whole, 255))):
+        write_pair(tmp_path, name, palette_of(numbers, [0, 0, 0, 255, 0, 0, 0, 255, 0, *filling]))
+    (tmp_path / "classes.txt").write_text("".join(f"{name} {colours[name]}\n" for name in order.split()))
+    said: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    assert said == [f"{tmp_path}/masks: pixels of label 255 are ignored (--data.ignore)"]
+    assert np.array_equal(labels_of(train, 0), np.array(wanted)[whole])
+    assert np.array_equal(labels_of(train, 1), np.array([*wanted[:2], IGNORED])[whole])
+    assert (labels_of(train, 2) == IGNORED).all()
+    renamed = train.rename(("green", "bg", "red"))
+    assert np.array_equal(labels_of(renamed, 1), np.array([1, 2, IGNORED])[whole])
+
+
+def test_a_palette_of_two_minds(tmp_path):
+    """Some colours are classes', others not: numbers, if those mean the same; or else nobody knows."""
+    numbers = np.array([[0, 1, 3, 3, 1, 0]] * 4)
+    write_pair(tmp_path, "a", palette_of(numbers % 3, [0, 0, 0, 255, 0, 0]))
+    write_pair(tmp_path, "b", palette_of(numbers, [0, 0, 0, 255, 0, 0, 0, 255, 0, 9, 9, 9]))
+    (tmp_path / "classes.txt").write_text("bg 0 0 0\nred 255 0 0\ngreen 0 255 0\nblue 0 0 255\n")
+    train, _ = find(tmp_path, reduce_zero_label=False, mistakes="skip", tell=lambda line: None)
+    assert np.array_equal(labels_of(train, 1), numbers)
+    (tmp_path / "classes.txt").write_text("red 255 0 0\ngreen 0 255 0\nblue 0 0 255\nbg 0 0 0\n")
+    said: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    assert [Path(train.name(i)).stem for i in range(len(train))] == ["a"]
+    assert np.array_equal(labels_of(train), np.array([3, 0])[numbers % 3])
+    assert any(
+        "masks that cannot be read: 1 (" in line and "b.png: colour (9, 9, 9) of label 3, which" in line
+        for line in said
+    )
+
+
 @pytest.mark.parametrize(
     ("text", "first"),
     [(None, 0), ("back\nfront\n", 0), ("back 0 0 0\nfront 255 255 255\n", 0), ("front 255 255 255\nback 0 0 0\n", 1)],
@@ -206,6 +312,33 @@ def test_images_and_masks_in_one_folder(tmp_path):
     train, _ = find(tmp_path, masks=str(tmp_path), reduce_zero_label=False)
     pairs = [(Path(train.name(i)).name, Path(train[i][2]).name) for i in range(len(train))]
     assert pairs == [("a.jpg", "a.png"), ("b.jpg", "b.png")]
+
+
+@pytest.mark.parametrize(
+    ("image", "masks"),
+    [
+        ("a.png", "a.png a.bmp"),
+        ("a.tif", "a.TIF a.png a.bmp"),
+        ("a.jpg", "a.png a.bmp a.jpg"),
+        ("a.jpg", "a.gif a.jpg"),
+    ],
+)
+def test_two_masks_of_one_name(tmp_path, image, masks):
+    """The first is taken: of the image's suffix, or a PNG, and a JPEG last; the others are named."""
+    write_pair(tmp_path, "b", Image.fromarray(np.eye(4, 6, dtype=np.uint8)))
+    Image.new("RGB", (6, 4)).save(tmp_path / "images" / image)
+    right, *wrong = (tmp_path / "masks" / name for name in masks.split())
+    Image.fromarray(np.eye(4, 6, dtype=np.uint8)).save(right)
+    for path in wrong:
+        Image.new("L", (6, 4), 7).save(path)
+    said: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    assert [train[index][2] for index in range(2)] == [str(right), str(tmp_path / "masks" / "b.png")]
+    path = tmp_path / "images" / image
+    named = ", ".join(f"{path}: {right} is read, {other} is not" for other in wrong)
+    assert said[1:] == [f"  images with two masks: {len(wrong)} ({named})"]
+    with pytest.raises(UserError, match="images with two masks: "):
+        find(tmp_path, reduce_zero_label=False, mistakes="error")
 
 
 def test_what_the_labels_mean_is_said(tmp_path):

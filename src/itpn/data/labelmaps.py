@@ -1,9 +1,10 @@
 """Images with a class for each pixel: where they are, the mistakes in their masks, both on their way to a network."""
 
+import functools
 import os
 import random
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from itpn.data.labelled import join_names
 from itpn.data.layouts import Mistakes
 from itpn.data.masks import (
     IGNORED,
+    VOID,
     Colour,
     LabelTable,
     Names,
@@ -278,19 +280,18 @@ def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> L
     found = Mistakes()
     found.note_unread(folder, unread, [rules.classes] if rules.classes else ())
     masks = match_masks(images, folder, others, found)
-    known = names.by_colour if isinstance(names, LabelTable) else names and {c: 0 for _, c in names if c is not None}
+    table = _start_table(names, others, rules)
     looks: dict[str, Look] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        jobs = [(path, mask, pool.submit(look_at, mask, rules.max_pixels, known or {})) for path, mask in masks.items()]
+        jobs = [(path, mask, pool.submit(look_at, mask, rules.max_pixels, table)) for path, mask in masks.items()]
         for path, mask, job in jobs:
             try:
                 looks[path] = job.result()
             except UnreadableImage as error:
                 found.add("masks that cannot be read", f"{mask}: {error}")
-    table = None
-    if looks:
+    if looks and not isinstance(names, LabelTable):
         plain = {masks[path]: look.values for path, look in looks.items() if not look.coloured}
-        table = names if isinstance(names, LabelTable) else _make_table(names, plain, others, rules)
+        table = _finish_table(table, plain, others, rules)
     present: set[int] = set()
     kept = []
     for path, look in looks.items():
@@ -316,7 +317,8 @@ def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> L
 
 def _tell_labels(looks: Iterable[Look], table: LabelTable, present: set[int], others: str, rules: MaskRules) -> None:
     """Tell what may not be meant: the label that is ignored for its number, and classes that no mask has."""
-    numbers = set().union(*(look.values for look in looks if not look.coloured))
+    # of palettes that are read by colour, the labels of no class are numbers
+    numbers = {value - look.coloured * VOID for look in looks for value in look.values if value >= look.coloured * VOID}
     if IGNORED in numbers and numbers != {0, IGNORED} and table.numbers[IGNORED] == IGNORED:
         rules.tell(f"{others}: pixels of label 255 are ignored (--data.ignore)")
     absent = [name for number, name in enumerate(table.classes) if number not in present]
@@ -325,8 +327,22 @@ def _tell_labels(looks: Iterable[Look], table: LabelTable, present: set[int], ot
         rules.tell(f"{others}: no mask has {join_names(absent)}{reason}")
 
 
-def _make_table(
-    names: Names | None, masks: Mapping[str, Mapping[int, int]], others: str, rules: MaskRules
+def _start_table(names: Names | LabelTable | None, others: str, rules: MaskRules) -> LabelTable | None:
+    """What masks mean as far as it is known before they are read.
+
+    Raises:
+        UserError: fewer than two classes, or more than 254.
+    """
+    if names is None or isinstance(names, LabelTable):
+        return names
+    try:
+        return make_table(names, rules.reduce_zero_label, rules.ignore)
+    except UserError as error:
+        raise UserError(f"masks in {others}: {error}") from None
+
+
+def _finish_table(
+    table: LabelTable | None, masks: Mapping[str, Mapping[int, int]], others: str, rules: MaskRules
 ) -> LabelTable:
     """What a set of masks means; ``masks`` are those of numbers, which, and of how many pixels.
 
@@ -334,7 +350,7 @@ def _make_table(
         UserError: labels above 254, shades of grey in place of class indices, or fewer than two classes.
     """
     numbers = set().union(*masks.values())
-    if names is None:  # classes are the numbers that there are
+    if table is None:  # classes are the numbers that there are
         _refuse_greys(masks, others, rules)
         largest = max(numbers - set(rules.ignore), default=0)
         if numbers == {0, 255}:
@@ -343,10 +359,8 @@ def _make_table(
             example = next(mask for mask, values in masks.items() if largest in values)
             raise UserError(f"label {largest} in {example}: labels end at 254, but for those of --data.ignore")
         names = [(str(number), None) for number in range(int(rules.reduce_zero_label), largest + 1)]
-    try:
-        table = make_table(names, rules.reduce_zero_label, rules.ignore)
-    except UserError as error:
-        raise UserError(f"masks in {others}: {error}") from None
+        table = _start_table(names, others, rules)
+        assert table is not None
     greys = table.read_greys(numbers)
     if greys is None:
         if numbers == {0, 255} and table.numbers[255] == IGNORED:
@@ -375,17 +389,17 @@ def _refuse_greys(masks: Mapping[str, Mapping[int, int]], others: str, rules: Ma
         )
 
 
-def look_at(path: str, max_pixels: int, colours: Container[Colour]) -> Look:
+def look_at(path: str, max_pixels: int, table: LabelTable | None) -> Look:
     """Size of a mask, and what is in it.
 
     Raises:
         UnreadableImage: it cannot be read, or is a picture in colours, and there are none.
     """
-    values = read_mask(path, max_pixels, colours)
-    coloured = values.ndim == 3 and bool(colours)
+    values = read_mask(path, max_pixels, table)
+    coloured = values.ndim == 3 and table is not None and table.by_colour is not None
     size = values.shape[:2]
     if coloured:
-        seen = np.zeros(2**24, dtype=bool)
+        seen = np.zeros(VOID + 256, dtype=bool)
         seen[pack(values)] = True
         return Look(size, dict.fromkeys(seen.nonzero()[0].tolist(), 1), True)
     values = ungrey(values)
@@ -401,6 +415,7 @@ def look_at(path: str, max_pixels: int, colours: Container[Colour]) -> Look:
 def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mistakes) -> dict[str, str]:
     """Image to mask: of the same name below the other folder, or with a word after it (``x_mask.png``).
 
+    Of two masks of one name that with the image's suffix is taken, but no JPEG if there is another, or else a PNG.
     Where both are in one folder, no image is its own mask, and no mask an image.
     """
     together = os.path.realpath(folder) == os.path.realpath(others)
@@ -412,20 +427,31 @@ def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mista
     if not together:
         mistakes.note_unread(others, unread)
     found: dict[str, str] = {}
+    spare: dict[str, list[str]] = {}
     for path in images:
         stem = os.path.splitext(os.path.relpath(path, folder))[0]
         names = [stem + ending for ending in MASK_ENDINGS] + [stem.removesuffix("_leftImg8bit") + MASK_ENDINGS[-1]]
-        mask = next((mask for name in names for mask in stems.get(name, ()) if mask != path), None)
-        if mask is not None:
-            found[path] = mask
+        same = ([mask for mask in stems.get(name, ()) if mask != path] for name in names)
+        if some := next(filter(None, same), []):
+            found[path], *spare[path] = sorted(some, key=functools.partial(_rank_mask, path))
     masks = set(found.values())
     found = {path: mask for path, mask in found.items() if path not in masks}
     for path in images:
         if path not in found and path not in masks:
             mistakes.add("images without a mask", path)
-    for path in sorted({path for paths in stems.values() for path in paths} - masks - set(images)):
+    for path, mask in found.items():
+        for other in spare[path]:
+            mistakes.add("images with two masks", f"{path}: {mask} is read, {other} is not")
+    others_left = {path for paths in stems.values() for path in paths} - masks - set(images)
+    for path in sorted(others_left.difference(*spare.values())):
         mistakes.add("masks without an image", path)
     return found
+
+
+def _rank_mask(image: str, mask: str) -> tuple[bool, bool, bool, str]:
+    """Among masks of one name the first is taken."""
+    suffix = os.path.splitext(mask)[1].lower()
+    return suffix in JPEG_SUFFIXES, suffix != os.path.splitext(image)[1].lower(), suffix != ".png", mask
 
 
 def _find_mistake(

@@ -5,13 +5,14 @@ import functools
 import io
 import math
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
@@ -23,6 +24,7 @@ from itpn.text import read_lines
 
 IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
 MAX_CLASSES = 254
+VOID = 1 << 24  # a packed colour that no picture has, and the numbers after it: of labels of no class in a palette
 WHITE = 255  # in masks of 8 bits
 MAX_LEVELS = 10  # shades that are recognized as evenly spaced: more are too close to class indices
 
@@ -39,14 +41,14 @@ class LabelTable:
         numbers: uint8 [256], number in a file -> class, `IGNORED`, or 254 where it means nothing.
         colours: of the classes, where their file says them.
         by_colour: masks may be pictures in those colours; colour -> class or `IGNORED`.
-        beyond: labels above 255 that are of no class.
+        left_out: numbers that are of no class.
     """
 
     classes: tuple[str, ...]
     numbers: np.ndarray
     colours: tuple[Colour, ...] | None = None
     by_colour: dict[Colour, int] | None = None
-    beyond: tuple[int, ...] = ()
+    left_out: tuple[int, ...] = ()
 
     def read(self, path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
         """The classes of an image's pixels, uint8 [H, W].
@@ -54,7 +56,7 @@ class LabelTable:
         Raises:
             UnreadableImage: no mask, or of labels that no class has.
         """
-        values = read_mask(path, max_pixels, self.by_colour or ())
+        values = read_mask(path, max_pixels, self)
         if values.ndim == 3 and self.by_colour is not None:
             colours, numbers = self._sorted_colours
             packed = pack(values)
@@ -67,7 +69,7 @@ class LabelTable:
             if values.max(initial=0) > 255:
                 above = values > 255
                 labels[above] = IGNORED
-                known = np.where(above, np.isin(values, self.beyond), known)
+                known = np.where(above, np.isin(values, self.left_out), known)
         if not known.all():
             raise UnreadableImage(self.explain(int(packed[~known][0]), colour=values.ndim == 3))
         return torch.from_numpy(labels)
@@ -75,7 +77,8 @@ class LabelTable:
     @functools.cached_property
     def _sorted_colours(self) -> tuple[np.ndarray, np.ndarray]:
         """Packed colours in order, and their classes: found once, for every mask needs them."""
-        known = self.by_colour or {}
+        void = {(256, 0, number): IGNORED for number in range(256)}
+        known = {**(self.by_colour or {}), **void}
         packed, numbers = pack(np.array(list(known))), np.array(list(known.values()), dtype=np.uint8)
         order = packed.argsort()
         return packed[order], numbers[order]
@@ -83,9 +86,9 @@ class LabelTable:
     def find(self, value: int, colour: bool) -> int | None:
         """The class of a number in a file, or of a colour (see `pack`), or `IGNORED`; None where it means nothing."""
         if colour:
-            return (self.by_colour or {}).get(unpack(value))
+            return IGNORED if value >= VOID else (self.by_colour or {}).get(unpack(value))
         if value > 255:
-            return IGNORED if value in self.beyond else None
+            return IGNORED if value in self.left_out else None
         return None if self.numbers[value] == MAX_CLASSES else int(self.numbers[value])
 
     def explain(self, value: int, colour: bool) -> str:
@@ -145,33 +148,79 @@ def unpack(value: int) -> Colour:
     return value >> 16, value >> 8 & 255, value & 255
 
 
-def read_mask(path: str, max_pixels: int = MAX_PIXELS, colours: Container[Colour] = ()) -> np.ndarray:
-    """The numbers of a mask file, [H, W], or its colours, uint8 [H, W, 3], turned as an image would be.
+def read_mask(path: str, max_pixels: int = MAX_PIXELS, table: LabelTable | None = None) -> np.ndarray:
+    """The numbers of a mask file, [H, W], or its colours, [H, W, 3], turned as an image would be.
 
     Args:
-        colours: a palette of these alone is for colours, whatever its numbers are.
+        table: a palette of its colours alone is for colours, whatever its numbers are; so are shades of 1, 2 or 4
+            bits where all of its colours are shades.
 
     Raises:
-        UnreadableImage: it is not there, damaged, too large, or transparent.
+        UnreadableImage: it is not there, damaged, too large, or transparent, or its palette is of two minds.
     """
     try:
-        file = io.BytesIO(read_file(path))
+        data = read_file(path)
     except (OSError, ValueError) as error:
         raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from None
     with reading():
-        image = load_image(open_image(file, max_pixels))
-        if image.mode == "1":
-            image = image.convert("L").point(lambda value: value // 255)
-        if image.mode not in ("L", "P", "RGB") and not image.mode.startswith("I"):
+        opened = open_image(io.BytesIO(data), max_pixels)
+        image = load_image(opened)
+        if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
             raise UnreadableImage(f"a picture of mode {image.mode}, not of labels")
-        if image.mode == "P" and colours:
-            palette = image.getpalette("RGB") or []
-            used = [tuple(palette[3 * n : 3 * n + 3]) for n, count in enumerate(image.histogram()) if count]
-            if all(colour in colours for colour in used):
-                image = image.convert("RGB")
-        values = np.asarray(image)  # of a palette, the numbers
+        values, palette = _find_palette(image, _count_bits(opened.image, data))
+        colours = table.by_colour if table is not None else None
+        shades = all(red == green == blue for red, green, blue in colours or ())
+        if table is not None and colours is not None and palette and (image.mode == "P" or shades):
+            values = _use_palette(values, palette, table)
     if values.min(initial=0) < 0:
         raise UnreadableImage(f"label {values.min()}, which no class has")
+    return values
+
+
+def _count_bits(image: Image.Image, data: bytes) -> int:
+    """Bits of a pixel that is stored, of formats that have fewer than 8 for shades of grey."""
+    if image.format == "PNG":
+        return data[24]
+    tags: Any = getattr(image, "tag_v2", {})
+    return int((tags.get(258) or (8,))[0])
+
+
+def _find_palette(image: Image.Image, bits: int) -> tuple[np.ndarray, list[Colour]]:
+    """The numbers that are stored, and the colours that they stand for; none of 8 bits or more without a palette."""
+    if image.mode == "P":
+        channels = iter(image.getpalette("RGB") or ())
+        return np.asarray(image), list(zip(channels, channels, channels, strict=False))
+    if image.mode == "1":
+        image, bits = image.convert("L"), 1
+    if image.mode == "L" and bits in (1, 2, 4):
+        step = 255 // (2**bits - 1)  # by which Pillow multiplies
+        return np.asarray(image) // step, [(shade, shade, shade) for shade in range(0, 256, step)]
+    return np.asarray(image), []
+
+
+def _use_palette(values: np.ndarray, palette: Sequence[Colour], table: LabelTable) -> np.ndarray:
+    """The colours of a mask where the file of classes has them all, or else its numbers.
+
+    Labels of no class count only where their colour is a class's and no other label's, for many palettes are filled up
+    with black; what is left of them becomes `VOID`.
+
+    Raises:
+        UnreadableImage: colours and numbers mean different classes, and not all of the colours are known.
+    """
+    known, colours = table.by_colour or {}, dict(enumerate(palette))
+    used = np.bincount(values.ravel()).nonzero()[0].tolist()
+    classes = {n: known[colours[n]] for n in used if colours.get(n) in known}
+    void = {n for n in used if n in table.left_out and (n not in classes or palette.index(colours[n]) < n)}
+    unnamed = [n for n in used if n not in classes and n not in void]
+    if not unnamed:
+        painted = np.zeros((256, 3), dtype=np.int16 if void else np.uint8)
+        for n in used:
+            painted[n] = (256, 0, n) if n in void else colours[n]
+        return painted[values]
+    if any(number != table.numbers[n] for n, number in classes.items() if n not in void):
+        n = unnamed[0]
+        what = f"colour {colours[n]} of label {n}, which no class has" if n in colours else f"no colour for label {n}"
+        raise UnreadableImage(what)
     return values
 
 
@@ -326,7 +375,6 @@ def make_table(names: Names, reduce_zero_label: bool, ignore: Iterable[int]) -> 
     if not 2 <= len(kept) <= MAX_CLASSES:
         raise UserError(f"{len(kept)} classes of pixels: there must be from 2 to {MAX_CLASSES}")
     numbers = np.full(256, MAX_CLASSES, dtype=np.uint8)
-    beyond = tuple(number for number in left_out if number > 255)
     numbers[[number for number in left_out if number < 256]] = IGNORED
     for row, (number, _, _) in enumerate(kept):
         if number < 256:
@@ -336,4 +384,4 @@ def make_table(names: Names, reduce_zero_label: bool, ignore: Iterable[int]) -> 
         row_of = {number: row for row, (number, _, _) in enumerate(kept)}
         by_colour = {c: row_of.get(first + line, IGNORED) for line, (_, c) in enumerate(names) if c is not None}
     colours = tuple(colour for _, _, colour in kept if colour is not None) or None
-    return LabelTable(tuple(name for _, name, _ in kept), numbers, colours, by_colour, beyond)
+    return LabelTable(tuple(name for _, name, _ in kept), numbers, colours, by_colour, tuple(left_out))
