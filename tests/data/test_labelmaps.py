@@ -363,7 +363,15 @@ def test_an_image_that_is_turned(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(tmp_path / "images" / "a.jpg", exif=exif)
-    with pytest.raises(UserError, match=r"a\.png: 6x4, the image 4x6, as EXIF turns it"):
+    swapped = r"a\.png: 6x4, the image 4x6: height and width are swapped"
+    with pytest.raises(UserError, match=rf"{swapped}, for EXIF turns the image \(orientation 6\)"):
+        find(tmp_path, reduce_zero_label=False)
+    exif[0x0112] = 3
+    Image.new("RGB", (4, 6)).save(tmp_path / "images" / "a.jpg", exif=exif)
+    with pytest.raises(UserError, match=rf"{swapped}\)$"):
+        find(tmp_path, reduce_zero_label=False)
+    Image.new("RGB", (4, 7)).save(tmp_path / "images" / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.png: 6x4, the image 4x7\)$"):
         find(tmp_path, reduce_zero_label=False)
 
 
