@@ -172,6 +172,16 @@ def test_masks_in_every_encoding(tmp_path):
             assert np.array_equal(labels_of(train, index), np.full_like(wanted, IGNORED) if name == "void" else wanted)
 
 
+def write_png(path: Path, head: bytes, rows: bytes, palette: bytes = b"") -> None:
+    chunks = [(b"IHDR", head), (b"PLTE", palette), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        for name, data in chunks
+        if data or name == b"IEND"
+    ]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
 def write_bits(path: Path, numbers: np.ndarray, bits: int, palette: bytes = b"") -> None:
     """Numbers of 1, 2 or 4 bits in a PNG or TIFF, stored as they are; Pillow writes none."""
     height, width = numbers.shape
@@ -179,13 +189,7 @@ def write_bits(path: Path, numbers: np.ndarray, bits: int, palette: bytes = b"")
     rows = [row.tobytes() for row in np.packbits(digits, axis=1)]
     if path.suffix == ".png":
         head = struct.pack(">IIBBBBB", width, height, bits, 3 if palette else 0, 0, 0, 0)
-        chunks = [(b"IHDR", head), (b"PLTE", palette), (b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))]
-        parts = [
-            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-            for name, data in [*chunks, (b"IEND", b"")]
-            if data or name == b"IEND"
-        ]
-        path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+        write_png(path, head, b"".join(b"\0" + row for row in rows), palette)
         return
     data = b"".join(rows)
     tags = {256: width, 257: height, 258: bits, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
@@ -276,6 +280,38 @@ def test_a_palette_of_two_minds(tmp_path):
     )
 
 
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+def test_masks_with_alpha(tmp_path, suffix):
+    """An opaque one is as good as none; what is transparent is refused."""
+    numbers = np.array([[0, 1, 2, 2, 1, 0]] * 4, dtype=np.uint8)
+    opaque = np.full_like(numbers, 255)
+    clear = opaque.copy()
+    clear[0, 0] = 254
+    colours = np.array([[0, 0, 0], [255, 0, 0], [0, 255, 0]], dtype=np.uint8)[numbers]
+    for mode, channels in (("LA", [numbers]), ("RGBA", list(np.moveaxis(colours, -1, 0)))):
+        root = tmp_path / mode
+        for name, alpha in (("a", opaque), ("b", clear)):
+            write_pair(root, name, Image.new("L", (6, 4)))
+            (root / "masks" / f"{name}.png").unlink()
+            Image.fromarray(np.stack([*channels, alpha], axis=-1), mode=mode).save(root / "masks" / f"{name}{suffix}")
+        if mode == "RGBA":
+            (root / "classes.txt").write_text("bg 0 0 0\nred 255 0 0\ngreen 0 255 0\n")
+        said: list[str] = []
+        train, _ = find(root, reduce_zero_label=False, tell=said.append)
+        assert [Path(train.name(i)).stem for i in range(len(train))] == ["a"]
+        assert np.array_equal(labels_of(train), numbers)
+        assert f"b{suffix}: a picture of mode {mode}, not of labels: save it without alpha)" in said[1]
+
+
+def test_16_bits_with_alpha_are_refused(tmp_path):
+    """Pillow reads half of them: label 1 would be 0."""
+    write_pair(tmp_path, "a", Image.new("L", (6, 4)))
+    rows = b"".join(b"\0" + struct.pack(">12H", *[1, 65535] * 6) for _ in range(4))
+    write_png(tmp_path / "masks" / "a.png", struct.pack(">IIBBBBB", 6, 4, 16, 4, 0, 0, 0), rows)
+    with pytest.raises(UserError, match="not of labels: save it without alpha"):
+        find(tmp_path, reduce_zero_label=False, tell=lambda line: None)
+
+
 @pytest.mark.parametrize(
     ("text", "first"),
     [(None, 0), ("back\nfront\n", 0), ("back 0 0 0\nfront 255 255 255\n", 0), ("front 255 255 255\nback 0 0 0\n", 1)],
@@ -363,7 +399,15 @@ def test_an_image_that_is_turned(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(tmp_path / "images" / "a.jpg", exif=exif)
-    with pytest.raises(UserError, match=r"a\.png: 6x4, the image 4x6, as EXIF turns it"):
+    swapped = r"a\.png: 6x4, the image 4x6: height and width are swapped"
+    with pytest.raises(UserError, match=rf"{swapped}, for EXIF turns the image \(orientation 6\)"):
+        find(tmp_path, reduce_zero_label=False)
+    exif[0x0112] = 3
+    Image.new("RGB", (4, 6)).save(tmp_path / "images" / "a.jpg", exif=exif)
+    with pytest.raises(UserError, match=rf"{swapped}\)$"):
+        find(tmp_path, reduce_zero_label=False)
+    Image.new("RGB", (4, 7)).save(tmp_path / "images" / "a.jpg")
+    with pytest.raises(UserError, match=r"a\.png: 6x4, the image 4x7\)$"):
         find(tmp_path, reduce_zero_label=False)
 
 

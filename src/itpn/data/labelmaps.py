@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
-from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, read_size, reason_of
+from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole, open_image, read_size, reason_of
 from itpn.data.files import (
     JPEG_SUFFIXES,
     MASK_FOLDERS,
@@ -42,6 +42,7 @@ from itpn.data.masks import (
     read_names,
     ungrey,
 )
+from itpn.data.orientation import SWAPPED
 from itpn.data.readers import FileReader, PackedStrings, Reader, Subset, check_lost
 from itpn.data.splits import split_of
 from itpn.errors import UserError
@@ -469,12 +470,19 @@ def _find_mistake(
         return kind, f"{mask}: {table.explain(min(unknown), look.coloured)}"
     height, width = size
     if look.size != (height, width):
-        turned = ", as EXIF turns it" if look.size == (width, height) else ""
+        turned = f": {_explain_swap(image)}" if look.size == (width, height) else ""
         return (
             "masks of another size than their image",
             f"{mask}: {look.size[1]}x{look.size[0]}, the image {width}x{height}{turned}",
         )
     return None
+
+
+def _explain_swap(image: str) -> str:
+    with open(image, "rb") as file:
+        orientation = open_image(file, max_pixels=None).orientation
+    turned = f", for EXIF turns the image (orientation {orientation})" if orientation in SWAPPED else ""
+    return f"height and width are swapped{turned}"
 
 
 # --- augmentation: the mask goes where the pixels go

@@ -164,10 +164,14 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, table: LabelTable | None 
         raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from None
     with reading():
         opened = open_image(io.BytesIO(data), max_pixels)
-        image = load_image(opened)
+        image, bits = load_image(opened), _count_bits(opened.image, data)
+        if image.mode in ("LA", "RGBA") and bits == 8 and image.getextrema()[-1] == (255, 255):
+            image = image.convert(image.mode[:-1])  # of more bits Pillow has the high ones alone
         if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
-            raise UnreadableImage(f"a picture of mode {image.mode}, not of labels")
-        values, palette = _find_palette(image, _count_bits(opened.image, data))
+            raise UnreadableImage(
+                f"a picture of mode {image.mode}, not of labels{': save it without alpha' * ('A' in image.mode)}"
+            )
+        values, palette = _find_palette(image, bits)
         colours = table.by_colour if table is not None else None
         shades = all(red == green == blue for red, green, blue in colours or ())
         if table is not None and colours is not None and palette and (image.mode == "P" or shades):
