@@ -492,7 +492,7 @@ def run_list(options: argparse.Namespace) -> int:
     for model in models:
         table.add_row(model, describe_model(model))
     # names must survive a narrow window or a pipe in one piece
-    Console(width=None if sys.stdout.isatty() else 200).print(table, highlight=False)
+    Console(width=None if sys.stdout and sys.stdout.isatty() else 200).print(table, highlight=False)
     return 0
 
 

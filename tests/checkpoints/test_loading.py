@@ -2,6 +2,7 @@
 
 import collections
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -459,3 +460,23 @@ def test_images_that_are_not_square(tmp_path):
         UserError, match=r"its architecture cannot be read \(a position table of 21 entries is not of a square image\)"
     ):
         itpn.load(tmp_path / "bare.pth")
+
+
+def test_compressed_parts_are_refused(tmp_path):
+    """torch maps them without a word, and takes the compressed bytes for weights."""
+    torch.save({"weight": torch.zeros(1000), "bias": torch.zeros(3)}, tmp_path / "plain.pth")
+    source, packed = zipfile.ZipFile(tmp_path / "plain.pth"), tmp_path / "packed.pth"
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for member in source.infolist():
+            content = source.read(member)
+            stored = len(content) > 100 and not member.filename.endswith("data/1")
+            kind = zipfile.ZIP_STORED if stored else zipfile.ZIP_DEFLATED  # one part is enough
+            archive.writestr(member.filename, content, kind)
+    with pytest.raises(UserError, match=r"packed\.pth has compressed parts"):
+        itpn.load(str(packed))
+
+
+def test_names_of_weights_that_are_no_text(tmp_path):
+    torch.save({1: torch.zeros(2), 2.5: torch.zeros(2)}, tmp_path / "numbers.pth")
+    with pytest.raises(UserError, match="has no weights in it"):
+        itpn.load(str(tmp_path / "numbers.pth"))

@@ -126,7 +126,7 @@ def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
         raise UserError(f"{what} has no average of the weights beside them ({', '.join(AVERAGES)})")
     tensors, others = {}, {}
     for name, tensor in inner.items():
-        if not isinstance(tensor, Tensor):
+        if not isinstance(tensor, Tensor) or not isinstance(name, str):
             continue
         bare = _strip(name)
         # a run's file also holds its teacher; mmcv keeps averages among the weights

@@ -158,6 +158,10 @@ def _read_file(path: str, what: str, wanted: str, scripts: bool) -> Any:
                 if not scripts:
                     raise UserError(f"{what} is a TorchScript archive, which is code, and is not read; give {wanted}")
                 return read_script(path)
+            if any(member.compress_type for member in archive.infolist()):  # mapped, they would pass for weights
+                raise UserError(
+                    f"{what} has compressed parts, which torch does not read: save it again with torch.save"
+                )
     # weights_only: a checkpoint must not be able to run code
     with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on pickles that torch did not write: an error follows
