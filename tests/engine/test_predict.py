@@ -110,7 +110,7 @@ def test_files_of_any_name(tmp_path, capsys):
 
 
 def test_one_image_of_a_sample(tmp_path, photos, capsys):
-    """Of shards, what describes an image is not predicted, unless it is asked for."""
+    """Of shards, members that describe an image are predicted only where --members names them."""
     path = save_public(tmp_path, "off_pixel_finetune")
     shard = tmp_path / "s.tar"
     with tarfile.open(shard, "w") as tar:

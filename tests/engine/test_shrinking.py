@@ -339,7 +339,7 @@ def test_a_class_called_train(large, tmp_path, capsys):
 
 
 def test_one_image_of_a_sample(tmp_path, capsys):
-    """What describes it is not written, unless it is asked for."""
+    """Members that describe an image are written only where --members names them."""
     draw(tmp_path / "0.jpg", 0)
     draw(tmp_path / "1.png", 1)
     (tmp_path / "in").mkdir()

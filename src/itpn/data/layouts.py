@@ -314,8 +314,9 @@ def _drop_keypoints(values: list[str], keypoints: int, mistakes: Mistakes) -> li
     Three are x, y and visibility (0, 1 or 2). They are known without ``kpt_shape`` where no polygon looks alike: that
     has an odd number of columns, and no coordinate of 2.
     """
-    rest, flags = len(values) - 5, set(map(read_whole, values[7::3]))
-    visible = rest > 1 and rest % 3 == 0 and flags <= {0, 1, 2} and (len(values) % 2 == 0 or 2 in flags)
+    rest = len(values) - 5
+    flags = set(map(read_whole, values[7::3])) if rest > 1 and rest % 3 == 0 else {None}
+    visible = flags <= {0, 1, 2} and (len(values) % 2 == 0 or 2 in flags)
     if rest <= 1 or not (keypoints or visible):
         return values
     if keypoints and rest not in (2 * keypoints, 3 * keypoints):
@@ -380,11 +381,11 @@ def _voc_parser(classes: list[str], mistakes: Mistakes) -> Parse:
         try:
             detections, classes[:] = read(alone, classes, size[::-1])
         except Exception as error:
-            outlines = one.findall("polygon")
-            if not outlines:
+            polygons = one.findall("polygon")
+            if not polygons:
                 raise
-            for outline in outlines:
-                one.remove(outline)
+            for polygon in polygons:
+                one.remove(polygon)
             detections, classes[:] = read(alone, classes, size[::-1])
             odd = isinstance(error, IndexError)  # as supervision meets it
             mistakes.add(NO_OUTLINE, f"{where}: {'an odd number of coordinates' if odd else _shorten(error)}")
