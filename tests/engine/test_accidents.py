@@ -111,7 +111,9 @@ def kill_a_worker(monkeypatch, where) -> None:
 def test_training_with_a_killed_worker(photos, tmp_path, monkeypatch, capsys):
     def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
         if self.trainer.global_step == 3:
-            os.kill(self.loader._stream.gi_frame.f_locals["stream"]._workers[0].pid, signal.SIGKILL)
+            pid = self.loader._stream.gi_frame.f_locals["stream"]._workers[0].pid
+            os.kill(pid, signal.SIGKILL)
+            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # on a busy machine a process takes its time to die
             time.sleep(1)
         return original(self, batch, batch_idx)
 
