@@ -17,6 +17,7 @@ from PIL import Image
 from public import save_public
 from safetensors.torch import load_file
 from timm.layers import DropPath
+from torchrun import run_command
 
 import itpn
 from itpn.cli import main
@@ -451,9 +452,7 @@ def test_two_processes_train_and_validate(settings, tmp_path):
     config = settings()
     config.data.batch_size = 4
     write_yaml(tmp_path / "config.yaml", "test", config)
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "itpn", "train"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launcher, tmp_path / "config.yaml"], check=True, env=env, capture_output=True)
+    run_command("train", tmp_path / "config.yaml", folder=tmp_path)
     folder = Path(config.output_dir) / "test" / "default"
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["processes"], summary["images_seen"]) == (2, 72)

@@ -7,8 +7,6 @@ import json
 import math
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +16,7 @@ import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from safetensors.torch import load_file
+from torchrun import run_command
 
 import itpn
 from itpn.checkpoints.files import save_weights
@@ -391,9 +390,7 @@ def test_two_processes_evaluate_as_one(settings, trained, tmp_path, processes):
     """Seven images on two processes: each once, the same figures and detections."""
     command = ["evaluate", str(trained / "config.yaml"), "--checkpoint", str(trained / "model.safetensors"), "--out"]
     assert main([*command, str(tmp_path / "1")]) == 0
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    several = [sys.executable, *launcher, "-m", "itpn", *command, tmp_path / str(processes)]
-    subprocess.run(several, check=True, env=ENV, capture_output=True)
+    run_command(*command, tmp_path / str(processes), folder=tmp_path, processes=processes)
     found = [
         {
             name: (tmp_path / str(count) / name).read_text()
@@ -409,8 +406,7 @@ def test_two_processes_train_and_validate(settings, tmp_path):
     config = settings(max_steps=2)
     config.data.batch_size = 2
     write_yaml(tmp_path / "config.yaml", "test", config)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "itpn"]
-    subprocess.run([*command, "train", tmp_path / "config.yaml"], check=True, env=ENV, capture_output=True)
+    run_command("train", tmp_path / "config.yaml", folder=tmp_path)
     summary = json.loads((Path(config.output_dir) / "test" / "default" / "summary.json").read_text())
     assert (summary["processes"], summary["images_seen"]) == (2, 8)
     folder = Path(config.output_dir) / "test" / "default"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torchrun import run_command, run_script
 
 import itpn
 from itpn.config import ClassificationConfig, LabelledDataConfig, write_yaml
@@ -47,10 +48,9 @@ def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path
                 config.model.pyramid_weights = (0.1, 0.2, 0.3)
             files.append(tmp_path / f"{case}-{processes}.yaml")
             write_yaml(files[-1], "test", config)
-        launcher = ["-m", *TORCHRUN] if processes == 2 else []
-        done = subprocess.run([sys.executable, *launcher, SCRIPT, *files], check=True, env=ENV, stdout=subprocess.PIPE)
-        said = b"torch.compile failed: RuntimeError: no compiler here; steps are not compiled" in done.stdout
-        assert said == (processes == 2)
+        said = run_script(SCRIPT, *files, folder=tmp_path, processes=processes)
+        refused = "torch.compile failed: RuntimeError: no compiler here; steps are not compiled"
+        assert (refused in said) == (processes == 2)
     runs = Path(config.output_dir) / "test"
     for case, (accumulate, _) in cases.items():
         names = [f"{case}-{processes}" for processes in (1, 2)]
@@ -151,8 +151,7 @@ def test_broken_files_of_all_processes_are_counted(settings, photos, tmp_path):
     config = settings()
     config.data.root = (str(mixed),)
     write_yaml(tmp_path / "run.yaml", "test", config)
-    command = [sys.executable, "-m", *TORCHRUN, "-m", "itpn", "train", tmp_path / "run.yaml"]
-    done = subprocess.run(command, env=ENV, check=True, capture_output=True, text=True)
+    said = run_command("train", tmp_path / "run.yaml", folder=tmp_path)
     summary = json.loads((Path(config.output_dir) / "test/default/summary.json").read_text())
     assert summary["images_skipped"] == 4
-    assert all(done.stdout.count(f"bad{i}.png") == 1 for i in range(4))
+    assert all(said.count(f"bad{i}.png") == 1 for i in range(4))

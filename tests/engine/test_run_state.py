@@ -18,6 +18,7 @@ import torch
 from killing import run_killed
 from PIL import Image
 from safetensors.torch import load_file
+from torchrun import run_command
 
 import itpn
 import itpn.engine.fitting
@@ -248,14 +249,12 @@ def test_several_processes_complete_a_run_as_one_does(settings, tmp_path):
     config = settings(max_steps=2)
     config.data.batch_size = 2
     write_yaml(tmp_path / "run.yaml", "test", config)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "itpn"]
     folder = folder_of(config)
     for files in ((), ("model.safetensors", "summary.json", "checkpoints/best.ckpt")):
         for name in files:
             (folder / name).unlink()
-        done = subprocess.run([*command, "train", tmp_path / "run.yaml"], env=ENV, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("it lacked") == (1 if files else 0)
+        said = run_command("train", tmp_path / "run.yaml", folder=tmp_path)
+        assert said.count("it lacked") == (1 if files else 0)
         assert_complete(folder, 2)
 
 

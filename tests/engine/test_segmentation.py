@@ -4,8 +4,6 @@ import csv
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchrun import run_command
 from torchvision.transforms.v2.functional import resize
 
 import itpn
@@ -351,10 +350,7 @@ def test_two_processes_train_and_evaluate_as_one(settings, tmp_path, processes):
     config = settings(max_steps=2)
     config.data.batch_size = 2
     write_yaml(tmp_path / "config.yaml", "test", config)
-    several = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    subprocess.run(
-        [*several, "-m", "itpn", "train", tmp_path / "config.yaml"], check=True, env=ENV, capture_output=True
-    )
+    run_command("train", tmp_path / "config.yaml", folder=tmp_path, processes=processes)
     folder = Path(config.output_dir) / "test" / "default"
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["processes"], summary["images_seen"]) == (2, 8)
