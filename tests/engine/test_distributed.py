@@ -135,7 +135,7 @@ def test_two_processes_stop_together_and_go_on(settings, tmp_path):
     assert 0 < stopped < 60
     assert b"FileNotFoundError" not in errors
     assert json.loads((runs / "stopped/summary.json").read_text())["steps"] == stopped
-    subprocess.run([*command, tmp_path / "stopped.yaml"], check=True, env=ENV, capture_output=True)
+    run_command("train", tmp_path / "stopped.yaml", folder=tmp_path)
     one, other = (load_file(runs / name / "model.safetensors") for name in ("straight", "stopped"))
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name

@@ -585,7 +585,7 @@ def test_an_event_file_that_cannot_be_written(short, tmp_path):
     assert_complete(train(config, "test"), 2)
 
 
-def test_a_disk_that_is_full(tmp_path, settings):
+def test_a_disk_that_is_full(tmp_path, settings, capfd):
     """A real one, of every size, until there is room for the run."""
     disk = tmp_path / "disk"
     disk.mkdir()
@@ -599,16 +599,15 @@ def test_a_disk_that_is_full(tmp_path, settings):
     try:
         for kilobytes in (64, 20_000, 200_000):
             subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", disk], check=True)
-            done = subprocess.run(
-                [sys.executable, "-m", "itpn", "train", tmp_path / "run.yaml"], env=ENV, capture_output=True, text=True
-            )
+            code = main(["train", str(tmp_path / "run.yaml")])
             assert not list(disk.rglob("*.tmp"))
-            if done.returncode == 0:
+            if code == 0:
                 break
-            assert done.returncode == 1
-            assert done.stderr.count("\n") == 1, done.stderr
-            assert "No space left on device" in done.stderr
-            reasons.append(done.stderr)
+            assert code == 1
+            error = capfd.readouterr().err
+            assert error.count("\n") == 1, error
+            assert "No space left on device" in error
+            reasons.append(error)
         assert len(reasons) == 2
         assert_complete(folder_of(config), 2)
     finally:
