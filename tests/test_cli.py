@@ -256,6 +256,13 @@ def test_info_of_the_published_recipes(capsys, size, parameters, flops):
     assert float(printed) == pytest.approx(flops, rel=0.005)
 
 
+def test_info_of_a_moving_average(capsys):
+    assert main(["info", "itpn-mfm_tiny"]) == 0
+    out = capsys.readouterr().out
+    assert "0.48 G for a forward pass in training, 75% of the units hidden" in out
+    assert "1.04 G for that of the moving average, nothing hidden" in out
+
+
 @pytest.mark.parametrize("recipe", ["itpn-pixel_nano", "classifier_small"])
 def test_every_option_is_explained(capsys, recipe):
     from itpn.config import option_types

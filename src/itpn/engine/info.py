@@ -17,9 +17,7 @@ from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT
 from itpn.models.segmenter import Segmenter
 from itpn.models.variants import WITH_PYRAMID
-from itpn.pretraining.average import MovingAverageTeacher
 from itpn.pretraining.build import build_masked_model
-from itpn.pretraining.model import MaskedImageModel
 from itpn.pretraining.teacher import count_teacher_parameters
 from itpn.recipes import CLIP_B
 
@@ -47,11 +45,12 @@ def print_info(name: str, config: RunConfig | None, checkpoint: str | None = Non
     found = None if checkpoint is None else read_checkpoint(checkpoint)
     if config is None:
         base = next((plain for plain, whole in WITH_PYRAMID.items() if whole == name), name)
-        backbone = create_model(base)
-        assert isinstance(backbone, HiViT)
         size, model = (224, 224), None
-        if base in WITH_PYRAMID:
-            model = build_masked_model(ModelConfig(name=base), size)
+        with torch.device("meta"):  # shapes without values
+            backbone = create_model(base)
+            if base in WITH_PYRAMID:
+                model = build_masked_model(ModelConfig(name=base), size)
+        assert isinstance(backbone, HiViT)
     elif not isinstance(config, Config):
         built = build_recipe(config, found=found)[0]
         if isinstance(built, Detector | Segmenter):
@@ -61,9 +60,12 @@ def print_info(name: str, config: RunConfig | None, checkpoint: str | None = Non
         size = (backbone.image_shape[1], backbone.image_shape[2])
     else:
         size = image_size(config.data)
-        model = build_masked_model(config.model, size, config.teacher)
+        with torch.device("meta"):
+            model = build_masked_model(config.model, size, config.teacher)
         backbone = model.backbone
-    images = torch.zeros(1, backbone.patch_embed.proj.in_channels, *size)
+    images = torch.zeros(
+        1, backbone.patch_embed.proj.in_channels, *size, device=backbone.patch_embed.proj.weight.device
+    )
 
     table = Table(title=name, show_header=False, title_justify="left")
     if not isinstance(config, Config):
@@ -80,9 +82,9 @@ def print_info(name: str, config: RunConfig | None, checkpoint: str | None = Non
     table.add_row("FLOPs", f"{gflops:.2f} G multiply-adds, backbone at {size[0]}x{size[1]} px, all units")
     if isinstance(config, Config) and model is not None:
         hidden = f"{model.objective.mask_ratio:.0%} of the units hidden"
-        table.add_row("", f"{_masked_flops(model, images):.2f} G for a forward pass in training, {hidden}")
+        table.add_row("", f"{count_flops(model.train(), images):.2f} G for a forward pass in training, {hidden}")
         if config.teacher.name == "ema":
-            average = count_flops(MovingAverageTeacher(model), images)
+            average = count_flops(model.eval().extract_pyramid, images)
             table.add_row("", f"{average:.2f} G for that of the moving average, nothing hidden")
         elif config.teacher.name is not None:
             table.add_row("", "and that of the teacher")
@@ -117,12 +119,6 @@ def print_headed(name: str, model: Detector | Segmenter, config: RunConfig) -> N
     for i, level in enumerate(backbone(images).values()):
         table.add_row(f"level {i + 1}", _shape(level, backbone.feature_info[i]["reduction"]))
     Console().print(table)
-
-
-def _masked_flops(model: MaskedImageModel, images: Tensor) -> float:
-    model.train()
-    mask = model.draw_mask(1, model.backbone.grid_of(images.shape[-2:]))
-    return count_flops(model, images, mask)
 
 
 WHOLE_CLIP_B = 149.62  # millions of parameters of OpenAI's CLIP with ViT-B/16, text tower included
