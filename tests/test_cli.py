@@ -297,3 +297,61 @@ def test_switches_alone_mean_true():
     parsed = parse_options(config, ["--model.grad-checkpointing", "selective", "--trainer.compile=False"], "itpn")
     assert parsed.model.grad_checkpointing == "selective"
     assert parsed.trainer.compile is False
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["list"], 1), (["info", "itpn_nano"], 1), (["train", "itpn-pixel_nano", "--help"], 1), (["inspect", "x.pt"], 2)],
+)
+def test_output_that_cannot_be_written(capsys, monkeypatch, arguments, code):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main(arguments) == code
+    no_room = "itpn: standard output cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == (no_room if code == 1 else "itpn: checkpoint x.pt does not exist\n")
+    if code == 2:
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", full)
+            assert main(arguments) == code
+
+
+def test_closed_output():
+    done = subprocess.run(
+        [sys.executable, "-m", "itpn", "train", "itpn-pixel_nano", "--help"], preexec_fn=_close_stdout
+    )
+    assert done.returncode == 0
+
+
+def _close_stdout() -> None:
+    os.close(1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_during_imports(signum):
+    """Modules of C code that are imported just then raise errors of their own, and numpy recursed without end."""
+    command = [sys.executable, "-c", INTERRUPTED, str(int(signum)), "info", "itpn_nano"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == f"itpn: stopped by {signum.name}; files that were not complete are not kept\n"
+    assert done.returncode == 128 + signum
+
+
+# an import that answers a signal with an error of its own
+INTERRUPTED = """
+import builtins, os, sys
+
+signum, load = int(sys.argv.pop(1)), builtins.__import__
+
+def fail(name, *arguments):
+    if name != "torch":
+        return load(name, *arguments)
+    try:
+        os.kill(os.getpid(), signum)
+    except BaseException as error:
+        raise ImportError("numpy.core.multiarray failed to import") from error
+
+from itpn.cli import main
+
+builtins.__import__ = fail
+sys.exit(main())
+"""

@@ -11,7 +11,7 @@ from typing import IO, Any
 import torch
 
 from itpn.config import CONFIGS, RunConfig, from_dict
-from itpn.errors import MachineError
+from itpn.errors import MachineError, RunStopped
 
 # what comes of bytes that are there but not those that were written; anything else may pass, as a read error does
 DAMAGE = (
@@ -134,7 +134,15 @@ class _Sink:
 def save_to(file: IO[bytes], content: dict[str, Any]) -> None:
     """Do what torch.save does; raises the OSError of a file that cannot be written."""
     sink = _Sink(file)
-    torch.save(content, sink)  # type: ignore[arg-type]
+    try:
+        torch.save(content, sink)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None:  # a signal in the middle of it, which torch calls a failure to write
+            if isinstance(cause, KeyboardInterrupt | RunStopped):
+                raise cause from None
+            cause = cause.__context__
+        raise
     if sink.error is not None:
         raise sink.error
 

@@ -118,7 +118,7 @@ def start_worker(beats: Any, by_main_thread: bool, worker: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # A signal to stop often goes to all processes. The main one answers it: it needs us for the step it is in, and
     # ends us itself. Only if it does not, an alarm does.
-    for signum in (signal.SIGINT, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     for signum in (signal.SIGBUS, signal.SIGSEGV):  # torch's handlers write a line of their own

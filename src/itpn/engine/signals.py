@@ -11,7 +11,8 @@ from typing import Any
 from itpn.engine.peers import several
 from itpn.errors import RunStopped
 
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, the end of a job, and Slurm's warning of it
+# Ctrl-C, the end of a job, a terminal or connection that was closed, and Slurm's warning of the end
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class SignalHandlers:
@@ -29,6 +30,8 @@ class SignalHandlers:
     def set(self) -> None:
         """Again as well, where a library has put handlers of its own in their place."""
         for signum in self._signums:
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # nohup: the command is to outlive its terminal
             before = signal.signal(signum, self._answer)
             self._before.setdefault(signum, before)
 
@@ -45,13 +48,29 @@ def stop_at_once(signum: int, frame: FrameType | None) -> None:
 
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Raise RunStopped on Ctrl-C and SIGTERM."""
+    """Raise RunStopped on Ctrl-C, SIGTERM and SIGHUP, whatever a library makes of it.
+
+    While modules of C code are imported, their initialisation raises an error of its own instead.
+    """
     if threading.current_thread() is not threading.main_thread():  # the only one that may answer signals
         yield
         return
-    handlers = SignalHandlers(stop_at_once, (signal.SIGINT, signal.SIGTERM))
+    asked: list[int] = []
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        try:
+            stop_at_once(signum, frame)
+        except RunStopped:
+            asked.append(signum)
+            raise
+
+    handlers = SignalHandlers(stop, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     handlers.set()
     try:
         yield
+    except Exception as error:
+        if not asked:
+            raise
+        raise RunStopped(asked[0]) from error
     finally:
         handlers.restore()
