@@ -1,9 +1,11 @@
 """The command line as a person meets it: quick, and one clear line for a mistake."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from itpn.checkpoints.files import save_weights
 from itpn.cli import main, parse_options
 from itpn.config import Config
 from itpn.data.shapes import ShapesFolders
+from itpn.engine.signals import stopped_by_signals
 from itpn.errors import NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import read_recipe
 
@@ -334,6 +337,17 @@ def test_signals_during_imports(signum):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stderr == f"itpn: stopped by {signum.name}; files that were not complete are not kept\n"
     assert done.returncode == 128 + signum
+
+
+def test_a_signal_waits_for_the_import_at_hand(tmp_path, monkeypatch):
+    module = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2); whole = True"
+    (tmp_path / "signalled.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RunStopped), stopped_by_signals():
+        importlib.import_module("signalled")
+        time.sleep(10)
+    assert sys.modules.pop("signalled").whole
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 # an import that answers a signal with an error of its own

@@ -725,6 +725,34 @@ def test_odd_files_beside_the_checkpoints(short):
         assert read_steps(folder / "metrics.csv") == [steps]
 
 
+NAMES = ["metrics.csv", "summary.json", "config.yaml", "model.safetensors", ".lock", "checkpoints/last.ckpt"]
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "new"])
+@pytest.mark.parametrize("name", [*NAMES, "checkpoints/best.ckpt", "checkpoints", "reconstructions", "tensorboard"])
+def test_entries_of_another_kind(short, tmp_path, capsys, name, complete):
+    """Pipes would be waited for, and what else cannot be opened would be named by its folder alone."""
+    config = short()
+    folder = folder_of(config)
+    write_yaml(tmp_path / "run.yaml", "test", config)
+    if complete:
+        train(config, "test")
+    entry = folder / name
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(entry, ignore_errors=True)
+    entry.unlink(missing_ok=True)
+    kinds = {"file": Path.touch} if "." not in name else {"pipe": os.mkfifo, "folder": os.mkdir}
+    for kind, make in kinds.items():
+        make(entry)
+        capsys.readouterr()
+        assert main(["train", str(tmp_path / "run.yaml")]) == 2
+        wanted = "folder" if kind == "file" else "file"
+        assert capsys.readouterr().err == (
+            f"itpn: {entry} is a {kind}, where a run has a {wanted}: move it away, or choose another --name\n"
+        )
+        (entry.rmdir if kind == "folder" else entry.unlink)()
+
+
 def test_folders_are_no_partial_files(tmp_path):
     (tmp_path / "mine.tmp").mkdir()
     (tmp_path / "mine.tmp" / "kept").touch()

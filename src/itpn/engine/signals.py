@@ -13,6 +13,7 @@ from itpn.errors import RunStopped
 
 # Ctrl-C, the end of a job, a terminal or connection that was closed, and Slurm's warning of the end
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LOOK, MOST_LOOKS = 0.05, 100  # seconds after which, and how often, a signal comes again that came during an import
 
 
 class SignalHandlers:
@@ -46,11 +47,17 @@ def stop_at_once(signum: int, frame: FrameType | None) -> None:
     raise RunStopped(signum)
 
 
+def _is_import(frame: FrameType | None) -> bool:
+    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
+        frame = frame.f_back
+    return frame is not None
+
+
 @contextlib.contextmanager
 def stopped_by_signals() -> Iterator[None]:
-    """Raise RunStopped on Ctrl-C, SIGTERM and SIGHUP, whatever a library makes of it.
+    """Raise RunStopped on Ctrl-C, SIGTERM and SIGHUP, after the import at hand.
 
-    While modules of C code are imported, their initialisation raises an error of its own instead.
+    Modules of C code that are being imported would print its traceback, and raise an error of their own instead.
     """
     if threading.current_thread() is not threading.main_thread():  # the only one that may answer signals
         yield
@@ -58,12 +65,15 @@ def stopped_by_signals() -> Iterator[None]:
     asked: list[int] = []
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        try:
-            stop_at_once(signum, frame)
-        except RunStopped:
-            asked.append(signum)
-            raise
+        asked.append(asked[-1] if signum == signal.SIGALRM else signum)
+        if _is_import(frame) and len(asked) < MOST_LOOKS:
+            alarm.set()
+            signal.setitimer(signal.ITIMER_REAL, LOOK)  # no thread: its start could wait for a lock that we hold
+            return
+        stop_at_once(asked[-1], frame)
+        asked.clear()  # it was passed over
 
+    alarm = SignalHandlers(stop, (signal.SIGALRM,))
     handlers = SignalHandlers(stop, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     handlers.set()
     try:
@@ -73,4 +83,7 @@ def stopped_by_signals() -> Iterator[None]:
             raise
         raise RunStopped(asked[0]) from error
     finally:
+        if asked:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        alarm.restore()
         handlers.restore()
