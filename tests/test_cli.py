@@ -343,9 +343,13 @@ def test_a_signal_waits_for_the_import_at_hand(tmp_path, monkeypatch):
     module = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2); whole = True"
     (tmp_path / "signalled.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RunStopped), stopped_by_signals():
+
+    def wait() -> None:
         importlib.import_module("signalled")
         time.sleep(10)
+
+    with pytest.raises(RunStopped), stopped_by_signals():
+        wait()
     assert sys.modules.pop("signalled").whole
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 

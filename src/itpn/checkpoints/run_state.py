@@ -12,6 +12,7 @@ import torch
 
 from itpn.config import CONFIGS, RunConfig, from_dict
 from itpn.errors import MachineError, RunStopped
+from itpn.pretraining.foreign import is_compressed
 
 # what comes of bytes that are there but not those that were written; anything else may pass, as a read error does
 DAMAGE = (
@@ -49,7 +50,7 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
         try:
             with path.open("rb") as file:
                 archive = zipfile.ZipFile(file)
-                if any(member.compress_type for member in archive.infolist()):  # torch compresses nothing
+                if is_compressed(archive):
                     raise zipfile.BadZipFile("its parts are compressed, and could take any memory")
                 if whole and (member := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {member}")
