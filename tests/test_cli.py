@@ -354,6 +354,24 @@ def test_a_signal_waits_for_the_import_at_hand(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+class Signals:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+
+def test_a_signal_is_not_lost_where_nothing_can_be_raised(capsys):
+    def wait() -> None:
+        Signals()
+        time.sleep(10)
+
+    hook = sys.unraisablehook
+    with pytest.raises(RunStopped), stopped_by_signals():
+        wait()
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == ""
+
+
 # an import that answers a signal with an error of its own
 INTERRUPTED = """
 import builtins, os, sys

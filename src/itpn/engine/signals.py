@@ -13,7 +13,7 @@ from itpn.errors import RunStopped
 
 # Ctrl-C, the end of a job, a terminal or connection that was closed, and Slurm's warning of the end
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-LOOK, MOST_LOOKS = 0.05, 100  # seconds after which, and how often, a signal comes again that came during an import
+LOOK, MOST_LOOKS = 0.05, 100  # seconds after which a signal comes again that came in vain, and how often in an import
 
 
 class SignalHandlers:
@@ -67,15 +67,26 @@ def stopped_by_signals() -> Iterator[None]:
     def stop(signum: int, frame: FrameType | None) -> None:
         asked.append(asked[-1] if signum == signal.SIGALRM else signum)
         if _is_import(frame) and len(asked) < MOST_LOOKS:
-            alarm.set()
-            signal.setitimer(signal.ITIMER_REAL, LOOK)  # no thread: its start could wait for a lock that we hold
+            come_again()
             return
         stop_at_once(asked[-1], frame)
         asked.clear()  # it was passed over
 
+    def come_again() -> None:
+        alarm.set()
+        signal.setitimer(signal.ITIMER_REAL, LOOK)  # no thread: its start could wait for a lock that we hold
+
+    def pass_on(lost: "sys.UnraisableHookArgs") -> None:
+        if isinstance(lost.exc_value, RunStopped):  # in what runs at a fork, or when an object goes
+            asked.append(lost.exc_value.signum)
+            come_again()
+        else:
+            before(lost)
+
     alarm = SignalHandlers(stop, (signal.SIGALRM,))
     handlers = SignalHandlers(stop, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     handlers.set()
+    before, sys.unraisablehook = sys.unraisablehook, pass_on
     try:
         yield
     except Exception as error:
@@ -85,5 +96,6 @@ def stopped_by_signals() -> Iterator[None]:
     finally:
         if asked:
             signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = before
         alarm.restore()
         handlers.restore()
