@@ -1,9 +1,11 @@
 """The command line as a person meets it: quick, and one clear line for a mistake."""
 
+import importlib
 import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from itpn.checkpoints.files import save_weights
 from itpn.cli import main, parse_options
 from itpn.config import Config
 from itpn.data.shapes import ShapesFolders
+from itpn.engine.signals import stopped_by_signals
 from itpn.errors import NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import read_recipe
 
@@ -304,3 +307,94 @@ def test_switches_alone_mean_true():
     parsed = parse_options(config, ["--model.grad-checkpointing", "selective", "--trainer.compile=False"], "itpn")
     assert parsed.model.grad_checkpointing == "selective"
     assert parsed.trainer.compile is False
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["list"], 1), (["info", "itpn_nano"], 1), (["train", "itpn-pixel_nano", "--help"], 1), (["inspect", "x.pt"], 2)],
+)
+def test_output_that_cannot_be_written(capsys, monkeypatch, arguments, code):
+    with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", full)
+        assert main(arguments) == code
+    no_room = "itpn: standard output cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == (no_room if code == 1 else "itpn: checkpoint x.pt does not exist\n")
+    if code == 2:
+        with open("/dev/full", "w") as full, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", full)
+            assert main(arguments) == code
+
+
+def test_closed_output():
+    done = subprocess.run(
+        [sys.executable, "-m", "itpn", "train", "itpn-pixel_nano", "--help"], preexec_fn=_close_stdout
+    )
+    assert done.returncode == 0
+
+
+def _close_stdout() -> None:
+    os.close(1)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_signals_during_imports(signum):
+    """Modules of C code that are imported just then raise errors of their own, and numpy recursed without end."""
+    command = [sys.executable, "-c", INTERRUPTED, str(int(signum)), "info", "itpn_nano"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stderr == f"itpn: stopped by {signum.name}; files that were not complete are not kept\n"
+    assert done.returncode == 128 + signum
+
+
+def test_a_signal_waits_for_the_import_at_hand(tmp_path, monkeypatch):
+    module = "import os, signal, time; os.kill(os.getpid(), signal.SIGTERM); time.sleep(0.2); whole = True"
+    (tmp_path / "signalled.py").write_text(module)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def wait() -> None:
+        importlib.import_module("signalled")
+        time.sleep(10)
+
+    with pytest.raises(RunStopped), stopped_by_signals():
+        wait()
+    assert sys.modules.pop("signalled").whole
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+class Signals:
+    def __del__(self) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+
+
+def test_a_signal_is_not_lost_where_nothing_can_be_raised(capsys):
+    def wait() -> None:
+        Signals()
+        time.sleep(10)
+
+    hook = sys.unraisablehook
+    with pytest.raises(RunStopped), stopped_by_signals():
+        wait()
+    assert sys.unraisablehook is hook
+    assert capsys.readouterr().err == ""
+
+
+# an import that answers a signal with an error of its own
+INTERRUPTED = """
+import builtins, os, sys
+
+signum, load = int(sys.argv.pop(1)), builtins.__import__
+
+def fail(name, *arguments):
+    if name != "torch":
+        return load(name, *arguments)
+    try:
+        os.kill(os.getpid(), signum)
+    except BaseException as error:
+        raise ImportError("numpy.core.multiarray failed to import") from error
+
+from itpn.cli import main
+
+builtins.__import__ = fail
+sys.exit(main())
+"""

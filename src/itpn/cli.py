@@ -53,19 +53,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        0 when done, 1 for a run that went wrong, 2 for a mistake of the user's, 130 after Ctrl-C, 143 after SIGTERM.
+        0 when done, 1 for a run that went wrong, 2 for a mistake of the user's, 128 and its number after a signal.
     """
-    from itpn.engine.console import forget_remarks
+    from itpn.engine.console import complain, finish_output, forget_remarks, silence
 
     forget_remarks()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before: its number would be that of the next file
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that a terminal cannot show ends no command
             stream.reconfigure(errors="backslashreplace")
     try:
         with stopped_by_signals(), guard():
-            code = run_command(arguments)
+            try:
+                code = run_command(arguments)
+            except SystemExit:  # --help
+                finish_output()
+                raise
             disconnect()
+            finish_output()
             return code
     except (UserError, MachineError, NonFiniteLoss, ExportFailed) as error:
         return conclude(error)
@@ -73,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         end_children(GRACE)
         disconnect()
         if arguments[0] not in TELL_THEMSELVES:
-            print(f"itpn: stopped by {stop}; files that were not complete are not kept", file=sys.stderr)
+            complain(f"stopped by {stop}; files that were not complete are not kept")
         return 128 + stop.signum
     except KeyboardInterrupt:
         end_children(GRACE)
         return 130
     except BrokenPipeError:  # `itpn list | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         return 0
     except BaseException:
         end_children(0)
@@ -399,6 +407,8 @@ def parse_options(
     """
     import tyro
 
+    from itpn.engine.console import lost_answer
+
     complaints = io.StringIO()
     options = _say_true(options, option_types(type(config)))
     try:
@@ -406,6 +416,8 @@ def parse_options(
             parsed, unknown = tyro.cli(
                 type(config), default=config, args=options, prog=prog, return_unknown_args=True, description=description
             )
+    except OSError as error:
+        raise lost_answer(error) from error
     except SystemExit as stop:
         if not stop.code:
             raise  # --help
@@ -474,9 +486,9 @@ def check_early(config: Any) -> Any:
 def run_list(options: argparse.Namespace) -> int:
     import fnmatch
 
-    from rich.console import Console
     from rich.table import Table
 
+    from itpn.engine.console import Answer
     from itpn.models.variants import BACKBONES, WITH_PYRAMID
 
     files = recipe_files()
@@ -492,7 +504,7 @@ def run_list(options: argparse.Namespace) -> int:
     for model in models:
         table.add_row(model, describe_model(model))
     # names must survive a narrow window or a pipe in one piece
-    Console(width=None if sys.stdout and sys.stdout.isatty() else 200).print(table, highlight=False)
+    Answer(width=None if sys.stdout and sys.stdout.isatty() else 200).print(table, highlight=False)
     return 0
 
 
@@ -553,16 +565,20 @@ def run_inspect(options: argparse.Namespace) -> int:
 def run_convert(options: argparse.Namespace) -> int:
     check_file(options.source)
     from itpn.checkpoints.convert import convert
+    from itpn.engine.console import Output
 
     done = convert(options.source, Path(options.target), options.to, options.num_heads)
-    print(f"{options.target}: {done.count} tensors under the names of {done.form}")
+    lines = [f"{options.target}: {done.count} tensors under the names of {done.form}"]
     parts = Counter(name.partition(".")[0] for name in done.left)
     for part, count in parts.items():
-        print(f"left out, for it has no place there: {part} ({count} tensor{'s' * (count != 1)})")
+        lines.append(f"left out, for it has no place there: {part} ({count} tensor{'s' * (count != 1)})")
     for name, value in done.unsaid.items():
-        print(f"names and shapes do not say {name}={value!r}: set it in the code that reads the file")
+        lines.append(f"names and shapes do not say {name}={value!r}: set it in the code that reads the file")
     if done.broken:
-        print(f"{sum(done.broken.values())} infinite numbers or NaN were kept as they are, in {', '.join(done.broken)}")
+        count = sum(done.broken.values())
+        lines.append(f"{count} infinite numbers or NaN were kept as they are, in {', '.join(done.broken)}")
+    for line in lines:
+        Output().print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -301,7 +301,10 @@ def test_damaged_and_foreign_files(tmp_path):
     assert refused(whole).startswith("checkpoint FILE is damaged or no checkpoint")
 
 
-ODD_METADATA = [("config", 3), ("config", {"data": []}), ("architecture", []), ("classes", 3), ("classes", [3])]
+ODD_METADATA = [
+    *[("config", 3), ("config", {"data": []}), ("architecture", []), ("classes", 3), ("classes", [3])],
+    *[("preprocessing", [0.5]), ("preprocessing", 3), ("preprocessing", {"mean": 0.5})],
+]
 
 
 @pytest.mark.parametrize(("name", "odd"), ODD_METADATA)
@@ -353,6 +356,36 @@ def test_weights_that_are_not_numbers_are_said(tmp_path):
     assert report.broken == {"backbone.stages.2.0.attn.proj.weight": 2}
     assert words in str(report)
     assert "ready" not in str(report)
+
+
+@pytest.mark.parametrize(
+    ("kind", "number", "count"),
+    [("float32", "nan", 2), ("float32", "inf", 2), ("bfloat16", "-inf", 2), ("float64", 1e300, 2)],
+)
+def test_no_run_starts_from_weights_that_are_not_numbers(tmp_path, kind, number, count):
+    """A float64 can be too large for a network."""
+    path = save(tmp_path)
+    checkpoint = read_checkpoint(path)
+    name = "backbone.stages.2.0.attn.proj.weight"
+    checkpoint.tensors[name] = checkpoint.tensors[name].to(getattr(torch, kind))
+    checkpoint.tensors[name][3, :count] = float(number)
+    write_safetensors(path, checkpoint.tensors, checkpoint.metadata)
+    with pytest.raises(
+        UserError, match=rf"^checkpoint {path} has {count} infinite numbers or NaN in 1 tensors, {name} "
+    ):
+        load_into(path)
+
+
+@pytest.mark.parametrize("kind", ["complex64", "bool", "int8"])
+def test_numbers_that_are_no_weights(tmp_path, kind):
+    path = save(tmp_path)
+    checkpoint = read_checkpoint(path)
+    name = "backbone.merges.0.norm.weight"
+    checkpoint.tensors[name] = checkpoint.tensors[name].to(getattr(torch, kind))
+    torch.save({"model": checkpoint.tensors}, tmp_path / "weights.pth")
+    for read in (itpn.load, itpn.inspect):
+        with pytest.raises(UserError, match=f"numbers of another kind than weights are: {name} is {kind}, not float"):
+            read(tmp_path / "weights.pth")
 
 
 @pytest.mark.parametrize(

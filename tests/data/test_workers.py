@@ -1,10 +1,12 @@
 """Worker processes that are killed, hang, or find no shared memory: one line, and never a hang."""
 
 import errno
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -58,6 +60,15 @@ class Misbehaving(Dataset[dict[str, Any]]):
 
 def run(action: str, workers: int = 2) -> list[int]:
     return [int(batch["image"][0]) for batch in WorkerLoader(Misbehaving(action), range(9), workers, "photos")]
+
+
+def test_workers_leave_no_folders_behind(tmp_path, monkeypatch):
+    """They share the one that the main process removes when it ends; each would leave its own when it is killed."""
+    settings = multiprocessing.current_process()._config
+    monkeypatch.setitem(settings, "tempdir", None)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert run("none") == list(range(9))
+    assert [str(path) for path in tmp_path.iterdir()] == [settings["tempdir"]]
 
 
 def alive() -> list[str]:

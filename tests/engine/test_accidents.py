@@ -207,7 +207,7 @@ def test_files_that_vanished_are_not_corrupt(tmp_path):
         skipped.check(10)
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_prediction_and_evaluation_stop_with_a_line(classifier, tmp_path, monkeypatch, capsys, signum, code):
     images, weights = classifier
     save_whole = itpn.engine.predict.save_whole

@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -31,7 +32,7 @@ from itpn.engine.classification import Validation
 from itpn.engine.folder import RunFolder
 from itpn.engine.metrics_file import append_row, complete_row, keep_rows, read_steps
 from itpn.engine.run import train
-from itpn.errors import MachineError, UserError
+from itpn.errors import MachineError, RunStopped, UserError
 from itpn.tasks.pretrain import PretrainingTask
 from itpn.writing import remove_partial_files
 
@@ -152,7 +153,18 @@ def test_killed_at_any_moment_of_its_start_a_run_resumes(short):
     assert 1 in kill_everywhere(config, prepare, range(1, 12))
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_in_the_middle_of_a_checkpoint_is_no_full_disk(tmp_path, monkeypatch):
+    """torch raises an error of its own when what it writes to raises one."""
+
+    def write(self, data):
+        raise RunStopped(signal.SIGINT)
+
+    monkeypatch.setattr(run_state._Sink, "write", write)
+    with (tmp_path / "last.ckpt").open("wb") as file, pytest.raises(RunStopped):
+        run_state.save_to(file, {"weight": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_in_the_last_step_leaves_a_complete_run(short, monkeypatch, signum):
     def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
         if self.trainer.global_step == 1:
@@ -161,6 +173,39 @@ def test_a_signal_in_the_last_step_leaves_a_complete_run(short, monkeypatch, sig
 
     monkeypatch.setattr(PretrainingTask, "training_step", training_step)
     assert_complete(train(short(), "test"), 2)
+
+
+def test_a_run_outlives_its_terminal_where_it_is_asked_to(short, monkeypatch):
+    """As under nohup."""
+
+    def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
+        os.kill(os.getpid(), signal.SIGHUP)
+        return original(self, batch, batch_idx)
+
+    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert_complete(train(short(), "test"), 2)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_closed_terminal_stops_a_run(settings, tmp_path):
+    """Every process that it started gets SIGHUP, and nothing can be printed any more."""
+    config = settings(max_steps=10**6)
+    config.data.num_workers = 2
+    write_yaml(tmp_path / "run.yaml", "test", config)
+    process, terminal = pty.fork()
+    if process == 0:
+        os.execve(sys.executable, [sys.executable, "-m", "itpn", "train", str(tmp_path / "run.yaml")], ENV)
+    shown = b""
+    while b"loss" not in shown:
+        shown += os.read(terminal, 2**16)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 128 + signal.SIGHUP
+    assert read_state(folder_of(config) / "checkpoints/last.ckpt")["global_step"] > 0
+    assert json.loads((folder_of(config) / "summary.json").read_text())["finished"] is False
 
 
 def test_a_signal_in_the_final_evaluation_leaves_a_complete_run(labelled, monkeypatch):
@@ -269,6 +314,19 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(short, tmp_path, monkeyp
     assert_complete(folder_of(short()), 2)
     assert capsys.readouterr().err == (
         "nobody reads standard output any more: the command goes on, and its files tell how it goes\n"
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
+def test_a_run_goes_on_when_its_log_is_full(short, tmp_path, monkeypatch, capsys):
+    write_yaml(tmp_path / "run.yaml", "test", short())
+    with open("/dev/full", "w") as stdout, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stdout)
+        assert main(["train", str(tmp_path / "run.yaml")]) == 0
+    assert_complete(folder_of(short()), 2)
+    assert capsys.readouterr().err == (
+        "standard output cannot be written (No space left on device): the command goes on, and its files tell how it "
+        "goes\n"
     )
 
 
@@ -663,6 +721,34 @@ def test_odd_files_beside_the_checkpoints(short):
         (folder / "metrics.csv").write_bytes(content)
         train(short(steps), "test")
         assert read_steps(folder / "metrics.csv") == [steps]
+
+
+NAMES = ["metrics.csv", "summary.json", "config.yaml", "model.safetensors", ".lock", "checkpoints/last.ckpt"]
+
+
+@pytest.mark.parametrize("complete", [True, False], ids=["complete", "new"])
+@pytest.mark.parametrize("name", [*NAMES, "checkpoints/best.ckpt", "checkpoints", "reconstructions", "tensorboard"])
+def test_entries_of_another_kind(short, tmp_path, capsys, name, complete):
+    """Pipes would be waited for, and what else cannot be opened would be named by its folder alone."""
+    config = short()
+    folder = folder_of(config)
+    write_yaml(tmp_path / "run.yaml", "test", config)
+    if complete:
+        train(config, "test")
+    entry = folder / name
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(entry, ignore_errors=True)
+    entry.unlink(missing_ok=True)
+    kinds = {"file": Path.touch} if "." not in name else {"pipe": os.mkfifo, "folder": os.mkdir}
+    for kind, make in kinds.items():
+        make(entry)
+        capsys.readouterr()
+        assert main(["train", str(tmp_path / "run.yaml")]) == 2
+        wanted = "folder" if kind == "file" else "file"
+        assert capsys.readouterr().err == (
+            f"itpn: {entry} is a {kind}, where a run has a {wanted}: move it away, or choose another --name\n"
+        )
+        (entry.rmdir if kind == "folder" else entry.unlink)()
 
 
 def test_folders_are_no_partial_files(tmp_path):

@@ -35,7 +35,7 @@ PUBLIC_INSIDE = re.compile(r"(backbone\.|encoder\.|encoder\.body\.)(absolute_pos
 OTHER_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "decode_head.", "auxiliary_head.")
 # of what a file of ours says of itself
 KINDS: dict[str, type | tuple[type, ...]] = {
-    **dict.fromkeys(("config", "settings", "architecture"), dict),
+    **dict.fromkeys(("config", "settings", "architecture", "preprocessing"), dict),
     **dict.fromkeys(("classes", "colours"), (list, tuple)),
 }
 
@@ -63,13 +63,13 @@ class Checkpoint:
     def preprocessing(self) -> dict[str, Any]:
         """``mean``, ``std``, ``size`` and the like, as far as the file says so."""
         config = self.config
-        own = self.metadata.get("preprocessing") or ({} if config is None else describe_preprocessing(config))
-        return own if isinstance(own, dict) else {}
+        return self.metadata.get("preprocessing") or ({} if config is None else describe_preprocessing(config))
 
     @cached_property
     def broken(self) -> dict[str, int]:
         """Tensors that have infinite numbers or NaN in them, and how many."""
-        counts = {name: int((~torch.isfinite(t)).sum()) for name, t in self.tensors.items() if t.is_floating_point()}
+        # in a network's precision, where a large float64 is infinite
+        counts = {n: int((~torch.isfinite(t.float())).sum()) for n, t in self.tensors.items() if t.is_floating_point()}
         return {name: count for name, count in counts.items() if count}
 
     @property
@@ -151,7 +151,18 @@ def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
         ours, left = to_ours(tensors, layout)
     except ValueError as error:
         raise UserError(f"{what} is not complete: {error}") from error
+    _check_numbers(ours, what)
     return Checkpoint(source, layout, ours, {**left, **heads, **others}, metadata, key)
+
+
+def _check_numbers(tensors: dict[str, Tensor], what: str) -> None:
+    """Refuse what would become weights only by a change that nobody asked for: half of a complex number would go."""
+    for name, tensor in tensors.items():
+        # counters and indexes are whole numbers; a network has no others
+        counts = tensor.dim() == 0 or name.endswith(("relative_position_index", "num_batches_tracked"))
+        if tensor.is_complex() or not (tensor.is_floating_point() or counts):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{what} has numbers of another kind than weights are: {name} is {kind}, not float")
 
 
 def _strip(name: str) -> str:
@@ -189,6 +200,10 @@ def _check_metadata(metadata: dict[str, Any], what: str) -> dict[str, Any]:
             raise UserError(f"{what} has damaged metadata (its {name} is a {type(part).__name__})")
     if not all(isinstance(name, str) for name in metadata.get("classes") or ()):
         raise UserError(f"{what} has damaged metadata (a name of its classes is none)")
+    for name in ("mean", "std"):
+        values = (metadata.get("preprocessing") or {}).get(name, ())
+        if not isinstance(values, list | tuple) or not all(isinstance(value, int | float) for value in values):
+            raise UserError(f"{what} has damaged metadata (the {name} of its preprocessing is no list of numbers)")
     return metadata
 
 
@@ -199,7 +214,7 @@ def _read_timm_config(path: Path) -> dict[str, Any]:
         own = config["pretrained_cfg"]
         preprocessing = {"mean": own["mean"], "std": own["std"], "size": own["input_size"][1:]}
         found = {"model_args": config.get("model_args", {}), "preprocessing": preprocessing}
-        return found | ({"classes": names} if (names := config.get("label_names")) else {})
+        return _check_metadata(found | ({"classes": names} if (names := config.get("label_names")) else {}), "it")
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # a file of weights beside something else
 

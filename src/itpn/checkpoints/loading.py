@@ -141,7 +141,7 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
         What is not as in the file, a sentence each.
 
     Raises:
-        UserError: the file holds another model, and which options would build it.
+        UserError: the file holds another model, and which options would build it; or numbers that are none.
     """
     read_architecture(checkpoint)  # says so if the file is not whole
     state, findings = fit(checkpoint, model)
@@ -160,12 +160,10 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
         options = describe_options(checkpoint, model)
         hint = f"; it takes {options}" if options else ""
         raise UserError(f"checkpoint {source} holds another model: it {problems[0]}{hint}")
+    check_sound(checkpoint)
     model.load_state_dict(state, strict=False)
     notes = [f"{source} {f.text}: it starts fresh" for f in findings if f.kind == "random"]
-    notes += [f"{source} {f.text}" for f in findings if f.kind == "converted"]
-    if checkpoint.broken:
-        notes.append(f"{source} has {describe_broken(checkpoint.broken)}")
-    return notes
+    return notes + [f"{source} {f.text}" for f in findings if f.kind == "converted"]
 
 
 def describe_options(checkpoint: Checkpoint, model: MaskedImageModel) -> str:

@@ -11,7 +11,8 @@ from typing import IO, Any
 import torch
 
 from itpn.config import CONFIGS, RunConfig, from_dict
-from itpn.errors import MachineError
+from itpn.errors import MachineError, RunStopped
+from itpn.pretraining.foreign import is_compressed
 
 # what comes of bytes that are there but not those that were written; anything else may pass, as a read error does
 DAMAGE = (
@@ -49,7 +50,7 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
         try:
             with path.open("rb") as file:
                 archive = zipfile.ZipFile(file)
-                if any(member.compress_type for member in archive.infolist()):  # torch compresses nothing
+                if is_compressed(archive):
                     raise zipfile.BadZipFile("its parts are compressed, and could take any memory")
                 if whole and (member := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {member}")
@@ -134,7 +135,15 @@ class _Sink:
 def save_to(file: IO[bytes], content: dict[str, Any]) -> None:
     """Do what torch.save does; raises the OSError of a file that cannot be written."""
     sink = _Sink(file)
-    torch.save(content, sink)  # type: ignore[arg-type]
+    try:
+        torch.save(content, sink)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None:  # a signal in the middle of it, which torch calls a failure to write
+            if isinstance(cause, KeyboardInterrupt | RunStopped):
+                raise cause from None
+            cause = cause.__context__
+        raise
     if sink.error is not None:
         raise sink.error
 

@@ -8,8 +8,10 @@ import multiprocessing.process
 import multiprocessing.queues
 import os
 import re
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -34,6 +36,7 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 CANNOT_SEND = 113  # exit code of a worker whose batch cannot be sent
 
 _streams: list[Any] = []  # torch's iterators whose workers live
+_folders: list[str] = []  # of temporary files, to be removed
 _beats: Any = None  # in a worker: counts what all workers of a loader have read
 
 
@@ -73,6 +76,7 @@ class WorkerLoader(DataLoader[Any]):
             yield from super().__iter__()
             return
         self._share.free = free_shared_memory()
+        _make_folder()
         stream: Any = super().__iter__()
         streams, kill = _streams, _kill  # a stream that is given up may be ended after this module's names have gone
         streams.append(stream)
@@ -104,6 +108,15 @@ class WorkerLoader(DataLoader[Any]):
                 kill(stream)
 
 
+def _make_folder() -> None:
+    """A folder for the sockets of all workers, which this process removes: killed, each would leave one of its own."""
+    settings = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
+    if settings.get("tempdir") is None:
+        settings["tempdir"] = tempfile.mkdtemp(prefix="itpn-")
+        _folders.append(settings["tempdir"])
+    os.makedirs(settings["tempdir"], 0o700, exist_ok=True)  # who cleans up old files may have removed it
+
+
 class _Alive:
     @staticmethod
     def is_alive() -> bool:
@@ -118,7 +131,7 @@ def start_worker(beats: Any, by_main_thread: bool, worker: int) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     # A signal to stop often goes to all processes. The main one answers it: it needs us for the step it is in, and
     # ends us itself. Only if it does not, an alarm does.
-    for signum in (signal.SIGINT, signal.SIGUSR1):
+    for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     for signum in (signal.SIGBUS, signal.SIGSEGV):  # torch's handlers write a line of their own
@@ -277,3 +290,5 @@ def _kill(stream: Any) -> None:
 def _kill_all() -> None:
     for stream in [*_streams]:
         _kill(stream)
+    for folder in _folders:
+        shutil.rmtree(folder, ignore_errors=True)

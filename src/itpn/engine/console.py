@@ -4,20 +4,82 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterable
+from typing import IO
 
 from rich.console import Console
 
+from itpn.errors import MachineError
 from itpn.text import one_line
 
 
 class Output(Console):
-    """For commands that write files: when who reads what is printed has ended, as `head` does, they go on."""
+    """For commands that write files: they go on when nobody reads what is printed, or it cannot be written.
+
+    As when `head` has ended, a terminal was closed, or the disk of a log is full.
+    """
+
+    def _check_buffer(self) -> None:  # through which all goes that rich writes; it knows broken pipes alone
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            self.on_lost(error)
 
     def on_broken_pipe(self) -> None:
-        with contextlib.suppress(OSError, ValueError):  # closed altogether
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
+        error = sys.exc_info()[1]
+        assert isinstance(error, OSError)
+        self.on_lost(error)
+
+    def on_lost(self, error: OSError) -> None:
+        silence(self.file)
         if self.file is sys.stdout:
-            print_aside("nobody reads standard output any more: the command goes on, and its files tell how it goes")
+            what = "nobody reads standard output any more"
+            if not isinstance(error, BrokenPipeError):
+                what = f"standard output cannot be written ({error.strerror})"
+            print_aside(f"{what}: the command goes on, and its files tell how it goes")
+
+
+class Answer(Output):
+    """For commands that only print: they end with a line when it cannot be written."""
+
+    def on_lost(self, error: OSError) -> None:
+        raise lost_answer(error) from error
+
+
+def lost_answer(error: OSError) -> OSError | MachineError:
+    """What to raise where standard output cannot be written; of a broken pipe nothing needs to be said."""
+    if isinstance(error, BrokenPipeError):
+        return error
+    silence(sys.stdout)
+    return MachineError(f"standard output cannot be written: {error.strerror or error}")
+
+
+def finish_output() -> None:
+    """Write what is left of what a command printed.
+
+    Raises:
+        MachineError: standard output does not take it.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise lost_answer(error) from error
+
+
+def silence(stream: IO[str]) -> None:
+    """Let nothing that is still to be written to it fail, at the end of the program as well."""
+    with contextlib.suppress(OSError, ValueError):  # closed altogether
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def complain(message: str) -> None:
+    """The one line on stderr with which a command ends; the exit code counts even where it cannot be written."""
+    try:
+        print(f"itpn: {one_line(message)}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
 
 
 def print_aside(message: str, console: Console | None = None) -> None:

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -85,6 +86,7 @@ class RunFolder:
             MachineError: it cannot be read or written, or checkpoints that were there have gone.
         """
         self._list_checkpoints()  # a folder that cannot be read, or a link into nowhere, before anything is made
+        self._check_kinds()
         try:
             for folder in (self.checkpoints, self.pictures):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -250,8 +252,10 @@ class RunFolder:
         """Names of checkpoints, the newest first, and of what were some.
 
         Raises:
+            UserError: it, or a checkpoint in it, is something else than a folder or a file.
             MachineError: the folder is there, but cannot be read.
         """
+        check_kind(self.checkpoints, folder=True)
         try:
             names = os.listdir(self.checkpoints)
         except OSError as error:
@@ -263,9 +267,19 @@ class RunFolder:
             raise MachineError(
                 f"the folder of checkpoints {self.checkpoints} cannot be read: {error.strerror}; nothing was changed"
             ) from error
+        for name in names:
+            if name.endswith(".ckpt"):
+                check_kind(self.checkpoints / name)
         older = sorted((n for n in names if n.startswith("step-") and n.endswith(".ckpt")), reverse=True)
         damaged = sorted(name for name in names if name.endswith(".damaged"))
         return [name for name in ("last.ckpt", *older, "best.ckpt", *damaged) if name in names]
+
+    def _check_kinds(self) -> None:
+        """Raise UserError where a folder or a pipe, say, has the name of a file of the run, or a file of a folder."""
+        for path in (self.path, self.pictures, self.events):
+            check_kind(path, folder=True)
+        for path in (Path(self._lock.lock_file), self.settings, self.metrics, self.summary, self.weights):
+            check_kind(path)
 
     def _read_settings(self) -> RunConfig | None:
         """The settings that the run began with: of its checkpoint, which is whole, or else of its config.yaml."""
@@ -322,6 +336,17 @@ def _refuse(path: Path, option: str, before: Any, now: Any) -> None:
         f"{path} holds a run with {option} {before}, not {now}; choose another --name "
         f"(and --model.checkpoint {path}/checkpoints/last.ckpt to start from its weights)"
     )
+
+
+def check_kind(path: Path, folder: bool = False) -> None:
+    """Raise UserError where there is something else than a regular file, or than a folder; a pipe would block."""
+    with contextlib.suppress(OSError):  # not there, or not to be seen: what opens it says so
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode):
+            return
+        kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        found, wanted = kinds.get(stat.S_IFMT(mode), "device"), "folder" if folder else "file"
+        raise UserError(f"{path} is a {found}, where a run has a {wanted}: move it away, or choose another --name")
 
 
 def make_folder(out: Path) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from timm import create_model
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.finetuning import build_recipe
 from itpn.config import Config, ModelConfig, RunConfig, image_size
+from itpn.engine.console import Answer
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT
 from itpn.models.segmenter import Segmenter
@@ -94,7 +94,7 @@ def print_info(name: str, config: RunConfig | None, checkpoint: str | None = Non
     if model is not None:
         for i, level in enumerate(model.eval().extract_pyramid(images)):
             table.add_row(f"pyramid {i + 1}", _shape(level, backbone.feature_info[i]["reduction"]))
-    Console().print(table)
+    Answer().print(table)
 
 
 def print_headed(name: str, model: Detector | Segmenter, config: RunConfig) -> None:
@@ -118,7 +118,7 @@ def print_headed(name: str, model: Detector | Segmenter, config: RunConfig) -> N
     table.add_section()
     for i, level in enumerate(backbone(images).values()):
         table.add_row(f"level {i + 1}", _shape(level, backbone.feature_info[i]["reduction"]))
-    Console().print(table)
+    Answer().print(table)
 
 
 WHOLE_CLIP_B = 149.62  # millions of parameters of OpenAI's CLIP with ViT-B/16, text tower included

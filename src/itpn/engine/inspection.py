@@ -1,11 +1,11 @@
 """`itpn inspect`: what a checkpoint is, what it can be used for, what would be missing."""
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text  # never markup: a file may be called anything
 
 from itpn.checkpoints.diagnosis import Finding
 from itpn.checkpoints.report import inspect
+from itpn.engine.console import Answer
 
 PURPOSES = {
     "pretraining": "going on with pre-training",
@@ -33,10 +33,10 @@ def print_report(checkpoint: str) -> None:
         table.add_section()
         for i, finding in enumerate(report.leftovers):
             table.add_row("" if i else "left over", Text(f"it {finding.text} ({len(finding.names)})"))
-    console = Console()
+    console = Answer()
     # the commands are to be copied in one piece
     if not console.is_terminal:
-        console = Console(width=200)
+        console = Answer(width=200)
     console.print(table, highlight=False)
 
 

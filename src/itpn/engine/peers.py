@@ -11,13 +11,13 @@ import time
 from collections.abc import Sequence
 from datetime import timedelta
 
+from itpn.engine.console import complain
 from itpn.engine.environment import read_number
 from itpn.errors import PeerLost, UserError
-from itpn.text import one_line
 
 LOST_PEER = "another process of this run ended unexpectedly"
 GRACE = 10.0  # seconds in which a process learns from its broken connections that another has ended
-STOPPED = tuple(128 + signum for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1))  # exit codes
+STOPPED = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))  # exit codes
 
 _children: list[subprocess.Popen[bytes]] = []  # that Lightning has started, ranks 1, 2, ... of this machine
 _watching = False
@@ -54,7 +54,7 @@ def conclude(error: Exception) -> int:
         reason, code = _blame()
         message = message.replace(LOST_PEER, reason) if reason else ""
     if message and _is_first():
-        print(f"itpn: {one_line(message)}", file=sys.stderr)
+        complain(message)
     end_children(0)
     return code
 

@@ -153,12 +153,12 @@ def _read_file(path: str, what: str, wanted: str, scripts: bool) -> Any:
     if zipped:
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(member.file_size for member in archive.infolist())
-            check_declared(unpacked, os.path.getsize(path), what)  # torch compresses nothing
+            check_declared(unpacked, os.path.getsize(path), what)
             if any(member.endswith("/constants.pkl") for member in archive.namelist()):
                 if not scripts:
                     raise UserError(f"{what} is a TorchScript archive, which is code, and is not read; give {wanted}")
                 return read_script(path)
-            if any(member.compress_type for member in archive.infolist()):  # mapped, they would pass for weights
+            if is_compressed(archive):
                 raise UserError(
                     f"{what} has compressed parts, which torch does not read: save it again with torch.save"
                 )
@@ -166,6 +166,11 @@ def _read_file(path: str, what: str, wanted: str, scripts: bool) -> Any:
     with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on pickles that torch did not write: an error follows
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def is_compressed(archive: zipfile.ZipFile) -> bool:
+    """Whether parts of a checkpoint are, as torch never does it: they could take any memory, and mapped be weights."""
+    return any(member.compress_type for member in archive.infolist())
 
 
 def check_hub(repository: str, filename: str | None) -> None:
