@@ -252,13 +252,17 @@ def test_places_that_are_not_there(tmp_path):
 def test_labels_are_found_by_key(tmp_path):
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
         for i in range(6):
-            for ending, payload in (("jpg", encode(i)), ("seg.png", encode(9)), ("cls", str(i % 2).encode())):
+            payloads = {"jpg": encode(i), "seg.png": encode(9), "cls": str(i % 2).encode(), "txt": b"a cat"}
+            for ending, payload in payloads.items():
                 member = tarfile.TarInfo(f"v1.0/{i}.{ending}")
                 member.size = len(payload)
                 tar.addfile(member, io.BytesIO(payload))
     train, _ = find_labelled([str(tmp_path)])
     assert [train[i] for i in range(6)] == [(f"train-0.tar/v1.0/{i}.jpg", encode(i), i % 2) for i in range(6)]
-    assert train.notes == ("not read of the shards: 6 .seg.png (see --data.members)",)
+    assert train.notes == (
+        "not read of the shards: 6 .seg.png (see --data.members)",
+        f"shards ({tmp_path / 'train-0.tar'} ...): not read: 6 .txt",
+    )
     masks, _ = find_labelled([str(tmp_path)], members=["seg.png"])
     assert [masks[i][1:] for i in range(6)] == [(encode(9), i % 2) for i in range(6)]
 

@@ -4,12 +4,14 @@ import gzip
 import io
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from itpn.data.decode import UnreadableImage
+from itpn.data.files import find_images
 from itpn.data.members import split_name
 from itpn.data.readers import unpack
 from itpn.data.shards import check_shards, count_shard_images, index_shard, read_shard, shard_samples
@@ -88,6 +90,23 @@ def test_what_is_told_of_members(tmp_path: Path) -> None:
     assert check_shards([shard]) == [
         f"{shard}: read, for want of plain images, are 2 .rgb.png; not read are 1 .seg.png (see --data.members)"
     ]
+
+
+UNREAD = ["1.heic", "1.HEIC", "2.avif", "3.npy", "0.seg.npy", "0.json", ".0.txt", "classes.txt", "0.cls", "README"]
+
+
+def test_members_that_cannot_be_read_are_counted_as_files_are(tmp_path: Path) -> None:
+    want = "not read: 2 .heic, 2 .npy, 1 without a suffix, 1 .avif, 1 .json"
+    (tmp_path / "files").mkdir()
+    for name in ["0.jpg", *(name for name in UNREAD if not name.endswith(".cls"))]:
+        (tmp_path / "files" / name).write_bytes(b"")
+    assert find_images([tmp_path / "files"]).notes == (want,)
+    shard = str(make_shard(tmp_path / "s.tar", ["0.jpg", "0.seg.png", *UNREAD]))
+    assert check_shards([shard]) == [f"{shard}: not read are 1 .seg.png (see --data.members)", f"{shard}: {want}"]
+    assert check_shards([shard], ["all"]) == [f"{shard}: {want}"]  # which it cannot help
+    unread = Counter[str]()
+    assert len(index_shard(shard, unread=unread)) == count_shard_images([shard], unread=unread) == 1
+    assert unread == {".heic": 4, ".npy": 4, "": 2, ".avif": 2, ".json": 2}
 
 
 @pytest.mark.parametrize(

@@ -350,8 +350,14 @@ def test_one_image_of_a_sample(tmp_path, capsys):
             label = tarfile.TarInfo(f"v1.0/{key}.cls")
             label.size = 1
             tar.addfile(label, io.BytesIO(b"7"))
+    with tarfile.open(tmp_path / "in" / "b.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.heic"))
+    assert shrink(tmp_path / "in" / "b.tar", tmp_path / "none") == 2
+    assert "b.tar ...); not read: 1 .heic\n" in capsys.readouterr().err
     assert shrink(tmp_path / "in", tmp_path / "out") == 0
-    assert "not written of the shards: 3 .seg.png (see --data.members)\n" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "not written of the shards: 3 .seg.png (see --data.members)\nshards: not read: 1 .heic\n" in err
+    (tmp_path / "in" / "b.tar").unlink()
     assert sorted(members(tmp_path / "out")) == [f"a/v1.0/{key}.{ending}" for key in "xyz" for ending in ("cls", "jpg")]
     assert shrink(tmp_path / "in", "--members", "seg.png", "--quality", "90", tmp_path / "seg") == 0
     assert "not written of the shards: 3 .jpg (see --data.members)\n" in capsys.readouterr().err

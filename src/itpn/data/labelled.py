@@ -254,9 +254,9 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
 def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequence[str]) -> LabelledImages:
     """Pairs of an image and its class, ``NAME.jpg`` and ``NAME.cls``, as WebDataset has them."""
     places, names, texts = [], [], []
-    left: Counter[str] = Counter()
+    left, unread = Counter[str](), Counter[str]()
     for number, path in enumerate(shards):
-        for name, start, size, label in index_shard(path, members, left):
+        for name, start, size, label in index_shard(path, members, left, unread):
             if label is None:
                 key = os.path.basename(split_name(name)[0])
                 raise UserError(f"{name} in {path} has no {key}.cls beside it: its class is not known")
@@ -267,7 +267,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
             names.append(f"{os.path.basename(path)}/{name}")
             texts.append(label)
     if not places:
-        raise UserError(f"no images with .cls in the shards ({shards[0]} ...)")
+        note = describe_unread(unread)
+        raise UserError(f"no images with .cls in the shards ({shards[0]} ...){f'; {note}' if note else ''}")
     classes = read_class_names(folders)
     if all(text.removeprefix("-").isdecimal() for text in texts):
         if negative := next((text for text in texts if text.startswith("-")), None):
@@ -286,8 +287,9 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
         places_of = {name: number for number, name in enumerate(classes)}
         numbers = [places_of[text] for text in texts]
     reader = TarReader(shards, np.array(places, dtype=np.int64), names)
-    notes = (f"not read of the shards: {list_endings(left)} (see --data.members)",) if left else ()
-    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), notes)
+    notes = [f"not read of the shards: {list_endings(left)} (see --data.members)"] if left else []
+    notes += [f"shards ({shards[0]} ...): {note}"] if (note := describe_unread(unread)) else []
+    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), tuple(notes))
 
 
 def read_class_names(folders: Sequence[str]) -> list[str] | None:

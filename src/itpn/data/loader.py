@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from itpn.data.cache import FeatureCache
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_sample
-from itpn.data.files import ImageSource
+from itpn.data.files import ImageSource, describe_unread
 from itpn.data.readers import FileReader, Reader, remedy_of_loss
 from itpn.data.shards import Sample, count_shard_images, shard_samples
 from itpn.data.workers import WorkerLoader, beat
@@ -111,9 +111,11 @@ class TrainingLoader:
             self.images = len(files)
         else:
             assert isinstance(source, ImageSource)
-            self.images = samples_per_epoch or count_shard_images(source.shards, source.members)
+            unread = Counter[str]()
+            self.images = samples_per_epoch or count_shard_images(source.shards, source.members, unread)
             if self.images == 0:
-                raise UserError(f"no images in the shards ({source.shards[0]} ...): is each an intact tar of images?")
+                what = describe_unread(unread) or "is each an intact tar of images?"
+                raise UserError(f"no images in the shards ({source.shards[0]} ...): {what}")
         plan = _Plan(
             batch_size=min(batch_size, math.ceil(self.images / world_size)),
             batches=max(1, self.images // (batch_size * world_size)),
