@@ -1,7 +1,9 @@
 """Tar shards: what is read, in which order, and who reads what."""
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import tarfile
 from collections import Counter
@@ -130,6 +132,39 @@ def test_members_that_are_not_certain(tmp_path: Path, names: list[str], members:
         with pytest.raises(UserError, match=problem):
             find(shard, members)
     assert len(list(read_shard(shard, ["all"]))) == len(names)
+
+
+PACKERS = {
+    "xz": lzma.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "bzip2": bz2.compress,
+    "zstd": lambda data: b"\x28\xb5\x2f\xfd" + data,  # not all versions of Python can make one
+}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
+def test_other_compressions_than_gzip_are_refused(tmp_path: Path, packed: str, name: str) -> None:
+    plain = make_shard(tmp_path / "plain.tar", ["BZh91.jpg", "0.cls"]).read_bytes()
+    shard = tmp_path / name
+    shard.write_bytes(PACKERS[packed](plain))
+    for read_it in (
+        lambda: list(read_shard(shard)),
+        lambda: count_shard_images([shard]),
+        lambda: check_shards([str(shard)]),
+        lambda: index_shard(str(shard)),
+    ):
+        with pytest.raises(UserError, match=rf"^shard .*{name} is compressed with {packed}: unpack it, or use gzip$"):
+            read_it()
+
+
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
+def test_content_tells_how_a_shard_is_compressed(tmp_path: Path, name: str) -> None:
+    plain = make_shard(tmp_path / "plain.tar", ["BZh91.jpg"]).read_bytes()
+    for content in (plain, gzip.compress(plain)):
+        (tmp_path / name).write_bytes(content)
+        assert keys(read_shard(tmp_path / name)) == [f"{name}/BZh91.jpg"]
+        assert count_shard_images([tmp_path / name]) == len(index_shard(str(tmp_path / name))) == 1
 
 
 def test_names_of_members_in_any_bytes(tmp_path: Path) -> None:

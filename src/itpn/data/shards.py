@@ -4,24 +4,31 @@ import functools
 import itertools
 import os
 import random
+import re
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from lzma import LZMAError
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import describe_unread, is_hidden
 from itpn.data.members import Choice, Member, find_members, is_label_ending, split_name
-from itpn.data.readers import MAX_FILE, check_lost, is_compressed, too_large
+from itpn.data.readers import GZIP, MAX_FILE, check_lost, read_head, too_large
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.text import decode_text, readable
 
 Sample = tuple[str, bytes | UnreadableImage]  # a name, and what its file holds or why that cannot be had
-TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
+# what tarfile might unpack, depending on Python's version and build, but nothing reads at a place or within bounds
+COMPRESSIONS = {
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),  # a tar begins with its first member's name, which may start with BZh
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "lzma": re.compile(rb"\]\0\0\x80\0"),
+}
 
 
 MAX_HEADER = 2**20  # bytes of a header of names and attributes
@@ -64,7 +71,7 @@ def read_shard(path: str | Path, members: Sequence[str] = ()) -> Iterator[Sample
     """
     shard = readable(Path(path).name)
     choice, errors = Choice(members), list[Exception]()
-    for member in choice.choose(_open_members(path, "r|*", _read_member, errors)):
+    for member in choice.choose(_open_members(path, "r|", _read_member, errors)):
         yield f"{shard}/{readable(member.name)}", member.content
     if errors:
         yield readable(str(path)), UnreadableImage(_reason(errors[0]))
@@ -97,7 +104,20 @@ def _open_members(
 
 
 def open_tar(path: str | Path, mode: Any) -> tarfile.TarFile:
-    """A tar archive; names in it are UTF-8, whatever the locale is, and other bytes are kept as Python keeps them."""
+    """A tar archive, plain or gzipped, whatever it is called.
+
+    Names in it are UTF-8, whatever the locale is, and other bytes are kept as Python keeps them.
+
+    Args:
+        mode: ``r:`` to go to any place in it, ``r|`` to read it from front to back.
+
+    Raises:
+        UserError: it is compressed with something else.
+    """
+    head = read_head(path, 10)
+    if found := next((name for name, magic in COMPRESSIONS.items() if magic.match(head)), None):
+        raise UserError(f"shard {path} is compressed with {found}: unpack it, or use gzip")
+    mode += "gz" if head.startswith(GZIP) else ""
     return tarfile.open(path, mode, tarinfo=StrictTarInfo, encoding="utf-8", errors="surrogateescape")
 
 
@@ -112,7 +132,7 @@ def count_shard_images(
     images = 0
     for path in shards:
         choice = Choice(members)
-        images += sum(1 for _ in choice.choose(_open_members(path, "r:*", lambda tar, member: None, [], unread)))
+        images += sum(1 for _ in choice.choose(_open_members(path, "r:", lambda tar, member: None, [], unread)))
     return images
 
 
@@ -123,7 +143,7 @@ def check_shards(shards: Sequence[str], members: Sequence[str] = ()) -> list[str
         UserError: it is not certain which of its images are meant, or ``members`` names none.
     """
     choice, unread = Choice(members), Counter[str]()
-    for _ in choice.choose(_open_members(shards[0], "r:*", lambda tar, member: None, [], unread)):
+    for _ in choice.choose(_open_members(shards[0], "r:", lambda tar, member: None, [], unread)):
         pass
     if choice.problem:
         raise UserError(f"shard {shards[0]} {choice.problem}")
@@ -157,7 +177,7 @@ def index_shard(
     """
     labels: dict[str, str] = {}
     try:
-        with open_tar(path, "r:gz" if is_compressed(path) else "r:") as tar:
+        with open_tar(path, "r:") as tar:
             found = find_members(
                 _take_labels(tar, path, labels), lambda member: (member.offset_data, member.size), unread
             )
