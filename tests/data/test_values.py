@@ -156,6 +156,53 @@ def test_a_narrow_range_of_high_values_is_named():
     assert image[:, :4, :4].max() == 0
 
 
+def containers(values: np.ndarray, nodata: bytes | None = None) -> list[bytes]:
+    """Grey and colours of 16 bits as PNG and TIFF; the tag, which PNG lacks, in TIFF alone."""
+    tags = {NODATA: (2, nodata)} if nodata else None
+    colours = np.stack([values, values, values], axis=-1)
+    made = [tiff(values, tags=tags), tiff(colours, tags=tags)]
+    return made if tags else [*made, deep_png(values), deep_png(colours)]
+
+
+@pytest.mark.parametrize("side", [8, 48, 300])
+@pytest.mark.parametrize(
+    ("low", "high", "other", "part", "nodata"),
+    [
+        (0, 4095, 65535, 0.0, None),  # one hot pixel
+        (0, 4095, 60000, 0.0, None),
+        (0, 4095, 60000, 0.0009, None),
+        (29952, 34047, 0, 0.0, None),  # a dead one
+        (0, 4095, 65535, 0.3, None),  # no data, undeclared
+        (0, 4095, 65535, 0.3, b"65535\0"),
+        (0, 4095, 50000, 0.3, b"50000\0"),
+        (29952, 34047, 0, 0.3, b"0\0"),
+        (0, 255, 65535, 0.0, None),  # 8 bits in 16
+    ],
+)
+def test_a_few_other_values_do_not_hide_a_narrow_range(side, low, high, other, part, nodata):
+    values = np.linspace(low, high, side * side).astype(np.uint16).reshape(side, side)
+    count = max(1, int(part * values.size))
+    values.ravel()[1 + np.random.default_rng(0).permutation(values.size - 2)[:count]] = other  # not the ends
+    for data in containers(values, nodata):
+        remark = str(read(data)[1])
+        assert f" and {high} of 65535" in remark, remark
+        assert remark.startswith("all but") is (nodata is None), remark
+
+
+@pytest.mark.parametrize("side", [8, 48, 300])
+def test_ordinary_images_of_16_bits_need_no_remark(side):
+    rng = np.random.default_rng(0)
+    full = np.linspace(0, 65535, side * side).reshape(side, side)
+    dark = full / 20
+    dark[: side // 8] = 50000  # a lamp at night
+    paper = np.where(rng.random((side, side)) < 0.1, 0, 65535)  # two values
+    scan = np.where(full < 20000, full, 65535)  # saturated
+    for values in (full, full**2 / 65535, full.clip(20000, 40000), dark, paper, scan, full.clip(65534)):
+        for data in containers(values.astype(np.uint16)):
+            assert read(data)[1] is None
+        assert read(tiff(values.astype(np.uint16), tags={NODATA: (2, b"nan\0")}))[1] is None
+
+
 def test_images_of_one_value_and_of_8_bits_need_no_remark():
     for data in (
         deep_png(np.zeros((8, 8), np.uint16)),

@@ -276,7 +276,7 @@ def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
     if image.mode[0] in "IF":
         image, remark = scale_values(image, tags)
     elif (stored.format == "PNG" and data[24] == 16) or max(tags.get(258) or (8,)) == 16:
-        remark = remark_on_high_bytes(image)
+        remark = remark_on_high_bytes(image, tags)
     if image.mode == "CMYK" and stored.format == "JPEG" and "adobe" not in stored.info:
         image = ImageChops.invert(image)  # Pillow takes every one for Adobe's, who store it inverted
     elif image.has_transparency_data and not (tags and 338 not in tags):  # a fourth band need not be alpha
