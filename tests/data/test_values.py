@@ -12,7 +12,7 @@ import PIL
 import pytest
 import torch
 from PIL import Image
-from samples import deep_png, encode, png, quarters, tiff
+from samples import deep_png, encode, exif, png, quarters, tiff, with_chunks
 
 from itpn.cli import main
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_image, read_size
@@ -269,6 +269,28 @@ def test_only_a_declared_alpha_is_transparent():
         assert image.unique().tolist() == [want], extra
         image = decode_image(tiff(values.astype(np.uint16) << 8, extra=extra))
         assert image.unique().tolist() == [want], extra
+
+
+def test_a_transparent_value_of_a_png_shows_white_at_every_depth():
+    values = np.array([[0, 300, 1000, 65535], [1000, 1001, 40000, 2]], np.uint16)
+    grey = with_chunks(deep_png(values), (b"tRNS", struct.pack(">H", 1000)))
+    turned = with_chunks(grey, (b"eXIf", exif(3)))
+    for data in (grey, turned):
+        image = decode_image(data)[0]
+        assert (image if data is grey else image.flip(0, 1)).tolist() == [[0, 1, 255, 255], [255, 3, 156, 0]]
+    hidden = with_chunks(deep_png(ramp(0, 4095, np.uint16, 65535)), (b"tRNS", struct.pack(">H", 65535)))
+    image, remark = read(hidden)
+    assert image[:, :4, :4].min() == 255
+    assert str(remark).startswith("its values lie between 0 and 4095 of 65535")
+    colours = np.stack([values, values[::-1], values], axis=-1)
+    encoded = EncodedImage(with_chunks(deep_png(colours), (b"tRNS", struct.pack(">HHH", 0, 1000, 0))))
+    want = (colours >> 8).astype(np.uint8)
+    want[0, 0] = 255  # (0, 1000, 0) is transparent, (1000, 0, 1000) is not
+    for _ in range(2):
+        assert np.array_equal(encoded.decode().permute(1, 2, 0).numpy(), want)
+    for bits, row, left in ((2, b"\x1b", [0, 85, 255, 255]), (4, b"\1\x23", [0, 17, 255, 51]), (8, b"\0\1\2\3", None)):
+        data = with_chunks(png(4, 1, bits, 0, b"\0" + row), (b"tRNS", struct.pack(">H", 2)))
+        assert decode_image(data)[0, 0].tolist() == (left or [0, 1, 255, 3]), bits
 
 
 @pytest.mark.parametrize("extra", [1, 2])

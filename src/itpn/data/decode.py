@@ -273,16 +273,34 @@ def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
     """RGB the way a person sees it, and what is to be said of its values."""
     image, stored, remark = load_image(opened), opened.image, None
     tags: Any = getattr(stored, "tag_v2", {})
+    transparent = _read_transparent(stored, data)
     if image.mode[0] in "IF":
-        image, remark = scale_values(image, tags)
+        image, remark = scale_values(image, tags, transparent)
     elif (stored.format == "PNG" and data[24] == 16) or max(tags.get(258) or (8,)) == 16:
         remark = remark_on_high_bytes(image, tags)
     if image.mode == "CMYK" and stored.format == "JPEG" and "adobe" not in stored.info:
         image = ImageChops.invert(image)  # Pillow takes every one for Adobe's, who store it inverted
     elif image.has_transparency_data and not (tags and 338 not in tags):  # a fourth band need not be alpha
+        if transparent is not None:
+            image = image.copy()
+            image.info["transparency"] = transparent
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB"), remark
+
+
+def _read_transparent(stored: Image.Image, data: bytes) -> Any:
+    """The value, or the colour, that a PNG declares transparent, as Pillow's pixels have it; None where there is none.
+
+    Pillow leaves it as it stands in the file, but gives 2 and 4 bits as 8, and of colours of 16 bits the upper 8.
+    """
+    value = stored.info.get("transparency")
+    if stored.format != "PNG" or not isinstance(value, int | tuple) or stored.mode not in ("L", "RGB", "I", "I;16"):
+        return None
+    bits = data[24]
+    if isinstance(value, tuple):
+        return tuple(one >> 8 for one in value) if bits == 16 else value
+    return value * 255 // (2**bits - 1) if bits < 8 else value
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

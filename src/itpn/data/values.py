@@ -14,7 +14,9 @@ HUGE = 1e20  # no measurement is as large: -3.4e38, 9.97e36 and 1e20 stand for n
 ADVICE = "rescale the images if this is not what you want"
 
 
-def scale_values(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Image, str | None]:
+def scale_values(
+    image: Image.Image, tags: Mapping[int, Any], transparent: int | None = None
+) -> tuple[Image.Image, str | None]:
     """A grey image of integers of more than 8 bits, or of floats, in 8 bits.
 
     Unsigned integers of 12 or 16 bits are divided, whatever the image holds, so that images stay comparable. Floats
@@ -23,12 +25,13 @@ def scale_values(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Ima
 
     Args:
         tags: of a TIFF; none of a PNG, whose values are always unsigned.
+        transparent: a value whose pixels become white, and do not count either.
 
     Returns:
         The image in mode L, and what to say of its values, if anything.
     """
     values = np.asarray(image)
-    nodata = _read_nodata(tags.get(NODATA))
+    nodata = _read_nodata(tags.get(NODATA)) if transparent is None else transparent
     bits = (tags.get(258) or (16,))[0]
     if image.mode.startswith("I;16") or not tags:  # older Pillow opens 16-bit PNG as 32-bit integers
         valid = np.full(values.shape, True) if nodata is None else values != nodata
@@ -40,7 +43,7 @@ def scale_values(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Ima
         pixels, remark = _scale_unknown(values, valid)
     if tags.get(262) == 0:  # white is zero
         pixels = 255 - pixels
-    return Image.fromarray(np.where(valid, pixels, np.uint8(0))), remark
+    return Image.fromarray(np.where(valid, pixels, np.uint8(0 if transparent is None else 255))), remark
 
 
 def remark_on_high_bytes(image: Image.Image, tags: Mapping[int, Any]) -> str | None:
