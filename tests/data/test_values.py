@@ -12,10 +12,10 @@ import PIL
 import pytest
 import torch
 from PIL import Image
-from samples import deep_png, encode, exif, png, quarters, tiff, with_chunks
+from samples import deep_png, encode, exif, join_tiffs, png, quarters, tiff, with_chunks
 
 from itpn.cli import main
-from itpn.data.decode import EncodedImage, UnreadableImage, decode_image, read_size
+from itpn.data.decode import PAGES, EncodedImage, UnreadableImage, decode_image, has_pages, read_size
 from itpn.data.masks import read_mask
 
 RAMP = np.linspace(0, 1, 48, dtype=np.float64)[None].repeat(48, 0)
@@ -24,7 +24,7 @@ NODATA = 42113
 
 def read(data: bytes) -> tuple[torch.Tensor, str | None]:
     image = EncodedImage(data)
-    return image.decode(), image.remark
+    return image.decode(), image.remarks.get("values")
 
 
 def ramp(low: float, high: float, dtype: type, holes: float | None = None) -> np.ndarray:
@@ -342,6 +342,71 @@ def test_cmyk_jpegs_with_and_without_adobes_marker():
         place = plain.index(b"\xff\xee")
         plain = plain[:place] + plain[place + 2 + length :]
         assert (decode_image(plain).int() - want).abs().max() < 12
+
+
+# --- pages
+
+GREY = np.full((8, 8), 7, np.uint8)
+
+
+def page(kind: int | None = None, order: str = "<") -> bytes:
+    return tiff(GREY, order, tags=None if kind is None else {254: (4, [kind])})
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        ((None,), False),
+        ((None, None), True),
+        ((0, 0), True),
+        ((2, 2), True),
+        ((0, 1, 1), False),  # smaller copies
+        ((None, 4), False),  # a mask
+        ((0, 5), False),
+        ((0, 1, 0), True),
+    ],
+)
+def test_tiffs_of_several_pages_say_so(order, kinds, said):
+    image = EncodedImage(join_tiffs(*(page(kind, order) for kind in kinds)))
+    assert Image.open(io.BytesIO(image.data)).n_frames == len(kinds)
+    image.decode()
+    assert image.remarks == ({"pages": PAGES} if said else {})
+
+
+def test_pages_of_large_and_of_damaged_tiffs():
+    for big in (False, True):
+        file = io.BytesIO()
+        pages = [Image.new("L", (9, 9)) for _ in range(3)]
+        pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:], big_tiff=big)
+        assert has_pages(file.getvalue())
+        file = io.BytesIO()
+        pages[0].save(file, "TIFF", big_tiff=big)
+        assert not has_pages(file.getvalue())
+    joined = bytearray(join_tiffs(page(0), page(1)))
+    end = joined.rindex(bytes(4) + GREY.tobytes())
+    for place, want in ((8, True), (len(page(0)) + 8, False), (2**31, False)):  # back to the first, a ring, nowhere
+        joined[end : end + 4] = struct.pack("<I", place)
+        assert has_pages(bytes(joined)) is want
+    assert not has_pages(b"II*\0")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_warning_of_pages_beside_one_of_values(folder, tmp_path, capfd, workers):
+    for name in ("a/page", "b/page"):
+        (folder / f"{name}.tif").write_bytes(join_tiffs(page(), page()))
+    common = ("--data.root", folder, "--data.num-workers", workers, "--output-dir", tmp_path / "runs")
+    for command in (
+        ("train", "itpn-pixel_nano", *common, *TINY, "--name", "p", "--trainer.max-steps", 3),
+        ("shrink", folder, "--out", tmp_path / "small", "--num-workers", workers),
+    ):
+        assert run(*command) == 0
+        said = "".join(capfd.readouterr())
+        assert_one_warning(said)
+        lines = [line for line in said.splitlines() if "several pages" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("warning: ")
+        assert lines[0].endswith(f"page.tif: {PAGES} (told once, others may be alike)")
 
 
 # --- the limit of pixels

@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import re
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less 
 
 
 MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
+PAGES = "it has several pages, of which the first is read; save each as a file to use them all"
+SUBFILE = 254  # the tag of TIFF: 1 for a smaller copy, 4 for a mask
+MAX_COPIES = 64  # of a TIFF's page, each half as wide as that before; or else a ring
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # none of those inside a scan's data
 
 
@@ -116,7 +120,7 @@ class EncodedImage:
         data: the file's content.
         height, width: in pixels, the way a person sees it: its orientation applied.
         format: Pillow's name of it.
-        remark: after decoding, what is to be said of its values, if anything.
+        remarks: after decoding, what is to be said of it by kind, of its "values" or "pages".
 
     Raises:
         UnreadableImage: see :func:`open_image`.
@@ -129,7 +133,7 @@ class EncodedImage:
         self._opened = open_image(io.BytesIO(data), max_pixels)
         self._image, self._orientation, self.height, self.width = self._opened
         self.format = self._image.format
-        self.remark: str | None = None
+        self.remarks: dict[str, str] = {}
         self._is_jpeg = self.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
         if "progressive" in self._image.info and count_scans(data) > MAX_SCANS:
             raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans, each of which takes the time of an image")
@@ -146,7 +150,11 @@ class EncodedImage:
                 encoded = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)  # a copy: bytes are read-only
                 pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=False)
                 return turn_tensor(pixels, self._orientation)
-            image, self.remark = _to_rgb(self._opened, self.data)
+            image, remark = _to_rgb(self._opened, self.data)
+            if remark is not None:
+                self.remarks["values"] = remark
+            if self.format == "TIFF" and has_pages(self.data):
+                self.remarks["pages"] = PAGES
             return _to_tensor(image)
 
     def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
@@ -254,6 +262,27 @@ def reading() -> Iterator[None]:
             if isinstance(error, OSError) and error.errno in LOST:  # the disk fails, not the image
                 raise
             raise UnreadableImage(reason_of(error)) from None
+
+
+def has_pages(tiff: bytes) -> bool:
+    """Whether there are others than the first, not counting smaller copies of it and masks (NewSubfileType)."""
+    order = "<" if tiff[:2] == b"II" else ">"
+    big = 43 in tiff[2:4]
+    pointer, count, entry = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")  # an entry: tag, type, number, value
+    try:
+        (place,) = struct.unpack_from(order + pointer, tiff, 8 if big else 4)
+        for number in range(MAX_COPIES):
+            (entries,) = struct.unpack_from(order + count, tiff, place)
+            place += struct.calcsize(count)
+            tag, _, _, kind = struct.unpack_from(order + entry, tiff, place)  # the tag is the lowest, and so the first
+            if number and not (tag == SUBFILE and kind & 5):
+                return True
+            (place,) = struct.unpack_from(order + pointer, tiff, place + entries * struct.calcsize("=" + entry))
+            if not place:
+                return False
+    except struct.error:  # it is cut off
+        pass
+    return False
 
 
 def count_scans(data: bytes) -> int:

@@ -50,7 +50,7 @@ class ShrunkImage(NamedTuple):
     original: Original
     content: bytes | UnreadableImage  # a JPEG, or why there is none
     size: int = 0  # bytes that it had before
-    remark: str | None = None  # see `EncodedImage`
+    remarks: dict[str, str] | None = None  # see `EncodedImage`
 
 
 @dataclass
@@ -142,7 +142,7 @@ class ShrunkImages(Dataset[ShrunkImage]):
         try:
             encoded = EncodedImage(_read(original), self.max_pixels)
             content = shrink_encoded(encoded, self.short_side, self.quality)
-            return ShrunkImage(original, content, len(encoded.data), encoded.remark)
+            return ShrunkImage(original, content, len(encoded.data), encoded.remarks or None)
         except UnreadableImage as error:
             return ShrunkImage(original, error)
         except (OSError, EOFError, ValueError, zlib.error) as error:

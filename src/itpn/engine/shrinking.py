@@ -206,9 +206,8 @@ def _members(
     skipped: SkippedImages,
 ) -> Iterator[tuple[str, bytes]]:
     """The files of a shard; tells of the broken ones, and counts in ``record``."""
-    for original, content, size, remark in results:
-        if remark is not None:
-            tell_remarks([(original.name, remark)])
+    for original, content, size, remarks in results:
+        tell_remarks({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
         if isinstance(content, UnreadableImage):
             record["broken"][original.name] = str(content)
             for message in skipped.update([(original.name, str(content))]):
