@@ -249,6 +249,16 @@ def test_places_that_are_not_there(tmp_path):
         find_labelled([str(tmp_path / "single")], val_share=0.5)
 
 
+def test_blanks_in_a_file_of_classes_do_not_count(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name, payload in (("0.jpg", b"-"), ("0.cls", b"0"), ("1.jpg", b"-"), ("1.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+    (tmp_path / "classes.txt").write_text(" cat \ndog\t\n\n")
+    assert find_labelled([str(tmp_path)])[0].classes == ("cat", "dog")
+
+
 def test_labels_are_found_by_key(tmp_path):
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
         for i in range(6):

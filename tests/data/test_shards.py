@@ -17,6 +17,7 @@ from itpn.data.files import find_images
 from itpn.data.members import split_name
 from itpn.data.readers import unpack
 from itpn.data.shards import check_shards, count_shard_images, index_shard, read_shard, shard_samples
+from itpn.data.shrunk import list_originals
 from itpn.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -82,6 +83,31 @@ def test_one_image_of_a_sample(tmp_path: Path, names: list[str], members: tuple[
     assert count_shard_images([shard], members) == len(want)
     assert [place.name for place in index_shard(str(shard), members)] == want
     assert keys(shard_samples([str(shard)], 0, 0, 0, 1, 1, members)) == [f"s.tar/{name}" for name in want]
+
+
+def test_members_of_one_name_are_images_of_their_own(tmp_path: Path) -> None:
+    members = [("0.jpg", b"a"), ("0.cls", b"1"), ("1.jpg", b"b"), ("1.cls", b"0"), ("0.jpg", b"c"), ("0.cls", b" 1\n")]
+    shard = tmp_path / "s.tar"
+
+    def write() -> None:
+        with tarfile.open(shard, "w") as tar:
+            for name, content in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+    write()
+    assert list(read_shard(shard)) == [("s.tar/0.jpg", b"a"), ("s.tar/1.jpg", b"b"), ("s.tar/0.jpg", b"c")]
+    assert count_shard_images([shard]) == 3
+    places = index_shard(str(shard))
+    content = shard.read_bytes()
+    assert [content[place.start :][: place.size] for place in places] == [b"a", b"b", b"c"]
+    assert [place.label for place in places] == ["1", "0", "1"]
+    assert [one.key for one in list_originals(find_images([shard]))] == ["s/0", "s/1", "s/0-2"]
+    members[-1] = ("0.cls", b"2")
+    write()
+    with pytest.raises(UserError, match=r"^0\.cls is in .*s\.tar twice, as '1' and as '2': make it again with one$"):
+        index_shard(str(shard))
 
 
 def test_what_is_told_of_members(tmp_path: Path) -> None:

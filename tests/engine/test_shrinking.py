@@ -368,6 +368,20 @@ def test_one_image_of_a_sample(tmp_path, capsys):
     assert "--data.members txt is no ending of an image" in capsys.readouterr().err
 
 
+def test_blanks_around_the_name_of_a_class_stay(tmp_path):
+    names = (" cat ", "cat", "dog\u00a0", " ")
+    for number, name in enumerate(names):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        draw(tmp_path / "in" / name / "a.jpg", number)
+    train, _ = find_labelled([str(tmp_path / "in")])
+    assert shrink(tmp_path / "in", tmp_path / "out") == 0
+    assert shrink(tmp_path / "out", tmp_path / "again") == 0
+    for out in ("out", "again"):
+        small, _ = find_labelled([str(tmp_path / out)])
+        assert small.classes == train.classes == tuple(sorted(names))
+        assert sorted(small.labels) == [0, 1, 2, 3]
+
+
 def test_what_is_not_complete_is_not_trained_from(large, tmp_path, capsys, monkeypatch):
     def stop(*_):
         os.kill(os.getpid(), signal.SIGINT)

@@ -13,6 +13,7 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.files import (
     CLASSES,
     IMAGE_SUFFIXES,
+    SHRINK_INDEX,
     check_root,
     describe_file,
     describe_unread,
@@ -297,7 +298,8 @@ def read_class_names(folders: Sequence[str]) -> list[str] | None:
     for folder in folders:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
-                names = read_lines(place / CLASSES)
+                # the names of folders keep their blanks through `itpn shrink`, what was written by hand has none
+                names = read_lines(place / CLASSES, strip=not (place / SHRINK_INDEX).is_file())
                 refuse_empty_line(names, place / CLASSES)
                 if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                     raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")

@@ -173,7 +173,8 @@ def index_shard(
         unread: counts the members that are neither images nor labels, by suffix.
 
     Raises:
-        UserError: the shard is damaged, it is not certain which images are meant, or a label is not text in UTF-8.
+        UserError: the shard is damaged, it is not certain which images are meant, a label is not text in UTF-8, or
+            there is another label of its name.
     """
     labels: dict[str, str] = {}
     try:
@@ -181,12 +182,12 @@ def index_shard(
             found = find_members(
                 _take_labels(tar, path, labels), lambda member: (member.offset_data, member.size), unread
             )
-            images = {image.name: image for image in found}
+            images = list(found)  # each, also of one name: which comes last is not known where shards are streamed
     except TAR_ERRORS as error:
         check_lost(path, error)
         raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
     choice = Choice(members)
-    chosen = list(choice.choose(iter(images.values())))
+    chosen = list(choice.choose(images))
     if choice.problem:
         raise UserError(f"shard {path} {choice.problem}")
     if left is not None:
@@ -205,7 +206,11 @@ def _take_labels(tar: tarfile.TarFile, path: str, labels: dict[str, str]) -> Ite
             file = tar.extractfile(member)
             assert file is not None
             text = decode_text(file.read(1000), f"{member.name} in {path}").strip()
-            labels[key if ending == "cls" else member.name[: -len(".cls")]] = text
+            known = labels.setdefault(key if ending == "cls" else member.name[: -len(".cls")], text)
+            if known != text:
+                raise UserError(
+                    f"{member.name} is in {path} twice, as {known!r} and as {text!r}: make it again with one"
+                )
         yield member
 
 
