@@ -305,8 +305,7 @@ def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> L
         else:
             found.add(*mistake)
     if not kept:
-        why = f" that can be used: {found.lines()[0]}" if found.counts else ""
-        raise UserError("; ".join([f"{folder} has no images{why}", *found.notes]))
+        raise found.explain_lack(folder, "images")
     found.report(others, rules.mistakes, rules.tell)
     assert table is not None
     if not present - {IGNORED}:
@@ -423,7 +422,7 @@ def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mista
     stems: dict[str, list[str]] = {}
     unread: Counter[str] = Counter()
     for path in list_images(others, unread):
-        if not (together and path.lower().endswith((".jpg", ".jpeg"))):
+        if not (together and path.lower().endswith(JPEG_SUFFIXES)):
             stems.setdefault(os.path.splitext(os.path.relpath(path, others))[0], []).append(path)
     if not together:
         mistakes.note_unread(others, unread)

@@ -71,6 +71,11 @@ class Mistakes:
             for kind, count in self.counts.most_common()
         ]
 
+    def explain_lack(self, source: str, lacking: str) -> UserError:
+        """``source`` has nothing that can be used; with every reason that is known."""
+        reasons = "; ".join([*self.lines(), *dict.fromkeys(self.notes)])
+        return UserError(f"{source} has no {lacking}" + (f" that can be used: {reasons}" if reasons else ""))
+
     def report(
         self,
         source: str,
