@@ -368,8 +368,9 @@ def test_one_image_of_a_sample(tmp_path, capsys):
     assert "--data.members txt is no ending of an image" in capsys.readouterr().err
 
 
-def test_blanks_around_the_name_of_a_class_stay(tmp_path):
-    names = (" cat ", "cat", "dog\u00a0", " ")
+@pytest.mark.parametrize("numbered", [False, True])
+def test_the_name_of_a_class_stays(tmp_path, numbered):
+    names = ("0 cat ", "1 cat", "2 dog\u00a0", "3 ") if numbered else (" cat ", "cat", "dog\u00a0", " ")
     for number, name in enumerate(names):
         (tmp_path / "in" / name).mkdir(parents=True)
         draw(tmp_path / "in" / name / "a.jpg", number)

@@ -298,12 +298,29 @@ def read_class_names(folders: Sequence[str]) -> list[str] | None:
     for folder in folders:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
-                # the names of folders keep their blanks through `itpn shrink`, what was written by hand has none
-                names = read_lines(place / CLASSES, strip=not (place / SHRINK_INDEX).is_file())
+                # `itpn shrink` writes the names of folders as they are, with blanks and numbers
+                by_hand = not (place / SHRINK_INDEX).is_file()
+                names = read_lines(place / CLASSES, strip=by_hand)
                 refuse_empty_line(names, place / CLASSES)
+                if by_hand and number_of_first([name.split() for name in names]) == 0:
+                    names = [name.split(maxsplit=1)[1] for name in names]
                 if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                     raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
                 return names
+    return None
+
+
+def number_of_first(rows: Sequence[Sequence[str]]) -> int | None:
+    """0 or 1 where each row of words is a number, counted up from there, and a class; None where the rows are else.
+
+    Three numbers and a name are a colour and a name.
+    """
+    for first in (0, 1):
+        numbered = all(row[0].rstrip(":.") == str(number) for number, row in enumerate(rows, start=first))
+        named = all(not all(word.isdecimal() for word in row[1:]) for row in rows)
+        coloured = any(len(row) > 3 and [word.isdecimal() for word in row[1:4]] == [True, True, False] for row in rows)
+        if numbered and named and not coloured and len(rows) > 1:
+            return first
     return None
 
 

@@ -154,7 +154,7 @@ def find_label_maps(
     pairs = find_pairs(root, masks, "train")
     if pairs is None:
         raise UserError(f"no images with masks to train on in {root}: {LAYOUTS}")
-    train = check(pairs, read_names(rules.classes, root), rules)
+    train = check(pairs, read_names(rules.classes, root, int(rules.reduce_zero_label)), rules)
     val = find_to_evaluate(root, masks, val_root, val_masks)
     if val is not None and val[0] != pairs[0]:
         return train, check(val, train.table, rules)
@@ -196,7 +196,8 @@ def read_to_evaluate(
             return held_out, True
     if pairs is None:
         raise UserError(f"no images with masks to evaluate on in {root}: {LAYOUTS}")
-    return check(pairs, read_names(rules.classes, val_root or root) or names, rules), False
+    own_names = read_names(rules.classes, val_root or root, int(rules.reduce_zero_label))
+    return check(pairs, own_names or names, rules), False
 
 
 def find_to_evaluate(root: str, masks: str | None, val_root: str | None, val_masks: str | None) -> "Pairs | None":

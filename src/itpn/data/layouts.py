@@ -273,6 +273,11 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if nameless := [key for key, name in named.items() if not name]:
         raise UserError(f"{file}: class {nameless[0]} has no name")
     rest = {key: value for key, value in settings.items() if value not in ("", "~", "null", "Null", "NULL", [])}
+    count = rest.get("nc", len(named))
+    if read_whole(count) not in (len(named), max(named, default=-1) + 1):  # the keys of names may have gaps
+        raise UserError(
+            f"{file}: nc is {one_line(str(count))[:20]}, but there are {len(named)} names: correct one of them"
+        )
     return {**rest, "names": named}
 
 
