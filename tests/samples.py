@@ -100,6 +100,26 @@ def with_riff_chunk(webp: bytes, name: bytes, data: bytes, size: tuple[int, int]
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
+def join_tiffs(*files: bytes) -> bytes:
+    """A TIFF of several pages from some that `tiff` makes, of one byte order."""
+    order = "<" if files[0][:2] == b"II" else ">"
+    joined = bytearray()
+    link = 0  # to the page that follows
+    for file in files:
+        place = len(joined)
+        joined += file if not place else bytes(8) + file[8:]  # places inside are moved below
+        (entries,) = struct.unpack_from(f"{order}H", file, 8)
+        for entry in range(place + 10, place + 10 + 12 * entries, 12):
+            tag, kind, count, value = struct.unpack_from(f"{order}HHII", joined, entry)
+            if tag == 273 or {2: 1, 3: 2, 4: 4, 7: 1}[kind] * count > 4:
+                assert tag != 273 or count == 1
+                struct.pack_into(f"{order}I", joined, entry + 8, value + place)
+        if place:
+            struct.pack_into(f"{order}I", joined, link, place + 8)
+        link = place + 10 + 12 * entries
+    return bytes(joined)
+
+
 def tiff(
     values: np.ndarray,
     order: str = "<",

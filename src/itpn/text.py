@@ -62,13 +62,17 @@ def decode_text(data: bytes, what: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_lines(path: str | os.PathLike[str]) -> list[str]:
+def read_lines(path: str | os.PathLike[str], strip: bool = True) -> list[str]:
     """The lines of a text file, without blanks around them and without empty ones at the end.
+
+    Args:
+        strip: else blanks are kept, and belong to a line.
 
     Raises:
         UserError, MachineError: as of :func:`read_text`.
     """
-    return [line.strip() for line in read_text(path).rstrip().split("\n")]
+    text = read_text(path)
+    return [line.strip() for line in text.rstrip().split("\n")] if strip else text.rstrip("\n").split("\n")
 
 
 def readable(name: str) -> str:

@@ -16,7 +16,7 @@ from timm.data import create_transform
 from itpn.data.augment import EvaluationTransform
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.evaluation import make_evaluation_loader, view_labelled
-from itpn.data.labelled import draw_share, find_labelled
+from itpn.data.labelled import draw_share, find_labelled, number_of_first
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 
@@ -249,16 +249,64 @@ def test_places_that_are_not_there(tmp_path):
         find_labelled([str(tmp_path / "single")], val_share=0.5)
 
 
+def test_blanks_in_a_file_of_classes_do_not_count(tmp_path):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name, payload in (("0.jpg", b"-"), ("0.cls", b"0"), ("1.jpg", b"-"), ("1.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+    (tmp_path / "classes.txt").write_text(" cat \ndog\t\n\n")
+    assert find_labelled([str(tmp_path)])[0].classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize(
+    ("lines", "first"),
+    [
+        (["0 a", "1 b c"], 0),
+        (["0: a", "1: b"], 0),
+        (["1 a", "2 b", "3 c"], 1),
+        (["0 a", "2 b"], None),
+        (["1 b", "0 a"], None),
+        (["0 a"], None),
+        (["0", "1"], None),
+        (["0 0 0 a", "1 1 1 b"], None),  # colours
+        (["0 0 0 0 a", "1 1 1 1 b"], 0),
+        (["0 10 20 30", "1 10 20 40"], None),
+        (["0 a 10 20 30", "1 b 10 20 40"], 0),
+        (["2 doors", "4 doors"], None),
+    ],
+)
+def test_lines_that_begin_with_their_numbers(lines, first):
+    assert number_of_first([line.split() for line in lines]) == first
+
+
+@pytest.mark.parametrize(
+    ("content", "classes"), [("0 cat\n1 black dog\n", ("cat", "black dog")), ("1 cat\n2 dog\n", None)]
+)
+def test_numbers_in_a_file_of_classes_beside_shards(tmp_path, content, classes):
+    with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
+        for name, payload in (("0.jpg", b"-"), ("0.cls", b"0"), ("1.jpg", b"-"), ("1.cls", b"1")):
+            member = tarfile.TarInfo(name)
+            member.size = len(payload)
+            tar.addfile(member, io.BytesIO(payload))
+    (tmp_path / "classes.txt").write_text(content)
+    assert find_labelled([str(tmp_path)])[0].classes == (classes or tuple(content.splitlines()))
+
+
 def test_labels_are_found_by_key(tmp_path):
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
         for i in range(6):
-            for ending, payload in (("jpg", encode(i)), ("seg.png", encode(9)), ("cls", str(i % 2).encode())):
+            payloads = {"jpg": encode(i), "seg.png": encode(9), "cls": str(i % 2).encode(), "txt": b"a cat"}
+            for ending, payload in payloads.items():
                 member = tarfile.TarInfo(f"v1.0/{i}.{ending}")
                 member.size = len(payload)
                 tar.addfile(member, io.BytesIO(payload))
     train, _ = find_labelled([str(tmp_path)])
     assert [train[i] for i in range(6)] == [(f"train-0.tar/v1.0/{i}.jpg", encode(i), i % 2) for i in range(6)]
-    assert train.notes == ("not read of the shards: 6 .seg.png (see --data.members)",)
+    assert train.notes == (
+        "not read of the shards: 6 .seg.png (see --data.members)",
+        f"shards ({tmp_path / 'train-0.tar'} ...): not read: 6 .txt",
+    )
     masks, _ = find_labelled([str(tmp_path)], members=["seg.png"])
     assert [masks[i][1:] for i in range(6)] == [(encode(9), i % 2) for i in range(6)]
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import struct
 import zlib
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ import torch
 from PIL import Image
 
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.labelmaps import MaskRules, SegmentationTransform, find_label_maps
+from itpn.data.files import list_images
+from itpn.data.labelmaps import MaskRules, SegmentationTransform, find_label_maps, match_masks
+from itpn.data.layouts import Mistakes
 from itpn.data.loader import TrainingLoader
 from itpn.data.masks import IGNORED, make_table, name_labels, read_names
 from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
@@ -532,7 +535,8 @@ def test_what_is_not_read_is_counted_by_suffix(root):
     for path in [*images.iterdir(), *masks.iterdir()]:
         path.rename(path.with_suffix(".heic")) if path.is_file() else None
     with pytest.raises(
-        UserError, match=rf"{images} has no images; not read: 17 \.heic, 1 \.avif in {images}; not read"
+        UserError,
+        match=rf"{images} has no images that can be used: not read: 17 \.heic, 1 \.avif in {images}; not read",
     ):
         find(root)
 
@@ -547,6 +551,18 @@ def test_what_is_not_read_of_images_and_masks_in_one_folder(tmp_path):
     options = {"masks": str(tmp_path), "reduce_zero_label": False, "mistakes": "skip"}
     find(tmp_path, **options, classes=str(tmp_path / "names.txt"), tell=said.append)
     assert said == [f"{tmp_path}: not read: 1 .db in {tmp_path}"]
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".jfif", ".pjp"])
+def test_photographs_are_no_masks_of_others_in_their_folder(tmp_path, suffix):
+    write_pair(tmp_path, "a", Image.new("L", (6, 4), 1))
+    for path in [*(tmp_path / "images").iterdir(), *(tmp_path / "masks").iterdir()]:
+        path.rename(tmp_path / (path.name if path.suffix == ".png" else f"{path.stem}{suffix}"))
+    for name in ("b", "b_mask"):
+        Image.new("RGB", (6, 4)).save(tmp_path / f"{name}{suffix}", "JPEG")
+    found = match_masks(list_images(str(tmp_path), Counter()), str(tmp_path), str(tmp_path), mistakes := Mistakes())
+    assert found == {str(tmp_path / f"a{suffix}"): str(tmp_path / "a.png")}
+    assert dict(mistakes.counts) == {"images without a mask": 2}
 
 
 @pytest.mark.parametrize(
@@ -584,7 +600,12 @@ def test_what_is_no_set(root, tmp_path):
     shutil.rmtree(root / "annotations" / "training")
     (root / "annotations" / "training").mkdir()
     (root / "classes.txt").write_text("\n".join(NAMES))
-    with pytest.raises(UserError, match="has no images that can be used: images without a mask: 12"):
+    (root / "annotations" / "training" / "x.png").touch()
+    (root / "annotations" / "training" / "x.npy").touch()
+    words = (
+        r"has no images that can be used: images without a mask: 12 .*; masks without an image: 1 .*; not read: 1 \.npy"
+    )
+    with pytest.raises(UserError, match=words):
         find(root, tell=lambda line: None)
 
 
@@ -758,6 +779,30 @@ def test_jpeg_masks_need_a_file_of_classes(tmp_path, step, quality):
         UserError, match=r"masks in .*, such as .*\.jpg: .*(save masks as PNG|look like shades of grey)"
     ):
         find(tmp_path, reduce_zero_label=False)
+
+
+@pytest.mark.parametrize(
+    ("content", "want"),
+    [
+        ("0 road\n1 car park\n", [("road", None), ("car park", None)]),
+        ("0,road\n1, car park\n", [("road", None), ("car park", None)]),
+        ("0\troad\t1\t2\t3\n1\tcar\t4\t5\t6\n", [("road", (1, 2, 3)), ("car", (4, 5, 6))]),
+        ("0 0 0 road\n1 5 6 car\n", [("road", (0, 0, 0)), ("car", (1, 5, 6))]),
+        ("0 9 9 9\n1 8 8 8\n", [("0", (9, 9, 9)), ("1", (8, 8, 8))]),
+    ],
+)
+def test_numbers_in_a_file_of_classes(tmp_path, content, want):
+    file = tmp_path / "names.txt"
+    file.write_text(content)
+    assert read_names(str(file), "") == want
+    if not content[2].isdecimal():
+        words = "names.txt counts from 0, but its first line is label 1: give --data.no-reduce-zero-label if"
+        with pytest.raises(UserError, match=words):
+            read_names(str(file), "", 1)
+    file.write_text("1 road\n2 car\n")
+    assert read_names(str(file), "", 1) == [("road", None), ("car", None)]
+    with pytest.raises(UserError, match=r"counts from 1, but its first line is label 0: give --data.reduce-zero"):
+        read_names(str(file), "")
 
 
 def test_an_empty_line_among_the_classes(tmp_path):

@@ -319,7 +319,11 @@ def test_nothing_readable_ends_with_one_clear_line(tmp_path: Path, workers: int)
 
 def test_shards_without_images(tmp_path: Path) -> None:
     source = make_shards(tmp_path, [0, 0])
-    with pytest.raises(UserError, match="no images in the shards"):
+    with pytest.raises(UserError, match=r"no images in the shards .*: is each an intact tar of images\?"):
+        make_loader(source)
+    with tarfile.open(source.shards[0], "w") as tar:
+        tar.addfile(tarfile.TarInfo("0.heic"))
+    with pytest.raises(UserError, match=r"no images in the shards \(.*\): not read: 1 \.heic"):
         make_loader(source)
     with pytest.raises(UserError, match="no images in the shards"):
         run(make_loader(source, samples_per_epoch=8), 1)

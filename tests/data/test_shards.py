@@ -1,18 +1,23 @@
 """Tar shards: what is read, in which order, and who reads what."""
 
+import bz2
 import gzip
 import io
+import lzma
 import os
 import tarfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from itpn.data.decode import UnreadableImage
+from itpn.data.files import find_images
 from itpn.data.members import split_name
 from itpn.data.readers import unpack
 from itpn.data.shards import check_shards, count_shard_images, index_shard, read_shard, shard_samples
+from itpn.data.shrunk import list_originals
 from itpn.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -80,6 +85,31 @@ def test_one_image_of_a_sample(tmp_path: Path, names: list[str], members: tuple[
     assert keys(shard_samples([str(shard)], 0, 0, 0, 1, 1, members)) == [f"s.tar/{name}" for name in want]
 
 
+def test_members_of_one_name_are_images_of_their_own(tmp_path: Path) -> None:
+    members = [("0.jpg", b"a"), ("0.cls", b"1"), ("1.jpg", b"b"), ("1.cls", b"0"), ("0.jpg", b"c"), ("0.cls", b" 1\n")]
+    shard = tmp_path / "s.tar"
+
+    def write() -> None:
+        with tarfile.open(shard, "w") as tar:
+            for name, content in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+    write()
+    assert list(read_shard(shard)) == [("s.tar/0.jpg", b"a"), ("s.tar/1.jpg", b"b"), ("s.tar/0.jpg", b"c")]
+    assert count_shard_images([shard]) == 3
+    places = index_shard(str(shard))
+    content = shard.read_bytes()
+    assert [content[place.start :][: place.size] for place in places] == [b"a", b"b", b"c"]
+    assert [place.label for place in places] == ["1", "0", "1"]
+    assert [one.key for one in list_originals(find_images([shard]))] == ["s/0", "s/1", "s/0-2"]
+    members[-1] = ("0.cls", b"2")
+    write()
+    with pytest.raises(UserError, match=r"^0\.cls is in .*s\.tar twice, as '1' and as '2': make it again with one$"):
+        index_shard(str(shard))
+
+
 def test_what_is_told_of_members(tmp_path: Path) -> None:
     shard = str(make_shard(tmp_path / "s.tar", PLAIN))
     assert check_shards([shard]) == [f"{shard}: not read are 1 .seg.png, 1 .depth.png (see --data.members)"]
@@ -88,6 +118,23 @@ def test_what_is_told_of_members(tmp_path: Path) -> None:
     assert check_shards([shard]) == [
         f"{shard}: read, for want of plain images, are 2 .rgb.png; not read are 1 .seg.png (see --data.members)"
     ]
+
+
+UNREAD = ["1.heic", "1.HEIC", "2.avif", "3.npy", "0.seg.npy", "0.json", ".0.txt", "classes.txt", "0.cls", "README"]
+
+
+def test_members_that_cannot_be_read_are_counted_as_files_are(tmp_path: Path) -> None:
+    want = "not read: 2 .heic, 2 .npy, 1 without a suffix, 1 .avif, 1 .json"
+    (tmp_path / "files").mkdir()
+    for name in ["0.jpg", *(name for name in UNREAD if not name.endswith(".cls"))]:
+        (tmp_path / "files" / name).write_bytes(b"")
+    assert find_images([tmp_path / "files"]).notes == (want,)
+    shard = str(make_shard(tmp_path / "s.tar", ["0.jpg", "0.seg.png", *UNREAD]))
+    assert check_shards([shard]) == [f"{shard}: not read are 1 .seg.png (see --data.members)", f"{shard}: {want}"]
+    assert check_shards([shard], ["all"]) == [f"{shard}: {want}"]  # which it cannot help
+    unread = Counter[str]()
+    assert len(index_shard(shard, unread=unread)) == count_shard_images([shard], unread=unread) == 1
+    assert unread == {".heic": 4, ".npy": 4, "": 2, ".avif": 2, ".json": 2}
 
 
 @pytest.mark.parametrize(
@@ -111,6 +158,39 @@ def test_members_that_are_not_certain(tmp_path: Path, names: list[str], members:
         with pytest.raises(UserError, match=problem):
             find(shard, members)
     assert len(list(read_shard(shard, ["all"]))) == len(names)
+
+
+PACKERS = {
+    "xz": lzma.compress,
+    "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "bzip2": bz2.compress,
+    "zstd": lambda data: b"\x28\xb5\x2f\xfd" + data,  # not all versions of Python can make one
+}
+
+
+@pytest.mark.parametrize("packed", PACKERS)
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
+def test_other_compressions_than_gzip_are_refused(tmp_path: Path, packed: str, name: str) -> None:
+    plain = make_shard(tmp_path / "plain.tar", ["BZh91.jpg", "0.cls"]).read_bytes()
+    shard = tmp_path / name
+    shard.write_bytes(PACKERS[packed](plain))
+    for read_it in (
+        lambda: list(read_shard(shard)),
+        lambda: count_shard_images([shard]),
+        lambda: check_shards([str(shard)]),
+        lambda: index_shard(str(shard)),
+    ):
+        with pytest.raises(UserError, match=rf"^shard .*{name} is compressed with {packed}: unpack it, or use gzip$"):
+            read_it()
+
+
+@pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
+def test_content_tells_how_a_shard_is_compressed(tmp_path: Path, name: str) -> None:
+    plain = make_shard(tmp_path / "plain.tar", ["BZh91.jpg"]).read_bytes()
+    for content in (plain, gzip.compress(plain)):
+        (tmp_path / name).write_bytes(content)
+        assert keys(read_shard(tmp_path / name)) == [f"{name}/BZh91.jpg"]
+        assert count_shard_images([tmp_path / name]) == len(index_shard(str(tmp_path / name))) == 1
 
 
 def test_names_of_members_in_any_bytes(tmp_path: Path) -> None:

@@ -407,6 +407,27 @@ def write_yolo(root: Path, *labels: str, names: str = "[cat, dog]", more: str = 
     return root
 
 
+@pytest.mark.parametrize(
+    ("names", "nc", "refused"),
+    [
+        ("[cat, dog]", "2", False),
+        ("[cat, dog]", "2.0", False),
+        ("[cat, dog]", "", False),
+        ("{0: cat, 4: dog}", "2", False),
+        ("{0: cat, 4: dog}", "5", False),
+        ("[cat, dog]", "3", True),
+        ("[cat, dog]", "two", True),
+        ("{0: cat, 4: dog}", "4", True),
+    ],
+)
+def test_the_number_of_classes_is_that_of_the_names(tmp_path, names, nc, refused):
+    root = write_yolo(tmp_path, "0 0.5 0.5 0.5 0.5", names=names, more=f"nc: {nc}\n")
+    if refused:
+        assert refusal(root) == f"{root}/data.yaml: nc is {nc}, but there are 2 names: correct one of them"
+    else:
+        assert read(root)[0].classes[0] == "cat"
+
+
 def boxes_of(images) -> list[list[tuple]]:
     """Class and box of each object."""
     return [

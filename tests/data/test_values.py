@@ -12,10 +12,10 @@ import PIL
 import pytest
 import torch
 from PIL import Image
-from samples import deep_png, encode, png, quarters, tiff
+from samples import deep_png, encode, exif, join_tiffs, png, quarters, tiff, with_chunks
 
 from itpn.cli import main
-from itpn.data.decode import EncodedImage, UnreadableImage, decode_image, read_size
+from itpn.data.decode import PAGES, EncodedImage, UnreadableImage, decode_image, has_pages, read_size
 from itpn.data.masks import read_mask
 
 RAMP = np.linspace(0, 1, 48, dtype=np.float64)[None].repeat(48, 0)
@@ -24,7 +24,7 @@ NODATA = 42113
 
 def read(data: bytes) -> tuple[torch.Tensor, str | None]:
     image = EncodedImage(data)
-    return image.decode(), image.remark
+    return image.decode(), image.remarks.get("values")
 
 
 def ramp(low: float, high: float, dtype: type, holes: float | None = None) -> np.ndarray:
@@ -156,6 +156,53 @@ def test_a_narrow_range_of_high_values_is_named():
     assert image[:, :4, :4].max() == 0
 
 
+def containers(values: np.ndarray, nodata: bytes | None = None) -> list[bytes]:
+    """Grey and colours of 16 bits as PNG and TIFF; the tag, which PNG lacks, in TIFF alone."""
+    tags = {NODATA: (2, nodata)} if nodata else None
+    colours = np.stack([values, values, values], axis=-1)
+    made = [tiff(values, tags=tags), tiff(colours, tags=tags)]
+    return made if tags else [*made, deep_png(values), deep_png(colours)]
+
+
+@pytest.mark.parametrize("side", [8, 48, 300])
+@pytest.mark.parametrize(
+    ("low", "high", "other", "part", "nodata"),
+    [
+        (0, 4095, 65535, 0.0, None),  # one hot pixel
+        (0, 4095, 60000, 0.0, None),
+        (0, 4095, 60000, 0.0009, None),
+        (29952, 34047, 0, 0.0, None),  # a dead one
+        (0, 4095, 65535, 0.3, None),  # no data, undeclared
+        (0, 4095, 65535, 0.3, b"65535\0"),
+        (0, 4095, 50000, 0.3, b"50000\0"),
+        (29952, 34047, 0, 0.3, b"0\0"),
+        (0, 255, 65535, 0.0, None),  # 8 bits in 16
+    ],
+)
+def test_a_few_other_values_do_not_hide_a_narrow_range(side, low, high, other, part, nodata):
+    values = np.linspace(low, high, side * side).astype(np.uint16).reshape(side, side)
+    count = max(1, int(part * values.size))
+    values.ravel()[1 + np.random.default_rng(0).permutation(values.size - 2)[:count]] = other  # not the ends
+    for data in containers(values, nodata):
+        remark = str(read(data)[1])
+        assert f" and {high} of 65535" in remark, remark
+        assert remark.startswith("all but") is (nodata is None), remark
+
+
+@pytest.mark.parametrize("side", [8, 48, 300])
+def test_ordinary_images_of_16_bits_need_no_remark(side):
+    rng = np.random.default_rng(0)
+    full = np.linspace(0, 65535, side * side).reshape(side, side)
+    dark = full / 20
+    dark[: side // 8] = 50000  # a lamp at night
+    paper = np.where(rng.random((side, side)) < 0.1, 0, 65535)  # two values
+    scan = np.where(full < 20000, full, 65535)  # saturated
+    for values in (full, full**2 / 65535, full.clip(20000, 40000), dark, paper, scan, full.clip(65534)):
+        for data in containers(values.astype(np.uint16)):
+            assert read(data)[1] is None
+        assert read(tiff(values.astype(np.uint16), tags={NODATA: (2, b"nan\0")}))[1] is None
+
+
 def test_images_of_one_value_and_of_8_bits_need_no_remark():
     for data in (
         deep_png(np.zeros((8, 8), np.uint16)),
@@ -224,6 +271,28 @@ def test_only_a_declared_alpha_is_transparent():
         assert image.unique().tolist() == [want], extra
 
 
+def test_a_transparent_value_of_a_png_shows_white_at_every_depth():
+    values = np.array([[0, 300, 1000, 65535], [1000, 1001, 40000, 2]], np.uint16)
+    grey = with_chunks(deep_png(values), (b"tRNS", struct.pack(">H", 1000)))
+    turned = with_chunks(grey, (b"eXIf", exif(3)))
+    for data in (grey, turned):
+        image = decode_image(data)[0]
+        assert (image if data is grey else image.flip(0, 1)).tolist() == [[0, 1, 255, 255], [255, 3, 156, 0]]
+    hidden = with_chunks(deep_png(ramp(0, 4095, np.uint16, 65535)), (b"tRNS", struct.pack(">H", 65535)))
+    image, remark = read(hidden)
+    assert image[:, :4, :4].min() == 255
+    assert str(remark).startswith("its values lie between 0 and 4095 of 65535")
+    colours = np.stack([values, values[::-1], values], axis=-1)
+    encoded = EncodedImage(with_chunks(deep_png(colours), (b"tRNS", struct.pack(">HHH", 0, 1000, 0))))
+    want = (colours >> 8).astype(np.uint8)
+    want[0, 0] = 255  # (0, 1000, 0) is transparent, (1000, 0, 1000) is not
+    for _ in range(2):
+        assert np.array_equal(encoded.decode().permute(1, 2, 0).numpy(), want)
+    for bits, row, left in ((2, b"\x1b", [0, 85, 255, 255]), (4, b"\1\x23", [0, 17, 255, 51]), (8, b"\0\1\2\3", None)):
+        data = with_chunks(png(4, 1, bits, 0, b"\0" + row), (b"tRNS", struct.pack(">H", 2)))
+        assert decode_image(data)[0, 0].tolist() == (left or [0, 1, 255, 3]), bits
+
+
 @pytest.mark.parametrize("extra", [1, 2])
 def test_grey_with_alpha(extra):
     values = np.zeros((4, 4, 2), np.uint8)
@@ -273,6 +342,71 @@ def test_cmyk_jpegs_with_and_without_adobes_marker():
         place = plain.index(b"\xff\xee")
         plain = plain[:place] + plain[place + 2 + length :]
         assert (decode_image(plain).int() - want).abs().max() < 12
+
+
+# --- pages
+
+GREY = np.full((8, 8), 7, np.uint8)
+
+
+def page(kind: int | None = None, order: str = "<") -> bytes:
+    return tiff(GREY, order, tags=None if kind is None else {254: (4, [kind])})
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(
+    ("kinds", "said"),
+    [
+        ((None,), False),
+        ((None, None), True),
+        ((0, 0), True),
+        ((2, 2), True),
+        ((0, 1, 1), False),  # smaller copies
+        ((None, 4), False),  # a mask
+        ((0, 5), False),
+        ((0, 1, 0), True),
+    ],
+)
+def test_tiffs_of_several_pages_say_so(order, kinds, said):
+    image = EncodedImage(join_tiffs(*(page(kind, order) for kind in kinds)))
+    assert Image.open(io.BytesIO(image.data)).n_frames == len(kinds)
+    image.decode()
+    assert image.remarks == ({"pages": PAGES} if said else {})
+
+
+def test_pages_of_large_and_of_damaged_tiffs():
+    for big in (False, True):
+        file = io.BytesIO()
+        pages = [Image.new("L", (9, 9)) for _ in range(3)]
+        pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:], big_tiff=big)
+        assert has_pages(file.getvalue())
+        file = io.BytesIO()
+        pages[0].save(file, "TIFF", big_tiff=big)
+        assert not has_pages(file.getvalue())
+    joined = bytearray(join_tiffs(page(0), page(1)))
+    end = joined.rindex(bytes(4) + GREY.tobytes())
+    for place, want in ((8, True), (len(page(0)) + 8, False), (2**31, False)):  # back to the first, a ring, nowhere
+        joined[end : end + 4] = struct.pack("<I", place)
+        assert has_pages(bytes(joined)) is want
+    assert not has_pages(b"II*\0")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_one_warning_of_pages_beside_one_of_values(folder, tmp_path, capfd, workers):
+    for name in ("a/page", "b/page"):
+        (folder / f"{name}.tif").write_bytes(join_tiffs(page(), page()))
+    common = ("--data.root", folder, "--data.num-workers", workers, "--output-dir", tmp_path / "runs")
+    for command in (
+        ("train", "itpn-pixel_nano", *common, *TINY, "--name", "p", "--trainer.max-steps", 3),
+        ("shrink", folder, "--out", tmp_path / "small", "--num-workers", workers),
+    ):
+        assert run(*command) == 0
+        said = "".join(capfd.readouterr())
+        assert_one_warning(said)
+        lines = [line for line in said.splitlines() if "several pages" in line]
+        assert len(lines) == 1
+        assert lines[0].startswith("warning: ")
+        assert lines[0].endswith(f"page.tif: {PAGES} (told once, others may be alike)")
 
 
 # --- the limit of pixels

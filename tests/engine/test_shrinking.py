@@ -350,8 +350,14 @@ def test_one_image_of_a_sample(tmp_path, capsys):
             label = tarfile.TarInfo(f"v1.0/{key}.cls")
             label.size = 1
             tar.addfile(label, io.BytesIO(b"7"))
+    with tarfile.open(tmp_path / "in" / "b.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a.heic"))
+    assert shrink(tmp_path / "in" / "b.tar", tmp_path / "none") == 2
+    assert "b.tar ...); not read: 1 .heic\n" in capsys.readouterr().err
     assert shrink(tmp_path / "in", tmp_path / "out") == 0
-    assert "not written of the shards: 3 .seg.png (see --data.members)\n" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "not written of the shards: 3 .seg.png (see --data.members)\nshards: not read: 1 .heic\n" in err
+    (tmp_path / "in" / "b.tar").unlink()
     assert sorted(members(tmp_path / "out")) == [f"a/v1.0/{key}.{ending}" for key in "xyz" for ending in ("cls", "jpg")]
     assert shrink(tmp_path / "in", "--members", "seg.png", "--quality", "90", tmp_path / "seg") == 0
     assert "not written of the shards: 3 .jpg (see --data.members)\n" in capsys.readouterr().err
@@ -360,6 +366,21 @@ def test_one_image_of_a_sample(tmp_path, capsys):
     assert capsys.readouterr().err == ""
     assert shrink(tmp_path / "in", "--members", "txt", tmp_path / "none") == 2
     assert "--data.members txt is no ending of an image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("numbered", [False, True])
+def test_the_name_of_a_class_stays(tmp_path, numbered):
+    names = ("0 cat ", "1 cat", "2 dog\u00a0", "3 ") if numbered else (" cat ", "cat", "dog\u00a0", " ")
+    for number, name in enumerate(names):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        draw(tmp_path / "in" / name / "a.jpg", number)
+    train, _ = find_labelled([str(tmp_path / "in")])
+    assert shrink(tmp_path / "in", tmp_path / "out") == 0
+    assert shrink(tmp_path / "out", tmp_path / "again") == 0
+    for out in ("out", "again"):
+        small, _ = find_labelled([str(tmp_path / out)])
+        assert small.classes == train.classes == tuple(sorted(names))
+        assert sorted(small.labels) == [0, 1, 2, 3]
 
 
 def test_what_is_not_complete_is_not_trained_from(large, tmp_path, capsys, monkeypatch):

@@ -113,8 +113,7 @@ def read_objects(
     annotated = split == "train" or any(not one.get("iscrowd") for one in coco["annotations"] if isinstance(one, dict))
     lacking = "images" if not len(images) else "objects" if annotated and not len(images.with_objects()) else ""
     if lacking:
-        reasons = "; ".join([*found.lines(), *dict.fromkeys(found.notes)])
-        raise UserError(f"{source} has no {lacking}" + (f" that can be used: {reasons}" if reasons else ""))
+        raise found.explain_lack(source, lacking)
     found.report(source, mistakes, tell, set() if told is None else told)
     return images
 

@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import re
+import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -27,6 +28,9 @@ MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less 
 
 
 MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
+PAGES = "it has several pages, of which the first is read; save each as a file to use them all"
+SUBFILE = 254  # the tag of TIFF: 1 for a smaller copy, 4 for a mask
+MAX_COPIES = 64  # of a TIFF's page, each half as wide as that before; or else a ring
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # none of those inside a scan's data
 
 
@@ -116,7 +120,7 @@ class EncodedImage:
         data: the file's content.
         height, width: in pixels, the way a person sees it: its orientation applied.
         format: Pillow's name of it.
-        remark: after decoding, what is to be said of its values, if anything.
+        remarks: after decoding, what is to be said of it by kind, of its "values" or "pages".
 
     Raises:
         UnreadableImage: see :func:`open_image`.
@@ -129,7 +133,7 @@ class EncodedImage:
         self._opened = open_image(io.BytesIO(data), max_pixels)
         self._image, self._orientation, self.height, self.width = self._opened
         self.format = self._image.format
-        self.remark: str | None = None
+        self.remarks: dict[str, str] = {}
         self._is_jpeg = self.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
         if "progressive" in self._image.info and count_scans(data) > MAX_SCANS:
             raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans, each of which takes the time of an image")
@@ -146,7 +150,11 @@ class EncodedImage:
                 encoded = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)  # a copy: bytes are read-only
                 pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=False)
                 return turn_tensor(pixels, self._orientation)
-            image, self.remark = _to_rgb(self._opened, self.data)
+            image, remark = _to_rgb(self._opened, self.data)
+            if remark is not None:
+                self.remarks["values"] = remark
+            if self.format == "TIFF" and has_pages(self.data):
+                self.remarks["pages"] = PAGES
             return _to_tensor(image)
 
     def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
@@ -256,6 +264,27 @@ def reading() -> Iterator[None]:
             raise UnreadableImage(reason_of(error)) from None
 
 
+def has_pages(tiff: bytes) -> bool:
+    """Whether there are others than the first, not counting smaller copies of it and masks (NewSubfileType)."""
+    order = "<" if tiff[:2] == b"II" else ">"
+    big = 43 in tiff[2:4]
+    pointer, count, entry = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")  # an entry: tag, type, number, value
+    try:
+        (place,) = struct.unpack_from(order + pointer, tiff, 8 if big else 4)
+        for number in range(MAX_COPIES):
+            (entries,) = struct.unpack_from(order + count, tiff, place)
+            place += struct.calcsize(count)
+            tag, _, _, kind = struct.unpack_from(order + entry, tiff, place)  # the tag is the lowest, and so the first
+            if number and not (tag == SUBFILE and kind & 5):
+                return True
+            (place,) = struct.unpack_from(order + pointer, tiff, place + entries * struct.calcsize("=" + entry))
+            if not place:
+                return False
+    except struct.error:  # it is cut off
+        pass
+    return False
+
+
 def count_scans(data: bytes) -> int:
     """Scans of a JPEG, not counting beyond `MAX_SCANS`: a few bytes make a decoder pass over all of the image again."""
     scans = place = 0
@@ -273,16 +302,34 @@ def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
     """RGB the way a person sees it, and what is to be said of its values."""
     image, stored, remark = load_image(opened), opened.image, None
     tags: Any = getattr(stored, "tag_v2", {})
+    transparent = _read_transparent(stored, data)
     if image.mode[0] in "IF":
-        image, remark = scale_values(image, tags)
+        image, remark = scale_values(image, tags, transparent)
     elif (stored.format == "PNG" and data[24] == 16) or max(tags.get(258) or (8,)) == 16:
-        remark = remark_on_high_bytes(image)
+        remark = remark_on_high_bytes(image, tags)
     if image.mode == "CMYK" and stored.format == "JPEG" and "adobe" not in stored.info:
         image = ImageChops.invert(image)  # Pillow takes every one for Adobe's, who store it inverted
     elif image.has_transparency_data and not (tags and 338 not in tags):  # a fourth band need not be alpha
+        if transparent is not None:
+            image = image.copy()
+            image.info["transparency"] = transparent
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB"), remark
+
+
+def _read_transparent(stored: Image.Image, data: bytes) -> Any:
+    """The value, or the colour, that a PNG declares transparent, as Pillow's pixels have it; None where there is none.
+
+    Pillow leaves it as it stands in the file, but gives 2 and 4 bits as 8, and of colours of 16 bits the upper 8.
+    """
+    value = stored.info.get("transparency")
+    if stored.format != "PNG" or not isinstance(value, int | tuple) or stored.mode not in ("L", "RGB", "I", "I;16"):
+        return None
+    bits = data[24]
+    if isinstance(value, tuple):
+        return tuple(one >> 8 for one in value) if bits == 16 else value
+    return value * 255 // (2**bits - 1) if bits < 8 else value
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

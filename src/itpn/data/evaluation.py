@@ -48,7 +48,7 @@ def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[
 class EvaluationBatches(Dataset[dict[str, Any]]):
     """Batch number -> what the views hold, collated, "index" int64 [n], "broken" [(name, reason)] and "remarks".
 
-    "remarks" is (name, remark) of the first image whose values are remarkable, if there is one.
+    "remarks" is (name, remark) by kind, of the first image that needs one of each kind (see `EncodedImage`).
 
     n is ``batch_size``, less in the last batch and where images cannot be read; without any, "image" is None.
     """
@@ -67,7 +67,7 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         views, indices, broken = [], [], []
-        remarks: list[tuple[str, str]] = []
+        remarks: dict[str, tuple[str, str]] = {}
         for place in range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.images))):
             name, data, known = self.images[place]
             beat()
@@ -78,8 +78,8 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
                 broken.append((name, str(error)))
                 continue
             indices.append(place)
-            if image.remark and not remarks:
-                remarks.append((name, image.remark))
+            for kind, remark in image.remarks.items():
+                remarks.setdefault(kind, (name, remark))
         batch = self.collate(views) if views else {"image": None}
         index = torch.tensor(np.array(indices, dtype=np.int64))
         return {**batch, "index": index, "broken": broken, "remarks": remarks}

@@ -13,6 +13,7 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.files import (
     CLASSES,
     IMAGE_SUFFIXES,
+    SHRINK_INDEX,
     check_root,
     describe_file,
     describe_unread,
@@ -254,9 +255,9 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
 def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequence[str]) -> LabelledImages:
     """Pairs of an image and its class, ``NAME.jpg`` and ``NAME.cls``, as WebDataset has them."""
     places, names, texts = [], [], []
-    left: Counter[str] = Counter()
+    left, unread = Counter[str](), Counter[str]()
     for number, path in enumerate(shards):
-        for name, start, size, label in index_shard(path, members, left):
+        for name, start, size, label in index_shard(path, members, left, unread):
             if label is None:
                 key = os.path.basename(split_name(name)[0])
                 raise UserError(f"{name} in {path} has no {key}.cls beside it: its class is not known")
@@ -267,7 +268,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
             names.append(f"{os.path.basename(path)}/{name}")
             texts.append(label)
     if not places:
-        raise UserError(f"no images with .cls in the shards ({shards[0]} ...)")
+        note = describe_unread(unread)
+        raise UserError(f"no images with .cls in the shards ({shards[0]} ...){f'; {note}' if note else ''}")
     classes = read_class_names(folders)
     if all(text.removeprefix("-").isdecimal() for text in texts):
         if negative := next((text for text in texts if text.startswith("-")), None):
@@ -286,8 +288,9 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
         places_of = {name: number for number, name in enumerate(classes)}
         numbers = [places_of[text] for text in texts]
     reader = TarReader(shards, np.array(places, dtype=np.int64), names)
-    notes = (f"not read of the shards: {list_endings(left)} (see --data.members)",) if left else ()
-    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), notes)
+    notes = [f"not read of the shards: {list_endings(left)} (see --data.members)"] if left else []
+    notes += [f"shards ({shards[0]} ...): {note}"] if (note := describe_unread(unread)) else []
+    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), tuple(notes))
 
 
 def read_class_names(folders: Sequence[str]) -> list[str] | None:
@@ -295,11 +298,29 @@ def read_class_names(folders: Sequence[str]) -> list[str] | None:
     for folder in folders:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
-                names = read_lines(place / CLASSES)
+                # `itpn shrink` writes the names of folders as they are, with blanks and numbers
+                by_hand = not (place / SHRINK_INDEX).is_file()
+                names = read_lines(place / CLASSES, strip=by_hand)
                 refuse_empty_line(names, place / CLASSES)
+                if by_hand and number_of_first([name.split() for name in names]) == 0:
+                    names = [name.split(maxsplit=1)[1] for name in names]
                 if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                     raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
                 return names
+    return None
+
+
+def number_of_first(rows: Sequence[Sequence[str]]) -> int | None:
+    """0 or 1 where each row of words is a number, counted up from there, and a class; None where the rows are else.
+
+    Three numbers and a name are a colour and a name.
+    """
+    for first in (0, 1):
+        numbered = all(row[0].rstrip(":.") == str(number) for number, row in enumerate(rows, start=first))
+        named = all(not all(word.isdecimal() for word in row[1:]) for row in rows)
+        coloured = any(len(row) > 3 and [word.isdecimal() for word in row[1:4]] == [True, True, False] for row in rows)
+        if numbered and named and not coloured and len(rows) > 1:
+            return first
     return None
 
 

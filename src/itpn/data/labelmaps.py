@@ -154,7 +154,7 @@ def find_label_maps(
     pairs = find_pairs(root, masks, "train")
     if pairs is None:
         raise UserError(f"no images with masks to train on in {root}: {LAYOUTS}")
-    train = check(pairs, read_names(rules.classes, root), rules)
+    train = check(pairs, read_names(rules.classes, root, int(rules.reduce_zero_label)), rules)
     val = find_to_evaluate(root, masks, val_root, val_masks)
     if val is not None and val[0] != pairs[0]:
         return train, check(val, train.table, rules)
@@ -196,7 +196,8 @@ def read_to_evaluate(
             return held_out, True
     if pairs is None:
         raise UserError(f"no images with masks to evaluate on in {root}: {LAYOUTS}")
-    return check(pairs, read_names(rules.classes, val_root or root) or names, rules), False
+    own_names = read_names(rules.classes, val_root or root, int(rules.reduce_zero_label))
+    return check(pairs, own_names or names, rules), False
 
 
 def find_to_evaluate(root: str, masks: str | None, val_root: str | None, val_masks: str | None) -> "Pairs | None":
@@ -305,8 +306,7 @@ def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> L
         else:
             found.add(*mistake)
     if not kept:
-        why = f" that can be used: {found.lines()[0]}" if found.counts else ""
-        raise UserError("; ".join([f"{folder} has no images{why}", *found.notes]))
+        raise found.explain_lack(folder, "images")
     found.report(others, rules.mistakes, rules.tell)
     assert table is not None
     if not present - {IGNORED}:
@@ -423,7 +423,7 @@ def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mista
     stems: dict[str, list[str]] = {}
     unread: Counter[str] = Counter()
     for path in list_images(others, unread):
-        if not (together and path.lower().endswith((".jpg", ".jpeg"))):
+        if not (together and path.lower().endswith(JPEG_SUFFIXES)):
             stems.setdefault(os.path.splitext(os.path.relpath(path, others))[0], []).append(path)
     if not together:
         mistakes.note_unread(others, unread)

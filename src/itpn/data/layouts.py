@@ -71,6 +71,11 @@ class Mistakes:
             for kind, count in self.counts.most_common()
         ]
 
+    def explain_lack(self, source: str, lacking: str) -> UserError:
+        """``source`` has nothing that can be used; with every reason that is known."""
+        reasons = "; ".join([*self.lines(), *dict.fromkeys(self.notes)])
+        return UserError(f"{source} has no {lacking}" + (f" that can be used: {reasons}" if reasons else ""))
+
     def report(
         self,
         source: str,
@@ -268,6 +273,11 @@ def _read_settings(file: Path) -> dict[str, Any]:
     if nameless := [key for key, name in named.items() if not name]:
         raise UserError(f"{file}: class {nameless[0]} has no name")
     rest = {key: value for key, value in settings.items() if value not in ("", "~", "null", "Null", "NULL", [])}
+    count = rest.get("nc", len(named))
+    if read_whole(count) not in (len(named), max(named, default=-1) + 1):  # the keys of names may have gaps
+        raise UserError(
+            f"{file}: nc is {one_line(str(count))[:20]}, but there are {len(named)} names: correct one of them"
+        )
     return {**rest, "names": named}
 
 

@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from itpn.data.cache import FeatureCache
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_sample
-from itpn.data.files import ImageSource
+from itpn.data.files import ImageSource, describe_unread
 from itpn.data.readers import FileReader, Reader, remedy_of_loss
 from itpn.data.shards import Sample, count_shard_images, shard_samples
 from itpn.data.workers import WorkerLoader, beat
@@ -51,8 +51,8 @@ class TrainingLoader:
     Iterating yields what is left of the current epoch, and the next time the next epoch. A batch is a dict: what the
     transform makes of the images ("image" uint8 [batch_size, 3, H, W], "teacher_image", "label"), "key" the images'
     names, "broken" a list of (name, reason) for each file that could not be read while it was made, "remarks" (name,
-    remark) of the first image whose values are remarkable (see `EncodedImage`), if there is one. A broken file's place
-    is taken by the next readable one, so that batches keep their size. The batches depend on the seed, on ``rank`` and
+    remark) by kind, of the first image that needs one of each kind (see `EncodedImage`). A broken file's place is taken
+    by the next readable one, so that batches keep their size. The batches depend on the seed, on ``rank`` and
     ``world_size``, and with shards that are not labelled on ``num_workers``, and on nothing else.
 
     Of files, each epoch has every image at most once over all ranks; what does not fill a batch on every rank is
@@ -111,9 +111,11 @@ class TrainingLoader:
             self.images = len(files)
         else:
             assert isinstance(source, ImageSource)
-            self.images = samples_per_epoch or count_shard_images(source.shards, source.members)
+            unread = Counter[str]()
+            self.images = samples_per_epoch or count_shard_images(source.shards, source.members, unread)
             if self.images == 0:
-                raise UserError(f"no images in the shards ({source.shards[0]} ...): is each an intact tar of images?")
+                what = describe_unread(unread) or "is each an intact tar of images?"
+                raise UserError(f"no images in the shards ({source.shards[0]} ...): {what}")
         plan = _Plan(
             batch_size=min(batch_size, math.ceil(self.images / world_size)),
             batches=max(1, self.images // (batch_size * world_size)),
@@ -214,7 +216,7 @@ class _Plan:
         views: list[View] = []
         keys: list[str] = []
         broken: list[tuple[str, str]] = []
-        remarks: list[tuple[str, str]] = []
+        remarks: dict[str, tuple[str, str]] = {}
         for sample, rng in samples:
             known: list[Any]
             for key, data, *known in itertools.chain([sample], spares):
@@ -227,8 +229,8 @@ class _Plan:
                     continue
                 views.append(view)
                 keys.append(key)
-                if image.remark and not remarks:
-                    remarks.append((key, image.remark))
+                for kind, remark in image.remarks.items():
+                    remarks.setdefault(kind, (key, remark))
                 break
             else:
                 return {"image": None, "key": [], "broken": broken}
@@ -310,7 +312,7 @@ class _CachedBatches(Dataset[Batch]):
         except UserError as error:  # from a worker it would come as a traceback
             return {"image": None, "error": str(error)}
         views = {"image": torch.stack(images), "feature": torch.stack(features)}
-        return {**views, "key": list(keys), "broken": [], "remarks": []}
+        return {**views, "key": list(keys), "broken": [], "remarks": {}}
 
 
 class _ShardBatches(IterableDataset[Batch]):

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from itpn.data.files import IMAGE_SUFFIXES, is_hidden
+from itpn.data.files import CLASS_FILES, IMAGE_SUFFIXES, is_hidden, suffix_of
 from itpn.errors import UserError
 
 ALL = "all"
@@ -46,6 +46,10 @@ def split_name(name: str) -> tuple[str, str]:
 
 def is_image_ending(ending: str) -> bool:
     return f".{ending}".endswith(IMAGE_SUFFIXES)
+
+
+def is_label_ending(ending: str) -> bool:
+    return ending.rpartition(".")[2] == "cls"
 
 
 class Choice:
@@ -117,12 +121,22 @@ class Choice:
         return f"{both} (see --data.members)" if both else ""
 
 
-def find_members(members: Iterable[tarfile.TarInfo], read: Callable[[tarfile.TarInfo], Any]) -> Iterator[Member]:
-    """All images among an archive's members, each with what ``read`` makes of it; hidden ones are passed over."""
+def find_members(
+    members: Iterable[tarfile.TarInfo], read: Callable[[tarfile.TarInfo], Any], unread: Counter[str] | None = None
+) -> Iterator[Member]:
+    """All images among an archive's members, each with what ``read`` makes of it; hidden ones are passed over.
+
+    Args:
+        unread: counts what is neither an image nor a label by suffix, as the files of a folder are counted.
+    """
     for member in members:
+        if not member.isfile() or is_hidden(member.name):
+            continue
         key, ending = split_name(member.name)
-        if member.isfile() and is_image_ending(ending) and not is_hidden(member.name):
+        if is_image_ending(ending):
             yield Member(member.name, key, ending, read(member))
+        elif unread is not None and not is_label_ending(ending) and os.path.basename(member.name) not in CLASS_FILES:
+            unread[suffix_of(member.name)] += 1
 
 
 def _is_secondary(ending: str) -> bool:

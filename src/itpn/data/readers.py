@@ -17,6 +17,7 @@ from itpn.reading import read_bounded
 from itpn.text import one_line, readable
 
 MAX_FILE = 2**31  # bytes of an image's file: floating-point RGB of the most pixels that are decoded has 1.6 GB
+GZIP = b"\x1f\x8b"  # the first bytes
 MAX_UNPACKED = 2**33  # bytes of compressed archives that are kept in memory
 RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds, in which a network mount may come back
 
@@ -171,8 +172,12 @@ class TarReader:
 
 
 def is_compressed(path: str) -> bool:
+    return read_head(path, len(GZIP)) == GZIP
+
+
+def read_head(path: str | Path, size: int) -> bytes:
     with open(path, "rb") as file:
-        return file.read(2) == b"\x1f\x8b"
+        return file.read(size)
 
 
 def unpack(path: str, most: int) -> bytes:

@@ -4,24 +4,31 @@ import functools
 import itertools
 import os
 import random
+import re
 import tarfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from lzma import LZMAError
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import is_hidden
-from itpn.data.members import Choice, Member, find_members, is_image_ending, split_name
-from itpn.data.readers import MAX_FILE, check_lost, is_compressed, too_large
+from itpn.data.files import describe_unread, is_hidden
+from itpn.data.members import Choice, Member, find_members, is_label_ending, split_name
+from itpn.data.readers import GZIP, MAX_FILE, check_lost, read_head, too_large
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.text import decode_text, readable
 
 Sample = tuple[str, bytes | UnreadableImage]  # a name, and what its file holds or why that cannot be had
-TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error, LZMAError)
+TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
+# what tarfile might unpack, depending on Python's version and build, but nothing reads at a place or within bounds
+COMPRESSIONS = {
+    "xz": re.compile(rb"\xfd7zXZ\0"),
+    "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),  # a tar begins with its first member's name, which may start with BZh
+    "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
+    "lzma": re.compile(rb"\]\0\0\x80\0"),
+}
 
 
 MAX_HEADER = 2**20  # bytes of a header of names and attributes
@@ -64,7 +71,7 @@ def read_shard(path: str | Path, members: Sequence[str] = ()) -> Iterator[Sample
     """
     shard = readable(Path(path).name)
     choice, errors = Choice(members), list[Exception]()
-    for member in choice.choose(_open_members(path, "r|*", _read_member, errors)):
+    for member in choice.choose(_open_members(path, "r|", _read_member, errors)):
         yield f"{shard}/{readable(member.name)}", member.content
     if errors:
         yield readable(str(path)), UnreadableImage(_reason(errors[0]))
@@ -81,55 +88,66 @@ def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | Unrea
 
 
 def _open_members(
-    path: str | Path, mode: Any, read: Callable[[tarfile.TarFile, tarfile.TarInfo], Any], errors: list[Exception]
+    path: str | Path,
+    mode: Any,
+    read: Callable[[tarfile.TarFile, tarfile.TarInfo], Any],
+    errors: list[Exception],
+    unread: Counter[str] | None = None,
 ) -> Iterator[Member]:
     """The images of a shard up to its end, or to what is damaged, which goes to ``errors``."""
     try:
         with open_tar(path, mode) as tar:
-            yield from find_members(check_members(tar, path), functools.partial(read, tar))
+            yield from find_members(check_members(tar, path), functools.partial(read, tar), unread)
     except TAR_ERRORS as error:
         check_lost(path, error)
         errors.append(error)
 
 
 def open_tar(path: str | Path, mode: Any) -> tarfile.TarFile:
-    """A tar archive; names in it are UTF-8, whatever the locale is, and other bytes are kept as Python keeps them."""
+    """A tar archive, plain or gzipped, whatever it is called.
+
+    Names in it are UTF-8, whatever the locale is, and other bytes are kept as Python keeps them.
+
+    Args:
+        mode: ``r:`` to go to any place in it, ``r|`` to read it from front to back.
+
+    Raises:
+        UserError: it is compressed with something else.
+    """
+    head = read_head(path, 10)
+    if found := next((name for name, magic in COMPRESSIONS.items() if magic.match(head)), None):
+        raise UserError(f"shard {path} is compressed with {found}: unpack it, or use gzip")
+    mode += "gz" if head.startswith(GZIP) else ""
     return tarfile.open(path, mode, tarinfo=StrictTarInfo, encoding="utf-8", errors="surrogateescape")
 
 
-def survey_shards(shards: Sequence[str | Path], members: Sequence[str] = ()) -> tuple[Counter[str], Counter[str]]:
-    """Endings of the images that are read of some shards, and of those that are not, from the headers alone.
+def count_shard_images(
+    shards: Sequence[str | Path], members: Sequence[str] = (), unread: Counter[str] | None = None
+) -> int:
+    """How many images are read of some shards, from the headers alone; of a damaged one, as many as can be reached.
 
-    Of a damaged shard, as many as can be reached.
+    Args:
+        unread: counts the other members by suffix, but those of images that are left out.
     """
-    taken, left = Counter[str](), Counter[str]()
+    images = 0
     for path in shards:
         choice = Choice(members)
-        for _ in choice.choose(_open_members(path, "r:*", lambda tar, member: None, [])):
-            pass
-        taken += choice.taken
-        left += choice.left
-    return taken, left
-
-
-def count_shard_images(shards: Sequence[str | Path], members: Sequence[str] = ()) -> int:
-    """How many images are read of the shards, see :func:`survey_shards`."""
-    return survey_shards(shards, members)[0].total()
+        images += sum(1 for _ in choice.choose(_open_members(path, "r:", lambda tar, member: None, [], unread)))
+    return images
 
 
 def check_shards(shards: Sequence[str], members: Sequence[str] = ()) -> list[str]:
-    """What is left out of shards, as the headers of the first one show it, a line.
+    """What is left out of shards, as the headers of the first one show it, a line for each reason.
 
     Raises:
         UserError: it is not certain which of its images are meant, or ``members`` names none.
     """
-    choice, errors = Choice(members), list[Exception]()
-    for _ in choice.choose(_open_members(shards[0], "r:*", lambda tar, member: None, errors)):
+    choice, unread = Choice(members), Counter[str]()
+    for _ in choice.choose(_open_members(shards[0], "r:", lambda tar, member: None, [], unread)):
         pass
     if choice.problem:
         raise UserError(f"shard {shards[0]} {choice.problem}")
-    note = choice.describe()
-    return [f"{shards[0]}: {note}"] if note else []
+    return [f"{shards[0]}: {note}" for note in (choice.describe(), describe_unread(unread)) if note]
 
 
 class Place(NamedTuple):
@@ -141,36 +159,35 @@ class Place(NamedTuple):
     label: str | None
 
 
-def index_shard(path: str, members: Sequence[str] = (), left: Counter[str] | None = None) -> list[Place]:
+def index_shard(
+    path: str,
+    members: Sequence[str] = (),
+    left: Counter[str] | None = None,
+    unread: Counter[str] | None = None,
+) -> list[Place]:
     """The images of a shard, with their labels.
 
     Args:
         members: endings of the images, see :class:`itpn.data.members.Choice`.
         left: counts those of the images that are left out.
+        unread: counts the members that are neither images nor labels, by suffix.
 
     Raises:
-        UserError: the shard is damaged, it is not certain which images are meant, or a label is not text in UTF-8.
+        UserError: the shard is damaged, it is not certain which images are meant, a label is not text in UTF-8, or
+            there is another label of its name.
     """
     labels: dict[str, str] = {}
-    images: dict[str, Member] = {}
     try:
-        with open_tar(path, "r:gz" if is_compressed(path) else "r:") as tar:
-            for member in check_members(tar, path):
-                key, ending = split_name(member.name)
-                if not member.isfile() or is_hidden(member.name):
-                    continue
-                if ending.rpartition(".")[2] == "cls":
-                    file = tar.extractfile(member)
-                    assert file is not None
-                    text = decode_text(file.read(1000), f"{member.name} in {path}").strip()
-                    labels[key if ending == "cls" else member.name[: -len(".cls")]] = text
-                elif is_image_ending(ending):
-                    images[member.name] = Member(member.name, key, ending, (member.offset_data, member.size))
+        with open_tar(path, "r:") as tar:
+            found = find_members(
+                _take_labels(tar, path, labels), lambda member: (member.offset_data, member.size), unread
+            )
+            images = list(found)  # each, also of one name: which comes last is not known where shards are streamed
     except TAR_ERRORS as error:
         check_lost(path, error)
         raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
     choice = Choice(members)
-    chosen = list(choice.choose(iter(images.values())))
+    chosen = list(choice.choose(images))
     if choice.problem:
         raise UserError(f"shard {path} {choice.problem}")
     if left is not None:
@@ -179,6 +196,22 @@ def index_shard(path: str, members: Sequence[str] = (), left: Counter[str] | Non
         Place(one.name, start, size, labels.get(one.key, labels.get(one.name.rpartition(".")[0])))
         for one, (start, size) in ((one, one.content) for one in chosen)
     ]
+
+
+def _take_labels(tar: tarfile.TarFile, path: str, labels: dict[str, str]) -> Iterator[tarfile.TarInfo]:
+    """The members of a shard; the text of each label goes to ``labels`` on the way."""
+    for member in check_members(tar, path):
+        key, ending = split_name(member.name)
+        if is_label_ending(ending) and member.isfile() and not is_hidden(member.name):
+            file = tar.extractfile(member)
+            assert file is not None
+            text = decode_text(file.read(1000), f"{member.name} in {path}").strip()
+            known = labels.setdefault(key if ending == "cls" else member.name[: -len(".cls")], text)
+            if known != text:
+                raise UserError(
+                    f"{member.name} is in {path} twice, as {known!r} and as {text!r}: make it again with one"
+                )
+        yield member
 
 
 def shard_samples(

@@ -50,7 +50,7 @@ class ShrunkImage(NamedTuple):
     original: Original
     content: bytes | UnreadableImage  # a JPEG, or why there is none
     size: int = 0  # bytes that it had before
-    remark: str | None = None  # see `EncodedImage`
+    remarks: dict[str, str] | None = None  # see `EncodedImage`
 
 
 @dataclass
@@ -75,11 +75,14 @@ def write_index(folder: Path, index: ShrinkIndex) -> None:
     write_whole(folder / SHRINK_INDEX, (json.dumps(asdict(index), indent=2, sort_keys=True) + "\n").encode())
 
 
-def list_originals(source: ImageSource, left: Counter[str] | None = None) -> list[Original]:
+def list_originals(
+    source: ImageSource, left: Counter[str] | None = None, unread: Counter[str] | None = None
+) -> list[Original]:
     """The images of a source in the order in which they are written: files shuffled, those of shards as they are.
 
     Args:
         left: counts the images of shards that are left out, by ending.
+        unread: counts the members of shards that are neither images nor labels, by suffix.
 
     Raises:
         UserError: a shard is damaged.
@@ -93,7 +96,7 @@ def list_originals(source: ImageSource, left: Counter[str] | None = None) -> lis
         originals.append(Original(key, readable(path), path, label=folder))
     for path in source.shards:
         shard = re.sub(r"\.(tar|tar\.gz|tgz)$", "", _below_roots(path, source.roots), flags=re.IGNORECASE)
-        for name, start, size, label in index_shard(path, source.members, left):
+        for name, start, size, label in index_shard(path, source.members, left, unread):
             inner = f"{shard}/{os.path.normpath('/' + os.path.splitext(name)[0]).strip('/')}"
             called = readable(f"{os.path.basename(path)}/{name}")
             originals.append(Original(_make_key(inner, taken), called, path, start, size, label))
@@ -139,7 +142,7 @@ class ShrunkImages(Dataset[ShrunkImage]):
         try:
             encoded = EncodedImage(_read(original), self.max_pixels)
             content = shrink_encoded(encoded, self.short_side, self.quality)
-            return ShrunkImage(original, content, len(encoded.data), encoded.remark)
+            return ShrunkImage(original, content, len(encoded.data), encoded.remarks or None)
         except UnreadableImage as error:
             return ShrunkImage(original, error)
         except (OSError, EOFError, ValueError, zlib.error) as error:

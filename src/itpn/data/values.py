@@ -7,13 +7,16 @@ import numpy as np
 from PIL import Image
 
 SMALL_PART = 1 / 4  # of a range; of images that fill less, there is a remark
+OUTLIERS = 1000  # one pixel in so many may be hot or dead, and tells nothing of the others
 NODATA = 42113  # GDAL's tag
 SENTINELS = (-9999.0, -99999.0, -32768.0, -(2.0**31))  # of pixels without data, where no tag says which
 HUGE = 1e20  # no measurement is as large: -3.4e38, 9.97e36 and 1e20 stand for none
 ADVICE = "rescale the images if this is not what you want"
 
 
-def scale_values(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Image, str | None]:
+def scale_values(
+    image: Image.Image, tags: Mapping[int, Any], transparent: int | None = None
+) -> tuple[Image.Image, str | None]:
     """A grey image of integers of more than 8 bits, or of floats, in 8 bits.
 
     Unsigned integers of 12 or 16 bits are divided, whatever the image holds, so that images stay comparable. Floats
@@ -22,12 +25,13 @@ def scale_values(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Ima
 
     Args:
         tags: of a TIFF; none of a PNG, whose values are always unsigned.
+        transparent: a value whose pixels become white, and do not count either.
 
     Returns:
         The image in mode L, and what to say of its values, if anything.
     """
     values = np.asarray(image)
-    nodata = _read_nodata(tags.get(NODATA))
+    nodata = _read_nodata(tags.get(NODATA)) if transparent is None else transparent
     bits = (tags.get(258) or (16,))[0]
     if image.mode.startswith("I;16") or not tags:  # older Pillow opens 16-bit PNG as 32-bit integers
         valid = np.full(values.shape, True) if nodata is None else values != nodata
@@ -39,15 +43,27 @@ def scale_values(image: Image.Image, tags: Mapping[int, Any]) -> tuple[Image.Ima
         pixels, remark = _scale_unknown(values, valid)
     if tags.get(262) == 0:  # white is zero
         pixels = 255 - pixels
-    return Image.fromarray(np.where(valid, pixels, np.uint8(0))), remark
+    return Image.fromarray(np.where(valid, pixels, np.uint8(0 if transparent is None else 255))), remark
 
 
-def remark_on_high_bytes(image: Image.Image) -> str | None:
+def remark_on_high_bytes(image: Image.Image, tags: Mapping[int, Any]) -> str | None:
     """What to say of colours of 16 bits, of which Pillow gives the upper 8; alpha does not count."""
-    extrema: Any = image.getextrema()
-    bands = [one for band, one in zip(image.getbands(), extrema, strict=True) if band not in ("A", "a")]
-    low, high = min(low for low, _ in bands), max(high for _, high in bands)
-    return _remark_on_range(low << 8, (high << 8) + 255, 16) if low < high or high == 0 else None
+    colours = [band not in ("A", "a") for band in image.getbands()]
+    counts = np.array(image.histogram()).reshape(-1, 256)[colours].sum(axis=0)
+    nodata = _read_nodata(tags.get(NODATA))
+    if nodata is not None and 0 <= nodata < 2**16:
+        counts[int(nodata) >> 8] = 0
+    total = int(counts.sum())
+    few = _count_outliers(image.width * image.height) * sum(colours)
+    greatest, counts[255] = int(counts[255]), 0
+    for outliers in (0, few):
+        low, high = _find_range(counts, outliers)
+        # of a single value, there is nothing to say; but all of 8 bits in 16 look like one
+        if low < high or (low == high == 0 and greatest <= few):
+            left_out = total - int(counts[low : high + 1].sum())
+            if remark := _remark_on_range(low << 8, (high << 8) + 255, 16, left_out):
+                return remark
+    return None
 
 
 def find_valid(values: np.ndarray, nodata: float | None) -> np.ndarray:
@@ -73,20 +89,37 @@ def _read_nodata(tag: Any) -> float | None:
 
 def _scale_unsigned(values: np.ndarray, valid: np.ndarray, bits: int) -> tuple[np.ndarray, str | None]:
     pixels = (values >> (bits - 8)).astype(np.uint8)
-    used = values[valid]
-    if not used.size:
-        return pixels, None
-    return pixels, _remark_on_range(int(used.min()), int(used.max()), bits)
+    used = valid & (values < 2**bits - 1)  # the greatest may be saturated, or stand for no data
+    counts = np.array(Image.fromarray(pixels).histogram(Image.fromarray(used)))
+    for outliers in (0, _count_outliers(values.size)):
+        low, high = _find_range(counts, outliers)
+        if low <= high and high - low <= SMALL_PART * 256:
+            some = values[used & (pixels >= low) & (pixels <= high)]
+            left_out = int(valid.sum()) - some.size
+            if remark := _remark_on_range(int(some.min()), int(some.max()), bits, left_out):
+                return pixels, remark
+    return pixels, None
 
 
-def _remark_on_range(low: int, high: int, bits: int) -> str | None:
+def _count_outliers(pixels: int) -> int:
+    return -(-pixels // OUTLIERS) if pixels >= 64 else 0
+
+
+def _find_range(counts: np.ndarray, outliers: int) -> tuple[int, int]:
+    """The least and the greatest value of a histogram [256] without some at each end; (1, 0) where none is left."""
+    below, above = np.cumsum(counts) > outliers, np.cumsum(counts[::-1]) > outliers
+    return (int(below.argmax()), 255 - int(above.argmax())) if below.any() else (1, 0)
+
+
+def _remark_on_range(low: int, high: int, bits: int, left_out: int) -> str | None:
     full = 2**bits - 1
     if low == high or high - low >= SMALL_PART * full:
         return None
     needed = max(high.bit_length(), 1)
     as_of = f" ({needed} bits end at {2**needed - 1})" if needed < bits else ""
+    which = f"all but {left_out:,} of its values" if left_out else "its values"
     return (
-        f"its values lie between {low} and {high} of {full}{as_of}: divided by {2 ** (bits - 8)} to give 8 bits, they "
+        f"{which} lie between {low} and {high} of {full}{as_of}: divided by {2 ** (bits - 8)} to give 8 bits, they "
         f"show little contrast; {ADVICE}"
     )
 

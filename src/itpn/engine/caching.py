@@ -128,7 +128,8 @@ def _write_shard(
     for views in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):
         for message in skipped.update(item for sample in views for item in sample["broken"]):
             print_aside(f"skipped {message}", Output())
-        tell_remarks((item for sample in views for item in sample["remarks"]), Output())
+        for sample in views:
+            tell_remarks(sample["remarks"], Output())
         view = "teacher_image" if "teacher_image" in views[0] else "image"
         shown = torch.cat([sample[view] for sample in views])
         features.append(_run(teacher, shown, precision).to(dtype).cpu())

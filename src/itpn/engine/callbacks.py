@@ -155,7 +155,7 @@ class Monitor(L.Callback):
         self.device = torch.device("cpu")
         self._collapsed = False
         self._broken: list[tuple[str, str]] = []
-        self._remarks: list[tuple[str, str]] = []
+        self._remarks: dict[str, tuple[str, str]] = {}
         self._first_bad: Tensor | None = None
         self._sums: dict[str, Tensor] = {}
         self._passes = 0
@@ -220,7 +220,7 @@ class Monitor(L.Callback):
             self.images += len(batch["image"]) * trainer.world_size
         self.images_seen += len(batch["image"]) * trainer.world_size
         self._broken += batch["broken"]
-        self._remarks = self._remarks or batch["remarks"]
+        self._remarks = {**batch["remarks"], **self._remarks}
         if trainer.world_size == 1:
             self._count_skipped(trainer)
         for name, figure in outputs["figures"].items():
@@ -248,10 +248,11 @@ class Monitor(L.Callback):
         if trainer.world_size > 1:
             told = [None] * trainer.world_size
             torch.distributed.all_gather_object(told, (self._broken, self._remarks))
-        self._broken, self._remarks = [], []
+        self._broken, self._remarks = [], {}
         for message in self.skipped.update(item for broken, _ in told for item in broken):
             print_aside(f"skipped {message}", self.console)
-        tell_remarks((item for _, remarks in told for item in remarks), self.console)
+        for _, remarks in told:
+            tell_remarks(remarks, self.console)
         images = self._loader(trainer).images
         self.skipped.check(min(self.images_seen, images), epoch_ended=self.images_seen >= images)
 

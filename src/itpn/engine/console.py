@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Mapping
 from typing import IO
 
 from rich.console import Console
@@ -88,27 +88,24 @@ def print_aside(message: str, console: Console | None = None) -> None:
     console.print(one_line(message), style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-_remarked = False
+_told: set[str] = set()  # kinds of remarks
 
 
-def tell_remarks(remarks: Iterable[tuple[str, str]], console: Console | None = None) -> None:
-    """Tell what is to be said of the values of images, (name, remark), of the first alone in a whole command.
+def tell_remarks(remarks: Mapping[str, tuple[str, str]], console: Console | None = None) -> None:
+    """Tell what is to be said of images, (name, remark) by kind, of each kind the first alone in a whole command.
 
     Only the main one of several processes tells.
     """
-    global _remarked
-    first = next(iter(remarks), None)
-    if first is None or _remarked:
-        return
-    from itpn.engine.launch import read_launch  # takes long to import, and most images need no remark
+    for kind, (name, remark) in remarks.items():
+        if kind in _told:
+            continue
+        from itpn.engine.launch import read_launch  # takes long to import, and most images need no remark
 
-    _remarked = True
-    if read_launch().main:
-        name, remark = first
-        print_aside(f"warning: {name}: {remark} (told once, others may be alike)", console)
+        _told.add(kind)
+        if read_launch().main:
+            print_aside(f"warning: {name}: {remark} (told once, others may be alike)", console)
 
 
 def forget_remarks() -> None:
     """A new command begins."""
-    global _remarked
-    _remarked = False
+    _told.clear()

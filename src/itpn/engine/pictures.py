@@ -157,8 +157,7 @@ def read_whole_images(
         except UnreadableImage as error:
             skipped(f"{name}: {error}")
             continue
-        if image.remark:
-            tell_remarks([(name, image.remark)])
+        tell_remarks({kind: (name, remark) for kind, remark in image.remarks.items()})
         yield name, crop(pixels)
 
 

@@ -15,7 +15,7 @@ from rich.filesize import decimal
 from rich.progress import track
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage
-from itpn.data.files import CACHE_INDEX, CLASSES, SHRINK_INDEX, ImageSource, walk
+from itpn.data.files import CACHE_INDEX, CLASSES, SHRINK_INDEX, ImageSource, describe_unread, walk
 from itpn.data.folders import check_settings
 from itpn.data.labelled import read_class_names
 from itpn.data.loader import SkippedImages
@@ -62,12 +62,14 @@ def shrink(
         RunStopped: by a signal.
     """
     console = Output()
-    left: Counter[str] = Counter()
-    originals = {split: _list_some(source, left) for split, source in splits.items()}
+    left, unread = Counter[str](), Counter[str]()
+    originals = {split: _list_some(source, left, unread) for split, source in splits.items()}
     for note in [note for source in splits.values() for note in source.notes]:
         print_aside(note)
     if left:
         print_aside(f"not written of the shards: {list_endings(left)} (see --data.members)")
+    if note := describe_unread(unread):
+        print_aside(f"shards: {note}")
     classes = _label(splits, originals)
     shards = {
         os.path.join(split, f"images-{begin // shard_size:05d}.tar"): found[begin : begin + shard_size]
@@ -102,11 +104,12 @@ def shrink(
     )
 
 
-def _list_some(source: ImageSource, left: Counter[str]) -> list[Original]:
+def _list_some(source: ImageSource, left: Counter[str], unread: Counter[str]) -> list[Original]:
     if source.cache:
         raise UserError(f"{source.cache} holds cached features: give the images that they were made of")
-    if not (originals := list_originals(source, left)):
-        raise UserError(f"no images in the shards ({source.shards[0]} ...)")
+    if not (originals := list_originals(source, left, unread)):
+        note = describe_unread(unread)
+        raise UserError(f"no images in the shards ({source.shards[0]} ...){f'; {note}' if note else ''}")
     return originals
 
 
@@ -203,9 +206,8 @@ def _members(
     skipped: SkippedImages,
 ) -> Iterator[tuple[str, bytes]]:
     """The files of a shard; tells of the broken ones, and counts in ``record``."""
-    for original, content, size, remark in results:
-        if remark is not None:
-            tell_remarks([(original.name, remark)])
+    for original, content, size, remarks in results:
+        tell_remarks({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
         if isinstance(content, UnreadableImage):
             record["broken"][original.name] = str(content)
             for message in skipped.update([(original.name, str(content))]):
