@@ -111,21 +111,22 @@ def kill_a_worker(monkeypatch, where) -> None:
 def test_training_with_a_killed_worker(photos, tmp_path, monkeypatch, capsys):
     def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
         if self.trainer.global_step == 3:
-            pid = self.loader._stream.gi_frame.f_locals["stream"]._workers[0].pid
-            os.kill(pid, signal.SIGKILL)
-            os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)  # on a busy machine a process takes its time to die
+            os.kill(self.loader._stream.gi_frame.f_locals["stream"]._workers[0].pid, signal.SIGKILL)
             time.sleep(1)
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(PretrainingTask, "training_step", training_step)
     command = ["train", "itpn-pixel_nano", "--data.root", str(photos), *OPTIONS, "--output-dir", str(tmp_path)]
+    command += ["--trainer.max-steps", "100"]
     assert main([*command, "--trainer.checkpoint-every-n-steps", "2"]) == 1
     last = tmp_path / "itpn-pixel_nano/default/checkpoints/last.ckpt"
     assert re.match(
         r"itpn: a worker process that reads was killed \(Killed\), .*--data\.num-workers", error := line(capsys)
     )
     assert error.endswith(f"; the same command resumes from {last}\n")
-    assert torch.load(last, weights_only=True)["global_step"] == 2
+    # at once by torch's handler of SIGCHLD, which Lightning takes away after the first run of a process; or else when
+    # the batches that were ready are used up
+    assert torch.load(last, weights_only=True)["global_step"] in range(2, 20, 2)
 
 
 @pytest.fixture(scope="module")
