@@ -361,6 +361,35 @@ def test_a_signal_waits_for_the_import_at_hand(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
+def test_a_timer_of_the_caller_goes_on():
+    with pytest.raises(RunStopped), stopped_by_signals():
+        signal.setitimer(signal.ITIMER_REAL, 100)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert signal.setitimer(signal.ITIMER_REAL, 0)[0] > 50
+
+
+@pytest.mark.parametrize("pause", [0, 0.2])
+def test_a_stop_that_is_passed_over_leaves_no_timer(tmp_path, monkeypatch, pause):
+    """Of several processes, one of which has failed."""
+    (tmp_path / "signalled.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGTERM)")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+
+    def fail() -> None:
+        importlib.import_module("signalled")
+        raise ValueError
+
+    with stopped_by_signals():
+        try:
+            fail()
+        except ValueError:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(pause)  # the timer of the first signal ends, or does not
+    del sys.modules["signalled"]
+    assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
 class Signals:
     def __del__(self) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

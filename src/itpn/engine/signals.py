@@ -9,7 +9,7 @@ from types import FrameType
 from typing import Any
 
 from itpn.engine.peers import several
-from itpn.errors import RunStopped
+from itpn.errors import MachineError, RunStopped, UserError
 
 # Ctrl-C, the end of a job, a terminal or connection that was closed, and Slurm's warning of the end
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
@@ -47,10 +47,59 @@ def stop_at_once(signum: int, frame: FrameType | None) -> None:
     raise RunStopped(signum)
 
 
-def _is_import(frame: FrameType | None) -> bool:
-    while frame is not None and frame.f_code.co_filename != "<frozen importlib._bootstrap>":
-        frame = frame.f_back
-    return frame is not None
+class _Stop:
+    """Raises RunStopped for a signal, after the import at hand; once more where Python can raise nothing.
+
+    Args:
+        entered: the frame from which imports are looked for.
+    """
+
+    def __init__(self, entered: FrameType) -> None:
+        self._entered = entered
+        self.asked: int | None = None  # the signal that is yet to stop the command
+        self._looks = 0
+        self._waiting = False
+        self._alarm = SignalHandlers(self.answer, (signal.SIGALRM,))
+        self._before = sys.unraisablehook
+
+    def answer(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGALRM:
+            self._waiting = False
+        else:
+            self.asked = signum
+        if self.asked is None:
+            return
+        if self._looks < MOST_LOOKS and self._is_import(frame):
+            self._looks += 1
+            self._come_again()
+            return
+        stop_at_once(self.asked, frame)
+        self.asked = None  # it was passed over
+
+    def pass_on(self, lost: "sys.UnraisableHookArgs") -> None:
+        """For sys.unraisablehook: what was raised in what runs at a fork, or when an object goes."""
+        if isinstance(lost.exc_value, RunStopped):
+            self.asked = lost.exc_value.signum
+            self._come_again()
+        else:
+            self._before(lost)
+
+    def restore(self) -> None:
+        if self._waiting:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self._alarm.restore()
+
+    def _come_again(self) -> None:
+        self._alarm.set()
+        self._waiting = True
+        signal.setitimer(signal.ITIMER_REAL, LOOK)  # no thread: its start could wait for a lock that we hold
+
+    def _is_import(self, frame: FrameType | None) -> bool:
+        while frame is not None and frame is not self._entered:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                return True
+            frame = frame.f_back
+        return False
 
 
 @contextlib.contextmanager
@@ -62,40 +111,17 @@ def stopped_by_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # the only one that may answer signals
         yield
         return
-    asked: list[int] = []
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        asked.append(asked[-1] if signum == signal.SIGALRM else signum)
-        if _is_import(frame) and len(asked) < MOST_LOOKS:
-            come_again()
-            return
-        stop_at_once(asked[-1], frame)
-        asked.clear()  # it was passed over
-
-    def come_again() -> None:
-        alarm.set()
-        signal.setitimer(signal.ITIMER_REAL, LOOK)  # no thread: its start could wait for a lock that we hold
-
-    def pass_on(lost: "sys.UnraisableHookArgs") -> None:
-        if isinstance(lost.exc_value, RunStopped):  # in what runs at a fork, or when an object goes
-            asked.append(lost.exc_value.signum)
-            come_again()
-        else:
-            before(lost)
-
-    alarm = SignalHandlers(stop, (signal.SIGALRM,))
-    handlers = SignalHandlers(stop, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    stop = _Stop(sys._getframe(2))  # of the with statement; between them is contextlib
+    handlers = SignalHandlers(stop.answer, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     handlers.set()
-    before, sys.unraisablehook = sys.unraisablehook, pass_on
+    before, sys.unraisablehook = sys.unraisablehook, stop.pass_on
     try:
         yield
     except Exception as error:
-        if not asked:
+        if stop.asked is None or isinstance(error, UserError | MachineError):
             raise
-        raise RunStopped(asked[0]) from error
+        raise RunStopped(stop.asked) from error  # what an import, say, made of a RunStopped in it
     finally:
-        if asked:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         sys.unraisablehook = before
-        alarm.restore()
+        stop.restore()
         handlers.restore()
