@@ -362,8 +362,8 @@ def test_a_signal_waits_for_the_import_at_hand(tmp_path, monkeypatch):
 
 
 def test_a_timer_of_the_caller_goes_on():
+    signal.setitimer(signal.ITIMER_REAL, 100)
     with pytest.raises(RunStopped), stopped_by_signals():
-        signal.setitimer(signal.ITIMER_REAL, 100)
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.setitimer(signal.ITIMER_REAL, 0)[0] > 50
 

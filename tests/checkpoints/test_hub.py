@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT
@@ -67,6 +68,11 @@ def test_labels_and_preprocessing_are_kept(tmp_path):
     other = from_pretrained(tmp_path / "other")
     assert other.pretrained_cfg.get("label_names") is None
     assert other.num_classes == 3
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["label_names"] = {"0": "cat", "7": "dog"}  # timm allows it
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_checkpoint(tmp_path).preprocessing["mean"] == [0.5, 0.5, 0.5]
+    assert "classes" not in read_checkpoint(tmp_path).metadata
     with pytest.raises(UserError, match="1 label_names for 2 classes"):
         save_pretrained(model, tmp_path, label_names=["cat"])
     with pytest.raises(UserError, match="no size; it may have mean, std"):

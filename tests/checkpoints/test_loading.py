@@ -378,7 +378,7 @@ def test_no_run_starts_from_weights_that_are_not_numbers(tmp_path, kind, number,
 
 @pytest.mark.parametrize("kind", ["complex64", "bool", "int8"])
 def test_numbers_that_are_no_weights(tmp_path, kind):
-    path = save(tmp_path)
+    path = save(tmp_path, img_size=(64, 64))
     checkpoint = read_checkpoint(path)
     name = "backbone.merges.0.norm.weight"
     checkpoint.tensors[name] = checkpoint.tensors[name].to(getattr(torch, kind))
@@ -386,6 +386,15 @@ def test_numbers_that_are_no_weights(tmp_path, kind):
     for read in (itpn.load, itpn.inspect):
         with pytest.raises(UserError, match=f"numbers of another kind than weights are: {name} is {kind}, not float"):
             read(tmp_path / "weights.pth")
+
+
+def test_numbers_of_other_kinds_beside_the_weights(tmp_path):
+    """Buffers of what else was trained, which the network has no place for."""
+    checkpoint = read_checkpoint(save(tmp_path, img_size=(64, 64)))
+    others = {"text.position_ids": torch.arange(77)[None], "decoder.attn_mask": torch.ones(4, 4).bool()}
+    torch.save({"model": checkpoint.tensors | others}, tmp_path / "weights.pth")
+    itpn.inspect(tmp_path / "weights.pth")
+    itpn.load(tmp_path / "weights.pth", strict=False)
 
 
 @pytest.mark.parametrize(

@@ -281,16 +281,26 @@ def test_lines_that_begin_with_their_numbers(lines, first):
 
 
 @pytest.mark.parametrize(
-    ("content", "classes"), [("0 cat\n1 black dog\n", ("cat", "black dog")), ("1 cat\n2 dog\n", None)]
+    ("content", "labels", "classes"),
+    [
+        ("0 cat\n1 black dog\n", "01", ("cat", "black dog")),
+        ("0 - no DR\n1 - mild\n", "01", ("no DR", "mild")),
+        ("0 - no DR\n1 - mild\n", ("0 - no DR", "1 - mild"), ("0 - no DR", "1 - mild")),
+        ("0 stars\n1 star\n2 stars\n", "012", ("0 stars", "1 star", "2 stars")),
+        ("1 cat\n2 dog\n", "01", ("1 cat", "2 dog")),
+    ],
 )
-def test_numbers_in_a_file_of_classes_beside_shards(tmp_path, content, classes):
+def test_numbers_in_a_file_of_classes_beside_shards(tmp_path, content, labels, classes):
     with tarfile.open(tmp_path / "train-0.tar", "w") as tar:
-        for name, payload in (("0.jpg", b"-"), ("0.cls", b"0"), ("1.jpg", b"-"), ("1.cls", b"1")):
-            member = tarfile.TarInfo(name)
-            member.size = len(payload)
-            tar.addfile(member, io.BytesIO(payload))
+        for number, label in enumerate(labels):
+            for name, payload in ((f"{number}.jpg", b"-"), (f"{number}.cls", label.encode())):
+                member = tarfile.TarInfo(name)
+                member.size = len(payload)
+                tar.addfile(member, io.BytesIO(payload))
     (tmp_path / "classes.txt").write_text(content)
-    assert find_labelled([str(tmp_path)])[0].classes == (classes or tuple(content.splitlines()))
+    found = find_labelled([str(tmp_path)])[0]
+    assert found.classes == classes
+    assert list(found.labels) == [*range(len(labels))]
 
 
 def test_labels_are_found_by_key(tmp_path):

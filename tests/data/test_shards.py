@@ -163,6 +163,8 @@ def test_members_that_are_not_certain(tmp_path: Path, names: list[str], members:
 PACKERS = {
     "xz": lzma.compress,
     "lzma": lambda data: lzma.compress(data, lzma.FORMAT_ALONE),
+    "lzma, fast": lambda data: lzma.compress(data, lzma.FORMAT_ALONE, preset=0),
+    "lzma, small": lambda data: lzma.compress(data, lzma.FORMAT_ALONE, preset=9),
     "bzip2": bz2.compress,
     "zstd": lambda data: b"\x28\xb5\x2f\xfd" + data,  # not all versions of Python can make one
 }
@@ -172,7 +174,7 @@ PACKERS = {
 @pytest.mark.parametrize("name", ["s.tar", "s.tar.gz"])
 def test_other_compressions_than_gzip_are_refused(tmp_path: Path, packed: str, name: str) -> None:
     plain = make_shard(tmp_path / "plain.tar", ["BZh91.jpg", "0.cls"]).read_bytes()
-    shard = tmp_path / name
+    shard, method = tmp_path / name, packed.partition(",")[0]
     shard.write_bytes(PACKERS[packed](plain))
     for read_it in (
         lambda: list(read_shard(shard)),
@@ -180,7 +182,7 @@ def test_other_compressions_than_gzip_are_refused(tmp_path: Path, packed: str, n
         lambda: check_shards([str(shard)]),
         lambda: index_shard(str(shard)),
     ):
-        with pytest.raises(UserError, match=rf"^shard .*{name} is compressed with {packed}: unpack it, or use gzip$"):
+        with pytest.raises(UserError, match=rf"^shard .*{name} is compressed with {method}: unpack it, or use gzip$"):
             read_it()
 
 

@@ -197,7 +197,10 @@ def test_ordinary_images_of_16_bits_need_no_remark(side):
     dark[: side // 8] = 50000  # a lamp at night
     paper = np.where(rng.random((side, side)) < 0.1, 0, 65535)  # two values
     scan = np.where(full < 20000, full, 65535)  # saturated
-    for values in (full, full**2 / 65535, full.clip(20000, 40000), dark, paper, scan, full.clip(65534)):
+    page = np.full((side, side), 65535)
+    page[0, : max(1, side * side // 1250)] = np.arange(max(1, side * side // 1250)) % 500  # black ink
+    product = np.where(full < 12000, full, 65535)  # dark, before saturated white
+    for values in (full, full**2 / 65535, full.clip(20000, 40000), dark, paper, scan, page, product, full.clip(65534)):
         for data in containers(values.astype(np.uint16)):
             assert read(data)[1] is None
         assert read(tiff(values.astype(np.uint16), tags={NODATA: (2, b"nan\0")}))[1] is None
@@ -349,8 +352,8 @@ def test_cmyk_jpegs_with_and_without_adobes_marker():
 GREY = np.full((8, 8), 7, np.uint8)
 
 
-def page(kind: int | None = None, order: str = "<") -> bytes:
-    return tiff(GREY, order, tags=None if kind is None else {254: (4, [kind])})
+def page(kind: int | None = None, order: str = "<", tag: int = 254, form: int = 4) -> bytes:
+    return tiff(GREY, order, tags=None if kind is None else {tag: (form, [kind])})
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
@@ -372,6 +375,12 @@ def test_tiffs_of_several_pages_say_so(order, kinds, said):
     assert Image.open(io.BytesIO(image.data)).n_frames == len(kinds)
     image.decode()
     assert image.remarks == ({"pages": PAGES} if said else {})
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("tag", "form", "kind", "said"), [(254, 3, 1, False), (254, 3, 2, True), (255, 3, 2, False)])
+def test_smaller_copies_in_other_words(order, tag, form, kind, said):
+    assert has_pages(join_tiffs(page(None, order), page(kind, order, tag, form))) is said
 
 
 def test_pages_of_large_and_of_damaged_tiffs():

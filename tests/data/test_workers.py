@@ -62,13 +62,17 @@ def run(action: str, workers: int = 2) -> list[int]:
     return [int(batch["image"][0]) for batch in WorkerLoader(Misbehaving(action), range(9), workers, "photos")]
 
 
-def test_workers_leave_no_folders_behind(tmp_path, monkeypatch):
+@pytest.mark.parametrize("length", [0, 100])  # too long for a socket
+def test_workers_leave_no_folders_behind(monkeypatch, length):
     """They share the one that the main process removes when it ends; each would leave its own when it is killed."""
     settings = multiprocessing.current_process()._config
     monkeypatch.setitem(settings, "tempdir", None)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    assert run("none") == list(range(9))
-    assert [str(path) for path in tmp_path.iterdir()] == [settings["tempdir"]]
+    with tempfile.TemporaryDirectory(suffix="x" * length) as folder:
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        assert run("none") == list(range(9))
+        assert tempfile.tempdir == folder
+        assert [str(path) for path in Path(folder).iterdir()] == ([] if length else [settings["tempdir"]])
+        assert os.listdir(settings["tempdir"]) == []
 
 
 def alive() -> list[str]:

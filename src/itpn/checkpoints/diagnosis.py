@@ -81,10 +81,21 @@ def fit(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], li
 
     Returns:
         A state dict for the model without what has to stay random, and the findings.
+
+    Raises:
+        UserError: weights that are complex, boolean or whole numbers, or position tables of an unknown image size.
     """
     backbone = find_backbone(model)
     own = named_tensors(model)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "relative_position_index" not in name}
+    for name, tensor in tensors.items():
+        # cast, they would become weights that nobody trained: half of a complex number would go
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"checkpoint {checkpoint.source} has numbers of another kind than weights are: {name} is {kind}, "
+                "not float"
+            )
     findings = _convert(tensors, own)
     try:
         changed = fit_tables(tensors, own, backbone, checkpoint.grid)

@@ -151,18 +151,7 @@ def read_checkpoint(path: str | Path, average: bool = False) -> Checkpoint:
         ours, left = to_ours(tensors, layout)
     except ValueError as error:
         raise UserError(f"{what} is not complete: {error}") from error
-    _check_numbers(ours, what)
     return Checkpoint(source, layout, ours, {**left, **heads, **others}, metadata, key)
-
-
-def _check_numbers(tensors: dict[str, Tensor], what: str) -> None:
-    """Refuse what would become weights only by a change that nobody asked for: half of a complex number would go."""
-    for name, tensor in tensors.items():
-        # counters and indexes are whole numbers; a network has no others
-        counts = tensor.dim() == 0 or name.endswith(("relative_position_index", "num_batches_tracked"))
-        if tensor.is_complex() or not (tensor.is_floating_point() or counts):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(f"{what} has numbers of another kind than weights are: {name} is {kind}, not float")
 
 
 def _strip(name: str) -> str:
@@ -213,10 +202,13 @@ def _read_timm_config(path: Path) -> dict[str, Any]:
         config = json.loads(read_text(path))
         own = config["pretrained_cfg"]
         preprocessing = {"mean": own["mean"], "std": own["std"], "size": own["input_size"][1:]}
-        found = {"model_args": config.get("model_args", {}), "preprocessing": preprocessing}
-        return _check_metadata(found | ({"classes": names} if (names := config.get("label_names")) else {}), "it")
+        found = _check_metadata({"model_args": config.get("model_args", {}), "preprocessing": preprocessing}, "it")
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}  # a file of weights beside something else
+    names = config.get("label_names")  # timm allows a mapping as well
+    if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
+        found["classes"] = names
+    return found
 
 
 def fetch(source: str) -> Path:

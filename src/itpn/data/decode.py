@@ -30,6 +30,8 @@ MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less 
 MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
 PAGES = "it has several pages, of which the first is read; save each as a file to use them all"
 SUBFILE = 254  # the tag of TIFF: 1 for a smaller copy, 4 for a mask
+OLD_SUBFILE = 255  # its forerunner: 2 for a smaller copy
+SHORT = 3  # type of a tag of 16 bits
 MAX_COPIES = 64  # of a TIFF's page, each half as wide as that before; or else a ring
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # none of those inside a scan's data
 
@@ -274,8 +276,10 @@ def has_pages(tiff: bytes) -> bool:
         for number in range(MAX_COPIES):
             (entries,) = struct.unpack_from(order + count, tiff, place)
             place += struct.calcsize(count)
-            tag, _, _, kind = struct.unpack_from(order + entry, tiff, place)  # the tag is the lowest, and so the first
-            if number and not (tag == SUBFILE and kind & 5):
+            tag, form, _, kind = struct.unpack_from(order + entry, tiff, place)  # the tag is the lowest, so the first
+            if form == SHORT and order == ">":  # its value stands in the upper half
+                kind >>= 48 if big else 16
+            if number and not ((tag == SUBFILE and kind & 5) or (tag == OLD_SUBFILE and kind & 0xFFFF == 2)):
                 return True
             (place,) = struct.unpack_from(order + pointer, tiff, place + entries * struct.calcsize("=" + entry))
             if not place:

@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, overload
@@ -270,8 +270,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
     if not places:
         note = describe_unread(unread)
         raise UserError(f"no images with .cls in the shards ({shards[0]} ...){f'; {note}' if note else ''}")
-    classes = read_class_names(folders)
-    if all(text.removeprefix("-").isdecimal() for text in texts):
+    classes = read_class_names(folders, texts)
+    if are_numbers(texts):
         if negative := next((text for text in texts if text.startswith("-")), None):
             raise UserError(f"class {negative} in the shards ({shards[0]} ...): leave images without a class out")
         numbers = [int(text) for text in texts]
@@ -293,8 +293,20 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
     return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), tuple(notes))
 
 
-def read_class_names(folders: Sequence[str]) -> list[str] | None:
-    """From a file beside the shards, or beside the folder that they are in."""
+def are_numbers(labels: Iterable[str]) -> bool:
+    """Whether labels are numbers of classes, and not their names."""
+    return all(label.removeprefix("-").isdecimal() for label in labels)
+
+
+def read_class_names(folders: Sequence[str], labels: Iterable[str]) -> list[str] | None:
+    """From a file beside the shards, or beside the folder that they are in; None where there is none.
+
+    Args:
+        labels: of the images. Where they are numbers, lines that begin with them are read without.
+
+    Raises:
+        UserError: an empty line, or a name that is there twice.
+    """
     for folder in folders:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
@@ -302,12 +314,20 @@ def read_class_names(folders: Sequence[str]) -> list[str] | None:
                 by_hand = not (place / SHRINK_INDEX).is_file()
                 names = read_lines(place / CLASSES, strip=by_hand)
                 refuse_empty_line(names, place / CLASSES)
-                if by_hand and number_of_first([name.split() for name in names]) == 0:
-                    names = [name.split(maxsplit=1)[1] for name in names]
+                if by_hand and are_numbers(labels):
+                    names = _drop_numbers(names)
                 if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                     raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
                 return names
     return None
+
+
+def _drop_numbers(names: list[str]) -> list[str]:
+    """Names without the labels that they begin with, unless some would be alike."""
+    if number_of_first([name.split() for name in names]) != 0:
+        return names
+    bare = [name.split(maxsplit=1)[1].removeprefix("- ") for name in names]
+    return bare if len(set(bare)) == len(bare) else names
 
 
 def number_of_first(rows: Sequence[Sequence[str]]) -> int | None:

@@ -27,7 +27,7 @@ COMPRESSIONS = {
     "xz": re.compile(rb"\xfd7zXZ\0"),
     "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),  # a tar begins with its first member's name, which may start with BZh
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
-    "lzma": re.compile(rb"\]\0\0\x80\0"),
+    "lzma": re.compile(rb"\]\0\0(?!\0\0)[\0-\xff]{2}"),  # a size of 0 is a member's name of one letter
 }
 
 

@@ -61,7 +61,7 @@ def remark_on_high_bytes(image: Image.Image, tags: Mapping[int, Any]) -> str | N
         # of a single value, there is nothing to say; but all of 8 bits in 16 look like one
         if low < high or (low == high == 0 and greatest <= few):
             left_out = total - int(counts[low : high + 1].sum())
-            if remark := _remark_on_range(low << 8, (high << 8) + 255, 16, left_out):
+            if left_out <= total / 2 and (remark := _remark_on_range(low << 8, (high << 8) + 255, 16, left_out)):
                 return remark
     return None
 
@@ -91,11 +91,12 @@ def _scale_unsigned(values: np.ndarray, valid: np.ndarray, bits: int) -> tuple[n
     pixels = (values >> (bits - 8)).astype(np.uint8)
     used = valid & (values < 2**bits - 1)  # the greatest may be saturated, or stand for no data
     counts = np.array(Image.fromarray(pixels).histogram(Image.fromarray(used)))
+    total = int(valid.sum())
     for outliers in (0, _count_outliers(values.size)):
         low, high = _find_range(counts, outliers)
-        if low <= high and high - low <= SMALL_PART * 256:
+        left_out = total - int(counts[low : high + 1].sum())
+        if low <= high and high - low <= SMALL_PART * 256 and left_out <= total / 2:
             some = values[used & (pixels >= low) & (pixels <= high)]
-            left_out = int(valid.sum()) - some.size
             if remark := _remark_on_range(int(some.min()), int(some.max()), bits, left_out):
                 return pixels, remark
     return pixels, None

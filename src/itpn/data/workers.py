@@ -6,9 +6,9 @@ import ctypes
 import functools
 import multiprocessing.process
 import multiprocessing.queues
+import multiprocessing.util
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -33,10 +33,10 @@ MORE_SHARED_MEMORY = (
     "give it more (docker run --shm-size 8g), or lower --data.num-workers (0 needs none) or --data.batch-size"
 )
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+MAX_SOCKET_FOLDER = 70  # bytes; the path of a socket has 107 at most, of which 33 are Python's names
 CANNOT_SEND = 113  # exit code of a worker whose batch cannot be sent
 
 _streams: list[Any] = []  # torch's iterators whose workers live
-_folders: list[str] = []  # of temporary files, to be removed
 _beats: Any = None  # in a worker: counts what all workers of a loader have read
 
 
@@ -110,11 +110,14 @@ class WorkerLoader(DataLoader[Any]):
 
 def _make_folder() -> None:
     """A folder for the sockets of all workers, which this process removes: killed, each would leave one of its own."""
-    settings = multiprocessing.process.current_process()._config  # type: ignore[attr-defined]
-    if settings.get("tempdir") is None:
-        settings["tempdir"] = tempfile.mkdtemp(prefix="itpn-")
-        _folders.append(settings["tempdir"])
-    os.makedirs(settings["tempdir"], 0o700, exist_ok=True)  # who cleans up old files may have removed it
+    directory = tempfile.gettempdir()
+    try:
+        if len(os.fsencode(directory)) > MAX_SOCKET_FOLDER:
+            tempfile.tempdir = "/tmp"
+        folder = multiprocessing.util.get_temp_dir()
+    finally:
+        tempfile.tempdir = directory
+    os.makedirs(folder, 0o700, exist_ok=True)  # who cleans up old files may have removed it
 
 
 class _Alive:
@@ -290,5 +293,3 @@ def _kill(stream: Any) -> None:
 def _kill_all() -> None:
     for stream in [*_streams]:
         _kill(stream)
-    for folder in _folders:
-        shutil.rmtree(folder, ignore_errors=True)

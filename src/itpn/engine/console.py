@@ -68,7 +68,7 @@ def finish_output() -> None:
 
 def silence(stream: IO[str]) -> None:
     """Let nothing that is still to be written to it fail, at the end of the program as well."""
-    with contextlib.suppress(OSError, ValueError):  # closed altogether
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed altogether, or no file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

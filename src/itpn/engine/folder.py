@@ -267,10 +267,9 @@ class RunFolder:
             raise MachineError(
                 f"the folder of checkpoints {self.checkpoints} cannot be read: {error.strerror}; nothing was changed"
             ) from error
-        for name in names:
-            if name.endswith(".ckpt"):
-                check_kind(self.checkpoints / name)
         older = sorted((n for n in names if n.startswith("step-") and n.endswith(".ckpt")), reverse=True)
+        for name in ("last.ckpt", *older, "best.ckpt"):
+            check_kind(self.checkpoints / name)
         damaged = sorted(name for name in names if name.endswith(".damaged"))
         return [name for name in ("last.ckpt", *older, "best.ckpt", *damaged) if name in names]
 

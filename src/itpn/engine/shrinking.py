@@ -123,13 +123,14 @@ def _label(splits: dict[str, ImageSource], originals: dict[str, list[Original]])
     """
     roots = [root for source in splits.values() for root in source.roots]
     if any(source.shards for source in splits.values()):  # which have labels already
-        return read_class_names([root if os.path.isdir(root) else os.path.dirname(root) for root in roots])
-    folders = {split: {one.label for one in found} for split, found in originals.items()}
-    train = next(iter(folders.values()))
+        folders = [root if os.path.isdir(root) else os.path.dirname(root) for root in roots]
+        return read_class_names(folders, (one.label or "" for found in originals.values() for one in found))
+    labels = {split: {one.label for one in found} for split, found in originals.items()}
+    train = next(iter(labels.values()))
     classes = sorted(folder for folder in train if folder is not None) if len(train) > 1 and None not in train else []
     numbers = {name: str(number) for number, name in enumerate(classes)}
     for split, found in originals.items():
-        known = folders[split] <= numbers.keys()
+        known = labels[split] <= numbers.keys()
         originals[split] = [one._replace(label=numbers[one.label] if known and one.label else None) for one in found]
     return classes or None
 
