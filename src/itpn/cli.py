@@ -60,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     forget_remarks()
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:  # closed before: its number would be that of the next file
+        stream = getattr(sys, name)
+        if stream is None or getattr(stream, "closed", False):  # its number would be that of the next file
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that a terminal cannot show ends no command
