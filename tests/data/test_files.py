@@ -23,7 +23,19 @@ def names(source: ImageSource, root: Path) -> list[str]:
 
 def test_tree_of_images(tmp_path: Path) -> None:
     make(tmp_path, "b/2.JPG", "b/1.jpeg", "b/deep/er/x.WebP", "a.png", "c.tif", "B/9.gif", "z.tiff", "y.bmp")
-    make(tmp_path, ".hidden/1.jpg", "b/.2.jpg", "b/._1.jpeg", "notes.txt", "jpg", "b/x.jpg.part", "extra.tar")
+    make(
+        tmp_path,
+        ".hidden/1.jpg",
+        "b/.2.jpg",
+        "b/._1.jpeg",
+        "__MACOSX/b/2.jpg",
+        "lost+found/3.jpg",
+        "b/@eaDir/1.jpg",
+        "notes.txt",
+        "jpg",
+        "b/x.jpg.part",
+        "extra.tar",
+    )
     (tmp_path / "folder.jpg").mkdir()
     found = find_images([tmp_path])
     assert names(found, tmp_path) == [

@@ -16,7 +16,7 @@ from timm.data import create_transform
 from itpn.data.augment import EvaluationTransform
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.evaluation import make_evaluation_loader, view_labelled
-from itpn.data.labelled import draw_share, find_labelled, number_of_first
+from itpn.data.labelled import draw_share, drop_numbers, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 
@@ -260,24 +260,49 @@ def test_blanks_in_a_file_of_classes_do_not_count(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "first"),
+    ("lines", "names"),
     [
-        (["0 a", "1 b c"], 0),
-        (["0: a", "1: b"], 0),
-        (["1 a", "2 b", "3 c"], 1),
-        (["0 a", "2 b"], None),
-        (["1 b", "0 a"], None),
-        (["0 a"], None),
-        (["0", "1"], None),
-        (["0 0 0 a", "1 1 1 b"], None),  # colours
-        (["0 0 0 0 a", "1 1 1 1 b"], 0),
-        (["0 10 20 30", "1 10 20 40"], None),
-        (["0 a 10 20 30", "1 b 10 20 40"], 0),
-        (["2 doors", "4 doors"], None),
+        ("0 a|1 b c", "a|b c"),
+        ("0: a|1: b", "a|b"),
+        ("0,a|1,b", "a|b"),
+        ("0 - a|1 - b", "a|b"),
+        ("00) a|01) b", "a|b"),
+        ("a 0|b c 1", "a|b c"),
+        ("a,0|b,1", "a|b"),
+        ("id,name|0,a|1,b", "a|b"),
+        ("class_name|a|b", "a|b"),
+        ("name r g b|a 1 2 3|b 4 5 6", "a 1 2 3|b 4 5 6"),
+        ("red|green|blue", None),
+        ("0 a|2 b", None),
+        ("0 a", None),
+        ("0|1", None),
+        ("0 0 0 a|1 1 1 b", None),  # colours
+        ("a 0 0 0|b 1 1 1", None),
+        ("0 0 0 0 a|1 1 1 1 b", "0 0 0 a|1 1 1 b"),
+        ("0 10 20 30|1 10 20 40", None),
+        ("0 a 10 20 30|1 b 10 20 40", "a 10 20 30|b 10 20 40"),
+        ("2 doors|4 doors", None),
+        ("0 doors|1 doors", None),
+        ("type 0|type 1", None),
+        ("#0|#1", None),
     ],
 )
-def test_lines_that_begin_with_their_numbers(lines, first):
-    assert number_of_first([line.split() for line in lines]) == first
+def test_lines_with_their_numbers(lines, names):
+    assert drop_numbers(lines.split("|"), 0, "FILE") == (names or lines).split("|")
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("1 a|2 b|3 c", "numbers its first class 1, which is label 0: leave the numbers out HINT"),
+        ("1 b|0 a", "numbers its first class 1, which is label 0: leave the numbers out, or sort the lines by label"),
+        ("b,1|a,0", "or sort the lines by label"),
+        ("# my classes|a|b", r"has a comment \(# my classes\), which is no class: remove it"),
+    ],
+)
+def test_lines_with_other_numbers(lines, words):
+    with pytest.raises(UserError, match=words):
+        drop_numbers(lines.split("|"), 0, "FILE", " HINT")
 
 
 @pytest.mark.parametrize(
@@ -287,7 +312,7 @@ def test_lines_that_begin_with_their_numbers(lines, first):
         ("0 - no DR\n1 - mild\n", "01", ("no DR", "mild")),
         ("0 - no DR\n1 - mild\n", ("0 - no DR", "1 - mild"), ("0 - no DR", "1 - mild")),
         ("0 stars\n1 star\n2 stars\n", "012", ("0 stars", "1 star", "2 stars")),
-        ("1 cat\n2 dog\n", "01", ("1 cat", "2 dog")),
+        ("id,name\n0,cat\n1,dog\n", "01", ("cat", "dog")),
     ],
 )
 def test_numbers_in_a_file_of_classes_beside_shards(tmp_path, content, labels, classes):

@@ -786,6 +786,7 @@ def test_jpeg_masks_need_a_file_of_classes(tmp_path, step, quality):
     [
         ("0 road\n1 car park\n", [("road", None), ("car park", None)]),
         ("0,road\n1, car park\n", [("road", None), ("car park", None)]),
+        ("id,name\n0,road\n1,car\n", [("road", None), ("car", None)]),
         ("0\troad\t1\t2\t3\n1\tcar\t4\t5\t6\n", [("road", (1, 2, 3)), ("car", (4, 5, 6))]),
         ("0 0 0 road\n1 5 6 car\n", [("road", (0, 0, 0)), ("car", (1, 5, 6))]),
         ("0 9 9 9\n1 8 8 8\n", [("0", (9, 9, 9)), ("1", (8, 8, 8))]),
@@ -796,12 +797,14 @@ def test_numbers_in_a_file_of_classes(tmp_path, content, want):
     file.write_text(content)
     assert read_names(str(file), "") == want
     if not content[2].isdecimal():
-        words = "names.txt counts from 0, but its first line is label 1: give --data.no-reduce-zero-label if"
+        words = (
+            "names.txt numbers its first class 0, which is label 1: leave .*, or give --data.no-reduce-zero-label if"
+        )
         with pytest.raises(UserError, match=words):
             read_names(str(file), "", 1)
     file.write_text("1 road\n2 car\n")
     assert read_names(str(file), "", 1) == [("road", None), ("car", None)]
-    with pytest.raises(UserError, match=r"counts from 1, but its first line is label 0: give --data.reduce-zero"):
+    with pytest.raises(UserError, match=r"first class 1, which is label 0: leave .*, or give --data.reduce-zero"):
         read_names(str(file), "")
 
 

@@ -289,10 +289,10 @@ def first(content) -> dict:
 
 
 MISTAKES = {
-    "boxes of no area": lambda c: first(c).update(bbox=[3, 4, 0, 5]),
+    "boxes of no area": lambda c: first(c).update(bbox=[3, 4, 0, 5], segmentation=[]),
     "boxes outside their image": lambda c: first(c).update(bbox=[200, 4, 5, 5]),
     "boxes partly outside their image, which were cut": lambda c: first(c).update(bbox=[70, 4, 50, 5]),
-    "objects whose box is not four numbers": lambda c: first(c).update(bbox=[1, 2, float("nan"), 3]),
+    "objects whose box is not four numbers": lambda c: first(c).update(bbox=[1, 2, float("nan"), 3], segmentation=[]),
     "objects of an unknown class": lambda c: first(c).update(category_id=77),
     "objects of an image that is not listed": lambda c: first(c).update(image_id=777),
     "objects of an image that is not listed: 1 (annotation 1 of image [1])": lambda c: first(c).update(image_id=[1]),

@@ -27,6 +27,7 @@ def training(root: str) -> list[str]:
     ("split", "names"),
     [
         ("train", "train Train TRAIN training trainval train2017 train_images images-train trainset training_set"),
+        ("train", "train_val train-val Train_Val2017"),
         ("train", "trainA train-2 train_256 Train_Data"),
         ("val", "val VAL validation valid dev eval evaluation val2017 Val_256 validation_set"),
         ("test", "test Test testing test2017 test1 test_images testB"),

@@ -308,6 +308,17 @@ def test_a_missing_box_is_the_polygons(tmp_path):
     assert "objects without a box: 1 (annotation 2 of image 2)" in said
 
 
+@pytest.mark.parametrize("box", [[0, 0, 0, 0], [10, 12, -1, -1], [float("nan")] * 4, [1, 2], {"x": 1}])
+def test_a_box_that_is_none_is_the_polygons(tmp_path, box):
+    images, said = read(
+        write_coco(tmp_path, [{"segmentation": [GOOD], "bbox": box}, {"segmentation": [], "bbox": box}])
+    )
+    assert [[o["bbox"] for o in objects] for objects in objects_of(images)][:2] == [[BOX], []]
+    kind = "boxes of no area, or not of four numbers, in whose place the polygon's is taken"
+    assert f"{kind}: 1 (annotation 1 of image 1)" in said
+    assert len(said) == 2
+
+
 def test_boxes_of_objects_with_invalid_polygons_are_trained(tmp_path, capsys):
     """With masks on, they are left out as objects without a polygon are."""
     root = write_coco(

@@ -344,13 +344,22 @@ def _check_object(one: dict[str, Any], image: dict[str, Any], what: str, mistake
         mistakes.add("objects whose iscrowd is neither 0 nor 1", f"{what}: {one['iscrowd']!r}")
         return None
     kept: dict[str, Any] = {"iscrowd": crowd}
-    given = one.get("bbox")
+    given, checked = one.get("bbox"), "where" in one
+    stated = given not in (None, [])
+    numbers = _read_box(given) if stated else None
+    # zeros, say, of which a polygon makes a box, but nothing else does
+    placeholder = stated and not checked and (numbers is None or not min(numbers[2:]) > 0)
     box = None
-    if given not in (None, []):
-        box = _check_box(_read_box(given), one.get("problem"), "where" in one, height, width, what, mistakes)
+    if stated and not placeholder:
+        box = _check_box(numbers, one.get("problem"), checked, height, width, what, mistakes)
         if box is None:
             return None
     segmentation, encoded = _check_segmentation(one.get("segmentation"), height, width, what, mistakes)
+    if placeholder and encoded is None:
+        _check_box(numbers, one.get("problem"), checked, height, width, what, mistakes)
+        return None
+    if placeholder:
+        mistakes.add("boxes of no area, or not of four numbers, in whose place the polygon's is taken", what)
     mask_area = None
     if encoded is not None:
         kept["segmentation"] = segmentation

@@ -41,6 +41,8 @@ MASK_FOLDERS = ("annotations", "masks", "labels")  # where masks are looked for
 # those, and folders of masks that have to be named
 ALL_MASK_FOLDERS = {*MASK_FOLDERS, "segmentationclass", "segmentationobject", "gtfine", "gtcoarse"}
 MOST_SUFFIXES = 8  # that a line names
+# of Linux, macOS, Synology and Windows; in lower case
+SYSTEM_FOLDERS = {"lost+found", "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"}
 
 
 @dataclass(frozen=True)
@@ -371,8 +373,10 @@ def is_table(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether any part of a relative path starts with a dot."""
-    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+    """Whether any part of a relative path starts with a dot, or is a folder that a system makes for itself."""
+    return any(
+        (part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM_FOLDERS for part in name.split("/")
+    )
 
 
 def walk(root: str, unread: Counter[str] | None = None) -> Iterator[str]:
@@ -422,7 +426,7 @@ def _walk(root: str, unread: Counter[str] | None = None, parts: _Parts | None = 
 def _list(folder: str) -> list[os.DirEntry[str]]:
     """What is in a folder and not hidden, sorted by name."""
     with _read(os.scandir, folder) as scan:
-        return sorted((entry for entry in scan if entry.name[0] != "."), key=lambda entry: entry.name)
+        return sorted((entry for entry in scan if not is_hidden(entry.name)), key=lambda entry: entry.name)
 
 
 def _read(ask: Callable[[str], Any], folder: str) -> Any:

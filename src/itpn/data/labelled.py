@@ -1,6 +1,7 @@
 """Images with classes: folders of classes, tar shards with .cls, parquet files; which are for training, which not."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +35,14 @@ from itpn.seeding import derive_seed
 from itpn.text import one_line, read_lines
 
 MAX_CLASSES = 10**6  # that numbers in shards may stand for
+# of files of classes: 0 cat; 0: cat; 0,cat; 0 - cat; and cat 0; cat,0
+NUMBER_BEFORE = re.compile(r"(?P<number>[0-9]{1,6})(?:\s*[.,:;)=-]+\s*|\s+)(?P<name>\S.*)")
+NUMBER_BEHIND = re.compile(r"(?P<name>.*[^\s,;:=])(?:\s*[,;:=]\s*|\s+)(?P<number>[0-9]{1,6})")
+NAME_WORDS = {"name", "names", "class", "classes", "label", "labels", "category", "categories"}
+HEADER_WORDS = {
+    *NAME_WORDS,
+    *("id", "ids", "index", "idx", "r", "g", "b", "red", "green", "blue", "color", "colour"),
+}
 
 
 @dataclass(frozen=True)
@@ -315,33 +324,57 @@ def read_class_names(folders: Sequence[str], labels: Iterable[str]) -> list[str]
                 names = read_lines(place / CLASSES, strip=by_hand)
                 refuse_empty_line(names, place / CLASSES)
                 if by_hand and are_numbers(labels):
-                    names = _drop_numbers(names)
+                    names = drop_numbers(names, 0, place / CLASSES)
                 if twice := sorted(name for name, count in Counter(names).items() if count > 1):
                     raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
                 return names
     return None
 
 
-def _drop_numbers(names: list[str]) -> list[str]:
-    """Names without the labels that they begin with, unless some would be alike."""
-    if number_of_first([name.split() for name in names]) != 0:
-        return names
-    bare = [name.split(maxsplit=1)[1].removeprefix("- ") for name in names]
-    return bare if len(set(bare)) == len(bare) else names
+def drop_numbers(lines: Sequence[str], first: int, file: str | Path, hint: str = "") -> list[str]:
+    """Lines of a file of classes without a header and without the labels that they begin or end with.
 
+    Args:
+        first: the label of the first class.
+        hint: what else to do where they count from another number.
 
-def number_of_first(rows: Sequence[Sequence[str]]) -> int | None:
-    """0 or 1 where each row of words is a number, counted up from there, and a class; None where the rows are else.
-
-    Three numbers and a name are a colour and a name.
+    Raises:
+        UserError: a line is a comment, or the lines are numbered, but not by their labels.
     """
-    for first in (0, 1):
-        numbered = all(row[0].rstrip(":.") == str(number) for number, row in enumerate(rows, start=first))
-        named = all(not all(word.isdecimal() for word in row[1:]) for row in rows)
-        coloured = any(len(row) > 3 and [word.isdecimal() for word in row[1:4]] == [True, True, False] for row in rows)
-        if numbered and named and not coloured and len(rows) > 1:
-            return first
-    return None
+    comments = [line for line in lines if line.startswith("#")]
+    if 0 < len(comments) < len(lines):
+        raise UserError(
+            f"file of classes {file} has a comment ({one_line(comments[0][:40])}), which is no class: remove it"
+        )
+    words = set(re.split(r"[\s,;:_-]+", lines[0].lower())) if lines else set()
+    if max(len(lines), len(words)) > 1 and words <= HEADER_WORDS and words & NAME_WORDS:
+        lines = lines[1:]
+    for pattern in (NUMBER_BEFORE, NUMBER_BEHIND):
+        found = [pattern.fullmatch(line) for line in lines]
+        matches = [match for match in found if match is not None]
+        if len(matches) < max(2, len(found)) or any(_is_coloured(match["name"], pattern) for match in matches):
+            continue
+        numbers, names = [int(match["number"]) for match in matches], [match["name"] for match in matches]
+        if len(set(names)) < len(names) or sorted(numbers) not in ([*range(len(names))], [*range(1, len(names) + 1)]):
+            continue
+        if numbers != [*range(first, first + len(names))]:
+            sort = "" if numbers == sorted(numbers) else ", or sort the lines by label"
+            raise UserError(
+                f"file of classes {file} numbers its first class {numbers[0]}, which is label {first}: leave the "
+                f"numbers out{sort or hint}"
+            )
+        return names
+    return [*lines]
+
+
+def _is_coloured(rest: str, pattern: re.Pattern[str]) -> bool:
+    """Whether the number beside it is of a colour: 1 2 3 road, or road 1 2 3. Without a name, it is one itself."""
+    words = re.split(r"[\s,]+", rest)
+    if all(word.isdecimal() for word in words):
+        return True
+    if pattern is NUMBER_BEHIND:
+        return words[-1].isdecimal()
+    return [word.isdecimal() for word in words[:3]] == [True, True, False]
 
 
 def refuse_empty_line(names: Sequence[str], file: str | Path) -> None:

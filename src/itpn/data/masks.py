@@ -17,7 +17,7 @@ from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
 from itpn.data.files import CLASS_FILES
-from itpn.data.labelled import join_names, number_of_first, refuse_empty_line
+from itpn.data.labelled import drop_numbers, join_names, refuse_empty_line
 from itpn.data.readers import read_file
 from itpn.errors import UserError
 from itpn.text import read_lines
@@ -320,9 +320,10 @@ def read_names(file: str | None, root: str, first: int = 0) -> Names | None:
     if lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
         return [(line.split("\t")[-1].split(",")[0].strip(), None) for line in lines[1:]]
     names: list[tuple[str, Colour | None]] = []
-    for words in _drop_numbers([[word.strip() for word in row] for row in _split_lines(lines, file)], file, first):
-        if [word.lower() for word in words] == ["name", "r", "g", "b"]:
-            continue
+    switch = "no-reduce-zero-label" if first else "reduce-zero-label"
+    hint = f", or give --data.{switch} if they are labels"
+    for row in _split_lines(drop_numbers(lines, first, file, hint), file):
+        words = [word.strip() for word in row]
         for name, colour in ((words[:-3], words[-3:]), (words[3:], words[:3])):
             if (
                 name
@@ -353,20 +354,6 @@ def _split_lines(lines: list[str], file: str) -> list[list[str]]:
         return [next(csv.reader([line])) for line in lines]  # one by one: a quote that is not closed ends with its line
     except csv.Error as error:
         raise UserError(f"file of classes {file} cannot be read: {error}") from None
-
-
-def _drop_numbers(rows: list[list[str]], file: str, first: int) -> list[list[str]]:
-    """Lines without the numbers that they may begin with, which must be their labels."""
-    number = number_of_first(rows)
-    if number is None:
-        return rows
-    if number != first:
-        switch = "no-reduce-zero-label" if first else "reduce-zero-label"
-        raise UserError(
-            f"file of classes {file} counts from {number}, but its first line is label {first}: give --data.{switch} "
-            "if the numbers are labels, and else leave them out"
-        )
-    return [row[1:] for row in rows]
 
 
 def name_labels(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itpn.errors import UserError
 
 WORDS = {
-    "train": ("train", "training", "trainval"),
+    "train": ("train", "training", "trainval", "train_val", "train-val"),
     "val": ("val", "validation", "valid", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
