@@ -16,7 +16,7 @@ from typing import Any, NoReturn, get_args
 from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_types
 from itpn.engine.environment import check_environment
 from itpn.engine.guard import guard
-from itpn.engine.peers import GRACE, conclude, disconnect, end_children
+from itpn.engine.peers import GRACE, conclude, disconnect, end_children, is_first
 from itpn.engine.signals import stopped_by_signals
 from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
 from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
@@ -39,9 +39,6 @@ SHRINK_DESCRIPTION = (
     "enlarged, and upright JPEGs that are small already stay as they are. Class folders and .cls in shards are kept "
     "as labels, train and val apart. Stopped in the middle, the same command goes on."
 )
-
-
-TELL_THEMSELVES = ("train", "shrink", "cache-features", "demo")  # how far they came when a signal stopped them
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,10 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, MachineError, NonFiniteLoss, ExportFailed) as error:
         return conclude(error)
     except RunStopped as stop:
+        if not stop.told and is_first():
+            complain(f"stopped by {stop}; files that were not complete are not kept")
         end_children(GRACE)
         disconnect()
-        if arguments[0] not in TELL_THEMSELVES:
-            complain(f"stopped by {stop}; files that were not complete are not kept")
         return 128 + stop.signum
     except KeyboardInterrupt:
         end_children(GRACE)

@@ -89,11 +89,15 @@ class RunStopped(BaseException):
     """A signal asked the run to stop, and its checkpoint is written. Exit code 128 + signal.
 
     No :class:`Exception`: a decoder on the way would take it for a broken image.
+
+    Attributes:
+        told: it has been printed how far the command came.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)  # as it is pickled between processes
         self.signum = signum
+        self.told = False
 
     def __str__(self) -> str:
         return signal.Signals(self.signum).name

@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 import itpn.data.evaluation
+import itpn.data.files
 import itpn.data.readers
 import itpn.engine.predict
 from itpn.cli import main
@@ -223,6 +224,14 @@ def test_prediction_and_evaluation_stop_with_a_line(classifier, tmp_path, monkey
     assert line(capsys) == f"itpn: stopped by {signum.name}; files that were not complete are not kept\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["prediction-0000.png"]
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_run_that_is_stopped_before_it_begins_says_so(photos, tmp_path, monkeypatch, capsys, signum):
+    monkeypatch.setattr(itpn.data.files, "find_training_images", lambda *_: os.kill(os.getpid(), signum))
+    command = ["train", "itpn-pixel_nano", "--data.root", str(photos), *OPTIONS, "--output-dir", str(tmp_path)]
+    assert main(command) == 128 + signum
+    assert line(capsys) == f"itpn: stopped by {signum.name}; files that were not complete are not kept\n"
 
 
 # --- several processes

@@ -88,8 +88,9 @@ def cache_features(config: Config, source: ImageSource, out: Path, views: int, h
     try:
         for number in track(numbers, "features", console=console, disable=not console.is_terminal):
             _write_shard(out, index, number, loader, teacher, precision, skipped)
-    except RunStopped:
+    except RunStopped as stop:
         print_aside(f"stopped with {_count(out, index)} of {index.shards} shards done; the same command resumes")
+        stop.told = True
         raise
     except MachineError as error:
         done = f"{_count(out, index)} of {index.shards} shards are done, the same command resumes"

@@ -120,8 +120,9 @@ def demo(output_dir: Path) -> None:
     }
     try:
         train_side_by_side(plans, output_dir / "logs", console)
-    except RunStopped:
+    except RunStopped as stop:
         console.print("stopped; the same command goes on")
+        stop.told = True
         raise
     table = Table("task", "steps", "figure", "from scratch", "pre-trained", title="what pre-training is worth")
     for task in TASKS:

@@ -142,12 +142,13 @@ def train_job(config: RunConfig, recipe: str, launch: Launch, console: Console, 
             trainer.fit(job.task, ckpt_path=resume, weights_only=True if resume else None)
         if trainer.is_global_zero:
             finish(console, folder, trainer, job, completion, recipe, time.perf_counter() - began)
-    except RunStopped:
+    except RunStopped as stop:
         monitor.stop_bar()
         if launch.main:
             write_summary(folder, summarize(trainer, job.task, monitor, recipe, time.perf_counter() - began, False))
         line = f"stopped at step {trainer.global_step}; the same command {folder.describe_resuming()}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+        stop.told = True
         raise
     finally:
         checkpointing.signals.restore()

@@ -53,7 +53,7 @@ def conclude(error: Exception) -> int:
     if isinstance(error, PeerLost) and _children:
         reason, code = _blame()
         message = message.replace(LOST_PEER, reason) if reason else ""
-    if message and _is_first():
+    if message and is_first():
         complain(message)
     end_children(0)
     return code
@@ -114,7 +114,7 @@ def _end_with_parent(parent: int) -> None:
     os._exit(conclude(PeerLost("the first process of this run ended unexpectedly; the same command resumes")))
 
 
-def _is_first() -> bool:
+def is_first() -> bool:
     """Whether no other process of the run has said yet why it ends; they agree through the run's own server."""
     host, port = os.environ.get("MASTER_ADDR"), read_number("MASTER_PORT", default=0)
     if not several():

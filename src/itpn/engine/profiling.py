@@ -112,8 +112,9 @@ def profile(
         if launch.main:
             compiled = compilation.active
             report(console, folder.path, figure_out(config, recipe, trainer, job, recorder, folder.path, compiled))
-    except RunStopped:
+    except RunStopped as stop:
         console.print("stopped; nothing of the profile is kept")
+        stop.told = True
         raise
     finally:
         recorder.signals.restore()

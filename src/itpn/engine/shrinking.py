@@ -83,8 +83,9 @@ def shrink(
         try:
             with stopped_by_signals():
                 _write_shards(out, index, shards, num_workers, max_pixels, console)
-        except RunStopped:
+        except RunStopped as stop:
             print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command resumes")
+            stop.told = True
             raise
         except (MachineError, OSError) as error:
             end = refusal(f"--out {out} cannot be written", error) if isinstance(error, OSError) else error
