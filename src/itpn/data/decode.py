@@ -88,8 +88,12 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
 
 def load_image(opened: OpenedImage) -> Image.Image:
     """The pixels, in whatever mode they are stored, turned the way a person sees them."""
-    opened.image.load()
-    return turn_image(opened.image, opened.orientation)
+    image = opened.image
+    image.load()
+    tags: Any = getattr(image, "tag_v2", {})
+    if image.mode in ("P", "PA") and max(tags.get(320) or (256,)) < 256:  # a ColorMap of 8 bits, as libtiff knows it
+        image.putpalette(bytes(tags[320]), "RGB;L")  # Pillow takes 16 for granted, and makes it black
+    return turn_image(image, opened.orientation)
 
 
 def read_size(path: str) -> tuple[int, int]:
