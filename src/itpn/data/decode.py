@@ -306,6 +306,21 @@ def count_scans(data: bytes) -> int:
     return scans
 
 
+def find_lossy(image: Image.Image, data: bytes) -> str:
+    """The compression that has changed an image's pixels, whatever its file is called; empty where none has."""
+    if image.format in ("JPEG", "MPO"):
+        return "JPEG"
+    if image.format == "TIFF":
+        return "JPEG" if image.info.get("compression") in ("jpeg", "tiff_jpeg") else ""
+    place = 12  # after RIFF, a length and WEBP
+    while image.format == "WEBP" and place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return "lossy WebP" if name == b"VP8 " else ""
+        place += 8 + (16 if name == b"ANMF" else size + size % 2)  # a frame holds chunks of its own
+    return ""
+
+
 def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
     """RGB the way a person sees it, and what is to be said of its values."""
     image, stored, remark = load_image(opened), opened.image, None
