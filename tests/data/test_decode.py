@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import os
 import resource
+import struct
 import sys
 import threading
 import warnings
@@ -356,3 +357,21 @@ def test_a_lost_disk_is_no_damaged_image():
     number = errno.EINVAL  # as Pillow raises it of damaged files
     with pytest.raises(UnreadableImage, match="Invalid argument"):
         open_image(Lost())
+
+
+@pytest.mark.parametrize("scale", [1, 257])
+def test_a_tiff_palette_of_8_bits_is_taken_as_it_is(scale: int) -> None:
+    colours = [(200, 10, 0), (0, 255, 30), (7, 0, 90)]
+    image = Image.fromarray(np.array([[0, 1], [2, 0]], np.uint8)).convert("P")
+    bands = [[colour[band] for colour in colours] + [0] * 253 for band in range(3)]
+    entries = tuple(scale * value for band in bands for value in band)
+    file = io.BytesIO()
+    image.putpalette([value for colour in colours for value in colour])
+    image.save(file, "TIFF")
+    content = bytearray(file.getvalue())
+    tags = Image.open(file).tag_v2
+    written = struct.pack(f"<{len(tags[320])}H", *tags[320])
+    place = content.index(written)
+    content[place : place + len(written)] = struct.pack(f"<{len(entries)}H", *entries)
+    pixels = decode_image(bytes(content)).permute(1, 2, 0).tolist()
+    assert pixels == [[list(colours[0]), list(colours[1])], [list(colours[2]), list(colours[0])]]

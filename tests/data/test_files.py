@@ -71,8 +71,11 @@ def test_links(tmp_path: Path) -> None:
     os.symlink(tmp_path / "elsewhere", tmp_path / "real" / "linked")
     os.symlink(tmp_path / "nothing", tmp_path / "real" / "dead.jpg")
     os.mkfifo(tmp_path / "real" / "pipe.jpg")  # reading it would wait for ever
-    found = names(find_images([tmp_path / "real"]), tmp_path)
-    assert found == ["real/1.jpg", "real/dead.jpg", "real/linked/2.jpg"]
+    os.mkfifo(tmp_path / "real" / "pipe.tar")
+    os.mkfifo(tmp_path / "real" / "pipe")
+    found = find_images([tmp_path / "real"])
+    assert names(found, tmp_path) == ["real/1.jpg", "real/dead.jpg", "real/linked/2.jpg"]
+    assert found.notes == ("not read: 2 special files",)
 
 
 def test_several_roots_in_the_order_given(tmp_path: Path) -> None:

@@ -173,3 +173,30 @@ def test_masks_without_two_classes_are_named(tmp_path):
         root = write(tmp_path / str(number), stripes(*values))
         with pytest.raises(UserError, match=f"masks in {root}/masks: 1 classes of pixels: there must be from 2 to 254"):
             find(root)
+
+
+LOSSY = {
+    "a JPEG called .png": (".png", "JPEG", {"quality": 95}, "JPEG"),
+    "a TIFF": (".tif", "TIFF", {"compression": "jpeg"}, "JPEG"),
+    "a WebP": (".webp", "WEBP", {"quality": 90}, "lossy WebP"),
+    "a WebP with metadata": (".webp", "WEBP", {"quality": 90, "icc_profile": b"none"}, "lossy WebP"),
+    "a lossless WebP": (".webp", "WEBP", {"lossless": True}, None),
+    "a lossless WebP with metadata": (".webp", "WEBP", {"lossless": True, "icc_profile": b"none"}, None),
+    "a PNG called .jpg": (".jpg", "PNG", {}, None),
+    "a TIFF without loss": (".tif", "TIFF", {"compression": "tiff_lzw"}, None),
+}
+
+
+@pytest.mark.parametrize("kind", LOSSY)
+def test_lossy_masks_are_known_by_their_content(tmp_path: Path, kind: str) -> None:
+    suffix, form, options, name = LOSSY[kind]
+    root = write(tmp_path, stripes(0, 1, 2))
+    (root / "masks" / "0.png").unlink()
+    mask = Image.fromarray(stripes(0, 1, 2))
+    mask.convert("RGB" if form == "WEBP" else "L").save(root / "masks" / f"0{suffix}", form, **options)
+    if name is None:
+        images, _ = find(root, reduce_zero_label=False)
+        assert np.array_equal(labels_of(images), stripes(0, 1, 2))
+    else:
+        with pytest.raises(UserError, match=rf"such as .*0\{suffix}: {name} changes pixels, .*: save masks as PNG"):
+            find(root, reduce_zero_label=False)

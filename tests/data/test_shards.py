@@ -13,7 +13,10 @@ import numpy as np
 import pytest
 
 from itpn.data.decode import UnreadableImage
+from itpn.data.evaluation import EvaluationTransform
 from itpn.data.files import find_images
+from itpn.data.labelled import read_split
+from itpn.data.loader import TrainingLoader
 from itpn.data.members import split_name
 from itpn.data.readers import unpack
 from itpn.data.shards import check_shards, count_shard_images, index_shard, read_shard, shard_samples
@@ -135,6 +138,49 @@ def test_members_that_cannot_be_read_are_counted_as_files_are(tmp_path: Path) ->
     unread = Counter[str]()
     assert len(index_shard(shard, unread=unread)) == count_shard_images([shard], unread=unread) == 1
     assert unread == {".heic": 4, ".npy": 4, "": 2, ".avif": 2, ".json": 2}
+
+
+def add_other(shard: Path, kind: bytes, *names: str) -> None:
+    with tarfile.open(shard, "a") as tar:
+        for name in names:
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = kind, "0.jpg"
+            tar.addfile(member)
+
+
+def test_links_and_pipes_are_counted(tmp_path: Path) -> None:
+    shard = make_shard(tmp_path / "s.tar", ["0.jpg", "0.cls"])
+    add_other(shard, tarfile.LNKTYPE, "1.jpg", "1.cls", ".2.jpg", "README")
+    add_other(shard, tarfile.SYMTYPE, "2.PNG", "2.rgb.png")
+    add_other(shard, tarfile.FIFOTYPE, "3.jpg")
+    add_other(shard, tarfile.DIRTYPE, "4.jpg")
+    note = "not read: 4 links, 1 special file"
+    assert check_shards([str(shard)]) == [f"{shard}: {note}"]
+    unread = Counter[str]()
+    assert count_shard_images([shard], unread=unread) == len(index_shard(str(shard), unread=unread)) == 1
+    assert unread == {"link": 8, "special file": 2}
+    assert read_split([str(shard)], "train").notes == (f"shards ({shard} ...): {note}",)
+
+
+def test_links_are_named_where_nothing_can_be_read(tmp_path: Path) -> None:
+    shard = make_shard(tmp_path / "alone.tar", ["0.cls"])
+    add_other(shard, tarfile.SYMTYPE, "0.jpg")
+
+    def load() -> None:
+        TrainingLoader(find_images([shard]), EvaluationTransform(32, 1.0), batch_size=1, num_workers=0, seed=0)
+
+    for read_it in (lambda: read_split([str(shard)], "train"), load):
+        with pytest.raises(UserError, match=r"^no images .*in the shards .*[:;] not read: 1 link$"):
+            read_it()
+    shard = make_shard(tmp_path / "label.tar", ["0.jpg"])
+    add_other(shard, tarfile.LNKTYPE, "0.cls")
+    with pytest.raises(UserError, match=r"^0\.jpg in .* has no 0\.cls beside it: .*; not read: 1 link$"):
+        read_split([str(shard)], "train")
+    shard = make_shard(tmp_path / "masks.tar", ["0.seg.png"])
+    add_other(shard, tarfile.LNKTYPE, "0.jpg")
+    for find in (index_shard, lambda path: check_shards([path])):
+        with pytest.raises(UserError, match=r"holds no plain images, but 1 \.seg\.png: .*; not read: 1 link$"):
+            find(str(shard))
 
 
 @pytest.mark.parametrize(

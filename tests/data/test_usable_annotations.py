@@ -713,6 +713,40 @@ def test_a_polygon_of_pascal_voc_that_cannot_be_read_leaves_its_box(tmp_path):
     ]
 
 
+@pytest.mark.parametrize("kind", ["dead link", "folder", "pipe"])
+@pytest.mark.parametrize("only", [False, True])
+def test_labels_that_are_no_file_are_no_image_without_objects(tmp_path, kind, only):
+    root = write_yolo(tmp_path, "", *([] if only else ["1 0.5 0.5 0.25 0.5"]))
+    labels = root / "labels" / "train" / "0.txt"
+    labels.unlink()
+    if kind == "dead link":
+        labels.symlink_to("nothing")
+    else:
+        {"folder": os.mkdir, "pipe": os.mkfifo}[kind](labels)
+    if only:
+        assert f"{UNREAD}: 1 ({labels}" in refusal(root)
+    else:
+        images, said = read(root)
+        assert len(images) == 1
+        assert [line.partition(":")[0] for line in said] == [UNREAD]
+        assert str(labels) in said[0]
+
+
+def test_labels_without_an_image_are_noted(tmp_path):
+    label = "1 0.5 0.5 0.25 0.5"
+    root = write_yolo(tmp_path, label, label, label)
+    place = root / "labels" / "train"
+    for name in ("classes.txt", ".hidden.txt", "1.json", "heic.txt"):
+        (place / name).touch()
+    (root / "images" / "train" / "heic.heic").touch()
+    (root / "images" / "train" / "1.jpg").write_bytes(b"broken")
+    assert not any("without an image" in line for line in read(root)[1])
+    for name in ("77", "78", "79", "80"):
+        (place / f"{name}.txt").write_text(label)
+    want = f"labels without an image: 4 ({place}/77.txt, {place}/78.txt, {place}/79.txt, ...)"
+    assert f"{root}/data.yaml: {want}" in read(root)[1]
+
+
 # --- files that are not read
 
 

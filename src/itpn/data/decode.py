@@ -88,8 +88,12 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
 
 def load_image(opened: OpenedImage) -> Image.Image:
     """The pixels, in whatever mode they are stored, turned the way a person sees them."""
-    opened.image.load()
-    return turn_image(opened.image, opened.orientation)
+    image = opened.image
+    image.load()
+    tags: Any = getattr(image, "tag_v2", {})
+    if image.mode in ("P", "PA") and max(tags.get(320) or (256,)) < 256:  # a ColorMap of 8 bits, as libtiff knows it
+        image.putpalette(bytes(tags[320]), "RGB;L")  # Pillow takes 16 for granted, and makes it black
+    return turn_image(image, opened.orientation)
 
 
 def read_size(path: str) -> tuple[int, int]:
@@ -300,6 +304,21 @@ def count_scans(data: bytes) -> int:
         if marker != 0xD8:
             place += int.from_bytes(data[place : place + 2], "big")  # a segment with its length
     return scans
+
+
+def find_lossy(image: Image.Image, data: bytes) -> str:
+    """The compression that has changed an image's pixels, whatever its file is called; empty where none has."""
+    if image.format in ("JPEG", "MPO"):
+        return "JPEG"
+    if image.format == "TIFF":
+        return "JPEG" if image.info.get("compression") in ("jpeg", "tiff_jpeg") else ""
+    place = 12  # after RIFF, a length and WEBP
+    while image.format == "WEBP" and place + 8 <= len(data):
+        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
+        if name in (b"VP8 ", b"VP8L"):
+            return "lossy WebP" if name == b"VP8 " else ""
+        place += 8 + (16 if name == b"ANMF" else size + size % 2)  # a frame holds chunks of its own
+    return ""
 
 
 def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:

@@ -43,6 +43,8 @@ ALL_MASK_FOLDERS = {*MASK_FOLDERS, "segmentationclass", "segmentationobject", "g
 MOST_SUFFIXES = 8  # that a line names
 # of Linux, macOS, Synology and Windows; in lower case
 SYSTEM_FOLDERS = {"lost+found", "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"}
+# what is counted by kind, not by suffix: in archives, and pipes, sockets and devices
+LINK, SPECIAL = "link", "special file"
 
 
 @dataclass(frozen=True)
@@ -344,11 +346,14 @@ def describe_file(path: str) -> str:
 
 
 def describe_unread(unread: Counter[str]) -> str:
-    """Files that are not read, by suffix, the commonest first, in a line; empty where there are none."""
+    """Files that are not read, by suffix or kind, the commonest first, in a line; empty where there are none."""
     if not unread:
         return ""
     ranked = sorted(unread.items(), key=lambda pair: (-pair[1], pair[0]))
-    shown = [f"{count:,} {suffix or 'without a suffix'}" for suffix, count in ranked[:MOST_SUFFIXES]]
+    shown = [
+        f"{count:,} {suffix or 'without a suffix'}{'s' * (suffix in (LINK, SPECIAL) and count > 1)}"
+        for suffix, count in ranked[:MOST_SUFFIXES]
+    ]
     if rest := ranked[MOST_SUFFIXES:]:
         shown.append(f"{sum(count for _, count in rest):,} of {len(rest)} other suffixes")
     return f"not read: {', '.join(shown)}"
@@ -383,7 +388,7 @@ def walk(root: str, unread: Counter[str] | None = None) -> Iterator[str]:
     """Paths of all images and shards under a folder, sorted by name within each folder, files before folders.
 
     Args:
-        unread: counts all other files by suffix, but hidden ones.
+        unread: counts all other files by suffix, but hidden ones; pipes and the like where they are called like data.
     """
     return (path for _, path in _walk(root, unread))
 
@@ -416,6 +421,8 @@ def _walk(root: str, unread: Counter[str] | None = None, parts: _Parts | None = 
         for entry in entries:
             # A link to nothing is kept, to be named as a broken image; a pipe would block its reader for ever.
             if not entry.is_file() and not _is_dead_link(entry):
+                if unread is not None and not entry.is_dir() and (is_image(entry.name) or is_shard(entry.name)):
+                    unread[SPECIAL] += 1
                 continue
             if is_image(entry.name) or is_shard(entry.name):
                 yield splits.get(entry.path, split), entry.path

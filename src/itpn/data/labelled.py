@@ -269,7 +269,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
         for name, start, size, label in index_shard(path, members, left, unread):
             if label is None:
                 key = os.path.basename(split_name(name)[0])
-                raise UserError(f"{name} in {path} has no {key}.cls beside it: its class is not known")
+                note = f"; {describe_unread(unread)}" if unread else ""  # it may be a link
+                raise UserError(f"{name} in {path} has no {key}.cls beside it: its class is not known{note}")
             if not label:
                 key = split_name(name)[0]
                 raise UserError(f"{key}.cls in {path} is empty: its image has no class")

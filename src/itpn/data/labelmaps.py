@@ -38,7 +38,7 @@ from itpn.data.masks import (
     explain_greys,
     make_table,
     pack,
-    read_mask,
+    read_lossy_mask,
     read_names,
     ungrey,
 )
@@ -265,11 +265,13 @@ class Look:
     Attributes:
         size: height, width.
         values: its numbers and how many pixels have each; of pictures in colours these, see `itpn.data.masks.pack`.
+        lossy: the compression that has changed them, if one has.
     """
 
     size: tuple[int, int]
     values: Mapping[int, int]
     coloured: bool
+    lossy: str = ""
 
 
 def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> LabelMaps:
@@ -293,7 +295,8 @@ def check(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> L
                 found.add("masks that cannot be read", f"{mask}: {error}")
     if looks and not isinstance(names, LabelTable):
         plain = {masks[path]: look.values for path, look in looks.items() if not look.coloured}
-        table = _finish_table(table, plain, others, rules)
+        lossy = {masks[path]: look.lossy for path, look in looks.items() if look.lossy}
+        table = _finish_table(table, plain, lossy, others, rules)
     present: set[int] = set()
     kept = []
     for path, look in looks.items():
@@ -343,16 +346,20 @@ def _start_table(names: Names | LabelTable | None, others: str, rules: MaskRules
 
 
 def _finish_table(
-    table: LabelTable | None, masks: Mapping[str, Mapping[int, int]], others: str, rules: MaskRules
+    table: LabelTable | None,
+    masks: Mapping[str, Mapping[int, int]],
+    lossy: Mapping[str, str],
+    others: str,
+    rules: MaskRules,
 ) -> LabelTable:
-    """What a set of masks means; ``masks`` are those of numbers, which, and of how many pixels.
+    """What a set of masks means; ``masks`` are those of numbers, which, and of how many pixels; ``lossy`` as in `Look`.
 
     Raises:
         UserError: labels above 254, shades of grey in place of class indices, or fewer than two classes.
     """
     numbers = set().union(*masks.values())
     if table is None:  # classes are the numbers that there are
-        _refuse_greys(masks, others, rules)
+        _refuse_greys(masks, lossy, others, rules)
         largest = max(numbers - set(rules.ignore), default=0)
         if numbers == {0, 255}:
             largest = 1
@@ -372,7 +379,9 @@ def _finish_table(
     return greys
 
 
-def _refuse_greys(masks: Mapping[str, Mapping[int, int]], others: str, rules: MaskRules) -> None:
+def _refuse_greys(
+    masks: Mapping[str, Mapping[int, int]], lossy: Mapping[str, str], others: str, rules: MaskRules
+) -> None:
     """Raise :class:`UserError` where the numbers look like shades of grey."""
     counts: Counter[int] = Counter()
     for values in masks.values():
@@ -382,11 +391,10 @@ def _refuse_greys(masks: Mapping[str, Mapping[int, int]], others: str, rules: Ma
     if reason := explain_greys(counts):
         example = max(masks, key=lambda mask: len(masks[mask]))
         raise UserError(f"masks in {others}, such as {example}: {reason}")
-    lossy = (mask for mask in masks if mask.lower().endswith(JPEG_SUFFIXES) and set(masks[mask]) - {0, IGNORED})
-    if example := next(lossy, ""):
+    if example := next((mask for mask in masks if mask in lossy and set(masks[mask]) - {0, IGNORED}), ""):
         raise UserError(
-            f"masks in {others}, such as {example}: JPEG changes pixels, so that their values are no class indices: "
-            "save masks as PNG (or give --data.classes FILE with a name for each index, if they are indices)"
+            f"masks in {others}, such as {example}: {lossy[example]} changes pixels, so that their values are no class "
+            "indices: save masks as PNG (or give --data.classes FILE with a name for each index, if they are indices)"
         )
 
 
@@ -396,13 +404,13 @@ def look_at(path: str, max_pixels: int, table: LabelTable | None) -> Look:
     Raises:
         UnreadableImage: it cannot be read, or is a picture in colours, and there are none.
     """
-    values = read_mask(path, max_pixels, table)
+    values, lossy = read_lossy_mask(path, max_pixels, table)
     coloured = values.ndim == 3 and table is not None and table.by_colour is not None
     size = values.shape[:2]
     if coloured:
         seen = np.zeros(VOID + 256, dtype=bool)
         seen[pack(values)] = True
-        return Look(size, dict.fromkeys(seen.nonzero()[0].tolist(), 1), True)
+        return Look(size, dict.fromkeys(seen.nonzero()[0].tolist(), 1), True, lossy)
     values = ungrey(values)
     if values.dtype == np.uint8:
         all_counts = np.bincount(values.ravel())
@@ -410,7 +418,7 @@ def look_at(path: str, max_pixels: int, table: LabelTable | None) -> Look:
         counts = all_counts[present]
     else:
         present, counts = np.unique(values, return_counts=True)
-    return Look(size, dict(zip(present.tolist(), counts.tolist(), strict=True)), False)
+    return Look(size, dict(zip(present.tolist(), counts.tolist(), strict=True)), False, lossy)
 
 
 def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Mistakes) -> dict[str, str]:

@@ -21,13 +21,23 @@ from faster_coco_eval.core import mask as rle
 
 from itpn.config.files import load_yaml
 from itpn.data.decode import MAX_PIXELS, read_size, reason_of
-from itpn.data.files import SPLITS, describe_unread, is_image, list_images, split_places, suffix_of
+from itpn.data.files import (
+    CLASS_FILES,
+    SPLITS,
+    describe_unread,
+    is_image,
+    list_files,
+    list_images,
+    split_places,
+    suffix_of,
+)
 from itpn.data.numbers import read_whole
 from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError
 from itpn.reading import MAX_TEXT, read_bounded
 from itpn.text import as_file_name, decode_text, one_line, read_lines
 
+NO_LABELS = {*CLASS_FILES, "labels.txt", "names.txt", "README.txt", "readme.txt"}  # text files beside YOLO's
 LONGEST_REASON = 500  # characters: it may quote megabytes of a damaged file
 LONGEST_NUMBER = 40  # characters: supervision takes hours for a class index of a million digits
 MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
@@ -194,7 +204,7 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
     # labels are keys of the names, which may have gaps
     categories = [{"id": 1 + key, "name": name} for key, name in sorted(names.items())]
     coco: Coco = {"images": [], "annotations": [], "categories": categories}
-    missing, found = None, 0
+    missing, found, label_folders = None, 0, dict[Path, Path]()
     for folder in folders:
         places = (base / folder, root / folder.removeprefix("../"))
         place = next((p for p in places if p.is_dir() or (p.suffix == ".txt" and p.is_file())), None)
@@ -206,15 +216,36 @@ def read_yolo(root: Path, split: str, mistakes: Mistakes, max_pixels: int = MAX_
         images = list_images(str(place), unread) if place.is_dir() else _listed_images(place, base, mistakes)
         for image, size in _measure(images, mistakes, max_pixels):
             labels = _labels_of(image, root)
-            missing = missing or (None if labels.is_file() else labels)
-            if labels.is_file():
+            label_folders[labels.parent] = image.parent
+            if os.path.lexists(labels):  # also a link to nothing, which is a mistake
                 found += 1
-                read.append(labels)
+                read += [labels] if labels.is_file() or labels.is_symlink() else []
+            else:
+                missing = missing or labels
             _append(coco, image, size, labels, parse, mistakes)
         mistakes.note_unread(str(place), unread, read)
     if missing is not None and not found:
         raise UserError(f"{file} has images in {', '.join(folders)}, but no labels: {missing} is not there, nor others")
+    _note_labels_alone(label_folders, mistakes)
     return coco, Path, str(file)
+
+
+def _note_labels_alone(folders: dict[Path, Path], mistakes: Mistakes) -> None:
+    """Note labels without an image of any split; ``folders`` are those of labels, each with that of its images.
+
+    Beside the images, they are among the files that are not read.
+    """
+    alone: list[str] = []
+    for labels, images in folders.items():
+        if labels == images or not labels.is_dir():
+            continue
+        with contextlib.suppress(OSError):  # images that a list names may be in a folder that cannot be listed
+            known = NO_LABELS | {f"{os.path.splitext(name)[0]}.txt" for name in os.listdir(images)}
+            names = (path for path in list_files(str(labels)) if path.endswith(".txt"))
+            alone += [path for path in names if os.path.basename(path) not in known]
+    if alone:
+        more = ", ..." if len(alone) > 3 else ""
+        mistakes.notes.append(f"labels without an image: {len(alone):,} ({one_line(', '.join(alone[:3]))}{more})")
 
 
 def _listed_images(file: Path, base: Path, mistakes: Mistakes) -> list[str]:
@@ -305,7 +336,7 @@ def _yolo_parser(keypoints: int, mistakes: Mistakes) -> Parse:
         return one | {"label": one["category_id"] - 1}
 
     def parse(path: Path, size: Size) -> Iterator[Found]:
-        if not path.is_file():
+        if not os.path.lexists(path):
             return  # an image without objects
         for number, line in enumerate(read_lines(path), start=1):
             if not line:

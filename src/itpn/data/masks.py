@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, find_lossy, load_image, open_image, reading
 from itpn.data.files import CLASS_FILES
 from itpn.data.labelled import drop_numbers, join_names, refuse_empty_line
 from itpn.data.readers import read_file
@@ -149,11 +149,19 @@ def unpack(value: int) -> Colour:
 
 
 def read_mask(path: str, max_pixels: int = MAX_PIXELS, table: LabelTable | None = None) -> np.ndarray:
+    """As :func:`read_lossy_mask`, the values alone."""
+    return read_lossy_mask(path, max_pixels, table)[0]
+
+
+def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tuple[np.ndarray, str]:
     """The numbers of a mask file, [H, W], or its colours, [H, W, 3], turned as an image would be.
 
     Args:
         table: a palette of its colours alone is for colours, whatever its numbers are; so are shades of 1, 2 or 4
             bits where all of its colours are shades.
+
+    Returns:
+        They, and the lossy compression that they have been through, see :func:`itpn.data.decode.find_lossy`.
 
     Raises:
         UnreadableImage: it is not there, damaged, too large, or transparent, or its palette is of two minds.
@@ -165,6 +173,7 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, table: LabelTable | None 
     with reading():
         opened = open_image(io.BytesIO(data), max_pixels)
         image, bits = load_image(opened), _count_bits(opened.image, data)
+        lossy = find_lossy(opened.image, data)
         if image.mode in ("LA", "RGBA") and bits == 8 and image.getextrema()[-1] == (255, 255):
             image = image.convert(image.mode[:-1])  # of more bits Pillow has the high ones alone
         if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
@@ -178,7 +187,7 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, table: LabelTable | None 
             values = _use_palette(values, palette, table)
     if values.min(initial=0) < 0:
         raise UnreadableImage(f"label {values.min()}, which no class has")
-    return values
+    return values, lossy
 
 
 def _count_bits(image: Image.Image, data: bytes) -> int:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from itpn.data.files import CLASS_FILES, IMAGE_SUFFIXES, is_hidden, suffix_of
+from itpn.data.files import CLASS_FILES, IMAGE_SUFFIXES, LINK, SPECIAL, is_hidden, suffix_of
 from itpn.errors import UserError
 
 ALL = "all"
@@ -127,12 +127,17 @@ def find_members(
     """All images among an archive's members, each with what ``read`` makes of it; hidden ones are passed over.
 
     Args:
-        unread: counts what is neither an image nor a label by suffix, as the files of a folder are counted.
+        unread: counts what is neither an image nor a label by suffix, as the files of a folder are counted; and what is
+            called like one of them, but is a link or a pipe.
     """
     for member in members:
-        if not member.isfile() or is_hidden(member.name):
+        if member.isdir() or is_hidden(member.name):
             continue
         key, ending = split_name(member.name)
+        if not member.isfile():
+            if unread is not None and (is_image_ending(ending) or is_label_ending(ending)):
+                unread[LINK if member.issym() or member.islnk() else SPECIAL] += 1
+            continue
         if is_image_ending(ending):
             yield Member(member.name, key, ending, read(member))
         elif unread is not None and not is_label_ending(ending) and os.path.basename(member.name) not in CLASS_FILES:

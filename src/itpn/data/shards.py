@@ -145,9 +145,10 @@ def check_shards(shards: Sequence[str], members: Sequence[str] = ()) -> list[str
     choice, unread = Choice(members), Counter[str]()
     for _ in choice.choose(_open_members(shards[0], "r:", lambda tar, member: None, [], unread)):
         pass
+    note = describe_unread(unread)
     if choice.problem:
-        raise UserError(f"shard {shards[0]} {choice.problem}")
-    return [f"{shards[0]}: {note}" for note in (choice.describe(), describe_unread(unread)) if note]
+        raise UserError(f"shard {shards[0]} {choice.problem}{f'; {note}' if note else ''}")
+    return [f"{shards[0]}: {one}" for one in (choice.describe(), note) if one]
 
 
 class Place(NamedTuple):
@@ -170,13 +171,14 @@ def index_shard(
     Args:
         members: endings of the images, see :class:`itpn.data.members.Choice`.
         left: counts those of the images that are left out.
-        unread: counts the members that are neither images nor labels, by suffix.
+        unread: counts the members that are neither images nor labels, by suffix or kind.
 
     Raises:
         UserError: the shard is damaged, it is not certain which images are meant, a label is not text in UTF-8, or
             there is another label of its name.
     """
     labels: dict[str, str] = {}
+    unread = Counter() if unread is None else unread
     try:
         with open_tar(path, "r:") as tar:
             found = find_members(
@@ -189,7 +191,8 @@ def index_shard(
     choice = Choice(members)
     chosen = list(choice.choose(images))
     if choice.problem:
-        raise UserError(f"shard {path} {choice.problem}")
+        note = describe_unread(unread)
+        raise UserError(f"shard {path} {choice.problem}{f'; {note}' if note else ''}")
     if left is not None:
         left += choice.left
     return [
