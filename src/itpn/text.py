@@ -3,6 +3,7 @@
 import codecs
 import os
 import re
+import unicodedata
 
 from itpn.errors import MachineError, UserError
 from itpn.reading import MAX_TEXT, read_bounded
@@ -86,6 +87,11 @@ def readable(name: str) -> str:
 def one_line(text: str) -> str:
     """:func:`readable`, with line breaks and other control characters as escapes: what is printed or drawn."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], readable(text))
+
+
+def as_class(name: str) -> str:
+    """A class's name, its letters in one piece (Unicode's form C): macOS takes é apart in the names of folders."""
+    return unicodedata.normalize("NFC", one_line(name))
 
 
 def as_file_name(name: str) -> str:

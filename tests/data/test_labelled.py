@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import tarfile
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -500,3 +501,16 @@ def test_numbers_of_classes_in_shards(tmp_path):
     write_shard(tmp_path / "x.tar", [("a", encode(0), "²"), ("b", encode(1), "1")])  # a digit, and no number
     train, _ = find_labelled([str(tmp_path)])
     assert (train.classes, train.labels.tolist()) == (("1", "²"), [1, 0])
+
+
+def test_names_in_either_form_of_unicode_are_one_class(tmp_path):
+    """As folders that were copied from macOS have them, beside others."""
+    name = "Café"
+    for split, form in (("train", "NFC"), ("val", "NFD")):
+        for folder in (unicodedata.normalize(form, name), "Tea"):
+            place = tmp_path / split / folder
+            place.mkdir(parents=True)
+            (place / "1.png").write_bytes(encode(1))
+    train, val = find_labelled([str(tmp_path)])
+    assert train.classes == val.classes == ("Café", "Tea")
+    assert list(val.labels) == [0, 1]

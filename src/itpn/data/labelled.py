@@ -32,7 +32,7 @@ from itpn.data.shards import index_shard
 from itpn.data.splits import Division, join
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
-from itpn.text import one_line, read_lines
+from itpn.text import as_class, one_line, read_lines
 
 MAX_CLASSES = 10**6  # that numbers in shards may stand for
 # of files of classes: 0 cat; 0: cat; 0,cat; 0 - cat; and cat 0; cat,0
@@ -231,7 +231,7 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
     places: dict[str, list[str]] = {}  # by name of the class
     for folder in folders:
         for place in list_folders(folder):
-            places.setdefault(one_line(os.path.basename(place)), []).append(place)
+            places.setdefault(as_class(os.path.basename(place)), []).append(place)
     classes = sorted(places)
     if classes and "train" in find_division(first := places[classes[0]][0]).places:
         raise UserError(
@@ -276,7 +276,7 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
                 raise UserError(f"{key}.cls in {path} is empty: its image has no class")
             places.append((number, start, size))
             names.append(f"{os.path.basename(path)}/{name}")
-            texts.append(label)
+            texts.append(as_class(label))
     if not places:
         note = describe_unread(unread)
         raise UserError(f"no images with .cls in the shards ({shards[0]} ...){f'; {note}' if note else ''}")
@@ -322,7 +322,7 @@ def read_class_names(folders: Sequence[str], labels: Iterable[str]) -> list[str]
             if (place / CLASSES).is_file():
                 # `itpn shrink` writes the names of folders as they are, with blanks and numbers
                 by_hand = not (place / SHRINK_INDEX).is_file()
-                names = read_lines(place / CLASSES, strip=by_hand)
+                names = [as_class(name) for name in read_lines(place / CLASSES, strip=by_hand)]
                 refuse_empty_line(names, place / CLASSES)
                 if by_hand and are_numbers(labels):
                     names = drop_numbers(names, 0, place / CLASSES)

@@ -27,7 +27,7 @@ from itpn.data.shards import index_shard
 from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
-from itpn.text import one_line, read_text, readable
+from itpn.text import as_class, read_text, readable
 from itpn.writing import open_whole, write_whole
 
 LONGEST_JPEG = 65535
@@ -91,7 +91,7 @@ def list_originals(
     originals = []
     for path in source.images:
         inner = _below_roots(path, source.roots)
-        folder = one_line(inner.partition("/")[0]) if "/" in inner else None
+        folder = as_class(inner.partition("/")[0]) if "/" in inner else None
         key = _make_key(os.path.splitext(inner)[0], taken)
         originals.append(Original(key, readable(path), path, label=folder))
     for path in source.shards:
