@@ -1,12 +1,12 @@
 """Two processes against one: a training step of a detector or segmenter."""
 
-import multiprocessing
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from servers import servers
 from torch.nn.parallel import DistributedDataParallel
 
 from itpn.models.detector import MaskDetector
@@ -25,9 +25,7 @@ def compare_processes(given: dict[str, Any], folder: Path) -> int:
         How many batch norms there are.
     """
     torch.save(given, folder / "given.pt")
-    context = multiprocessing.get_context("forkserver")  # torch is imported once, for all tests
-    context.set_forkserver_preload(["itpn.engine.run"])
-    started = [context.Process(target=take_part, args=(rank, folder)) for rank in range(PROCESSES)]
+    started = [servers.Process(target=take_part, args=(rank, folder)) for rank in range(PROCESSES)]
     for process in started:
         process.start()
     try:

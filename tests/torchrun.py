@@ -1,6 +1,5 @@
 """What torchrun does, with processes that are forked from one that has imported torch, which takes seconds."""
 
-import multiprocessing
 import os
 import runpy
 import socket
@@ -9,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-PRELOAD = ["itpn.cli", "itpn.engine.run"]
+from servers import servers
 
 
 def run_command(*arguments: object, folder: Path, processes: int = 2) -> str:
@@ -30,10 +29,8 @@ def run(target: Callable[[list[str]], Any], arguments: list[str], *, folder: Pat
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
     started = [
-        context.Process(target=_take_part, args=(target, arguments, rank, processes, port, folder))
+        servers.Process(target=_take_part, args=(target, arguments, rank, processes, port, folder))
         for rank in range(processes)
     ]
     for process in started:

@@ -1,9 +1,10 @@
 """Runs of test_run_state.py in processes of their own that are killed at a chosen moment."""
 
-import multiprocessing
 import os
 import pathlib
 import signal
+
+from servers import servers
 
 from itpn.config import RunConfig
 
@@ -16,9 +17,7 @@ def run_killed(config: RunConfig, moment: int) -> int | None:
     Returns:
         The exit code of the process: -9 if it was killed, 0 if the run ended before.
     """
-    context = multiprocessing.get_context("forkserver")  # torch is imported once, and forked before it has threads
-    context.set_forkserver_preload(["itpn.engine.run"])
-    process = context.Process(target=_train, args=(config, moment))
+    process = servers.Process(target=_train, args=(config, moment))
     process.start()
     process.join()
     return process.exitcode

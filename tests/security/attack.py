@@ -1,6 +1,5 @@
 """Attacks in a process of their own, whose memory and time are limited."""
 
-import multiprocessing
 import os
 import resource
 import sys
@@ -10,16 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from servers import servers
+
 from itpn.cli import main
 
 GIB = 2**30
-PRELOAD = [
-    *("itpn.cli", "itpn.data.annotations", "itpn.data.labelled", "itpn.data.labelmaps", "itpn.checkpoints.loading"),
-    *("itpn.engine.run", "itpn.engine.classification", "itpn.engine.detection", "itpn.engine.shrinking"),
-    *("supervision.dataset.formats.yolo", "supervision.dataset.formats.pascal_voc", "defusedxml.ElementTree"),
-]
-servers = multiprocessing.get_context("forkserver")
-servers.set_forkserver_preload(PRELOAD)  # once: torch takes seconds to import
 
 
 def _limited(

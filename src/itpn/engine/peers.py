@@ -17,7 +17,9 @@ from itpn.errors import PeerLost, UserError
 
 LOST_PEER = "another process of this run ended unexpectedly"
 GRACE = 10.0  # seconds in which a process learns from its broken connections that another has ended
-STOPPED = tuple(128 + s for s in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1))  # exit codes
+# Ctrl-C, the end of a job, a terminal or connection that was closed, and Slurm's warning of the end
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+STOPPED = tuple(128 + signum for signum in STOPPING)  # exit codes
 
 _children: list[subprocess.Popen[bytes]] = []  # that Lightning has started, ranks 1, 2, ... of this machine
 _watching = False

@@ -8,11 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any
 
-from itpn.engine.peers import several
+from itpn.engine.peers import STOPPING, several
 from itpn.errors import MachineError, RunStopped, UserError
 
-# Ctrl-C, the end of a job, a terminal or connection that was closed, and Slurm's warning of the end
-STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LOOK, MOST_LOOKS = 0.05, 100  # seconds after which a signal comes again that came in vain, and how often in an import
 
 
