@@ -21,10 +21,10 @@ from torch.utils.flop_counter import flop_registry
 
 from itpn.config import Config, image_size
 from itpn.errors import UserError
+from itpn.masked.build import build_masked_model
+from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.recompute import PRODUCTS
-from itpn.pretraining.build import build_masked_model
-from itpn.pretraining.model import MaskedImageModel
-from itpn.recipes import read_recipe
+from itpn.tasks.recipes import read_recipe
 
 PARTS = {
     "patch embedding": ["backbone.patch_embed"],

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import itpn  # noqa: F401  # its models become timm's
 from itpn.config import ModelConfig
-from itpn.pretraining.build import build_masked_model
+from itpn.masked.build import build_masked_model
 
 Work = Callable[[], None]
 

@@ -17,8 +17,8 @@ from arms import Failures
 
 from itpn.config import Config
 from itpn.data.files import find_training_images
-from itpn.engine.pretraining import pretrain
-from itpn.recipes import read_recipe
+from itpn.tasks.pretraining.run import pretrain
+from itpn.tasks.recipes import read_recipe
 
 RECIPE = "itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k"
 

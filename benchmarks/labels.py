@@ -16,9 +16,9 @@ from arms import Failures
 from rich.console import Console
 from rich.table import Table
 
-from itpn.engine.classification import find_sets
-from itpn.engine.run import train
-from itpn.recipes import read_recipe
+from itpn.commands.train import train
+from itpn.tasks.classification.run import find_sets
+from itpn.tasks.recipes import read_recipe
 
 ARMS = ("scratch", "pre-trained")
 

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from itpn.commands.train import train
 from itpn.config import Config
 from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
-from itpn.engine.probe import probe
-from itpn.engine.run import train
-from itpn.recipes import read_recipe
+from itpn.tasks.pretraining.probe import probe
+from itpn.tasks.recipes import read_recipe
 
 ARMS = ("random", "pixel", "pixel + mfm", "mfm alone", "feature alone")
 

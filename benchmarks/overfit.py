@@ -8,10 +8,10 @@ import json
 import shutil
 from pathlib import Path
 
+from itpn.commands.train import train
 from itpn.config import DetectionConfig, DetectionEvaluationConfig, DetectorConfig, FineTuningConfig, ObjectsConfig
 from itpn.config import TrainerConfig as Trainer
 from itpn.data.annotations import read_objects
-from itpn.engine.run import train
 
 
 def main() -> None:

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.hivit import Attention, PatchEmbed
-from itpn.pretraining.model import MaskedImageModel
 
 SAVINGS = ("visible units embedded", "fused attention", "hidden units predicted", "fused optimizer")
 

@@ -30,13 +30,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from itpn.config import Config, image_size
 from itpn.data.files import find_training_images
-from itpn.engine.launch import device_name, peak_memory_gb
-from itpn.engine.pretraining import make_loader
-from itpn.pretraining.average import MovingAverageTeacher
-from itpn.pretraining.build import build_masked_model
-from itpn.pretraining.model import MaskedImageModel
-from itpn.recipes import read_recipe
-from itpn.tasks.pretrain import PretrainingTask
+from itpn.masked.build import build_masked_model
+from itpn.masked.masked_model import MaskedImageModel
+from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.run import make_loader
+from itpn.tasks.recipes import read_recipe
+from itpn.teachers.ema import MovingAverageTeacher
+from itpn.training.launch import device_name, peak_memory_gb
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ARMS = {

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from itpn.checkpoints.loading import build_from
 from itpn.config import Config, image_size
 from itpn.errors import UserError
-from itpn.recipes import read_recipe
+from itpn.tasks.recipes import read_recipe
 
 PEAK, SHARE = 989e12, 0.4  # bf16 FLOP/s of an H100 without sparsity, and what of it is assumed to be reached
 # bytes a second each way: between the GPUs of a machine, or out of a machine in all

@@ -25,8 +25,8 @@ from torch import Tensor
 
 import itpn  # noqa: F401  # its models become timm's
 from itpn.config import read_yaml
-from itpn.engine.probe import probe
 from itpn.models.hivit import HiViT
+from itpn.tasks.pretraining.probe import probe
 
 OFF = {"migrate_ratio": 0.0, "gather_window": 0, "gather_side": 1}
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from itpn.config import ModelConfig, TeacherConfig
-from itpn.pretraining.average import MovingAverageTeacher
-from itpn.pretraining.build import build_masked_model
-from itpn.pretraining.model import MaskedImageModel
+from itpn.masked.build import build_masked_model
+from itpn.masked.masked_model import MaskedImageModel
+from itpn.teachers.ema import MovingAverageTeacher
 
 OBJECTIVES = {
     "pixel": {},

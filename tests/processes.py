@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from itpn.models.detector import MaskDetector
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
-from itpn.tasks.segmentation import pixel_loss
+from itpn.tasks.segmentation.module import pixel_loss
 
 PROCESSES = 2
 Tensors = dict[str, torch.Tensor]

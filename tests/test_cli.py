@@ -18,9 +18,9 @@ from itpn.checkpoints.files import save_weights
 from itpn.cli import main, parse_options
 from itpn.config import Config
 from itpn.data.shapes import ShapesFolders
-from itpn.engine.signals import stopped_by_signals
 from itpn.errors import NonFiniteLoss, RunStopped, UserError
-from itpn.recipes import read_recipe
+from itpn.system.signals import stopped_by_signals
+from itpn.tasks.recipes import read_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -131,7 +131,7 @@ def test_answers_come_at_once(arguments):
     command = [sys.executable, "-X", "importtime", "-m", "itpn", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "itpn.recipes" in imported
+    assert "itpn.tasks.recipes" in imported
     assert not imported & {"torch", "torchvision", "lightning", "timm", "tensorboard"}
 
 
@@ -156,9 +156,9 @@ def test_exit_codes(monkeypatch, photos, tmp_path, capsys, command, ending, code
     def train(*args):
         raise ending
 
-    monkeypatch.setattr("itpn.engine.run.train", train)
-    monkeypatch.setattr("itpn.engine.demo.train_side_by_side", train)
-    monkeypatch.setattr("itpn.engine.demo.write_shapes", lambda root, **_: ShapesFolders(root, root, root))
+    monkeypatch.setattr("itpn.commands.train.train", train)
+    monkeypatch.setattr("itpn.commands.demo.train_side_by_side", train)
+    monkeypatch.setattr("itpn.commands.demo.write_shapes", lambda root, **_: ShapesFolders(root, root, root))
     where = ["--data.root", str(photos)] if command[0] == "train" else ["--output-dir", str(tmp_path)]
     assert main([*command, *where]) == code
     assert capsys.readouterr().err == ("itpn: loss is nan\n" if code == 1 else "")
@@ -269,7 +269,7 @@ def test_info_of_a_moving_average(capsys):
 @pytest.mark.parametrize("recipe", ["itpn-pixel_nano", "classifier_small"])
 def test_every_option_is_explained(capsys, recipe):
     from itpn.config import option_types
-    from itpn.recipes import read_recipe
+    from itpn.tasks.recipes import read_recipe
 
     with pytest.raises(SystemExit) as stop:
         main(["train", recipe, "--help"])

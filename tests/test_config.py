@@ -16,7 +16,7 @@ from itpn.config import (
     write_yaml,
 )
 from itpn.errors import UserError
-from itpn.recipes import list_recipes, read_recipe
+from itpn.tasks.recipes import list_recipes, read_recipe
 
 
 @pytest.mark.parametrize("name", list_recipes())

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from itpn.config import CONFIGS, option_types
-from itpn.recipes import list_recipes
+from itpn.tasks.recipes import list_recipes
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]

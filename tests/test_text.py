@@ -10,9 +10,9 @@ import pytest
 import itpn
 from itpn.config import Config, write_yaml
 from itpn.errors import UserError
-from itpn.recipes import read_recipe
-from itpn.text import as_file_name, decode_text, one_line, read_lines, read_text, readable
-from itpn.writing import open_whole
+from itpn.system.text import as_file_name, decode_text, one_line, read_lines, read_text, readable
+from itpn.system.writing import open_whole
+from itpn.tasks.recipes import read_recipe
 
 ROOT = Path(itpn.__file__).parents[1]
 
@@ -64,7 +64,7 @@ def test_the_locale_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "größe.txt"
     path.write_text("größe\n", encoding="utf-8")
     code = (
-        "import sys; from itpn.text import *; path = as_file_name('größe.txt'); "
+        "import sys; from itpn.system.text import *; path = as_file_name('größe.txt'); "
         "print(sys.getfilesystemencoding(), ascii(readable(path)), ascii(read_lines(path)))"
     )
     environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}

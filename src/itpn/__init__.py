@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
-from itpn.recipes import list_recipes
+from itpn.tasks.recipes import list_recipes
 
 if TYPE_CHECKING:
     from torch import nn
@@ -67,7 +67,7 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
     from itpn.checkpoints.loading import build_from, load_weights
     from itpn.config import Config, override_model
     from itpn.errors import UserError
-    from itpn.recipes import read_recipe
+    from itpn.tasks.recipes import read_recipe
 
     if pretrained is True:
         raise UserError(

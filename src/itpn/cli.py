@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args
 
 from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_types
-from itpn.engine.environment import check_environment
-from itpn.engine.guard import guard
-from itpn.engine.peers import GRACE, conclude, disconnect, end_children, is_first
-from itpn.engine.signals import stopped_by_signals
 from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
-from itpn.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
+from itpn.system.accidents import guard
+from itpn.system.environment import check_environment
+from itpn.system.processes import GRACE, conclude, disconnect, end_children, is_first
+from itpn.system.signals import stopped_by_signals
+from itpn.tasks.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
 
 DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."
 
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 1 for a run that went wrong, 2 for a mistake of the user's, 128 and its number after a signal.
     """
-    from itpn.engine.console import complain, finish_output, forget_remarks, silence
+    from itpn.system.console import complain, finish_output, forget_remarks, silence
 
     forget_remarks()
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -304,15 +304,15 @@ def run_evaluate(recipe: str, options: list[str]) -> int:
     out = Path(own.out) if own.out else _evaluation_folder(own.checkpoint, own.knn)
     given = {option.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in rest}
     if isinstance(config, DetectionConfig):
-        from itpn.engine.evaluate_objects import evaluate_objects
+        from itpn.tasks.detection.evaluation import evaluate_objects
 
         evaluate_objects(config, name, own.checkpoint, out, given)
     elif isinstance(config, SegmentationConfig):
-        from itpn.engine.evaluate_pixels import evaluate_pixels
+        from itpn.tasks.segmentation.evaluation import evaluate_pixels
 
         evaluate_pixels(config, name, own.checkpoint, out, given)
     else:
-        from itpn.engine.evaluate import evaluate
+        from itpn.tasks.classification.evaluation import evaluate
 
         evaluate(config, name, own.checkpoint, out, own.knn, given)
     return 0
@@ -342,7 +342,7 @@ def run_cache_features(recipe: str, options: list[str]) -> int:
     source = check_early(config)
     if source.cache:
         raise UserError(f"{source.cache} holds cached features already: give the images as --data.root")
-    from itpn.engine.caching import cache_features
+    from itpn.commands.cache_features import cache_features
 
     cache_features(config, source, Path(own.out), own.views, own.half)
     return 0
@@ -367,8 +367,8 @@ def run_shrink(options: argparse.Namespace) -> int:
         if place == out or out in place.parents or place in out.parents:
             raise UserError(f"--out {options.out} and {root} overlap: choose an --out beside it")
     splits = find_splits(options.images, options.members)
+    from itpn.commands.shrink import shrink
     from itpn.data.decode import MAX_PIXELS
-    from itpn.engine.shrinking import shrink
 
     sizes = options.short_side, options.quality, options.shard_size
     shrink(splits, Path(options.out), *sizes, options.num_workers, max_pixels or MAX_PIXELS)
@@ -384,10 +384,10 @@ def run_train(recipe: str, options: list[str]) -> int:
     source = check_early(config)
     if own.profile and config.task == "classification" and config.model.freeze:
         raise UserError("--profile is for steps of training, and --model.freeze takes none")
-    from itpn.engine.run import train
+    from itpn.commands.train import train
 
     if own.profile:
-        from itpn.engine.profiling import profile
+        from itpn.training.profiling import profile
 
         train(config, name, source, profile)
     else:
@@ -405,7 +405,7 @@ def parse_options(
     """
     import tyro
 
-    from itpn.engine.console import lost_answer
+    from itpn.system.console import lost_answer
 
     complaints = io.StringIO()
     options = _say_true(options, option_types(type(config)))
@@ -486,8 +486,8 @@ def run_list(options: argparse.Namespace) -> int:
 
     from rich.table import Table
 
-    from itpn.engine.console import Answer
     from itpn.models.variants import BACKBONES, WITH_PYRAMID
+    from itpn.system.console import Answer
 
     files = recipe_files()
     # a bare word means any name with it inside
@@ -527,7 +527,7 @@ def run_info(options: argparse.Namespace) -> int:
         if options.name not in files and not Path(options.name).is_file():
             raise UserError(f"no recipe or model {options.name!r}{nearest(options.name, [*files, *known])}")
         config = read_recipe(options.name)[1]
-    from itpn.engine.info import print_info
+    from itpn.commands.info import print_info
 
     if config is None and options.checkpoint is not None:
         raise UserError("--checkpoint is for recipes; `itpn inspect` tells what a checkpoint is")
@@ -545,7 +545,7 @@ def run_predict(options: argparse.Namespace) -> int:
     features = None if options.features is None else Path(options.features)
     if features is not None and features.suffix not in (".safetensors", ".npy"):
         raise UserError(f"--features {features} must end in .safetensors or .npy")
-    from itpn.engine.predict import predict
+    from itpn.commands.predict import predict
 
     out = Path(options.out)
     predict(options.checkpoint, source, out, options.seed, features, options.min_score, _check_max_pixels(options))
@@ -554,7 +554,7 @@ def run_predict(options: argparse.Namespace) -> int:
 
 def run_inspect(options: argparse.Namespace) -> int:
     check_file(options.checkpoint)
-    from itpn.engine.inspection import print_report
+    from itpn.commands.inspect import print_report
 
     print_report(options.checkpoint)
     return 0
@@ -563,7 +563,7 @@ def run_inspect(options: argparse.Namespace) -> int:
 def run_convert(options: argparse.Namespace) -> int:
     check_file(options.source)
     from itpn.checkpoints.convert import convert
-    from itpn.engine.console import Output
+    from itpn.system.console import Output
 
     done = convert(options.source, Path(options.target), options.to, options.num_heads)
     lines = [f"{options.target}: {done.count} tensors under the names of {done.form}"]
@@ -586,7 +586,7 @@ def run_export(options: argparse.Namespace) -> int:
         raise UserError(f"--img-size takes a side, or height and width, not {len(options.img_size)} numbers")
     if options.levels and options.task not in (None, "pyramid"):
         raise UserError(f"--levels is for --task pyramid, not {options.task}")
-    from itpn.engine.export import check_out, export_checkpoint
+    from itpn.commands.export import check_out, export_checkpoint
 
     out = Path(options.out)
     check_out(out)
@@ -598,7 +598,7 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    from itpn.engine.demo import demo
+    from itpn.commands.demo import demo
 
     demo(Path(options.output_dir))
     return 0

@@ -17,7 +17,7 @@ from itpn.checkpoints.convert import convert
 from itpn.checkpoints.files import read_checkpoint, save_weights
 from itpn.config import Config, DataConfig, ModelConfig, TeacherConfig
 from itpn.errors import MachineError, UserError
-from itpn.pretraining.build import build_masked_model
+from itpn.masked.build import build_masked_model
 
 CASES = {
     "official": [

@@ -16,9 +16,9 @@ from itpn.checkpoints.files import read_checkpoint, save_weights, write_safetens
 from itpn.checkpoints.loading import load_weights
 from itpn.config import Config, DataConfig, ModelConfig, TeacherConfig
 from itpn.errors import UserError
+from itpn.masked.build import build_masked_model
 from itpn.models.naming import from_ours
 from itpn.models.position import resample_position_table
-from itpn.pretraining.build import build_masked_model
 
 
 def model_config(**settings) -> ModelConfig:

@@ -7,10 +7,10 @@ from public import our_names, read_golden, save_public
 from torch import Tensor, nn
 
 import itpn
+from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.hivit import HiViT
 from itpn.models.naming import from_ours
 from itpn.models.pyramid import PyramidBackbone
-from itpn.pretraining.model import MaskedImageModel
 
 # heads of files that have no relative position table to tell them
 FOUR = {"num_heads": 4}

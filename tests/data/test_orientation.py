@@ -24,9 +24,9 @@ from samples import (
 from itpn.data import decode
 from itpn.data.augment import PretrainingTransform
 from itpn.data.decode import EncodedImage, decode_image, read_size
-from itpn.data.deferred import DeferredTransform, collate_deferred, finish
+from itpn.data.gpu_decoding import DeferredTransform, collate_deferred, finish
 from itpn.data.masks import read_mask
-from itpn.data.shrunk import shrink_image
+from itpn.data.resized_copies import shrink_image
 
 HEIGHT, WIDTH = 480, 640
 # orientation -> the transposition that it undoes

@@ -19,8 +19,8 @@ from itpn.data.labelled import read_split
 from itpn.data.loader import TrainingLoader
 from itpn.data.members import split_name
 from itpn.data.readers import unpack
+from itpn.data.resized_copies import list_originals
 from itpn.data.shards import check_shards, count_shard_images, index_shard, read_shard, shard_samples
-from itpn.data.shrunk import list_originals
 from itpn.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -12,13 +12,13 @@ import pytest
 import torch
 from PIL import Image
 
-import itpn.text
+import itpn.system.text
 from itpn.cli import main
 from itpn.data.annotations import find_objects, read_objects
 from itpn.data.layouts import PIXELS, UNREAD
 from itpn.data.objects import DetectionTransform, make_target
-from itpn.engine.coco import score_detections
 from itpn.errors import UserError
+from itpn.metrics.detection import score_detections
 
 HEIGHT, WIDTH = 60, 80
 BOX = [10, 12, 20, 15]
@@ -829,7 +829,7 @@ def refuse(number: int):
 @pytest.mark.parametrize(
     ("layout", "place"),
     [
-        ("yolo", "itpn.text.read_bounded"),
+        ("yolo", "itpn.system.text.read_bounded"),
         ("yolo", "itpn.data.layouts.read_size"),
         ("voc", "itpn.data.layouts.read_bounded"),
         ("voc", "itpn.data.layouts.read_size"),
@@ -840,8 +840,8 @@ def test_annotations_on_a_lost_disk_are_not_damaged(tmp_path, capsys, monkeypatc
     if layout == "yolo":
         root = write_yolo(tmp_path / "a", "1 0.5 0.5 0.25 0.5")
         assert boxes_of(read(root)[0])
-        if place == "itpn.text.read_bounded":  # the settings are read by it as well
-            bounded = itpn.text.read_bounded
+        if place == "itpn.system.text.read_bounded":  # the settings are read by it as well
+            bounded = itpn.system.text.read_bounded
 
             def lost(path, *rest):
                 return (refuse(number) if "labels" in str(path) else bounded)(path, *rest)

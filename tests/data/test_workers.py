@@ -20,8 +20,8 @@ import itpn.data.readers
 import itpn.data.workers
 from itpn.data.readers import FileReader, read_file
 from itpn.data.workers import WorkerLoader, beat
-from itpn.engine.peers import conclude
 from itpn.errors import MachineError, UserError
+from itpn.system.processes import conclude
 
 
 class Misbehaving(Dataset[dict[str, Any]]):

@@ -7,8 +7,8 @@ import torch
 from torchvision.io import decode_jpeg, read_file
 
 from itpn.data.augment import PretrainingTransform
-from itpn.data.deferred import DeferredTransform, collate_deferred, finish
 from itpn.data.files import find_training_images
+from itpn.data.gpu_decoding import DeferredTransform, collate_deferred, finish
 from itpn.data.loader import TrainingLoader
 
 TRANSFORM = PretrainingTransform((64, 96), color_jitter=0.2, teacher_size=(56, 84))

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig
-from itpn.engine.pretraining import pretrain
+from itpn.tasks.pretraining.run import pretrain
 
 GPU = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 from itpn.data.normalize import Normalize
-from itpn.pretraining.average import MovingAverageTeacher
+from itpn.teachers.ema import MovingAverageTeacher
 
 
 @contextlib.contextmanager
@@ -52,7 +52,7 @@ def test_no_step_waits_for_the_gpu(device, objective, checkpointing):
             loss.item()
 
 
-@pytest.mark.gpu  # on a CPU: tests/pretraining/test_step.py
+@pytest.mark.gpu  # on a CPU: tests/masked/test_step.py
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_one_graph(objective):
     """Captured whole, once for all steps."""

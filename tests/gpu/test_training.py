@@ -34,14 +34,14 @@ from itpn.config import (
 from itpn.data.augment import PretrainingTransform
 from itpn.data.files import find_training_images
 from itpn.data.loader import TrainingLoader, collect, stack
-from itpn.pretraining.average import MovingAverageTeacher
-from itpn.pretraining.build import build_masked_model
-from itpn.pretraining.teacher import FeatureTeacher, FeatureTower
-from itpn.tasks.classification import ClassificationTask
-from itpn.tasks.detection import DetectionTask
-from itpn.tasks.pretrain import PretrainingTask
-from itpn.tasks.segmentation import SegmentationTask
-from itpn.tasks.training import TrainingTask
+from itpn.masked.build import build_masked_model
+from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.detection.module import DetectionTask
+from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.segmentation.module import SegmentationTask
+from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.timm_teacher import FeatureTeacher, FeatureTower
+from itpn.training.module import TrainingTask
 
 SMALL = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
 FEATURES = {
@@ -190,7 +190,7 @@ class Observer(L.Callback):
 
 
 def fit(task: TrainingTask, device: torch.device, steps: int, observer: Observer, resume: Path | None = None) -> None:
-    """As :func:`itpn.engine.fitting.fit` has Lightning do it, without a run's folder."""
+    """As :func:`itpn.training.loop.fit` has Lightning do it, without a run's folder."""
     trainer = L.Trainer(
         accelerator="gpu" if device.type == "cuda" else "cpu",
         devices=1,

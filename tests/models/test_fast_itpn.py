@@ -4,14 +4,14 @@ import pytest
 import timm
 import torch
 
+from itpn.commands.train import train
 from itpn.config import Config, ModelConfig
 from itpn.data.shapes import write_shapes
-from itpn.engine.run import train
 from itpn.errors import UserError
+from itpn.masked.build import build_masked_model
+from itpn.masked.masking import draw_random_mask, split_mask
 from itpn.models.hivit import HiViT
-from itpn.pretraining.build import build_masked_model
-from itpn.pretraining.masking import draw_random_mask, split_mask
-from itpn.recipes import list_recipes, read_recipe
+from itpn.tasks.recipes import list_recipes, read_recipe
 
 # millions of parameters (REFERENCE, section 1: the authors' table), and as counted
 PUBLISHED = {"tiny": (24, 24.22), "small": (40, 39.91), "base": (85, 84.83), "large": (312, 312.02)}

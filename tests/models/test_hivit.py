@@ -6,6 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import itpn
+from itpn.masked.masking import draw_random_mask, split_mask
 from itpn.models.hivit import HiViT
 from itpn.models.position import (
     relative_position_index,
@@ -13,7 +14,6 @@ from itpn.models.position import (
     resample_relative_table,
     sincos_position_table,
 )
-from itpn.pretraining.masking import draw_random_mask, split_mask
 
 # millions of parameters with a classifier, billions of multiply-adds (REFERENCE: Zhang et al. 2023; mmpretrain)
 PUBLISHED = {"hivit_tiny": (19.18, 4.60), "hivit_small": (37.53, 9.07), "hivit_base": (79.05, 18.47)}

@@ -43,7 +43,7 @@ def test_the_published_maps_inside_a_segmenter(tmp_path, checkpointing):
 
 
 def test_only_heads_start_at_random(tmp_path):
-    config = itpn.recipes.read_recipe("itpn-pixel_nano")[1]
+    config = itpn.tasks.recipes.read_recipe("itpn-pixel_nano")[1]
     torch.manual_seed(3)
     pretrained = itpn.checkpoints.loading.build_from(config)
     for parameter in pretrained.parameters():

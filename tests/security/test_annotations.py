@@ -14,7 +14,7 @@ from itpn.config.files import load_yaml
 from itpn.data.annotations import read_objects
 from itpn.data.files import find_images
 from itpn.data.labelmaps import read_names
-from itpn.engine import peers
+from itpn.system import processes as peers
 
 BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 0, 20, 1], "iscrowd": 0}
 

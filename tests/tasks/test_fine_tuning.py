@@ -12,10 +12,10 @@ from timm.data import Mixup
 
 from itpn.checkpoints.finetuning import build_recipe
 from itpn.config import ClassificationConfig
-from itpn.recipes import read_recipe
-from itpn.tasks.classification import ClassificationTask
+from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.finetuning import decay_per_layer
-from itpn.tasks.training import learning_rate
+from itpn.tasks.recipes import read_recipe
+from itpn.training.module import learning_rate
 
 PIXEL_B = "hivit-base-3324-p16_itpn-pixel-pre_8xb128-coslr-100e_in1k"
 PIXEL_L = "hivit-large-2240-p16_itpn-pixel-pre_8xb128-coslr-50e_in1k"

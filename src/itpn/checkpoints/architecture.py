@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from itpn.checkpoints.files import Checkpoint, named_tensors
 from itpn.config import check_type
 from itpn.errors import UserError
+from itpn.masked.decoder import AuxiliaryHead, Decoder
+from itpn.masked.masked_model import MaskedImageModel, Objective
 from itpn.models.detector import Detector, FPNBackbone, MaskDetector
 from itpn.models.hivit import HiViT
 from itpn.models.naming import read_depths
@@ -19,8 +21,6 @@ from itpn.models.position import Grid, square
 from itpn.models.pyramid import FeaturePyramid, PyramidBackbone
 from itpn.models.segmenter import Segmenter
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
-from itpn.pretraining.decoder import AuxiliaryHead, Decoder
-from itpn.pretraining.model import MaskedImageModel, Objective
 
 Task = Literal["pretraining", "segmentation", "detection", "classification", "pyramid", "backbone"]
 TASKS: tuple[Task, ...] = ("pretraining", "segmentation", "detection", "classification", "pyramid", "backbone")
@@ -40,9 +40,9 @@ class Architecture:
     Attributes:
         backbone: arguments of :class:`itpn.models.hivit.HiViT`, ``num_classes`` among them where there is a classifier.
         pyramid: arguments of :class:`itpn.models.pyramid.FeaturePyramid`; None where there is none.
-        decoder: arguments of :class:`itpn.pretraining.decoder.Decoder`; None where there is none.
-        auxiliary: arguments of :class:`itpn.pretraining.decoder.AuxiliaryHead`.
-        objective: arguments of :class:`itpn.pretraining.model.Objective`.
+        decoder: arguments of :class:`itpn.masked.decoder.Decoder`; None where there is none.
+        auxiliary: arguments of :class:`itpn.masked.decoder.AuxiliaryHead`.
+        objective: arguments of :class:`itpn.masked.masked_model.Objective`.
         detector: arguments of :class:`itpn.models.detector.Detector`, and whether it has ``masks``; None where there is
             none. One with ``fpn_width`` has a feature pyramid network of so many channels in the pyramid's place.
         segmenter: arguments of :class:`itpn.models.segmenter.Segmenter`; None where there is none.

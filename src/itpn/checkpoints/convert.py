@@ -15,7 +15,7 @@ from itpn.checkpoints.files import Checkpoint, describe_preprocessing, read_chec
 from itpn.errors import UserError, refusal
 from itpn.models.hivit import HiViT
 from itpn.models.naming import Layout, detect_layout, from_ours, to_ours
-from itpn.writing import write_whole
+from itpn.system.writing import write_whole
 
 Form = Literal["itpn", "official", "mmpretrain"]
 FORMS: tuple[Form, ...] = ("itpn", "official", "mmpretrain")

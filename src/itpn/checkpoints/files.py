@@ -13,17 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from itpn.checkpoints.io import check_hub, one_line, read_state, unwrap
 from itpn.config import HUB, Config, check_file, from_dict, image_size, to_dict
 from itpn.errors import UserError
+from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT
 from itpn.models.naming import Layout, detect_layout, to_ours
 from itpn.models.position import Grid
 from itpn.models.segmenter import Segmenter
-from itpn.pretraining.foreign import check_hub, one_line, read_state, unwrap
-from itpn.pretraining.model import MaskedImageModel
-from itpn.text import read_text
-from itpn.writing import write_whole
+from itpn.system.text import read_text
+from itpn.system.writing import write_whole
 
 WANTED = "a checkpoint of iTPN, Fast-iTPN or HiViT: of itpn, the authors' code, mmpretrain or timm"
 WRAPPERS = ("model", "module", "state_dict", "net")  # of the authors, DeepSpeed, mmpretrain and Lightning, trackers

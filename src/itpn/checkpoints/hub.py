@@ -14,11 +14,11 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from itpn.checkpoints.io import check_hub, describe_mismatch, one_line
 from itpn.config import HUB
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
-from itpn.pretraining.foreign import check_hub, describe_mismatch, one_line
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
 TRAINING_ONLY = ("drop_rate", "drop_path_rate")  # not of the network that the weights belong to; timm leaves them out

@@ -21,12 +21,12 @@ from itpn.checkpoints.diagnosis import fit
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.config import Config, image_size, override_model
 from itpn.errors import UserError
+from itpn.masked.build import build_masked_model
+from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.position import Grid
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.variants import PUBLISHED_PYRAMID, PYRAMIDS
-from itpn.pretraining.build import build_masked_model
-from itpn.pretraining.model import MaskedImageModel
 
 
 def load(
@@ -38,7 +38,7 @@ def load(
 
     Args:
         checkpoint: a file, or ``hf-hub:OWNER/NAME``.
-        task: ``"pretraining"`` gives a :class:`~itpn.pretraining.model.MaskedImageModel`, ``"classification"`` a
+        task: ``"pretraining"`` gives a :class:`~itpn.masked.masked_model.MaskedImageModel`, ``"classification"`` a
             :class:`~itpn.models.hivit.HiViT` with its classifier, ``"backbone"`` one without, ``"pyramid"`` a
             :class:`~itpn.models.pyramid.PyramidBackbone` for detection and segmentation, ``"detection"`` a
             :class:`~itpn.models.detector.Detector`, ``"segmentation"`` a

@@ -11,7 +11,7 @@ from itpn.checkpoints.diagnosis import Finding, fit, judge_others
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.loading import build_from, describe_broken, describe_options
 from itpn.config import ModelConfig
-from itpn.pretraining.build import build_masked_model
+from itpn.masked.build import build_masked_model
 
 LAYOUTS = {
     "itpn": "itpn or timm",

@@ -10,9 +10,9 @@ from typing import IO, Any
 
 import torch
 
+from itpn.checkpoints.io import is_compressed
 from itpn.config import CONFIGS, RunConfig, from_dict
 from itpn.errors import MachineError, RunStopped
-from itpn.pretraining.foreign import is_compressed
 
 # what comes of bytes that are there but not those that were written; anything else may pass, as a read error does
 DAMAGE = (

@@ -14,8 +14,8 @@ from itpn.config.pretraining import Config
 from itpn.config.segmentation import SegmentationConfig
 from itpn.config.training import to_dict
 from itpn.errors import UserError
-from itpn.text import read_text
-from itpn.writing import write_whole
+from itpn.system.text import read_text
+from itpn.system.writing import write_whole
 
 MAX_YAML = 2**20  # bytes: 20,000 class names and more
 MAX_VALUES = 10**6

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from itpn.data.files import CACHE_INDEX
 from itpn.errors import UserError
-from itpn.text import read_text
-from itpn.writing import write_whole
+from itpn.system.text import read_text
+from itpn.system.writing import write_whole
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 
 from itpn.data.splits import SPLITS, Division, divide, join, split_of_file, split_word
 from itpn.errors import MachineError, UserError
-from itpn.text import read_text, readable
+from itpn.system.text import read_text, readable
 
 __all__ = [
     "SPLITS",

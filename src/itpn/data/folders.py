@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from itpn.errors import UserError
-from itpn.text import readable
+from itpn.system.text import readable
 
 
 def name_output(folder: Path, number: int, name: str, ending: str) -> str:

@@ -32,7 +32,7 @@ from itpn.data.shards import index_shard
 from itpn.data.splits import Division, join
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
-from itpn.text import as_class, one_line, read_lines
+from itpn.system.text import as_class, one_line, read_lines
 
 MAX_CLASSES = 10**6  # that numbers in shards may stand for
 # of files of classes: 0 cat; 0: cat; 0,cat; 0 - cat; and cat 0; cat,0

@@ -34,8 +34,8 @@ from itpn.data.files import (
 from itpn.data.numbers import read_whole
 from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError
-from itpn.reading import MAX_TEXT, read_bounded
-from itpn.text import as_file_name, decode_text, one_line, read_lines
+from itpn.system.reading import MAX_TEXT, read_bounded
+from itpn.system.text import as_file_name, decode_text, one_line, read_lines
 
 NO_LABELS = {*CLASS_FILES, "labels.txt", "names.txt", "README.txt", "readme.txt"}  # text files beside YOLO's
 LONGEST_REASON = 500  # characters: it may quote megabytes of a damaged file

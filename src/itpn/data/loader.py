@@ -25,7 +25,7 @@ from itpn.data.shards import Sample, count_shard_images, shard_samples
 from itpn.data.workers import WorkerLoader, beat
 from itpn.errors import MachineError, UserError
 from itpn.seeding import derive_seed
-from itpn.text import one_line
+from itpn.system.text import one_line
 
 View = dict[str, Any]
 Transform = Callable[..., View]  # of an image, its random numbers, and what is known of it

@@ -20,7 +20,7 @@ from itpn.data.files import CLASS_FILES
 from itpn.data.labelled import drop_numbers, join_names, refuse_empty_line
 from itpn.data.readers import read_file
 from itpn.errors import UserError
-from itpn.text import read_lines
+from itpn.system.text import read_lines
 
 IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
 MAX_CLASSES = 254

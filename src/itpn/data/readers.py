@@ -13,8 +13,8 @@ import numpy as np
 
 from itpn.data.decode import UnreadableImage
 from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
-from itpn.reading import read_bounded
-from itpn.text import one_line, readable
+from itpn.system.reading import read_bounded
+from itpn.system.text import one_line, readable
 
 MAX_FILE = 2**31  # bytes of an image's file: floating-point RGB of the most pixels that are decoded has 1.6 GB
 GZIP = b"\x1f\x8b"  # the first bytes

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from itpn.errors import UserError, refusal
-from itpn.writing import write_whole
+from itpn.system.writing import write_whole
 
 Array = npt.NDArray[Any]  # float32, unless said
 Mask = npt.NDArray[np.bool_]

@@ -18,7 +18,7 @@ from itpn.data.members import Choice, Member, find_members, is_label_ending, spl
 from itpn.data.readers import GZIP, MAX_FILE, check_lost, read_head, too_large
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
-from itpn.text import decode_text, readable
+from itpn.system.text import decode_text, readable
 
 Sample = tuple[str, bytes | UnreadableImage]  # a name, and what its file holds or why that cannot be had
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)

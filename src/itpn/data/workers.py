@@ -24,17 +24,20 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils.signal_handling import _remove_worker_pids
 
-from itpn.errors import MachineError, UserError, errno_in, remedy
+from itpn.errors import MachineError, UserError
+from itpn.system.shared_memory import (
+    CANNOT_SEND,
+    MORE_SHARED_MEMORY,
+    SHARED_MEMORY,
+    describe_lost_worker,
+    free_shared_memory,
+    megabytes,
+)
 
 POLL = 5.0  # seconds after which the workers are checked while a batch is awaited
 PATIENCE = 600.0  # seconds in which no worker finishes a single image: a slow file system is not as slow as that
-SHARED_MEMORY = "/dev/shm"
-MORE_SHARED_MEMORY = (
-    "give it more (docker run --shm-size 8g), or lower --data.num-workers (0 needs none) or --data.batch-size"
-)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 MAX_SOCKET_FOLDER = 70  # bytes; the path of a socket has 107 at most, of which 33 are Python's names
-CANNOT_SEND = 113  # exit code of a worker whose batch cannot be sent
 
 _streams: list[Any] = []  # torch's iterators whose workers live
 _beats: Any = None  # in a worker: counts what all workers of a loader have read
@@ -156,14 +159,6 @@ def beat() -> None:
         _beats.value += 1
 
 
-def free_shared_memory() -> int | None:
-    """Bytes; None where there is no such file system."""
-    with contextlib.suppress(OSError):
-        status = os.statvfs(SHARED_MEMORY)
-        return status.f_bavail * status.f_frsize
-    return None
-
-
 class _ToSharedMemory:
     """Moves the tensors of a worker's batch to shared memory, where a failure can still be told to the main process.
 
@@ -184,8 +179,8 @@ class _ToSharedMemory:
         need = self.in_flight * sum(-(-size // 4096) * 4096 for size in sizes.values())
         if self.free is not None and need > self.free:
             raise MachineError(
-                f"shared memory {SHARED_MEMORY} is too small: {_mb(self.free)} MB are free, and the batches of worker "
-                f"processes need about {_mb(need)} MB: {MORE_SHARED_MEMORY}"
+                f"shared memory {SHARED_MEMORY} is too small: {megabytes(self.free)} MB are free, and the batches of "
+                f"worker processes need about {megabytes(need)} MB: {MORE_SHARED_MEMORY}"
             )
         self.free = None  # once is enough: it is compared with what was free at the start
         try:
@@ -194,10 +189,6 @@ class _ToSharedMemory:
         except RuntimeError as error:
             raise _explain(error) from error
         return batch
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.1f}"
 
 
 def _explain(error: Exception, workers: Sequence[Any] = ()) -> Exception:
@@ -226,47 +217,8 @@ def _explain(error: Exception, workers: Sequence[Any] = ()) -> Exception:
         if isinstance(error, OSError) and (found := re.match(r"\[Errno (\d+)\] (.*?)(?:: '(.*)')?$", reason)):
             return OSError(int(found[1]), found[2], found[3])
         text = reason
-    accident = describe_loss(text)
+    accident = describe_lost_worker(text)
     return error if accident is None else MachineError(accident)
-
-
-def describe_loss(text: str) -> str | None:
-    """What torch's words about a lost worker, or about shared memory, mean; None where they are about something else.
-
-    They can come up anywhere in the main process: torch raises them from a handler of SIGCHLD.
-    """
-    if "shared memory" in text and ("unable to" in text or "bytes" in text) and "DataLoader worker" not in text:
-        number = errno_in(text)
-        if number is not None and "No space" not in text:
-            return f"shared memory cannot be used: {os.strerror(number)}; {remedy(OSError(number, ''))}"
-        free = free_shared_memory()
-        return (
-            f"shared memory {SHARED_MEMORY} is full{'' if free is None else f' ({_mb(free)} MB are free)'}: end other "
-            f"processes that use it, {MORE_SHARED_MEMORY}"
-        )
-    if "Too many open files" in text or "ancdata" in text:
-        return "too many open files for worker processes: raise their limit (ulimit -n), or lower --data.num-workers"
-    if not text.startswith("DataLoader worker (pid"):
-        return None
-    if "Bus error" in text:
-        return (
-            f"a worker process that reads died of a bus error: shared memory {SHARED_MEMORY} is full "
-            f"({MORE_SHARED_MEMORY}), or a file that it read through a mapping was lost"
-        )
-    if f"exit code {CANNOT_SEND}" in text:
-        return (
-            "a worker process cannot send what it has read: memory, shared memory or open files are exhausted; "
-            "lower --data.num-workers, or raise the limits (ulimit -n, docker run --shm-size)"
-        )
-    if found := re.search(r"killed by signal: ([^.]+)", text):
-        return (
-            f"a worker process that reads was killed ({found[1]}), for want of memory perhaps: lower "
-            "--data.num-workers or --data.batch-size, or give the job more memory, then repeat the command"
-        )
-    return (
-        "a worker process that reads ended unexpectedly, killed for want of memory perhaps: lower --data.num-workers "
-        "or --data.batch-size, or give the job more memory, then repeat the command"
-    )
 
 
 def _kill(stream: Any) -> None:

@@ -9,7 +9,7 @@ from itpn.config import FineTuningConfig, RunConfig
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
-from itpn.tasks.training import MakeLoader, TrainingTask
+from itpn.training.module import MakeLoader, TrainingTask
 
 
 class FineTuningTask(TrainingTask):

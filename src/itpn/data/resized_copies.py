@@ -1,0 +1,207 @@
+"""Images made small, in tar shards to train from (`itpn shrink`)."""
+
+import gzip
+import io
+import json
+import os
+import random
+import re
+import tarfile
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage
+from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
+from itpn.data.readers import MAX_FILE, check_lost, is_compressed, read_file, too_large
+from itpn.data.shards import index_shard
+from itpn.data.workers import beat
+from itpn.errors import UserError
+from itpn.seeding import derive_seed
+from itpn.system.text import as_class, read_text, readable
+from itpn.system.writing import open_whole, write_whole
+
+LONGEST_JPEG = 65535
+
+
+class Original(NamedTuple):
+    """An image as it was found: a file, or a part of an archive."""
+
+    key: str  # its path without root and suffix; no other image of the source has it
+    name: str  # as messages call it
+    path: str  # of the file or archive
+    start: int = 0
+    size: int = -1  # bytes; -1 for all
+    label: str | None = None  # the folder that it is in below the root, or the text of its .cls
+
+
+class ShrunkImage(NamedTuple):
+    """An original made small."""
+
+    original: Original
+    content: bytes | UnreadableImage  # a JPEG, or why there is none
+    size: int = 0  # bytes that it had before
+    remarks: dict[str, str] | None = None  # see `EncodedImage`
+
+
+@dataclass
+class ShrinkIndex:
+    """What a folder of shrunk images holds: the content of its ``itpn-shrink.json``."""
+
+    settings: dict[str, Any]
+    # of each complete shard: "images", "bytes" that they had before, and "broken", the reason for each left out
+    shards: dict[str, dict[str, Any]] = field(default_factory=dict)
+    complete: bool = False
+
+
+def read_index(folder: Path) -> ShrinkIndex:
+    """Read the index; UserError if it is damaged."""
+    try:
+        return ShrinkIndex(**json.loads(read_text(folder / SHRINK_INDEX)))
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{folder / SHRINK_INDEX} is damaged ({error}); remove {folder} and begin again") from error
+
+
+def write_index(folder: Path, index: ShrinkIndex) -> None:
+    write_whole(folder / SHRINK_INDEX, (json.dumps(asdict(index), indent=2, sort_keys=True) + "\n").encode())
+
+
+def list_originals(
+    source: ImageSource, left: Counter[str] | None = None, unread: Counter[str] | None = None
+) -> list[Original]:
+    """The images of a source in the order in which they are written: files shuffled, those of shards as they are.
+
+    Args:
+        left: counts the images of shards that are left out, by ending.
+        unread: counts the members of shards that are neither images nor labels, by suffix.
+
+    Raises:
+        UserError: a shard is damaged.
+    """
+    taken: set[str] = set()
+    originals = []
+    for path in source.images:
+        inner = _below_roots(path, source.roots)
+        folder = as_class(inner.partition("/")[0]) if "/" in inner else None
+        key = _make_key(os.path.splitext(inner)[0], taken)
+        originals.append(Original(key, readable(path), path, label=folder))
+    for path in source.shards:
+        shard = re.sub(r"\.(tar|tar\.gz|tgz)$", "", _below_roots(path, source.roots), flags=re.IGNORECASE)
+        for name, start, size, label in index_shard(path, source.members, left, unread):
+            inner = f"{shard}/{os.path.normpath('/' + os.path.splitext(name)[0]).strip('/')}"
+            called = readable(f"{os.path.basename(path)}/{name}")
+            originals.append(Original(_make_key(inner, taken), called, path, start, size, label))
+    if source.images:
+        # neighbours in a folder are alike, and a shard is read from beginning to end
+        random.Random(derive_seed(0, "shrink")).shuffle(originals)
+    return originals
+
+
+def _below_roots(path: str, roots: Iterable[str]) -> str:
+    for root in roots:
+        folder = os.path.join(root, "")
+        if path.startswith(folder):
+            return path[len(folder) :].lstrip("/")
+    return os.path.basename(path)
+
+
+def _make_key(path: str, taken: set[str]) -> str:
+    folder, name = os.path.split(path)
+    key = unique = os.path.join(folder, name.replace(".", "_"))  # to WebDataset a suffix begins at the first dot
+    number = 1
+    while unique in taken:
+        number += 1
+        unique = f"{key}-{number}"
+    taken.add(unique)
+    return unique
+
+
+@dataclass(frozen=True)
+class ShrunkImages(Dataset[ShrunkImage]):
+    """``images[original]`` is the original made small.
+
+    Args:
+        max_pixels: larger originals are not read.
+    """
+
+    short_side: int
+    quality: int
+    max_pixels: int = MAX_PIXELS
+
+    def __getitem__(self, original: Original) -> ShrunkImage:
+        beat()
+        try:
+            encoded = EncodedImage(_read(original), self.max_pixels)
+            content = shrink_encoded(encoded, self.short_side, self.quality)
+            return ShrunkImage(original, content, len(encoded.data), encoded.remarks or None)
+        except UnreadableImage as error:
+            return ShrunkImage(original, error)
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            check_lost(original.path, error)
+            return ShrunkImage(original, UnreadableImage(getattr(error, "strerror", None) or str(error)))
+
+
+def _read(original: Original) -> bytes:
+    if original.size > MAX_FILE:
+        raise too_large(original.size)
+    if is_shard(original.path) and is_compressed(original.path):
+        file = _open_compressed(original.path)
+        file.seek(original.start)
+        return file.read(original.size)
+    return read_file(original.path, original.start, original.size)
+
+
+@lru_cache(maxsize=1)
+def _open_compressed(path: str) -> gzip.GzipFile:
+    """Kept open, because it can only be read forwards."""
+    return gzip.open(path)
+
+
+def shrink_image(data: bytes, short_side: int, quality: int) -> bytes:
+    """An image file as JPEG, upright, its shorter side ``short_side`` pixels or as short as it was.
+
+    Upright JPEGs, grey or RGB, that are small enough are returned as they are.
+
+    Raises:
+        UnreadableImage: it cannot be decoded, or is too long for a JPEG.
+    """
+    return shrink_encoded(EncodedImage(data), short_side, quality)
+
+
+def shrink_encoded(encoded: EncodedImage, short_side: int, quality: int) -> bytes:
+    """As :func:`shrink_image`."""
+    image = encoded.decode()  # uint8 [3, height, width]
+    if min(image.shape[1:]) > short_side:
+        image = resize(image, [short_side], InterpolationMode.BICUBIC, antialias=True)
+    elif encoded.is_upright_jpeg and encoded.format == "JPEG":  # and not of several pictures
+        return encoded.data
+    if max(image.shape[1:]) > LONGEST_JPEG:
+        raise UnreadableImage(f"longer than the {LONGEST_JPEG:,} pixels that a JPEG can have")
+    file = io.BytesIO()
+    # Colours at full resolution: torchvision halves it, 3 dB worse at the same quality, 0.7 dB at the same bytes.
+    # Without `optimize`, which fails on noise.
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling=0)
+    return file.getvalue()
+
+
+def write_shard(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
+    """Write members (name, content) as a tar that depends on them alone; it appears only whole."""
+    with (
+        open_whole(path) as file,
+        tarfile.open(
+            fileobj=file, mode="w", format=tarfile.GNU_FORMAT, encoding="utf-8", errors="surrogateescape"
+        ) as tar,
+    ):
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))

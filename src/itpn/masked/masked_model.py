@@ -1,0 +1,313 @@
+"""The masked model: backbone and pyramid, what is predicted from them, and the losses."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from itpn.masked.decoder import AuxiliaryHead, Decoder, pick_tokens
+from itpn.masked.masking import Split, count_hidden, draw_block_mask, draw_random_mask, split_mask
+from itpn.masked.targets import feature_error, normalize_units, pixels_to_images, unit_pixels
+from itpn.models.hivit import POSITIONS, HiViT, units_to_map
+from itpn.models.modes import eval_mode
+from itpn.models.position import Grid
+from itpn.models.pyramid import FeaturePyramid
+from itpn.models.recompute import Recompute
+
+PYRAMID_LOSSES = ("pyramid_1", "pyramid_2", "pyramid_3")  # finest level first
+Decoded = tuple[str, Tensor, Decoder | AuxiliaryHead]  # a loss, the tokens it is predicted from, the head
+
+
+class MaskedOutput(NamedTuple):
+    """What a masked model returns.
+
+    Attributes:
+        loss: scalar, the weighted sum of ``losses``; None where no target was given for any of them.
+        losses: each part of the loss by name, not weighted: pixel, feature, auxiliary, pyramid_1 (finest) to 3.
+        prediction, target: of the first of these that the model has, [B, N, D] in unit order; in training mode, where
+            its loss needs the hidden units only, just those, [B, M, D]. With a mask that hides fewer than M in some
+            images, these begin with visible units, which do not count.
+        mask: bool [B, N], True where hidden.
+    """
+
+    loss: Tensor | None
+    losses: dict[str, Tensor]
+    prediction: Tensor
+    target: Tensor | None
+    mask: Tensor
+
+
+@dataclass(frozen=True)
+class Objective:
+    """How units are hidden and what is asked about them; meanings as in :class:`itpn.config.ModelConfig`.
+
+    Attributes:
+        weights: of the losses by name, all above zero.
+    """
+
+    weights: Mapping[str, float] = field(default_factory=lambda: {"pixel": 1.0})
+    mask: Literal["random", "block"] = "random"
+    mask_ratio: float = 0.75
+    hidden_units: Literal["dropped", "mask_token"] = "dropped"
+    hidden_laterals: bool = False
+    normalize_target: bool = True
+    feature_loss: str = "smooth_l1"
+    feature_units: Literal["all", "hidden"] = "hidden"
+
+    @property
+    def drops_units(self) -> bool:
+        return self.hidden_units == "dropped"
+
+    def hidden_only(self, *names: str) -> bool:
+        """Whether all of these losses are of masked patches only."""
+        return self.feature_units == "hidden" or set(names) <= {"pixel"}
+
+
+class MaskedImageModel(nn.Module):
+    """iTPN's pre-training model (Tian et al. 2023, section 3): any combination of its losses.
+
+    Args:
+        backbone: its classifier is not used and should be left out (``num_classes=0``).
+        decoder: predicts "pixel" and "feature" from all pyramid levels; None where neither is wanted.
+        auxiliary: predicts "auxiliary" from the stage 3 block at three quarters of the depth.
+        pyramid_heads: predict "pyramid_1" to "pyramid_3", each from its level.
+
+    Raises:
+        ValueError: a loss without its head, or a mask ratio that hides all units or none.
+    """
+
+    def __init__(
+        self,
+        backbone: HiViT,
+        pyramid: FeaturePyramid,
+        decoder: Decoder | None,
+        objective: Objective | None = None,
+        auxiliary: AuxiliaryHead | None = None,
+        pyramid_heads: Mapping[str, Decoder] | None = None,
+    ) -> None:
+        super().__init__()
+        self.objective = objective = objective or Objective()
+        count_hidden(backbone.grid_size[0] * backbone.grid_size[1], objective.mask_ratio)
+        self.backbone = backbone
+        self.pyramid = pyramid
+        self.decoder = decoder
+        self.auxiliary = auxiliary
+        self.pyramid_heads = nn.ModuleDict(dict(pyramid_heads or {}))
+        self.pyramid_losses = tuple(self.pyramid_heads)  # torch.compile does not unpack a ModuleDict in every version
+        there = [*(decoder.names if decoder else ()), *(["auxiliary"] if auxiliary else ()), *self.pyramid_heads]
+        if set(there) != set(objective.weights):
+            raise ValueError(f"losses {sorted(objective.weights)} do not fit heads {sorted(there)}")
+        self.mask_token = None if objective.drops_units else nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
+        if self.mask_token is not None:
+            nn.init.normal_(self.mask_token, std=0.02)
+        self.tap = int(0.75 * len(backbone.stages[2])) if auxiliary else None
+        heads = [*([decoder] if decoder else ()), *self.pyramid_heads.values()]
+        # Nothing crosses a unit after stage 3 where these have no blocks: a pyramid of hidden units then is enough.
+        self.unit_wise = all(len(head.blocks) == 0 for head in heads) and objective.hidden_only(
+            *(name for name in objective.weights if name != "auxiliary")
+        )
+
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+        for module in self.modules():
+            if isinstance(module, FeaturePyramid | Decoder | AuxiliaryHead):
+                module.grad_checkpointing = enable
+
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith((*POSITIONS, "mask_token"))}
+
+    @property
+    def feature_losses(self) -> list[str]:
+        """The losses that need a teacher."""
+        return [name for name in self.objective.weights if name != "pixel"]
+
+    def forward(
+        self, images: Tensor, mask: Tensor | None = None, target: Tensor | Mapping[str, Tensor] | None = None
+    ) -> MaskedOutput:
+        """Hide units, predict, and measure the error.
+
+        Args:
+            images: normalised, [B, C, H, W].
+            mask: bool [B, N], True = hidden, as many in every row where hidden units are dropped; drawn when None.
+            target: [B, N, D] in unit order for every loss on features, or for the pixels where there is no other
+                loss; or one each by the name of the loss. The model makes the pixels itself; a loss on features that
+                is given no target is left out.
+
+        Raises:
+            ValueError: the mask has another shape, rows that hide different numbers of units though hidden units are
+                dropped, or hides all or none; a target has another shape.
+        """
+        grid = self.backbone.grid_of(images.shape[-2:])
+        mask, split = self._hide(images, mask, grid)
+        given = self._name_targets(target)
+        losses: dict[str, Tensor] = {}
+        compared: list[tuple[Tensor, Tensor | None]] = []
+        for name, tokens, head in self._decode(images, mask, split, grid):
+            picked = self._pick(split, name)
+            prediction = head.predict(name, tokens)
+            wanted = self._target(name, images, given, picked)
+            compared.append((prediction, wanted))
+            if wanted is None:
+                continue
+            if wanted.shape != prediction.shape:
+                raise ValueError(f"target of {name!r} is {list(wanted.shape)}, not {list(prediction.shape)}")
+            error = self._error(name, prediction, wanted)  # [B, N] or [B, M]
+            if self.objective.hidden_only(name):
+                counted = mask if picked is None else mask.gather(1, picked)
+                losses[name] = (error * counted).sum() / counted.sum().clamp(min=1)
+            else:
+                losses[name] = error.mean()
+        weighted = [self.objective.weights[name] * part for name, part in losses.items()]
+        return MaskedOutput(torch.stack(weighted).sum() if weighted else None, losses, *compared[0], mask)
+
+    def _hide(self, images: Tensor, mask: Tensor | None, grid: Grid) -> tuple[Tensor, Split]:
+        """The mask, and the split of units by it."""
+        units = grid[0] * grid[1]
+        if mask is None:
+            mask = self.draw_mask(len(images), grid, images.device)
+            hidden = count_hidden(units, self.objective.mask_ratio)
+        else:
+            hidden = _check_mask(mask, (len(images), units), self.objective.drops_units)
+        return mask, split_mask(mask, units - hidden)
+
+    def draw_mask(
+        self, batch: int, grid: Grid, device: torch.device | None = None, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """Which units to hide, bool [batch, N]: as many in every row where hidden units are dropped."""
+        objective, units = self.objective, grid[0] * grid[1]
+        if objective.mask == "random":
+            return draw_random_mask(batch, units, objective.mask_ratio, device, generator)
+        hidden = count_hidden(units, objective.mask_ratio)
+        return draw_block_mask(batch, grid, hidden, exact=objective.drops_units, device=device, generator=generator)
+
+    def _decode(self, images: Tensor, mask: Tensor, split: Split, grid: Grid) -> list[Decoded]:
+        """Each loss with its tokens, [B, N or M, width] (see :meth:`_pick`), and its head."""
+        dropped = split if self.objective.drops_units else None
+        if dropped is not None:
+            stages = self.backbone.forward_stages(images, split.visible, tap=self.tap)
+        else:
+            stages = self.backbone.forward_stages(images, mask=mask, mask_token=self.mask_token, tap=self.tap)
+        levels, tapped = stages[:3], stages[3:]
+        if dropped is None:
+            picked = self._pick(split)
+            if picked is not None:
+                batch = torch.arange(len(picked), device=picked.device)[:, None]
+                levels = [x[batch, picked] for x in levels]
+                mask = mask.gather(1, picked)
+            if not self.objective.hidden_laterals:
+                # stages 1 and 2 never leave their unit: those of hidden units know nothing but what is to be predicted
+                levels[:2] = [x.masked_fill(mask[:, :, None, None, None], 0.0) for x in levels[:2]]
+        levels = self.pyramid(levels)
+        decoded = []
+        if self.decoder is not None:
+            decoded += self._run_head(self.decoder, self.decoder.names, split, levels, grid)
+        if self.auxiliary is not None:
+            index = self.backbone.relative_positions(grid, None if dropped is None else split.order)
+            decoded += self._run_head(self.auxiliary, ("auxiliary",), split, *tapped, grid, index)
+        for name in self.pyramid_losses:
+            head: Any = self.pyramid_heads[name]
+            decoded += self._run_head(head, (name,), split, levels, grid)
+        return decoded
+
+    def _run_head(
+        self, head: Decoder | AuxiliaryHead, names: tuple[str, ...], split: Split, *args: Any
+    ) -> list[Decoded]:
+        """As :meth:`_decode`, for the losses of one head."""
+        dropped = split if self.objective.drops_units else None
+        hidden_only = self._pick(split, *names) is not None
+        tokens = head(*args, dropped, hidden_only)
+        return [
+            (name, tokens if hidden_only else pick_tokens(tokens, dropped, self._pick(split, name) is not None), head)
+            for name in names
+        ]
+
+    def _pick(self, split: Split, *names: str) -> Tensor | None:
+        """The units that losses are predicted for, [B, M]: in training no more than are compared. None for all."""
+        possible = self.objective.drops_units or (self.unit_wise and "auxiliary" not in names)
+        if not self.training or not possible or not self.objective.hidden_only(*names):
+            return None
+        return split.hidden
+
+    def _name_targets(self, given: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
+        weights = self.objective.weights
+        if isinstance(given, Tensor):
+            return dict.fromkeys(self.feature_losses or weights, given)
+        if given is not None and not given.keys() <= weights.keys():
+            raise ValueError(f"targets for {sorted(given)}, but the losses are {sorted(weights)}")
+        return given or {}
+
+    def _target(self, name: str, images: Tensor, given: Mapping[str, Tensor], picked: Tensor | None) -> Tensor | None:
+        """What a loss compares with, of all units [B, N, D] or of those picked [B, M, D]; None where nobody gave it."""
+        if name in given:
+            target = given[name]
+            return target if picked is None else target.gather(1, picked.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
+        if name != "pixel":
+            return None
+        pixels = unit_pixels(images, self.backbone.patch_size, picked)
+        return normalize_units(pixels)[0] if self.objective.normalize_target else pixels.float()
+
+    def _error(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
+        """Mean over the numbers of each unit."""
+        if name == "pixel":
+            return (prediction.float() - target).square().mean(dim=-1)
+        return feature_error(prediction, target, self.objective.feature_loss)
+
+    @torch.no_grad()
+    def reconstruct(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Pictures of a reconstruction, in the range of ``images``.
+
+        Returns:
+            The images with hidden units grey (zero), the prediction in place of hidden units, both [B, C, H, W], and
+            the mask as a map, bool [B, 1, H, W]. Normalised predictions get their unit's own mean and deviation back.
+
+        Raises:
+            ValueError: the model predicts no pixels.
+        """
+        if "pixel" not in self.objective.weights:
+            raise ValueError("this model predicts features, not pixels")
+        output = self.forward_eval(images, mask)
+        unit, grid = self.backbone.patch_size, self.backbone.grid_of(images.shape[-2:])
+        pixels = output.prediction.float()
+        if self.objective.normalize_target:
+            _, mean, std = normalize_units(unit_pixels(images, unit))
+            pixels = pixels * std + mean
+        filled = pixels_to_images(pixels, grid, unit)
+        hidden = self.mask_map(output.mask, grid)
+        return images.masked_fill(hidden, 0.0), torch.where(hidden, filled, images), hidden
+
+    @torch.no_grad()
+    def forward_eval(
+        self, images: Tensor, mask: Tensor | None = None, target: Mapping[str, Tensor] | None = None
+    ) -> MaskedOutput:
+        """:meth:`forward` in eval mode, whatever the mode; not compiled: it is for a picture once in a while."""
+        with eval_mode(self):
+            return self.forward(images, mask, target)
+
+    def mask_map(self, mask: Tensor, grid: Grid) -> Tensor:
+        """bool [B, N] -> [B, 1, H, W]."""
+        unit = self.backbone.patch_size
+        hidden = units_to_map(mask[:, :, None, None, None], grid)
+        return hidden.repeat_interleave(unit, 2).repeat_interleave(unit, 3)
+
+    def extract_feat(self, images: Tensor) -> tuple[Tensor]:
+        """The last backbone stage as a map: images [B, C, H, W] -> ([B, C', H/16, W/16],)."""
+        return tuple(self.backbone.forward_intermediates(images, indices=[2], intermediates_only=True))
+
+    def extract_pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The pyramid's maps, finest first: [B, width, H/4, W/4], [B, width, H/8, W/8], [B, width, H/16, W/16]."""
+        grid = self.backbone.grid_of(images.shape[-2:])
+        return tuple(units_to_map(level, grid) for level in self.pyramid(self.backbone.forward_stages(images)))
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, int], equal: bool) -> int:
+    """Hidden units per row of a mask that somebody else drew; reading it waits for the device."""
+    if mask.dtype != torch.bool or tuple(mask.shape) != shape:
+        raise ValueError(f"mask must be bool {list(shape)} (image, unit), not {mask.dtype} {list(mask.shape)}")
+    counts = mask.sum(dim=1)
+    low, high = int(counts.min()), int(counts.max())
+    if (equal and low != high) or low == 0 or high == shape[1]:
+        same = "hide the same number of units in every image, and " if equal else ""
+        raise ValueError(f"a mask must {same}hide some units, not all: found {low} to {high} of {shape[1]} hidden")
+    return high

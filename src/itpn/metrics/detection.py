@@ -1,0 +1,190 @@
+"""COCO's figures for detections: average precision and recall of boxes and masks, as its API computes them."""
+
+import contextlib
+import copy
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from faster_coco_eval import COCO, COCOeval_faster
+from faster_coco_eval.core import mask as rle
+from torch import Tensor
+
+from itpn.data.objects import DetectionImages
+from itpn.metrics.classification import share
+from itpn.system.console import tell_remarks
+from itpn.system.writing import open_whole_text, write_whole
+
+Results = list[dict[str, Any]]  # detections in COCO's form: image_id, category_id, bbox, score, segmentation
+
+# as COCO's API gives its twelve numbers
+FIGURES = (
+    *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
+    *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
+)
+KINDS = {"box": "bbox", "mask": "segm"}
+
+
+@dataclass
+class DetectionScores:
+    """Figures of a detector on a set.
+
+    Attributes:
+        figures: by "box" or "mask", then by name (`FIGURES`), from 0 to 1; NaN where there is nothing of the kind.
+        per_class: by "box" or "mask", average precision of each class, NaN where there is nothing of it.
+        images, objects: how many there were, crowds aside.
+    """
+
+    figures: dict[str, dict[str, float]]
+    per_class: dict[str, list[float]]
+    images: int
+    objects: int
+
+    def flat(self, prefix: str = "") -> dict[str, float]:
+        """One name each, e.g. "box_ap50"."""
+        return {f"{prefix}{kind}_{n}": v for kind, own in self.figures.items() for n, v in own.items()}
+
+
+def collect_detections(
+    detect: Callable[[list[Tensor]], list[dict[str, Tensor]]],
+    images: DetectionImages,
+    batches: Iterable[dict[str, Any]],
+    device: torch.device,
+    skipped: list[tuple[str, str]],
+) -> tuple[Results, list[int]]:
+    """Ask a detector about the images of an evaluation loader.
+
+    Args:
+        detect: uint8 [3, any, any] each -> what torchvision's detectors give, each, on the CPU.
+        skipped: takes (name, reason) of images that cannot be read.
+
+    Returns:
+        Detections in COCO's form, and the ids of the images that were asked about.
+    """
+    results: Results = []
+    seen: list[int] = []
+    for batch in batches:
+        skipped += batch["broken"]
+        tell_remarks(batch["remarks"])
+        if batch["image"] is None:
+            continue
+        found = detect([image.to(device, non_blocking=True) for image in batch["image"]])
+        for index, one in zip(batch["index"].tolist(), found, strict=True):
+            seen.append(int(images.ids[index]))
+            results += to_results(one, seen[-1], images.class_ids)
+    return results, seen
+
+
+def to_results(found: dict[str, Tensor], image_id: int, class_ids: tuple[int, ...]) -> Results:
+    """An image's detections in COCO's form."""
+    boxes = found["boxes"].clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    results: Results = [
+        {"image_id": image_id, "category_id": class_ids[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(
+            boxes.double().tolist(), found["labels"].tolist(), found["scores"].double().tolist(), strict=True
+        )
+    ]
+    if "masks" in found:
+        for result, mask in zip(results, found["masks"], strict=True):
+            encoded = rle.encode(np.asfortranarray((mask[0] > 0.5).numpy(), dtype=np.uint8))
+            counts = encoded["counts"]
+            counts = counts.decode() if isinstance(counts, bytes) else counts
+            result["segmentation"] = {"size": [int(side) for side in encoded["size"]], "counts": counts}
+    return results
+
+
+def gather_detections(results: Results, seen: list[int], world_size: int) -> tuple[Results, list[int]]:
+    """Those of all processes, in an order that does not depend on how many there were."""
+    parts = share((results, seen), world_size)
+    joined = [result for own, _ in parts for result in own]
+    return sorted(joined, key=lambda result: result["image_id"]), sorted(id_ for _, ids in parts for id_ in ids)
+
+
+def score_detections(images: DetectionImages, results: Results, seen: list[int], masks: bool) -> DetectionScores:
+    """COCO's figures of detections in some images.
+
+    Args:
+        results: in COCO's form.
+        seen: ids of the images that were asked about.
+        masks: judge masks as well as boxes.
+    """
+    truth = describe_truth(images, set(seen))
+    scores = DetectionScores({}, {}, len(seen), sum(not one["iscrowd"] for one in truth["annotations"]))
+    for kind in KINDS if masks else ["box"]:
+        with contextlib.redirect_stdout(io.StringIO()):  # it tells all that it does, and changes what it is given
+            known = COCO(truth)
+            own = copy.deepcopy(results)
+            for one in own if kind == "mask" else []:
+                del one["bbox"]  # or else a mask's size would be its box's
+            judged = COCOeval_faster(known, known.loadRes(own), KINDS[kind]) if own else None
+            if judged is not None:
+                judged.evaluate()
+                judged.accumulate()
+                judged.summarize()
+        if judged is None:
+            present = {one["category_id"] for one in truth["annotations"] if not one["iscrowd"]}
+            scores.figures[kind] = dict.fromkeys(FIGURES, 0.0 if present else float("nan"))
+            scores.per_class[kind] = [0.0 if id_ in present else float("nan") for id_ in images.class_ids]
+            continue
+        stats = [float(value) for value in judged.stats[: len(FIGURES)]]
+        scores.figures[kind] = {n: _known(v) for n, v in zip(FIGURES, stats, strict=True)}
+        precision = judged.eval["precision"]  # [thresholds, recalls, classes, areas, detections]
+        order = {id_: row for row, id_ in enumerate(judged.params.catIds)}
+        scores.per_class[kind] = [
+            _known(_mean(precision[:, :, order[id_], 0, -1])) if id_ in order else float("nan")
+            for id_ in images.class_ids
+        ]
+    return scores
+
+
+def _mean(values: np.ndarray) -> float:
+    valid = values[values > -1]
+    return float(valid.mean()) if len(valid) else -1.0
+
+
+def _known(value: float) -> float:
+    """COCO's -1 means that there was nothing to be found."""
+    return float("nan") if value < 0 else value
+
+
+def describe_truth(images: DetectionImages, seen: set[int]) -> dict[str, Any]:
+    """What is known of some images, in COCO's form."""
+    truth: dict[str, Any] = {"images": [], "annotations": []}
+    truth["categories"] = [{"id": i, "name": n} for i, n in zip(images.class_ids, images.classes, strict=True)]
+    for index, (height, width) in enumerate(images.sizes.tolist()):
+        image_id = int(images.ids[index])
+        if image_id not in seen:
+            continue
+        truth["images"].append({"id": image_id, "height": height, "width": width, "file_name": images.name(index)})
+        for known in images.objects_of(index):
+            own = {key: value for key, value in known.items() if key != "label"}
+            own |= {"id": 1 + len(truth["annotations"]), "image_id": image_id}
+            truth["annotations"].append({**own, "category_id": images.class_ids[known["label"]]})
+    return truth
+
+
+def write_detection_scores(
+    scores: DetectionScores, classes: tuple[str, ...], results: Results, folder: Path, about: dict[str, Any]
+) -> None:
+    """Write ``evaluation.json``, ``classes.csv`` and ``results.json``, the latter as COCO's test server takes it."""
+    figures = {name: None if np.isnan(value) else value for name, value in scores.flat().items()}
+    about = {**about, "images": scores.images, "objects": scores.objects}
+    write_whole(folder / "evaluation.json", (json.dumps({**about, **figures}, indent=2) + "\n").encode())
+    with open_whole_text(folder / "classes.csv") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", *(f"{kind}_ap" for kind in scores.per_class)])
+        for name, *own in zip(classes, *scores.per_class.values(), strict=True):
+            writer.writerow([name, *("" if np.isnan(value) else value for value in own)])
+    rounded = [
+        {**one, "bbox": [round(v, 2) for v in one["bbox"]], "score": round(one["score"], 5)}
+        for one in results
+        if one["category_id"] >= 0  # of classes that the annotations do not have
+    ]
+    write_whole(folder / "results.json", json.dumps(rounded).encode())

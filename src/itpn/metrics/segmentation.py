@@ -1,0 +1,105 @@
+"""Figures of segmentation, from one confusion matrix over all pixels of a set."""
+
+import csv
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import multiclass_confusion_matrix
+
+from itpn.data.masks import IGNORED
+from itpn.metrics.classification import share, write_confusion
+from itpn.system.console import tell_remarks
+from itpn.system.writing import open_whole_text, write_whole
+
+PIXELS = 2**20  # that are compared at a time
+
+
+@dataclass
+class PixelScores:
+    """Figures of a segmenter on a set, from 0 to 1.
+
+    Attributes:
+        confusion: pixels by class (rows) and answer (columns), int64 [classes, classes].
+        images: how many there were.
+    """
+
+    confusion: Tensor
+    images: int
+
+    @property
+    def iou(self) -> Tensor:
+        """Intersection over union of each class, NaN where it neither is nor is seen, float64 [classes]."""
+        right = self.confusion.diag().double()
+        return right / (self.confusion.sum(dim=0) + self.confusion.sum(dim=1) - right)
+
+    @property
+    def recall(self) -> Tensor:
+        """Share of each class's pixels that are right, NaN where there are none, float64 [classes]."""
+        return self.confusion.diag().double() / self.confusion.sum(dim=1)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Means over the classes that there are, and the share of all pixels that are right."""
+        return {
+            "miou": float(self.iou.nanmean()),
+            "mean_accuracy": float(self.recall.nanmean()),
+            "pixel_accuracy": float(self.confusion.diag().sum() / self.confusion.sum()),
+        }
+
+
+def collect_confusion(
+    segment: Callable[[Tensor], Tensor],
+    classes: int,
+    batches: Iterable[dict[str, Any]],
+    device: torch.device,
+    skipped: list[tuple[str, str]],
+) -> PixelScores:
+    """Ask a segmenter about the images of an evaluation loader.
+
+    Args:
+        segment: uint8 [3, H, W] -> classes of its pixels, uint8 [H, W], on the CPU.
+        skipped: takes (name, reason) of images that cannot be read.
+    """
+    scores = PixelScores(torch.zeros(classes, classes, dtype=torch.int64), 0)
+    for batch in batches:
+        skipped += batch["broken"]
+        tell_remarks(batch["remarks"])
+        for image, target in zip(batch["image"] or (), batch.get("target", ()), strict=True):
+            scores.confusion += compare(segment(image.to(device, non_blocking=True)), target, classes)
+            scores.images += 1
+    return scores
+
+
+def compare(labels: Tensor, target: Tensor, classes: int) -> Tensor:
+    """Pixels by class and answer, int64 [classes, classes], those of no class left out."""
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    # a part at a time, for they are compared as numbers of eight bytes
+    for some, true in zip(labels.flatten().split(PIXELS), target.flatten().split(PIXELS), strict=True):
+        confusion += multiclass_confusion_matrix(
+            some.long(), true.long(), classes, ignore_index=IGNORED, validate_args=False
+        )
+    return confusion
+
+
+def gather_confusion(scores: PixelScores, world_size: int) -> PixelScores:
+    """That of all processes together."""
+    parts = share((scores.confusion, scores.images), world_size)
+    return PixelScores(torch.stack([matrix for matrix, _ in parts]).sum(dim=0), sum(images for _, images in parts))
+
+
+def write_pixel_scores(scores: PixelScores, classes: tuple[str, ...], folder: Path, about: dict[str, Any]) -> None:
+    """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
+    content = json.dumps({**about, "images": scores.images, **scores.figures}, indent=2) + "\n"
+    write_whole(folder / "evaluation.json", content.encode())
+    with open_whole_text(folder / "classes.csv") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "iou", "accuracy", "pixels"])
+        pixels = scores.confusion.sum(dim=1).tolist()
+        for row in zip(classes, scores.iou.tolist(), scores.recall.tolist(), pixels, strict=True):
+            writer.writerow(["" if value != value else value for value in row])  # NaN is unlike itself
+    write_confusion(scores.confusion, classes, folder, unit="pixels")

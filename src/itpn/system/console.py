@@ -1,0 +1,110 @@
+"""What the terminal is told beside results."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Mapping
+from typing import IO
+
+from rich.console import Console
+
+from itpn.errors import MachineError
+from itpn.system.environment import is_main_process
+from itpn.system.text import one_line
+
+
+class Output(Console):
+    """For commands that write files: they go on when nobody reads what is printed, or it cannot be written.
+
+    As when `head` has ended, a terminal was closed, or the disk of a log is full.
+    """
+
+    def _check_buffer(self) -> None:  # through which all goes that rich writes; it knows broken pipes alone
+        try:
+            super()._check_buffer()
+        except OSError as error:
+            self.on_lost(error)
+
+    def on_broken_pipe(self) -> None:
+        error = sys.exc_info()[1]
+        assert isinstance(error, OSError)
+        self.on_lost(error)
+
+    def on_lost(self, error: OSError) -> None:
+        silence(self.file)
+        if self.file is sys.stdout:
+            what = "nobody reads standard output any more"
+            if not isinstance(error, BrokenPipeError):
+                what = f"standard output cannot be written ({error.strerror})"
+            print_aside(f"{what}: the command goes on, and its files tell how it goes")
+
+
+class Answer(Output):
+    """For commands that only print: they end with a line when it cannot be written."""
+
+    def on_lost(self, error: OSError) -> None:
+        raise lost_answer(error) from error
+
+
+def lost_answer(error: OSError) -> OSError | MachineError:
+    """What to raise where standard output cannot be written; of a broken pipe nothing needs to be said."""
+    if isinstance(error, BrokenPipeError):
+        return error
+    silence(sys.stdout)
+    return MachineError(f"standard output cannot be written: {error.strerror or error}")
+
+
+def finish_output() -> None:
+    """Write what is left of what a command printed.
+
+    Raises:
+        MachineError: standard output does not take it.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        raise lost_answer(error) from error
+
+
+def silence(stream: IO[str]) -> None:
+    """Let nothing that is still to be written to it fail, at the end of the program as well."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # closed altogether, or no file
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
+
+
+def complain(message: str) -> None:
+    """The one line on stderr with which a command ends; the exit code counts even where it cannot be written."""
+    try:
+        print(f"itpn: {one_line(message)}", file=sys.stderr, flush=True)
+    except OSError:
+        silence(sys.stderr)
+
+
+def print_aside(message: str, console: Console | None = None) -> None:
+    """A remark, in one piece and word for word whatever a file is called; on stderr unless a console is given."""
+    console = console or Output(stderr=True)
+    console.print(one_line(message), style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+
+_told: set[str] = set()  # kinds of remarks
+
+
+def tell_remarks(remarks: Mapping[str, tuple[str, str]], console: Console | None = None) -> None:
+    """Tell what is to be said of images, (name, remark) by kind, of each kind the first alone in a whole command.
+
+    Only the main one of several processes tells.
+    """
+    for kind, (name, remark) in remarks.items():
+        if kind in _told:
+            continue
+        _told.add(kind)
+        if is_main_process():
+            print_aside(f"warning: {name}: {remark} (told once, others may be alike)", console)
+
+
+def forget_remarks() -> None:
+    """A new command begins."""
+    _told.clear()

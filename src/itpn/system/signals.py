@@ -1,0 +1,125 @@
+"""Who answers the signals that ask to stop."""
+
+import contextlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import Any
+
+from itpn.errors import MachineError, RunStopped, UserError
+from itpn.system.processes import STOPPING, several
+
+LOOK, MOST_LOOKS = 0.05, 100  # seconds after which a signal comes again that came in vain, and how often in an import
+
+
+class SignalHandlers:
+    """Answers signals until what answered before is restored.
+
+    Args:
+        answer: called with the signal's number and the frame.
+    """
+
+    def __init__(self, answer: Callable[[int, FrameType | None], None], signums: Sequence[int] = STOPPING) -> None:
+        self._answer = answer
+        self._signums = signums
+        self._before: dict[int, Any] = {}
+
+    def set(self) -> None:
+        """Again as well, where a library has put handlers of its own in their place."""
+        for signum in self._signums:
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue  # nohup: the command is to outlive its terminal
+            before = signal.signal(signum, self._answer)
+            self._before.setdefault(signum, before)
+
+    def restore(self) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+
+def stop_at_once(signum: int, frame: FrameType | None) -> None:
+    if several() and isinstance(sys.exc_info()[1], Exception):
+        return  # of several processes one has failed, and torchrun ends the others: what failed is still to be said
+    raise RunStopped(signum)
+
+
+class _Stop:
+    """Raises RunStopped for a signal, after the import at hand; once more where Python can raise nothing.
+
+    Args:
+        entered: the frame from which imports are looked for.
+    """
+
+    def __init__(self, entered: FrameType) -> None:
+        self._entered = entered
+        self.asked: int | None = None  # the signal that is yet to stop the command
+        self._looks = 0
+        self._waiting = False
+        self._alarm = SignalHandlers(self.answer, (signal.SIGALRM,))
+        self._before = sys.unraisablehook
+
+    def answer(self, signum: int, frame: FrameType | None) -> None:
+        if signum == signal.SIGALRM:
+            self._waiting = False
+        else:
+            self.asked = signum
+        if self.asked is None:
+            return
+        if self._looks < MOST_LOOKS and self._is_import(frame):
+            self._looks += 1
+            self._come_again()
+            return
+        stop_at_once(self.asked, frame)
+        self.asked = None  # it was passed over
+
+    def pass_on(self, lost: "sys.UnraisableHookArgs") -> None:
+        """For sys.unraisablehook: what was raised in what runs at a fork, or when an object goes."""
+        if isinstance(lost.exc_value, RunStopped):
+            self.asked = lost.exc_value.signum
+            self._come_again()
+        else:
+            self._before(lost)
+
+    def restore(self) -> None:
+        if self._waiting:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        self._alarm.restore()
+
+    def _come_again(self) -> None:
+        self._alarm.set()
+        self._waiting = True
+        signal.setitimer(signal.ITIMER_REAL, LOOK)  # no thread: its start could wait for a lock that we hold
+
+    def _is_import(self, frame: FrameType | None) -> bool:
+        while frame is not None and frame is not self._entered:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                return True
+            frame = frame.f_back
+        return False
+
+
+@contextlib.contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Raise RunStopped on Ctrl-C, SIGTERM and SIGHUP, after the import at hand.
+
+    Modules of C code that are being imported would print its traceback, and raise an error of their own instead.
+    """
+    if threading.current_thread() is not threading.main_thread():  # the only one that may answer signals
+        yield
+        return
+    stop = _Stop(sys._getframe(2))  # of the with statement; between them is contextlib
+    handlers = SignalHandlers(stop.answer, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    handlers.set()
+    before, sys.unraisablehook = sys.unraisablehook, stop.pass_on
+    try:
+        yield
+    except Exception as error:
+        if stop.asked is None or isinstance(error, UserError | MachineError):
+            raise
+        raise RunStopped(stop.asked) from error  # what an import, say, made of a RunStopped in it
+    finally:
+        sys.unraisablehook = before
+        stop.restore()
+        handlers.restore()

@@ -1,0 +1,92 @@
+"""Classification as Lightning runs it: augmented batches to loss, layer-wise learning rates, a moving average."""
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.loss import SoftTargetCrossEntropy
+from timm.utils import ModelEmaV3
+from torch import Tensor
+
+from itpn.checkpoints.architecture import describe_classifier
+from itpn.config import ClassificationConfig, image_size, to_dict
+from itpn.data.normalize import Normalize
+from itpn.models.hivit import HiViT
+from itpn.tasks.finetuning import FineTuningTask
+from itpn.training.module import MakeLoader
+
+
+class ClassificationTask(FineTuningTask):
+    """Trains a classifier on batches of uint8 images [B, 3, H, W] and labels [B].
+
+    Args:
+        config: with size, mean and deviation of the images settled.
+        recipe, classes, make_loader: as of :class:`FineTuningTask`.
+    """
+
+    def __init__(
+        self,
+        model: HiViT,
+        config: ClassificationConfig,
+        recipe: str,
+        classes: tuple[str, ...],
+        make_loader: MakeLoader | None = None,
+    ) -> None:
+        data = config.data
+        assert data.mean is not None
+        assert data.std is not None
+        normalize = Normalize(config.model.in_chans, data.mean, data.std)
+        super().__init__(model, config, recipe, classes, normalize, make_loader)
+        self.model: HiViT
+        decay = config.model.ema_decay
+        # warmed up, so that a short run's average is not of its beginning
+        self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False)
+        self.mix: Mixup | None = None
+        self.erase: RandomErasing | None = None
+        if data.mixup or data.cutmix:
+            self.mix = Mixup(data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=len(classes))
+
+    def on_fit_start(self) -> None:
+        erase = self.config.data.erase
+        self.erase = RandomErasing(erase, mode="pixel", device=self.device) if erase else None
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        seed = self.seed_step()
+        random.seed(seed)  # timm erases and mixes by these two
+        np.random.seed(seed % 2**32)
+        images, labels = self.normalize(batch["image"]), batch["label"]
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mix is not None:
+            images, targets = self.mix(images, labels)
+            loss = SoftTargetCrossEntropy()(self.model(images), targets)
+        else:
+            loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.config.data.label_smoothing)
+        return {"loss": loss, "figures": {"loss": loss.detach()}}
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.trainer.global_step)
+
+    def describe(self) -> dict[str, Any]:
+        data = self.config.data
+        preprocessing = {"mean": data.mean, "std": data.std, "size": image_size(data), "crop_pct": data.crop_pct}
+        preprocessing["interpolation"] = data.interpolation
+        return {
+            "task": self.config.task,
+            "settings": to_dict(self.config),
+            "architecture": describe_classifier(self.model).to_dict(),
+            "preprocessing": preprocessing,
+            "classes": list(self.classes),
+        }
+
+
+@torch.no_grad()
+def classify(model: HiViT, normalize: Normalize, images: Tensor) -> Tensor:
+    """uint8 [B, 3, H, W] -> logarithms of probabilities, float32 [B, classes]."""
+    return model(normalize(images)).float().log_softmax(dim=-1)

@@ -1,0 +1,60 @@
+"""Detection as Lightning runs it: images of any size and their objects to the losses of Mask R-CNN."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itpn.checkpoints.architecture import describe_detector
+from itpn.config import DetectionConfig, to_dict
+from itpn.data.normalize import Normalize
+from itpn.models.detector import Detector
+from itpn.tasks.finetuning import FineTuningTask
+from itpn.training.module import MakeLoader
+
+
+class DetectionTask(FineTuningTask):
+    """Trains a detector on lists of uint8 images [3, any, any] and of targets (see :class:`Detector`).
+
+    Args:
+        model: from here on it leaves images in training mode as they are.
+        recipe, classes, make_loader: as of :class:`FineTuningTask`.
+    """
+
+    def __init__(
+        self,
+        model: Detector,
+        config: DetectionConfig,
+        recipe: str,
+        classes: tuple[str, ...],
+        make_loader: MakeLoader | None = None,
+    ) -> None:
+        # the network subtracts mean and deviation itself, as torchvision's do
+        super().__init__(model, config, recipe, classes, Normalize(3, (0.0,), (1.0,)), make_loader)
+        self.model: Detector
+        model.transform.in_training = False  # the data are of their sizes already
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
+        self.seed_step()  # which proposals are trained on, and stochastic depth
+        images = [self.normalize(image) for image in batch["image"]]
+        losses = self.model(images, batch["target"])
+        loss = torch.stack(list(losses.values())).sum()
+        return {"loss": loss, "figures": {"loss": loss.detach(), **{n: part.detach() for n, part in losses.items()}}}
+
+    def describe(self) -> dict[str, Any]:
+        data = self.config.data
+        preprocessing = {"mean": data.mean, "std": data.std, "min_size": data.img_size, "max_size": data.longest}
+        return {
+            "task": self.config.task,
+            "settings": to_dict(self.config),
+            "architecture": describe_detector(self.model).to_dict(),
+            "preprocessing": preprocessing,
+            "classes": list(self.classes),
+        }
+
+
+@torch.no_grad()
+def detect(model: Detector, normalize: Normalize, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    """uint8 [3, any, any] each -> what torchvision's detectors give each, in the image's own pixels, on the CPU."""
+    found = model([normalize(image) for image in images])
+    return [{name: value.cpu() for name, value in one.items()} for one in found]

@@ -1,0 +1,124 @@
+"""torch.compile: which runs use it, and what happens where the compiler fails."""
+
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from rich.console import Console
+from torch import nn
+
+from itpn.config import TrainerConfig
+from itpn.errors import MachineError, NonFiniteLoss, UserError
+from itpn.system.console import print_aside
+from itpn.training.launch import Launch, choose_devices
+
+COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
+
+
+class Compilation:
+    """The networks of a run that torch.compile has taken, until it fails on one of them.
+
+    Args:
+        networks: compiled in place, each as a graph of its own.
+        required: whether a failure ends the run instead of its compilation.
+        console: takes what is said by the main process; None in the others.
+
+    Attributes:
+        active: whether steps are compiled.
+        pending: whether the first step, which compiles, is still to be done.
+    """
+
+    def __init__(self, networks: Sequence[nn.Module] = (), required: bool = False, console: Console | None = None):
+        self._networks = networks
+        self._required = required
+        self._console = console
+        self.active = self.pending = bool(networks)
+
+    def guard(self, trainer: L.Trainer) -> None:
+        """Repeat a step of the trainer without the compiler where that fails, whatever it raises.
+
+        A step draws its random numbers anew from seed and step number, and begins by clearing the gradients, so that
+        the repeated step is that of a run which was never compiled.
+        """
+        if not self.active:
+            return
+        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
+        run: Callable[..., Any] = loop.run
+
+        def run_or_repeat(*args: Any, **kwargs: Any) -> Any:
+            progress = loop.optim_progress.state_dict()
+            try:
+                result = run(*args, **kwargs)
+            except (UserError, MachineError, NonFiniteLoss):
+                raise
+            except Exception as error:  # of dozens of types, from the compiler's own to those of the operating system
+                if not self.active or not (self.pending or type(error).__module__.startswith(COMPILERS)):
+                    raise
+                self._give_up(error, trainer)
+                del error  # and with its frames the activations that they hold
+            else:
+                self.pending = False
+                return result
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            loop.optim_progress.load_state_dict(progress)
+            return run(*args, **kwargs)
+
+        loop.run = run_or_repeat
+
+    def _give_up(self, error: Exception, trainer: L.Trainer) -> None:
+        """Take the networks back.
+
+        Raises:
+            MachineError: compilation is required; or other processes wait for the rest of a backward pass, which
+                cannot begin again.
+        """
+        reason = describe_failure(error)
+        if self._required:
+            raise MachineError(f"--trainer.compile: torch.compile failed: {reason}") from None
+        if trainer.world_size > 1 and "backward_fn" in [
+            frame.name for frame in traceback.extract_tb(error.__traceback__)
+        ]:
+            raise MachineError(f"torch.compile failed: {reason}; start again with --trainer.compile False") from None
+        self.active = self.pending = False
+        for network in self._networks:
+            network._compiled_call_impl = None
+        torch.compiler.reset()
+        message = f"torch.compile failed: {reason}; steps are not compiled from here on, and slower"
+        if self._console is None:
+            print_aside(f"process {trainer.global_rank}: {message}")
+        else:
+            print_aside(message, self._console)
+
+
+def describe_failure(error: Exception) -> str:
+    """Type and first line of what the compiler raised, or of what was raised inside it."""
+    while isinstance(inner := getattr(error, "inner_exception", None), Exception):
+        error = inner
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    if not lines:
+        return kind
+    return lines[0] if kind in lines[0] else f"{kind}: {lines[0]}"
+
+
+def compile_networks(
+    networks: Sequence[nn.Module], settings: TrainerConfig, launch: Launch, by_default: bool, console: Console
+) -> Compilation:
+    """Compile in place, where the settings ask for it or it pays: on a GPU, if ``by_default``."""
+    cuda = choose_devices(settings, launch).cuda
+    wanted = cuda and by_default if settings.compile is None else settings.compile
+    if not wanted or not networks:
+        return Compilation()
+    parts = (part for network in networks for part in network.modules())
+    if torch.__version__ < "2.15" and any(getattr(part, "grad_checkpointing", False) for part in parts):
+        # older DDP cannot split a graph with recomputed parts; gradients are then sent after the backward pass
+        torch._dynamo.config.optimize_ddp = False
+    # a failure in the backward pass shows in the forward pass already, before processes send gradients to each other
+    torch._functorch.config.force_non_lazy_backward_lowering = True
+    for network in networks:
+        network.compile()
+    console.print("compiling the network: the first step takes a minute or more, the others are faster for it")
+    return Compilation(networks, bool(settings.compile), console if launch.main else None)

@@ -1,0 +1,363 @@
+"""A run's folder: who may use it, what was run in it, and its checkpoints."""
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from filelock import FileLock, Timeout
+
+from itpn.checkpoints.run_state import DamagedCheckpoint, find_settings, read_state
+from itpn.config import RunConfig, read_yaml, to_dict, write_yaml
+from itpn.errors import FULL, WRONG_PATH, MachineError, UserError, refusal
+from itpn.system.console import print_aside
+from itpn.system.writing import open_whole, remove_partial_files
+from itpn.training.metrics_file import read_steps
+
+# what may differ when a run goes on; anything else would make it another run
+FREE = {
+    "model": {"checkpoint", "grad_checkpointing"},
+    "teacher": {"checkpoint", "min_std"},
+    "data": {"num_workers", "max_broken"},
+    "probe": {"root", "every_n_epochs", "max_images"},
+    "evaluation": {"every_n_epochs", "batch_size", "neighbours"},
+    "trainer": {
+        "max_epochs",
+        "max_steps",
+        "precision",
+        "accelerator",
+        "devices",
+        "num_nodes",
+        "compile",
+        "checkpoint_every_n_steps",
+        "keep_checkpoints",
+        "log_every_n_steps",
+        "picture_every_n_steps",
+    },
+}
+
+
+class RunFolder:
+    """``OUTPUT_DIR/RECIPE/NAME``.
+
+    Attributes:
+        resumed: the checkpoint that the run resumes from; None where there is none.
+        restarted: whether an earlier run in this folder was stopped before its first checkpoint.
+    """
+
+    def __init__(self, config: RunConfig, recipe: str) -> None:
+        self.path = Path(config.output_dir) / recipe / config.name
+        self.checkpoints = self.path / "checkpoints"
+        self.pictures = self.path / ("reconstructions" if config.task == "pretraining" else "predictions")
+        self.settings = self.path / "config.yaml"
+        self.weights = self.path / "model.safetensors"
+        self.metrics = self.path / "metrics.csv"
+        self.summary = self.path / "summary.json"
+        self.events = self.path / "tensorboard"
+        self.last = self.checkpoints / "last.ckpt"
+        self.best = self.checkpoints / "best.ckpt"
+        self.keep = config.trainer.keep_checkpoints
+        self.resumed: Path | None = None
+        self.restarted = False
+        self._earlier: RunConfig | None = None  # settings in the checkpoint
+        self._last_step = 0
+        self._lock = FileLock(self.path / ".lock")
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a run to resume.
+
+        Raises:
+            MachineError: the folder of its checkpoints cannot be read.
+        """
+        return any(self._list_checkpoints())
+
+    def open(self, config: RunConfig, recipe: str) -> None:
+        """Make the folder, take it for this process, find the checkpoint to resume from, and write the settings.
+
+        Raises:
+            UserError: another process uses it, it is no folder, it holds a run with other settings, or no checkpoint
+                in it is whole.
+            MachineError: it cannot be read or written, or checkpoints that were there have gone.
+        """
+        self._list_checkpoints()  # a folder that cannot be read, or a link into nowhere, before anything is made
+        self._check_kinds()
+        try:
+            for folder in (self.checkpoints, self.pictures):
+                folder.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire(timeout=0)  # let go by the system, however this process ends
+        except Timeout:
+            raise UserError(
+                f"run folder {self.path} is in use by another process; wait for it, or choose another --name"
+            ) from None
+        except OSError as error:
+            raise refusal(f"run folder {self.path} (see --output-dir) cannot be written", error) from error
+        try:
+            with self.writing(self.path):
+                for folder in (self.path, self.checkpoints, self.pictures):
+                    remove_partial_files(folder)
+            resumed, _ = self.newest_checkpoint(main=True)
+            if resumed is None:
+                self._begin_again(config)
+            elif (earlier := self._read_settings()) is not None:
+                _check_same_run(earlier, config, self.path)
+            with self.writing(self.settings):
+                write_yaml(self.settings, recipe, config)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        self._lock.release()
+
+    def newest_checkpoint(self, main: bool) -> tuple[Path | None, int]:
+        """The newest whole checkpoint and its optimizer step, (None, 0) where there is none.
+
+        A damaged one is passed over with a remark, and put aside by the ``main`` process once a whole one is found.
+
+        Raises:
+            UserError: there are checkpoints, but none is whole.
+            MachineError: one cannot be read, which may pass; nothing is renamed.
+        """
+        if self.resumed is not None:
+            return self.resumed, self._last_step
+        names = self._list_checkpoints()
+        damaged: list[tuple[Path, str]] = []
+        for path in (self.checkpoints / name for name in names if name.endswith(".ckpt")):
+            if not main and not os.path.lexists(path):
+                continue  # the main process has just put it aside
+            try:
+                state = read_state(path)
+                settings = find_settings(state)
+            except DamagedCheckpoint as error:
+                damaged.append((path, str(error)))
+                continue
+            # not the state itself: a file that is mapped takes its room after it is removed
+            self.resumed, self._last_step = path, state["global_step"]
+            self._earlier = None if settings is None else settings[1]
+            break
+        else:
+            if names:
+                reason = f": {damaged[0][0].name} is damaged ({damaged[0][1]})" if damaged else f": {', '.join(names)}"
+                raise UserError(
+                    f"none of the checkpoints in {self.checkpoints} can be read{reason}; choose another --name"
+                )
+            return None, 0
+        for path, reason in damaged if main else []:
+            print_aside(f"checkpoint {path} is damaged ({reason}): passing to the one before, {self.resumed.name}")
+            with self.writing(path):
+                path.replace(path.with_suffix(".damaged"))
+        return self.resumed, self._last_step
+
+    def put_checkpoint(self, write: Callable[[IO[bytes]], None], step: int, best: bool) -> None:
+        """Write ``last.ckpt``; the one before stays under its step's name. Killed at any moment, a whole one is there.
+
+        Args:
+            write: writes it to a file.
+            step: that it is of.
+            best: whether it becomes ``best.ckpt`` too.
+        """
+        with open_whole(self.last) as file:
+            write(file)
+            if self.last.exists() and self._last_step != step:
+                before = self.checkpoints / f"step-{self._last_step:08d}.ckpt"
+                before.unlink(missing_ok=True)
+                try:
+                    os.link(self.last, before)
+                except OSError:  # a file system without hard links
+                    os.replace(self.last, before)
+        self._last_step = step
+        if best:
+            self.put_best(self.last)
+        older = sorted(self.checkpoints.glob("step-*.ckpt"), reverse=True)
+        for path in older[self.keep - 1 :]:
+            path.unlink()
+
+    def put_best(self, source: Path) -> None:
+        """Let a checkpoint be ``best.ckpt`` as well."""
+        link = self.checkpoints / "best.ckpt.tmp"
+        link.unlink(missing_ok=True)
+        try:
+            os.link(source, link)  # the same bytes under a second name, for nothing
+        except OSError:  # a file system without hard links
+            with source.open("rb") as whole, open_whole(self.best) as file:
+                shutil.copyfileobj(whole, file)
+        else:
+            os.replace(link, self.best)
+
+    def find_best(self, step: int) -> Path | None:
+        """The file of the best checkpoint: ``best.ckpt`` if it is of that step, else whichever is; None if none is."""
+        names = [name for name in self._list_checkpoints() if name.endswith(".ckpt")]
+        for path in (self.checkpoints / name for name in sorted(names, key=lambda name: name != self.best.name)):
+            with contextlib.suppress(DamagedCheckpoint):
+                if read_state(path, whole=False)["global_step"] == step:
+                    return path
+        return None
+
+    def read_scores(self, checkpoint: Path) -> dict[str, Any] | None:
+        """What a checkpoint says of how good it is, and the best before; None where it is not there or damaged."""
+        if not os.path.lexists(checkpoint):
+            return None
+        try:
+            scores = read_state(checkpoint, whole=False)["callbacks"]["Checkpointing"]
+        except (DamagedCheckpoint, KeyError):
+            return None
+        return dict(scores)
+
+    def is_finished(self, step: int) -> bool:
+        """Whether weights and summary have been written after the last step."""
+        summary = self.read_summary()
+        return summary.get("finished") is True and summary.get("steps") == step and self.weights.exists()
+
+    def read_summary(self) -> dict[str, Any]:
+        """The run's ``summary.json``; empty where there is none that can be used."""
+        try:
+            summary = json.loads(self.summary.read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return summary if isinstance(summary, dict) else {}
+
+    @contextlib.contextmanager
+    def writing(self, path: Path) -> Iterator[None]:
+        """Raise :class:`MachineError` for a file of the run that cannot be written: which, why, and what is kept."""
+        try:
+            yield
+        except OSError as error:
+            full = error.errno in FULL - {errno.EFBIG}  # which is a limit of files
+            kept = f"is of step {self._last_step}" if self._last_step else "is yet to come"
+            raise MachineError(
+                f"{'the disk is full: ' if full else ''}{path} cannot be written: {error.strerror or error}; the last "
+                f"complete checkpoint {kept}: once {'there is room' if full else 'that is mended'}, the same command "
+                f"{self.describe_resuming()}"
+            ) from error
+
+    def describe_resuming(self) -> str:
+        """Where the same command begins, in words."""
+        last = self._last_complete()
+        return "starts at step 0" if last is None else f"resumes from {last}"
+
+    def _last_complete(self) -> Path | None:
+        if not self._last_step:
+            return None
+        before = self.checkpoints / f"step-{self._last_step:08d}.ckpt"
+        present = [path for path in (self.last, before, self.resumed) if path is not None and os.path.lexists(path)]
+        return present[0] if present else self.last  # on a disk that has gone
+
+    def _list_checkpoints(self) -> list[str]:
+        """Names of checkpoints, the newest first, and of what were some.
+
+        Raises:
+            UserError: it, or a checkpoint in it, is something else than a folder or a file.
+            MachineError: the folder is there, but cannot be read.
+        """
+        check_kind(self.checkpoints, folder=True)
+        try:
+            names = os.listdir(self.checkpoints)
+        except OSError as error:
+            # below a link that leads nowhere there may be checkpoints again, once its disk is mounted
+            if isinstance(error, FileNotFoundError) and not os.path.islink(self.checkpoints):
+                return []
+            if error.errno in WRONG_PATH and not isinstance(error, FileNotFoundError):
+                raise refusal(f"run folder {self.path} (see --output-dir) cannot be written", error) from error
+            raise MachineError(
+                f"the folder of checkpoints {self.checkpoints} cannot be read: {error.strerror}; nothing was changed"
+            ) from error
+        older = sorted((n for n in names if n.startswith("step-") and n.endswith(".ckpt")), reverse=True)
+        for name in ("last.ckpt", *older, "best.ckpt"):
+            check_kind(self.checkpoints / name)
+        damaged = sorted(name for name in names if name.endswith(".damaged"))
+        return [name for name in ("last.ckpt", *older, "best.ckpt", *damaged) if name in names]
+
+    def _check_kinds(self) -> None:
+        """Raise UserError where a folder or a pipe, say, has the name of a file of the run, or a file of a folder."""
+        for path in (self.path, self.pictures, self.events):
+            check_kind(path, folder=True)
+        for path in (Path(self._lock.lock_file), self.settings, self.metrics, self.summary, self.weights):
+            check_kind(path)
+
+    def _read_settings(self) -> RunConfig | None:
+        """The settings that the run began with: of its checkpoint, which is whole, or else of its config.yaml."""
+        if not self.settings.exists():
+            return self._earlier
+        try:
+            stored = read_yaml(self.settings)[1]
+        except UserError:
+            if self._earlier is None:
+                raise
+            print_aside(f"{self.settings} is corrupt: its settings are taken from {self.resumed}")
+            return self._earlier
+        return stored if self._earlier is None else self._earlier
+
+    def _begin_again(self, config: RunConfig) -> None:
+        """Start at step 0, unless the folder shows that there was a checkpoint.
+
+        Raises:
+            MachineError: it does.
+        """
+        self.restarted = self.settings.exists()
+        steps = read_steps(self.metrics)
+        every = config.trainer.checkpoint_every_n_steps
+        with contextlib.suppress(UserError, OSError):
+            every = read_yaml(self.settings)[1].trainer.checkpoint_every_n_steps
+        if self.read_summary().get("steps") and self.read_summary().get("finished"):
+            sign = f"{self.summary} is of a finished run"
+        elif steps and steps[-1] > every:  # at that step itself it may have been killed before it was written
+            sign = f"{self.metrics} has rows up to step {steps[-1]}"
+        else:
+            with self.writing(self.metrics):
+                self.metrics.unlink(missing_ok=True)  # rows of the steps that are taken again
+            return
+        raise MachineError(
+            f"there are no checkpoints in {self.checkpoints}, but {sign}: if they are on a disk that is not mounted, "
+            f"mount it; to start at step 0, choose another --name or remove {self.path}"
+        )
+
+
+def _check_same_run(earlier: RunConfig, config: RunConfig, path: Path) -> None:
+    before, now = to_dict(earlier), to_dict(config)
+    if earlier.task != config.task:
+        raise UserError(f"{path} holds a run of {earlier.task}, not of {config.task}; choose another --name")
+    for section in [name for name in now if isinstance(now[name], dict)]:
+        for key, value in now[section].items():
+            if value != before[section][key] and key not in FREE.get(section, set()):
+                _refuse(path, f"--{section}.{key.replace('_', '-')}", before[section][key], value)
+    if before["seed"] != now["seed"]:
+        _refuse(path, "--seed", before["seed"], now["seed"])
+
+
+def _refuse(path: Path, option: str, before: Any, now: Any) -> None:
+    raise UserError(
+        f"{path} holds a run with {option} {before}, not {now}; choose another --name "
+        f"(and --model.checkpoint {path}/checkpoints/last.ckpt to start from its weights)"
+    )
+
+
+def check_kind(path: Path, folder: bool = False) -> None:
+    """Raise UserError where there is something else than a regular file, or than a folder; a pipe would block."""
+    with contextlib.suppress(OSError):  # not there, or not to be seen: what opens it says so
+        mode = path.stat().st_mode
+        if stat.S_ISDIR(mode) if folder else stat.S_ISREG(mode):
+            return
+        kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+        found, wanted = kinds.get(stat.S_IFMT(mode), "device"), "folder" if folder else "file"
+        raise UserError(f"{path} is a {found}, where a run has a {wanted}: move it away, or choose another --name")
+
+
+def make_folder(out: Path) -> None:
+    """A folder for results."""
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Raise :class:`UserError` for a path where no files can be, :class:`MachineError` for a full disk and the like."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(f"--out {out} cannot be written", error) from error

@@ -1,0 +1,303 @@
+"""Runs that are supervised by features: of a CLIP tower in a file, of the network's own average, of a cache."""
+
+import csv
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from public import read_golden
+from safetensors.torch import load_file
+from test_resume import assert_same_run, losses, run_straight_and_stopped
+
+import itpn
+from itpn.cli import main
+from itpn.commands.train import train
+from itpn.config import TeacherConfig, image_size
+from itpn.data.cache import FeatureCache
+from itpn.data.files import find_training_images
+from itpn.errors import UserError
+from itpn.masked.build import build_masked_model
+from itpn.masked.targets import normalize_features
+from itpn.tasks.pretraining.run import make_loader
+from itpn.teachers.ema import MovingAverageTeacher, momentum_at
+from itpn.teachers.timm_teacher import build_teacher
+
+ALL = {"feature_weight": 0.5, "auxiliary_weight": 0.5, "pyramid_weights": (0.1, 0.2, 0.3), "pyramid_head_width": 64}
+
+
+@pytest.fixture(scope="session")
+def tower(tmp_path_factory) -> str:
+    """A tiny random CLIP in OpenAI's form: patch 16, 24 numbers a unit."""
+    path = tmp_path_factory.mktemp("tower") / "clip.pt"
+    torch.save(read_golden("off_clip_teacher")[0]["param"], path)
+    return str(path)
+
+
+@pytest.fixture
+def ema(settings):
+    def make(**trainer):
+        config = settings(**trainer)
+        config.model = replace(config.model, mask="block", mask_ratio=0.5, **ALL)
+        config.teacher = TeacherConfig("ema", momentum=0.9)
+        return config
+
+    return make
+
+
+@pytest.fixture
+def clip(settings, tower):
+    """4x4 units of 8 px; a tower of patch 16 sees them in 64 px."""
+    config = settings()
+    config.model = replace(config.model, mask="block", mask_ratio=0.5, hidden_units="mask_token", **ALL)
+    config.teacher = TeacherConfig("clip", checkpoint=tower)
+    config.data.color_jitter = 0.4
+    return config
+
+
+def rows(run: Path) -> list[dict[str, float]]:
+    with (run / "metrics.csv").open() as file:
+        return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(("hidden_units", "accumulate", "stop"), [("dropped", 1, 8), ("mask_token", 2, 7)])
+def test_a_resumed_run_with_an_average_and_block_masks_is_the_same(ema, monkeypatch, hidden_units, accumulate, stop):
+    config = ema(accumulate_grad_batches=accumulate)
+    config.model.hidden_units = hidden_units
+    straight, resumed = run_straight_and_stopped(config, monkeypatch, stop)
+    assert_same_run(straight, resumed)
+    assert losses(straight) == losses(resumed)
+    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (straight, resumed)]
+    averages = [name for name in states[0] if name.startswith("average.")]
+    assert averages
+    assert all(torch.equal(states[0][name], states[1][name]) for name in averages)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_average_moves_once_a_step(ema, monkeypatch, accumulate):
+    """By hand from the weights after each step; and the weights that are written know nothing of it."""
+    name, seen = "backbone.stages.2.0.attn.qkv.weight", []
+
+    def update(self, model, momentum, original=MovingAverageTeacher.update):
+        seen.append((momentum, model.get_parameter(name).detach().clone()))
+        original(self, model, momentum)
+
+    monkeypatch.setattr(MovingAverageTeacher, "update", update)
+    config = ema(accumulate_grad_batches=accumulate)
+    run = train(config, "test")
+    assert len(seen) == 18 // accumulate
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    average = torch.zeros(())
+    for step, (momentum, weight) in enumerate(seen):
+        assert momentum == momentum_at(step, len(seen), 0.9, 1.0)  # 0 at first: no random start is left
+        average = momentum * average + (1 - momentum) * weight
+    torch.testing.assert_close(state["state_dict"][f"average.average.module.{name}"], average)
+    assert not any("average" in key for key in load_file(run / "model.safetensors"))
+    trained = [p for p in itpn.load(run / "model.safetensors").parameters() if p.requires_grad]
+    assert len(state["optimizer_states"][0]["state"]) == len(trained)
+
+
+def test_figures_of_every_loss_and_level(ema):
+    config = ema()
+    run = train(config, "test")
+    row = rows(run)[-1]
+    weights = {"pixel": 1.0, "feature": 0.5, "auxiliary": 0.5, "pyramid_1": 0.1, "pyramid_2": 0.2, "pyramid_3": 0.3}
+    assert row["loss"] == pytest.approx(sum(weight * row[f"loss_{name}"] for name, weight in weights.items()), rel=1e-5)
+    for name in list(weights)[1:]:
+        assert 0 < row[f"target_std_{name}"] < 2
+
+
+def test_a_collapse_is_said_once(ema, capsys):
+    config = ema()
+    config.teacher.min_std = 5.0
+    train(config, "test")
+    assert " ".join(capsys.readouterr().out.split()).count("the teacher is collapsing: target_std_") == 1
+
+
+def test_a_tower_in_a_file(clip):
+    config = clip
+    run = train(config, "test")
+    assert json.loads((run / "summary.json").read_text())["finished"]
+    assert rows(run)[-1]["loss_feature"] < rows(run)[0]["loss_feature"]
+    state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"model"}  # no teacher in it
+    model = itpn.load(run / "model.safetensors")  # without the tower's file, were it gone
+    assert model.decoder.heads["feature"].out_features == 24
+
+
+def test_a_tower_resumes_to_the_bit(clip, monkeypatch):
+    assert_same_run(*run_straight_and_stopped(clip, monkeypatch, 8))
+
+
+def cache_arguments(config, out) -> list[str]:
+    return [
+        *("cache-features", "itpn-pixel_nano", "--out", str(out), "--data.root", *config.data.root),
+        *("--data.img-size", "32", "--model.hidden-units", "mask_token", "--model.mask-ratio", "0.5"),
+        *("--model.feature-weight", "1", "--teacher.name", "clip", "--teacher.checkpoint", config.teacher.checkpoint),
+        *("--data.color-jitter", "0.4", "--data.num-workers", "0", "--data.batch-size", "5"),
+    ]
+
+
+def test_cached_features_give_the_loss_of_the_live_teacher(clip, tmp_path, capsys):
+    out = tmp_path / "cache"
+    assert main([*cache_arguments(clip, out), "--views", "2"]) == 0
+    assert "52 crops (2 of each image)" in " ".join(capsys.readouterr().out.split())
+    cache = FeatureCache(out)
+    source = find_training_images(clip.data.root)
+    one = replace(clip, data=replace(clip.data, batch_size=1))
+    live = make_loader(one, source, 0, 1, (64, 64))
+    batches = [batch for _ in range(2) for batch in live]
+    teacher = build_teacher("clip", clip.teacher.checkpoint, (4, 4))
+    model = build_masked_model(clip.model, image_size(clip.data), replace(clip.teacher, width=24)).eval()
+    mask = torch.arange(16).repeat(1, 1) % 3 == 0
+    for number, batch in enumerate(batches):
+        image, feature, key = cache[number]
+        assert key == batch["key"][0]
+        assert torch.equal(image, batch["image"][0])
+        targets = [normalize_features(x) for x in (feature[None], teacher(batch["teacher_image"]))]
+        x = image[None] / 255
+        losses = [model(x, mask, dict.fromkeys(model.feature_losses, target)).loss for target in targets]
+        torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=1e-6)
+    assert len(batches) == len(cache) == 52
+
+    cached = replace(clip, data=replace(clip.data, root=(str(out),)), name="cached")
+    run = train(cached, "test")
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["finished"]
+    assert rows(run)[-1]["loss_feature"] < rows(run)[0]["loss_feature"]
+
+
+def test_caching_goes_on_where_it_stopped(clip, tmp_path, monkeypatch, capsys):
+    import itpn.commands.cache_features as caching
+
+    monkeypatch.setattr(caching, "SHARD_SIZE", 8)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert main(cache_arguments(clip, straight)) == 0
+    with monkeypatch.context() as patch:
+        original, count = caching.write_shard, iter(range(100))
+
+        def write_shard(*args):
+            if next(count) == 2:
+                raise KeyboardInterrupt
+            original(*args)
+
+        patch.setattr(caching, "write_shard", write_shard)
+        assert main(cache_arguments(clip, stopped)) == 130
+    with pytest.raises(UserError, match="are not complete"):
+        FeatureCache(stopped)
+    assert main(cache_arguments(clip, stopped)) == 0
+    assert "2 of 4 shards are there already" in " ".join(capsys.readouterr().out.split())
+    for path in straight.iterdir():
+        assert path.read_bytes() == (stopped / path.name).read_bytes()
+
+
+def test_half_the_space(clip, tmp_path):
+    sizes = []
+    for name, option in (("whole", []), ("half", ["--half"])):
+        assert main([*cache_arguments(clip, tmp_path / name), *option]) == 0
+        _, feature, _ = FeatureCache(tmp_path / name)[0]
+        sizes.append(feature.dtype)
+    assert sizes == [torch.float32, torch.float16]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (["--teacher.name", "ema"], "only features of an outside teacher"),
+        (["--views", "0"], "--views must be at least 1"),
+        (["--data.img-sise", "32"], "did you mean --data.img-size"),
+        (["--viewz", "2"], "did you mean --views"),
+        (["--data.img-size", "48"], "holds features with img_size (32, 32), not (48, 48)"),
+        (["--data.hflip", "0"], "holds features with hflip 0.5, not 0.0"),
+    ],
+)
+def test_mistakes_in_caching(clip, tmp_path, capsys, change, message):
+    arguments = cache_arguments(clip, tmp_path / "cache")
+    if "ema" in change:
+        arguments = [a for a in arguments if a not in ("--teacher.checkpoint", clip.teacher.checkpoint)]
+    if "holds" in message:
+        assert main(arguments) == 0
+    assert main([*arguments, *change]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_a_cache_of_something_else_is_refused(clip, tmp_path, tower):
+    out = tmp_path / "cache"
+    assert main(cache_arguments(clip, out)) == 0
+    cached = replace(clip, data=replace(clip.data, root=(str(out),)))
+    with pytest.raises(UserError, match=r"holds features for --data.img-size \(32, 32\), not \(48, 48\)"):
+        train(replace(cached, data=replace(cached.data, img_size=48)), "test")
+    with pytest.raises(UserError, match=r"for --teacher.name clip, not vit_tiny_patch16_224"):
+        train(replace(cached, teacher=TeacherConfig("vit_tiny_patch16_224", checkpoint=tower)), "test")
+    shard = out / "features-00000.safetensors"
+    shard.write_bytes(shard.read_bytes()[:1000])
+    for workers in (0, 1):
+        cached.data.num_workers = workers
+        with pytest.raises(UserError, match=r"^\S+ is damaged") as error:
+            train(replace(cached, name=f"damaged-{workers}"), "test")
+        assert "Traceback" not in str(error.value)
+    shard.unlink()
+    with pytest.raises(UserError, match="is missing: repeat"):
+        train(replace(cached, name="missing"), "test")
+
+
+def test_a_cache_needs_its_teacher_no_more(clip, tmp_path):
+    """Nor its file, nor its place: features are taken to another machine."""
+    out = tmp_path / "cache"
+    assert main(cache_arguments(clip, out)) == 0
+    cached = replace(clip, data=replace(clip.data, root=(str(out),)), teacher=TeacherConfig("clip"))
+    run = train(cached, "test")
+    assert itpn.load(run / "model.safetensors").decoder.heads["feature"].out_features == 24
+
+
+def test_an_epoch_is_one_view(clip, tmp_path):
+    out = tmp_path / "cache"
+    assert main([*cache_arguments(clip, out), "--views", "2"]) == 0
+    loader = make_loader(clip, find_training_images([out]), 0, 1)
+    assert loader.images == 26
+    epochs = [
+        [(key, image) for batch in loader for key, image in zip(batch["key"], batch["image"], strict=True)]
+        for _ in range(3)
+    ]
+    for epoch in epochs:
+        assert len({key for key, _ in epoch}) == 24  # six batches of four; two images are left out
+    views = [dict(epoch) for epoch in epochs]
+    shared = views[0].keys() & views[1].keys() & views[2].keys()
+    assert all(torch.equal(views[0][key], views[2][key]) for key in shared)
+    assert not any(torch.equal(views[0][key], views[1][key]) for key in shared)
+
+
+def test_caching_stops_at_too_many_broken_images(clip, tmp_path, capsys):
+    folder = tmp_path / "photos"
+    shutil.copytree(clip.data.root[0], folder)
+    for i in range(5):
+        (folder / f"broken-{i}.png").write_bytes(b"no image")
+    clip.data.root = (str(folder),)
+    assert main(cache_arguments(clip, tmp_path / "cache")) == 2
+    assert "5 of 31 images cannot be read" in capsys.readouterr().err
+
+
+def test_features_alone_in_bf16_and_their_pictures(clip, tmp_path, capsys):
+    """The published CLIP objective through training, pictures and `itpn predict`, which has no teacher."""
+    published = {"mask_ratio": 75 / 196, "hidden_laterals": True, "decoder_depth": 0, "feature_loss": "cosine"}
+    weights = {"pixel_weight": 0.0, "feature_weight": 1.0, "auxiliary_weight": 0.0, "pyramid_weights": (0.0, 0.0, 0.0)}
+    clip.model = replace(clip.model, **published, **weights)
+    clip.trainer.precision = "bf16-mixed"
+    run = train(clip, "test")
+    assert -1 < rows(run)[-1]["loss"] < rows(run)[0]["loss"] < 1
+    picture = Image.open(run / "reconstructions/step-00000018.png")
+    assert picture.size == (8 * (224 + 4) + 4, 4 * (224 + 4) + 4 + 20)  # two sets of four columns
+    out = tmp_path / "pictures"
+    assert main(["predict", str(run / "model.safetensors"), *clip.data.root, "--out", str(out)]) == 0
+    assert Image.open(out / "prediction-0000.png").size[0] == 6 * (224 + 4) + 4  # three: nobody knows the features
+    assert "prediction-0000.png" in capsys.readouterr().out
+
+
+def test_the_recipe_comes_first(capsys):
+    assert main(["cache-features", "--out", "x", "itpn-pixel_nano"]) == 2
+    assert capsys.readouterr().err == "itpn: the recipe comes first: itpn cache-features RECIPE --out ...\n"

@@ -1,0 +1,254 @@
+"""`itpn predict`, `inspect` and `convert` as a user runs them, on files of ours and of others."""
+
+import csv
+import json
+import os
+import tarfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from public import read_golden, save_public
+from safetensors.torch import load_file, safe_open
+
+import itpn
+from itpn.checkpoints.convert import convert
+from itpn.checkpoints.files import save_weights
+from itpn.cli import main
+from itpn.commands.predict import predict_objects
+from itpn.commands.train import train
+from itpn.config import Config, DataConfig, ModelConfig
+from itpn.data.augment import center_crop
+from itpn.data.decode import decode_image
+from itpn.data.folders import name_output
+from itpn.data.normalize import Normalize
+from itpn.errors import UserError
+from itpn.masked.build import build_masked_model
+from itpn.models.naming import from_ours
+from itpn.system.text import readable
+
+
+def test_a_classifier_of_others(tmp_path, photos, capsys):
+    """The table, the file and the pictures say what the network says."""
+    model = timm.create_model("hivit_tiny", img_size=64, num_classes=7).eval()
+    state = from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()}, "official", (4, 4))[0]
+    torch.save({"model": state}, tmp_path / "theirs.pth")
+    out = tmp_path / "out"
+    assert main(["predict", str(tmp_path / "theirs.pth"), str(photos), "--out", str(out)]) == 0
+    assert "prediction-0001.png" in capsys.readouterr().out
+    with (out / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 26 * 5
+    assert Image.open(out / "prediction-0000.png").size == (4 * 228 - 32 * 4 + 4, 4 * (192 + 24) + 4)
+
+    pixels = center_crop(decode_image((photos / "03.png").read_bytes(), 2**20), (64, 64))
+    x = Normalize(3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(pixels[None])
+    with torch.no_grad():
+        probability, label = model(x).softmax(-1)[0].max(0)
+    first = next(row for row in rows if row["image"].endswith("03.png") and row["rank"] == "1")
+    assert int(first["class"]) == label
+    assert float(first["probability"]) == pytest.approx(probability.item(), abs=1e-5)
+
+
+def test_names_of_outputs_fit_the_file_system(tmp_path):
+    """Cut at whole characters, apart by their numbers; a path is no part of a name."""
+    for number, (name, ending, want) in enumerate(
+        [
+            ("x/a.b.jpg", ".png", "0000-a.b.png"),
+            ("a" * 251 + ".jpg", ".png", "0001-" + "a" * 246 + ".png"),
+            ("漢" * 83 + ".jpg", "-labels.png", "0002-" + "漢" * 79 + "-labels.png"),
+            ("s.tar/../up/x.jpg", ".png", "0003-x.png"),
+            ("caf\udce9\n:*?.jpg", ".png", "0004-caf_xe9____.png"),
+        ]
+    ):
+        found = name_output(tmp_path, number, name, ending)
+        assert found == want
+        (tmp_path / found).touch()
+    assert name_output(tmp_path / "not there", 7, "a" * 300, ".png") == "0007-" + "a" * 246 + ".png"
+
+
+def test_pictures_of_images_of_long_or_equal_names(tmp_path, monkeypatch, capsys):
+    found = {"boxes": torch.tensor([[1.0, 2, 8, 9]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
+    monkeypatch.setattr(itpn.commands.predict, "detect", lambda model, normalize, images: [found])
+    names = ["a/x.jpg", "b/x.jpg", "y" * 250 + "1.jpg", "y" * 250 + "2.jpg", readable(os.fsdecode(b"\xff[red]\n.jpg"))]
+    images = ((name, torch.zeros(3, 16, 16, dtype=torch.uint8)) for name in names)
+    predict_objects(None, images, ["cat"], tmp_path, 0.5)
+    assert len(list(tmp_path.glob("*.png"))) == 5
+    assert [one["image"] for one in json.loads((tmp_path / "predictions.json").read_bytes())] == names
+    with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert [row["image"] for row in csv.DictReader(file)] == names
+    assert "\\xff[red]\\n.jpg" in capsys.readouterr().out
+
+
+def test_files_of_any_name(tmp_path, capsys):
+    """Tables, CSV, JSON and features name them in UTF-8, a line each."""
+    path = save_public(tmp_path, "off_pixel_finetune")
+    folder = os.fsencode(tmp_path / "photos")
+    os.mkdir(folder)
+    for number, name in enumerate([b"a\nb.png", b"bad\xff[red]\n.png", b"caf\xe9.png"]):
+        with open(os.path.join(folder, name), "wb") as file:
+            pixels = np.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(file, "PNG") if number != 1 else file.write(b"none")
+    out = tmp_path / "out"
+    assert main(["predict", str(path), os.fsdecode(folder), "--out", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert f"skipped {tmp_path}/photos/bad\\xff[red]\\n.png: " in printed.err
+    names = [f"{tmp_path}/photos/{name}" for name in ("a\nb.png", "caf\\xe9.png")]
+    assert [one["image"] for one in json.loads((out / "predictions.json").read_bytes())] == names
+    with (out / "predictions.csv").open(encoding="utf-8", newline="") as file:
+        assert list(dict.fromkeys(row["image"] for row in csv.DictReader(file))) == names
+    for file in ("f.npy", "f.safetensors"):
+        assert main(["predict", str(path), os.fsdecode(folder), "--features", str(tmp_path / file)]) == 0
+    lines = (tmp_path / "f.npy.txt").read_text(encoding="utf-8").splitlines()
+    assert lines == [name.replace("\n", "\\n") for name in names]
+    with safe_open(tmp_path / "f.safetensors", "pt") as tensors:
+        assert json.loads(tensors.metadata()["images"]) == names
+
+
+def test_one_image_of_a_sample(tmp_path, photos, capsys):
+    """Of shards, members that describe an image are predicted only where --members names them."""
+    path = save_public(tmp_path, "off_pixel_finetune")
+    shard = tmp_path / "s.tar"
+    with tarfile.open(shard, "w") as tar:
+        for key in ("0", "1"):
+            for ending in ("png", "seg.png"):
+                tar.add(photos / "00.png", f"v1.0/{key}.{ending}")
+
+    def predict(*options: str) -> tuple[list[str], str]:
+        file = tmp_path / "f.npy"
+        assert main(["predict", str(path), str(shard), "--features", str(file), *options]) == 0
+        return (tmp_path / "f.npy.txt").read_text().split(), capsys.readouterr().err
+
+    plain, other = (["s.tar/v1.0/0.png", "s.tar/v1.0/1.png"], ["s.tar/v1.0/0.seg.png", "s.tar/v1.0/1.seg.png"])
+    assert predict() == (plain, f"{shard}: not read are 2 .seg.png (see --data.members)\n")
+    assert predict("--members", "seg.png") == (other, f"{shard}: not read are 2 .png (see --data.members)\n")
+    assert predict("--data.members", "png", "seg.png") == (sorted(plain + other), "")
+    assert main(["predict", str(path), str(shard), "--out", str(tmp_path / "o"), "--members", "webp"]) == 2
+    assert "s.tar holds no images that end in webp, but 2 .png, 2 .seg.png: --data.members" in capsys.readouterr().err
+
+
+def test_reconstructions_of_others(tmp_path, photos, capsys):
+    path = save_public(tmp_path, "off_pixel_pretrain")
+    out = tmp_path / "out"
+    assert main(["predict", str(path), str(photos / "00.png"), str(photos / "01.png"), "--out", str(out)]) == 0
+    assert len(list(out.iterdir())) == 1
+
+
+@pytest.mark.parametrize("case", ["off_pixel_pretrain", "off_det_pixel", "off_pixel_finetune"])
+def test_features(tmp_path, photos, case):
+    path = save_public(tmp_path, case)
+    for name in ("features.safetensors", "features.npy"):
+        assert main(["predict", str(path), str(photos), "--features", str(tmp_path / name)]) == 0
+    columns = load_file(tmp_path / "features.safetensors")
+    with safe_open(tmp_path / "features.safetensors", "pt") as file:
+        names = json.loads(file.metadata()["images"])
+    assert names == (tmp_path / "features.npy.txt").read_text().splitlines()
+    assert len(names) == 26
+    assert columns["features"].shape == (26, 64)
+    assert ("pyramid_1" in columns) == (case != "off_pixel_finetune")
+    np.testing.assert_array_equal(np.load(tmp_path / "features.npy"), columns["features"].numpy())
+
+
+def test_inspect_is_a_report_that_a_person_understands(tmp_path, capsys):
+    path = save_public(tmp_path, "off_fast_itpn_ls")
+    assert main(["inspect", str(path)]) == 0
+    text = capsys.readouterr().out
+    for words in (
+        "Fast-iTPN of unknown name: a classifier of 10 classes",
+        "the authors' code (Fast-iTPN), under 'model'",
+        "layer scale in stage 3, SwiGLU and sub-LN",
+        "num_heads=1 (64 channels each): not in the file, give them if they differ",
+        "it has no pyramid: starts fresh",
+        "everything is there",
+        "task='classification')",
+    ):
+        assert words in text, words
+
+
+def test_inspect_names_the_model_and_the_options(tmp_path, capsys):
+
+    config = Config(model=ModelConfig(name="itpn_tiny", init_values=0.1, decoder_depth=3), data=DataConfig(img_size=64))
+    save_weights(tmp_path / "a.safetensors", build_masked_model(config.model, (64, 64)), "test", config)
+    convert(tmp_path / "a.safetensors", tmp_path / "a.pth", "official")
+    report = itpn.inspect(tmp_path / "a.pth")
+    assert report.model == "itpn_tiny"
+    assert report.use("pretraining").command.endswith(
+        "a.pth --model.name itpn_tiny --model.init-values 0.1 --model.decoder-depth 3"
+    )
+    assert main(["inspect", str(tmp_path / "a.pth")]) == 0
+    assert "itpn_tiny: pre-trained to predict pixel" in capsys.readouterr().out
+
+
+def test_convert(tmp_path, capsys):
+    path, golden = save_public(tmp_path, "off_seg"), read_golden("off_seg")[0]["param"]
+    ours, back = tmp_path / "ours.safetensors", tmp_path / "back.pth"
+    assert main(["convert", str(path), str(ours)]) == 0
+    assert main(["convert", str(ours), str(back), "--to", "official"]) == 0
+    assert f"{len(golden)} tensors under the names of official" in capsys.readouterr().out
+    state = torch.load(back, weights_only=True)["model"]
+    assert all(torch.equal(state[name], tensor) for name, tensor in golden.items())
+    golden["blocks.4.attn.proj.weight"][3, :2] = float("nan")
+    golden["decoder_extra.weight"] = torch.zeros(1)
+    torch.save({"model": golden}, path)
+    assert main(["convert", str(path), str(ours)]) == 0
+    said = capsys.readouterr().out
+    assert "left out, for it has no place there: decoder_extra (1 tensor)" in said
+    assert "2 infinite numbers or NaN were kept as they are, in backbone.stages.2.0.attn.proj.weight" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["inspect", "missing.pth"], "checkpoint missing.pth does not exist"),
+        (["convert", "missing.pth", "a.safetensors"], "checkpoint missing.pth does not exist"),
+        (["inspect", "https://example.com/a.pth"], "is an address: download the file and give its path"),
+        (["inspect", ""], "checkpoint '' does not exist"),
+        (["inspect", "{text}"], "damaged or no checkpoint"),
+        (["convert", "{det}", "a.zip"], "say which names a.zip gets"),
+        (["convert", "{det}", "a.pth", "--to", "keras"], "invalid choice: 'keras'"),
+        (
+            ["predict", "{det}", "{photos}"],
+            "has neither decoder, classifier, detector nor segmenter: it gives --features",
+        ),
+        (["predict", "{det}", "{photos}", "--features", "a.csv"], "must end in .safetensors or .npy"),
+        (["predict", "{text}", "{photos}"], "damaged or no checkpoint"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, photos, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "text.pth").write_text("not weights at all")
+    places = {"text": tmp_path / "text.pth", "det": save_public(tmp_path, "off_det_pixel"), "photos": photos}
+    assert main([argument.format(**places) for argument in arguments]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "predictions").exists()
+
+
+def test_training_goes_on_from_a_public_file(tmp_path, settings, capsys):
+    """A run from a file in the authors' names is the run from our own file, number by number; what differs is said."""
+
+    def run(name: str, checkpoint: Path | None, **model) -> list[str]:
+        config = settings(max_steps=3)
+        config.name, config.model.checkpoint = name, checkpoint and str(checkpoint)
+        config.model = replace(config.model, **model)
+        train(config, "test")
+        with (tmp_path / "runs" / "test" / name / "metrics.csv").open() as file:
+            return [row["loss"] for row in csv.DictReader(file)]
+
+    run("first", None)
+    ours, theirs = tmp_path / "runs" / "test" / "first" / "model.safetensors", tmp_path / "theirs.pth"
+    convert(ours, theirs, "official")
+    assert run("ours", ours) == run("theirs", theirs)
+    capsys.readouterr()
+    run("larger", theirs, decoder_depth=2)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"starting from the weights of {theirs}" in said
+    assert "has no decoder that fits (decoder.blocks.1.attn.proj.bias is missing there and 32 here): it starts" in said
+    with pytest.raises(UserError, match="holds another model"):
+        run("refused", theirs, pyramid_width=64)
+    assert not (tmp_path / "runs" / "test" / "refused").exists()

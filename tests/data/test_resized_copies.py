@@ -1,0 +1,215 @@
+"""What becomes of an image that is made small, what it is called, and the tar that it goes into."""
+
+import contextlib
+import gzip
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.files import find_images
+from itpn.data.resized_copies import ShrunkImages, list_originals, shrink_image, write_shard
+from itpn.data.shards import read_shard
+from itpn.system.writing import open_whole
+
+
+def draw(width: int, height: int) -> Image.Image:
+    """Smooth, red at the left and blue at the bottom."""
+    x, y = np.meshgrid(np.linspace(255, 0, width), np.linspace(0, 255, height))
+    return Image.fromarray(np.stack([x, np.full_like(x, 60), y], axis=-1).astype(np.uint8))
+
+
+def encode(image: Image.Image, format: str = "JPEG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def rotated(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size"), [(600, 300, (128, 64)), (300, 601, (64, 128)), (64, 900, (64, 900))]
+)
+def test_the_short_side(width, height, size):
+    small = Image.open(io.BytesIO(shrink_image(encode(draw(width, height)), 64, 95)))
+    assert (small.size, small.format, small.mode) == (size, "JPEG", "RGB")
+
+
+def test_the_picture_stays_the_same():
+    large = draw(600, 400)
+    small = decode_image(shrink_image(encode(large, "PNG"), 100, 95)).float()
+    want = torch.from_numpy(np.array(large.resize((150, 100), Image.Resampling.BICUBIC))).permute(2, 0, 1)
+    assert (small - want).abs().mean() < 1
+
+
+def test_colours_keep_their_resolution():
+    """Stripes of a pixel, which would be mixed where colours have half of it."""
+    stripes = np.zeros((64, 64, 3), dtype=np.uint8)
+    stripes[:, ::2, 0], stripes[:, 1::2, 2] = 255, 255
+    small = decode_image(shrink_image(encode(Image.fromarray(stripes), "PNG"), 64, 95))
+    assert (small.float() - torch.from_numpy(stripes).permute(2, 0, 1)).abs().mean() < 2
+
+
+@pytest.mark.parametrize("orientation", [6, 3])
+def test_upright(orientation):
+    data = encode(draw(300, 200), exif=rotated(orientation))
+    want = decode_image(data)
+    for short_side in (100, 500):
+        shrunk = shrink_image(data, short_side, 95)
+        assert 0x0112 not in Image.open(io.BytesIO(shrunk)).getexif()
+        small = decode_image(shrunk)
+        assert small.shape[2] / small.shape[1] == want.shape[2] / want.shape[1]
+        for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
+            assert (small[:, y, x].float() - want[:, y, x].float()).abs().max() < 10
+
+
+def test_small_jpegs_stay_as_they_are():
+    for image in (draw(90, 60), draw(90, 60).convert("L")):
+        for options in ({}, {"progressive": True}, {"exif": rotated(1)}, {"quality": 30}):
+            data = encode(image, **options)
+            assert shrink_image(data, 60, 95) == data
+            assert shrink_image(data, 59, 95) != data
+
+
+@pytest.mark.parametrize("data", [
+    encode(draw(90, 60), "PNG"),
+    encode(draw(90, 60), "WEBP"),
+    encode(draw(90, 60).convert("CMYK")),
+    encode(draw(90, 60).convert("P", dither=Image.Dither.NONE), "GIF"),
+    encode(draw(90, 60).convert("RGBA"), "PNG"),
+    encode(Image.fromarray(np.full((60, 90), 40000, dtype=np.uint16)), "PNG"),
+], ids=["png", "webp", "cmyk", "gif", "rgba", "16 bits"])  # fmt: skip
+def test_everything_else_becomes_a_jpeg(data):
+    small = shrink_image(data, 512, 95)
+    image = Image.open(io.BytesIO(small))
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (90, 60))
+    assert (decode_image(small).float() - decode_image(data).float()).abs().mean() < 3
+
+
+def test_noise_can_be_written():
+    noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
+    assert len(shrink_image(encode(Image.fromarray(noise), "PNG"), 600, 100)) > 1e6
+
+
+def test_what_cannot_be():
+    with pytest.raises(UnreadableImage):
+        shrink_image(encode(draw(90, 60))[:-300], 512, 95)
+    with pytest.raises(UnreadableImage, match="longer than the 65,535 pixels"):
+        shrink_image(encode(Image.new("RGB", (70000, 2)), "PNG"), 512, 95)
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(name.encode())
+
+
+def test_names_and_folders(tmp_path):
+    touch(tmp_path, "cat/a.b.jpg", "cat/a_b.png", "cat/a.b.webp", "dog/x/1.jpg", "dog.2/1.jpg")
+    found = list_originals(find_images([tmp_path]))
+    assert {(one.key, one.label) for one in found} == {
+        ("cat/a_b", "cat"),
+        ("cat/a_b-2", "cat"),
+        ("cat/a_b-3", "cat"),
+        ("dog/x/1", "dog"),
+        ("dog.2/1", "dog.2"),
+    }
+    assert found == list_originals(find_images([tmp_path]))
+    assert [one.path for one in found] != sorted(one.path for one in found)
+
+
+def test_overlapping_roots(tmp_path):
+    touch(tmp_path, "a/cat/1.jpg", "a/1.jpg", "b/cat/1.jpg")
+    found = list_originals(find_images([tmp_path / "a", tmp_path / "b", tmp_path / "a/cat/1.jpg"]))
+    assert sorted((one.key, one.label or "") for one in found) == [("1", ""), ("cat/1", "cat"), ("cat/1-2", "cat")]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tgz"])
+def test_images_of_shards(tmp_path, suffix):
+    contents = {}
+    for shard in ("a", "in/a"):
+        members = {
+            "./1.jpg": encode(draw(90, 60)),
+            "1.cls": b"7\n",
+            "x/1.5.png": encode(draw(30, 20), "PNG"),
+            "n.txt": b"-",
+        }
+        path = tmp_path / f"{shard}.tar"
+        path.parent.mkdir(exist_ok=True)
+        write_shard(path, iter(members.items()))
+        if suffix != "tar":
+            path.with_name(f"a.{suffix}").write_bytes(gzip.compress(path.read_bytes()))
+            path.unlink()
+        contents |= {f"{shard}/1": members["./1.jpg"]}
+    found = list_originals(find_images([tmp_path]))
+    assert [(one.key, one.name, one.label) for one in found] == [
+        ("a/1", f"a.{suffix}/./1.jpg", None),
+        ("a/x/1_5", f"a.{suffix}/x/1.5.png", None),
+        ("in/a/1", f"a.{suffix}/./1.jpg", None),
+        ("in/a/x/1_5", f"a.{suffix}/x/1.5.png", None),
+    ]
+    shrunk = {one.key: ShrunkImages(64, 95)[one] for one in found}
+    for key, data in contents.items():
+        assert shrunk[key][1:] == (data, len(data), None)
+    assert decode_image(shrunk["in/a/x/1_5"][1]).shape == (3, 20, 30)
+
+
+def test_missing_and_broken_files(tmp_path):
+    touch(tmp_path, "a.jpg", "b.jpg")
+    found = list_originals(find_images([tmp_path]))
+    (tmp_path / "b.jpg").unlink()
+    reasons = {one.key: str(ShrunkImages(64, 95)[one][1]) for one in found}
+    assert reasons == {"a": "not an image of a known format", "b": "No such file or directory"}
+
+
+def test_a_shard_appears_only_whole(tmp_path):
+    def members():
+        yield "a.jpg", b"1"
+        assert [path.name for path in tmp_path.iterdir()] == ["s.tar.tmp"]
+        yield "ü" * 120 + ".jpg", b"22"
+        if broken:
+            raise OSError("disk full")
+
+    broken = True
+    with pytest.raises(OSError, match="disk full"):
+        write_shard(tmp_path / "s.tar", members())
+    assert list(tmp_path.iterdir()) == []
+    broken = False
+    write_shard(tmp_path / "s.tar", members())
+    assert list(read_shard(tmp_path / "s.tar")) == [("s.tar/a.jpg", b"1"), (f"s.tar/{'ü' * 120}.jpg", b"22")]
+    with tarfile.open(tmp_path / "s.tar") as tar:
+        assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
+    with contextlib.suppress(KeyboardInterrupt), open_whole(tmp_path / "s.tar") as file:
+        file.write(b"3")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
+    write_shard(tmp_path / "empty.tar", iter(()))
+    assert list(read_shard(tmp_path / "empty.tar")) == []
+
+
+def test_files_and_members_of_more_than_two_gibibytes(tmp_path):
+    """They are named and left out, and nothing of them is read."""
+    size = 2**31 + 1
+    (tmp_path / "a").mkdir()
+    with (tmp_path / "a" / "0.jpg").open("wb") as file:
+        file.truncate(size)  # sparse: it takes no room on disk
+    (tmp_path / "b").mkdir()
+    member = tarfile.TarInfo("0.jpg")
+    member.size = size
+    with (tmp_path / "b" / "s.tar").open("wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(512 + -(-size // 512) * 512 + 1024)
+    for folder in ("a", "b"):
+        (one,) = list_originals(find_images([tmp_path / folder]))
+        content = ShrunkImages(64, 95)[one].content
+        assert isinstance(content, UnreadableImage)
+        assert str(content) == f"{size:,} bytes, more than the {2**31:,} that are read"

@@ -1,0 +1,89 @@
+"""Run by test_distributed.py, alone and under torchrun: trains by each settings file, and saves the first gradient.
+
+Usage: gradient_of_a_step.py SETTINGS...; beside them go the gradients as .pt, and as .json the names of the collective
+operations of each pass, until the next begins.
+"""
+
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.profiler import ProfilerActivity, profile
+
+import itpn.masked.masked_model
+import itpn.tasks.pretraining.run
+import itpn.training.compilation
+from itpn.commands.train import train
+from itpn.config import read_yaml
+from itpn.tasks.pretraining.module import PretrainingTask
+
+
+def mask_of_content(images, mask_ratio):
+    """A mask that depends on each image alone, so that it does not matter which process has the image."""
+    masks = []
+    for image in images:
+        generator = torch.Generator().manual_seed(int(image.double().abs().sum() * 1000))
+        hidden = torch.randperm(16, generator=generator)[4:]
+        masks.append(torch.zeros(16, dtype=torch.bool).scatter(0, hidden, True))
+    return torch.stack(masks)
+
+
+class Task(PretrainingTask):
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_rank == 0:
+            self.end_pass()
+            self.profile = profile(activities=[ProfilerActivity.CPU])
+            self.profile.start()
+
+    def on_train_end(self):
+        if self.global_rank == 0:
+            self.end_pass()
+            path.with_suffix(".json").write_text(json.dumps(self.passes))
+
+    def end_pass(self):
+        if not hasattr(self, "passes"):
+            self.passes = []
+            return
+        self.profile.stop()
+        self.passes.append([event.name for event in self.profile.events() if event.name.startswith("c10d::")])
+
+    def on_before_optimizer_step(self, optimizer):
+        if self.trainer.global_step == 0:
+            gradients = {name: whole(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
+            if self.global_rank == 0:
+                torch.save(gradients, path.with_suffix(".pt"))
+
+
+def whole(gradient):
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+
+forward = itpn.masked.masked_model.MaskedImageModel.forward
+itpn.masked.masked_model.MaskedImageModel.forward = lambda self, images, mask=None, target=None: forward(
+    self, images, mask_of_content(images, 0.75) if mask is None else mask, target
+)
+itpn.tasks.pretraining.run.PretrainingTask = Task
+compile_network = torch.compile
+choose_devices = itpn.training.compilation.choose_devices
+
+
+def fail_in_the_first_process(graph, inputs):
+    if torch.distributed.is_initialized() and torch.distributed.get_rank() == 0:
+        raise RuntimeError("no compiler here")
+    return graph
+
+
+for path in map(Path, sys.argv[1:]):
+    recipe, config = read_yaml(path)
+    failing = path.stem.startswith("failing")
+    # graphs as ever, without generating code
+    torch.compile = partial(compile_network, backend=fail_in_the_first_process if failing else "aot_eager")
+    # as on a GPU, where networks are compiled by default
+    itpn.training.compilation.choose_devices = lambda *args, failing=failing: replace(
+        choose_devices(*args), cuda=failing
+    )
+    train(config, recipe)
