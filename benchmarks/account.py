@@ -19,9 +19,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from itpn.config import Config, image_size
+from itpn.tasks.configs import PretrainingConfig
+from itpn.training.config import image_size
 from itpn.errors import UserError
-from itpn.masked.build import build_masked_model
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.recompute import PRODUCTS
 from itpn.tasks.recipes import read_recipe
@@ -130,7 +131,7 @@ def main() -> None:
         recipe, config = read_recipe(options.recipe)
     except UserError as error:
         parser.error(str(error))
-    if not isinstance(config, Config) or options.batch_size < 1:
+    if not isinstance(config, PretrainingConfig) or options.batch_size < 1:
         parser.error("give a recipe of pre-training, and --batch-size of at least 1")
     size, batch = image_size(config.data), options.batch_size
     model = build_masked_model(config.model, size, config.teacher).train()

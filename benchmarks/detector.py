@@ -12,7 +12,7 @@ from rich.console import Console
 from torchvision.ops import masks_to_boxes
 
 from itpn.checkpoints.finetuning import build_recipe
-from itpn.config import DetectionConfig
+from itpn.tasks.configs import DetectionConfig
 from itpn.data.shapes import draw_scene
 from itpn.models.detector import Detector
 from itpn.tasks.recipes import read_recipe

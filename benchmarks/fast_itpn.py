@@ -22,8 +22,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import itpn  # noqa: F401  # its models become timm's
-from itpn.config import ModelConfig
-from itpn.masked.build import build_masked_model
+from itpn.tasks.configs import PretrainingModelConfig
+from itpn.tasks.pretraining.network import build_masked_model
 
 Work = Callable[[], None]
 
@@ -45,7 +45,7 @@ def forward_of(name: str, images: torch.Tensor, compiled: bool) -> tuple[Work, f
 def step_of(name: str, images: torch.Tensor, compiled: bool) -> tuple[Work, float]:
     """A step of masked pixel pre-training on the same masks in the same order, and its FLOPs."""
     size = images.shape[-1]
-    model = build_masked_model(ModelConfig(name=name), (size, size)).train()
+    model = build_masked_model(PretrainingModelConfig(name=name), (size, size)).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
     def work() -> None:

@@ -15,7 +15,7 @@ import tempfile
 import torch
 from arms import Failures
 
-from itpn.config import Config
+from itpn.tasks.configs import PretrainingConfig
 from itpn.data.files import find_training_images
 from itpn.tasks.pretraining.run import pretrain
 from itpn.tasks.recipes import read_recipe
@@ -48,7 +48,7 @@ def main() -> None:
 def run_once(options: argparse.Namespace, decode: str, folder: str) -> None:
     """Train, and print a line of results and one of versions."""
     recipe, config = read_recipe(options.recipe)
-    assert isinstance(config, Config), "give a recipe of pre-training"
+    assert isinstance(config, PretrainingConfig), "give a recipe of pre-training"
     config.data.root, config.data.decode = (options.photos,), decode  # type: ignore[assignment]
     for name in ("batch_size", "num_workers", "img_size"):
         if getattr(options, name) is not None:

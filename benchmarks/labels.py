@@ -16,7 +16,7 @@ from arms import Failures
 from rich.console import Console
 from rich.table import Table
 
-from itpn.commands.train import train
+from itpn.tasks.run import train
 from itpn.tasks.classification.run import find_sets
 from itpn.tasks.recipes import read_recipe
 

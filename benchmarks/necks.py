@@ -20,8 +20,8 @@ from rich.table import Table
 from itpn.checkpoints.architecture import find_variant, read_architecture
 from itpn.checkpoints.files import read_checkpoint
 from itpn.cli import parse_options
-from itpn.commands.train import train
-from itpn.config import DetectionConfig, SegmentationConfig
+from itpn.tasks.run import train
+from itpn.tasks.configs import DetectionConfig, SegmentationConfig
 from itpn.tasks.recipes import read_recipe
 
 # backbone and pyramid pre-trained; the backbone alone, with a fresh pyramid or feature pyramid network; nothing

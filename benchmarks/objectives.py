@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from itpn.commands.train import train
-from itpn.config import Config
+from itpn.tasks.run import train
+from itpn.tasks.configs import PretrainingConfig
 from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
 from itpn.tasks.pretraining.probe import probe
@@ -30,7 +30,7 @@ from itpn.tasks.recipes import read_recipe
 ARMS = ("random", "pixel", "pixel + mfm", "mfm alone", "feature alone")
 
 
-def make_config(arm: str, options: argparse.Namespace, seed: int) -> Config:
+def make_config(arm: str, options: argparse.Namespace, seed: int) -> PretrainingConfig:
     _, config = read_recipe("itpn-pixel_nano" if arm == "pixel" else "itpn-mfm_nano")
     if arm in ("mfm alone", "feature alone"):
         config.model.pixel_weight = 0.0

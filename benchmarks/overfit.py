@@ -8,9 +8,9 @@ import json
 import shutil
 from pathlib import Path
 
-from itpn.commands.train import train
-from itpn.config import DetectionConfig, DetectionEvaluationConfig, DetectorConfig, FineTuningConfig, ObjectsConfig
-from itpn.config import TrainerConfig as Trainer
+from itpn.tasks.run import train
+from itpn.tasks.configs import DetectionConfig, DetectionEvaluationConfig, DetectionModelConfig, FineTuningConfig, DetectionDataConfig
+from itpn.tasks.configs import TrainerConfig as Trainer
 from itpn.data.annotations import read_objects
 
 
@@ -25,8 +25,8 @@ def main() -> None:
     options = parser.parse_args()
     folder = pick(options.data, options.images, options.out / "data")
     config = DetectionConfig(
-        model=DetectorConfig(name=options.model, scratch=True, head_width=64, proposals=200, samples=64),
-        data=ObjectsConfig(
+        model=DetectionModelConfig(name=options.model, scratch=True, head_width=64, proposals=200, samples=64),
+        data=DetectionDataConfig(
             root=str(folder),
             img_size=options.img_size,
             batch_size=options.images,

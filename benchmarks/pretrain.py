@@ -28,9 +28,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from itpn.config import Config, image_size
+from itpn.tasks.configs import PretrainingConfig
+from itpn.training.config import image_size
 from itpn.data.files import find_training_images
-from itpn.masked.build import build_masked_model
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.run import make_loader
@@ -86,7 +87,7 @@ class Arm:
         flops: of a step's forward and backward pass, at the batch size of the first.
     """
 
-    def __init__(self, name: str, config: Config, model: MaskedImageModel, dtype: torch.dtype, batch: int) -> None:
+    def __init__(self, name: str, config: PretrainingConfig, model: MaskedImageModel, dtype: torch.dtype, batch: int) -> None:
         self.name = name
         self.device = next(model.parameters()).device
         self.precision = (

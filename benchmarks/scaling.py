@@ -14,8 +14,9 @@ from timm import create_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from itpn.checkpoints.loading import build_from
-from itpn.config import Config, image_size
+from itpn.tasks.pretraining.network import build_from
+from itpn.tasks.configs import PretrainingConfig
+from itpn.training.config import image_size
 from itpn.errors import UserError
 from itpn.tasks.recipes import read_recipe
 
@@ -36,7 +37,7 @@ def main() -> None:
             _, config = read_recipe(name)
         except UserError as error:
             parser.error(str(error))
-        if not isinstance(config, Config):
+        if not isinstance(config, PretrainingConfig):
             parser.error(f"{name} is a recipe of {config.task}, not of pre-training")
         trained, flops, activations = count(config)
         batch, gradients = config.data.batch_size, 4 * trained
@@ -51,7 +52,7 @@ def main() -> None:
     Console(width=220).print(table)
 
 
-def count(config: Config) -> tuple[int, float, float]:
+def count(config: PretrainingConfig) -> tuple[int, float, float]:
     """Trained parameters; FLOPs of an image, forward and back, teacher included; bytes kept for the backward pass.
 
     All in bf16: mixed precision keeps norms in float32, so somewhat more bytes.

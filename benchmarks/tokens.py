@@ -24,7 +24,7 @@ from timm import create_model
 from torch import Tensor
 
 import itpn  # noqa: F401  # its models become timm's
-from itpn.config import read_yaml
+from itpn.tasks.recipes import read_settings
 from itpn.models.hivit import HiViT
 from itpn.tasks.pretraining.probe import probe
 
@@ -83,7 +83,7 @@ def compare_speed(options: argparse.Namespace) -> Table:
 
 
 def compare_accuracy(options: argparse.Namespace) -> Table:
-    recipe, config = read_yaml(options.run / "config.yaml")
+    recipe, config = read_settings(options.run / "config.yaml")
     shards = [sorted(options.shards.glob(f"{split}-*.tar*"))[0] for split in ("train", "test")]
     sets = [read_labelled(shard, count) for shard, count in zip(shards, (options.labels, options.asked), strict=True)]
     table = Table("setting", "knn", "linear", "pyramid_knn", "pyramid_linear", title=f"{recipe}, accuracy in %")

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itpn.commands.train import train
-from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainerConfig
+from itpn.tasks.run import train
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, OptimizerConfig, RunConfig, TrainerConfig
 from itpn.errors import RunStopped
 from itpn.training.checkpointing import Checkpointing
 
@@ -43,12 +43,12 @@ def photos(tmp_path_factory):
 def settings(photos, tmp_path):
     """A run of 3 epochs of 6 steps that takes a second."""
 
-    def make(**trainer) -> Config:
-        return Config(
-            model=ModelConfig(
+    def make(**trainer) -> PretrainingConfig:
+        return PretrainingConfig(
+            model=PretrainingModelConfig(
                 name="itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2, drop_path_rate=0.1
             ),
-            data=DataConfig(root=(str(photos),), img_size=32, batch_size=4, num_workers=0),
+            data=PretrainingDataConfig(root=(str(photos),), img_size=32, batch_size=4, num_workers=0),
             optimizer=OptimizerConfig(lr=1e-3),
             trainer=TrainerConfig(
                 max_epochs=3, log_every_n_steps=1, checkpoint_every_n_steps=100, picture_every_n_steps=100, **trainer

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from itpn.config import ModelConfig, TeacherConfig
-from itpn.masked.build import build_masked_model
+from itpn.tasks.configs import PretrainingModelConfig, TeacherConfig
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.teachers.ema import MovingAverageTeacher
 
@@ -37,7 +37,7 @@ OBJECTIVES = {
 def build(objective: str, **settings) -> MaskedImageModel:
     torch.manual_seed(0)
     small = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
-    config = ModelConfig("itpn_nano", **{**small, **OBJECTIVES[objective], **settings})
+    config = PretrainingModelConfig("itpn_nano", **{**small, **OBJECTIVES[objective], **settings})
     teacher = {"pixel": None, "mfm": "ema"}.get(objective, "outside")
     return build_masked_model(config, (32, 48), TeacherConfig(teacher, width=24 if teacher == "outside" else None))
 

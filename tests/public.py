@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from itpn.models.naming import detect_layout, to_ours
+from itpn.checkpoints.adapters import detect_layout, to_ours
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -14,9 +14,9 @@ import torch
 from PIL import Image
 
 import itpn
-from itpn.checkpoints.files import save_weights
+from itpn.tasks.pretraining.start import save_weights
 from itpn.cli import main, parse_options
-from itpn.config import Config
+from itpn.tasks.configs import PretrainingConfig
 from itpn.data.shapes import ShapesFolders
 from itpn.errors import NonFiniteLoss, RunStopped, UserError
 from itpn.system.signals import stopped_by_signals
@@ -156,9 +156,9 @@ def test_exit_codes(monkeypatch, photos, tmp_path, capsys, command, ending, code
     def train(*args):
         raise ending
 
-    monkeypatch.setattr("itpn.commands.train.train", train)
-    monkeypatch.setattr("itpn.commands.demo.train_side_by_side", train)
-    monkeypatch.setattr("itpn.commands.demo.write_shapes", lambda root, **_: ShapesFolders(root, root, root))
+    monkeypatch.setattr("itpn.tasks.run.train", train)
+    monkeypatch.setattr("itpn.tasks.demo.train_side_by_side", train)
+    monkeypatch.setattr("itpn.tasks.demo.write_shapes", lambda root, **_: ShapesFolders(root, root, root))
     where = ["--data.root", str(photos)] if command[0] == "train" else ["--output-dir", str(tmp_path)]
     assert main([*command, *where]) == code
     assert capsys.readouterr().err == ("itpn: loss is nan\n" if code == 1 else "")
@@ -268,7 +268,7 @@ def test_info_of_a_moving_average(capsys):
 
 @pytest.mark.parametrize("recipe", ["itpn-pixel_nano", "classifier_small"])
 def test_every_option_is_explained(capsys, recipe):
-    from itpn.config import option_types
+    from itpn.training.config import option_types
     from itpn.tasks.recipes import read_recipe
 
     with pytest.raises(SystemExit) as stop:
@@ -298,7 +298,7 @@ def test_tools_and_the_command_do_the_same(tmp_path, photos, monkeypatch):
 
 
 def test_switches_alone_mean_true():
-    config = Config()
+    config = PretrainingConfig()
     given = ["--trainer.compile", "--data.hflip", "0", "--model.grad_checkpointing", "--model.rel-pos-bias", "False"]
     parsed = parse_options(config, given, "itpn")
     assert parsed.trainer.compile is True

@@ -3,18 +3,9 @@
 import pytest
 
 from itpn.cli import main
-from itpn.config import (
-    Config,
-    DataConfig,
-    DetectionConfig,
-    ModelConfig,
-    TeacherConfig,
-    from_dict,
-    option_types,
-    read_yaml,
-    to_dict,
-    write_yaml,
-)
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, DetectionConfig, PretrainingModelConfig, TeacherConfig
+from itpn.tasks.recipes import read_settings
+from itpn.training.config import from_dict, option_types, to_dict, write_yaml
 from itpn.errors import UserError
 from itpn.tasks.recipes import list_recipes, read_recipe
 
@@ -23,7 +14,7 @@ from itpn.tasks.recipes import list_recipes, read_recipe
 def test_every_recipe_is_possible_and_survives_yaml(name, tmp_path):
     recipe, config = read_recipe(name)
     assert recipe == name
-    if not isinstance(config, Config) and not config.model.scratch:
+    if not isinstance(config, PretrainingConfig) and not config.model.scratch:
         with pytest.raises(UserError, match=r"give the weights to start from as --model\.checkpoint FILE"):
             config.check()
         (tmp_path / "weights.pth").touch()
@@ -33,7 +24,7 @@ def test_every_recipe_is_possible_and_survives_yaml(name, tmp_path):
     if not isinstance(config, DetectionConfig):
         config.data.img_size, config.data.root = (64, 96), ("a", "b")
     write_yaml(tmp_path / "config.yaml", name, config)
-    assert read_yaml(tmp_path / "config.yaml") == (name, config)
+    assert read_settings(tmp_path / "config.yaml") == (name, config)
 
 
 @pytest.mark.parametrize("setting", ["name", "output-dir", "data.root", "teacher.checkpoint"])
@@ -43,7 +34,7 @@ def test_a_zero_byte_is_no_part_of_a_name(tmp_path, capsys, setting):
     error = capsys.readouterr().err
     assert (error.count("\n"), "'a\\x00b' holds a zero byte" in error) == (1, True)
 
-    config = Config()
+    config = PretrainingConfig()
     section, _, name = setting.replace("-", "_").rpartition(".")
     setattr(getattr(config, section) if section else config, name, ("a\0b",) if name == "root" else "a\0b")
     write_yaml(tmp_path / "config.yaml", "test", config)
@@ -156,7 +147,7 @@ def test_masked_feature_modelling_is_added_to_pixels():
     ],
 )
 def test_impossible_objectives(model, teacher, message):
-    config = Config(model=ModelConfig(**model), teacher=TeacherConfig(**teacher))
+    config = PretrainingConfig(model=PretrainingModelConfig(**model), teacher=TeacherConfig(**teacher))
     with pytest.raises(UserError, match=message):
         config.check()
 
@@ -164,11 +155,11 @@ def test_impossible_objectives(model, teacher, message):
 def test_numbers_as_people_write_them_in_yaml(tmp_path):
     path = tmp_path / "mine.yaml"
     path.write_text("recipe: mine\noptimizer: {lr: 1e-3}\ndata: {root: [photos]}\n")
-    assert read_yaml(path)[1].optimizer.lr == 1e-3
+    assert read_settings(path)[1].optimizer.lr == 1e-3
     for text in ("recipe: x\nmodle: {}\n", "model: {}\n", "[1]", "recipe: x\noptimizer: {lr: fast}", "a: ["):
         path.write_text(text)
         with pytest.raises(UserError):
-            read_yaml(path)
+            read_settings(path)
     with pytest.raises(UserError, match=r"unknown setting model\.nane"):
         from_dict({"model": {"nane": "x"}})
 
@@ -195,7 +186,7 @@ def test_numbers_as_people_write_them_in_yaml(tmp_path):
     ],
 )
 def test_impossible_settings(section, field, value):
-    config = Config()
+    config = PretrainingConfig()
     setattr(getattr(config, section), field, value)
     with pytest.raises(UserError) as error:
         config.check()
@@ -204,13 +195,13 @@ def test_impossible_settings(section, field, value):
 
 
 def test_everything_is_an_option():
-    options = option_types(Config)
+    options = option_types(PretrainingConfig)
     assert len(options) == len(set(options))
-    flat = sum(len(v) if isinstance(v, dict) else 1 for v in to_dict(Config()).values())
+    flat = sum(len(v) if isinstance(v, dict) else 1 for v in to_dict(PretrainingConfig()).values())
     assert len(options) == flat
     assert {"--data.root", "--data.batch-size", "--data.num-workers", "--data.img-size", "--model.checkpoint"} <= {
         *options
     }
     assert {"--optimizer.lr", "--trainer.max-epochs", "--trainer.max-steps", "--trainer.precision"} <= {*options}
     assert {"--trainer.checkpoint-every-n-steps", "--seed", "--name", "--output-dir"} <= {*options}
-    assert DataConfig().root == ("data/imagenet",)
+    assert PretrainingDataConfig().root == ("data/imagenet",)

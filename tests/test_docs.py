@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from itpn.config import CONFIGS, option_types
+from itpn.training.config import CONFIGS, option_types
 from itpn.tasks.recipes import list_recipes
 
 ROOT = Path(__file__).parents[1]

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import itpn
-from itpn.config import Config, write_yaml
+from itpn.tasks.configs import PretrainingConfig
+from itpn.training.config import write_yaml
 from itpn.errors import UserError
 from itpn.system.text import as_file_name, decode_text, one_line, read_lines, read_text, readable
 from itpn.system.writing import open_whole
@@ -76,9 +77,9 @@ def test_the_locale_does_not_matter(tmp_path: Path) -> None:
 
 def test_settings_with_a_byte_order_mark(tmp_path: Path) -> None:
     path = tmp_path / "config.yml"
-    write_yaml(path, "mine", Config())
+    write_yaml(path, "mine", PretrainingConfig())
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
-    assert read_recipe(str(path)) == ("mine", Config())
+    assert read_recipe(str(path)) == ("mine", PretrainingConfig())
     path.write_bytes("recipe: caf\xe9\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"config\.yml is not text in UTF-8"):
         read_recipe(str(path))

@@ -1,5 +1,5 @@
 """A classifier of images of 32 px, from any checkpoint."""
 
-from itpn.tasks.recipes import cifar_fine_tuning
+from itpn.tasks.classification.recipes import cifar_fine_tuning
 
 config = cifar_fine_tuning()

@@ -1,5 +1,5 @@
 """Fast-iTPN-T, ImageNet-1K classification at 224 px, 100 epochs on 8 GPUs."""
 
-from itpn.tasks.recipes import fast_fine_tuning
+from itpn.tasks.classification.recipes import fast_fine_tuning
 
 config = fast_fine_tuning("fast_itpn_tiny", 224)

@@ -1,5 +1,5 @@
 """iTPN-B 3324 from CLIP supervision, ImageNet-1K classification, 100 epochs on 8 GPUs."""
 
-from itpn.tasks.recipes import clip_fine_tuning
+from itpn.tasks.classification.recipes import clip_fine_tuning
 
 config = clip_fine_tuning("itpn_base_3324")

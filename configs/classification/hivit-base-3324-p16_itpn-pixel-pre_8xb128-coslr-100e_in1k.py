@@ -1,5 +1,5 @@
 """iTPN-B 3324 from pixel supervision, ImageNet-1K classification, 100 epochs on 8 GPUs."""
 
-from itpn.tasks.recipes import pixel_fine_tuning
+from itpn.tasks.classification.recipes import pixel_fine_tuning
 
 config = pixel_fine_tuning("itpn_base_3324")

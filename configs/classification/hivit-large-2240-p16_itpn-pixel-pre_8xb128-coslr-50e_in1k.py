@@ -1,5 +1,5 @@
 """iTPN-L 2240 from pixel supervision, ImageNet-1K classification, 50 epochs on 8 GPUs."""
 
-from itpn.tasks.recipes import pixel_fine_tuning
+from itpn.tasks.classification.recipes import pixel_fine_tuning
 
 config = pixel_fine_tuning("itpn_large_2240")

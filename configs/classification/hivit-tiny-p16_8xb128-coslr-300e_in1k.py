@@ -1,5 +1,5 @@
 """HiViT-tiny from scratch, ImageNet-1K classification, 300 epochs on 8 GPUs."""
 
-from itpn.tasks.recipes import from_scratch
+from itpn.tasks.classification.recipes import from_scratch
 
 config = from_scratch("hivit_tiny", drop_path_rate=0.05)

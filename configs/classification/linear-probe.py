@@ -1,5 +1,5 @@
 """A linear classifier on the frozen features of any checkpoint, in one go."""
 
-from itpn.tasks.recipes import linear_probe
+from itpn.tasks.classification.recipes import linear_probe
 
 config = linear_probe()

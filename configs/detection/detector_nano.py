@@ -1,5 +1,5 @@
 """Boxes and masks in small images, such as the generated sample set's, on a laptop."""
 
-from itpn.tasks.recipes import nano_detection
+from itpn.tasks.detection.recipes import nano_detection
 
 config = nano_detection()

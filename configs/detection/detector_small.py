@@ -1,5 +1,5 @@
 """Boxes and masks of your own objects: any checkpoint, settings for one GPU and a few thousand images."""
 
-from itpn.tasks.recipes import small_detection
+from itpn.tasks.detection.recipes import small_detection
 
 config = small_detection()

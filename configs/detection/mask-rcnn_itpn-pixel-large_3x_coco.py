@@ -1,5 +1,5 @@
 """Mask R-CNN of iTPN-L from pixels, COCO, 36 epochs of 16x2 images."""
 
-from itpn.tasks.recipes import detection
+from itpn.tasks.detection.recipes import detection
 
 config = detection("itpn_large_2240", epochs=36)

@@ -3,6 +3,6 @@
 Fast-iTPN's pre-training was never published: these are our settings, see fast_clip_pretraining.
 """
 
-from itpn.tasks.recipes import fast_clip_pretraining
+from itpn.tasks.pretraining.recipes import fast_clip_pretraining
 
 config = fast_clip_pretraining("fast_itpn_base")

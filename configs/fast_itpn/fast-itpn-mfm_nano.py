@@ -1,6 +1,6 @@
 """Fast-iTPN-nano, pixels and masked feature modelling, 64 px. Our settings, those of itpn-mfm_nano."""
 
-from itpn.tasks.recipes import masked_feature_modelling, small_pixel_pretraining
+from itpn.tasks.pretraining.recipes import masked_feature_modelling, small_pixel_pretraining
 
 config = masked_feature_modelling(
     small_pixel_pretraining("fast_itpn_nano", decoder=(128, 2, 4), img_size=64, max_epochs=100), head_width=64

@@ -3,6 +3,6 @@
 Fast-iTPN's pre-training was never published: these are our settings, those of iTPN with Fast-iTPN's layer scale.
 """
 
-from itpn.tasks.recipes import pixel_pretraining, with_layer_scale
+from itpn.tasks.pretraining.recipes import pixel_pretraining, with_layer_scale
 
 config = with_layer_scale(pixel_pretraining("fast_itpn_tiny", max_epochs=1600))

@@ -1,5 +1,5 @@
 """iTPN-L of the released depths, features of CLIP-B/16, 224 px, 800 epochs, as in the authors' code."""
 
-from itpn.tasks.recipes import CLIP_B, official_clip_pretraining
+from itpn.tasks.pretraining.recipes import CLIP_B, official_clip_pretraining
 
 config = official_clip_pretraining("itpn_large_2240", CLIP_B, max_epochs=800)

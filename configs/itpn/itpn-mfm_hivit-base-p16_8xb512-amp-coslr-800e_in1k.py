@@ -1,5 +1,5 @@
 """iTPN-B, pixels and masked feature modelling with its own moving average, 800 epochs of ImageNet-1K on 8 GPUs."""
 
-from itpn.tasks.recipes import masked_feature_modelling, pixel_pretraining
+from itpn.tasks.pretraining.recipes import masked_feature_modelling, pixel_pretraining
 
 config = masked_feature_modelling(pixel_pretraining("itpn_base", max_epochs=800), head_width=256)

@@ -1,6 +1,6 @@
 """iTPN-tiny, pixels and masked feature modelling with its own moving average, 96 px."""
 
-from itpn.tasks.recipes import masked_feature_modelling, small_pixel_pretraining
+from itpn.tasks.pretraining.recipes import masked_feature_modelling, small_pixel_pretraining
 
 config = masked_feature_modelling(
     small_pixel_pretraining("itpn_tiny", decoder=(192, 2, 6), img_size=96, max_epochs=400), head_width=128

@@ -1,5 +1,5 @@
 """iTPN-B, pixel supervision, 400 epochs of ImageNet-1K on 8 GPUs."""
 
-from itpn.tasks.recipes import pixel_pretraining
+from itpn.tasks.pretraining.recipes import pixel_pretraining
 
 config = pixel_pretraining("itpn_base", max_epochs=400)

@@ -1,5 +1,5 @@
 """UPerNet of iTPN-L from CLIP supervision, ADE20K, 512 px, 160,000 steps of 8x2 images."""
 
-from itpn.tasks.recipes import segmentation
+from itpn.tasks.segmentation.recipes import segmentation
 
 config = segmentation("itpn_large_2240")

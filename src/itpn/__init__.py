@@ -13,16 +13,19 @@ import wrapt
 
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
 from itpn.tasks.recipes import list_recipes
+from itpn.tasks.spec import TaskSpec, load_installed_tasks, register_task
+from itpn.training.config import override_model
 
 if TYPE_CHECKING:
     from torch import nn
 
     from itpn.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
-    from itpn.checkpoints.loading import load
+    from itpn.checkpoints.load import load
     from itpn.checkpoints.report import inspect
 
 __version__ = "0.1.0"
 __all__ = [
+    "TaskSpec",
     "from_pretrained",
     "get_model",
     "inspect",
@@ -30,10 +33,11 @@ __all__ = [
     "list_recipes",
     "load",
     "push_to_hub",
+    "register_task",
     "save_pretrained",
 ]
 _LATER = {
-    "load": "itpn.checkpoints.loading",
+    "load": "itpn.checkpoints.load",
     "inspect": "itpn.checkpoints.report",
     "from_pretrained": "itpn.checkpoints.hub",
     "push_to_hub": "itpn.checkpoints.hub",
@@ -41,7 +45,7 @@ _LATER = {
 }
 
 # timm knows our models as soon as both are imported, in either order
-wrapt.register_post_import_hook(lambda _: importlib.import_module("itpn.models.registry"), "timm")
+wrapt.register_post_import_hook(lambda _: importlib.import_module("itpn.checkpoints.registry"), "timm")
 
 
 def list_models(pattern: str = "*") -> list[str]:
@@ -54,20 +58,18 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
 
     Args:
         recipe: a name of :func:`list_recipes`, or a recipe file.
-        pretrained: False for fresh weights; a checkpoint of any kind that :func:`load` reads, as a path or as
+        pretrained: False for random weights; a checkpoint of any kind that :func:`load` reads, as a path or as
             ``hf-hub:OWNER/NAME``, a repository of the Hugging Face hub that holds a ``model.safetensors``.
-        overrides: settings of the recipe's model (:class:`itpn.config.ModelConfig`,
-            :class:`itpn.config.ClassifierConfig`, :class:`itpn.config.DetectorConfig`) by name, and ``img_size``;
-            ``num_classes`` of a classifier or detector, without the background.
+        overrides: settings of the recipe's model by name (see :mod:`itpn.tasks.configs`), and ``img_size``;
+            ``num_classes`` of a classifier, detector or segmenter, without the background.
 
     Raises:
         itpn.errors.UserError: no such recipe, setting or file, or weights of another model.
     """
     from itpn.checkpoints.files import read_checkpoint
-    from itpn.checkpoints.loading import build_from, load_weights
-    from itpn.config import Config, override_model
     from itpn.errors import UserError
     from itpn.tasks.recipes import read_recipe
+    from itpn.tasks.spec import task_of
 
     if pretrained is True:
         raise UserError(
@@ -75,25 +77,18 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
             "pretrained='hf-hub:OWNER/NAME' of a hub repository with a model.safetensors"
         )
     config = read_recipe(recipe)[1]
-    if not isinstance(config, Config):
-        from itpn.checkpoints.finetuning import build_recipe
-
-        classes = overrides.pop("num_classes", None)
-        found = read_checkpoint(pretrained) if pretrained else None
-        model, notes = build_recipe(override_model(config, overrides), classes, found)
-        for note in notes:
-            warnings.warn(note, stacklevel=2)
-        return model
-    masked = build_from(override_model(config, overrides))
-    if pretrained:
-        for note in load_weights(masked, read_checkpoint(pretrained)):
-            warnings.warn(note, stacklevel=2)
-    return masked
+    classes = overrides.pop("num_classes", None)
+    found = read_checkpoint(pretrained) if pretrained else None
+    model, notes = task_of(config).build_recipe(override_model(config, overrides), classes, found)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return model
 
 
 def __getattr__(name: str) -> Any:
     """The functions that need torch, imported when they are asked for."""
     if name in _LATER:
+        load_installed_tasks()
         return getattr(importlib.import_module(_LATER[name]), name)
     raise AttributeError(f"module 'itpn' has no attribute {name!r}")
 

@@ -10,16 +10,19 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
-from itpn.config import HUB, Config, DetectionConfig, SegmentationConfig, check_file, option_types
+from itpn.checkpoints.paths import HUB, check_file
 from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
 from itpn.system.accidents import guard
 from itpn.system.environment import check_environment
 from itpn.system.processes import GRACE, conclude, disconnect, end_children, is_first
 from itpn.system.signals import stopped_by_signals
 from itpn.tasks.recipes import describe, list_recipes, nearest, read_recipe, recipe_files
+from itpn.tasks.spec import load_installed_tasks, task_of
+from itpn.training.config import option_types
 
 DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."
 
@@ -108,6 +111,8 @@ def run_command(arguments: list[str]) -> int:
     if options.command is None:
         parser.print_help()
         return 0
+    if options.command not in ("list", "demo", "shrink"):
+        load_installed_tasks()  # whose checkpoints may be named
     return COMMANDS[options.command](options)
 
 
@@ -194,12 +199,12 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--out", required=True, metavar="FILE", help=".onnx, or .pt2 for torch.export")
     add.add_argument(
         "--task",
-        choices=("detection", "classification", "pyramid", "backbone"),
-        help="objects, logits, maps of the pyramid, or maps of the stages (default: the first that the file has)",
+        help="a task, whose outputs are computed, `pyramid` or `backbone`, for maps (default: the first that the file "
+        "has and that can be exported)",
     )
     add.add_argument(
         "--levels",
-        choices=("pyramid", "detection", "segmentation"),
+        choices=("pyramid", "pooled", "joined"),
         help="maps of a pyramid: strides 4 to 16, 4 to 64 for a detector, or joined with the stages, 4 to 32",
     )
     add.add_argument(
@@ -258,63 +263,42 @@ def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--knn", action="store_true", help="ask nearest neighbours among the training images instead")
 
 
-# what evaluation goes by, beside the checkpoint
+# what evaluation goes by, beside the checkpoint and what a task adds
 EVALUATION = (
     *("--evaluation.", "--data.num-workers", "--data.max-pixels", "--seed"),
     *("--trainer.precision", "--trainer.accelerator", "--trainer.devices", "--trainer.num-nodes", "--model.num-heads"),
 )
-EVALUATION_OF = {
-    "classification": (
-        *("--data.root", "--data.members", "--data.val-root", "--data.val-share", "--data.label-share"),
-        *("--data.test-size", "--data.crop-pct", "--data.interpolation", "--data.mean", "--data.std"),
-    ),
-    "detection": ("--data.root", "--data.val-root", "--data.mistakes", "--data.img-size", "--data.max-size"),
-    "segmentation": (
-        *("--data.root", "--data.masks", "--data.val-root", "--data.val-masks", "--data.classes"),
-        *("--data.reduce-zero-label", "--data.no-reduce-zero-label", "--data.ignore", "--data.mistakes"),
-        *("--data.img-size", "--data.short-side", "--data.interpolation", "--data.mean", "--data.std"),
-    ),
-}
 
 
 def run_evaluate(recipe: str, options: list[str]) -> int:
     name, config = read_recipe(recipe)
-    if isinstance(config, Config):
-        raise UserError(f"{recipe} is a recipe of pretraining: give one of a classifier, detector or segmenter")
+    task = task_of(config)
+    if task.resolve_evaluation is None:
+        raise UserError(f"{recipe} is a recipe of {task.name}: give one of a classifier, detector or segmenter")
     parser = _Parser(prog=f"itpn evaluate {recipe}", add_help=False)
     _add_evaluation_options(parser)
     if "--help" in options or "-h" in options:
         make_parser().parse_args(["evaluate", "--help"])
     own, rest = parser.parse_known_args(options)
-    if own.knn and config.task != "classification":
+    if own.knn and not task.knn:
         raise UserError("--knn is for classes of images: give a recipe of a classifier")
     config = parse_options(config, rest, f"itpn evaluate {recipe}", ("--checkpoint", "--out", "--knn"))
     for option in rest:
         if option.startswith("--model.checkpoint"):
             raise UserError("give the checkpoint as --checkpoint, not as --model.checkpoint")
-        if option.startswith("--data.img-size") and config.task == "classification":
+        known = (*EVALUATION, *task.evaluation_options)
+        if option.startswith("--data.img-size") and "--data.test-size" in known:
             raise UserError("images are evaluated at the checkpoint's size: give --data.test-size for another")
-        if option.startswith("--") and not option.replace("_", "-").startswith(
-            (*EVALUATION, *EVALUATION_OF[config.task])
-        ):
+        if option.startswith("--") and not option.replace("_", "-").startswith(known):
             raise UserError(f"{option} has no meaning here: the network is the checkpoint's, and it is not trained")
     check_file(own.checkpoint)
-    config.model.checkpoint, config.model.scratch = own.checkpoint, False
+    config = replace(config, model=replace(config.model, checkpoint=own.checkpoint, scratch=False))
     config.check()
     out = Path(own.out) if own.out else _evaluation_folder(own.checkpoint, own.knn)
     given = {option.partition("=")[0].removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in rest}
-    if isinstance(config, DetectionConfig):
-        from itpn.tasks.detection.evaluation import evaluate_objects
+    from itpn.commands.evaluate import evaluate
 
-        evaluate_objects(config, name, own.checkpoint, out, given)
-    elif isinstance(config, SegmentationConfig):
-        from itpn.tasks.segmentation.evaluation import evaluate_pixels
-
-        evaluate_pixels(config, name, own.checkpoint, out, given)
-    else:
-        from itpn.tasks.classification.evaluation import evaluate
-
-        evaluate(config, name, own.checkpoint, out, own.knn, given)
+    evaluate(task, config, name, own.checkpoint, out, given, own.knn)
     return 0
 
 
@@ -337,14 +321,13 @@ def run_cache_features(recipe: str, options: list[str]) -> int:
         make_parser().parse_args(["cache-features", "--help"])
     own, rest = parser.parse_known_args(options)
     config = parse_options(config, rest, f"itpn cache-features {recipe}", ("--out", "--views", "--half"))
-    if config.task != "pretraining":
+    task = task_of(config)
+    if task.cache_features is None:
         raise UserError(f"{recipe} is a recipe of {config.task}, which has no teacher")
     source = check_early(config)
     if source.cache:
         raise UserError(f"{source.cache} holds cached features already: give the images as --data.root")
-    from itpn.commands.cache_features import cache_features
-
-    cache_features(config, source, Path(own.out), own.views, own.half)
+    task.cache_features(config, source, Path(own.out), own.views, own.half)
     return 0
 
 
@@ -382,9 +365,7 @@ def run_train(recipe: str, options: list[str]) -> int:
     own, rest = parser.parse_known_args(options)
     config = parse_options(config, rest, f"itpn train {recipe}", ("--profile",), f"{DESCRIPTION} --profile: {PROFILE}.")
     source = check_early(config)
-    if own.profile and config.task == "classification" and config.model.freeze:
-        raise UserError("--profile is for steps of training, and --model.freeze takes none")
-    from itpn.commands.train import train
+    from itpn.tasks.run import train
 
     if own.profile:
         from itpn.training.profiling import profile
@@ -464,21 +445,19 @@ def check_early(config: Any) -> Any:
     """What can be found wrong before torch is imported.
 
     Returns:
-        The images, an `itpn.data.files.ImageSource`.
+        What the task's ``check_data`` found.
 
     Raises:
         UserError: impossible settings, an unknown model, a folder that is missing or without images.
     """
-    from itpn.data.files import find_training_images
     from itpn.models.variants import BACKBONES
 
     config.check()
     name = config.model.name
     if name is not None and name not in BACKBONES:
         raise UserError(f"no model {name!r}{nearest(name, list(BACKBONES))}; see `itpn list`")
-    if config.task != "pretraining":
-        return None  # labelled images are looked for with what reads them
-    return find_training_images(config.data.root, config.data.members)
+    check = task_of(config).check_data
+    return None if check is None else check(config)
 
 
 def run_list(options: argparse.Namespace) -> int:
@@ -572,9 +551,9 @@ def run_convert(options: argparse.Namespace) -> int:
         lines.append(f"left out, for it has no place there: {part} ({count} tensor{'s' * (count != 1)})")
     for name, value in done.unsaid.items():
         lines.append(f"names and shapes do not say {name}={value!r}: set it in the code that reads the file")
-    if done.broken:
-        count = sum(done.broken.values())
-        lines.append(f"{count} infinite numbers or NaN were kept as they are, in {', '.join(done.broken)}")
+    if done.nonfinite:
+        count = sum(done.nonfinite.values())
+        lines.append(f"{count} infinite numbers or NaN were kept as they are, in {', '.join(done.nonfinite)}")
     for line in lines:
         Output().print(line, markup=False, highlight=False, soft_wrap=True)
     return 0
@@ -586,7 +565,8 @@ def run_export(options: argparse.Namespace) -> int:
         raise UserError(f"--img-size takes a side, or height and width, not {len(options.img_size)} numbers")
     if options.levels and options.task not in (None, "pyramid"):
         raise UserError(f"--levels is for --task pyramid, not {options.task}")
-    from itpn.commands.export import check_out, export_checkpoint
+    from itpn.commands.export import export_checkpoint
+    from itpn.tasks.exporting import check_out
 
     out = Path(options.out)
     check_out(out)
@@ -598,7 +578,7 @@ def run_export(options: argparse.Namespace) -> int:
 
 
 def run_demo(options: argparse.Namespace) -> int:
-    from itpn.commands.demo import demo
+    from itpn.tasks.demo import demo
 
     demo(Path(options.output_dir))
     return 0

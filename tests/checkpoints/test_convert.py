@@ -14,10 +14,11 @@ from torch import Tensor
 
 import itpn
 from itpn.checkpoints.convert import convert
-from itpn.checkpoints.files import read_checkpoint, save_weights
-from itpn.config import Config, DataConfig, ModelConfig, TeacherConfig
+from itpn.checkpoints.files import read_checkpoint
+from itpn.tasks.pretraining.start import save_weights
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, TeacherConfig
 from itpn.errors import MachineError, UserError
-from itpn.masked.build import build_masked_model
+from itpn.tasks.pretraining.network import build_masked_model
 
 CASES = {
     "official": [
@@ -77,7 +78,7 @@ def test_ours_computes_what_the_public_file_does(tmp_path, case):
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "rel_pos_bias": True, "pyramid_depth": 2}])
 def test_ours_come_back_bit_by_bit(tmp_path, form, options):
     settings = {"name": "itpn_tiny", "patch_size": 8, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
-    config = Config(model=ModelConfig(**settings, **options), data=DataConfig(img_size=32))
+    config = PretrainingConfig(model=PretrainingModelConfig(**settings, **options), data=PretrainingDataConfig(img_size=32))
     model = build_masked_model(config.model, (32, 32))
     save_weights(tmp_path / "model.safetensors", model, "test", config)
     convert(tmp_path / "model.safetensors", tmp_path / "theirs.pth", form)
@@ -87,8 +88,8 @@ def test_ours_come_back_bit_by_bit(tmp_path, form, options):
 
 
 def test_our_own_file_keeps_what_it_says_of_itself(tmp_path):
-    config = Config(
-        model=ModelConfig(name="itpn_nano", patch_size=8, decoder_depth=1), data=DataConfig(img_size=(32, 64))
+    config = PretrainingConfig(
+        model=PretrainingModelConfig(name="itpn_nano", patch_size=8, decoder_depth=1), data=PretrainingDataConfig(img_size=(32, 64))
     )
     model = build_masked_model(config.model, (32, 64))
     save_weights(tmp_path / "model.safetensors", model, "test", config)
@@ -101,7 +102,7 @@ def test_our_own_file_keeps_what_it_says_of_itself(tmp_path):
 def test_what_has_no_place_is_said_or_refused(tmp_path):
     settings = {"patch_size": 8, "pyramid_weights": (0.1, 0.1, 0.1), "pyramid_head_width": 64, "decoder_depth": 1}
     teacher = TeacherConfig("ema")
-    config = Config(model=ModelConfig(name="itpn_nano", **settings), teacher=teacher, data=DataConfig(img_size=32))
+    config = PretrainingConfig(model=PretrainingModelConfig(name="itpn_nano", **settings), teacher=teacher, data=PretrainingDataConfig(img_size=32))
     save_weights(tmp_path / "mfm.safetensors", build_masked_model(config.model, (32, 32), teacher), "test", config)
     done = convert(tmp_path / "mfm.safetensors", tmp_path / "mfm.pth", "official")
     assert done.left
@@ -156,7 +157,7 @@ def test_heads_that_the_file_cannot_tell(tmp_path):
 def save(path: Path, img_size: int | tuple[int, int] = 32, **settings: Any) -> Path:
     """A pre-training run's file."""
     given = {"name": "itpn_nano", "patch_size": 8, "decoder_depth": 1, **settings}
-    config = Config(model=ModelConfig(**given), data=DataConfig(img_size=img_size))
+    config = PretrainingConfig(model=PretrainingModelConfig(**given), data=PretrainingDataConfig(img_size=img_size))
     if config.model.feature_weight:
         config.teacher = TeacherConfig("ema")
     size = img_size if isinstance(img_size, tuple) else (img_size, img_size)

@@ -12,22 +12,24 @@ from public import read_golden, save_public
 
 import itpn
 from itpn.checkpoints.convert import convert
-from itpn.checkpoints.files import read_checkpoint, save_weights, write_safetensors
-from itpn.checkpoints.loading import load_weights
-from itpn.config import Config, DataConfig, ModelConfig, TeacherConfig
+from itpn.checkpoints.files import read_checkpoint
+from itpn.checkpoints.io import write_safetensors
+from itpn.tasks.pretraining.start import save_weights
+from itpn.tasks.pretraining.start import load_weights
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, TeacherConfig
 from itpn.errors import UserError
-from itpn.masked.build import build_masked_model
-from itpn.models.naming import from_ours
+from itpn.tasks.pretraining.network import build_masked_model
+from itpn.checkpoints.adapters import from_ours
 from itpn.models.position import resample_position_table
 
 
-def model_config(**settings) -> ModelConfig:
+def model_config(**settings) -> PretrainingModelConfig:
     own = {"name": "itpn_nano", "patch_size": 8, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
-    return ModelConfig(**{**own, **settings})
+    return PretrainingModelConfig(**{**own, **settings})
 
 
 def save(tmp_path, img_size=(32, 64), **settings):
-    config = Config(model=model_config(**settings), data=DataConfig(img_size=img_size))
+    config = PretrainingConfig(model=model_config(**settings), data=PretrainingDataConfig(img_size=img_size))
     path = tmp_path / "model.safetensors"
     save_weights(path, build_masked_model(config.model, img_size), "test", config)
     return path
@@ -47,10 +49,10 @@ def test_what_is_predicted_may_change(tmp_path):
     pixel = build_masked_model(model_config(), (32, 64))
     both = build_masked_model(model_config(**MFM), (32, 64), teacher)
     path = tmp_path / "model.safetensors"
-    save_weights(path, pixel, "test", Config(model=model_config(), data=DataConfig(img_size=(32, 64))))
+    save_weights(path, pixel, "test", PretrainingConfig(model=model_config(), data=PretrainingDataConfig(img_size=(32, 64))))
     notes = load_weights(both, read_checkpoint(path))
     assert notes == [f"{path} has no set of heads for pyramid levels: it starts fresh"]
-    config = Config(model=model_config(**MFM), teacher=teacher, data=DataConfig(img_size=(32, 64)))
+    config = PretrainingConfig(model=model_config(**MFM), teacher=teacher, data=PretrainingDataConfig(img_size=(32, 64)))
     save_weights(path, both, "test", config)
     again = build_masked_model(model_config(), (32, 64))
     assert load_weights(again, read_checkpoint(path)) == []
@@ -465,7 +467,7 @@ def test_a_teacher_of_another_width(tmp_path):
     assert wide.decoder.heads["feature"].out_features == 128
     teacher = TeacherConfig("vit_large_patch14_clip_quickgelu_224.openai", width=768)
     path = tmp_path / "model.safetensors"
-    config = Config(model=settings, teacher=teacher, data=DataConfig(img_size=32))
+    config = PretrainingConfig(model=settings, teacher=teacher, data=PretrainingDataConfig(img_size=32))
     save_weights(path, build_masked_model(settings, (32, 32), teacher), "test", config)
     convert(path, tmp_path / "theirs.pth", "official")
     assert "768 numbers a unit (feature)" in itpn.inspect(tmp_path / "theirs.pth").summary["decoder"]

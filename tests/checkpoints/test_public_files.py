@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import itpn
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.hivit import HiViT
-from itpn.models.naming import from_ours
+from itpn.checkpoints.adapters import from_ours
 from itpn.models.pyramid import PyramidBackbone
 
 # heads of files that have no relative position table to tell them

@@ -15,12 +15,13 @@ from test_resume import assert_same_run, losses, run_straight_and_stopped
 
 import itpn
 from itpn.cli import main
-from itpn.commands.train import train
-from itpn.config import TeacherConfig, image_size
+from itpn.tasks.run import train
+from itpn.tasks.configs import TeacherConfig
+from itpn.training.config import image_size
 from itpn.data.cache import FeatureCache
 from itpn.data.files import find_training_images
 from itpn.errors import UserError
-from itpn.masked.build import build_masked_model
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.targets import normalize_features
 from itpn.tasks.pretraining.run import make_loader
 from itpn.teachers.ema import MovingAverageTeacher, momentum_at

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from itpn.cli import main
 from itpn.commands import demo
-from itpn.commands.parallel_runs import Plan, train_side_by_side
+from itpn.tasks.parallel_runs import Plan, train_side_by_side
 from itpn.data.shapes import write_shapes
 from itpn.errors import MachineError, RunStopped, UserError
 

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 from itpn.cli import main
-from itpn.commands.train import train
-from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig
+from itpn.tasks.run import train
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, OptimizerConfig, TrainerConfig
 from itpn.data.augment import PretrainingTransform
 from itpn.data.decode import EncodedImage
 from itpn.data.files import find_images
@@ -119,9 +119,9 @@ def test_a_run(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "check_nvjpeg", lambda: None)
     weights = []
     for decode in ("workers", "gpu"):
-        config = Config(
-            model=ModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
-            data=DataConfig(root=(str(folder),), img_size=32, batch_size=4, num_workers=0, decode=decode),
+        config = PretrainingConfig(
+            model=PretrainingModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
+            data=PretrainingDataConfig(root=(str(folder),), img_size=32, batch_size=4, num_workers=0, decode=decode),
             optimizer=OptimizerConfig(lr=1e-3),
             trainer=TrainerConfig(max_steps=4, picture_every_n_steps=100),
             output_dir=str(tmp_path / "runs"),

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, OptimizerConfig, TrainerConfig
 from itpn.tasks.pretraining.run import pretrain
 
 GPU = pytest.mark.gpu
@@ -17,9 +17,9 @@ GPU = pytest.mark.gpu
     [("cpu", "workers"), pytest.param("gpu", "workers", marks=GPU), pytest.param("gpu", "gpu", marks=GPU)],
 )
 def test_a_run(photos, tmp_path, capsys, accelerator, decode):
-    config = Config(
-        model=ModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
-        data=DataConfig(root=(str(photos),), img_size=32, batch_size=8, num_workers=0, decode=decode),
+    config = PretrainingConfig(
+        model=PretrainingModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        data=PretrainingDataConfig(root=(str(photos),), img_size=32, batch_size=8, num_workers=0, decode=decode),
         optimizer=OptimizerConfig(lr=1e-3),
         trainer=TrainerConfig(max_steps=6, log_every_n_steps=2, picture_every_n_steps=3, accelerator=accelerator),
         output_dir=str(tmp_path),

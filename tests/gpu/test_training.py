@@ -13,28 +13,12 @@ import timm
 import torch
 from photos import draw_photo
 
-from itpn.config import (
-    ClassificationConfig,
-    ClassifierConfig,
-    Config,
-    DataConfig,
-    DetectionConfig,
-    DetectorConfig,
-    FineTuningConfig,
-    LabelledDataConfig,
-    MasksConfig,
-    ModelConfig,
-    ObjectsConfig,
-    OptimizerConfig,
-    SegmentationConfig,
-    SegmenterConfig,
-    TeacherConfig,
-    image_size,
-)
+from itpn.tasks.configs import ClassificationConfig, ClassificationModelConfig, PretrainingConfig, PretrainingDataConfig, DetectionConfig, DetectionModelConfig, FineTuningConfig, ClassificationDataConfig, SegmentationDataConfig, PretrainingModelConfig, DetectionDataConfig, OptimizerConfig, SegmentationConfig, SegmentationModelConfig, TeacherConfig
+from itpn.training.config import image_size
 from itpn.data.augment import PretrainingTransform
 from itpn.data.files import find_training_images
 from itpn.data.loader import TrainingLoader, collect, stack
-from itpn.masked.build import build_masked_model
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.detection.module import DetectionTask
 from itpn.tasks.pretraining.module import PretrainingTask
@@ -60,10 +44,10 @@ LEARNING = {"lr": 1e-3, "layer_decay": 0.9, "layer_decay_over": None, "clip_grad
 
 
 def pretraining(photos: Path, name: str = "itpn_nano", teacher: str | None = None, **model: Any) -> PretrainingTask:
-    config = Config(
-        model=ModelConfig(name, drop_path_rate=0.1, **{**SMALL, **model}),
+    config = PretrainingConfig(
+        model=PretrainingModelConfig(name, drop_path_rate=0.1, **{**SMALL, **model}),
         teacher=TeacherConfig(teacher, width=24 if teacher == "vit" else None),
-        data=DataConfig(root=(str(photos),), img_size=(32, 48), batch_size=4, num_workers=0),
+        data=PretrainingDataConfig(root=(str(photos),), img_size=(32, 48), batch_size=4, num_workers=0),
         optimizer=OptimizerConfig(lr=1e-3, clip_grad=3.0),
     )
     torch.manual_seed(0)
@@ -126,8 +110,8 @@ class View:
 
 def classification(photos: Path, name: str = "itpn_nano") -> ClassificationTask:
     config = ClassificationConfig(
-        model=ClassifierConfig(name=name, patch_size=16, drop_path_rate=0.1, ema_decay=0.9),
-        data=LabelledDataConfig(img_size=64, crop_pct=0.9, batch_size=4, **STATISTICS),
+        model=ClassificationModelConfig(name=name, patch_size=16, drop_path_rate=0.1, ema_decay=0.9),
+        data=ClassificationDataConfig(img_size=64, crop_pct=0.9, batch_size=4, **STATISTICS),
         optimizer=FineTuningConfig(**LEARNING),
     )
     network: Any = timm.create_model(name, img_size=64, num_classes=3, drop_path_rate=0.1)
@@ -138,8 +122,8 @@ def detection(photos: Path) -> DetectionTask:
     from itpn.models.detector import MaskDetector
 
     config = DetectionConfig(
-        model=DetectorConfig(name="itpn_nano"),
-        data=ObjectsConfig(img_size=64, batch_size=4),
+        model=DetectionModelConfig(name="itpn_nano"),
+        data=DetectionDataConfig(img_size=64, batch_size=4),
         optimizer=FineTuningConfig(**LEARNING),
     )
     backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="detection", drop_path_rate=0.1)
@@ -153,8 +137,8 @@ def segmentation(photos: Path) -> SegmentationTask:
     from itpn.models.segmenter import Segmenter
 
     config = SegmentationConfig(
-        model=SegmenterConfig(name="itpn_nano"),
-        data=MasksConfig(img_size=64, batch_size=4, **STATISTICS),
+        model=SegmentationModelConfig(name="itpn_nano"),
+        data=SegmentationDataConfig(img_size=64, batch_size=4, **STATISTICS),
         optimizer=FineTuningConfig(**LEARNING),
     )
     backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="segmentation", drop_path_rate=0.1)

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itpn.config import ModelConfig, TeacherConfig
-from itpn.masked.build import build_masked_model
+from itpn.tasks.configs import PretrainingModelConfig, TeacherConfig
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.decoder import Decoder
 from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.masking import draw_random_mask
@@ -18,7 +18,7 @@ WEIGHTS = {"pixel": 1.0, "feature": 0.5, "auxiliary": 0.25, "pyramid_1": 0.1, "p
 def build(teacher="ema", img_size=(32, 48), **settings) -> MaskedImageModel:
     torch.manual_seed(0)
     own = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
-    config = ModelConfig("itpn_nano", **{**own, **settings})
+    config = PretrainingModelConfig("itpn_nano", **{**own, **settings})
     return build_masked_model(config, img_size, TeacherConfig(teacher, width=None if teacher == "ema" else 24))
 
 

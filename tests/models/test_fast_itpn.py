@@ -4,11 +4,11 @@ import pytest
 import timm
 import torch
 
-from itpn.commands.train import train
-from itpn.config import Config, ModelConfig
+from itpn.tasks.run import train
+from itpn.tasks.configs import PretrainingConfig, PretrainingModelConfig
 from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
-from itpn.masked.build import build_masked_model
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.masking import draw_random_mask, split_mask
 from itpn.models.hivit import HiViT
 from itpn.tasks.recipes import list_recipes, read_recipe
@@ -92,7 +92,7 @@ def test_hidden_units_change_nothing():
 
 def test_settings_reach_the_network():
     settings = {"migrate_ratio": 0.25, "migrate_from": 1, "gather_window": 4, "gather_side": 2}
-    model = build_masked_model(ModelConfig("fast_itpn_nano", **settings), (64, 64))
+    model = build_masked_model(PretrainingModelConfig("fast_itpn_nano", **settings), (64, 64))
     assert {name: getattr(model.backbone, name) for name in settings} == settings
 
 
@@ -109,10 +109,10 @@ def test_settings_reach_the_network():
 )
 def test_impossible_settings(settings, message):
     with pytest.raises(UserError, match=message):
-        Config(model=ModelConfig(**settings)).check()
+        PretrainingConfig(model=PretrainingModelConfig(**settings)).check()
 
 
 @pytest.mark.parametrize("settings", [{"rel_pos_bias": True}, {"name": "hivit_tiny"}])
 def test_gathering_refuses_relative_positions(settings):
     with pytest.raises(UserError, match=r"--model\.gather-window needs --model\.rel-pos-bias False"):
-        build_masked_model(ModelConfig(gather_window=7, **settings), (224, 224))
+        build_masked_model(PretrainingModelConfig(gather_window=7, **settings), (224, 224))

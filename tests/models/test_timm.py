@@ -12,7 +12,7 @@ from timm.models._manipulate import adapt_input_conv
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
-from itpn.models.naming import from_ours
+from itpn.checkpoints.adapters import from_ours
 from itpn.models.position import resample_position_table, resample_relative_table
 
 BACKBONES = ["itpn_nano", "fast_itpn_nano", "hivit_tiny"]

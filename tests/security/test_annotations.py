@@ -10,7 +10,7 @@ from PIL import Image
 from security.attack import limited, refused
 
 from itpn.cli import main
-from itpn.config.files import load_yaml
+from itpn.system.yaml_files import load_yaml
 from itpn.data.annotations import read_objects
 from itpn.data.files import find_images
 from itpn.data.labelmaps import read_names

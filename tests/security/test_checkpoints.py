@@ -15,7 +15,7 @@ from security.attack import limited, refused
 
 from itpn.checkpoints import files
 from itpn.checkpoints.files import read_checkpoint
-from itpn.checkpoints.io import read_tensors
+from itpn.teachers.files import read_tensors
 from itpn.checkpoints.torchscript import read_script
 from itpn.cli import main
 

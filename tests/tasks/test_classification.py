@@ -21,16 +21,9 @@ from torchrun import run_command
 
 import itpn
 from itpn.cli import main
-from itpn.commands.train import train
-from itpn.config import (
-    ClassificationConfig,
-    ClassifierConfig,
-    EvaluationConfig,
-    FineTuningConfig,
-    LabelledDataConfig,
-    TrainerConfig,
-    write_yaml,
-)
+from itpn.tasks.run import train
+from itpn.tasks.configs import ClassificationConfig, ClassificationModelConfig, ClassificationEvaluationConfig, FineTuningConfig, ClassificationDataConfig, TrainerConfig
+from itpn.training.config import write_yaml
 from itpn.errors import RunStopped, UserError
 from itpn.metrics.classification import judge, score
 from itpn.training.checkpointing import Checkpointing
@@ -59,7 +52,7 @@ def settings(coloured, tmp_path):
 
     def make(**model) -> ClassificationConfig:
         return ClassificationConfig(
-            model=ClassifierConfig(
+            model=ClassificationModelConfig(
                 **{
                     "name": "itpn_nano",
                     "scratch": True,
@@ -69,12 +62,12 @@ def settings(coloured, tmp_path):
                     **model,
                 }
             ),
-            data=LabelledDataConfig(root=(str(coloured),), img_size=32, batch_size=6, num_workers=0, crop_pct=1.0),
+            data=ClassificationDataConfig(root=(str(coloured),), img_size=32, batch_size=6, num_workers=0, crop_pct=1.0),
             optimizer=FineTuningConfig(lr=2e-3, layer_decay=0.8),
             trainer=TrainerConfig(
                 max_epochs=3, log_every_n_steps=1, checkpoint_every_n_steps=100, picture_every_n_steps=100
             ),
-            evaluation=EvaluationConfig(batch_size=5),
+            evaluation=ClassificationEvaluationConfig(batch_size=5),
             output_dir=str(tmp_path / "runs"),
         )
 
@@ -275,7 +268,7 @@ PAIRS = [
 @pytest.mark.parametrize(("pretraining", "finetuning"), PAIRS)
 def test_recipes_take_the_checkpoints_that_they_are_named_after(pretraining, finetuning, tmp_path):
     """Whole sizes; only the classifier starts fresh, and all of the backbone arrives."""
-    from itpn.masked.build import build_masked_model
+    from itpn.tasks.pretraining.network import build_masked_model
     from itpn.tasks.recipes import read_recipe
 
     config = read_recipe(pretraining)[1]

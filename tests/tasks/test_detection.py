@@ -19,22 +19,13 @@ from safetensors.torch import load_file
 from torchrun import run_command
 
 import itpn
-from itpn.checkpoints.files import save_weights
+from itpn.tasks.pretraining.start import save_weights
 from itpn.checkpoints.finetuning import make_detector, settle
-from itpn.checkpoints.loading import build_from
+from itpn.tasks.pretraining.network import build_from
 from itpn.cli import main
-from itpn.commands.train import train
-from itpn.config import (
-    Config,
-    DataConfig,
-    DetectionConfig,
-    DetectorConfig,
-    FineTuningConfig,
-    ModelConfig,
-    ObjectsConfig,
-    TrainerConfig,
-    write_yaml,
-)
+from itpn.tasks.run import train
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, DetectionConfig, DetectionModelConfig, FineTuningConfig, PretrainingModelConfig, DetectionDataConfig, TrainerConfig
+from itpn.training.config import write_yaml
 from itpn.data.annotations import read_objects
 from itpn.data.shapes import CLASSES, write_shapes
 from itpn.errors import UserError
@@ -57,7 +48,7 @@ def settings(shapes, tmp_path):
 
     def make(**trainer) -> DetectionConfig:
         return DetectionConfig(
-            model=DetectorConfig(
+            model=DetectionModelConfig(
                 name="itpn_nano",
                 scratch=True,
                 patch_size=16,
@@ -66,7 +57,7 @@ def settings(shapes, tmp_path):
                 samples=16,
                 drop_path_rate=0.1,
             ),
-            data=ObjectsConfig(root=str(shapes), img_size=64, batch_size=4, num_workers=0),
+            data=DetectionDataConfig(root=str(shapes), img_size=64, batch_size=4, num_workers=0),
             optimizer=FineTuningConfig(lr=1e-3, layer_decay=0.9, layer_decay_over=None, clip_grad=1.0),
             trainer=TrainerConfig(
                 **{"max_epochs": 2, "log_every_n_steps": 1, "checkpoint_every_n_steps": 100, **trainer}
@@ -177,9 +168,9 @@ def test_no_detections_at_all(shapes):
 
 
 def test_a_run_from_pretraining_to_its_files(settings, tmp_path, shapes, capsys):
-    pretraining = Config(
-        model=ModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
-        data=DataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
+    pretraining = PretrainingConfig(
+        model=PretrainingModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        data=PretrainingDataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
     )
     pretrained = build_from(pretraining)
     save_weights(tmp_path / "pretrained.safetensors", pretrained, "test", pretraining)
@@ -309,9 +300,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, train_until):
 
 def test_three_starts(settings, tmp_path):
     """The pre-trained pyramid; on the pre-trained backbone a fresh pyramid, and a feature pyramid network."""
-    pretraining = Config(
-        model=ModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
-        data=DataConfig(img_size=64),
+    pretraining = PretrainingConfig(
+        model=PretrainingModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        data=PretrainingDataConfig(img_size=64),
     )
     pretrained = build_from(pretraining)
     save_weights(tmp_path / "pretrained.safetensors", pretrained, "test", pretraining)
@@ -363,9 +354,9 @@ def test_heads_that_are_not_there_are_named(settings, tmp_path, shapes):
 
 
 def test_a_fresh_detector_sees_images_as_its_backbone_did(tmp_path):
-    config = Config(
-        model=ModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
-        data=DataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2,)),
+    config = PretrainingConfig(
+        model=PretrainingModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        data=PretrainingDataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2,)),
     )
     save_weights(tmp_path / "pretrained.safetensors", build_from(config), "test", config)
     with pytest.warns(UserWarning, match="has no set of detection heads"):
@@ -500,7 +491,7 @@ def test_impossible_settings(shapes, options, words, capsys, tmp_path):
 
 
 def test_evaluating_what_is_no_detector(shapes, trained, tmp_path, capsys):
-    config = Config(data=DataConfig(img_size=64), model=ModelConfig(name="itpn_nano", patch_size=16))
+    config = PretrainingConfig(data=PretrainingDataConfig(img_size=64), model=PretrainingModelConfig(name="itpn_nano", patch_size=16))
     save_weights(tmp_path / "pretrained.safetensors", build_from(config), "test", config)
     command = ["evaluate", "detector_nano", "--data.root", str(shapes), "--checkpoint"]
     assert main([*command, str(tmp_path / "pretrained.safetensors")]) == 2

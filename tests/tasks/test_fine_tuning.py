@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from timm.data import Mixup
 
 from itpn.checkpoints.finetuning import build_recipe
-from itpn.config import ClassificationConfig
+from itpn.tasks.configs import ClassificationConfig
 from itpn.tasks.classification.module import ClassificationTask
-from itpn.tasks.finetuning import decay_per_layer
+from itpn.tasks.finetuning.module import decay_per_layer
 from itpn.tasks.recipes import read_recipe
 from itpn.training.module import learning_rate
 

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from itpn.config import DataConfig, OptimizerConfig, image_size
+from itpn.tasks.configs import PretrainingDataConfig, OptimizerConfig
+from itpn.training.config import image_size
 from itpn.data.files import ImageSource
-from itpn.masked.build import build_masked_model
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.pretraining.module import PretrainingTask, spread
 from itpn.tasks.pretraining.run import make_loader
 from itpn.tasks.recipes import read_recipe
@@ -17,7 +18,7 @@ from itpn.training.module import learning_rate
 def make_task(world_size=1, accumulate=1, images=1_281_167, **data) -> PretrainingTask:
     recipe, config = read_recipe("itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k")
     config.model.name, config.model.decoder_depth = "itpn_nano", 1
-    config.data = DataConfig(**data)
+    config.data = PretrainingDataConfig(**data)
     source = ImageSource(images=tuple(f"{i}.jpg" for i in range(images)))
     task = PretrainingTask(
         build_masked_model(config.model, image_size(config.data)),

@@ -19,29 +19,22 @@ from torchrun import run_command
 from torchvision.transforms.v2.functional import resize
 
 import itpn
-from itpn.checkpoints.files import named_tensors, read_checkpoint, save_weights
+from itpn.checkpoints.files import named_tensors, read_checkpoint
+from itpn.tasks.pretraining.start import save_weights
 from itpn.checkpoints.finetuning import make_segmenter, settle
-from itpn.checkpoints.loading import build_from
+from itpn.tasks.pretraining.network import build_from
 from itpn.cli import main
-from itpn.commands.train import train
-from itpn.config import (
-    Config,
-    DataConfig,
-    FineTuningConfig,
-    MasksConfig,
-    ModelConfig,
-    SegmentationConfig,
-    SegmenterConfig,
-    TrainerConfig,
-    write_yaml,
-)
+from itpn.tasks.run import train
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, FineTuningConfig, SegmentationDataConfig, PretrainingModelConfig, SegmentationConfig, SegmentationModelConfig, TrainerConfig
+from itpn.training.config import write_yaml
 from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
 from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
 from itpn.metrics.segmentation import PixelScores, compare
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.recipes import read_recipe
-from itpn.tasks.segmentation.module import Segmentation, enlarge_labels, pixel_loss
+from itpn.tasks.segmentation.inference import Segmentation, enlarge_labels
+from itpn.tasks.segmentation.module import pixel_loss
 from itpn.training.module import learning_rate
 
 NAMES = (*GROUNDS, *CLASSES)
@@ -61,8 +54,8 @@ def settings(shapes, tmp_path):
 
     def make(**trainer) -> SegmentationConfig:
         return SegmentationConfig(
-            model=SegmenterConfig(name="itpn_nano", scratch=True, patch_size=16, head_width=16, drop_path_rate=0.1),
-            data=MasksConfig(
+            model=SegmentationModelConfig(name="itpn_nano", scratch=True, patch_size=16, head_width=16, drop_path_rate=0.1),
+            data=SegmentationDataConfig(
                 root=str(shapes), reduce_zero_label=True, img_size=48, short_side=64, batch_size=4, num_workers=0
             ),
             optimizer=FineTuningConfig(lr=1e-3, layer_decay=0.9, layer_decay_over=None, clip_grad=1.0),
@@ -82,9 +75,9 @@ def trained(settings):
 
 @pytest.fixture
 def pretrained(tmp_path):
-    config = Config(
-        model=ModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
-        data=DataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
+    config = PretrainingConfig(
+        model=PretrainingModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        data=PretrainingDataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
     )
     save_weights(tmp_path / "pretrained.safetensors", build_from(config), "test", config)
     return tmp_path / "pretrained.safetensors"

@@ -17,8 +17,8 @@ from torch.profiler import ProfilerActivity, profile
 import itpn.masked.masked_model
 import itpn.tasks.pretraining.run
 import itpn.training.compilation
-from itpn.commands.train import train
-from itpn.config import read_yaml
+from itpn.tasks.run import train
+from itpn.tasks.recipes import read_settings
 from itpn.tasks.pretraining.module import PretrainingTask
 
 
@@ -78,7 +78,7 @@ def fail_in_the_first_process(graph, inputs):
 
 
 for path in map(Path, sys.argv[1:]):
-    recipe, config = read_yaml(path)
+    recipe, config = read_settings(path)
     failing = path.stem.startswith("failing")
     # graphs as ever, without generating code
     torch.compile = partial(compile_network, backend=fail_in_the_first_process if failing else "aot_eager")

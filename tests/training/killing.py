@@ -6,7 +6,7 @@ import signal
 
 from servers import servers
 
-from itpn.config import RunConfig
+from itpn.tasks.configs import RunConfig
 
 CALLS = ((os, "fsync"), (os, "replace"), (os, "link"), (pathlib.Path, "replace"), (pathlib.Path, "unlink"))
 
@@ -26,7 +26,7 @@ def run_killed(config: RunConfig, moment: int) -> int | None:
 def _train(config: RunConfig, moment: int) -> None:
     import torch
 
-    from itpn.commands.train import train
+    from itpn.tasks.run import train
 
     torch.set_num_threads(1)
     count = 0

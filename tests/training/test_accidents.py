@@ -21,8 +21,8 @@ import itpn.data.evaluation
 import itpn.data.files
 import itpn.data.readers
 from itpn.cli import main
-from itpn.commands.train import train
-from itpn.config import write_yaml
+from itpn.tasks.run import train
+from itpn.training.config import write_yaml
 from itpn.data.loader import SkippedImages, nothing_readable
 from itpn.errors import MachineError, UserError
 from itpn.system.accidents import guard

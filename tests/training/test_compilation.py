@@ -13,8 +13,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 
-from itpn.commands.train import train
-from itpn.config import TrainerConfig
+from itpn.tasks.run import train
+from itpn.tasks.configs import TrainerConfig
 from itpn.errors import MachineError
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.tasks.pretraining.module import PretrainingTask

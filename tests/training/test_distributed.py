@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from torchrun import run_command, run_script
 
 import itpn
-from itpn.config import ClassificationConfig, LabelledDataConfig, write_yaml
+from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig
+from itpn.training.config import write_yaml
 from itpn.errors import UserError
 from itpn.training.launch import read_launch
 from itpn.training.loop import check_strategy
@@ -79,7 +80,7 @@ def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path
 
 
 def fine_tune(config):
-    return ClassificationConfig(data=LabelledDataConfig(root=config.data.root), trainer=config.trainer)
+    return ClassificationConfig(data=ClassificationDataConfig(root=config.data.root), trainer=config.trainer)
 
 
 @pytest.mark.parametrize(

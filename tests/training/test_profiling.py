@@ -13,14 +13,8 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from PIL import Image
 
 from itpn.cli import main
-from itpn.commands.train import train
-from itpn.config import (
-    ClassificationConfig,
-    ClassifierConfig,
-    FineTuningConfig,
-    LabelledDataConfig,
-    TrainerConfig,
-)
+from itpn.tasks.run import train
+from itpn.tasks.configs import ClassificationConfig, ClassificationModelConfig, FineTuningConfig, ClassificationDataConfig, TrainerConfig
 from itpn.errors import RunStopped
 from itpn.training import profiling
 from itpn.training.launch import Launch
@@ -105,8 +99,8 @@ def test_a_classifier_with_accumulated_passes(tmp_path):
         for i in range(4):
             Image.new("RGB", (40, 36), colour).save(tmp_path / "train" / name / f"{i}.png")
     config = ClassificationConfig(
-        model=ClassifierConfig(name="itpn_nano", scratch=True, patch_size=8),
-        data=LabelledDataConfig(root=(str(tmp_path / "train"),), img_size=32, batch_size=2, num_workers=0),
+        model=ClassificationModelConfig(name="itpn_nano", scratch=True, patch_size=8),
+        data=ClassificationDataConfig(root=(str(tmp_path / "train"),), img_size=32, batch_size=2, num_workers=0),
         optimizer=FineTuningConfig(lr=1e-3),
         trainer=TrainerConfig(max_epochs=2, accumulate_grad_batches=2),
         output_dir=str(tmp_path / "runs"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from itpn.commands.train import train
-from itpn.config import Config
+from itpn.tasks.run import train
+from itpn.tasks.configs import PretrainingConfig
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.training.checkpointing import Checkpointing
@@ -47,7 +47,7 @@ def losses(run: Path) -> list[tuple[str, str, str]]:
         return [(row["step"], row["loss"], row["lr"]) for row in csv.DictReader(file)]
 
 
-def run_straight_and_stopped(config: Config, monkeypatch, step: int) -> tuple[Path, Path]:
+def run_straight_and_stopped(config: PretrainingConfig, monkeypatch, step: int) -> tuple[Path, Path]:
     """The folders of two runs: one in one go, one stopped in mid-pass and taken up again."""
     straight = train(replace(config, name="straight"), "test")
     with monkeypatch.context() as patch:

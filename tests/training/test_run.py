@@ -22,8 +22,8 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import itpn
-from itpn.commands.train import train
-from itpn.config import read_yaml
+from itpn.tasks.run import train
+from itpn.tasks.recipes import read_settings
 from itpn.data.loader import TrainingLoader
 from itpn.errors import NonFiniteLoss, UserError
 from itpn.tasks.pretraining import run as pretraining
@@ -37,11 +37,11 @@ from itpn.training.run_folder import RunFolder
 @pytest.fixture(scope="module")
 def finished(photos, tmp_path_factory):
     """A finished run of three epochs, with its settings."""
-    from itpn.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainerConfig
+    from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, OptimizerConfig, TrainerConfig
 
-    config = Config(
-        model=ModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
-        data=DataConfig(root=(str(photos),), img_size=32, batch_size=8, num_workers=0),
+    config = PretrainingConfig(
+        model=PretrainingModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        data=PretrainingDataConfig(root=(str(photos),), img_size=32, batch_size=8, num_workers=0),
         optimizer=OptimizerConfig(lr=2e-3),
         trainer=TrainerConfig(max_epochs=20, log_every_n_steps=5, picture_every_n_steps=20),
         output_dir=str(tmp_path_factory.mktemp("finished")),
@@ -57,7 +57,7 @@ def test_every_file_is_there(finished):
     expected = {"config.yaml", "metrics.csv", "model.safetensors", "summary.json", "checkpoints/last.ckpt"}
     assert expected | pictures | {"checkpoints/best.ckpt"} <= names
     assert any("tfevents" in name for name in names)
-    assert read_yaml(run / "config.yaml") == ("small", config)
+    assert read_settings(run / "config.yaml") == ("small", config)
 
 
 def test_summary(finished):

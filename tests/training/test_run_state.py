@@ -24,10 +24,12 @@ from torchrun import run_command
 import itpn
 import itpn.training.loop
 from itpn.checkpoints import run_state
-from itpn.checkpoints.run_state import DamagedCheckpoint, find_settings, read_state
+from itpn.training.run_state import DamagedCheckpoint, find_settings, read_state
 from itpn.cli import main
-from itpn.commands.train import train
-from itpn.config import ClassificationConfig, LabelledDataConfig, read_yaml, to_dict, write_yaml
+from itpn.tasks.run import train
+from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig
+from itpn.tasks.recipes import read_settings
+from itpn.training.config import to_dict, write_yaml
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.writing import remove_partial_files
 from itpn.tasks.classification.run import Validation
@@ -71,7 +73,7 @@ def labelled(photos, tmp_path):
     def make(steps: int = 2) -> ClassificationConfig:
         config = ClassificationConfig(output_dir=str(tmp_path / "runs"))
         config.model.name, config.model.scratch, config.model.patch_size = "itpn_nano", True, 8
-        config.data = LabelledDataConfig(root=(str(tmp_path / "labelled"),), val_share=0.3, img_size=32)
+        config.data = ClassificationDataConfig(root=(str(tmp_path / "labelled"),), val_share=0.3, img_size=32)
         config.data.batch_size, config.data.num_workers, config.data.mixup, config.data.cutmix = 4, 0, 0.0, 0.0
         config.trainer.max_steps, config.trainer.max_epochs = steps, 100
         config.trainer.checkpoint_every_n_steps = config.trainer.log_every_n_steps = 1
@@ -100,7 +102,7 @@ def assert_complete(folder: Path, steps: int) -> None:
     assert summary["images_per_second"] > 0
     assert summary["duration_seconds"] > 0
     assert read_steps(folder / "metrics.csv") == list(range(1, steps + 1))
-    assert read_yaml(folder / "config.yaml")[0] == "test"
+    assert read_settings(folder / "config.yaml")[0] == "test"
     best = read_state(folder / "checkpoints/best.ckpt")
     assert best["global_step"] == state["callbacks"]["Checkpointing"]["best_step"]
     pictures = folder / ("predictions" if (folder / "predictions").exists() else "reconstructions")

@@ -10,11 +10,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from itpn.checkpoints.architecture import UNSHOWN, read_architecture
-from itpn.checkpoints.files import Checkpoint, describe_preprocessing, read_checkpoint, write_safetensors
+from itpn.checkpoints.adapters import Layout, detect_layout, from_ours, to_ours
+from itpn.checkpoints.contents import HEADLESS, UNSHOWN, read_contents
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
+from itpn.checkpoints.io import write_safetensors
 from itpn.errors import UserError, refusal
+from itpn.models.heads import heads
 from itpn.models.hivit import HiViT
-from itpn.models.naming import Layout, detect_layout, from_ours, to_ours
 from itpn.system.writing import write_whole
 
 Form = Literal["itpn", "official", "mmpretrain"]
@@ -32,14 +34,14 @@ class Converted:
         left: tensors that have no place in the new form.
         unsaid: settings that the new form has no place for and that are not what it is read with; they must be set in
             the code that reads it.
-        broken: tensors with NaN or infinite numbers, and how many.
+        nonfinite: tensors with NaN or infinite values, and how many.
     """
 
     form: str
     count: int
     left: list[str]
     unsaid: dict[str, Any]
-    broken: dict[str, int]
+    nonfinite: dict[str, int]
 
 
 def convert(source: str | Path, target: Path, form: Form | None = None, num_heads: int | None = None) -> Converted:
@@ -82,7 +84,7 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
         buffer = io.BytesIO()
         torch.save(wrapped, buffer)
         _write(target, lambda: write_whole(target, buffer.getvalue()))
-    return Converted(layout, len(tensors), left, unsaid, found.broken)
+    return Converted(layout, len(tensors), left, unsaid, found.nonfinite)
 
 
 def _is_file(target: Path, source: str | Path) -> bool:
@@ -102,15 +104,16 @@ def _write(target: Path, write: Callable[[], None]) -> None:
 
 def _check_square(found: Checkpoint, form: Form) -> None:
     """Public files hold tables of positions without their height and width, and are read as square."""
-    architecture = read_architecture(found)
-    backbone = architecture.backbone
+    contents = read_contents(found)
+    backbone = contents.backbone
     tables = {"img_size": "backbone.pos_embed" in found.tensors, "rel_pos_size": backbone.get("rel_pos_bias") is True}
     for name in [name for name, there in tables.items() if there]:
         size = backbone.get(name) or backbone["img_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
         if height != width:
             patch = backbone["patch_size"]
-            task = next(task for task in architecture.tasks if task in ("classification", "pyramid", "backbone"))
+            known = heads()
+            task = next(name for name in contents.names if name in HEADLESS or not known[name].pyramid)
             raise UserError(
                 f"{found.source} has a table of {height // patch}x{width // patch} positions (images of "
                 f"{height}x{width} px), but files of the form {form} hold square ones alone: keep this file, or "
@@ -152,8 +155,8 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 def _compare(found: Checkpoint, written: Checkpoint, num_heads: int | None) -> dict[str, Any]:
     """Settings of the backbone that are not read back from what is written."""
-    before = {**DEFAULTS, **read_architecture(found, num_heads).backbone}
-    after = {**DEFAULTS, **read_architecture(written).backbone}
+    before = {**DEFAULTS, **read_contents(found, num_heads).backbone}
+    after = {**DEFAULTS, **read_contents(written).backbone}
     idle = [
         *(["migrate_from"] if not before["migrate_ratio"] else []),
         *(["gather_side"] if not before["gather_window"] else []),
@@ -166,7 +169,7 @@ def _rename(found: Checkpoint, form: Form) -> tuple[dict[str, Tensor], list[str]
     others = [name for name in found.others if not name.endswith("relative_position_index")]
     if form == "itpn":
         return found.tensors, others, form
-    backbone = read_architecture(found).backbone
+    backbone = read_contents(found).backbone
     fast = backbone["swiglu"] and backbone["sub_norm"]
     if fast and form == "mmpretrain":
         raise UserError(f"{found.source} is a Fast-iTPN, which mmpretrain does not have: convert it --to official")
@@ -186,11 +189,13 @@ def _rename(found: Checkpoint, form: Form) -> tuple[dict[str, Tensor], list[str]
 
 
 def _metadata(found: Checkpoint, num_heads: int | None) -> dict[str, Any]:
-    """Of our file: what one of ours says already, else the architecture and where it came from."""
-    kept = ("task", "recipe", "config", "preprocessing", "classes", "source")
+    """Of our file: what one of ours says already, else the network and where it came from."""
+    kept = ("task", "recipe", "settings", "preprocessing", "classes", "colours", "source")
     metadata = {name: found.metadata[name] for name in kept if name in found.metadata}
-    if found.config is not None:
-        return {"preprocessing": describe_preprocessing(found.config), **metadata}
-    architecture = read_architecture(found, num_heads)
+    contents = read_contents(found, num_heads)
     source = {"layout": found.layout, "file": Path(found.source).name}
-    return {"task": architecture.tasks[0], "source": source, **metadata, "architecture": architecture.to_dict()}
+    own = {} if found.settings else {"task": contents.names[0], "source": source}
+    if found.preprocessing:
+        own["preprocessing"] = found.preprocessing
+    guessed = {"guessed": contents.guessed} if contents.guessed else {}
+    return {**own, **metadata, **guessed, "network": contents.spec(contents.names[0]).to_dict()}

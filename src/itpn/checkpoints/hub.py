@@ -3,7 +3,9 @@
 What is written here, plain timm reads as well: ``timm.create_model("hf-hub:OWNER/NAME", pretrained=True)``.
 """
 
+import contextlib
 import copy
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,8 +16,8 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from itpn.checkpoints.io import check_hub, describe_mismatch, one_line
-from itpn.config import HUB
+from itpn.checkpoints.io import one_line
+from itpn.checkpoints.paths import HUB
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
@@ -186,3 +188,47 @@ def from_pretrained(source: str | Path, **overrides: Any) -> nn.Module:
     if names is not None and len(names) != model.num_classes:
         model.pretrained_cfg["label_names"] = None  # of the classifier that was there before
     return model
+
+
+def fetch(source: str) -> Path:
+    """The ``model.safetensors`` of a hub repository, from the hub or from what was fetched before."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    repository, filename = source.removeprefix(HUB), "model.safetensors"
+    try:
+        check_hub(repository, filename)
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(repository, "config.json")  # into the same folder
+        return Path(hf_hub_download(repository, filename))
+    except Exception as error:  # no network, no such repository, no such file: each library version has its own
+        raise UserError(
+            f"no model.safetensors could be fetched from {source} ({one_line(error)}); give a file's path"
+        ) from error
+
+
+def check_hub(repository: str, filename: str | None) -> None:
+    """Raise at once what is in the way to the hub: its own client retries for most of a minute, and says so often."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.utils import HfHubHTTPError
+
+    # timm prefers a safetensors twin of whatever file is named
+    names = [*([filename] if filename else []), "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"]
+    if any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
+        return
+    # the hub's answer, that a file is not there for example, is timm's to deal with
+    with contextlib.suppress(HfHubHTTPError):
+        get_hf_file_metadata(hf_hub_url(repository, names[0]), timeout=5)
+
+
+def describe_mismatch(error: Exception) -> str:
+    """The first thing that does not fit, of all that torch lists."""
+    text = str(error)
+    if found := re.search(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", text):
+        there, here = (f"[{shape}]" for shape in found.groups()[1:])
+        return f"{found[1]} is {there} there, {here} in the model"
+    if found := re.search(r'Missing key\(s\) in state_dict: "(.*?)"', text):
+        return f"it has no {found[1]}"
+    if found := re.search(r'Unexpected key\(s\) in state_dict: "(.*?)"', text):
+        return f"the model has no {found[1]}"
+    return f"timm cannot convert it ({one_line(error)})"

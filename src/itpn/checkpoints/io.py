@@ -1,27 +1,25 @@
-"""What others wrote: weights in files of any form, what timm says while it loads them, and the hub."""
+"""Weight files: reading any of them without running what is in it, and writing ours."""
 
-import contextlib
-import io
-import logging
+import json
 import os
 import pickle
 import re
 import warnings
 import zipfile
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from timm.models import clean_state_dict
+from safetensors.torch import save as serialize
 from torch import Tensor
 
 from itpn.checkpoints.torchscript import read_script
 from itpn.errors import ACCIDENTS, FORBIDDEN, UserError, refusal
-
-FILE_FORMS = "a .safetensors or .pt file in timm, OpenAI CLIP or open_clip form"
+from itpn.system.writing import write_whole
 
 MOST_SHARED = 4  # times a checkpoint's own size that its tensors may have: weights that are shared count again
 
@@ -48,20 +46,6 @@ HARMLESS: list[Any] = [
     (_Shell, "mmengine.logging.history_buffer.HistoryBuffer"),
     *((_Shell, f"numpy.{name}") for name in NUMPY),
 ]
-
-
-def read_tensors(path: str) -> dict[str, Tensor]:
-    """The tensors of a teacher's file; of a model of images and text, those of the image tower."""
-    what = f"teacher checkpoint {path}"
-    state = unwrap(
-        read_state(path, what, FILE_FORMS, scripts=True), ("state_dict_ema", "model_ema", "state_dict", "model")
-    )[0]
-    tensors = {key: t for key, t in state.items() if isinstance(t, Tensor)}
-    if not tensors:
-        raise UserError(f"{what} has no weights in it; give {FILE_FORMS}")
-    tensors = clean_state_dict(tensors)  # "module." and the like
-    visual = {key: t for key, t in tensors.items() if key.startswith("visual.")}
-    return visual or tensors
 
 
 def unwrap(state: dict[str, Any], keys: Iterable[str]) -> tuple[dict[str, Any], str]:
@@ -173,60 +157,31 @@ def is_compressed(archive: zipfile.ZipFile) -> bool:
     return any(member.compress_type for member in archive.infolist())
 
 
-def check_hub(repository: str, filename: str | None) -> None:
-    """Raise at once what is in the way to the hub: its own client retries for most of a minute, and says so often."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
-    from huggingface_hub.utils import HfHubHTTPError
-
-    # timm prefers a safetensors twin of whatever file is named
-    names = [*([filename] if filename else []), "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"]
-    if any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
-        return
-    # the hub's answer, that a file is not there for example, is timm's to deal with
-    with contextlib.suppress(HfHubHTTPError):
-        get_hf_file_metadata(hf_hub_url(repository, names[0]), timeout=5)
-
-
-class _Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
-
-
-@contextlib.contextmanager
-def quiet_timm() -> Iterator[list[str]]:
-    """Take what timm logs while it loads weights, and what its converters print."""
-    logger = logging.getLogger("timm.models._builder")
-    handler = _Messages()
-    before = logger.level, logger.propagate
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield handler.messages
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(before[0])
-        logger.propagate = before[1]
-
-
-def describe_mismatch(error: Exception) -> str:
-    """The first thing that does not fit, of all that torch lists."""
-    text = str(error)
-    if found := re.search(r"size mismatch for (\S+): .*?\[([\d, ]*)\].*?\[([\d, ]*)\]", text):
-        there, here = (f"[{shape}]" for shape in found.groups()[1:])
-        return f"{found[1]} is {there} there, {here} in the model"
-    if found := re.search(r'Missing key\(s\) in state_dict: "(.*?)"', text):
-        return f"it has no {found[1]}"
-    if found := re.search(r'Unexpected key\(s\) in state_dict: "(.*?)"', text):
-        return f"the model has no {found[1]}"
-    return f"timm cannot convert it ({one_line(error)})"
-
-
 def one_line(error: BaseException) -> str:
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text[:200]}" if text else type(error).__name__
+
+
+def read_safetensors_metadata(file: Path) -> dict[str, str]:
+    """What the header of a safetensors file says beside its tensors."""
+    with safe_open(file, "pt") as tensors:
+        return tensors.metadata() or {}
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Write our file: whole, or not at all."""
+    # a copy each: safetensors takes neither views nor tensors that share memory
+    tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
+    write_whole(path, serialize(tensors, {**texts, "format": "itpn"}))
+
+
+def hold_the_same(ours: Path, other: Path) -> bool:
+    """Whether another safetensors file has the very tensors of ours, in whichever order."""
+    try:
+        with safe_open(ours, "pt") as one, safe_open(other, "pt") as two:
+            if sorted(one.keys()) != sorted(two.keys()):
+                return False
+            return all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one.keys())  # noqa: SIM118
+    except (OSError, SafetensorError):  # not there, or damaged
+        return False

@@ -6,30 +6,16 @@ from typing import Any
 
 import torch
 
-from itpn.checkpoints.architecture import TASKS, Architecture, Task, build, complete, read_architecture
-from itpn.checkpoints.diagnosis import Finding, fit, judge_others
+from itpn.checkpoints.adapters import ADAPTERS, Layout
+from itpn.checkpoints.contents import HEADLESS, Contents, all_names, read_contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
-from itpn.checkpoints.loading import build_from, describe_broken, describe_options
-from itpn.config import ModelConfig
-from itpn.masked.build import build_masked_model
+from itpn.checkpoints.load import describe_nonfinite
+from itpn.checkpoints.match import Finding, judge_others, match
+from itpn.models.build import build
+from itpn.models.heads import heads
+from itpn.models.spec import Options
 
-LAYOUTS = {
-    "itpn": "itpn or timm",
-    "official": "the authors' code (iTPN, HiViT)",
-    "official_fast": "the authors' code (Fast-iTPN)",
-    "mmpretrain": "mmpretrain",
-}
-# what names things, and the recipe that trains one
-PREDICTORS = {
-    "classification": "backbone.head",
-    "detection": "roi_heads.box_predictor.cls_score",
-    "segmentation": "classifier",
-}
-SMALL = {
-    "classification": "classifier_small",
-    "detection": "detector_small",
-    "segmentation": "segmenter_small",
-}
+PURPOSES = {"pyramid": "detection, segmentation", "backbone": "features"}
 
 
 @dataclass
@@ -37,11 +23,14 @@ class Use:
     """One of the things that a file can be used for.
 
     Attributes:
-        findings: see :class:`itpn.checkpoints.diagnosis.Finding`.
+        task: a head's name, "pyramid" or "backbone".
+        purpose: what for, in a word or two.
         command: how.
+        findings: see :class:`itpn.checkpoints.match.Finding`.
     """
 
-    task: Task
+    task: str
+    purpose: str
     command: str
     findings: list[Finding] = field(default_factory=list)
 
@@ -63,49 +52,41 @@ class Report:
         format: whose names the tensors have: itpn, official, official_fast or mmpretrain.
         task: what it was made for.
         model: the registered model with these sizes, if there is one.
+        contents: the networks that the file has the tensors of.
         parameters: in the file's networks, in millions.
         uses: one for each task.
-        leftovers: tensors that none of our networks has a place for, and whether it matters.
-        broken: tensors with NaN or infinite numbers, and how many.
+        leftovers: tensors that none of our networks has, and whether it matters.
+        nonfinite: tensors with NaN or infinite values, and how many.
         classes: names of what a classifier or detector tells apart, if the file has them.
         preprocessing: of the images, as far as the file says so: mean, std, size and the like.
     """
 
     source: str
-    format: str
+    format: Layout
     key: str
-    task: Task
+    task: str
     model: str | None
-    architecture: Architecture
+    contents: Contents
     parameters: float
     uses: list[Use]
     leftovers: list[Finding]
-    broken: dict[str, int]
+    nonfinite: dict[str, int]
     classes: tuple[str, ...] = ()
     preprocessing: dict[str, Any] = field(default_factory=dict)
 
-    def use(self, task: Task) -> Use:
+    def use(self, task: str) -> Use:
         return next(use for use in self.uses if use.task == task)
 
     @property
     def summary(self) -> dict[str, str]:
         """Titles and lines of the report's first part."""
-        backbone, pyramid, decoder = (
-            self.architecture.backbone,
-            self.architecture.pyramid,
-            self.architecture.decoder,
+        backbone, pyramid, decoder = self.contents.backbone, self.contents.pyramid, self.contents.decoder
+        family = "Fast-iTPN" if backbone.get("swiglu") else "HiViT" if pyramid is None else "iTPN"
+        made_for = {"pyramid": "backbone and pyramid of a detector or segmenter", "backbone": "a backbone"}.get(
+            self.task
         )
-        detector, segmenter = self.architecture.detector or {}, self.architecture.segmenter or {}
-        family = "Fast-iTPN" if backbone["swiglu"] else "HiViT" if pyramid is None else "iTPN"
-        made_for = {
-            "pretraining": f"pre-trained to predict {' and '.join(decoder['heads'] if decoder else ())}",
-            "segmentation": f"a segmenter of {segmenter.get('num_classes')} classes of pixels",
-            "detection": f"a detector of {detector.get('num_classes', 0) - 1} kinds of objects",
-            "classification": f"a classifier of {backbone.get('num_classes')} classes",
-            "pyramid": "backbone and pyramid of a detector or segmenter",
-            "backbone": "a backbone",
-        }[self.task]
-        names = LAYOUTS[self.format] + (f", under {self.key!r}" if self.key else "")
+        made_for = made_for or heads()[self.task].summarize(self.contents.spec(self.task))
+        names = ADAPTERS[self.format].title + (f", under {self.key!r}" if self.key else "")
         rows = {
             "what": f"{self.model or f'{family} of unknown name'}: {made_for}; {self.parameters:.2f} M parameters",
             "names": names,
@@ -119,20 +100,20 @@ class Report:
         if pyramid:
             rows["pyramid"] = f"{pyramid['width']} channels, {_count(pyramid['depth'], 'block')} a level"
         if decoder:
-            predicted = ", ".join(f"{width} numbers a unit ({name})" for name, width in decoder["heads"].items())
+            predicted = ", ".join(f"{width} numbers a patch ({name})" for name, width in decoder["heads"].items())
             rows["decoder"] = f"{decoder['width']} channels, {_count(decoder['depth'], 'block')}, {predicted}"
         if self.classes:
             some = ", ".join(self.classes[:5])
             rows["classes"] = f"{some}, ... ({len(self.classes)})" if len(self.classes) > 5 else some
-        if self.architecture.guessed:
-            rows["guessed"] = f"{', '.join(self.architecture.guessed)}: not in the file, give them if they differ"
-        if self.broken:
-            rows["broken"] = describe_broken(self.broken)
+        if self.contents.guessed:
+            rows["guessed"] = f"{', '.join(self.contents.guessed)}: not in the file, give them if they differ"
+        if self.nonfinite:
+            rows["not finite"] = describe_nonfinite(self.nonfinite)
         return rows
 
     def __str__(self) -> str:
         lines = [self.source, *(f"  {title:<10}{line}" for title, line in self.summary.items())]
-        whole = "of no use" if self.broken else "ready"
+        whole = "of no use" if self.nonfinite else "ready"
         for use in self.uses:
             lines.append(f"  {use.task:<16}{'it ' + '; it '.join(use.missing) if use.missing else whole}")
         return "\n".join(lines)
@@ -146,7 +127,7 @@ def _size(size: Any) -> str:
     return f"{size}x{size}" if isinstance(size, int) else "x".join(map(str, size))
 
 
-def _describe_backbone(backbone: dict[str, Any]) -> list[str]:
+def _describe_backbone(backbone: Options) -> list[str]:
     relative = backbone.get("rel_pos_bias")
     options = []
     if backbone.get("init_values"):
@@ -155,7 +136,7 @@ def _describe_backbone(backbone: dict[str, Any]) -> list[str]:
     if relative:
         kind = "decomposed relative positions" if relative == "decomposed" else "relative position bias"
         options.append(f"{kind} for {_size(backbone.get('rel_pos_size') or backbone['img_size'])} px")
-    if backbone["swiglu"]:
+    if backbone.get("swiglu"):
         options.append("SwiGLU and sub-LN")
     if backbone.get("pos_resample") == "legacy":
         options.append("positions resampled as in the public code")
@@ -164,50 +145,47 @@ def _describe_backbone(backbone: dict[str, Any]) -> list[str]:
     return options
 
 
-def inspect(checkpoint: str | Path, average: bool = False) -> Report:
+def inspect(checkpoint: str | Path, ema: bool = False) -> Report:
     """What a checkpoint is and what can be done with it; builds nothing that takes memory.
+
+    Args:
+        ema: of the EMA of the weights (``model_ema``) where the file has one beside them.
 
     Raises:
         UserError: no such file, damaged, with code in it, or of another network.
     """
-    found = read_checkpoint(checkpoint, average)
-    architecture = read_architecture(found)
-    config = found.config
-    model = config.model.name if config else architecture.name
+    found = read_checkpoint(checkpoint, ema)
+    contents = read_contents(found)
     uses = []
     with torch.device("meta"):
-        for task in TASKS:
-            built = (
-                build_from(config) if config and task == "pretraining" else build(complete(architecture, task), task)
-            )
-            findings = fit(found, built)[1]
-            uses.append(Use(task, _command(found, task, model, findings), findings))
+        for task in all_names():
+            findings = match(found, build(contents.complete(task)))[1]
+            purpose = PURPOSES[task] if task in HEADLESS else heads()[task].purpose
+            uses.append(Use(task, purpose, _command(found, contents, task, findings), findings))
     return Report(
         source=str(checkpoint),
         format=found.layout,
         key=found.key,
-        task="pretraining" if config else architecture.tasks[0],
-        model=model,
-        architecture=architecture,
+        task=contents.names[0],
+        model=found.settings.get("model", {}).get("name") or contents.variant,
+        contents=contents,
         parameters=sum(tensor.numel() for tensor in found.tensors.values()) / 1e6,
         uses=uses,
-        leftovers=judge_others(found, classifier=bool(architecture.backbone.get("num_classes"))),
-        broken=found.broken,
+        leftovers=judge_others(found, classifier="backbone.head.weight" in found.tensors),
+        nonfinite=found.nonfinite,
         classes=tuple(found.metadata.get("classes") or ()),
         preprocessing=found.preprocessing,
     )
 
 
-def _command(checkpoint: Checkpoint, task: Task, model: str | None, findings: list[Finding]) -> str:
+def _command(checkpoint: Checkpoint, contents: Contents, task: str, findings: list[Finding]) -> str:
     """How a file is used for a task."""
     source = checkpoint.source
-    if task != "pretraining":
-        predictor = PREDICTORS.get(task)
-        if predictor is not None and f"{predictor}.weight" not in checkpoint.tensors:
-            return f"itpn train {SMALL[task]} --model.checkpoint {source}"
-        fresh = ", strict=False" if any(finding.kind in ("random", "harmful") for finding in findings) else ""
-        return f"itpn.load({source!r}, task={task!r}{fresh})"
-    if model is None:
-        return f"itpn.load({source!r})" if "decoder.embeds.0.weight" in checkpoint.tensors else ""
-    options = describe_options(checkpoint, build_masked_model(ModelConfig(name=model), (224, 224)))
-    return f"itpn train RECIPE --model.checkpoint {source} --model.name {model} {options}".strip()
+    head = heads().get(task)
+    command = None if head is None else head.command(source, contents)
+    if command is not None:
+        return command
+    if head is not None and head.recipe is not None and task not in contents.heads:
+        return f"itpn train {head.recipe} --model.checkpoint {source}"
+    fresh = ", strict=False" if any(finding.kind in ("random", "harmful") for finding in findings) else ""
+    return f"itpn.load({source!r}, task={task!r}{fresh})"

@@ -3,7 +3,7 @@
 from rich.table import Table
 from rich.text import Text  # never markup: a file may be called anything
 
-from itpn.checkpoints.diagnosis import Finding
+from itpn.checkpoints.match import Finding
 from itpn.checkpoints.report import inspect
 from itpn.system.console import Answer
 
@@ -26,7 +26,7 @@ def print_report(checkpoint: str) -> None:
         table.add_row(title, Text(line))
     table.add_section()
     for use in report.uses:
-        table.add_row(PURPOSES[use.task], _judge(use.findings, bool(report.broken)))
+        table.add_row(PURPOSES[use.task], _judge(use.findings, bool(report.nonfinite)))
         if use.command:
             table.add_row("", Text(use.command, style="cyan"))
     if report.leftovers:

@@ -34,9 +34,8 @@ from itpn.data.workers import WorkerLoader
 from itpn.errors import MachineError, RunStopped, UserError, refusal
 from itpn.system.console import Output, print_aside, tell_remarks
 from itpn.system.signals import stopped_by_signals
-from itpn.system.writing import write_whole
+from itpn.system.writing import write_whole, writing_to
 from itpn.training.launch import count_cores
-from itpn.training.run_folder import writing_to
 
 LOCK_SECONDS = 15  # the workers of a process that was killed notice within 5, and the lock is theirs as well
 

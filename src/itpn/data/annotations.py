@@ -36,7 +36,7 @@ def find_objects(
     """Find the images to train on and those to evaluate on, with the same classes.
 
     Args:
-        mistakes: what is done about annotations that cannot be right: see `itpn.config.ObjectsConfig`.
+        mistakes: what is done about annotations that cannot be right: see `itpn.tasks.configs.DetectionDataConfig`.
         max_pixels: larger images are left out.
         tell: takes the summary, a line at a time.
 

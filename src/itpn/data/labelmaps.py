@@ -114,7 +114,7 @@ class MaskRules:
         classes: a file with a class a line, or with ``NAME R G B``; None for one beside the images, or for numbers.
         reduce_zero_label: label 0 is of no class, and the first class is 1, as in ADE20K.
         ignore: labels that are of no class.
-        mistakes: see `itpn.config.MasksConfig`.
+        mistakes: see `itpn.tasks.configs.SegmentationDataConfig`.
         tell: takes the summary of mistakes, a line at a time.
         max_pixels: of a mask.
     """

@@ -19,7 +19,6 @@ import numpy as np
 import yaml
 from faster_coco_eval.core import mask as rle
 
-from itpn.config.files import load_yaml
 from itpn.data.decode import MAX_PIXELS, read_size, reason_of
 from itpn.data.files import (
     CLASS_FILES,
@@ -36,6 +35,7 @@ from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError
 from itpn.system.reading import MAX_TEXT, read_bounded
 from itpn.system.text import as_file_name, decode_text, one_line, read_lines
+from itpn.system.yaml_files import load_yaml
 
 NO_LABELS = {*CLASS_FILES, "labels.txt", "names.txt", "README.txt", "readme.txt"}  # text files beside YOLO's
 LONGEST_REASON = 500  # characters: it may quote megabytes of a damaged file

@@ -41,7 +41,7 @@ class MaskedOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """How units are hidden and what is asked about them; meanings as in :class:`itpn.config.ModelConfig`.
+    """How units are hidden and what is asked about them; meanings as in the settings of pre-training.
 
     Attributes:
         weights: of the losses by name, all above zero.

@@ -1,12 +1,12 @@
-"""How good a classifier is: each image of a set once, over any number of processes, and the figures that follow."""
+"""Metrics of a classifier, from its answers about each image of a set."""
 
 import csv
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import matplotlib
 import torch
@@ -18,27 +18,11 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from itpn.data.normalize import Normalize
-from itpn.errors import UserError
-from itpn.models.hivit import HiViT
-from itpn.system.console import print_aside, tell_remarks
+from itpn.system.console import print_aside
 from itpn.system.writing import open_whole, open_whole_text, write_whole
 
 LONGEST_NAME = 32  # of a class beside a row or column of a picture
 TOP = 5
-Anything = TypeVar("Anything")
-
-
-class HasClasses(Protocol):
-    """Images whose classes have names and numbers."""
-
-    @property
-    def classes(self) -> tuple[str, ...]: ...
-
-    def rename(self, classes: Sequence[str]) -> Any: ...
-
-
-Named = TypeVar("Named", bound=HasClasses)
 
 
 @dataclass
@@ -82,30 +66,6 @@ class Scores:
     images: int
 
 
-@torch.no_grad()
-def collect_answers(
-    classifiers: Sequence[Callable[[Tensor], Tensor]],
-    batches: Iterable[dict[str, Any]],
-    device: torch.device,
-    skipped: list[tuple[str, str]],
-) -> list[Answers]:
-    """Ask networks about the images of an evaluation loader, each image read once.
-
-    Args:
-        classifiers: uint8 [B, 3, H, W] -> logarithms of probabilities [B, classes], each.
-        skipped: takes (name, reason) of images that cannot be read.
-    """
-    parts: list[list[Answers]] = [[] for _ in classifiers]
-    for batch in batches:
-        skipped += batch["broken"]
-        tell_remarks(batch["remarks"])
-        if batch["image"] is not None:
-            images = batch["image"].to(device, non_blocking=True)
-            for classify, own in zip(classifiers, parts, strict=True):
-                own.append(judge(batch["index"], batch["label"], classify(images).cpu()))
-    return [join(own) for own in parts]
-
-
 def judge(index: Tensor, label: Tensor, log_probabilities: Tensor) -> Answers:
     """Args: int64 [n], int64 [n], float [n, classes]; classes of probability 0 are no answers."""
     top = log_probabilities.topk(min(TOP, log_probabilities.shape[1]), dim=1)
@@ -114,95 +74,10 @@ def judge(index: Tensor, label: Tensor, log_probabilities: Tensor) -> Answers:
 
 
 def join(parts: Sequence[Answers]) -> Answers:
-    """One after the other."""
-    if not parts:
-        return judge(torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), torch.zeros(0, 1))
-    return Answers(**{name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])})
-
-
-def gather(answers: Answers, world_size: int) -> Answers:
-    """The answers of all processes, in the order of the set, so that every sum is the same however they were shared."""
-    joined = join([part for part in share(answers, world_size) if len(part.index)])
-    order = joined.index.argsort()
-    return Answers(**{name: column[order] for name, column in vars(joined).items()})
-
-
-def gather_skipped(skipped: list[tuple[str, str]], world_size: int) -> list[tuple[str, str]]:
-    return sorted({(name, reason) for part in share(skipped, world_size) for name, reason in part})
-
-
-def tell_asides(notes: Iterable[str], skipped: Iterable[tuple[str, str]]) -> None:
-    """What is remarkable about the weights, and the images that could not be read."""
-    for note in notes:
-        print_aside(note)
-    for name, reason in skipped:
-        print_aside(f"skipped {name}: {reason}")
-
-
-def match_classes(images: Named, names: Sequence[str] | None, count: int, what: str = "images") -> Named:
-    """Images with the numbers that a model's classes have.
-
-    Args:
-        names: of the model's classes; None where its file does not hold them.
-        count: of the model's classes.
-        what: has the classes, in a message.
-
-    Raises:
-        UserError: classes that the model does not know, or another number of them.
-    """
-    if names is not None:
-        return images.rename(names)
-    if len(images.classes) != count:
-        raise UserError(
-            f"the {what} have {len(images.classes)} classes and the model {count}, whose names its file does not hold: "
-            "they cannot be matched"
-        )
-    return images
-
-
-def nothing_readable(skipped: Sequence[tuple[str, str]]) -> UserError:
-    """None of the images to evaluate on can be read: why the first cannot."""
-    first = f": {skipped[0][0]} {skipped[0][1]}" if skipped else ""
-    return UserError(f"none of the images to evaluate on can be read{first}")
-
-
-def share(thing: Anything, world_size: int) -> list[Anything]:
-    """What each process has, to each."""
-    if world_size == 1:
-        return [thing]
-    things: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(things, thing)
-    return things
-
-
-@torch.no_grad()
-def collect_features(
-    backbone: HiViT,
-    normalize: Normalize,
-    batches: Iterable[dict[str, Any]],
-    device: torch.device,
-    skipped: list[tuple[str, str]],
-    world_size: int = 1,
-) -> tuple[Tensor, Tensor]:
-    """Means of the last stage over each image of an evaluation loader, of all processes in the order of the set.
-
-    Returns:
-        float32 [n, C], and the labels, int64 [n], on the CPU.
-    """
-    columns: list[tuple[Tensor, ...]] = []
-    for batch in batches:
-        skipped += batch["broken"]
-        tell_remarks(batch["remarks"])
-        if batch["image"] is not None:
-            images = normalize(batch["image"].to(device, non_blocking=True))
-            features = backbone.forward_stages(images)[-1].mean(dim=(1, 2, 3)).float().cpu()
-            columns.append((batch["index"], batch["label"], features))
-    columns = [row for rows in share(columns, world_size) for row in rows]
-    if not columns:
-        raise nothing_readable(gather_skipped(skipped, world_size))
-    index, label, features = (torch.cat(column) for column in zip(*columns, strict=True))
-    order = index.argsort()
-    return features[order], label[order]
+    """Together, in the order of the set, so that every sum is the same however they were shared among processes."""
+    joined = {name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])}
+    order = joined["index"].argsort()
+    return Answers(**{name: column[order] for name, column in joined.items()})
 
 
 def score(answers: Answers, classes: int) -> Scores:
@@ -234,7 +109,7 @@ def warn_of_other_order(scores: Scores) -> None:
         )
 
 
-def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: dict[str, Any]) -> None:
+def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: Mapping[str, Any]) -> None:
     """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
     figures = {name: getattr(scores, name) for name in ("images", "top1", "top5", "loss", "calibration_error")}
     if not math.isfinite(scores.loss):  # of neighbours, none of whom has the class

@@ -5,20 +5,17 @@ import copy
 import csv
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from faster_coco_eval import COCO, COCOeval_faster
 from faster_coco_eval.core import mask as rle
 from torch import Tensor
 
 from itpn.data.objects import DetectionImages
-from itpn.metrics.classification import share
-from itpn.system.console import tell_remarks
 from itpn.system.writing import open_whole_text, write_whole
 
 Results = list[dict[str, Any]]  # detections in COCO's form: image_id, category_id, bbox, score, segmentation
@@ -51,36 +48,6 @@ class DetectionScores:
         return {f"{prefix}{kind}_{n}": v for kind, own in self.figures.items() for n, v in own.items()}
 
 
-def collect_detections(
-    detect: Callable[[list[Tensor]], list[dict[str, Tensor]]],
-    images: DetectionImages,
-    batches: Iterable[dict[str, Any]],
-    device: torch.device,
-    skipped: list[tuple[str, str]],
-) -> tuple[Results, list[int]]:
-    """Ask a detector about the images of an evaluation loader.
-
-    Args:
-        detect: uint8 [3, any, any] each -> what torchvision's detectors give, each, on the CPU.
-        skipped: takes (name, reason) of images that cannot be read.
-
-    Returns:
-        Detections in COCO's form, and the ids of the images that were asked about.
-    """
-    results: Results = []
-    seen: list[int] = []
-    for batch in batches:
-        skipped += batch["broken"]
-        tell_remarks(batch["remarks"])
-        if batch["image"] is None:
-            continue
-        found = detect([image.to(device, non_blocking=True) for image in batch["image"]])
-        for index, one in zip(batch["index"].tolist(), found, strict=True):
-            seen.append(int(images.ids[index]))
-            results += to_results(one, seen[-1], images.class_ids)
-    return results, seen
-
-
 def to_results(found: dict[str, Tensor], image_id: int, class_ids: tuple[int, ...]) -> Results:
     """An image's detections in COCO's form."""
     boxes = found["boxes"].clone()
@@ -98,13 +65,6 @@ def to_results(found: dict[str, Tensor], image_id: int, class_ids: tuple[int, ..
             counts = counts.decode() if isinstance(counts, bytes) else counts
             result["segmentation"] = {"size": [int(side) for side in encoded["size"]], "counts": counts}
     return results
-
-
-def gather_detections(results: Results, seen: list[int], world_size: int) -> tuple[Results, list[int]]:
-    """Those of all processes, in an order that does not depend on how many there were."""
-    parts = share((results, seen), world_size)
-    joined = [result for own, _ in parts for result in own]
-    return sorted(joined, key=lambda result: result["image_id"]), sorted(id_ for _, ids in parts for id_ in ids)
 
 
 def score_detections(images: DetectionImages, results: Results, seen: list[int], masks: bool) -> DetectionScores:
@@ -171,7 +131,7 @@ def describe_truth(images: DetectionImages, seen: set[int]) -> dict[str, Any]:
 
 
 def write_detection_scores(
-    scores: DetectionScores, classes: tuple[str, ...], results: Results, folder: Path, about: dict[str, Any]
+    scores: DetectionScores, classes: tuple[str, ...], results: Results, folder: Path, about: Mapping[str, Any]
 ) -> None:
     """Write ``evaluation.json``, ``classes.csv`` and ``results.json``, the latter as COCO's test server takes it."""
     figures = {name: None if np.isnan(value) else value for name, value in scores.flat().items()}

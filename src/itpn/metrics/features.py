@@ -10,12 +10,12 @@ WEIGHT_DECAYS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 1e-4)  # that a linear probe choo
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Top-1 accuracy of :func:`ask_neighbours`."""
-    votes = ask_neighbours(train, train_labels, test, int(train_labels.max()) + 1, k, temperature)
+    """Top-1 accuracy of :func:`knn_votes`."""
+    votes = knn_votes(train, train_labels, test, int(train_labels.max()) + 1, k, temperature)
     return float((votes.argmax(dim=1) == test_labels).double().mean())
 
 
-def ask_neighbours(
+def knn_votes(
     train: Tensor, train_labels: Tensor, test: Tensor, classes: int, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
     """Weighted nearest neighbours by cosine (Wu et al. 2018, section 3.4), exactly.

@@ -2,7 +2,7 @@
 
 import csv
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from itpn.data.masks import IGNORED
-from itpn.metrics.classification import share, write_confusion
-from itpn.system.console import tell_remarks
+from itpn.metrics.classification import write_confusion
 from itpn.system.writing import open_whole_text, write_whole
 
 PIXELS = 2**20  # that are compared at a time
@@ -52,29 +51,6 @@ class PixelScores:
         }
 
 
-def collect_confusion(
-    segment: Callable[[Tensor], Tensor],
-    classes: int,
-    batches: Iterable[dict[str, Any]],
-    device: torch.device,
-    skipped: list[tuple[str, str]],
-) -> PixelScores:
-    """Ask a segmenter about the images of an evaluation loader.
-
-    Args:
-        segment: uint8 [3, H, W] -> classes of its pixels, uint8 [H, W], on the CPU.
-        skipped: takes (name, reason) of images that cannot be read.
-    """
-    scores = PixelScores(torch.zeros(classes, classes, dtype=torch.int64), 0)
-    for batch in batches:
-        skipped += batch["broken"]
-        tell_remarks(batch["remarks"])
-        for image, target in zip(batch["image"] or (), batch.get("target", ()), strict=True):
-            scores.confusion += compare(segment(image.to(device, non_blocking=True)), target, classes)
-            scores.images += 1
-    return scores
-
-
 def compare(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     """Pixels by class and answer, int64 [classes, classes], those of no class left out."""
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
@@ -86,13 +62,7 @@ def compare(labels: Tensor, target: Tensor, classes: int) -> Tensor:
     return confusion
 
 
-def gather_confusion(scores: PixelScores, world_size: int) -> PixelScores:
-    """That of all processes together."""
-    parts = share((scores.confusion, scores.images), world_size)
-    return PixelScores(torch.stack([matrix for matrix, _ in parts]).sum(dim=0), sum(images for _, images in parts))
-
-
-def write_pixel_scores(scores: PixelScores, classes: tuple[str, ...], folder: Path, about: dict[str, Any]) -> None:
+def write_pixel_scores(scores: PixelScores, classes: tuple[str, ...], folder: Path, about: Mapping[str, Any]) -> None:
     """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
     content = json.dumps({**about, "images": scores.images, **scores.figures}, indent=2) + "\n"
     write_whole(folder / "evaluation.json", content.encode())

@@ -44,7 +44,7 @@ class Detector(Headed, FasterRCNN):
     batch norm, generalised IoU of boxes with weight 10.
 
     Args:
-        backbone: gives five maps of as many channels: a :class:`PyramidBackbone` with ``levels="detection"``, or a
+        backbone: gives five maps of as many channels: a :class:`PyramidBackbone` with ``levels="pooled"``, or a
             :class:`FPNBackbone`.
         num_classes: of objects, and one for the background, as torchvision counts.
         min_size: the short side that images are resized to; of several, training draws one and evaluation takes the
@@ -80,7 +80,7 @@ class Detector(Headed, FasterRCNN):
     ) -> None:
         strides = [level["reduction"] for level in backbone.feature_info]
         if len(strides) != 5 or not isinstance(backbone.out_channels, int):
-            raise ValueError("a detector takes five maps of as many channels: levels='detection'")
+            raise ValueError("a detector takes five maps of as many channels: levels='pooled'")
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background: at least 2, not {num_classes}")
         width = backbone.out_channels

@@ -21,7 +21,6 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
-from itpn.models.naming import detect_layout, to_ours
 from itpn.models.position import (
     Grid,
     Resample,
@@ -782,14 +781,3 @@ def read_stored_grid(pretrained_cfg: dict[str, Any], tensors: dict[str, Tensor],
     height, width = pretrained_cfg["input_size"][-2:]
     grid = (height // (4 * patch.shape[2]), width // (4 * patch.shape[3]))
     return grid if grid[0] * grid[1] == table.shape[1] else None
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: HiViT) -> dict[str, Tensor]:
-    """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
-    layout = detect_layout(state_dict)
-    if layout is None:
-        return state_dict  # not ours: loading it will say so
-    named, _ = to_ours(state_dict, layout)
-    tensors = {name.removeprefix("backbone."): tensor for name, tensor in named.items() if name.startswith("backbone.")}
-    fit_tables(tensors, model.state_dict(), model, read_stored_grid(model.pretrained_cfg, tensors))
-    return tensors

@@ -18,13 +18,10 @@ from itpn.models.hivit import (
     WeightInit,
     check_intermediates,
     find_backbone,
-    fit_tables,
     initialize_linears,
     nest_groups,
-    read_stored_grid,
     units_to_map,
 )
-from itpn.models.naming import detect_layout, to_ours
 from itpn.models.recompute import Recompute, run_block
 from itpn.models.scripting import Traced
 
@@ -95,7 +92,7 @@ class FeaturePyramid(nn.Module):
         return x
 
 
-LEVELS = {"pyramid": 3, "detection": 5, "segmentation": 4}  # and how many maps
+LEVELS = {"pyramid": 3, "pooled": 5, "joined": 4}  # and how many maps
 
 
 class PyramidBackbone(nn.Module):
@@ -105,9 +102,9 @@ class PyramidBackbone(nn.Module):
     ``out_channels``.
 
     Args:
-        levels: ``"pyramid"``: the pre-trained maps, strides 4, 8 and 16 for patch size 16. ``"detection"``: and
-            strides 32 and 64 by average pooling (Tian et al. 2023, section 4.2). ``"segmentation"``: the three joined
-            with the backbone's own maps, and stride 32 by max pooling, as in the authors' code.
+        levels: ``"pyramid"``: the pre-trained maps, strides 4, 8 and 16 for patch size 16. ``"pooled"``, for detectors:
+            and strides 32 and 64 by average pooling (Tian et al. 2023, section 4.2). ``"joined"``, for segmenters: the
+            three joined with the backbone's own maps, and stride 32 by max pooling, as in the authors' code.
         pyramid_width, pyramid_depth, mlp_ratio: see :class:`FeaturePyramid`.
         backbone: arguments of :class:`itpn.models.hivit.HiViT`.
 
@@ -120,7 +117,7 @@ class PyramidBackbone(nn.Module):
 
     def __init__(
         self,
-        levels: Literal["pyramid", "detection", "segmentation"] = "pyramid",
+        levels: Literal["pyramid", "pooled", "joined"] = "pyramid",
         pyramid_width: int = 256,
         pyramid_depth: int = 2,
         mlp_ratio: float = 4.0,
@@ -143,7 +140,7 @@ class PyramidBackbone(nn.Module):
             dims, pyramid_width, pyramid_depth, mlp_ratio, self.backbone.norm_eps, weight_init
         )
         self.num_features = self.head_hidden_size = pyramid_width
-        joined = levels == "segmentation"
+        joined = levels == "joined"
         widths = [pyramid_width + (dim if joined else 0) for dim in dims]
         widths += [widths[-1]] * (LEVELS[levels] - len(dims))
         first = self.backbone.feature_info[0]["reduction"]
@@ -159,11 +156,11 @@ class PyramidBackbone(nn.Module):
         grid = self.backbone.grid_of(x.shape[-2:])
         stages = self.backbone.forward_stages(x)
         maps = [units_to_map(level, grid) for level in self.pyramid(stages)]
-        if self.levels == "segmentation":
+        if self.levels == "joined":
             own = [units_to_map(stage, grid) for stage in stages]
             maps = [torch.cat(pair, dim=1) for pair in zip(maps, own, strict=True)]
             return [*maps, F.max_pool2d(maps[-1], 2)]
-        if self.levels == "detection":
+        if self.levels == "pooled":
             for _ in range(2):
                 maps.append(F.avg_pool2d(maps[-1], 2))
         return maps
@@ -247,14 +244,11 @@ class Headed:
         return groups
 
 
-def checkpoint_filter_fn(state_dict: dict[str, Tensor], model: PyramidBackbone) -> dict[str, Tensor]:
-    """As :func:`itpn.models.hivit.checkpoint_filter_fn`, with the pyramid."""
-    layout = detect_layout(state_dict)
-    if layout is None:
-        return state_dict
-    named, _ = to_ours(state_dict, layout)
-    heads = ("backbone.head.", "backbone.fc_norm.")
-    tensors = {n: t for n, t in named.items() if n.startswith(("backbone.", "pyramid.")) and not n.startswith(heads)}
-    stored_grid = read_stored_grid(model.pretrained_cfg, tensors, "backbone.")
-    fit_tables(tensors, model.state_dict(), model.backbone, stored_grid)
-    return tensors
+def find_pyramid(model: nn.Module) -> FeaturePyramid | None:
+    """The pyramid that a model has, or its backbone; None for none."""
+    inner: Any = model
+    while not isinstance(inner, HiViT):
+        if isinstance(pyramid := getattr(inner, "pyramid", None), FeaturePyramid):
+            return pyramid
+        inner = inner.backbone
+    return None

@@ -17,7 +17,7 @@ class Segmenter(Headed, nn.Module):
     """Classes of pixels: what torchvision's segmentation networks take and give.
 
     Args:
-        backbone: a :class:`PyramidBackbone` with ``levels="segmentation"``, whose four maps are joined.
+        backbone: a :class:`PyramidBackbone` with ``levels="joined"``, whose four maps are joined.
         num_classes: of pixels.
         head_width: channels of the decoder; None for as many as the coarsest map has (768 for base, as published).
         auxiliary: a second head of convolutions on the map of stride 16, in training.
@@ -41,7 +41,7 @@ class Segmenter(Headed, nn.Module):
         super().__init__()
         widths = backbone.out_channels
         if not isinstance(widths, list):
-            raise ValueError("a segmenter takes four joined maps: levels='segmentation'")
+            raise ValueError("a segmenter takes four joined maps: levels='joined'")
         if num_classes < 2:
             raise ValueError(f"num_classes must be at least 2, not {num_classes}")
         self.num_classes = num_classes

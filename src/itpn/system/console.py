@@ -7,10 +7,12 @@ from collections.abc import Mapping
 from typing import IO
 
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from itpn.errors import MachineError
 from itpn.system.environment import is_main_process
-from itpn.system.text import one_line
+from itpn.system.text import one_line, readable
 
 
 class Output(Console):
@@ -108,3 +110,12 @@ def tell_remarks(remarks: Mapping[str, tuple[str, str]], console: Console | None
 def forget_remarks() -> None:
     """A new command begins."""
     _told.clear()
+
+
+def make_table(title: str, rows: dict[str, str]) -> Table:
+    table = Table(title=title, show_header=False, title_justify="left")
+    table.add_column()
+    table.add_column(overflow="fold")  # a path must be readable whole
+    for name, value in rows.items():
+        table.add_row(name, Text(readable(value)))  # never markup: a class may be called anything
+    return table

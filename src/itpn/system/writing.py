@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from itpn.errors import refusal
+
 
 @contextlib.contextmanager
 def open_whole(path: Path) -> Iterator[IO[bytes]]:
@@ -62,3 +64,18 @@ def remove_partial_files(folder: Path) -> None:
     for partial in folder.glob("*.tmp"):
         if partial.is_file() or partial.is_symlink():
             partial.unlink(missing_ok=True)
+
+
+def make_folder(out: Path) -> None:
+    """A folder for results."""
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def writing_to(out: Path) -> Iterator[None]:
+    """Raise :class:`UserError` for a path where no files can be, :class:`MachineError` for a full disk and the like."""
+    try:
+        yield
+    except OSError as error:
+        raise refusal(f"--out {out} cannot be written", error) from error

@@ -24,9 +24,11 @@ from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from itpn.checkpoints.io import FILE_FORMS, check_hub, describe_mismatch, one_line, quiet_timm, read_tensors
+from itpn.checkpoints.hub import check_hub, describe_mismatch
+from itpn.checkpoints.io import one_line
 from itpn.errors import UserError
 from itpn.models.position import Grid
+from itpn.teachers.files import FILE_FORMS, quiet_timm, read_tensors
 
 T = TypeVar("T")
 

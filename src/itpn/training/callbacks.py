@@ -18,10 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from itpn.checkpoints.run_state import save_to
 from itpn.data.loader import SkippedImages, TrainingLoader
 from itpn.errors import NonFiniteLoss
-from itpn.metrics.classification import gather_skipped
 from itpn.models.modes import eval_mode
 from itpn.system.console import print_aside, tell_remarks
 from itpn.system.writing import open_whole
@@ -29,6 +27,7 @@ from itpn.training.compilation import Compilation
 from itpn.training.metrics_file import append_row, complete_row, keep_rows
 from itpn.training.module import TrainingTask
 from itpn.training.run_folder import RunFolder
+from itpn.training.run_state import save_to
 from itpn.training.tensorboard import EventFiles
 
 
@@ -73,14 +72,12 @@ class Watcher(Aside, ABC):
         self.step = -1
         self._said: set[str] = set()
 
-    def say_skipped(self, trainer: L.Trainer, skipped: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Name images of all processes that could not be read, each once in a run; returns all of them."""
-        gathered = gather_skipped(skipped, trainer.world_size)
-        for name, reason in gathered:
+    def say_skipped(self, trainer: L.Trainer, skipped: list[tuple[str, str]]) -> None:
+        """Name images that could not be read, each once in a run."""
+        for name, reason in skipped:
             if trainer.is_global_zero and name not in self._said:
                 self._said.add(name)
                 print_aside(f"skipped {name}: {reason}")
-        return gathered
 
     @abstractmethod
     def look(self, trainer: L.Trainer) -> dict[str, float]:

@@ -13,12 +13,12 @@ import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from itpn.checkpoints.run_state import DAMAGE, save_to
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.signals import SignalHandlers
 from itpn.system.text import one_line
 from itpn.training.callbacks import Aside, Monitor
 from itpn.training.run_folder import RunFolder
+from itpn.training.run_state import DAMAGE, save_to
 
 STATE = "Checkpointing"  # where a checkpoint holds what :class:`Checkpointing` keeps
 

@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from itpn.config import TrainerConfig
 from itpn.errors import MachineError, NonFiniteLoss, UserError
 from itpn.system.console import print_aside
+from itpn.training.config import TrainerConfig
 from itpn.training.launch import Launch, choose_devices
 
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")

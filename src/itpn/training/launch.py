@@ -24,10 +24,10 @@ from lightning.pytorch.plugins.environments import (
 )
 from lightning.pytorch.strategies.launchers import subprocess_script as trainer_launcher
 
-from itpn.config import TrainerConfig
 from itpn.errors import UserError
 from itpn.system.environment import check_environment
 from itpn.system.processes import watch_children, watch_parent
+from itpn.training.config import TrainerConfig
 
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 

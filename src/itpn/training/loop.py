@@ -10,27 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from itpn.checkpoints.files import hold_the_same
-from itpn.config import Config, RunConfig
-from itpn.data.files import ImageSource
-from itpn.data.loader import SkippedImages, TrainingLoader, Transform
-from itpn.data.readers import Reader
+from itpn.checkpoints.io import hold_the_same
+from itpn.data.loader import SkippedImages
 from itpn.errors import RunStopped, UserError
-from itpn.system.console import Output
-from itpn.system.text import one_line, readable
+from itpn.system.console import Output, make_table
+from itpn.system.text import one_line
 from itpn.system.writing import write_whole
 from itpn.training.callbacks import Monitor, Pictures, Watcher
 from itpn.training.checkpointing import CheckpointFiles, Checkpointing, restoring
 from itpn.training.compilation import compile_networks
 from itpn.training.completion import Completion
+from itpn.training.config import RunConfig
 from itpn.training.launch import (
     Launch,
     choose_devices,
@@ -61,7 +56,7 @@ class Job:
     """
 
     task: TrainingTask
-    pictures: Callable[[RunFolder], Pictures]
+    pictures: Callable[[RunFolder], Pictures] | None
     rows: dict[str, str]
     images: int | None
     save: Callable[[Path], dict[str, Any]]
@@ -125,13 +120,18 @@ def train_job(config: RunConfig, recipe: str, launch: Launch, console: Console, 
     monitor = Monitor(folder, skipped, console, config.trainer.log_every_n_steps, job.watcher, compilation)
     checkpointing = Checkpointing(folder, monitor, config.trainer.checkpoint_every_n_steps)
     # one process draws, and of a sharded network it would miss the others' parts
-    pictures = job.pictures(folder) if config.trainer.strategy == "ddp" else None
+    pictures = job.pictures(folder) if job.pictures and config.trainer.strategy == "ddp" else None
     drawing = [] if pictures is None else [pictures]
     completion = Completion(folder, monitor, pictures, checkpointing)
     start = StartTable(console, folder, job.rows)
     resume, step = folder.newest_checkpoint(launch.main)
     trainer = make_trainer(
-        config, folder, launch, step, [start, *watcher, monitor, *drawing, checkpointing, completion]
+        config,
+        folder,
+        launch,
+        step,
+        [start, *watcher, monitor, *drawing, checkpointing, completion],
+        job.task.static_graph,
     )
     compilation.guard(trainer)
     began = time.perf_counter()
@@ -156,7 +156,12 @@ def train_job(config: RunConfig, recipe: str, launch: Launch, console: Console, 
 
 
 def make_trainer(
-    config: RunConfig, folder: RunFolder, launch: Launch, step: int, callbacks: list[L.Callback]
+    config: RunConfig,
+    folder: RunFolder,
+    launch: Launch,
+    step: int,
+    callbacks: list[L.Callback],
+    static_graph: bool = False,
 ) -> L.Trainer:
     settings = config.trainer
     devices = choose_devices(settings, launch)
@@ -165,7 +170,7 @@ def make_trainer(
             accelerator=settings.accelerator,
             devices=devices.count,
             num_nodes=devices.nodes,
-            strategy=make_strategy(config, devices.processes),
+            strategy=make_strategy(config, devices.processes, static_graph),
             precision=choose_precision(settings.precision, devices.cuda),
             max_epochs=settings.max_epochs,
             max_steps=settings.max_steps or -1,
@@ -193,23 +198,19 @@ def check_strategy(config: RunConfig, launch: Launch) -> None:
     if config.trainer.strategy == "ddp":
         return
     reason, devices = None, choose_devices(config.trainer, launch)
-    if not isinstance(config, Config):
-        reason = f"is for pre-training, not for {config.task}"
+    if (problem := config.sharding_problem()) is not None:
+        reason = problem
     elif not devices.several:
         reason = "needs several processes, see --trainer.devices"
     elif choose_precision(config.trainer.precision, devices.cuda) == "16-mixed":
         reason = "has no loss scaling: choose another --trainer.precision"
-    elif config.teacher.name == "ema":
-        reason = "keeps no moving average: choose another --teacher.name"
-    elif config.probe.root is not None:
-        reason = "cannot probe: leave out --probe.root"
     elif config.trainer.compile:
         reason = "does not go with --trainer.compile"
     if reason is not None:
         raise UserError(f"--trainer.strategy fsdp {reason}; without it each process holds a copy of everything")
 
 
-def make_strategy(config: RunConfig, processes: int) -> Any:
+def make_strategy(config: RunConfig, processes: int, static_graph: bool) -> Any:
     """How processes share the work; DDP sums gradients while the backward pass still runs."""
     if processes == 1:
         return "auto"
@@ -226,7 +227,7 @@ def make_strategy(config: RunConfig, processes: int) -> Any:
         # Every step of a pre-training uses the same parameters in the same way, with recomputed activations, stochastic
         # depth and torch.compile as well; a detector takes other branches where there are no objects. With accumulation
         # torch's reducer fails: it counts uses in the first pass, which is not to be synchronised.
-        static_graph=config.task == "pretraining" and config.trainer.accumulate_grad_batches == 1,
+        static_graph=static_graph and config.trainer.accumulate_grad_batches == 1,
         **buffers,
     )
 
@@ -264,48 +265,6 @@ class StartTable(L.Callback):
             "folder": str(self.folder.path),
         }
         self.console.print(make_table(f"{task.recipe} / {config.name}", rows))
-
-
-def make_training_loader(
-    config: RunConfig,
-    source: ImageSource | Reader,
-    transform: Transform,
-    rank: int,
-    world_size: int,
-    batch_size: int | None = None,
-    **own: Any,
-) -> TrainingLoader:
-    """The loader that the settings of any run ask for.
-
-    Args:
-        batch_size: None for that of the settings.
-        own: what only some kinds of runs have, as of :class:`TrainingLoader`.
-    """
-    return TrainingLoader(
-        source,
-        transform,
-        batch_size=batch_size or config.data.batch_size,
-        num_workers=config.data.num_workers,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        max_pixels=config.data.max_pixels,
-        pin_memory=torch.cuda.is_available(),
-        **own,
-    )
-
-
-def describe_size(size: tuple[int, int]) -> str:
-    return f"crops of {size[0]}x{size[1]} px"
-
-
-def make_table(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(overflow="fold")  # a path must be readable whole
-    for name, value in rows.items():
-        table.add_row(name, Text(readable(value)))  # never markup: a class may be called anything
-    return table
 
 
 def summarize(

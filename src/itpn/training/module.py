@@ -2,7 +2,8 @@
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,11 +14,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._pytree import tree_leaves
 
-from itpn.config import OptimizerConfig, RunConfig
 from itpn.data.loader import TrainingLoader
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
+from itpn.training.config import OptimizerConfig, RunConfig
 
 MakeLoader = Callable[[int, int], TrainingLoader]
 
@@ -30,8 +31,15 @@ class TrainingTask(L.LightningModule, ABC):
 
     Args:
         recipe: name of the recipe, kept in checkpoints.
+
+    Attributes:
+        compiled_by_default: whether steps are compiled on a GPU unless the settings say otherwise.
+        static_graph: whether every step uses the same parameters in the same way.
         make_loader: builds the loader of a process from its rank and the number of processes; needed to train.
     """
+
+    compiled_by_default = False
+    static_graph = False
 
     def __init__(
         self, model: nn.Module, config: RunConfig, recipe: str, normalize: Normalize, make_loader: MakeLoader | None
@@ -54,6 +62,25 @@ class TrainingTask(L.LightningModule, ABC):
     @abstractmethod
     def parameter_groups(self) -> list[dict[str, Any]]:
         """For AdamW; ``lr_scale`` of a group is its share of the learning rate, 1 where there is none."""
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that are evaluated, by what the names of their metrics begin with."""
+        return {"": self.model}
+
+    def compiled(self) -> list[nn.Module]:
+        """What torch.compile may take, each as a graph of its own."""
+        return [self.model]
+
+    @abstractmethod
+    def save(self, path: Path, metrics: Mapping[str, float | None]) -> dict[str, Any]:
+        """Write ``model.safetensors``.
+
+        Args:
+            metrics: of the last evaluation.
+
+        Returns:
+            What the summary says about it.
+        """
 
     def train_dataloader(self) -> TrainingLoader:
         if self.loader is None:

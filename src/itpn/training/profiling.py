@@ -18,12 +18,12 @@ from lightning.pytorch.profilers import Profiler
 from rich.console import Console
 from torch.profiler import ProfilerActivity, record_function, schedule
 
-from itpn.config import RunConfig
 from itpn.errors import RunStopped, refusal
 from itpn.system.console import Output
 from itpn.system.signals import SignalHandlers, stop_at_once
 from itpn.system.writing import open_whole, write_whole
 from itpn.training.compilation import compile_networks
+from itpn.training.config import RunConfig
 from itpn.training.launch import (
     Launch,
     count_cores,
@@ -105,7 +105,7 @@ def profile(
     still: Any = replace(config.optimizer, lr=0.0)
     job.task.config = replace(config, optimizer=still)
     recorder = Recorder(plan, console, launch.main)
-    trainer = make_trainer(replace(config, trainer=length), folder, launch, 0, [recorder])
+    trainer = make_trainer(replace(config, trainer=length), folder, launch, 0, [recorder], job.task.static_graph)
     trainer.loggers = []
     trainer.profiler = recorder.clock  # type: ignore[attr-defined]
     console.print(

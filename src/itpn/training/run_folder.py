@@ -12,34 +12,12 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from itpn.checkpoints.run_state import DamagedCheckpoint, find_settings, read_state
-from itpn.config import RunConfig, read_yaml, to_dict, write_yaml
 from itpn.errors import FULL, WRONG_PATH, MachineError, UserError, refusal
 from itpn.system.console import print_aside
 from itpn.system.writing import open_whole, remove_partial_files
+from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml, to_dict, write_yaml
 from itpn.training.metrics_file import read_steps
-
-# what may differ when a run goes on; anything else would make it another run
-FREE = {
-    "model": {"checkpoint", "grad_checkpointing"},
-    "teacher": {"checkpoint", "min_std"},
-    "data": {"num_workers", "max_broken"},
-    "probe": {"root", "every_n_epochs", "max_images"},
-    "evaluation": {"every_n_epochs", "batch_size", "neighbours"},
-    "trainer": {
-        "max_epochs",
-        "max_steps",
-        "precision",
-        "accelerator",
-        "devices",
-        "num_nodes",
-        "compile",
-        "checkpoint_every_n_steps",
-        "keep_checkpoints",
-        "log_every_n_steps",
-        "picture_every_n_steps",
-    },
-}
+from itpn.training.run_state import DamagedCheckpoint, find_settings, read_state
 
 
 class RunFolder:
@@ -53,7 +31,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, recipe: str) -> None:
         self.path = Path(config.output_dir) / recipe / config.name
         self.checkpoints = self.path / "checkpoints"
-        self.pictures = self.path / ("reconstructions" if config.task == "pretraining" else "predictions")
+        self.pictures = self.path / config.visualizations
         self.settings = self.path / "config.yaml"
         self.weights = self.path / "model.safetensors"
         self.metrics = self.path / "metrics.csv"
@@ -64,7 +42,7 @@ class RunFolder:
         self.keep = config.trainer.keep_checkpoints
         self.resumed: Path | None = None
         self.restarted = False
-        self._earlier: RunConfig | None = None  # settings in the checkpoint
+        self._earlier: StoredSettings | None = None  # in the checkpoint
         self._last_step = 0
         self._lock = FileLock(self.path / ".lock")
 
@@ -139,7 +117,7 @@ class RunFolder:
                 continue
             # not the state itself: a file that is mapped takes its room after it is removed
             self.resumed, self._last_step = path, state["global_step"]
-            self._earlier = None if settings is None else settings[1]
+            self._earlier = settings
             break
         else:
             if names:
@@ -280,12 +258,12 @@ class RunFolder:
         for path in (Path(self._lock.lock_file), self.settings, self.metrics, self.summary, self.weights):
             check_kind(path)
 
-    def _read_settings(self) -> RunConfig | None:
+    def _read_settings(self) -> StoredSettings | None:
         """The settings that the run began with: of its checkpoint, which is whole, or else of its config.yaml."""
         if not self.settings.exists():
             return self._earlier
         try:
-            stored = read_yaml(self.settings)[1]
+            stored = read_yaml(self.settings)
         except UserError:
             if self._earlier is None:
                 raise
@@ -302,8 +280,8 @@ class RunFolder:
         self.restarted = self.settings.exists()
         steps = read_steps(self.metrics)
         every = config.trainer.checkpoint_every_n_steps
-        with contextlib.suppress(UserError, OSError):
-            every = read_yaml(self.settings)[1].trainer.checkpoint_every_n_steps
+        with contextlib.suppress(UserError, OSError, LookupError, TypeError, ValueError):
+            every = int(read_yaml(self.settings).values["trainer"]["checkpoint_every_n_steps"])
         if self.read_summary().get("steps") and self.read_summary().get("finished"):
             sign = f"{self.summary} is of a finished run"
         elif steps and steps[-1] > every:  # at that step itself it may have been killed before it was written
@@ -318,13 +296,16 @@ class RunFolder:
         )
 
 
-def _check_same_run(earlier: RunConfig, config: RunConfig, path: Path) -> None:
-    before, now = to_dict(earlier), to_dict(config)
+def _check_same_run(earlier: StoredSettings, config: RunConfig, path: Path) -> None:
     if earlier.task != config.task:
         raise UserError(f"{path} holds a run of {earlier.task}, not of {config.task}; choose another --name")
+    try:
+        before, now = to_dict(from_dict(earlier.values, type(config))), to_dict(config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise not_settings(path / "config.yaml", error) from error
     for section in [name for name in now if isinstance(now[name], dict)]:
         for key, value in now[section].items():
-            if value != before[section][key] and key not in FREE.get(section, set()):
+            if value != before[section][key] and key not in config.free.get(section, frozenset()):
                 _refuse(path, f"--{section}.{key.replace('_', '-')}", before[section][key], value)
     if before["seed"] != now["seed"]:
         _refuse(path, "--seed", before["seed"], now["seed"])
@@ -346,18 +327,3 @@ def check_kind(path: Path, folder: bool = False) -> None:
         kinds = {stat.S_IFREG: "file", stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
         found, wanted = kinds.get(stat.S_IFMT(mode), "device"), "folder" if folder else "file"
         raise UserError(f"{path} is a {found}, where a run has a {wanted}: move it away, or choose another --name")
-
-
-def make_folder(out: Path) -> None:
-    """A folder for results."""
-    with writing_to(out):
-        out.mkdir(parents=True, exist_ok=True)
-
-
-@contextlib.contextmanager
-def writing_to(out: Path) -> Iterator[None]:
-    """Raise :class:`UserError` for a path where no files can be, :class:`MachineError` for a full disk and the like."""
-    try:
-        yield
-    except OSError as error:
-        raise refusal(f"--out {out} cannot be written", error) from error

@@ -1,186 +1,241 @@
-"""`itpn evaluate`: a checkpoint and labelled images, in figures."""
+"""Evaluation of classifiers, and of frozen features by nearest neighbours and a linear classifier."""
 
 import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from itpn.checkpoints.files import Checkpoint, read_checkpoint
-from itpn.checkpoints.finetuning import settle
-from itpn.checkpoints.loading import check_sound, load_found
-from itpn.config import ClassificationConfig
+from itpn.checkpoints.files import Checkpoint
+from itpn.data.augment import EvaluationTransform
+from itpn.data.evaluation import make_evaluation_loader, view_labelled
 from itpn.data.labelled import LabelledImages, find_labelled, read_split
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
 from itpn.metrics.classification import (
+    Answers,
     Scores,
-    collect_answers,
-    collect_features,
-    gather,
-    gather_skipped,
+    join,
     judge,
-    match_classes,
-    nothing_readable,
     rank_classes,
     score,
-    tell_asides,
     warn_of_other_order,
     write_scores,
 )
-from itpn.metrics.features import ask_neighbours
-from itpn.models.hivit import HiViT, find_backbone
-from itpn.system.console import Output, print_aside
-from itpn.tasks.classification.module import classify
-from itpn.tasks.classification.run import find_sets, make_batches
-from itpn.tasks.starting import real_paths
-from itpn.training.launch import quieten_libraries, start_fabric
-from itpn.training.loop import make_table
-from itpn.training.run_folder import make_folder, writing_to
+from itpn.metrics.features import knn_votes
+from itpn.models.hivit import HiViT
+from itpn.system.console import print_aside
+from itpn.tasks.classification.config import ClassificationConfig
+from itpn.tasks.classification.data import find_data
+from itpn.tasks.classification.network import resolve
+from itpn.tasks.evaluation import Evaluator, match_classes, nothing_readable, real_paths
+from itpn.tasks.features import compute_features, join_features
+from itpn.training.config import image_size
 
 
-def evaluate(
-    config: ClassificationConfig,
-    recipe: str,
-    checkpoint: str,
-    out: Path,
-    knn: bool = False,
-    given: Collection[str] = (),
-) -> Scores:
-    """Evaluate a checkpoint on the images that the settings name, and write the figures.
+class ClassificationEvaluator(Evaluator[Scores]):
+    """Top-1 and top-5 accuracy, cross-entropy, calibration and confusion."""
+
+    names = ("top1", "top5", "loss")
+    best = "top1"
+    files = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
+
+    def __init__(self, config: ClassificationConfig, images: LabelledImages) -> None:
+        self.config = config
+        self.about: Mapping[str, Any] = {"by": "classifier"}
+        self.notes = images.notes
+        self.matched_by_name = True
+        self.images = images
+        self.classes = images.classes
+        self.normalize = make_normalize(config)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
+        return make_batches(self.images, self.config, rank, world_size)
+
+    def to(self, device: torch.device) -> None:
+        self.normalize.to(device)
+
+    def compare(self, network: nn.Module, batch: dict[str, Any]) -> Answers:
+        images = self.normalize(batch["image"].to(self.normalize.mean.device, non_blocking=True))
+        return judge(batch["index"], batch["label"], network(images).float().log_softmax(dim=-1).cpu())
+
+    def score(self, parts: Sequence[Answers]) -> Scores:
+        return score(join(parts), len(self.classes))
+
+    def metrics(self, scores: Scores) -> dict[str, float]:
+        return {name: getattr(scores, name) for name in self.names}
+
+    def warn(self, scores: Scores) -> None:
+        if not self.matched_by_name:
+            warn_of_other_order(scores)
+
+    def write(self, scores: Scores, folder: Path, about: Mapping[str, Any]) -> None:
+        write_scores(scores, self.classes, folder, about)
+
+    def rows(self, scores: Scores, about: Mapping[str, Any]) -> dict[str, str]:
+        classes = self.classes
+        rows = {
+            "images": f"{scores.images:,} of {len(classes)} classes, {about['images_skipped']} skipped; "
+            f"{about['data']}",
+            "top-1": f"{scores.top1:.2%}",
+            **({"top-5": f"{scores.top5:.2%}"} if len(classes) > 5 else {}),
+            **({"cross-entropy": f"{scores.loss:.4f}"} if math.isfinite(scores.loss) else {}),
+            "calibration": f"{scores.calibration_error:.2%} expected error of the confidence",
+        }
+        present = [i for i in range(len(classes)) if not scores.per_class[i].isnan()]
+        rows |= rank_classes({classes[i]: float(scores.per_class[i]) for i in present})
+        if mix := most_confused(scores, classes):
+            rows["most confused"] = mix
+        return rows
+
+    def summarize(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
+        shown = f"{metrics['top1']:.1%} top-1, {metrics['top5']:.1%} top-5"
+        if metrics.get("ema_top1") is not None:
+            shown += f"; EMA {metrics['ema_top1']:.1%} top-1, {metrics['ema_top5']:.1%} top-5"
+        return {"accuracy": f"{shown} of {len(self):,} images"}
+
+
+class KnnEvaluator(ClassificationEvaluator):
+    """k nearest neighbours among the features of training images (Wu et al. 2018), without a classifier.
 
     Args:
-        out: folder of ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``.
-        given: settings of the data that were asked for, and are not the checkpoint's affair: mean, std, crop_pct,
-            interpolation, val_share.
-        knn: ask the nearest neighbours among the training images, by the backbone's features, and no classifier.
-
-    Raises:
-        UserError: no such checkpoint, one without a classifier, images of other classes than it knows.
+        known: the training images.
     """
-    found = read_checkpoint(checkpoint)
-    check_sound(found)
-    has_classifier = "backbone.head.weight" in found.tensors
-    if not knn and not has_classifier:
-        raise UserError(
-            f"checkpoint {checkpoint} has no classifier: give --knn to ask its features, or fine-tune it first"
+
+    def __init__(self, config: ClassificationConfig, images: LabelledImages, known: LabelledImages) -> None:
+        super().__init__(config, images)
+        self.about = {"by": f"{config.evaluation.neighbours} nearest neighbours"}
+        self.known = known
+
+    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
+        for known, images in ((True, self.known), (False, self.images)):
+            for batch in make_batches(images, self.config, rank, world_size):
+                yield {**batch, "known": known}
+
+    def compare(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+        return batch["known"], compute_features(network, self.normalize, batch)
+
+    def score(self, parts: Sequence[Any]) -> Scores:
+        known, images = ([own for is_known, own in parts if is_known is wanted] for wanted in (True, False))
+        if not known or not images:
+            raise nothing_readable([])
+        device = self.normalize.mean.device
+        (_, train_labels, train), (index, labels, test) = (join_features(own) for own in (known, images))
+        votes = knn_votes(
+            train.to(device),
+            train_labels.to(device),
+            test.to(device),
+            len(self.classes),
+            self.config.evaluation.neighbours,
         )
-    # the network and its images are the checkpoint's affair; the recipe says where they are
-    config.model.name = config.model.patch_size = config.data.img_size = None
-    for name in ("mean", "std", "crop_pct", "interpolation"):
-        if name in found.preprocessing and name not in given:
-            setattr(config.data, name, found.preprocessing[name] if name == "interpolation" else None)
-    heads: dict[str, Any] = {} if config.model.num_heads is None else {"num_heads": config.model.num_heads}
-    model, notes = load_found(found, "backbone" if knn else "classification", **heads)
-    backbone = find_backbone(model)
-    config.model.in_chans = backbone.in_chans
-    settle(config, found)
-    known, asked, which = find_images(config, found, backbone, knn, given)
-    make_folder(out)
-    quieten_libraries()
-    with start_fabric(config.trainer) as fabric:
-        model.to(fabric.device)
-        mean, std = config.data.mean, config.data.std
-        assert mean is not None
-        assert std is not None
-        normalize = Normalize(backbone.in_chans, mean, std).to(fabric.device)
-        skipped: list[tuple[str, str]] = []
-
-        def batches(images: LabelledImages) -> Any:
-            return make_batches(images, config, fabric.global_rank, fabric.world_size)
-
-        with fabric.autocast():
-            if knn:
-                assert known is not None
-                sets = [
-                    collect_features(backbone, normalize, batches(images), fabric.device, skipped, fabric.world_size)
-                    for images in (known, asked)
-                ]
-            else:
-                ask = functools.partial(classify, backbone, normalize)
-                (own,) = collect_answers([ask], batches(asked), fabric.device, skipped)
-        if knn:
-            (train, train_labels), (test, labels) = sets
-            train, train_labels, test = (x.to(fabric.device) for x in (train, train_labels, test))
-            votes = ask_neighbours(train, train_labels, test, len(asked.classes), config.evaluation.neighbours)
-            answers = judge(torch.arange(len(test)), labels, votes.log().cpu())
-        else:
-            answers = gather(own, fabric.world_size)
-        unread = gather_skipped(skipped, fabric.world_size)
-        if not len(answers.index):
-            raise nothing_readable(unread)
-        scores = score(answers, len(asked.classes))
-        if fabric.is_global_zero:
-            tell_asides([*asked.notes, *notes], unread)
-            if "classes" not in found.metadata and not knn:
-                warn_of_other_order(scores)
-            about = {"checkpoint": checkpoint, "recipe": recipe, "of": which, "images_skipped": len(unread)}
-            about |= {"by": f"{config.evaluation.neighbours} nearest neighbours"} if knn else {"by": "classifier"}
-            report(scores, asked.classes, out, about)
-    return scores
+        return score(judge(index, labels, votes.log().cpu()), len(self.classes))
 
 
-def find_images(
-    config: ClassificationConfig, found: Checkpoint, model: HiViT, knn: bool, given: Collection[str]
-) -> tuple[LabelledImages | None, LabelledImages, str]:
-    """The images whose neighbours are asked for, with ``knn``, those to evaluate on, and which these are.
+def make_normalize(config: ClassificationConfig) -> Normalize:
+    assert config.data.mean is not None
+    assert config.data.std is not None
+    return Normalize(config.model.in_chans, config.data.mean, config.data.std)
 
-    Where a checkpoint's own run held out a share of the very same folder, the same is held out.
+
+def make_batches(images: LabelledImages, config: ClassificationConfig, rank: int = 0, world_size: int = 1) -> Any:
+    """Every image once, as it is evaluated."""
+    return make_evaluation_loader(
+        images,
+        functools.partial(view_labelled, make_evaluation_transform(config)),
+        config.evaluation.batch_size,
+        config.data.num_workers,
+        rank,
+        world_size,
+        config.data.max_pixels,
+    )
+
+
+def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransform:
+    data = config.data
+    assert data.crop_pct is not None
+    size = data.test_size or image_size(data)
+    return EvaluationTransform(size if isinstance(size, tuple) else (size, size), data.crop_pct, data.interpolation)
+
+
+def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:
+    """The pair of classes that is confused most often."""
+    wrong = scores.confusion.clone().fill_diagonal_(0)
+    row, column = divmod(int(wrong.argmax()), len(classes))
+    count = int(wrong[row, column])
+    return f"{classes[row]} taken for {classes[column]}, {count} times" if count else ""
+
+
+# --- itpn evaluate
+
+
+def resolve_evaluation(
+    config: ClassificationConfig, found: Checkpoint, given: Collection[str], knn: bool
+) -> tuple[ClassificationConfig, dict[str, Any]]:
+    """Settings with the checkpoint's network and images, but for the settings of the data that were given.
+
+    Where the checkpoint's own run held out a fraction of the very same folder, the same is held out.
+
+    Returns:
+        The settings, and arguments of the network that differ from the checkpoint's.
 
     Raises:
-        UserError: none, or classes that the model does not know.
+        UserError: the checkpoint has no classifier.
+    """
+    if not knn and "backbone.head.weight" not in found.tensors:
+        raise UserError(
+            f"checkpoint {found.source} has no classifier: give --knn to ask its features, or fine-tune it first"
+        )
+    preprocessing = found.preprocessing
+    stored = {name for name in ("mean", "std", "crop_pct", "interpolation") if name in preprocessing} - {*given}
+    values: dict[str, Any] = {name: preprocessing[name] if name == "interpolation" else None for name in stored}
+    data = replace(config.data, img_size=None, **values)
+    in_chans = found.tensors["backbone.patch_embed.proj.weight"].shape[1]
+    model = replace(config.model, name=None, patch_size=None, in_chans=in_chans)
+    seed = config.seed
+    if trained_on(config, found) and "val_share" not in given:
+        data, seed = replace(data, val_share=found.settings["data"]["val_share"]), found.settings["seed"]
+    return resolve(replace(config, model=model, data=data, seed=seed), found), {}
+
+
+def trained_on(config: ClassificationConfig, found: Checkpoint) -> bool:
+    """Whether a checkpoint was trained on the folders that the settings name."""
+    return real_paths(*found.settings.get("data", {}).get("root", ())) == real_paths(*config.data.root)
+
+
+def find_evaluation_data(
+    config: ClassificationConfig, found: Checkpoint, model: HiViT, given: Collection[str], knn: bool
+) -> tuple[Any, str]:
+    """The evaluator, and which images it evaluates on.
+
+    Raises:
+        UserError: no images, or classes that the model does not know.
     """
     data = config.data
-    trained = found.metadata.get("settings", {})
-    trained_here = real_paths(*trained.get("data", {}).get("root", ())) == real_paths(*data.root)
-    if trained_here and "val_share" not in given:
-        data.val_share, config.seed = trained["data"]["val_share"], trained["seed"]
     which = f"of {', '.join(data.val_root or data.root)}"
     if knn:
-        known, asked = find_sets(config)
-        if asked is None:
+        found_data = find_data(config)
+        if found_data.val is None:
             roots = ", ".join(data.root)
             raise UserError(f"there are no images to evaluate on in {roots}: give --data.val-root or --data.val-share")
-        return known, asked, which
-    where = data.val_root or data.root
-    own = read_split(where, "val", optional=data.val_root is None, members=data.members)
+        return KnnEvaluator(config, found_data.val, found_data.train), which
+    own = read_split(data.val_root or data.root, "val", optional=data.val_root is None, members=data.members)
     if own is None:
         own = read_split(data.root, "train", members=data.members)
         # a folder of classes alone: a test set, unless the network was trained on it
-        if trained_here or "val_share" in given:
+        if trained_on(config, found) or "val_share" in given:
             _, held_out = find_labelled(data.root, None, data.val_share, config.seed, data.members)
             if held_out is not None:
                 own, which = held_out, f"{data.val_share:.0%} held out {which}"
     names = found.metadata.get("classes")
     if names is not None and set(names) == set(own.classes) and list(names) != list(own.classes):
         print_aside("the classes of the images come in another order than the model's: they are matched by name")
-    return None, match_classes(own, names, model.num_classes), which
-
-
-def report(scores: Scores, classes: tuple[str, ...], out: Path, about: dict[str, Any]) -> None:
-    """Write the figures, and show them."""
-    with writing_to(out):
-        write_scores(scores, classes, out, about)
-    rows = {
-        "images": f"{scores.images:,} of {len(classes)} classes, {about['images_skipped']} skipped; {about['of']}",
-        "top-1": f"{scores.top1:.2%}",
-        **({"top-5": f"{scores.top5:.2%}"} if len(classes) > 5 else {}),
-        **({"cross-entropy": f"{scores.loss:.4f}"} if math.isfinite(scores.loss) else {}),
-        "calibration": f"{scores.calibration_error:.2%} expected error of the confidence",
-    }
-    present = [i for i in range(len(classes)) if not scores.per_class[i].isnan()]
-    rows |= rank_classes({classes[i]: float(scores.per_class[i]) for i in present})
-    if mix := most_confused(scores, classes):
-        rows["most confused"] = mix
-    rows["files"] = f"{out}/evaluation.json, classes.csv, confusion.csv, confusion.png"
-    Output().print(make_table(f"{about['checkpoint']} by {about['by']}", rows))
-
-
-def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:
-    """The pair of classes that is mistaken most often."""
-    wrong = scores.confusion.clone().fill_diagonal_(0)
-    row, column = divmod(int(wrong.argmax()), len(classes))
-    count = int(wrong[row, column])
-    return f"{classes[row]} taken for {classes[column]}, {count} times" if count else ""
+    evaluator = ClassificationEvaluator(config, match_classes(own, names, model.num_classes))
+    evaluator.matched_by_name = names is not None
+    return evaluator, which

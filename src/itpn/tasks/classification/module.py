@@ -1,22 +1,26 @@
 """Classification as Lightning runs it: augmented batches to loss, layer-wise learning rates, a moving average."""
 
 import random
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.loss import SoftTargetCrossEntropy
 from timm.utils import ModelEmaV3
-from torch import Tensor
+from torch import nn
 
-from itpn.checkpoints.architecture import describe_classifier
-from itpn.config import ClassificationConfig, image_size, to_dict
+from itpn.checkpoints.files import named_tensors
+from itpn.checkpoints.io import write_safetensors
 from itpn.data.normalize import Normalize
 from itpn.models.hivit import HiViT
-from itpn.tasks.finetuning import FineTuningTask
+from itpn.models.spec import spec_of
+from itpn.tasks.classification.config import ClassificationConfig
+from itpn.tasks.finetuning.module import FineTuningTask
+from itpn.training.config import image_size, to_dict
 from itpn.training.module import MakeLoader
 
 
@@ -73,6 +77,20 @@ class ClassificationTask(FineTuningTask):
         if self.ema is not None:
             self.ema.update(self.model, step=self.trainer.global_step)
 
+    def networks(self) -> dict[str, nn.Module]:
+        return {"": self.model} if self.ema is None else {"": self.model, "ema_": self.ema.module}
+
+    def compiled(self) -> list[nn.Module]:
+        return list(self.networks().values())
+
+    def save(self, path: Path, metrics: Mapping[str, float | None]) -> dict[str, str]:
+        """Write the weights, or their EMA where that is better, as a file that `itpn.load` reads whole."""
+        own, ema = metrics.get("val_top1"), metrics.get("ema_val_top1")
+        if self.ema is None or own is None or ema is None or ema <= own:
+            return super().save(path, metrics)
+        write_safetensors(path, named_tensors(self.ema.module), {"recipe": self.recipe, **self.describe()})
+        return {"saved": "EMA"}
+
     def describe(self) -> dict[str, Any]:
         data = self.config.data
         preprocessing = {"mean": data.mean, "std": data.std, "size": image_size(data), "crop_pct": data.crop_pct}
@@ -80,13 +98,7 @@ class ClassificationTask(FineTuningTask):
         return {
             "task": self.config.task,
             "settings": to_dict(self.config),
-            "architecture": describe_classifier(self.model).to_dict(),
+            "network": spec_of(self.model).to_dict(),
             "preprocessing": preprocessing,
             "classes": list(self.classes),
         }
-
-
-@torch.no_grad()
-def classify(model: HiViT, normalize: Normalize, images: Tensor) -> Tensor:
-    """uint8 [B, 3, H, W] -> logarithms of probabilities, float32 [B, classes]."""
-    return model(normalize(images)).float().log_softmax(dim=-1)

@@ -1,65 +1,169 @@
-"""`itpn evaluate` of detectors: a checkpoint and annotated images, in COCO's figures."""
+"""Evaluation of detectors: COCO's metrics."""
 
-import functools
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from itpn.checkpoints.architecture import read_detector
-from itpn.checkpoints.files import read_checkpoint
-from itpn.checkpoints.loading import check_sound, load_found
-from itpn.config import DetectionConfig
+import torch
+from torch import Tensor, nn
+
+from itpn.checkpoints.files import Checkpoint
 from itpn.data.annotations import read_objects
+from itpn.data.evaluation import make_evaluation_loader
+from itpn.data.loader import collect
 from itpn.data.normalize import Normalize
+from itpn.data.objects import DetectionImages, check_size
 from itpn.errors import UserError
-from itpn.metrics.classification import gather_skipped, match_classes, nothing_readable, rank_classes, tell_asides
-from itpn.metrics.detection import (
-    DetectionScores,
-    collect_detections,
-    gather_detections,
-    score_detections,
-    write_detection_scores,
-)
+from itpn.metrics.classification import rank_classes
+from itpn.metrics.detection import DetectionScores, Results, score_detections, to_results, write_detection_scores
 from itpn.models.detector import Detector
-from itpn.system.console import Output, print_aside
-from itpn.tasks.detection.module import detect
-from itpn.tasks.detection.run import make_batches
-from itpn.training.launch import quieten_libraries, read_launch, start_fabric
-from itpn.training.loop import make_table
-from itpn.training.run_folder import make_folder, writing_to
+from itpn.system.console import print_aside
+from itpn.system.environment import is_main_process
+from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.evaluation import Evaluator, match_classes
+
+Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images that were looked at
 
 
-def evaluate_objects(
-    config: DetectionConfig, recipe: str, checkpoint: str, out: Path, given: Collection[str] = ()
-) -> DetectionScores:
-    """Evaluate a detector on the images that the settings name, and write the figures.
+class DetectionEvaluator(Evaluator[DetectionScores]):
+    """Average precision and recall of boxes, and of masks.
 
     Args:
-        out: folder of ``evaluation.json``, ``classes.csv`` and ``results.json``.
-        given: settings of the data that were asked for, and are not the checkpoint's affair: img_size, max_size.
+        masks: whether the network predicts masks.
+    """
+
+    best = "box_ap"
+    files = ("evaluation.json", "classes.csv", "results.json")
+
+    def __init__(self, config: DetectionConfig, images: DetectionImages, masks: bool) -> None:
+        self.config = config
+        self.images = images
+        self.classes = images.classes
+        self.masks = masks and images.has_outlines
+        kinds = ("box", "mask") if self.masks else ("box",)
+        self.names = tuple(f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75"))
+        self.normalize = Normalize(3, (0.0,), (1.0,))  # the network subtracts mean and std itself
+        self._results: Results = []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
+        return make_evaluation_loader(
+            self.images,
+            view_whole,
+            self.config.evaluation.batch_size,
+            self.config.data.num_workers,
+            rank,
+            world_size,
+            self.config.data.max_pixels,
+            collate=collect,
+        )
+
+    def to(self, device: torch.device) -> None:
+        self.normalize.to(device)
+
+    def compare(self, network: nn.Module, batch: dict[str, Any]) -> Part:
+        device = self.normalize.mean.device
+        found = detect(network, self.normalize, [image.to(device, non_blocking=True) for image in batch["image"]])
+        seen = [int(self.images.ids[index]) for index in batch["index"].tolist()]
+        results = [to_results(one, id_, self.images.class_ids) for one, id_ in zip(found, seen, strict=True)]
+        return [result for own in results for result in own], seen
+
+    def score(self, parts: Sequence[Part]) -> DetectionScores:
+        results = sorted((one for own, _ in parts for one in own), key=lambda one: one["image_id"])
+        seen = sorted(id_ for _, ids in parts for id_ in ids)
+        self._results = results
+        return score_detections(self.images, results, seen, self.masks)
+
+    def metrics(self, scores: DetectionScores) -> dict[str, float]:
+        flat = scores.flat()
+        return {name: 0.0 if math.isnan(flat[name]) else flat[name] for name in self.names}
+
+    def write(self, scores: DetectionScores, folder: Path, about: Mapping[str, Any]) -> None:
+        write_detection_scores(scores, self.classes, self._results, folder, about)
+
+    def rows(self, scores: DetectionScores, about: Mapping[str, Any]) -> dict[str, str]:
+        counts = f"{scores.images:,} with {scores.objects:,} objects of {len(self.classes)} classes"
+        rows = {"images": f"{counts}, {about['images_skipped']} skipped"}
+        for kind, own in scores.figures.items():
+            first, then = [
+                "  ".join(f"{name.upper().replace('_', ' ')} {_percent(own[name])}" for name in names)
+                for names in (list(own)[:6], list(own)[6:])
+            ]
+            rows |= {f"{kind}": first, f"{kind} recall": then}
+        known = {name: v for name, v in zip(self.classes, scores.per_class["box"], strict=True) if not math.isnan(v)}
+        return rows | rank_classes(known)
+
+    def summarize(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
+        rows = {}
+        for kind, title in {"box": "boxes", "mask": "masks"}.items():
+            shown = [
+                f"{name.upper()} {100 * value:.1f}"
+                for name in ("ap", "ap50", "ap75")
+                if (value := metrics.get(f"{kind}_{name}")) is not None
+            ]
+            if shown:
+                rows[title] = f"{', '.join(shown)} of {len(self):,} images"
+        return rows
+
+
+def _percent(value: float) -> str:
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+@torch.no_grad()
+def detect(network: Any, normalize: Normalize, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    """uint8 [3, any, any] each -> what torchvision's detectors give each, in the image's own pixels, on the CPU."""
+    found = network([normalize(image) for image in images])
+    return [{name: value.cpu() for name, value in one.items()} for one in found]
+
+
+def view_whole(image: Tensor, known: dict[str, Any]) -> dict[str, Any]:
+    """An image as it is evaluated: the network resizes it."""
+    check_size(image, known)
+    return {"image": image}
+
+
+# --- itpn evaluate
+
+
+def resolve_evaluation(
+    config: DetectionConfig, found: Checkpoint, given: Collection[str], knn: bool
+) -> tuple[DetectionConfig, dict[str, Any]]:
+    """Settings with the checkpoint's network, and the sizes of images that were given instead of the checkpoint's.
+
+    Returns:
+        The settings, and arguments of the network that differ from the checkpoint's.
 
     Raises:
-        UserError: no such checkpoint, one without a detector, objects of other classes than it knows.
+        UserError: the checkpoint has no detector.
     """
-    found = read_checkpoint(checkpoint)
-    check_sound(found)
-    if read_detector(found.tensors) is None:
-        raise UserError(f"checkpoint {checkpoint} has no detector: fine-tune it first (itpn train detector_small)")
-    options: dict[str, Any] = {} if config.model.num_heads is None else {"num_heads": config.model.num_heads}
+    if "roi_heads.box_predictor.cls_score.weight" not in found.tensors:
+        raise UserError(f"checkpoint {found.source} has no detector: fine-tune it first (itpn train detector_small)")
+    sizes: dict[str, Any] = {}
     if "img_size" in given:
-        options |= {"min_size": config.data.img_size, "max_size": config.data.longest}
+        sizes = {"min_size": config.data.img_size, "max_size": config.data.longest}
     elif "max_size" in given:
-        options["max_size"] = config.data.longest
-    model, notes = load_found(found, "detection", **options)
-    assert isinstance(model, Detector)
-    main = read_launch().main
+        sizes = {"max_size": config.data.longest}
+    return replace(config), sizes
+
+
+def find_evaluation_data(
+    config: DetectionConfig, found: Checkpoint, model: Detector, given: Collection[str], knn: bool
+) -> tuple[DetectionEvaluator, str]:
+    """The evaluator, and which images it evaluates on.
+
+    Raises:
+        UserError: no images, or objects of classes that the model does not know.
+    """
     data = config.data
-    tell = print_aside if main else lambda line: None
+    tell = print_aside if is_main_process() else lambda line: None
     where = data.val_root or data.root
-    # a folder with one set alone: that
     images = read_objects(where, "val", data.mistakes, tell, True, data.max_pixels)
-    if images is None:
+    if images is None:  # a folder with one set alone: that
         images = read_objects(where, "train", data.mistakes, tell, max_pixels=data.max_pixels)
         tell(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
@@ -67,48 +171,4 @@ def evaluate_objects(
         tell(f"{images.outlined[1]:,} objects without an outline are left out")
         images = images.with_outlines()
     images = match_classes(images, found.metadata.get("classes"), model.num_classes - 1)
-    make_folder(out)
-    quieten_libraries()
-    with start_fabric(config.trainer) as fabric:
-        model.to(fabric.device).eval()
-        normalize = Normalize(3, (0.0,), (1.0,)).to(fabric.device)
-        skipped: list[tuple[str, str]] = []
-        with fabric.autocast():
-            results, seen = collect_detections(
-                functools.partial(detect, model, normalize),
-                images,
-                make_batches(images, config, fabric.global_rank, fabric.world_size),
-                fabric.device,
-                skipped,
-            )
-        results, seen = gather_detections(results, seen, fabric.world_size)
-        unread = gather_skipped(skipped, fabric.world_size)
-        if not seen:
-            raise nothing_readable(unread)
-        scores = score_detections(images, results, seen, model.has_masks and images.has_outlines)
-        if fabric.is_global_zero:
-            tell_asides(notes, unread)
-            about = {"checkpoint": checkpoint, "recipe": recipe, "data": where, "images_skipped": len(unread)}
-            with writing_to(out):
-                write_detection_scores(scores, images.classes, results, out, about)
-            report(scores, images.classes, out, checkpoint, len(unread))
-    return scores
-
-
-def report(scores: DetectionScores, classes: tuple[str, ...], out: Path, checkpoint: str, skipped: int) -> None:
-    """Show the figures."""
-    rows = {"images": f"{scores.images:,} with {scores.objects:,} objects of {len(classes)} classes, {skipped} skipped"}
-    for kind, own in scores.figures.items():
-        first, then = [
-            "  ".join(f"{name.upper().replace('_', ' ')} {_percent(own[name])}" for name in names)
-            for names in (list(own)[:6], list(own)[6:])
-        ]
-        rows |= {f"{kind}": first, f"{kind} recall": then}
-    known = {name: v for name, v in zip(classes, scores.per_class["box"], strict=True) if not math.isnan(v)}
-    rows |= rank_classes(known)
-    rows["files"] = f"{out}/evaluation.json, classes.csv, results.json"
-    Output().print(make_table(checkpoint, rows))
-
-
-def _percent(value: float) -> str:
-    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+    return DetectionEvaluator(config, images, model.has_masks), where

@@ -3,13 +3,14 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import nn
 
-from itpn.checkpoints.architecture import describe_detector
-from itpn.config import DetectionConfig, to_dict
 from itpn.data.normalize import Normalize
 from itpn.models.detector import Detector
-from itpn.tasks.finetuning import FineTuningTask
+from itpn.models.spec import spec_of
+from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.finetuning.module import FineTuningTask
+from itpn.training.config import to_dict
 from itpn.training.module import MakeLoader
 
 
@@ -41,20 +42,16 @@ class DetectionTask(FineTuningTask):
         loss = torch.stack(list(losses.values())).sum()
         return {"loss": loss, "figures": {"loss": loss.detach(), **{n: part.detach() for n, part in losses.items()}}}
 
+    def compiled(self) -> list[nn.Module]:
+        return [self.model.backbone]  # the heads see as many boxes as there are
+
     def describe(self) -> dict[str, Any]:
         data = self.config.data
         preprocessing = {"mean": data.mean, "std": data.std, "min_size": data.img_size, "max_size": data.longest}
         return {
             "task": self.config.task,
             "settings": to_dict(self.config),
-            "architecture": describe_detector(self.model).to_dict(),
+            "network": spec_of(self.model).to_dict(),
             "preprocessing": preprocessing,
             "classes": list(self.classes),
         }
-
-
-@torch.no_grad()
-def detect(model: Detector, normalize: Normalize, images: list[Tensor]) -> list[dict[str, Tensor]]:
-    """uint8 [3, any, any] each -> what torchvision's detectors give each, in the image's own pixels, on the CPU."""
-    found = model([normalize(image) for image in images])
-    return [{name: value.cpu() for name, value in one.items()} for one in found]

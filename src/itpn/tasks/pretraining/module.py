@@ -1,16 +1,21 @@
 """Pre-training as Lightning runs it: batches to loss, optimiser and schedule."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
-from torch import Tensor
+from torch import Tensor, nn
 
-from itpn.config import Config, to_dict
+from itpn.checkpoints.files import read_checkpoint
 from itpn.data.gpu_decoding import DeferredTransform, finish
 from itpn.data.normalize import Normalize
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.targets import normalize_features
+from itpn.tasks.pretraining.config import PretrainingConfig
+from itpn.tasks.pretraining.network import build_from
+from itpn.tasks.pretraining.start import describe_run, load_weights, save_weights
 from itpn.teachers.ema import MovingAverageTeacher, momentum_at
 from itpn.teachers.timm_teacher import FeatureTeacher
 from itpn.training.module import MakeLoader, TrainingTask
@@ -25,10 +30,12 @@ class PretrainingTask(TrainingTask):
         teacher: gives the targets of losses on features, unless the batches bring them.
     """
 
+    static_graph = True  # with recomputed activations, stochastic depth and torch.compile as well
+
     def __init__(
         self,
         model: MaskedImageModel,
-        config: Config,
+        config: PretrainingConfig,
         recipe: str,
         make_loader: MakeLoader | None = None,
         teacher: FeatureTeacher | MovingAverageTeacher | None = None,
@@ -36,6 +43,7 @@ class PretrainingTask(TrainingTask):
         normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
         super().__init__(model, config, recipe, normalize, make_loader)
         self.model: MaskedImageModel
+        self.compiled_by_default = config.trainer.strategy == "ddp"
         # an average is part of the run's state; a frozen teacher stays out of checkpoints, in a tuple modules overlook
         self.average = teacher if isinstance(teacher, MovingAverageTeacher) else None
         self._frozen = (teacher,) if isinstance(teacher, FeatureTeacher) else ()
@@ -104,8 +112,19 @@ class PretrainingTask(TrainingTask):
             self.model, self.config.optimizer.weight_decay, no_weight_decay_list=self.model.no_weight_decay()
         )
 
+    def compiled(self) -> list[nn.Module]:
+        return [self.model] if self.average is None else [self.model, self.average]
+
+    def save(self, path: Path, metrics: Mapping[str, float | None]) -> dict[str, str]:
+        model = self.model
+        if self.config.trainer.strategy == "fsdp":  # the other processes have gone, with their parts; the file is whole
+            model = build_from(self.config)
+            load_weights(model, read_checkpoint(path.parent / "checkpoints" / "last.ckpt"))
+        save_weights(path, model, self.recipe, self.config)
+        return {}
+
     def describe(self) -> dict[str, Any]:
-        return {"task": self.config.task, "config": to_dict(self.config)}
+        return describe_run(self.model, self.config)
 
 
 def spread(target: Tensor) -> Tensor:

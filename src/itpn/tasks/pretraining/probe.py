@@ -1,19 +1,90 @@
-"""How good the features of a pre-training run are, on images and labels that are at hand."""
+"""How good the backbone's features are: k-NN and a linear classifier on labelled images."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from itpn.checkpoints.files import read_checkpoint
-from itpn.checkpoints.loading import build_from, load_weights
-from itpn.config import Config
+from itpn.data.augment import EvaluationTransform
+from itpn.data.evaluation import make_evaluation_loader, view_labelled
+from itpn.data.labelled import LabelledImages
+from itpn.data.normalize import Normalize
 from itpn.metrics.features import knn_accuracy, linear_accuracy
 from itpn.models.modes import eval_mode
 from itpn.seeding import derive_seed
+from itpn.tasks.evaluation import Evaluator, nothing_readable
+from itpn.tasks.features import compute_features, join_features
+from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.network import build_from
+from itpn.tasks.pretraining.start import load_weights
+from itpn.training.config import image_size
+
+
+class ProbeEvaluator(Evaluator[dict[str, float]]):
+    """Top-1 accuracy of k-NN and of a linear classifier on the mean features of frozen images.
+
+    Args:
+        known: images to learn from.
+        images: to be tested on.
+    """
+
+    names = ("knn", "linear")
+
+    def __init__(self, config: PretrainingConfig, known: LabelledImages, images: LabelledImages) -> None:
+        self.config = config
+        self.sets = known, images
+        self.normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
+
+    def __len__(self) -> int:
+        return len(self.sets[1])
+
+    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
+        data = self.config.data
+        view = functools.partial(view_labelled, EvaluationTransform(image_size(data), 1.0, data.interpolation))
+        for number, images in enumerate(self.sets):
+            for batch in make_evaluation_loader(
+                images, view, data.batch_size, data.num_workers, rank, world_size, data.max_pixels
+            ):
+                yield {**batch, "set": number}
+
+    def to(self, device: torch.device) -> None:
+        self.normalize.to(device)
+
+    def compare(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+        return batch["set"], compute_features(network, self.normalize, batch)
+
+    def score(self, parts: Sequence[Any]) -> dict[str, float]:
+        columns: list[Tensor] = []
+        for number in range(2):
+            own = [features for which, features in parts if which == number]
+            if not own:
+                raise nothing_readable([])
+            _, labels, features = join_features(own)
+            columns += [features, labels]
+        with torch.random.fork_rng(devices=[]):  # a new layer draws weights, of which training must not notice
+            train, train_labels, test, labels = columns
+            return {
+                "knn": knn_accuracy(train, train_labels, test, labels),
+                "linear": linear_accuracy(train, train_labels, test, labels),
+            }
+
+    def metrics(self, scores: dict[str, float]) -> dict[str, float]:
+        return scores
+
+    def write(self, scores: dict[str, float], folder: Path, about: Mapping[str, Any]) -> None:
+        raise NotImplementedError("a probe is logged, not written")
+
+    def rows(self, scores: dict[str, float], about: Mapping[str, Any]) -> dict[str, str]:
+        return self.summarize(scores)
+
+    def summarize(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
+        return {"probe": f"{metrics['knn']:.1%} by k-NN, {metrics['linear']:.1%} by a linear classifier"}
 
 
 @dataclass
@@ -26,7 +97,7 @@ class Accuracy:
     pyramid_linear: float
 
 
-def probe(config: Config, weights: Path | None, sets: list[tuple[Tensor, Tensor]]) -> Accuracy:
+def probe(config: PretrainingConfig, weights: Path | None, sets: list[tuple[Tensor, Tensor]]) -> Accuracy:
     """Ask nearest neighbours and a linear classifier, of the backbone's features and of the pyramid's.
 
     Args:
@@ -38,7 +109,7 @@ def probe(config: Config, weights: Path | None, sets: list[tuple[Tensor, Tensor]
     if weights is not None:
         load_weights(model, read_checkpoint(weights))
     task = PretrainingTask(model, config, "probe")
-    (known, labels), (asked, answers) = [(compute_features(task, x.split(128)), labels) for x, labels in sets]
+    (known, labels), (asked, answers) = [(mean_features(task, x.split(128)), labels) for x, labels in sets]
     figures = [
         f(x, labels, y, answers) for x, y in zip(known, asked, strict=True) for f in (knn_accuracy, linear_accuracy)
     ]
@@ -46,7 +117,7 @@ def probe(config: Config, weights: Path | None, sets: list[tuple[Tensor, Tensor]
 
 
 @torch.no_grad()
-def compute_features(task: PretrainingTask, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def mean_features(task: PretrainingTask, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Means over an image of uint8 batches [B, 3, H, W], in eval mode, on the CPU.
 
     Returns:

@@ -1,116 +1,171 @@
-"""`itpn evaluate` of segmenters: a checkpoint and images with masks, in figures over all pixels."""
+"""Evaluation of segmenters: mean IoU and accuracy over all pixels of a set."""
 
 import functools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from itpn.checkpoints.architecture import read_segmenter
-from itpn.checkpoints.files import Checkpoint, read_checkpoint
-from itpn.checkpoints.finetuning import settle
-from itpn.checkpoints.loading import check_sound, load_found
-from itpn.config import SegmentationConfig
-from itpn.data.labelmaps import read_to_evaluate
-from itpn.data.masks import Names, name_labels
+import torch
+from torch import Tensor, nn
+
+from itpn.checkpoints.files import Checkpoint
+from itpn.data.evaluation import make_evaluation_loader
+from itpn.data.labelmaps import LabelMaps, read_to_evaluate, view_labels
+from itpn.data.loader import collect
+from itpn.data.masks import LabelTable, Names, name_labels
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
-from itpn.metrics.classification import gather_skipped, match_classes, nothing_readable, rank_classes, tell_asides
-from itpn.metrics.segmentation import PixelScores, collect_confusion, gather_confusion, write_pixel_scores
+from itpn.metrics.classification import rank_classes
+from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores
 from itpn.models.segmenter import Segmenter
-from itpn.system.console import Output
-from itpn.tasks.segmentation.run import describe_sets, make_batches, make_segmentation
-from itpn.tasks.starting import real_paths
-from itpn.training.launch import quieten_libraries, start_fabric
-from itpn.training.loop import make_table
-from itpn.training.run_folder import make_folder, writing_to
+from itpn.tasks.evaluation import Evaluator, match_classes, real_paths
+from itpn.tasks.segmentation.config import SegmentationConfig
+from itpn.tasks.segmentation.data import describe_sets
+from itpn.tasks.segmentation.inference import make_segmentation
+from itpn.tasks.segmentation.network import resolve
 
 
-def evaluate_pixels(
-    config: SegmentationConfig, recipe: str, checkpoint: str, out: Path, given: Collection[str] = ()
-) -> PixelScores:
-    """Evaluate a segmenter on the images that the settings name, and write the figures.
+class SegmentationEvaluator(Evaluator[PixelScores]):
+    """Metrics of one confusion matrix over all pixels."""
 
-    Args:
-        out: folder of ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``.
-        given: settings of the data that were asked for, and are not the checkpoint's affair.
+    names = ("miou", "mean_accuracy", "pixel_accuracy")
+    best = "miou"
+    files = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
+
+    def __init__(self, config: SegmentationConfig, images: LabelMaps, left_out: int = 0) -> None:
+        self.config = config
+        self.images = images
+        self.classes = images.classes
+        self.left_out = left_out  # images whose masks cannot be right
+        self.segment = make_segmentation(config)
+        self.normalize = make_normalize(config)
+        data, how = config.data, config.evaluation
+        self.about: Mapping[str, Any] = {
+            **{"img_size": data.img_size, "short_side": data.short, "interpolation": data.interpolation},
+            **{"mode": how.mode, "stride": how.stride, "scales": how.scales, "flip": how.flip},
+        }
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
+        data = self.config.data
+        return make_evaluation_loader(
+            self.images,
+            functools.partial(view_scene, self.images.table, data.max_pixels),
+            self.config.evaluation.batch_size,
+            data.num_workers,
+            rank,
+            world_size,
+            data.max_pixels,
+            collate=collect,
+        )
+
+    def to(self, device: torch.device) -> None:
+        self.normalize.to(device)
+
+    def compare(self, network: nn.Module, batch: dict[str, Any]) -> PixelScores:
+        device, classes = self.normalize.mean.device, len(self.classes)
+        confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        for image, target in zip(batch["image"], batch["target"], strict=True):
+            labels = self.segment(network, self.normalize, image.to(device, non_blocking=True))
+            confusion += compare(labels, target, classes)
+        return PixelScores(confusion, len(batch["image"]))
+
+    def score(self, parts: Sequence[PixelScores]) -> PixelScores:
+        return PixelScores(torch.stack([own.confusion for own in parts]).sum(dim=0), sum(own.images for own in parts))
+
+    def metrics(self, scores: PixelScores) -> dict[str, float]:
+        return scores.figures
+
+    def write(self, scores: PixelScores, folder: Path, about: Mapping[str, Any]) -> None:
+        write_pixel_scores(scores, self.classes, folder, about)
+
+    def rows(self, scores: PixelScores, about: Mapping[str, Any]) -> dict[str, str]:
+        figures = {name: f"{100 * value:.1f} %" for name, value in scores.figures.items()}
+        pixels = int(scores.confusion.sum())
+        rows = {
+            "images": f"{scores.images:,} with {pixels:,} labelled pixels, {about['images_skipped']} skipped; of "
+            f"{about['data']}",
+            "mIoU": figures["miou"],
+            "accuracy": f"{figures['pixel_accuracy']} of the pixels, {figures['mean_accuracy']} of the mean class's",
+        }
+        known = {name: v for name, v in zip(self.classes, scores.iou.tolist(), strict=True) if v == v}
+        return rows | rank_classes(known)
+
+    def summarize(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
+        miou, mean, pixels = (metrics[name] for name in self.names)
+        if miou is None or mean is None or pixels is None:
+            return {}
+        shown = f"mIoU {100 * miou:.1f}, accuracy {100 * pixels:.1f}, of classes {100 * mean:.1f}"
+        return {"pixels": f"{shown} of {len(self):,} images"}
+
+
+def make_normalize(config: SegmentationConfig) -> Normalize:
+    assert config.data.mean is not None
+    assert config.data.std is not None
+    return Normalize(3, config.data.mean, config.data.std)
+
+
+def view_scene(table: LabelTable, max_pixels: int, image: Tensor, mask: str) -> dict[str, Any]:
+    """An image and its classes, as they are."""
+    return {"image": image, "target": view_labels(image, table, mask, max_pixels)}
+
+
+# --- itpn evaluate
+
+
+def resolve_evaluation(
+    config: SegmentationConfig, found: Checkpoint, given: Collection[str], knn: bool = False
+) -> tuple[SegmentationConfig, dict[str, Any]]:
+    """Settings with the checkpoint's network and images, but for the settings of the data that were given.
+
+    Among them are what labels mean, and, of the very folder that it was trained on, which images were held out.
+
+    Returns:
+        The settings, and arguments of the network that differ from the checkpoint's.
 
     Raises:
-        UserError: no such checkpoint, one without a segmenter, masks of other classes than it knows.
+        UserError: the checkpoint has no segmenter.
     """
-    found = read_checkpoint(checkpoint)
-    check_sound(found)
-    if read_segmenter(found.tensors) is None:
-        raise UserError(f"checkpoint {checkpoint} has no segmenter: fine-tune it first (itpn train segmenter_small)")
-    take_over(config, found, given)
-    options: dict[str, Any] = {} if config.model.num_heads is None else {"num_heads": config.model.num_heads}
-    model, notes = load_found(found, "segmentation", **options)
-    assert isinstance(model, Segmenter)
+    if "classifier.weight" not in found.tensors:
+        raise UserError(f"checkpoint {found.source} has no segmenter: fine-tune it first (itpn train segmenter_small)")
+    own, trained, data, seed = found.preprocessing, found.settings.get("data", {}), config.data, config.seed
+    values: dict[str, Any] = {"mean": None, "std": None, "short_side": trained.get("short_side")}
+    if "reduce_zero_label" in trained:
+        values["reduce_zero_label"] = trained["reduce_zero_label"]
+    if "ignore" in trained:
+        values["ignore"] = tuple(trained["ignore"])
+    same = real_paths(trained.get("root"), trained.get("masks")) == real_paths(data.root, data.masks)
+    if same:
+        values |= {name: trained[name] for name in ("val_share", "val_root", "val_masks")}
+        seed = found.settings["seed"]
+    if "size" in own:
+        values["img_size"] = own["size"][0]
+    if "interpolation" in own:
+        values["interpolation"] = own["interpolation"]
+    values = {name: value for name, value in values.items() if name not in given}
+    if not same:
+        values["val_share"] = 0.0  # another folder of one set is for evaluation as a whole
+    model = replace(config.model, name=None, patch_size=None)
+    config = replace(config, model=model, data=replace(data, **values), seed=seed)
+    return resolve(config, found)[0], {}
+
+
+def find_evaluation_data(
+    config: SegmentationConfig, found: Checkpoint, model: Segmenter, given: Collection[str], knn: bool
+) -> tuple[SegmentationEvaluator, str]:
+    """The evaluator, and which images it evaluates on.
+
+    Raises:
+        UserError: no images, or masks of classes that the model does not know.
+    """
     data = config.data
     own, held_out = read_to_evaluate(**describe_sets(config), names=_names(config, found))
     images = match_classes(own, found.metadata.get("classes"), model.num_classes, "masks")
-    make_folder(out)
-    quieten_libraries()
-    with start_fabric(config.trainer) as fabric:
-        model.to(fabric.device).eval()
-        assert config.data.mean is not None
-        assert config.data.std is not None
-        normalize = Normalize(3, config.data.mean, config.data.std).to(fabric.device)
-        skipped: list[tuple[str, str]] = []
-        with fabric.autocast():
-            scores = collect_confusion(
-                functools.partial(make_segmentation(config), model, normalize),
-                len(images.classes),
-                make_batches(images, config, fabric.global_rank, fabric.world_size),
-                fabric.device,
-                skipped,
-            )
-        scores = gather_confusion(scores, fabric.world_size)
-        unread = gather_skipped(skipped, fabric.world_size)
-        if not scores.images:
-            raise nothing_readable(unread)
-        if fabric.is_global_zero:
-            tell_asides(notes, unread)
-            how = config.evaluation
-            which = f"{data.val_share:.0%} held out of " * held_out + (data.val_root or data.root)
-            about: dict[str, Any] = {"checkpoint": checkpoint, "recipe": recipe, "data": which}
-            about |= {"images_skipped": len(unread) + own.left_out}
-            about |= {"img_size": data.img_size, "short_side": data.short, "interpolation": data.interpolation}
-            about |= {"mode": how.mode, "stride": how.stride, "scales": how.scales, "flip": how.flip}
-            with writing_to(out):
-                write_pixel_scores(scores, images.classes, out, about)
-            report(scores, images.classes, out, about)
-    return scores
-
-
-def take_over(config: SegmentationConfig, found: Checkpoint, given: Collection[str] = ()) -> None:
-    """Settings of the data that a checkpoint was trained with, where no others were asked for, in place.
-
-    Among them what its labels mean, and, of the very folder that it was trained on, which images were held out.
-    """
-    own, data = found.preprocessing, config.data
-    trained = found.metadata.get("settings", {}).get("data", {})
-    if "reduce_zero_label" in trained and "reduce_zero_label" not in given:
-        data.reduce_zero_label = trained["reduce_zero_label"]
-    if "ignore" in trained and "ignore" not in given:
-        data.ignore = tuple(trained["ignore"])
-    if real_paths(trained.get("root"), trained.get("masks")) == real_paths(data.root, data.masks):
-        for name in ("val_share", "val_root", "val_masks"):
-            if name not in given:
-                setattr(data, name, trained[name])
-        config.seed = found.metadata["settings"]["seed"]
-    else:
-        data.val_share = 0.0  # another folder of one set is for evaluation as a whole
-    config.model.name = config.model.patch_size = None
-    for name in ("mean", "std"):
-        if name not in given:
-            setattr(data, name, None)
-    if "img_size" not in given and "size" in own:
-        data.img_size = own["size"][0]
-    if "short_side" not in given:
-        data.short_side = trained.get("short_side")
-    if "interpolation" not in given and "interpolation" in own:
-        data.interpolation = own["interpolation"]
-    settle(config, found)
+    which = f"{data.val_share:.0%} held out of " * held_out + (data.val_root or data.root)
+    return SegmentationEvaluator(config, images, own.left_out), which
 
 
 def _names(config: SegmentationConfig, found: Checkpoint) -> Names | None:
@@ -120,18 +175,3 @@ def _names(config: SegmentationConfig, found: Checkpoint) -> Names | None:
         return None
     known = colours and [(red, green, blue) for red, green, blue in colours]
     return name_labels(classes, known, config.data.reduce_zero_label, config.data.ignore)
-
-
-def report(scores: PixelScores, classes: tuple[str, ...], out: Path, about: Mapping[str, Any]) -> None:
-    """Show the figures."""
-    figures = {name: f"{100 * value:.1f} %" for name, value in scores.figures.items()}
-    pixels = int(scores.confusion.sum())
-    rows = {
-        "images": f"{scores.images:,} with {pixels:,} labelled pixels, {about['images_skipped']} skipped; of "
-        f"{about['data']}",
-        "mIoU": figures["miou"],
-        "accuracy": f"{figures['pixel_accuracy']} of the pixels, {figures['mean_accuracy']} of the mean class's",
-    }
-    rows |= rank_classes({name: v for name, v in zip(classes, scores.iou.tolist(), strict=True) if v == v})
-    rows["files"] = f"{out}/evaluation.json, classes.csv, confusion.csv, confusion.png"
-    Output().print(make_table(about["checkpoint"], rows))

@@ -1,0 +1,15 @@
+"""The original HiViT (Zhang et al. 2023): the names of its backbone and classifier, which iTPN's authors kept."""
+
+from itpn.checkpoints.adapters.renaming import Depths, Pairs, number_blocks
+
+CLASSIFIER: Pairs = [("fc_norm", "backbone.fc_norm"), ("head", "backbone.head")]
+
+
+def backbone_pairs(depths: Depths, position: str = "absolute_pos_embed") -> Pairs:
+    """Prefixes, theirs and ours."""
+    return [
+        *number_blocks(depths),
+        ("patch_embed", "backbone.patch_embed"),
+        (position, "backbone.pos_embed"),
+        *CLASSIFIER,
+    ]

@@ -1,0 +1,230 @@
+"""Which networks a file's tensors are, read from their names and shapes, or from what the file says."""
+
+import copy
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from itpn.checkpoints.adapters import ADAPTERS
+from itpn.checkpoints.adapters.ours import CLASSIFIER, name_levels, read_guesses
+from itpn.checkpoints.adapters.renaming import read_our_depths
+from itpn.checkpoints.files import Checkpoint
+from itpn.errors import UserError
+from itpn.models.heads import heads
+from itpn.models.hivit import HiViT
+from itpn.models.position import Grid, square
+from itpn.models.spec import TRAINING_ONLY, NetworkSpec, find_variant
+from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
+from itpn.system.checks import check_type
+
+HEADLESS = ("pyramid", "backbone")  # networks without a head, by name
+# what a backbone computes with and no tensor shows
+UNSHOWN = ("num_heads", "norm_eps", "migrate_ratio", "migrate_from", "gather_window", "gather_side", "global_pool")
+
+
+@dataclass
+class Contents:
+    """The networks that a file has the tensors of.
+
+    Attributes:
+        backbone: arguments of :class:`itpn.models.hivit.HiViT`.
+        pyramid: arguments of :class:`itpn.models.pyramid.FeaturePyramid`; None where there is none.
+        heads: options of each registered head that is there, the richest first.
+        levels: the maps that the pyramid gave, see :class:`itpn.models.pyramid.PyramidBackbone`.
+        guessed: what the file does not say.
+    """
+
+    backbone: dict[str, Any]
+    pyramid: dict[str, Any] | None
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)
+    levels: str = "pyramid"
+    guessed: list[str] = field(default_factory=list)
+
+    @property
+    def decoder(self) -> dict[str, Any] | None:
+        """Options of a decoder, in whichever head."""
+        return next((options["decoder"] for options in self.heads.values() if options.get("decoder")), None)
+
+    @property
+    def names(self) -> list[str]:
+        """What can be built whole, the richest first: heads, then "pyramid" and "backbone"."""
+        return [*self.heads, *(["pyramid"] if self.pyramid is not None else []), "backbone"]
+
+    def spec(self, name: str) -> NetworkSpec:
+        """The network of one of :attr:`names`, or what there is of another one of :func:`all_names`."""
+        if name == "backbone":
+            return NetworkSpec(self.backbone)
+        # how a classifier pools is nothing to other networks
+        backbone = {key: value for key, value in self.backbone.items() if key != "global_pool"}
+        if name == "pyramid":
+            return NetworkSpec(backbone, self.pyramid or {}, self.levels)
+        head = heads()[name]
+        if not head.pyramid:
+            return NetworkSpec(self.backbone, None, self.levels, name, self.heads.get(name, {}))
+        return NetworkSpec(backbone, self.pyramid, self.levels, name, self.heads.get(name, {}))
+
+    def complete(self, name: str) -> NetworkSpec:
+        """As :meth:`spec`, with published values for what the file lacks."""
+        spec = self.spec(name)
+        head = heads().get(name)
+        if spec.pyramid in (None, {}) and (name == "pyramid" or (head is not None and head.pyramid)):
+            spec = replace(spec, pyramid=PYRAMIDS.get(self.variant or "", PUBLISHED_PYRAMID))
+        return spec if head is None or name in self.heads else head.complete(spec)
+
+    @property
+    def variant(self) -> str | None:
+        """The registered model with these sizes."""
+        return find_variant(self.backbone)
+
+
+def all_names() -> list[str]:
+    """What may be asked for of a file: a registered head, "pyramid" or "backbone"."""
+    return [*heads(), *HEADLESS]
+
+
+def read_contents(checkpoint: Checkpoint, num_heads: int | None = None, decoder_heads: int | None = None) -> Contents:
+    """Read widths, depths, heads and options from what a file says, or from its tensors.
+
+    Args:
+        num_heads: of stage 3; by default those that the file says, of the relative position table, of the registered
+            model with these sizes, or one for each 64 channels.
+        decoder_heads: of the decoder; by default one for each 32 channels, as in the published ones.
+
+    Raises:
+        UserError: tensors without which the network cannot be told, or damaged metadata.
+    """
+    for name, number in {"num_heads": num_heads, "decoder_heads": decoder_heads}.items():
+        check_type(number, int | None, name)
+        if number is not None and number < 1:
+            raise UserError(f"{name} must be above 0, not {number}")
+    spec = checkpoint.spec
+    try:
+        found = _read(checkpoint, num_heads, decoder_heads) if spec is None else _read_spec(checkpoint, spec)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint.source} is not complete: its architecture cannot be read ({error})"
+        ) from error
+    if num_heads is not None:
+        found.backbone["num_heads"] = num_heads
+    if decoder_heads is not None and found.decoder is not None:
+        found.decoder["num_heads"] = decoder_heads
+    return found
+
+
+def _read_spec(checkpoint: Checkpoint, spec: NetworkSpec) -> Contents:
+    backbone = {name: value for name, value in spec.backbone.items() if name not in TRAINING_ONLY}
+    read_our_depths(checkpoint.tensors)
+    own = {} if spec.head is None else {spec.head: copy.deepcopy(dict(spec.options))}
+    pyramid = None if spec.pyramid is None else dict(spec.pyramid)
+    return Contents(backbone, pyramid, own, spec.levels, read_guesses(checkpoint.metadata))
+
+
+def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_heads: int | None) -> Contents:
+    tensors = checkpoint.tensors
+    backbone = read_backbone(tensors, num_heads, checkpoint.grid)
+    found = Contents(backbone, read_pyramid(tensors), levels=_read_levels(checkpoint))
+    found.heads = {name: own for name, head in heads().items() if (own := head.read(tensors)) is not None}
+    told = any("rel_pos" in name or "relative_position" in name for name in tensors)
+    if num_heads is None and not told and find_variant(backbone) is None:
+        found.guessed.append(f"num_heads={backbone['num_heads']} (64 channels each)")
+    if found.decoder is not None and found.decoder["depth"] and decoder_heads is None:
+        found.guessed.append(f"decoder_heads={found.decoder['num_heads']} (32 channels each)")
+    ADAPTERS[checkpoint.layout].complete(found)
+    if arguments := checkpoint.metadata.get("model_args"):
+        found.levels = name_levels(arguments.get("levels", found.levels))
+        own = {name: arguments[name] for name in inspect.signature(HiViT).parameters if name in arguments}
+        classifier = {name: own.pop(name) for name in CLASSIFIER if name in own}
+        for options in found.heads.values():
+            options |= classifier
+        found.backbone |= own
+        found.guessed = []
+    return found
+
+
+def read_backbone(
+    tensors: Mapping[str, Tensor], num_heads: int | None = None, grid: Grid | None = None
+) -> dict[str, Any]:
+    """Arguments of :class:`itpn.models.hivit.HiViT`, from tensors under our names.
+
+    Args:
+        grid: rows and columns of all position tables; None for square ones, whose sizes tell.
+    """
+    patch = tensors["backbone.patch_embed.proj.weight"]
+    width = 4 * len(patch)
+    depths = read_our_depths(tensors)
+    blocks = [f"backbone.stages.{stage}.0" for stage in range(3)]
+    products = [tensors[f"{block}.mlp.fc2.weight"] for block in blocks]
+    attention = f"{blocks[2]}.attn"
+    settings: dict[str, Any] = {
+        "patch_size": 4 * patch.shape[-1],
+        "in_chans": patch.shape[1],
+        "embed_dim": width,
+        "depths": depths,
+        "mlp_ratios": tuple(product.shape[1] / product.shape[0] for product in products),
+        "qkv_bias": "qv" if f"{attention}.q_bias" in tensors else f"{attention}.qkv.bias" in tensors,
+        "patch_norm": "backbone.patch_embed.norm.weight" in tensors,
+        "merge": "conv" if "backbone.merges.0.reduction.bias" in tensors else "linear",
+        "sub_norm": f"{blocks[2]}.mlp.norm.weight" in tensors,
+        "swiglu": len(tensors[f"{blocks[2]}.mlp.fc1.weight"]) == 2 * products[2].shape[1],
+    }
+    unit = settings["patch_size"]
+    heads = None
+    settings["rel_pos_bias"] = False
+    if (table := tensors.get(f"{attention}.relative_position_bias_table")) is not None:
+        rows, cols = (2 * grid[0] - 1, 2 * grid[1] - 1) if grid else square(len(table))
+        heads = table.shape[1]
+        settings |= {"rel_pos_bias": True, "rel_pos_size": ((rows + 1) // 2 * unit, (cols + 1) // 2 * unit)}
+    elif (table := tensors.get(f"{attention}.rel_pos_h")) is not None:
+        rows, cols = len(table), len(tensors[f"{attention}.rel_pos_w"])
+        heads = width // table.shape[1]
+        settings |= {"rel_pos_bias": "decomposed", "rel_pos_size": ((rows + 1) // 2 * unit, (cols + 1) // 2 * unit)}
+    if grid is None and "backbone.pos_embed" in tensors:
+        grid = square(tensors["backbone.pos_embed"].shape[1])
+    # a network without a table of positions is one whose table is zero
+    settings["img_size"] = (grid[0] * unit, grid[1] * unit) if grid else settings.get("rel_pos_size", (14 * unit,) * 2)
+    scaled = tuple(stage + 1 for stage, block in enumerate(blocks) if f"{block}.ls2.gamma" in tensors)
+    if scaled:
+        settings |= {"init_values": 0.1, "layer_scale_stages": scaled}
+    variant = find_variant(settings)
+    known = BACKBONES[variant]["num_heads"] if variant else max(width // 64, 1)
+    return {**settings, "num_heads": heads or known if num_heads is None else num_heads}
+
+
+def read_pyramid(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Arguments of :class:`itpn.models.pyramid.FeaturePyramid`; None where there is none."""
+    product = tensors.get("pyramid.outputs.0.mlp.fc2.weight")
+    if product is None:
+        return None
+    return {
+        "width": product.shape[0],
+        "depth": count_blocks(tensors, r"pyramid\.blocks\.0\.(\d+)\."),
+        "mlp_ratio": product.shape[1] / product.shape[0],
+    }
+
+
+def count_blocks(tensors: Mapping[str, Tensor], pattern: str) -> int:
+    """Blocks of a list, whose numbers a pattern finds."""
+    return len({m[1] for name in tensors if (m := re.match(pattern, name))})
+
+
+def known_heads(checkpoint: Checkpoint) -> int | None:
+    """Attention heads of stage 3 where a file says so; None where shapes alone are there."""
+    spec = checkpoint.spec
+    if spec is not None:
+        return None if read_guesses(checkpoint.metadata) else spec.backbone["num_heads"]
+    table = checkpoint.tensors.get("backbone.stages.2.0.attn.relative_position_bias_table")
+    return None if table is None else table.shape[1]
+
+
+def _read_levels(checkpoint: Checkpoint) -> str:
+    """The maps that other code bases' heads, which are beside a backbone, take from its pyramid."""
+    others = checkpoint.others
+    if any(name.startswith(("decode_head.", "auxiliary_head.")) for name in others):
+        return "joined"
+    if any(name.startswith(("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")) for name in others):
+        return "pooled"
+    return "pyramid"

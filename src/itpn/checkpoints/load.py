@@ -1,0 +1,168 @@
+"""From a file to a network: io -> adapter -> spec -> build -> match -> report."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from torch import nn
+
+from itpn.checkpoints.contents import all_names, read_contents
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
+from itpn.checkpoints.match import match
+from itpn.errors import UserError
+from itpn.models.build import build
+from itpn.models.heads import heads
+from itpn.models.hivit import HiViT, find_backbone
+from itpn.models.pyramid import PyramidBackbone
+from itpn.models.spec import NetworkSpec
+from itpn.system.checks import check_type
+
+
+def load(
+    checkpoint: str | Path, task: str | None = None, strict: bool = True, ema: bool = False, **overrides: Any
+) -> nn.Module:
+    """Build the network that a checkpoint of iTPN, Fast-iTPN or HiViT holds, with its weights, in eval mode.
+
+    Reads files of itpn, timm, the authors' code and mmpretrain; the architecture is read from names and shapes.
+
+    Args:
+        checkpoint: a file, or ``hf-hub:OWNER/NAME``.
+        task: the task whose head is wanted: ``"pretraining"`` gives a
+            :class:`~itpn.masked.masked_model.MaskedImageModel`, ``"classification"`` a
+            :class:`~itpn.models.hivit.HiViT` with its classifier, ``"detection"`` a
+            :class:`~itpn.models.detector.Detector`, ``"segmentation"`` a :class:`~itpn.models.segmenter.Segmenter`.
+            ``"pyramid"`` gives a :class:`~itpn.models.pyramid.PyramidBackbone`, ``"backbone"`` a HiViT without a
+            classifier. By default the first that the file has everything for.
+        strict: refuse a network of which a part would keep its random initialization, or a file of which a part would
+            be lost; otherwise these are warnings.
+        ema: take the EMA of the weights (``model_ema``) where the file has one beside them.
+        overrides: settings that differ from the file's: arguments of HiViT (``img_size``, ``in_chans``,
+            ``num_classes``, ``drop_path_rate``, ...), of the head, ``levels`` of a pyramid; ``num_heads`` and
+            ``decoder_heads`` where the file cannot tell them; for pre-training files of ours the model settings of
+            their recipe.
+
+    Raises:
+        UserError: no such file, damaged, with code in it, of another network; or ``strict`` and something is missing.
+    """
+    model, notes = load_found(read_checkpoint(checkpoint, ema), task, strict, **overrides)
+    for note in notes:
+        warnings.warn(note, stacklevel=2)
+    return model
+
+
+def load_found(
+    checkpoint: Checkpoint, task: str | None = None, strict: bool = True, **overrides: Any
+) -> tuple[nn.Module, list[str]]:
+    """:func:`load` for a file that was read.
+
+    Returns:
+        The network in eval mode, and what is not as in the file, a sentence each.
+    """
+    if task is not None and task not in all_names():
+        raise UserError(f"no task {task!r}; there are {', '.join(all_names())}")
+    model = build_checked(find_spec(checkpoint, task, overrides))
+    state, findings = match(checkpoint, model)
+    source = checkpoint.source
+    problems = [finding for finding in findings if finding.kind in ("random", "harmful")]
+    if problems and strict:
+        reasons = "; it ".join(finding.text for finding in problems)
+        if any(finding.kind == "harmful" for finding in problems):
+            hint = "strict=False loads what fits, but this is another network than the file's"
+        else:
+            hint = "Pass strict=False to load it all the same: that part starts at random"
+        raise UserError(f"checkpoint {source} {reasons}. {hint}")
+    model.load_state_dict(state, strict=False)
+    describe_weights(model, checkpoint)
+    notes = [f"{source} {finding.text}" for finding in findings if finding.kind != "expected"]
+    if checkpoint.nonfinite:
+        notes.append(f"{source} has {describe_nonfinite(checkpoint.nonfinite)}")
+    return model.eval(), notes
+
+
+def find_spec(checkpoint: Checkpoint, task: str | None, overrides: Mapping[str, Any]) -> NetworkSpec:
+    """The network of a file for a task, with other arguments by name."""
+    stored = checkpoint.spec
+    if stored is not None and stored.head is not None and task in (None, stored.head) and checkpoint.settings:
+        spec = heads()[stored.head].from_settings(checkpoint.settings, dict(overrides))
+        if spec is not None:
+            return spec
+    rest = dict(overrides)
+    contents = read_contents(checkpoint, rest.pop("num_heads", None), rest.pop("decoder_heads", None))
+    name = task or contents.names[0]
+    spec = contents.spec(name)
+    if name in heads() and name not in contents.heads:
+        spec = replace(spec, options=heads()[name].adopt(checkpoint.preprocessing))
+    return override(spec, rest)
+
+
+def override(spec: NetworkSpec, arguments: Mapping[str, Any]) -> NetworkSpec:
+    """A network with other arguments: of the head, the pyramid (``levels``, ``pyramid_width``, ...) or the backbone.
+
+    Raises:
+        UserError: a value of another type.
+    """
+    hints = {**get_type_hints(PyramidBackbone.__init__), **get_type_hints(HiViT.__init__)}
+    for name, value in arguments.items():
+        if name in hints:
+            check_type(tuple(value) if isinstance(value, list) else value, hints[name], name)
+    rest = dict(arguments)
+    own = heads()[spec.head].arguments if spec.head is not None else ("num_classes",)
+    options = {name: rest.pop(name) for name in own if name in rest}
+    if spec.head is None:
+        options = {}
+    sizes = {
+        name.removeprefix("pyramid_"): rest.pop(name) for name in ("pyramid_width", "pyramid_depth") if name in rest
+    }
+    if "img_size" in rest and "rel_pos_size" not in rest and {**spec.backbone, **rest}.get("rel_pos_bias"):
+        rest["rel_pos_size"] = None  # the tables follow
+    return replace(
+        spec,
+        levels=rest.pop("levels", spec.levels),
+        pyramid=spec.pyramid if not sizes else {**(spec.pyramid or {}), **sizes},
+        options={**spec.options, **options},
+        backbone={**spec.backbone, **rest},
+    )
+
+
+def build_checked(spec: NetworkSpec) -> nn.Module:
+    """:func:`itpn.models.build.build` with arguments from outside.
+
+    Raises:
+        UserError: there is no such argument, or sizes do not fit one another.
+    """
+    try:
+        return build(spec)
+    except (TypeError, ValueError, RuntimeError) as error:
+        what = spec.head or ("backbone" if spec.pyramid is None else "pyramid")
+        reason = str(error).rpartition("__init__() ")[2]
+        raise UserError(f"no {what} network can be built with these settings: {reason}") from error
+
+
+def describe_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put what a file says of its images and classes where timm's users look for it, ``model.pretrained_cfg``."""
+    if not isinstance(model, HiViT | PyramidBackbone) or not hasattr(model, "pretrained_cfg"):
+        return
+    own = checkpoint.preprocessing
+    cfg: dict[str, Any] = {name: own[name] for name in ("mean", "std", "crop_pct", "interpolation") if name in own}
+    for name in ("mean", "std"):  # one number for all channels
+        if name in cfg:
+            cfg[name] = tuple(cfg[name]) * (model.in_chans if len(cfg[name]) == 1 else 1)
+    names = checkpoint.metadata.get("classes")
+    cfg |= {"label_names": names} if names and len(names) == model.num_classes else {}
+    shape = {"input_size": find_backbone(model).image_shape, "num_classes": model.num_classes}
+    model.pretrained_cfg = {**model.pretrained_cfg, **shape, **cfg}
+
+
+def check_finite(checkpoint: Checkpoint) -> None:
+    """Raise :class:`UserError` where a file has infinite values or NaN."""
+    if checkpoint.nonfinite:
+        raise UserError(f"checkpoint {checkpoint.source} has {describe_nonfinite(checkpoint.nonfinite)}")
+
+
+def describe_nonfinite(nonfinite: Mapping[str, int]) -> str:
+    first = next(iter(nonfinite))
+    return (
+        f"{sum(nonfinite.values())} infinite numbers or NaN in {len(nonfinite)} tensors, {first} first: it is of no use"
+    )

@@ -1,0 +1,270 @@
+"""What fits between a file and a network, and what becomes of the rest."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from timm.models._manipulate import adapt_input_conv
+from torch import Tensor, nn
+
+from itpn.checkpoints.contents import known_heads
+from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
+from itpn.errors import UserError
+from itpn.models.heads import heads
+from itpn.models.hivit import HiViT, find_backbone, fit_tables
+from itpn.models.position import Grid
+
+Tensors = Mapping[str, Tensor]
+
+# parts of networks that several heads have, by the beginning of their tensors' names
+NECKS = {"pyramid.": "pyramid", "fpn.": "feature pyramid network"}
+
+
+@dataclass
+class Finding:
+    """Something about a file that is not simply loaded.
+
+    Attributes:
+        kind: ``expected``: not needed here, or made anew; ``converted``: loaded after a change; ``random``: a part of
+            the network that the file says nothing about; ``harmful``: would be lost, or does not fit.
+        names: the tensors, under our names (those that have none of ours: their own).
+        text: a sentence without an end, to follow the file's name.
+    """
+
+    kind: Literal["expected", "converted", "random", "harmful"]
+    names: list[str]
+    text: str
+
+
+def all_parts() -> dict[str, str]:
+    """Titles of the parts of all networks by the beginning of their tensors' names; all or nothing each."""
+    return {prefix: title for parts in (*(h.parts for h in heads().values()), NECKS) for prefix, title in parts.items()}
+
+
+def find_part(name: str, parts: Mapping[str, str]) -> str | None:
+    """Which part of a network a tensor belongs to, the first that fits; None for the backbone itself."""
+    return next((title for prefix, title in parts.items() if name.startswith(prefix)), None)
+
+
+def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], list[Finding]]:
+    """Make a file's tensors fit a network, as far as that can be done without harm.
+
+    Position tables of another grid are resampled, the first layer is adapted to other channels as timm does. A part
+    that does not fit as a whole is left out as a whole: half a decoder is of no use.
+
+    Args:
+        model: any of our networks.
+
+    Returns:
+        A state dict for the model without what has to stay random, and the findings.
+
+    Raises:
+        UserError: weights that are complex, boolean or whole numbers, or position tables of an unknown image size.
+    """
+    backbone = find_backbone(model)
+    own = named_tensors(model)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "relative_position_index" not in name}
+    for name, tensor in tensors.items():
+        # cast, they would become weights that nobody trained: half of a complex number would go
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(
+                f"checkpoint {checkpoint.source} has numbers of another kind than weights are: {name} is {kind}, "
+                "not float"
+            )
+    findings = _convert(tensors, own)
+    try:
+        changed = fit_tables(tensors, own, backbone, checkpoint.grid)
+    except ValueError as error:
+        raise UserError(f"checkpoint {checkpoint.source} does not say its image size: {error}") from error
+
+    parts = all_parts()
+    wrong, unused = _match_parts(checkpoint, model, tensors, own, parts)
+    findings += wrong
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
+    findings += _describe_tables([name for name in changed if name in tensors], backbone)
+    findings += _match_trunk(checkpoint, backbone, tensors, own, parts)
+    findings += judge_others(checkpoint, bool(backbone.num_classes))
+    names = dict(zip(own, model.state_dict(), strict=True))
+    return {names[n]: t for n, t in tensors.items() if n in own and own[n].shape == t.shape}, findings
+
+
+def _match_parts(
+    checkpoint: Checkpoint, model: nn.Module, tensors: Tensors, own: Tensors, parts: Mapping[str, str]
+) -> tuple[list[Finding], set[str]]:
+    """Findings about the parts of heads and the pyramid, and the names of tensors that are not to be loaded."""
+    findings: list[Finding] = []
+    unused: set[str] = set()
+    differs = _differing_parts(checkpoint, model)
+    for part in dict.fromkeys(parts.values()):
+        ours = {name for name in own if find_part(name, parts) == part}
+        theirs = {name for name in tensors if find_part(name, parts) == part}
+        if theirs and not ours:
+            needed = "needed here" if part != "classifier" else "asked for"
+            findings.append(Finding("expected", sorted(theirs), f"has a {part} that is not {needed}"))
+        elif ours and not theirs:
+            findings.append(Finding("random", sorted(ours), f"has no {part}"))
+        elif different := sorted(name for name in ours | theirs if _shape(own, name) != _shape(tensors, name)):
+            what = _describe(different[0], tensors, own)
+            findings.append(Finding("random", sorted(ours), f"has no {part} that fits ({what})"))
+        elif ours and (what := differs.get(part, "")):
+            findings.append(Finding("random", sorted(ours), f"has no {part} that fits ({what})"))
+        else:
+            continue
+        unused |= theirs
+    for head in heads().values():
+        titles = list(head.parts.values())
+        if head.joined and not any(find_part(name, parts) in titles for name in checkpoint.tensors):
+            findings = _join_parts(findings, titles)
+    return findings, unused
+
+
+def _match_trunk(
+    checkpoint: Checkpoint, backbone: HiViT, tensors: Tensors, own: Tensors, parts: Mapping[str, str]
+) -> list[Finding]:
+    """Findings about the backbone itself: whatever does not fit makes it another network."""
+    trunk = [name for name in {**own, **tensors} if find_part(name, parts) is None]
+    missing = [name for name in trunk if name not in tensors]
+    lost = [name for name in trunk if name not in own]
+    other = [name for name in trunk if name in own and name in tensors and own[name].shape != tensors[name].shape]
+    findings = []
+    num_heads = known_heads(checkpoint)
+    if num_heads and num_heads != backbone.num_heads:
+        findings.append(Finding("harmful", [], f"has {num_heads} attention heads, the model {backbone.num_heads}"))
+    if lost:
+        findings.append(Finding("harmful", lost, f"has tensors that the model has no place for: {_count(lost)}"))
+    if missing:
+        findings.append(Finding("harmful", missing, f"lacks {_count(missing)}, which would stay random"))
+    if other:
+        text = f"has another shape: {_describe(other[0], tensors, own)}"
+        findings.append(Finding("harmful", other, text + (f", and {len(other) - 1} more" if len(other) > 1 else "")))
+    return findings
+
+
+def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding]:
+    """Change in place what can be made to fit, tables aside."""
+    findings = []
+    if "backbone.pos_embed" not in tensors:
+        # the sum with a table of zeros is the network without one
+        tensors["backbone.pos_embed"] = torch.zeros_like(own["backbone.pos_embed"], device="cpu")
+        findings.append(Finding("converted", ["backbone.pos_embed"], "has no position table: it is zero here"))
+    name = "backbone.patch_embed.proj.weight"
+    there, here = tensors[name], own[name]
+    if there.shape[1] != here.shape[1] and there.shape[2:] == here.shape[2:] and len(there) == len(here):
+        tensors[name] = adapt_channels(there, here.shape[1])
+        text = f"has {there.shape[1]} channels: its first layer was adapted to {here.shape[1]}"
+        changed = [name]
+        for name in ("decoder.heads.pixel.weight", "decoder.heads.pixel.bias"):
+            if name in tensors and name in own:
+                # a unit's numbers are (row, col, channel): each channel is predicted as their mean was
+                mean = tensors[name].unflatten(0, (-1, there.shape[1])).mean(dim=1, keepdim=True)
+                tensors[name] = mean.expand(-1, here.shape[1], *mean.shape[2:]).flatten(0, 1)
+                changed.append(name)
+        text += ", and so was its prediction of pixels" if len(changed) > 1 else ""
+        findings.append(Finding("converted", changed, text))
+    return findings
+
+
+def _join_parts(findings: list[Finding], titles: list[str]) -> list[Finding]:
+    """One finding for a head whose parts are all missing."""
+    parts = [finding for finding in findings if finding.text in {f"has no {title}" for title in titles}]
+    if not parts:
+        return findings
+    names = sorted(name for finding in parts for name in finding.names)
+    return [f for f in findings if f not in parts] + [Finding("random", names, f"has no {titles[-1]}")]
+
+
+def _differing_parts(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
+    """What differs although shapes agree, by the title of the part."""
+    spec = checkpoint.spec
+    return {} if spec is None or spec.head is None else heads()[spec.head].differ(spec.options, model)
+
+
+def _describe_tables(changed: list[str], backbone: HiViT) -> list[Finding]:
+    """Position tables that were resampled, in one sentence."""
+    tables = sorted(name for name in changed if name.endswith("pos_embed"))
+    relative = len(changed) - len(tables)
+    parts = [f"{_join(tables)} resampled to {_units(backbone.grid_size)} units"] if tables else []
+    if relative and backbone.rel_pos_grid is not None:
+        parts.append(f"{relative} relative position tables to {_units(backbone.rel_pos_grid)}")
+    text = f"is made for another image size: {', '.join(parts)}"
+    return [Finding("converted", sorted(changed), text)] if parts else []
+
+
+def _units(grid: Grid) -> str:
+    return f"{grid[0]}x{grid[1]}"
+
+
+def adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """A convolution of images to another number of channels, as timm does it: colours summed, or repeated."""
+    if weight.shape[1] != 3:  # which timm starts from: the same answer to a grey image
+        weight = weight.sum(dim=1, keepdim=True).repeat(1, 3, 1, 1) / 3
+    return adapt_input_conv(channels, weight)
+
+
+def judge_others(checkpoint: Checkpoint, classifier: bool) -> list[Finding]:
+    """Sort what has no place in our networks at all."""
+    groups: dict[str, list[str]] = {}
+    for name in checkpoint.others:
+        groups.setdefault(_judge(checkpoint, name, classifier), []).append(name)
+    titles = {
+        "index": ("expected", "has indices of relative positions, which are computed here"),
+        "copy": ("expected", "has a second copy of the weights, or a teacher, that is not needed"),
+        "heads": ("expected", "has heads of a detector or segmenter, which are not read"),
+        "decoder": ("expected", "has a decoder of another kind of pre-training, which is not read"),
+        "pyramid": (
+            "expected",
+            "has a pyramid and decoder in the convolutional form of Fast-iTPN's unpublished pre-training, which are "
+            "not read",
+        ),
+        "norm": ("harmful", "normalises tokens before their mean, which this classifier does not"),
+    }
+    findings = []
+    for group, names in groups.items():
+        kind, text = titles.get(group, ("harmful", f"has tensors of no known kind: {_join(names)}"))
+        findings.append(Finding(kind, names, text))  # type: ignore[arg-type]
+    return findings
+
+
+def _judge(checkpoint: Checkpoint, name: str, classifier: bool) -> str:
+    if name.endswith("relative_position_index"):
+        return "index"
+    if name.startswith(OTHER_HEADS):
+        return "heads"
+    if checkpoint.key and name.startswith(("teacher.", "average.", "ema.", "ema_", "model.", "module.")):
+        return "copy"
+    if "align_dim_16tofpn.weight" in checkpoint.others:
+        return "pyramid"
+    if name.startswith("norm."):
+        return "norm" if classifier and "backbone.fc_norm.weight" not in checkpoint.tensors else "decoder"
+    if name.startswith(("decoder_", "neck.", "lm_head", "mask_token")):
+        return "decoder"
+    return ""
+
+
+def _shape(tensors: Tensors, name: str) -> str:
+    return "x".join(map(str, tensors[name].shape)) if name in tensors else "missing"
+
+
+def _describe(name: str, theirs: Tensors, ours: Tensors) -> str:
+    return f"{name} is {_shape(theirs, name)} there and {_shape(ours, name)} here"
+
+
+def _kind(name: str) -> str:
+    """A tensor without its place in a list: what layer scale, say, is called in every block."""
+    if ".ls" in name:
+        return "layer scale"
+    if "relative_position_bias_table" in name or "rel_pos_" in name:
+        return "relative position table"
+    return ".".join(part for part in name.removeprefix("backbone.").split(".") if not part.isdigit())
+
+
+def _count(names: list[str]) -> str:
+    """How many of each kind."""
+    return _join([f"{count} x {kind}" for kind, count in Counter(map(_kind, names)).items()])
+
+
+def _join(names: list[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

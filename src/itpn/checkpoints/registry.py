@@ -1,0 +1,121 @@
+"""The networks by name, for ``timm.create_model``, and the weights of any origin that timm may load into them.
+
+Runs as soon as timm is imported, which may be in the middle of our own model files: they are imported when needed.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
+
+
+def _cfg(prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",  # nobody publishes these weights yet in a form that timm could fetch
+        "num_classes": 0 if prefix else 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": None,
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "fixed_input_size": False,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": f"{prefix}patch_embed.proj",
+        "classifier": None if prefix else "head",
+        "license": "apache-2.0",
+        **kwargs,
+    }
+
+
+_cfgs: dict[str, Any] = {name: _cfg() for name in BACKBONES}
+_cfgs |= {name: _cfg("backbone.") for name in WITH_PYRAMID.values()}
+default_cfgs = generate_default_cfgs(_cfgs)
+
+
+def _build(model_class: type[nn.Module], name: str, given: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """Have timm build a model, and record on it which of the constructor's arguments were given."""
+    from itpn.models.hivit import HiViT
+
+    model: Any = build_model_with_cfg(model_class, name, **kwargs)
+    own = {*inspect.signature(HiViT).parameters, *inspect.signature(model_class).parameters}
+    model.model_args = {argument: value for argument, value in given.items() if argument in own}
+    return model
+
+
+def _build_backbone(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    from itpn.models.hivit import HiViT
+
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", (0, 1, 2)), "feature_cls": "getter"}
+    return _build(
+        HiViT,
+        name,
+        kwargs,
+        pretrained=pretrained,
+        pretrained_filter_fn=filter_weights,
+        feature_cfg=feature_cfg,
+        **{**BACKBONES[name], **kwargs},
+    )
+
+
+def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    from itpn.checkpoints.adapters.ours import name_levels
+    from itpn.models.pyramid import LEVELS, PyramidBackbone
+
+    if "levels" in kwargs:
+        kwargs["levels"] = name_levels(kwargs["levels"])  # of an older config.json
+    own = PYRAMIDS.get(name, PUBLISHED_PYRAMID)
+    count = LEVELS.get(kwargs.get("levels", "pyramid"), 0)  # a wrong one is the network's to refuse
+    feature_cfg = {"out_indices": kwargs.pop("out_indices", tuple(range(count))), "feature_cls": "getter"}
+    settings = {**BACKBONES[name], "pyramid_width": own["width"], "pyramid_depth": own["depth"], **kwargs}
+    return _build(
+        PyramidBackbone,
+        WITH_PYRAMID[name],
+        kwargs,
+        pretrained=pretrained,
+        pretrained_filter_fn=filter_weights,
+        feature_cfg=feature_cfg,
+        **settings,
+    )
+
+
+def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
+    """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
+    from itpn.checkpoints.adapters import detect_layout, to_ours
+    from itpn.models.hivit import HiViT, find_backbone, fit_tables, read_stored_grid
+
+    layout = detect_layout(state_dict)
+    if layout is None:
+        return state_dict  # not ours: loading it will say so
+    named, _ = to_ours(state_dict, layout)
+    if isinstance(model, HiViT):
+        tensors = {name.removeprefix("backbone."): t for name, t in named.items() if name.startswith("backbone.")}
+        prefix = ""
+    else:
+        heads = ("backbone.head.", "backbone.fc_norm.")
+        tensors = {
+            name: t
+            for name, t in named.items()
+            if name.startswith(("backbone.", "pyramid.")) and not name.startswith(heads)
+        }
+        prefix = "backbone."
+    stored_grid = read_stored_grid(model.pretrained_cfg, tensors, prefix)
+    fit_tables(tensors, model.state_dict(), find_backbone(model), stored_grid)
+    return tensors
+
+
+def _register(registered: str, build: Callable[..., nn.Module], name: str) -> None:
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return build(name, pretrained, **kwargs)
+
+    entrypoint.__name__ = entrypoint.__qualname__ = registered
+    register_model(entrypoint)
+
+
+for _name in BACKBONES:
+    _register(_name, _build_backbone, _name)
+for _name, _registered in WITH_PYRAMID.items():
+    _register(_registered, _build_pyramid, _name)

@@ -1,0 +1,168 @@
+"""Settings of a classifier's run: fine-tuning, training from scratch, or a probe of frozen features."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from itpn.errors import UserError
+from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, check_fine_tuning
+from itpn.training.config import (
+    CropsConfig,
+    RunConfig,
+    Settings,
+    check_amounts,
+    check_counts,
+    check_crops,
+    check_images,
+    check_shares,
+    check_size,
+    check_training,
+    check_types,
+    image_size,
+)
+
+
+@dataclass
+class ClassificationModelConfig(NetworkConfig):
+    """The network."""
+
+    freeze: bool = False
+    """Train a linear classifier on features that stay as they are, computed once, and nothing else."""
+    in_chans: int = 3
+    """Channels of the images: 3 for colour, 1 for grey."""
+    drop_rate: float = 0.0
+    """Dropout before the classifier."""
+    migrate_ratio: float | None = None
+    """Share of the units that skip the last blocks of stage 3 (token migration): faster, for a little accuracy. None
+    for the checkpoint's, or none."""
+    gather_window: int | None = None
+    """Units of a side of the windows that attention stays in, with a gathering token each; 0 for global attention,
+    None for the checkpoint's, or global."""
+    ema_decay: float | None = None
+    """Share of a moving average of the weights that is kept at each step; the average is evaluated as well, and
+    written if it is better. None for no average."""
+
+
+@dataclass
+class ClassificationDataConfig(CropsConfig):
+    """Images with classes."""
+
+    root: tuple[str, ...] = ("data/imagenet",)
+    """A folder with `train` and `val` of a folder for each class, or of tar shards with .cls, or of parquet files; or
+    one of class folders alone."""
+    val_root: tuple[str, ...] | None = None
+    """The images to evaluate on, if they are not beside those of --data.root."""
+    members: tuple[str, ...] = ()
+    """Tar shards: endings of the images to read, as `jpg` or `rgb.png`, or `all`; by default the plain one of each
+    sample (`x.jpg`), not what describes it (`x.seg.png`)."""
+    val_share: float = 0.1
+    """Where there is no val set: share of the images of each class that is held out as one."""
+    label_share: float = 1.0
+    """Share of the training images of each class that is used, at least one."""
+    img_size: int | tuple[int, int] | None = None
+    """Pixels of a side, or height and width; None for the checkpoint's, or 224."""
+    test_size: int | tuple[int, int] | None = None
+    """Pixels of the images that are evaluated; None for --data.img-size."""
+    crop_pct: float | None = None
+    """Evaluation: the centre crop's side as a share of the resized image's, as timm does it; None for the
+    checkpoint's, or 0.875."""
+    mean: tuple[float, ...] | None = None
+    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with deviation 0.5."""
+    erase: float = 0.25
+    """Probability that a rectangle of an image is replaced by noise."""
+    mixup: float = 0.8
+    """Parameter of the beta distribution that two images are mixed by; 0 for no mixup."""
+    cutmix: float = 1.0
+    """The same for pasting a rectangle of one image into another; with mixup, each batch draws one of the two."""
+    label_smoothing: float = 0.1
+    """Share of the target that is spread over all classes."""
+
+
+@dataclass
+class ClassificationEvaluationConfig(Settings):
+    """When the network is evaluated while it is trained, and how a file is."""
+
+    every_n_epochs: int = 1
+    """Epochs between evaluations; there is one at the end as well."""
+    batch_size: int = 256
+    """Images per process and forward pass."""
+    neighbours: int = 20
+    """`itpn evaluate --knn`: training images that are asked."""
+
+
+@dataclass
+class ClassificationConfig(RunConfig):
+    """Settings of a classifier's run."""
+
+    task: ClassVar[str] = "classification"
+    model: ClassificationModelConfig = field(default_factory=ClassificationModelConfig)
+    data: ClassificationDataConfig = field(default_factory=ClassificationDataConfig)
+    optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)
+    evaluation: ClassificationEvaluationConfig = field(default_factory=ClassificationEvaluationConfig)
+
+    def check(self) -> None:
+        """Find impossible settings before anything heavy starts.
+
+        Raises:
+            UserError: the first that is found, with what to do.
+        """
+        check_types(self)
+        model, data = self.model, self.data
+        check_training(data, self.optimizer, self.trainer, self.seed, self.name)
+        check_crops(data)
+        check_counts(
+            {
+                "--evaluation.every-n-epochs": self.evaluation.every_n_epochs,
+                "--evaluation.batch-size": self.evaluation.batch_size,
+                "--evaluation.neighbours": self.evaluation.neighbours,
+            }
+        )
+        check_amounts(
+            {
+                "--model.gather-window": model.gather_window,
+                "--data.mixup": data.mixup,
+                "--data.cutmix": data.cutmix,
+            }
+        )
+        check_shares(
+            {
+                "--model.drop-rate": model.drop_rate,
+                "--model.ema-decay": model.ema_decay or 0.0,
+                "--data.val-share": data.val_share,
+                "--data.label-share": data.label_share,
+                "--data.crop-pct": 1.0 if data.crop_pct is None else data.crop_pct,
+                "--data.erase": data.erase,
+                "--data.label-smoothing": data.label_smoothing,
+            }
+        )
+        for option, share in {"--data.label-share": data.label_share, "--data.crop-pct": data.crop_pct}.items():
+            if share == 0:
+                raise UserError(f"{option} must be above 0")
+        if data.val_share == 1:
+            raise UserError("--data.val-share must be below 1: nothing would be left to train on")
+        if data.color_jitter and data.auto_augment is not None:
+            raise UserError(
+                "--data.color-jitter has no effect beside --data.auto-augment, which changes colours itself: give "
+                "--data.auto-augment None, or --data.color-jitter 0"
+            )
+        if (data.mixup or data.cutmix) and data.batch_size % 2:
+            raise UserError(
+                f"--data.batch-size must be even to mix images in pairs, not {data.batch_size}; or give --data.mixup 0 "
+                "--data.cutmix 0"
+            )
+        if model.migrate_ratio is not None and not 0 <= model.migrate_ratio < 1:
+            raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
+        check_images(data.mean or (0.0,), data.std or (1.0,), model.in_chans)
+        check_fine_tuning(model, self.optimizer)
+
+    def check_sizes(self) -> None:
+        """What :meth:`check` can only see once the checkpoint's patches and size are known."""
+        patch = self.model.patch_size
+        assert patch is not None
+        check_size(image_size(self.data), patch)
+        if self.data.test_size is not None:
+            size = self.data.test_size
+            check_size(size if isinstance(size, tuple) else (size, size), patch, "--data.test-size")

@@ -1,0 +1,63 @@
+"""The images of a classifier's run: finding, augmenting, loading."""
+
+import numpy as np
+
+from itpn.data.augment import ClassificationTransform
+from itpn.data.labelled import LabelledImages, draw_share, find_labelled, join_names
+from itpn.data.loader import TrainingLoader
+from itpn.errors import UserError
+from itpn.tasks.classification.config import ClassificationConfig
+from itpn.tasks.data import RunData
+from itpn.tasks.loading import make_training_loader
+from itpn.training.config import image_size
+
+
+def find_data(config: ClassificationConfig) -> RunData:
+    """The images to train on, as many as ``label_share`` says, and those to evaluate on."""
+    data = config.data
+    train, val = find_labelled(data.root, data.val_root, data.val_share, config.seed, data.members)
+    if data.label_share < 1:
+        train = train.take(draw_share(train, data.label_share, config.seed))
+    return RunData(train, val, tuple(describe_missing(train, val)))
+
+
+def describe_missing(train: LabelledImages, val: LabelledImages | None) -> list[str]:
+    """What was left out of the images, and what the accuracies will not say, a line each."""
+    notes = [*dict.fromkeys((*train.notes, *(() if val is None else val.notes)))]
+    if val is None:
+        return [*notes, "there are no images to evaluate on: give --data.val-root or --data.val-share"]
+    lost = sorted({train.classes[label] for label in np.setdiff1d(train.labels, val.labels)})
+    return [*notes, f"there are no images of {join_names(lost)} to evaluate on"] if lost else notes
+
+
+def make_transform(config: ClassificationConfig) -> ClassificationTransform:
+    """The augmentation; UserError if there is none of that name."""
+    data = config.data
+    return ClassificationTransform(
+        image_size(data),
+        crop_scale=data.crop_scale,
+        crop_ratio=data.crop_ratio,
+        interpolation=data.interpolation,
+        hflip=data.hflip,
+        color_jitter=data.color_jitter,
+        auto_augment=data.auto_augment,
+    )
+
+
+def make_loader(
+    config: ClassificationConfig,
+    images: LabelledImages,
+    transform: ClassificationTransform,
+    rank: int,
+    world_size: int,
+) -> TrainingLoader:
+    data = config.data
+    batch_size = data.batch_size
+    if data.mixup or data.cutmix:  # in pairs: of a set smaller than a batch, an even number
+        batch_size = min(batch_size, len(images) // world_size // 2 * 2)
+        if not batch_size:
+            raise UserError(
+                f"{len(images)} images are too few to be mixed in pairs by {world_size} processes: give --data.mixup 0 "
+                "--data.cutmix 0"
+            )
+    return make_training_loader(config, images, transform, rank, world_size, batch_size=batch_size)

@@ -1,0 +1,20 @@
+"""Classifiers as files: images to ``logits``."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from itpn.checkpoints.files import Checkpoint
+from itpn.models.hivit import HiViT
+from itpn.tasks.exporting import Exported, Size, export_model
+
+
+def export(
+    model: HiViT, found: Checkpoint, out: Path, size: Size | None, dynamic_size: bool, metadata: Mapping[str, str]
+) -> Exported:
+    return export_model(model, out, size or model.image_shape[1:], dynamic_size, metadata, name_logits)
+
+
+def name_logits(model: HiViT, images: Tensor) -> dict[str, Tensor]:
+    return {"logits": model(images)}

@@ -1,0 +1,117 @@
+"""A linear classifier on frozen features, which are computed once: `--model.freeze`."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from itpn.checkpoints.files import Checkpoint, named_tensors, read_checkpoint
+from itpn.checkpoints.io import write_safetensors
+from itpn.data.labelled import LabelledImages
+from itpn.errors import UserError
+from itpn.metrics.classification import judge, score
+from itpn.metrics.features import WEIGHT_DECAYS, choose_weight_decay, fit_linear
+from itpn.models.spec import spec_of
+from itpn.seeding import derive_seed
+from itpn.system.console import Output, make_table, print_aside, tell_remarks
+from itpn.tasks.classification import network
+from itpn.tasks.classification.config import ClassificationConfig
+from itpn.tasks.classification.data import find_data
+from itpn.tasks.classification.evaluation import make_batches
+from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.evaluation import Skipped, nothing_readable
+from itpn.tasks.features import Features, compute_features, join_features
+from itpn.tasks.run import train_composed
+from itpn.tasks.spec import task_of
+from itpn.training.config import freeze
+from itpn.training.launch import describe_machine, read_launch, start_fabric
+from itpn.training.loop import Run, fit, write_summary
+from itpn.training.run_folder import RunFolder
+
+
+def train(config: ClassificationConfig, recipe: str, run: Run = fit) -> Path:
+    """A classifier's run: fine-tuning, or a linear classifier on frozen features."""
+    if config.model.freeze:
+        if run is not fit:
+            raise UserError("--profile is for steps of training, and --model.freeze takes none")
+        return train_linear(config, recipe)
+    return train_composed(task_of(config), config, recipe, run=run)
+
+
+def train_linear(config: ClassificationConfig, recipe: str) -> Path:
+    """A linear classifier on features of the centre crops of evaluation, in one process.
+
+    Returns:
+        The run's folder, with a ``model.safetensors`` of the whole network.
+
+    Raises:
+        UserError: something in the settings, the weights or the folder is wrong.
+    """
+    began = time.perf_counter()
+    folder = RunFolder(config, recipe)
+    if not read_launch().main:
+        return folder.path
+    found = None if config.model.checkpoint is None else read_checkpoint(config.model.checkpoint)
+    config = freeze(network.resolve(config, found))
+    data = find_data(config)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model, notes = network.build_model(config, data.train.classes, found)
+    folder.open(config, recipe)
+    try:
+        for note in [*_origin(found), *notes, *data.notes]:
+            print_aside(note)
+        task = ClassificationTask(model, config, recipe, data.train.classes)
+        skipped: Skipped = []
+        sets = [images for images in (data.train, data.val) if images is not None]
+        with start_fabric(config.trainer, single=True) as fabric, fabric.autocast(), torch.no_grad():
+            device = fabric.device
+            task.to(device).eval()
+            known, *others = [_collect(task, config, images, skipped) for images in sets]
+        labels, features = (x.to(device) for x in known[1:])
+        model.fc_norm = torch.nn.Identity()
+        weight_decay = choose_weight_decay(features, labels, len(data.train.classes))
+        model.head = fit_linear(features, labels, len(data.train.classes), weight_decay)
+        metrics = {"train_top1": float((model.head(features).argmax(dim=1) == labels).double().mean())}
+        for index, answers, own in others:
+            with torch.no_grad():
+                predicted = model.head(own.to(device)).log_softmax(dim=1).cpu()
+            scores = score(judge(index, answers, predicted), len(data.train.classes))
+            metrics |= {"val_top1": scores.top1, "val_top5": scores.top5, "val_loss": scores.loss}
+        for name, reason in skipped:
+            print_aside(f"skipped {name}: {reason}")
+        model.cpu()
+        model.spec = spec_of(model).with_options(fc_norm=False)  # type: ignore[assignment]
+        with folder.writing(folder.weights):
+            write_safetensors(folder.weights, named_tensors(model), {"recipe": recipe, **task.describe()})
+        seconds = time.perf_counter() - began
+        summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True, "metrics": metrics}
+        summary |= {"epochs": 1, "steps": 0, "images_seen": len(features), "images_skipped": len(skipped)}
+        summary |= {"images_per_second": len(features) / seconds, "duration_seconds": seconds, "saved": "weights"}
+        write_summary(folder, summary | describe_machine(device, 1, str(fabric._precision.precision)))
+        rows = {"images": f"{len(features):,} to learn from, {len(data.val or ()):,} to evaluate on"}
+        rows["weight decay"] = f"{weight_decay:g}, the best of {len(WEIGHT_DECAYS)} on a fifth of the images"
+        rows |= {name: f"{value:.2%}" if "top" in name else f"{value:.4f}" for name, value in metrics.items()}
+        Output().print(make_table(f"{recipe} / {config.name}", {**rows, "weights": str(folder.weights)}))
+        return folder.path
+    finally:
+        folder.close()
+
+
+def _origin(found: Checkpoint | None) -> list[str]:
+    return [] if found is None else [f"starting from the weights of {found.source}"]
+
+
+def _collect(task: ClassificationTask, config: ClassificationConfig, images: LabelledImages, skipped: Any) -> Features:
+    """Features of all images of a set."""
+    parts = []
+    unread: Skipped = []
+    for batch in make_batches(images, config):
+        unread += batch["broken"]
+        tell_remarks(batch["remarks"])
+        if batch["image"] is not None:
+            parts.append(compute_features(task.model, task.normalize, batch))
+    if not parts:
+        raise nothing_readable(unread)
+    skipped += unread
+    return join_features(parts)

@@ -1,0 +1,126 @@
+"""The network of a classifier: its head, and how settings and a checkpoint make one."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from itpn.checkpoints.files import Checkpoint
+from itpn.errors import UserError
+from itpn.models.build import build_backbone
+from itpn.models.heads import Head
+from itpn.models.hivit import HiViT
+from itpn.models.spec import NetworkSpec
+from itpn.tasks.classification.config import ClassificationConfig
+from itpn.tasks.finetuning.network import (
+    backbone_options,
+    build_network,
+    find_network,
+    keep_predictor,
+    name_classes,
+    resolve_network,
+)
+from itpn.training.config import image_size
+
+CROP_PCT = 0.875  # of ImageNet since the first networks
+
+
+class ClassifierHead(Head):
+    """A linear layer on the mean of the last stage."""
+
+    parts: Mapping[str, str] = {"backbone.head.": "classifier", "backbone.fc_norm.": "classifier"}
+    classes = ("backbone.head.", "backbone.fc_norm.")
+    arguments = ("num_classes", "fc_norm")
+    pyramid = False
+    purpose = "classification"
+    recipe = "classifier_small"
+
+    def build(self, spec: NetworkSpec) -> HiViT:
+        if not spec.options.get("num_classes"):
+            raise UserError(
+                "a classifier needs num_classes above 0; task='backbone' gives the network without one"
+                if "num_classes" in spec.options
+                else "there is no classifier to build: itpn.load with num_classes=N and strict=False starts a fresh one"
+            )
+        return build_backbone(spec, **spec.options)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        head = tensors.get("backbone.head.weight")
+        return None if head is None else {"num_classes": len(head), "fc_norm": "backbone.fc_norm.weight" in tensors}
+
+    def complete(self, spec: NetworkSpec) -> NetworkSpec:
+        return spec.with_options(num_classes=1000)
+
+    def summarize(self, spec: NetworkSpec) -> str:
+        return f"a classifier of {spec.options['num_classes']} classes"
+
+    def from_architecture(self, stored: dict[str, Any]) -> dict[str, Any] | None:
+        backbone = stored["backbone"]
+        own = {name: backbone[name] for name in self.arguments if name in backbone}
+        return own if own.get("num_classes") else None
+
+
+def resolve(config: ClassificationConfig, found: Checkpoint | None) -> ClassificationConfig:
+    """Settings with what they leave to the checkpoint: network, sizes, mean and std.
+
+    Raises:
+        UserError: the checkpoint is of another network than the settings name, or images do not fit its patches.
+    """
+    config = resolve_network(config, found, config.model.in_chans)
+    data = config.data
+    if data.img_size is None:
+        size: Any = 224 if found is None else find_network(config.model, found, (224, 224)).backbone["img_size"]
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        data = replace(data, img_size=height if height == width else (height, width))
+    stored = {} if found is None else found.preprocessing
+    config = replace(config, data=replace(data, crop_pct=data.crop_pct or stored.get("crop_pct", CROP_PCT)))
+    config.check_sizes()
+    return config
+
+
+def build_model(
+    config: ClassificationConfig, classes: tuple[str, ...], found: Checkpoint | None
+) -> tuple[HiViT, list[str]]:
+    """Build a classifier, with a checkpoint's weights where there is one; its classifier if it has the same classes.
+
+    Args:
+        config: as :func:`resolve` returns it.
+
+    Returns:
+        The network, and what is not as in the checkpoint, a sentence each.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    model = config.model
+    contents = find_network(model, found, image_size(config.data))
+    theirs = contents.heads.get(config.task)
+    kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"])
+    options = {"num_classes": len(classes), "fc_norm": theirs["fc_norm"] if kept and theirs else True}
+    arguments = {"img_size": image_size(config.data), "in_chans": model.in_chans, "drop_rate": model.drop_rate}
+    for name in ("migrate_ratio", "gather_window"):
+        if getattr(model, name) is not None:
+            arguments[name] = getattr(model, name)
+    arguments |= backbone_options(model)
+    if found is not None and {**contents.backbone, **arguments}.get("rel_pos_bias"):
+        arguments["rel_pos_size"] = None  # the tables follow the images
+    spec = NetworkSpec({**contents.backbone, **arguments}, head=config.task, options=options)
+    new_tables = found is not None and bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
+    network, more = build_network(spec, found, () if kept else ClassifierHead.classes, new_tables)
+    assert isinstance(network, HiViT)
+    network.set_grad_checkpointing(model.grad_checkpointing)
+    return network, notes + more
+
+
+def build_recipe(
+    config: ClassificationConfig, num_classes: int | None, found: Checkpoint | None
+) -> tuple[nn.Module, list[str]]:
+    """The network of a recipe, with classes that have no names but those of the checkpoint.
+
+    Args:
+        num_classes: None for the checkpoint's own, or ImageNet's 1000.
+    """
+    config = resolve(config, found)
+    theirs = find_network(config.model, found, image_size(config.data)).heads.get(config.task) or {"num_classes": 1000}
+    return build_model(config, name_classes(found, num_classes or theirs["num_classes"]), found)

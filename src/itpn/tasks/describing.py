@@ -1,0 +1,77 @@
+"""What `itpn info` says of a network: parameters, FLOPs, shapes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from itpn.models.hivit import HiViT
+
+Rows = list[tuple[str, str]]  # titles and texts; a row of two empty ones divides
+
+
+def count_parameters(module: nn.Module) -> float:
+    """Millions of parameters, fixed position tables included."""
+    return sum(p.numel() for p in module.parameters()) / 1e6
+
+
+@torch.no_grad()
+def count_flops(forward: Callable[..., object], *inputs: Tensor) -> float:
+    """Billions of multiply-adds of a forward pass: matrix products and attention."""
+    # older versions of torch do not count its fused attention on a CPU
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        forward(*inputs)
+    return counter.get_total_flops() / 2e9
+
+
+def make_images(backbone: HiViT, size: tuple[int, int]) -> Tensor:
+    """An image of zeros, on the device of the backbone."""
+    weight = backbone.patch_embed.proj.weight
+    return torch.zeros(1, backbone.in_chans, *size, device=weight.device)
+
+
+def describe_backbone(backbone: HiViT, size: tuple[int, int]) -> Rows:
+    """FLOPs of a backbone, all patches computed, and the shapes of its stages."""
+    images = make_images(backbone, size)
+    gflops = count_flops(backbone.eval().forward_features, images)
+    return [("FLOPs", f"{gflops:.2f} G multiply-adds, backbone at {size[0]}x{size[1]} px, all patches")]
+
+
+def describe_stages(backbone: HiViT, size: tuple[int, int]) -> Rows:
+    """The shapes of the stages."""
+    stages = backbone.eval().forward_intermediates(make_images(backbone, size), intermediates_only=True)
+    return describe_maps("stage", stages, backbone)
+
+
+def describe_maps(name: str, maps: Any, network: Any) -> Rows:
+    """The shapes of maps, finest first."""
+    strides = [info["reduction"] for info in network.feature_info]
+    return [(f"{name} {i}", _shape(x, strides[i - 1])) for i, x in enumerate(maps, start=1)]
+
+
+def describe_headed(model: Any, classes: int, size: tuple[int, int]) -> Rows:
+    """Of a network with a head on backbone and pyramid.
+
+    Args:
+        classes: of the head.
+        size: height and width of the images in pixels.
+    """
+    whole, trunk = count_parameters(model), count_parameters(model.backbone.backbone)
+    neck = count_parameters(model.backbone) - trunk
+    heads = f"pyramid {neck:.2f}, heads for {classes} classes {whole - trunk - neck:.2f}"
+    backbone = model.backbone.eval().to("meta")
+    images = torch.zeros(1, 3, *size, device="meta")
+    gflops = count_flops(backbone, images)
+    return [
+        ("parameters", f"{whole:.2f} M: backbone {trunk:.2f}, {heads}"),
+        ("FLOPs", f"{gflops:.2f} G multiply-adds, backbone and pyramid at {size[0]}x{size[1]} px"),
+        ("", ""),
+        *describe_maps("level", backbone(images).values(), backbone),
+    ]
+
+
+def _shape(x: Tensor, stride: int) -> str:
+    return f"{x.shape[1]} channels, {x.shape[2]}x{x.shape[3]}, stride {stride}"

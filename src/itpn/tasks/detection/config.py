@@ -1,0 +1,122 @@
+"""Settings of a detector's run."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from itpn.errors import UserError
+from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, check_fine_tuning
+from itpn.training.config import (
+    ImagesConfig,
+    RunConfig,
+    Settings,
+    check_counts,
+    check_images,
+    check_shares,
+    check_training,
+    check_types,
+)
+
+
+@dataclass
+class DetectionModelConfig(NetworkConfig):
+    """The network: torchvision's Mask R-CNN on the pre-trained pyramid."""
+
+    neck: Literal["pyramid", "fresh", "fpn"] = "pyramid"
+    """The pre-trained pyramid; one that starts from nothing, to compare with; or a feature pyramid network that does,
+    for backbones without one."""
+    masks: bool | None = None
+    """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where most objects have an outline."""
+    head_width: int = 256
+    """Channels of the heads."""
+    proposals: int = 2000
+    """Boxes that the first stage proposes while training; half as many in evaluation."""
+    samples: int = 512
+    """Proposals of an image that the second stage is trained on."""
+
+
+@dataclass
+class DetectionDataConfig(ImagesConfig):
+    """Images with boxes, classes and outlines of objects."""
+
+    root: str = "data/coco"
+    """A folder of COCO's layout (`train2017`, `val2017`, `annotations/instances_*.json`, or a folder for each set with
+    its JSON inside), of YOLO's (`data.yaml`) or of Pascal VOC's (`JPEGImages`, `Annotations`, `ImageSets/Main`); or a
+    JSON file of COCO's form."""
+    val_root: str | None = None
+    """Where the images to evaluate on are, if they are not below --data.root: a folder or a JSON file likewise."""
+    mistakes: Literal["summary", "skip", "error"] = "summary"
+    """Annotations that cannot be right are left out: with a summary of all kinds, or in a line. Or the first is an
+    error."""
+    empty_images: bool = False
+    """Train on images without objects as well; COCO's are left out as is usual."""
+    img_size: int = 800
+    """Short side of the images in evaluation, and the largest in training, in pixels."""
+    max_size: int | None = None
+    """Longest side; None for 5/3 of --data.img-size (1333 of 800)."""
+    scales: tuple[float, float] = (0.6, 1.0)
+    """Short sides in training, as shares of --data.img-size, of which there are eleven (480, 512, ... 800)."""
+    crop_prob: float = 0.5
+    """Share of the training images that are cropped before: resized to 1/2, 5/8 or 3/4 of --data.img-size, of which a
+    crop with sides of 0.48 to 0.75 is taken (384 to 600 px of 800)."""
+    large_scale_jitter: tuple[float, float] | None = None
+    """Instead of scales and crops, resize by a factor between these of a square of --data.img-size, and crop to it
+    (Ghiasi et al. 2021: 0.1 2.0, of 1024 px)."""
+    mean: tuple[float, ...] | None = None
+    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+
+    @property
+    def longest(self) -> int:
+        """Longest side of the images in pixels."""
+        return self.img_size * 5 // 3 if self.max_size is None else self.max_size
+
+
+@dataclass
+class DetectionEvaluationConfig(Settings):
+    """When the network is evaluated while it is trained, and how a file is."""
+
+    every_n_epochs: int = 1
+    """Epochs between evaluations; there is one at the end as well."""
+    batch_size: int = 1
+    """Images per process and forward pass."""
+
+
+@dataclass
+class DetectionConfig(RunConfig):
+    """Settings of a detector's run."""
+
+    task: ClassVar[str] = "detection"
+    model: DetectionModelConfig = field(default_factory=DetectionModelConfig)
+    data: DetectionDataConfig = field(default_factory=DetectionDataConfig)
+    optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)
+    evaluation: DetectionEvaluationConfig = field(default_factory=DetectionEvaluationConfig)
+
+    def check(self) -> None:
+        """Find impossible settings before anything heavy starts.
+
+        Raises:
+            UserError: the first that is found, with what to do.
+        """
+        check_types(self)
+        model, data = self.model, self.data
+        check_training(data, self.optimizer, self.trainer, self.seed, self.name)
+        check_counts(
+            {
+                "--model.head-width": model.head_width,
+                "--model.proposals": model.proposals,
+                "--model.samples": model.samples,
+                "--data.img-size": data.img_size,
+                "--data.max-size": data.max_size,
+                "--evaluation.every-n-epochs": self.evaluation.every_n_epochs,
+                "--evaluation.batch-size": self.evaluation.batch_size,
+            }
+        )
+        check_shares({"--data.crop-prob": data.crop_prob})
+        if data.longest < data.img_size:
+            raise UserError(f"--data.max-size must be at least --data.img-size {data.img_size}, not {data.max_size}")
+        for option, factors in {"scales": data.scales, "large-scale-jitter": data.large_scale_jitter}.items():
+            if factors is not None and not 0 < factors[0] <= factors[1]:
+                raise UserError(f"--data.{option} needs two factors above 0, from small to large, not {factors}")
+        check_images(data.mean or (0.0,), data.std or (1.0,), in_chans=3)
+        check_fine_tuning(model, self.optimizer)

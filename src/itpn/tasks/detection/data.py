@@ -1,0 +1,97 @@
+"""The images of a detector's run: finding, augmenting, loading."""
+
+from dataclasses import dataclass
+
+from itpn.data.annotations import find_objects
+from itpn.data.loader import TrainingLoader, collect
+from itpn.data.objects import DetectionImages, DetectionTransform
+from itpn.errors import UserError
+from itpn.system.console import print_aside
+from itpn.system.environment import is_main_process
+from itpn.tasks.data import RunData
+from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.loading import make_training_loader
+
+
+@dataclass(frozen=True)
+class DetectionData(RunData):
+    """Images with objects.
+
+    Attributes:
+        masks: whether masks are learned.
+    """
+
+    train: DetectionImages
+    val: DetectionImages | None = None
+    masks: bool = True
+
+
+def find_data(config: DetectionConfig) -> DetectionData:
+    """The images of a run.
+
+    Raises:
+        UserError: none, or masks are wanted of objects that have none.
+    """
+    data = config.data
+    tell = print_aside if is_main_process() else lambda line: None
+    train, val = find_objects(data.root, data.val_root, data.mistakes, tell, data.max_pixels)
+    train = train if data.empty_images else train.with_objects()
+    outlined, others = train.outlined
+    masks = outlined > others if config.model.masks is None else config.model.masks
+    if masks and not outlined:
+        raise UserError(f"the annotations in {data.root} have no outlines: give --model.masks False")
+    notes = []
+    if config.model.masks is None and 0 < outlined <= others:
+        notes.append(f"masks are not learned, for {others:,} of {outlined + others:,} objects have no outline")
+    if masks and others:
+        words = f"{others:,} objects without an outline"
+        if data.mistakes == "error":
+            raise UserError(f"{words} in {data.root}: --model.masks False learns boxes alone")
+        notes.append(f"{words} are left out: --model.masks False learns all boxes")
+        train, val = train.with_outlines(), None if val is None else val.with_outlines()
+        train = train if data.empty_images else train.with_objects()
+    notes += note_lost(train, config, masks)
+    if val is None or not len(val.with_objects()):
+        what = "images" if val is None else "objects"
+        notes.append(f"there are no {what} to evaluate on: give --data.val-root")
+        val = None
+    return DetectionData(train, val, tuple(notes), masks)
+
+
+def note_lost(train: DetectionImages, config: DetectionConfig, masks: bool) -> list[str]:
+    """Name the objects that are too small to be trained on at the size of the run.
+
+    Raises:
+        UserError: all are.
+    """
+    lost = make_transform(config, masks).count_lost(train)
+    if not lost:
+        return []
+    total = sum(not known["iscrowd"] for index in range(len(train)) for known in train.objects_of(index))
+    words = (
+        f"{lost:,} of {total:,} objects in {config.data.root} are under 1 pixel at --data.img-size "
+        f"{config.data.img_size}, and are not learned: raise it, or cut the images into tiles"
+    )
+    if lost == total:
+        raise UserError(words)
+    return [words]
+
+
+def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
+    data = config.data
+    return DetectionTransform(
+        data.img_size,
+        data.longest,
+        scales=data.scales,
+        crop_prob=data.crop_prob,
+        large_scale_jitter=data.large_scale_jitter,
+        hflip=data.hflip,
+        interpolation=data.interpolation,
+        masks=masks,
+    )
+
+
+def make_loader(
+    config: DetectionConfig, images: DetectionImages, masks: bool, rank: int, world_size: int
+) -> TrainingLoader:
+    return make_training_loader(config, images, make_transform(config, masks), rank, world_size, collate=collect)

@@ -1,0 +1,171 @@
+"""The network of a detector: its head, and how settings and a checkpoint make one."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from itpn.checkpoints.contents import Contents
+from itpn.checkpoints.files import Checkpoint
+from itpn.errors import UserError
+from itpn.models.build import build_pyramid
+from itpn.models.detector import Detector, FPNBackbone, MaskDetector
+from itpn.models.heads import Head
+from itpn.models.spec import NetworkSpec, Options
+from itpn.models.variants import PUBLISHED_PYRAMID, PYRAMIDS
+from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.finetuning.network import (
+    backbone_options,
+    build_network,
+    find_network,
+    keep_predictor,
+    name_classes,
+    resolve_network,
+)
+
+
+class DetectorHead(Head):
+    """torchvision's Mask R-CNN, or Faster R-CNN.
+
+    Options are arguments of :class:`itpn.models.detector.Detector`; "masks", whether it predicts them; and "fpn_width"
+    of one with a feature pyramid network of so many channels in the pyramid's place.
+    """
+
+    parts: Mapping[str, str] = {
+        "roi_heads.box_predictor.": "predictor of boxes and classes",
+        "roi_heads.mask_predictor.mask_fcn_logits.": "predictor of masks",
+        "roi_heads.mask_": "mask head",
+        "rpn.": "set of detection heads",
+        "roi_heads.": "set of detection heads",
+    }
+    joined = True
+    classes = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
+    arguments = (*inspect.signature(Detector).parameters, "masks")
+    levels = "pooled"
+    purpose = "boxes and masks"
+    recipe = "detector_small"
+
+    def build(self, spec: NetworkSpec) -> Detector:
+        options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in spec.options.items()}
+        if "num_classes" not in options:
+            raise UserError(
+                "there is no detector to build: itpn.load with task='detection', num_classes=N and strict=False starts "
+                "a fresh one; N counts the background"
+            )
+        width = options.pop("fpn_width", None)
+        kind = MaskDetector if options.pop("masks", True) else Detector
+        backbone = (
+            build_pyramid(replace(spec, pyramid=spec.pyramid or {}), self.levels)
+            if width is None
+            else FPNBackbone(width, **spec.backbone)
+        )
+        return kind(backbone, **options)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        predictor = tensors.get("roi_heads.box_predictor.cls_score.weight")
+        if predictor is None:
+            return None
+        found: dict[str, Any] = {"num_classes": len(predictor), "head_width": predictor.shape[1] // 4}
+        found["masks"] = "roi_heads.mask_predictor.mask_fcn_logits.weight" in tensors
+        neck = tensors.get("fpn.layer_blocks.0.0.weight")
+        return found if neck is None else found | {"fpn_width": len(neck)}
+
+    def complete(self, spec: NetworkSpec) -> NetworkSpec:
+        return spec.with_options(num_classes=91)
+
+    def summarize(self, spec: NetworkSpec) -> str:
+        return f"a detector of {spec.options['num_classes'] - 1} kinds of objects"
+
+    def adopt(self, preprocessing: Options) -> dict[str, Any]:
+        values = {name: tuple(preprocessing.get(name, ())) for name in ("mean", "std")}
+        return {f"image_{name}": own * (3 if len(own) == 1 else 1) for name, own in values.items() if own}
+
+    def from_architecture(self, stored: dict[str, Any]) -> dict[str, Any] | None:
+        return stored.get("detector")
+
+
+def resolve(config: DetectionConfig, found: Checkpoint | None) -> tuple[DetectionConfig, list[str]]:
+    """Settings with what they leave to the checkpoint: network, mean and std, the width of heads that it has.
+
+    Returns:
+        The settings, and what is remarkable about them, a sentence each.
+
+    Raises:
+        UserError: the checkpoint is of another network than the settings name.
+    """
+    config = resolve_network(config, found)
+    theirs = _find(config, found).heads.get(config.task)
+    width = config.model.head_width if theirs is None else theirs.get("head_width", config.model.head_width)
+    notes = []
+    if found is not None and width != config.model.head_width:
+        notes.append(f"the heads are of {width} channels, as in {found.source}")
+    return replace(config, model=replace(config.model, head_width=width)), notes
+
+
+def _find(config: DetectionConfig, found: Checkpoint | None) -> Contents:
+    model = config.model
+    side = max(1, round(config.data.img_size / (model.patch_size or 16))) * (model.patch_size or 16)
+    return find_network(model, found, (side, side))
+
+
+def build_model(
+    config: DetectionConfig, classes: tuple[str, ...], masks: bool, found: Checkpoint | None
+) -> tuple[Detector, list[str]]:
+    """Build a detector, with a checkpoint's weights where there is one.
+
+    Args:
+        config: as :func:`resolve` returns it.
+        masks: predict masks as well.
+
+    Returns:
+        The network, and what is not as in the checkpoint, a sentence each.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    model, data = config.model, config.data
+    options: dict[str, Any] = {
+        "num_classes": 1 + len(classes),
+        "masks": masks,
+        "min_size": data.img_size,
+        "max_size": data.longest,
+        "image_mean": data.mean,
+        "image_std": data.std,
+        "interpolation": data.interpolation,
+        "head_width": model.head_width,
+        "rpn_post_nms_top_n_train": model.proposals,
+        "rpn_post_nms_top_n_test": max(1, model.proposals // 2),
+        "box_batch_size_per_image": model.samples,
+    }
+    contents = _find(config, found)
+    theirs = contents.heads.get(config.task)
+    width = (contents.pyramid or PYRAMIDS.get(model.name or "", PUBLISHED_PYRAMID))["width"]
+    if model.neck == "fpn":
+        options["fpn_width"] = (theirs or {}).get("fpn_width", width)
+    spec = replace(contents.complete(config.task), options=options)
+    if model.neck == "fpn":
+        spec = replace(spec, pyramid=None)
+    spec = spec.with_backbone(**backbone_options(model))
+    kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"] - 1)
+    unwanted = (*(() if kept else DetectorHead.classes), "fpn." if model.neck == "pyramid" else "pyramid.")
+    new_tables = found is not None and bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
+    network, more = build_network(spec, found, unwanted, new_tables)
+    assert isinstance(network, Detector)
+    network.set_grad_checkpointing(model.grad_checkpointing)
+    return network, notes + more
+
+
+def build_recipe(
+    config: DetectionConfig, num_classes: int | None, found: Checkpoint | None
+) -> tuple[nn.Module, list[str]]:
+    """The network of a recipe, with classes that have no names but those of the checkpoint.
+
+    Args:
+        num_classes: None for the checkpoint's own, or COCO's 80.
+    """
+    config, _ = resolve(config, found)
+    theirs = _find(config, found).heads.get(config.task) or {"num_classes": 81, "masks": True}
+    masks = theirs["masks"] if config.model.masks is None else config.model.masks
+    return build_model(config, name_classes(found, num_classes or theirs["num_classes"] - 1), masks, found)

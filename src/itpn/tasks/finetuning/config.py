@@ -1,0 +1,76 @@
+"""What all fine-tuning has: a network that comes from a checkpoint, learning rates by layer."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from itpn.checkpoints.paths import check_file
+from itpn.errors import UserError
+from itpn.training.config import OptimizerConfig, Settings, check_amounts, check_counts, check_shares
+
+
+@dataclass
+class NetworkConfig(Settings):
+    """The network, of whichever task."""
+
+    name: str | None = None
+    """Backbone, one of the models of `itpn list`; None for that of --model.checkpoint."""
+    checkpoint: str | None = None
+    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME."""
+    scratch: bool = False
+    """Start from random weights instead."""
+    num_heads: int | None = None
+    """Attention heads, where the checkpoint cannot tell them."""
+    patch_size: int | None = None
+    """Side of a unit in pixels, divisible by 4; None for the checkpoint's, or 16."""
+    pos_embed: Literal["fixed", "learned"] = "learned"
+    """Keep the position table as it is, or train it."""
+    rel_pos_bias: bool | None = None
+    """A relative position bias in each attention block, beginning at zero where the checkpoint has none; None for the
+    checkpoint's, or the model's own."""
+    init_values: float | None = None
+    """From scratch: initial layer scale; None for no layer scale. A checkpoint's own stays."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last block; it grows from 0 block by block."""
+    grad_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
+    norms and activation functions of feed-forward layers, while results of matrix products are kept."""
+
+
+@dataclass
+class FineTuningConfig(OptimizerConfig):
+    """AdamW with learning rates that fall from the head to the first layer; linear warm-up, then a cosine or steps."""
+
+    layer_decay: float | None = None
+    """Factor of the learning rate from layer to layer, towards the input; None for the same everywhere."""
+    layer_decay_over: int | None = 13
+    """Layers that --optimizer.layer-decay is meant for: a network of L layers takes its power 13 / L at each, as the
+    official code does. None takes it as it is."""
+
+
+def check_fine_tuning(model: NetworkConfig, optimizer: FineTuningConfig) -> None:
+    """Find impossible settings among those that all fine-tuning has.
+
+    Raises:
+        UserError: the first that is found, with what to do.
+    """
+    check_counts({"--model.patch-size": model.patch_size, "--model.num-heads": model.num_heads})
+    check_amounts({"--model.init-values": model.init_values})
+    decay = optimizer.layer_decay
+    check_shares(
+        {
+            "--model.drop-path-rate": model.drop_path_rate,
+            "--optimizer.layer-decay": 1.0 if decay is None else decay,
+        }
+    )
+    if decay == 0:
+        raise UserError("--optimizer.layer-decay must be above 0")
+    if model.patch_size is not None and model.patch_size % 4:
+        raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
+    if model.checkpoint is not None:
+        check_file(model.checkpoint, "--model.checkpoint")
+        if model.scratch:
+            raise UserError("both --model.scratch and --model.checkpoint: choose one, or give --model.no-scratch")
+    elif not model.scratch:
+        raise UserError("give the weights to start from as --model.checkpoint FILE, or --model.scratch for none")
+    elif model.name is None:
+        raise UserError("--model.scratch needs a --model.name of `itpn list`")

@@ -1,0 +1,75 @@
+"""What all fine-tuning tasks share: classes that stay, learning rates by layer."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from itpn.checkpoints.files import named_tensors
+from itpn.checkpoints.io import write_safetensors
+from itpn.data.normalize import Normalize
+from itpn.errors import UserError
+from itpn.models.hivit import HiViT, find_backbone
+from itpn.tasks.finetuning.config import FineTuningConfig
+from itpn.training.config import RunConfig
+from itpn.training.module import MakeLoader, TrainingTask
+
+
+class FineTuningTask(TrainingTask):
+    """Trains a network to name things.
+
+    Args:
+        classes: names of the model's classes.
+        recipe, make_loader: as of :class:`TrainingTask`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: RunConfig,
+        recipe: str,
+        classes: tuple[str, ...],
+        normalize: Normalize,
+        make_loader: MakeLoader | None,
+    ) -> None:
+        super().__init__(model, config, recipe, normalize, make_loader)
+        self.classes = classes
+
+    def save(self, path: Path, metrics: Mapping[str, float | None]) -> dict[str, str]:
+        write_safetensors(path, named_tensors(self.model), {"recipe": self.recipe, **self.describe()})
+        return {"saved": "weights"}
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        settings: FineTuningConfig = self.config.optimizer
+        model: Any = self.model
+        spared = model.no_weight_decay()
+        if settings.layer_decay is None:
+            return param_groups_weight_decay(model, settings.weight_decay, no_weight_decay_list=spared)
+        decay = decay_per_layer(find_backbone(model), settings.layer_decay, settings.layer_decay_over)
+        return param_groups_layer_decay(model, settings.weight_decay, no_weight_decay_list=spared, layer_decay=decay)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            UserError: as of :class:`TrainingTask`; or the data hold other classes now.
+        """
+        super().on_load_checkpoint(checkpoint)
+        before = checkpoint["itpn"]["classes"]
+        if before != list(self.classes):
+            different = sorted(set(before) ^ set(self.classes)) or ["their order"]
+            raise UserError(
+                f"the run has {len(before)} classes and the images have {len(self.classes)}, and they differ in "
+                f"{', '.join(different[:3])}: choose another --name"
+            )
+
+
+def decay_per_layer(backbone: HiViT, decay: float, over: int | None) -> float:
+    """Factor of the learning rate from one layer to the one before it.
+
+    The official fine-tuning means its decay for 13 layers, and takes the 13/L-th power of it in a network of L, the
+    number of blocks and one for the head; merges belong to the block before.
+    """
+    return decay if over is None else decay ** (over / (sum(backbone.depths) + 1))

@@ -1,0 +1,141 @@
+"""A network to be fine-tuned: what the settings leave to the checkpoint, and which weights are taken from it."""
+
+import dataclasses
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from itpn.checkpoints.contents import Contents, read_contents
+from itpn.checkpoints.files import Checkpoint, named_tensors
+from itpn.checkpoints.load import build_checked, check_finite
+from itpn.checkpoints.match import match
+from itpn.errors import UserError
+from itpn.models.spec import NetworkSpec, find_variant, same_sizes
+from itpn.models.variants import BACKBONES
+from itpn.tasks.finetuning.config import NetworkConfig
+
+NO_NETWORK = (
+    "this recipe takes its network from a checkpoint: give one, as --model.checkpoint of `itpn train`, --checkpoint of "
+    "`itpn info` or pretrained= of itpn.get_model"
+)
+AnyConfig = TypeVar("AnyConfig", bound=Any)
+
+
+def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int = 3) -> AnyConfig:
+    """Settings with the checkpoint's network, patch size, mean and std, where they leave them open.
+
+    Args:
+        channels: of the images.
+
+    Raises:
+        UserError: there is no network at all, or the checkpoint is of another one than the settings name.
+    """
+    model, data = config.model, config.data
+    preprocessing: dict[str, Any] = {}
+    name, patch_size = model.name, model.patch_size
+    if found is not None:
+        own = read_contents(found, model.num_heads).backbone
+        variant = find_variant(own)
+        if name is not None and not same_sizes(BACKBONES.get(name, {}), own):
+            sizes = f"{own['embed_dim']} channels and {'+'.join(map(str, own['depths']))} blocks"
+            hint = f": give --model.name {variant}" if variant else ", which no model of `itpn list` has: leave it out"
+            raise UserError(f"checkpoint {found.source} holds a network of {sizes}, not {name}{hint}")
+        if patch_size not in (None, own["patch_size"]):
+            raise UserError(
+                f"checkpoint {found.source} has patches of {own['patch_size']} px, not {patch_size}: leave out "
+                "--model.patch-size"
+            )
+        name, patch_size = name or variant, own["patch_size"]
+        preprocessing = found.preprocessing
+    elif name is None:
+        raise UserError(NO_NETWORK)
+    elif name not in BACKBONES:
+        raise UserError(f"no model {name!r}; models are {', '.join(BACKBONES)}")
+    values = {}
+    for what, usual in {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}.items():
+        stored = tuple(preprocessing.get(what, ()))
+        grey = (sum(usual) / 3,)
+        default = stored if len(stored) in (1, channels) else usual if channels == 3 else grey
+        values[what] = default if getattr(data, what) is None else getattr(data, what)
+    model = replace(model, name=name, patch_size=patch_size or 16)
+    return replace(config, model=model, data=replace(data, **values))
+
+
+def find_network(model: NetworkConfig, found: Checkpoint | None, img_size: tuple[int, int]) -> Contents:
+    """The checkpoint's networks, or the model that the settings name, for images of a size in pixels."""
+    if found is not None:
+        return read_contents(found, model.num_heads)
+    assert model.name is not None
+    assert model.patch_size is not None
+    own = {**BACKBONES[model.name], "img_size": img_size, "patch_size": model.patch_size}
+    return Contents({**own, "init_values": model.init_values}, None)
+
+
+def backbone_options(model: NetworkConfig) -> dict[str, Any]:
+    """Arguments of a backbone that settings ask for."""
+    options: dict[str, Any] = {"pos_embed": model.pos_embed, "drop_path_rate": model.drop_path_rate}
+    return options | ({} if model.rel_pos_bias is None else {"rel_pos_bias": model.rel_pos_bias})
+
+
+def build_network(
+    spec: NetworkSpec, found: Checkpoint | None, unwanted: tuple[str, ...], new_tables: bool
+) -> tuple[nn.Module, list[str]]:
+    """Build a network, with a checkpoint's weights where there is one.
+
+    Args:
+        unwanted: beginnings of names of the file's tensors that are left out.
+        new_tables: the network has relative positions, which the file has not: they begin at zero.
+
+    Returns:
+        The network, and what is not as in the checkpoint, a sentence each.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    network = build_checked(spec)
+    if found is None:
+        return network, []
+    tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(unwanted)}
+    return network, _start_from(network, found, tensors, new_tables)
+
+
+def _start_from(network: nn.Module, found: Checkpoint, tensors: dict[str, Tensor], new_tables: bool) -> list[str]:
+    if new_tables:
+        # tables of zeros change nothing, and are then learned
+        own = named_tensors(network)
+        tensors = tensors | {n: t for n, t in own.items() if n.endswith("relative_position_bias_table")}
+    state, findings = match(dataclasses.replace(found, tensors=tensors), network)
+    if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
+        raise UserError(f"checkpoint {found.source} cannot be fine-tuned: it {'; it '.join(problems)}")
+    check_finite(found)
+    network.load_state_dict(state, strict=False)
+    unwanted = set(found.tensors) - set(tensors)  # which is reported already
+    missing = [f for f in findings if f.kind == "random" and not set(f.names) & unwanted]
+    notes = [f"{found.source} {f.text}: it starts fresh" for f in missing]
+    return notes + [f"{found.source} {f.text}" for f in findings if f.kind == "converted"]
+
+
+def keep_predictor(found: Checkpoint | None, ours: tuple[str, ...], theirs: int | None) -> tuple[bool, list[str]]:
+    """Whether a checkpoint's own predictor is kept, and what to say if not.
+
+    It is if it has the same classes, or as many without names.
+
+    Args:
+        theirs: number of its classes; None for a file without a predictor.
+    """
+    if found is None or theirs is None:
+        return False, []
+    names = found.metadata.get("classes")
+    if theirs == len(ours) and (names is None or tuple(names) == ours):
+        return True, []
+    some = "" if names is None else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    kinds = f"{theirs} class{'es' * (theirs != 1)}{some}"
+    return False, [f"{found.source} names {kinds}, and the images have others: what names them starts fresh"]
+
+
+def name_classes(found: Checkpoint | None, count: int) -> tuple[str, ...]:
+    """The names that a checkpoint has for so many classes, or else numbers."""
+    names = [] if found is None else found.metadata.get("classes") or []
+    return tuple(names if len(names) == count else map(str, range(count)))

@@ -1,0 +1,163 @@
+"""`itpn cache-features`: a recipe's teacher, run once over the images, into shards to train from."""
+
+import dataclasses
+import hashlib
+import itertools
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, write_shard
+from itpn.data.files import CACHE_INDEX, ImageSource
+from itpn.data.folders import check_settings
+from itpn.data.loader import SkippedImages, TrainingLoader
+from itpn.errors import MachineError, RunStopped, UserError
+from itpn.system.console import Output, print_aside, tell_remarks
+from itpn.system.writing import writing_to
+from itpn.tasks.pretraining.config import PretrainingConfig
+from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, tell_what_is_left_out
+from itpn.teachers.timm_teacher import FeatureTeacher
+from itpn.training.config import image_size, to_dict
+from itpn.training.launch import choose_precision
+
+SHARD_SIZE = 512
+# what decides which crop of which image is where
+CROP_SETTINGS = (
+    "crop_scale",
+    "crop_ratio",
+    "interpolation",
+    "hflip",
+    "color_jitter",
+    "max_pixels",
+    "shuffle_buffer",
+    "samples_per_epoch",
+)
+AT_A_TIME = 64  # each image of a loader's process holds a file open until it is copied
+
+
+def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, views: int, half: bool) -> None:
+    """Write crops and the teacher's features of ``views`` epochs; what is there already is kept.
+
+    The crops are those that training with the same settings and seed would draw in its first epochs.
+
+    Raises:
+        UserError: no teacher to run, the folder cannot be written or holds features of other settings.
+    """
+    console = Output()
+    if config.teacher.name in (None, "ema"):
+        raise UserError("only features of an outside teacher can be cached: give --teacher.name, a model of timm")
+    if views < 1:
+        raise UserError(f"--views must be at least 1, not {views}")
+    tell_what_is_left_out(source)
+    teacher = make_frozen_teacher(config)
+    assert teacher is not None
+    # one image a batch, so that none is left over at an epoch's end; of tar shards, one worker reads all
+    workers = min(1, config.data.num_workers) if source.shards else config.data.num_workers
+    one = replace(config.data, batch_size=1, num_workers=workers, decode="workers")
+    loader = make_loader(replace(config, data=one), source, 0, 1, teacher.img_size)
+    settings = {key: value for key, value in to_dict(config)["data"].items() if key in CROP_SETTINGS}
+    names = "\n".join(os.path.abspath(path) for path in source.images or source.shards)
+    index = CacheIndex(
+        teacher=teacher.name,
+        checkpoint=config.teacher.checkpoint,
+        width=teacher.width,
+        img_size=image_size(config.data),
+        patch_size=config.model.patch_size,
+        images=loader.images,
+        views=views,
+        shard_size=SHARD_SIZE,
+        settings={
+            **settings,
+            **({"members": list(source.members)} if source.members else {}),
+            "seed": config.seed,
+            "half": half,
+            "files": hashlib.sha256(os.fsencode(names)).hexdigest(),
+        },
+    )
+    _open_folder(out, index)
+    cuda = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu")
+    teacher.to("cuda" if cuda else "cpu")
+    skipped = SkippedImages(len(source.images) or None, config.data.max_broken)
+    precision = choose_precision(config.trainer.precision, cuda)
+    numbers = [n for n in range(index.shards) if not shard_path(out, n).exists()]
+    if len(numbers) < index.shards:
+        console.print(f"{index.shards - len(numbers)} of {index.shards} shards are there already", highlight=False)
+    try:
+        for number in track(numbers, "features", console=console, disable=not console.is_terminal):
+            _write_shard(out, index, number, loader, teacher, precision, skipped)
+    except RunStopped as stop:
+        print_aside(f"stopped with {_count(out, index)} of {index.shards} shards done; the same command resumes")
+        stop.told = True
+        raise
+    except MachineError as error:
+        done = f"{_count(out, index)} of {index.shards} shards are done, the same command resumes"
+        raise MachineError(f"{error} ({done})") from error
+    finally:
+        loader.close()
+    with writing_to(out):
+        write_index(out, replace(index, complete=True))
+    gigabytes = sum(path.stat().st_size for path in out.glob("features-*")) / 1e9
+    console.print(
+        f"{index.samples:,} crops ({views} of each image) with features of {teacher.name}, {gigabytes:.3g} GB; "
+        f"train from them with --data.root {out}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _write_shard(
+    out: Path,
+    index: CacheIndex,
+    number: int,
+    loader: TrainingLoader,
+    teacher: FeatureTeacher,
+    precision: str,
+    skipped: SkippedImages,
+) -> None:
+    """The crops of a shard and their features; the loader is moved there, if it is not there already."""
+    begin = number * index.shard_size
+    end = min(begin + index.shard_size, index.samples)
+    epoch, batch = divmod(begin, len(loader))
+    if loader.state_dict() != {"epoch": epoch, "batch": batch}:
+        loader.load_state_dict({"epoch": epoch, "batch": batch})
+    samples = itertools.islice(itertools.chain.from_iterable(itertools.repeat(loader)), end - begin)
+    dtype = torch.float16 if index.settings["half"] else torch.float32
+    images, features, keys = [], [], []
+    for views in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):
+        for message in skipped.update(item for sample in views for item in sample["broken"]):
+            print_aside(f"skipped {message}", Output())
+        for sample in views:
+            tell_remarks(sample["remarks"], Output())
+        view = "teacher_image" if "teacher_image" in views[0] else "image"
+        shown = torch.cat([sample[view] for sample in views])
+        features.append(_run(teacher, shown, precision).to(dtype).cpu())
+        images.append(torch.cat([sample["image"] for sample in views]))
+        keys += [key for sample in views for key in sample["key"]]
+    with writing_to(out):
+        write_shard(shard_path(out, number), torch.cat(images), torch.cat(features), keys)
+    skipped.check(min(end, loader.images), epoch_ended=end >= loader.images)
+
+
+def _count(out: Path, index: CacheIndex) -> int:
+    """Shards that are there."""
+    return sum(shard_path(out, number).exists() for number in range(index.shards))
+
+
+def _open_folder(out: Path, index: CacheIndex) -> None:
+    with writing_to(out):
+        out.mkdir(parents=True, exist_ok=True)
+        if (out / CACHE_INDEX).exists():
+            before, now = ({**dataclasses.asdict(i), **i.settings} for i in (read_index(out), index))
+            check_settings(out, before, {k: v for k, v in now.items() if k not in ("complete", "settings")}, "features")
+        write_index(out, index)
+
+
+def _run(teacher: FeatureTeacher, images: Tensor, precision: str) -> Tensor:
+    device = teacher.mean.device
+    dtype = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(precision)
+    with torch.autocast(device.type, dtype, enabled=dtype is not None):
+        return teacher(images.to(device)).float()

@@ -1,0 +1,303 @@
+"""Settings of a pre-training run."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from itpn.checkpoints.paths import check_file
+from itpn.errors import UserError
+from itpn.training.config import (
+    CropsConfig,
+    OptimizerConfig,
+    RunConfig,
+    Settings,
+    check_amounts,
+    check_counts,
+    check_crops,
+    check_images,
+    check_shares,
+    check_size,
+    check_training,
+    check_types,
+    image_size,
+)
+
+
+@dataclass
+class PretrainingModelConfig(Settings):
+    """The network and its masked objective."""
+
+    name: str = "itpn_base"
+    """Backbone, one of the models of `itpn list`."""
+    checkpoint: str | None = None
+    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME; what it lacks starts
+    fresh and is said."""
+    patch_size: int = 16
+    """Side of a unit in pixels, divisible by 4."""
+    in_chans: int = 3
+    """Channels of the images: 3 for colour, 1 for grey."""
+    pos_embed: Literal["fixed", "learned"] = "fixed"
+    """Keep the sine-cosine position table of the backbone, or train it."""
+    rel_pos_bias: bool | None = None
+    """A relative position bias in each attention block; None for the model's own."""
+    weight_init: Literal["xavier", "trunc_normal"] = "xavier"
+    """Initial weights: Xavier uniform, or normal of deviation 0.02 with smaller ones in deep blocks."""
+    mask: Literal["random", "block"] = "random"
+    """Hide units one by one, or in rectangular blocks."""
+    mask_ratio: float = 0.75
+    """Share of units hidden in each image."""
+    hidden_units: Literal["dropped", "mask_token"] = "dropped"
+    """Leave hidden units out of the backbone, or compute all with a mask token in their place from stage 3 on."""
+    hidden_laterals: bool = False
+    """With mask tokens: let stages 1 and 2 of hidden units, which see them, into the pyramid (published for CLIP)."""
+    pixel_weight: float = 1.0
+    """Weight of the loss on hidden pixels; 0 leaves it out, as with every weight."""
+    feature_weight: float = 0.0
+    """Weight of the loss on the teacher's features, predicted from all pyramid levels together."""
+    auxiliary_weight: float = 0.0
+    """Weight of the same loss on a second head after three quarters of stage 3."""
+    pyramid_weights: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Weights of masked feature modelling, a head of its own for each pyramid level, finest first."""
+    feature_loss: Literal["smooth_l1", "cosine", "cross_entropy"] = "smooth_l1"
+    """Measure of the error in features; cross_entropy repeats a published setting and is not recommended."""
+    feature_units: Literal["all", "hidden"] = "hidden"
+    """Units whose features are compared."""
+    normalize_target: bool = True
+    """Predict pixels normalised by the mean and deviation of their unit."""
+    drop_path_rate: float = 0.0
+    """Stochastic depth of the last backbone block; it grows from 0 block by block."""
+    init_values: float | None = None
+    """Initial layer scale of the backbone; None for no layer scale."""
+    migrate_ratio: float = 0.0
+    """Share of the units that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
+    migrate_from: int | None = None
+    """First block that they skip, counted from 0; None for the middle of stage 3."""
+    gather_window: int = 0
+    """Units of a side of the windows that attention stays in, with gathering tokens between them; 0 for global
+    attention, which is also what there is where hidden units are dropped."""
+    gather_side: int = 1
+    """Gathering tokens of a window's side; a divisor of --model.gather-window."""
+    pyramid_width: int | None = None
+    """Channels of the pyramid; None for the model's own."""
+    pyramid_depth: int | None = None
+    """Blocks per pyramid level; None for the model's own."""
+    decoder_width: int = 512
+    """Channels of the decoder, divisible by 16 and by its heads."""
+    decoder_depth: int = 6
+    """Transformer blocks of the decoder."""
+    decoder_heads: int = 16
+    """Attention heads of the decoder."""
+    pyramid_head_width: int = 256
+    """Channels of the heads of single pyramid levels, divisible by 64."""
+    pyramid_head_depth: int = 1
+    """Transformer blocks of the heads of single pyramid levels."""
+    grad_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
+    norms and activation functions of feed-forward layers, while results of matrix products are kept."""
+
+
+@dataclass
+class TeacherConfig(Settings):
+    """Whose features are predicted."""
+
+    name: str | None = None
+    """A timm model, e.g. vit_base_patch16_clip_quickgelu_224.openai; `clip` for a CLIP tower of whatever size in
+    --teacher.checkpoint; `ema` for a moving average of the network itself; None for no teacher."""
+    checkpoint: str | None = None
+    """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
+    width: int | None = None
+    """Numbers of a unit's feature: read from the teacher, and kept for when it is not there."""
+    normalize: bool = True
+    """Normalise each feature by its own mean and deviation."""
+    momentum: float = 0.996
+    """ema: share of the average that is kept at each step, less in the first thousands."""
+    momentum_end: float = 1.0
+    """ema: the same at the end of the run, reached by half a cosine."""
+    min_std: float = 0.05
+    """Warn of a collapse when the deviation of the targets over a batch is smaller."""
+
+
+@dataclass
+class PretrainingDataConfig(CropsConfig):
+    """The images."""
+
+    root: tuple[str, ...] = ("data/imagenet",)
+    """Folders of images of any depth, or tar shards, or several of either; of folders that are divided into `train`,
+    `val` and the like, the training part alone."""
+    members: tuple[str, ...] = ()
+    """Tar shards: endings of the images to read, as `jpg` or `rgb.png`, or `all`; by default the plain one of each
+    sample (`x.jpg`), not what describes it (`x.seg.png`)."""
+    img_size: int | tuple[int, int] = 224
+    """Pixels of a side, or height and width."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean subtracted from each channel, of pixels in [0, 1]."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Deviation that each channel is divided by."""
+    decode: Literal["workers", "gpu"] = "workers"
+    """Where JPEGs are decoded, cropped and augmented: in the workers, or on the GPU by nvJPEG, for machines with few
+    cores for each GPU."""
+    shuffle_buffer: int = 1000
+    """Tar shards: images held back per worker for shuffling."""
+    samples_per_epoch: int | None = None
+    """Tar shards: images in an epoch; None counts them once at the start."""
+
+
+@dataclass
+class ProbeConfig(Settings):
+    """How good the features are so far: asked of labelled images while the run goes on."""
+
+    root: str | None = None
+    """Labelled images as of a classifier's run, with a train and a val set; None for no probe."""
+    every_n_epochs: int = 10
+    """Epochs between probes; there is one at the end as well."""
+    max_images: int = 5000
+    """Images of either set that are looked at, evenly from all classes; at least one of each."""
+
+
+@dataclass
+class PretrainingConfig(RunConfig):
+    """Settings of a pre-training run."""
+
+    task: ClassVar[str] = "pretraining"
+    visualizations: ClassVar[str] = "reconstructions"
+    free: ClassVar[Mapping[str, frozenset[str]]] = {
+        **RunConfig.free,
+        "teacher": frozenset({"checkpoint", "min_std"}),
+        "probe": frozenset({"root", "every_n_epochs", "max_images"}),
+    }
+    model: PretrainingModelConfig = field(default_factory=PretrainingModelConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: PretrainingDataConfig = field(default_factory=PretrainingDataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+
+    @property
+    def evaluation_interval(self) -> int:
+        return self.probe.every_n_epochs
+
+    def sharding_problem(self) -> str | None:
+        if self.teacher.name == "ema":
+            return "keeps no EMA: choose another --teacher.name"
+        return "cannot probe: leave out --probe.root" if self.probe.root is not None else None
+
+    def check(self) -> None:
+        """Find impossible settings before anything heavy starts.
+
+        Raises:
+            UserError: the first that is found, with what to do.
+        """
+        check_types(self)
+        check_model(self.model, self.teacher)
+        model, data = self.model, self.data
+        check_training(data, self.optimizer, self.trainer, self.seed, self.name)
+        check_crops(data)
+        check_counts(
+            {
+                "--trainer.max-epochs": self.trainer.max_epochs,
+                "--data.shuffle-buffer": data.shuffle_buffer,
+                "--data.samples-per-epoch": data.samples_per_epoch,
+                "--model.patch-size": model.patch_size,
+                "--model.pyramid-width": model.pyramid_width,
+                "--model.decoder-width": model.decoder_width,
+                "--model.decoder-heads": model.decoder_heads,
+                "--teacher.width": self.teacher.width,
+                "--probe.every-n-epochs": self.probe.every_n_epochs,
+                "--probe.max-images": self.probe.max_images,
+            }
+        )
+        check_amounts(
+            {
+                "--model.pyramid-depth": model.pyramid_depth,
+                "--model.decoder-depth": model.decoder_depth,
+                "--model.init-values": model.init_values,
+                "--model.pyramid-head-depth": model.pyramid_head_depth,
+                "--model.pixel-weight": model.pixel_weight,
+                "--model.feature-weight": model.feature_weight,
+                "--model.auxiliary-weight": model.auxiliary_weight,
+                "--model.pyramid-weights": min(model.pyramid_weights),
+                "--teacher.min-std": self.teacher.min_std,
+            }
+        )
+        check_shares({"--model.drop-path-rate": model.drop_path_rate})
+        if model.patch_size % 4:
+            raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
+        check_images(data.mean, data.std, model.in_chans)
+        height, width = image_size(data)
+        check_size((height, width), model.patch_size)
+        units = (height // model.patch_size) * (width // model.patch_size)
+        if not 0 < int(units * (1 - model.mask_ratio)) < units:
+            raise UserError(
+                f"--model.mask-ratio {model.mask_ratio} leaves no visible or no hidden unit of the {units} of an "
+                "image; choose one between 0 and 1, a larger --data.img-size or a smaller --model.patch-size"
+            )
+        if model.decoder_width % 16 or (model.decoder_depth and model.decoder_width % model.decoder_heads):
+            raise UserError(
+                f"--model.decoder-width must be divisible by 16 and by --model.decoder-heads {model.decoder_heads}, "
+                f"not {model.decoder_width}"
+            )
+        if model.checkpoint is not None:
+            check_file(model.checkpoint, "--model.checkpoint")
+
+
+def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
+    """Find settings that no network can be built from, or that would train only a part of it.
+
+    Raises:
+        UserError: the first that is found, with what to do.
+    """
+    check_types(model, "model.")
+    check_types(teacher, "teacher.")
+    if not 0 <= model.migrate_ratio < 1:
+        raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
+    if model.migrate_from is not None and model.migrate_from < 0:
+        raise UserError(f"--model.migrate-from must be at least 0, not {model.migrate_from}")
+    if model.gather_window < 0:
+        raise UserError(f"--model.gather-window must be at least 0, not {model.gather_window}")
+    if model.gather_side < 1 or model.gather_window % model.gather_side:
+        raise UserError(
+            f"--model.gather-side must divide --model.gather-window {model.gather_window}, not {model.gather_side}"
+        )
+    if model.migrate_from is not None and not model.migrate_ratio:
+        raise UserError("--model.migrate-from has no effect without --model.migrate-ratio")
+    if model.pyramid_head_width < 1 or model.pyramid_head_width % 64:
+        raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")
+    features = any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights])
+    if not features and not model.pixel_weight:
+        raise UserError("nothing is predicted: set --model.pixel-weight, --model.feature-weight or another above 0")
+    if not (model.pixel_weight or model.feature_weight or all(model.pyramid_weights)):
+        raise UserError(
+            "a part of the network would stay untrained: set --model.pixel-weight, --model.feature-weight or all three "
+            "of --model.pyramid-weights above 0"
+        )
+    if features and teacher.name is None:
+        raise UserError("a loss on features needs a teacher: give --teacher.name, `ema` or a model of timm")
+    if teacher.name is not None and not features:
+        raise UserError(
+            f"teacher {teacher.name} has nothing to do: set --model.feature-weight or --model.pyramid-weights above 0"
+        )
+    if model.hidden_units == "dropped":
+        if model.hidden_laterals:
+            raise UserError("--model.hidden-laterals needs --model.hidden-units mask_token")
+        if (model.pixel_weight or model.feature_weight) and not model.decoder_depth:
+            raise UserError(
+                "--model.decoder-depth 0 leaves dropped units without a view of the others; give it a block or more, "
+                "or --model.hidden-units mask_token"
+            )
+        if any(model.pyramid_weights) and not model.pyramid_head_depth:
+            raise UserError(
+                "--model.pyramid-head-depth 0 leaves dropped units without a view of the others; give it a block or "
+                "more, or --model.hidden-units mask_token"
+            )
+    elif model.hidden_laterals and model.pixel_weight:
+        raise UserError("--model.hidden-laterals shows the pixels that --model.pixel-weight has predicted: use one")
+    if teacher.checkpoint is not None:
+        if teacher.name == "ema":
+            raise UserError("--teacher.checkpoint has no meaning for the teacher `ema`, an average of the network")
+        if not Path(teacher.checkpoint).is_file():
+            raise UserError(f"--teacher.checkpoint {teacher.checkpoint} does not exist")
+    if not 0 <= teacher.momentum <= teacher.momentum_end <= 1:
+        raise UserError(
+            f"--teacher.momentum {teacher.momentum} and --teacher.momentum-end {teacher.momentum_end} must lie between "
+            "0 and 1, in this order"
+        )

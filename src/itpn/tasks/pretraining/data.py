@@ -1,0 +1,167 @@
+"""The images of a pre-training run, the teacher that sees them too, and the labelled images of its probe."""
+
+import functools
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from itpn.data.augment import PretrainingTransform, center_crop
+from itpn.data.cache import FeatureCache, read_index
+from itpn.data.files import ImageSource, find_training_images
+from itpn.data.gpu_decoding import DeferredTransform, check_nvjpeg, collate_deferred
+from itpn.data.labelled import LabelledImages, draw_share, find_labelled
+from itpn.data.loader import TrainingLoader, stack
+from itpn.data.shards import check_shards
+from itpn.errors import UserError
+from itpn.system.console import print_aside
+from itpn.system.environment import is_main_process
+from itpn.tasks.data import RunData
+from itpn.tasks.loading import make_training_loader
+from itpn.tasks.prediction import decode_images
+from itpn.tasks.pretraining.config import PretrainingConfig
+from itpn.teachers.timm_teacher import FeatureTeacher, build_teacher
+from itpn.training.config import image_size
+from itpn.training.launch import choose_devices, read_launch
+
+SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class PretrainingData(RunData):
+    """Images without labels.
+
+    Attributes:
+        train: files, shards or cached crops with features.
+        val: labelled images of the probe, to learn from and to be tested on; None without a probe.
+        teacher: a frozen network that gives targets; None for none, the EMA of the network itself, or cached features.
+    """
+
+    train: ImageSource
+    val: tuple[LabelledImages, LabelledImages] | None = None
+    teacher: FeatureTeacher | None = None
+
+    @property
+    def count(self) -> int | None:
+        return len(self.train.images) or None
+
+
+def find_data(config: PretrainingConfig, source: ImageSource | None = None) -> PretrainingData:
+    """What a run trains on.
+
+    Args:
+        source: the images, where they have been looked for already.
+
+    Raises:
+        UserError: no images, features of other settings, no weights of the teacher, no GPU that decodes.
+    """
+    images = source or find_training_images(config.data.root, config.data.members)
+    tell_what_is_left_out(images)
+    if config.data.decode == "gpu":
+        if images.cache or not choose_devices(config.trainer, read_launch()).cuda:
+            what = "is not for cached features" if images.cache else "needs a GPU, and none is used here"
+            raise UserError(f"--data.decode gpu {what}: leave it out")
+        check_nvjpeg()
+    if images.cache:
+        check_cache(config, images.cache)
+    teacher = None if images.cache else make_frozen_teacher(config)
+    return PretrainingData(images, find_probe_sets(config), (), teacher)
+
+
+def tell_what_is_left_out(source: ImageSource) -> None:
+    """Say once which images, of those that were looked for, are not read."""
+    notes = list(source.notes)
+    if source.shards:
+        notes += check_shards(source.shards, source.members)
+    if is_main_process():
+        for note in notes:
+            print_aside(note)
+
+
+def find_probe_sets(config: PretrainingConfig) -> tuple[LabelledImages, LabelledImages] | None:
+    """Labelled images to learn from and to be asked about, evenly from those of the probe's root."""
+    if config.probe.root is None:
+        return None
+    train, val = find_labelled((config.probe.root,), val_share=0.2, seed=config.seed)
+    assert val is not None
+    count = config.probe.max_images
+    first, second = (draw_share(images, min(1.0, count / len(images)), config.seed) for images in (train, val))
+    return train.take(first), val.take(second)
+
+
+def make_frozen_teacher(config: PretrainingConfig) -> FeatureTeacher | None:
+    """The outside teacher that a run needs, if any, with its weights.
+
+    Raises:
+        UserError: its weights cannot be had, or its units cannot match the student's.
+    """
+    name = config.teacher.name
+    if name is None or name == "ema":
+        return None
+    rows, cols = (side // config.model.patch_size for side in image_size(config.data))
+    teacher = build_teacher(name, config.teacher.checkpoint, (rows, cols))
+    if config.teacher.width not in (None, teacher.width):
+        raise UserError(f"--teacher.width is {config.teacher.width}, but {name} has {teacher.width}: leave it out")
+    return teacher
+
+
+def check_cache(config: PretrainingConfig, folder: str) -> None:
+    """Refuse cached crops and features that are not what the settings ask for."""
+    index = read_index(folder)
+    asked = {"--data.img-size": image_size(config.data), "--model.patch-size": config.model.patch_size}
+    held = {"--data.img-size": index.img_size, "--model.patch-size": index.patch_size}
+    if config.teacher.name not in (None, "ema"):
+        # not the file of its weights, which need not be there any more
+        asked["--teacher.name"], held["--teacher.name"] = config.teacher.name, index.teacher
+    for option, value in asked.items():
+        if value != held[option]:
+            raise UserError(f"{folder} holds features for {option} {held[option]}, not {value}")
+
+
+def make_loader(
+    config: PretrainingConfig,
+    source: ImageSource,
+    rank: int,
+    world_size: int,
+    teacher_size: tuple[int, int] | None = None,
+) -> TrainingLoader:
+    """Args as of :class:`TrainingLoader`; ``teacher_size`` is that of a second view, in pixels."""
+    data = config.data
+    transform = PretrainingTransform(
+        image_size(data),
+        scale=data.crop_scale,
+        ratio=data.crop_ratio,
+        interpolation=data.interpolation,
+        hflip=data.hflip,
+        color_jitter=data.color_jitter,
+        teacher_size=teacher_size,
+    )
+    on_gpu = data.decode == "gpu"
+    return make_training_loader(
+        config,
+        source,
+        DeferredTransform(transform) if on_gpu else transform,
+        rank,
+        world_size,
+        collate=collate_deferred if on_gpu else stack,
+        shuffle_buffer=data.shuffle_buffer,
+        samples_per_epoch=data.samples_per_epoch,
+    )
+
+
+def read_samples(source: ImageSource, config: PretrainingConfig) -> Tensor:
+    """The images of the pictures: readable ones from all over the data, uint8 [n, 3, H, W]."""
+    if source.cache:
+        return FeatureCache(source.cache).first(SAMPLES)
+    if source.images:
+        stride = max(1, len(source.images) // SAMPLES)
+        source = ImageSource(images=source.images[::stride] + source.images)
+    reasons: list[str] = []
+    crop = functools.partial(center_crop, img_size=image_size(config.data))
+    images = decode_images(source, crop, config.data.max_pixels, reasons.append)
+    chosen = [image for _, image in itertools.islice(images, SAMPLES)]
+    if not chosen:
+        first = f"; the first is {reasons[0]}" if reasons else ""
+        raise UserError(f"none of the images in {', '.join(config.data.root)} can be read{first}")
+    return torch.stack(chosen)

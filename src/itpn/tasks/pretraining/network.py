@@ -1,0 +1,257 @@
+"""The masked model of a pre-training run: from settings to its spec, and its head."""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from itpn.checkpoints.contents import Contents, count_blocks
+from itpn.checkpoints.files import Checkpoint
+from itpn.errors import UserError
+from itpn.masked.decoder import AuxiliaryHead, Decoder
+from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
+from itpn.models.build import build, build_backbone
+from itpn.models.heads import Head
+from itpn.models.pyramid import FeaturePyramid
+from itpn.models.spec import NetworkSpec, Options
+from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
+from itpn.tasks.pretraining.config import (
+    PretrainingConfig,
+    PretrainingModelConfig,
+    TeacherConfig,
+    check_model,
+)
+from itpn.tasks.pretraining.start import describe_options, load_weights
+from itpn.training.config import from_dict, image_size, override_model
+
+TASK = PretrainingConfig.task
+
+
+def make_spec(
+    config: PretrainingModelConfig, img_size: tuple[int, int], teacher: TeacherConfig | None = None
+) -> NetworkSpec:
+    """The network of some settings.
+
+    Args:
+        img_size: height and width in pixels of the images that the position tables are made for.
+        teacher: whose features are predicted, needed for their width alone.
+
+    Raises:
+        UserError: no backbone or teacher of that name, or settings that do not fit one another.
+    """
+    teacher = teacher or TeacherConfig()
+    check_model(config, teacher)
+    if config.name not in BACKBONES:
+        raise UserError(f"no model {config.name!r}; models are {', '.join(BACKBONES)}")
+    variant = BACKBONES[config.name]
+    options: dict[str, Any] = {} if config.rel_pos_bias is None else {"rel_pos_bias": config.rel_pos_bias}
+    if config.gather_window and {**variant, **options}.get("rel_pos_bias"):
+        raise UserError("--model.gather-window needs --model.rel-pos-bias False: gathering tokens have no position")
+    last = variant["depths"][2] - 1
+    if config.migrate_from is not None and config.migrate_from > last:
+        raise UserError(f"--model.migrate-from {config.migrate_from} is past the last block of {config.name}, {last}")
+    same = (
+        *("patch_size", "in_chans", "pos_embed", "init_values", "drop_path_rate", "weight_init"),
+        *("migrate_ratio", "migrate_from", "gather_window", "gather_side"),
+    )
+    backbone = {**variant, "img_size": img_size, **{name: getattr(config, name) for name in same}, **options}
+    own = PYRAMIDS.get(config.name, PUBLISHED_PYRAMID)
+    pyramid = {
+        "width": config.pyramid_width or own["width"],
+        "depth": own["depth"] if config.pyramid_depth is None else config.pyramid_depth,
+    }
+    objective = make_objective(config)
+    widths = target_widths(objective, config, teacher, pyramid["width"])
+    return NetworkSpec(backbone, pyramid, head=TASK, options=_head_options(config, objective, widths))
+
+
+def _head_options(config: PretrainingModelConfig, objective: Objective, widths: dict[str, int]) -> dict[str, Any]:
+    decoded = {name: width for name, width in widths.items() if name in ("pixel", "feature")}
+    decoder = {"width": config.decoder_width, "depth": config.decoder_depth, "num_heads": config.decoder_heads}
+    single = {
+        "width": config.pyramid_head_width,
+        "depth": config.pyramid_head_depth,
+        "num_heads": config.pyramid_head_width // 64,
+    }
+    return {
+        "decoder": {"heads": decoded, **decoder, "fill_hidden": objective.drops_units} if decoded else None,
+        "auxiliary": {
+            "out_dim": widths["auxiliary"],
+            "fill_hidden": objective.drops_units,
+            "init_values": config.init_values,
+        }
+        if "auxiliary" in widths
+        else None,
+        "pyramid_heads": {
+            name: {"heads": {name: widths[name]}, **single, "levels": (level,), "fill_hidden": objective.drops_units}
+            for level, name in enumerate(PYRAMID_LOSSES)
+            if name in widths
+        },
+        "objective": dataclasses.asdict(objective),
+    }
+
+
+def make_objective(config: PretrainingModelConfig) -> Objective:
+    """The part of the settings that says how patches are masked and what is predicted of them."""
+    weights = {
+        "pixel": config.pixel_weight,
+        "feature": config.feature_weight,
+        "auxiliary": config.auxiliary_weight,
+        **dict(zip(PYRAMID_LOSSES, config.pyramid_weights, strict=True)),
+    }
+    return Objective(
+        weights={name: weight for name, weight in weights.items() if weight},
+        mask=config.mask,
+        mask_ratio=config.mask_ratio,
+        hidden_units=config.hidden_units,
+        hidden_laterals=config.hidden_laterals,
+        normalize_target=config.normalize_target,
+        feature_loss=config.feature_loss,
+        feature_units=config.feature_units,
+    )
+
+
+def target_widths(
+    objective: Objective, config: PretrainingModelConfig, teacher: TeacherConfig, pyramid_width: int
+) -> dict[str, int]:
+    """Numbers that each loss has predicted for a patch."""
+    widths = {"pixel": config.in_chans * config.patch_size**2}
+    if teacher.name == "ema":
+        # the EMA teacher has the student's own shape: its stage 3, and all tokens of a patch at each level
+        widths |= dict.fromkeys(("feature", "auxiliary"), BACKBONES[config.name]["embed_dim"])
+        widths |= {name: tokens * pyramid_width for name, tokens in zip(PYRAMID_LOSSES, (16, 4, 1), strict=True)}
+    elif any(name != "pixel" for name in objective.weights):
+        from itpn.teachers.timm_teacher import teacher_width
+
+        assert teacher.name is not None
+        width = teacher.width or teacher_width(teacher.name, teacher.checkpoint)
+        widths |= dict.fromkeys(("feature", "auxiliary", *PYRAMID_LOSSES), width)
+    return {name: widths[name] for name in objective.weights}
+
+
+def build_masked_model(
+    config: PretrainingModelConfig, img_size: tuple[int, int], teacher: TeacherConfig | None = None
+) -> MaskedImageModel:
+    """Backbone, pyramid and heads of some settings, randomly initialized; arguments as of :func:`make_spec`."""
+    model = build(make_spec(config, img_size, teacher))
+    assert isinstance(model, MaskedImageModel)
+    model.set_grad_checkpointing(config.grad_checkpointing)
+    return model
+
+
+def build_from(config: PretrainingConfig) -> MaskedImageModel:
+    """The masked model of whole settings."""
+    return build_masked_model(config.model, image_size(config.data), config.teacher)
+
+
+def build_recipe(
+    config: PretrainingConfig, num_classes: int | None, found: Checkpoint | None
+) -> tuple[MaskedImageModel, list[str]]:
+    """The masked model of a recipe, with a checkpoint's weights where there is one; it has no classes."""
+    model = build_from(config)
+    return model, [] if found is None else load_weights(model, found)
+
+
+class MaskedHead(Head):
+    """Decoder, auxiliary head and heads of pyramid levels, with the objective that they are trained by.
+
+    Options are "decoder", "auxiliary" (arguments of the classes of :mod:`itpn.masked.decoder`, or None),
+    "pyramid_heads" (arguments of a decoder by the name of the loss) and "objective".
+    """
+
+    parts: Mapping[str, str] = {
+        "decoder.": "decoder",
+        "auxiliary.": "auxiliary head",
+        "pyramid_heads.": "set of heads for pyramid levels",
+        "mask_token": "mask token",
+    }
+    purpose = "going on with pre-training"
+
+    def build(self, spec: NetworkSpec) -> MaskedImageModel:
+        options = spec.options
+        if spec.pyramid is None or not (options.get("decoder") or options.get("pyramid_heads")):
+            raise UserError(
+                "no pre-training network can be built: there is no decoder; `itpn train RECIPE --model.checkpoint "
+                "FILE` starts from the weights with a fresh one"
+            )
+        how = {name: spec.backbone[name] for name in ("weight_init",) if name in spec.backbone}
+        backbone = build_backbone(spec)
+        dims = tuple(info["num_chs"] for info in backbone.feature_info)
+        pyramid = FeaturePyramid(dims, norm_eps=backbone.norm_eps, **spec.pyramid, **how)
+        width = pyramid.width
+
+        def decoder(arguments: Options) -> Decoder:
+            own: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in arguments.items()}
+            heads = dict(own.pop("heads"))
+            if "pixel" in heads:  # whatever the images' channels are now
+                heads["pixel"] = backbone.in_chans * backbone.patch_size**2
+            own.pop("pyramid_width", None)
+            return Decoder(backbone.grid_size, heads, width, **own, **how)
+
+        main = decoder(options["decoder"]) if options.get("decoder") else None
+        auxiliary = AuxiliaryHead(backbone, **options["auxiliary"], **how) if options.get("auxiliary") else None
+        levels = {name: decoder(own) for name, own in (options.get("pyramid_heads") or {}).items()}
+        objective = Objective(**(options.get("objective") or {}))
+        return MaskedImageModel(backbone, pyramid, main, objective, auxiliary, levels)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        names = [m[1] for name in tensors if (m := re.match(r"decoder\.heads\.(\w+)\.weight", name))]
+        heads = {name: len(tensors[f"decoder.heads.{name}.weight"]) for name in names}
+        if not heads or "decoder.embeds.0.weight" not in tensors or "pyramid.outputs.0.mlp.fc2.weight" not in tensors:
+            return None
+        width = len(tensors["decoder.norm.weight"])
+        drops = "decoder.mask_token" in tensors
+        decoder = {
+            "heads": heads,
+            "width": width,
+            "depth": count_blocks(tensors, r"decoder\.blocks\.(\d+)\."),
+            "num_heads": max(width // 32, 1),
+            "fill_hidden": drops,
+        }
+        auxiliary = None
+        if "auxiliary.head.weight" in tensors:
+            auxiliary = {
+                "out_dim": len(tensors["auxiliary.head.weight"]),
+                "depth": count_blocks(tensors, r"auxiliary\.blocks\.(\d+)\."),
+                "init_values": 0.1 if "auxiliary.blocks.0.ls1.gamma" in tensors else None,
+            }
+        objective: dict[str, Any] = {"weights": dict.fromkeys(heads, 1.0) | ({"auxiliary": 1.0} if auxiliary else {})}
+        if not drops:  # as published with CLIP's features
+            objective |= {"mask": "block", "mask_ratio": 75 / 196, "hidden_units": "mask_token"}
+            objective |= {"hidden_laterals": "pixel" not in heads, "feature_units": "all"}
+        return {"decoder": decoder, "auxiliary": auxiliary, "pyramid_heads": {}, "objective": objective}
+
+    def complete(self, spec: NetworkSpec) -> NetworkSpec:
+        return spec.with_options(decoder={"heads": {"pixel": 0}})
+
+    def summarize(self, spec: NetworkSpec) -> str:
+        decoder = spec.options.get("decoder") or {}
+        return f"pre-trained to predict {' and '.join(decoder.get('heads') or spec.options.get('pyramid_heads', ()))}"
+
+    def differ(self, options: Options, model: nn.Module) -> dict[str, str]:
+        decoder, stored = getattr(model, "decoder", None), options.get("decoder")
+        if decoder is None or not stored or not len(decoder.blocks):
+            return {}
+        theirs, ours = stored["num_heads"], decoder.num_heads
+        return {"decoder": f"it has {theirs} attention heads there and {ours} here"} if theirs != ours else {}
+
+    def command(self, source: str, contents: Contents) -> str:
+        if contents.variant is None:
+            return f"itpn.load({source!r})" if contents.decoder else ""
+        fresh = build_masked_model(PretrainingModelConfig(name=contents.variant), (224, 224))
+        options = describe_options(contents, fresh)
+        return f"itpn train RECIPE --model.checkpoint {source} --model.name {contents.variant} {options}".strip()
+
+    def from_settings(self, settings: dict[str, Any], overrides: dict[str, Any]) -> NetworkSpec | None:
+        if "model" in settings and "mask_ratio" not in settings["model"]:
+            return None  # of another task
+        config = override_model(from_dict(settings, PretrainingConfig), overrides)
+        return make_spec(config.model, image_size(config.data), config.teacher)
+
+    def from_architecture(self, stored: dict[str, Any]) -> dict[str, Any] | None:
+        if stored.get("decoder") is None:
+            return None
+        own = {name: stored.get(name) for name in ("decoder", "auxiliary", "objective")}
+        return {**own, "pyramid_heads": {}}

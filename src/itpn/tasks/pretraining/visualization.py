@@ -1,0 +1,92 @@
+"""Original, masked and predicted images, or features as colours."""
+
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+from torchvision.utils import make_grid
+
+from itpn.tasks.drawing import HEADER, PADDING, enlarge, write_row
+from itpn.tasks.pretraining.config import PretrainingConfig
+from itpn.tasks.pretraining.data import PretrainingData, read_samples
+from itpn.tasks.pretraining.module import PretrainingTask
+
+
+def build_visualization(
+    module: PretrainingTask, config: PretrainingConfig, data: PretrainingData
+) -> Callable[[], Image.Image]:
+    """Draws the same images at every call."""
+    samples = functools.cache(lambda: read_samples(data.train, config))
+    return lambda: draw_predictions(module, samples())
+
+
+def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Image.Image:
+    """Rows of original, masked and predicted images, the latter with the visible units kept; of features instead of
+    pixels, the teacher's (where there is one) and the prediction, three principal components as colours.
+
+    Args:
+        images: uint8 [n, 3, H, W].
+        sets: rows side by side.
+    """
+    columns = hide_and_predict(task, images)
+    stack = torch.stack(list(columns.values()), dim=1)  # [n, columns, 3, H, W]
+    tiles = enlarge(stack.flatten(0, 1).cpu())
+    count = len(columns) * min(sets, len(images))
+    board = make_grid(tiles, nrow=count, padding=PADDING, pad_value=255)
+    picture = Image.new("RGB", (board.shape[2], board.shape[1] + HEADER), "white")
+    picture.paste(Image.fromarray(board.permute(1, 2, 0).numpy()), (0, HEADER))
+    titles = [list(columns)[column % len(columns)] for column in range(count)]
+    write_row(picture, titles, tiles.shape[-1], top=0)
+    return picture
+
+
+def hide_and_predict(task: PretrainingTask, images: Tensor) -> dict[str, Tensor]:
+    """The columns of :func:`draw_predictions` by title, uint8 [n, 3, H, W] each.
+
+    The same images get the same masks, so that pictures of a run can be compared.
+    """
+    images = images.to(task.device)
+    x = task.normalize(images)
+    grid = task.model.backbone.grid_of(x.shape[-2:])
+    generator = torch.Generator().manual_seed(task.config.seed)
+    mask = task.model.draw_mask(len(x), grid, generator=generator).to(x.device)
+    if "pixel" in task.model.objective.weights:
+        pictures = [task.normalize.undo(picture) for picture in task.model.reconstruct(x, mask)[:2]]
+        return dict(zip(("original", "masked", "predicted"), [images, *pictures], strict=True))
+    masked = task.normalize.undo(x.masked_fill(task.model.mask_map(mask, grid), 0.0))
+    return {"original": images, "masked": masked, **_draw_features(task, images, x, mask, grid)}
+
+
+def _draw_features(
+    task: PretrainingTask, images: Tensor, x: Tensor, mask: Tensor, grid: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Feature maps as pictures, uint8 [n, 3, H, W]."""
+    batch = {"image": images}
+    if task.teacher_size is not None:
+        batch["teacher_image"] = resize(images, list(task.teacher_size), InterpolationMode.BICUBIC, antialias=True)
+    output = task.model.forward_eval(x, mask, task.make_targets(batch, x))
+    prediction = output.prediction.float()  # [n, N, D]
+    target = prediction if output.target is None else output.target
+    flat = target.flatten(0, 1)
+    mean = flat.mean(dim=0)
+    with torch.random.fork_rng(devices=[]):  # the decomposition starts from random numbers
+        torch.manual_seed(0)
+        _, _, axes = torch.pca_lowrank((flat - mean).cpu(), q=min(6, *flat.shape), center=False)
+    axes = F.pad(axes[:, :3], (0, max(0, 3 - axes.shape[1]))).to(x.device)  # one unit alone has but one
+    spread = (2 * ((flat - mean) @ axes).std(dim=0)).clamp(min=1e-6)  # two deviations span the range of a colour
+    columns = {"predicted features": prediction}
+    if output.target is not None:
+        columns = {"teacher's features": target, **columns}
+
+    def paint(features: Tensor) -> Tensor:
+        colours = (((features - mean) @ axes) / spread * 0.5 + 0.5).clamp(0, 1) * 255  # [n, N, 3]
+        maps = colours.round().to(torch.uint8).transpose(1, 2).unflatten(2, grid)
+        unit = task.model.backbone.patch_size
+        return maps.repeat_interleave(unit, 2).repeat_interleave(unit, 3)
+
+    return {title: paint(features) for title, features in columns.items()}

@@ -1,0 +1,78 @@
+"""A run of any task, composed of what its :class:`TaskSpec` builds."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from itpn.checkpoints.files import read_checkpoint
+from itpn.seeding import derive_seed
+from itpn.system.accidents import guard
+from itpn.tasks.spec import TaskSpec, task_of
+from itpn.tasks.validation import Validation
+from itpn.training.callbacks import Pictures
+from itpn.training.config import RunConfig, freeze
+from itpn.training.loop import Job, Run, fit
+from itpn.training.run_folder import RunFolder
+
+
+def train(config: RunConfig, recipe: str, found_early: Any = None, run: Run = fit) -> Path:
+    """Run, or resume, a run; see :func:`itpn.training.loop.fit`.
+
+    Args:
+        found_early: what the task's ``check_data`` returned, where it was called.
+        run: what to do instead of training.
+
+    Raises:
+        MachineError: an accident of the machine; the message says what is kept.
+    """
+    config.check()
+    folder = RunFolder(config, recipe)
+    spec = task_of(config)
+
+    def kept() -> str:
+        return f"the same command resumes from {folder.last}" if os.path.exists(folder.last) else ""
+
+    with guard(f"run folder {folder.path}", kept):
+        if spec.train is not None:
+            return Path(spec.train(config, recipe, run))
+        return train_composed(spec, config, recipe, found_early, run)
+
+
+def train_composed(spec: TaskSpec, config: RunConfig, recipe: str, found_early: Any = None, run: Run = fit) -> Path:
+    """As :func:`train`, from the parts that the task builds."""
+    found = None if config.model.checkpoint is None else read_checkpoint(config.model.checkpoint)
+    data = spec.find_data(config) if found_early is None else spec.find_data(config, found_early)
+    config, notes = spec.resolve(config, found, data)
+    config = freeze(config)
+    torch.manual_seed(derive_seed(config.seed, "weights"))
+    model, more = spec.build_model(config, data, found)
+    if found is not None:
+        notes = [*notes, f"starting from the weights of {found.source}"]
+    return run(
+        config, recipe, lambda: [*data.notes, *notes, *more], lambda: make_job(spec, config, recipe, data, model)
+    )
+
+
+def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: Any) -> Job:
+    """What training needs, of the parts that the task builds."""
+    module = spec.build_module(model, config, recipe, data)
+    evaluator = None if spec.build_evaluator is None else spec.build_evaluator(config, data)
+    validation = None
+    if evaluator is not None:
+        validation = Validation(module, evaluator, config.evaluation_interval, spec.evaluation_prefix)
+    draw = None if spec.build_visualization is None else spec.build_visualization(module, config, data)
+    rows = {} if spec.describe_data is None else spec.describe_data(config, data)
+    if evaluator is not None:
+        rows["data"] += f", {len(evaluator):,} more to evaluate on"
+    return Job(
+        module,
+        None if draw is None else lambda folder: Pictures(folder, draw, config.trainer.picture_every_n_steps),
+        rows,
+        data.count,
+        lambda weights: module.save(weights, {} if validation is None else validation.figures),
+        validation,
+        module.compiled(),
+        module.compiled_by_default,
+    )

@@ -1,0 +1,145 @@
+"""Settings of a segmenter's run."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from itpn.errors import UserError
+from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, check_fine_tuning
+from itpn.training.config import (
+    ImagesConfig,
+    RunConfig,
+    Settings,
+    check_amounts,
+    check_counts,
+    check_images,
+    check_shares,
+    check_training,
+    check_types,
+)
+
+
+@dataclass
+class SegmentationModelConfig(NetworkConfig):
+    """The network: UPerNet on the pre-trained pyramid."""
+
+    neck: Literal["pyramid", "fresh"] = "pyramid"
+    """The pre-trained pyramid, or one that starts from nothing, to compare with."""
+    head_width: int | None = None
+    """Channels of the head; None for as many as its coarsest map has (768 for base, 1024 for large)."""
+    auxiliary_weight: float = 0.4
+    """Weight of the loss of the auxiliary head; 0 leaves it out."""
+    head_drop_rate: float = 0.1
+    """Dropout of channels before pixels are classified."""
+
+
+@dataclass
+class SegmentationDataConfig(ImagesConfig):
+    """Images with a class for each pixel."""
+
+    root: str = "data/ade20k"
+    """A folder of ADE20K's layout (`images` and `annotations`, each with `training` and `validation`), of `images` and
+    `masks` alone, a folder for each set with these inside; or, with --data.masks, a folder of images."""
+    masks: str | None = None
+    """The folder of the masks, of the same names as the images, or with _mask or the like after them."""
+    val_root: str | None = None
+    """Where the images to evaluate on are, if they are not below --data.root."""
+    val_masks: str | None = None
+    """Where the masks of --data.val-root are, if they are not below it."""
+    classes: str | None = None
+    """A file with the name of a class a line, the first for label 0 (1 with --data.reduce-zero-label), or `NAME R G B`
+    where masks are in colours; None for classes.txt beside the images, or for numbers."""
+    reduce_zero_label: bool = False
+    """Label 0 is of no class, and the first class is 1, as in ADE20K."""
+    ignore: tuple[int, ...] = (255,)
+    """Labels that are of no class: neither trained nor counted."""
+    val_share: float = 0.0
+    """Share of the images that is held out where there are none to evaluate on."""
+    mistakes: Literal["summary", "skip", "error"] = "summary"
+    """Images whose masks cannot be right are left out: with a summary of all kinds, or in a line. Or the first is an
+    error."""
+    img_size: int = 512
+    """Side of the crops in training, and of the windows that slide in evaluation, in pixels."""
+    short_side: int | None = None
+    """Short side of an image of scale 1, in training and evaluation; None for --data.img-size."""
+    scales: tuple[float, float] = (0.5, 2.0)
+    """Smallest and largest scale in training."""
+    max_class_share: float = 0.75
+    """Share of a crop that may be of one class; after ten tries it may be more."""
+    photometric: bool = True
+    """Change brightness, contrast, saturation and hue."""
+    mean: tuple[float, ...] | None = None
+    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+
+    @property
+    def short(self) -> int:
+        """Short side of an image of scale 1 in pixels."""
+        return self.img_size if self.short_side is None else self.short_side
+
+
+@dataclass
+class SegmentationEvaluationConfig(Settings):
+    """When the network is evaluated while it is trained, and how a file is."""
+
+    every_n_epochs: int = 1
+    """Epochs between evaluations; there is one at the end as well."""
+    batch_size: int = 1
+    """Images that a process reads at a time; each is segmented by itself."""
+    mode: Literal["whole", "slide"] = "slide"
+    """The image as a whole, or windows of --data.img-size that slide over it."""
+    stride: float = 2 / 3
+    """Step of the windows as a share of their side: 341 of 512 px."""
+    scales: tuple[float, ...] = (1.0,)
+    """Scales whose probabilities are averaged."""
+    flip: bool = False
+    """Average over the mirror image as well."""
+
+
+@dataclass
+class SegmentationConfig(RunConfig):
+    """Settings of a segmenter's run."""
+
+    task: ClassVar[str] = "segmentation"
+    model: SegmentationModelConfig = field(default_factory=SegmentationModelConfig)
+    data: SegmentationDataConfig = field(default_factory=SegmentationDataConfig)
+    optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)
+    evaluation: SegmentationEvaluationConfig = field(default_factory=SegmentationEvaluationConfig)
+
+    def check(self) -> None:
+        """Find impossible settings before anything heavy starts.
+
+        Raises:
+            UserError: the first that is found, with what to do.
+        """
+        check_types(self)
+        model, data, evaluation = self.model, self.data, self.evaluation
+        check_training(data, self.optimizer, self.trainer, self.seed, self.name)
+        check_counts(
+            {
+                "--model.head-width": model.head_width,
+                "--data.img-size": data.img_size,
+                "--data.short-side": data.short_side,
+                "--evaluation.every-n-epochs": evaluation.every_n_epochs,
+                "--evaluation.batch-size": evaluation.batch_size,
+            }
+        )
+        check_amounts({"--model.auxiliary-weight": model.auxiliary_weight})
+        check_shares(
+            {
+                "--model.head-drop-rate": model.head_drop_rate,
+                "--data.val-share": data.val_share,
+                "--data.max-class-share": data.max_class_share,
+                "--evaluation.stride": evaluation.stride,
+            }
+        )
+        if not evaluation.stride:
+            raise UserError("--evaluation.stride must be above 0")
+        if not 0 < data.scales[0] <= data.scales[1]:
+            raise UserError(f"--data.scales needs two factors above 0, from small to large, not {data.scales}")
+        if not evaluation.scales or min(evaluation.scales) <= 0:
+            raise UserError("--evaluation.scales must be numbers above 0")
+        if (data.val_masks is not None) and data.val_root is None:
+            raise UserError("--data.val-masks needs --data.val-root, the folder of their images")
+        check_images(data.mean or (0.0,), data.std or (1.0,), in_chans=3)
+        check_fine_tuning(model, self.optimizer)

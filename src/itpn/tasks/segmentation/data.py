@@ -1,0 +1,54 @@
+"""The images of a segmenter's run: finding, augmenting, loading."""
+
+from typing import Any
+
+from itpn.data.labelmaps import LabelMaps, MaskRules, SegmentationTransform, find_label_maps
+from itpn.data.loader import TrainingLoader
+from itpn.data.masks import LabelTable
+from itpn.system.console import print_aside
+from itpn.system.environment import is_main_process
+from itpn.tasks.data import RunData
+from itpn.tasks.loading import make_training_loader
+from itpn.tasks.segmentation.config import SegmentationConfig
+
+
+def make_rules(config: SegmentationConfig) -> MaskRules:
+    data = config.data
+    tell = print_aside if is_main_process() else lambda line: None
+    return MaskRules(data.classes, data.reduce_zero_label, data.ignore, data.mistakes, tell, data.max_pixels)
+
+
+def find_data(config: SegmentationConfig) -> RunData:
+    """The images to train on, and those to evaluate on."""
+    train, val = find_label_maps(**describe_sets(config))
+    notes = () if val is not None else ("there are no images to evaluate on: give --data.val-root or --data.val-share",)
+    return RunData(train, val, notes)
+
+
+def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
+    """Arguments of :func:`find_label_maps` and :func:`read_to_evaluate`."""
+    data = config.data
+    places = {"root": data.root, "masks": data.masks, "val_root": data.val_root, "val_masks": data.val_masks}
+    return {**places, "rules": make_rules(config), "val_share": data.val_share, "seed": config.seed}
+
+
+def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
+    data = config.data
+    assert data.mean is not None
+    red, green, blue = (round(255 * value) for value in (data.mean * 3)[:3])  # one number is for all channels
+    return SegmentationTransform(
+        table,
+        data.img_size,
+        data.short,
+        scales=data.scales,
+        max_share=data.max_class_share,
+        hflip=data.hflip,
+        photometric=data.photometric,
+        interpolation=data.interpolation,
+        fill=(red, green, blue),
+        max_pixels=data.max_pixels,
+    )
+
+
+def make_loader(config: SegmentationConfig, images: LabelMaps, rank: int, world_size: int) -> TrainingLoader:
+    return make_training_loader(config, images, make_transform(config, images.table), rank, world_size)

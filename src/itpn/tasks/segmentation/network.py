@@ -1,0 +1,136 @@
+"""The network of a segmenter: its head, and how settings and a checkpoint make one."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from itpn.checkpoints.contents import Contents
+from itpn.checkpoints.files import Checkpoint
+from itpn.errors import UserError
+from itpn.models.build import build_pyramid
+from itpn.models.heads import Head
+from itpn.models.segmenter import Segmenter
+from itpn.models.spec import NetworkSpec
+from itpn.tasks.finetuning.network import (
+    backbone_options,
+    build_network,
+    find_network,
+    keep_predictor,
+    name_classes,
+    resolve_network,
+)
+from itpn.tasks.segmentation.config import SegmentationConfig
+
+
+class SegmenterHead(Head):
+    """UPerNet; options are arguments of :class:`itpn.models.segmenter.Segmenter`."""
+
+    parts: Mapping[str, str] = {
+        "classifier.": "predictor of pixels' classes",
+        "aux_classifier.4.": "auxiliary predictor of pixels' classes",
+        "aux_classifier.": "auxiliary segmentation head",
+        "upernet.": "segmentation head",
+    }
+    joined = True
+    classes = ("classifier.", "aux_classifier.4.")
+    arguments = tuple(inspect.signature(Segmenter).parameters)
+    levels = "joined"
+    purpose = "classes of pixels"
+    recipe = "segmenter_small"
+
+    def build(self, spec: NetworkSpec) -> Segmenter:
+        if "num_classes" not in spec.options:
+            raise UserError(
+                "there is no segmenter to build: itpn.load with task='segmentation', num_classes=N and strict=False "
+                "starts a fresh one"
+            )
+        return Segmenter(build_pyramid(replace(spec, pyramid=spec.pyramid or {}), self.levels), **spec.options)
+
+    def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
+        predictor = tensors.get("classifier.weight")
+        if predictor is None or not any(name.startswith("upernet.") for name in tensors):
+            return None
+        auxiliary = any(name.startswith("aux_classifier.") for name in tensors)
+        return {"num_classes": len(predictor), "head_width": predictor.shape[1], "auxiliary": auxiliary}
+
+    def complete(self, spec: NetworkSpec) -> NetworkSpec:
+        return spec.with_options(num_classes=150)
+
+    def summarize(self, spec: NetworkSpec) -> str:
+        return f"a segmenter of {spec.options['num_classes']} classes of pixels"
+
+    def from_architecture(self, stored: dict[str, Any]) -> dict[str, Any] | None:
+        return stored.get("segmenter")
+
+
+def resolve(config: SegmentationConfig, found: Checkpoint | None) -> tuple[SegmentationConfig, list[str]]:
+    """Settings with what they leave to the checkpoint: network, mean and std, the width of a head that it has.
+
+    Returns:
+        The settings, and what is remarkable about them, a sentence each.
+
+    Raises:
+        UserError: the checkpoint is of another network than the settings name.
+    """
+    config = resolve_network(config, found)
+    theirs = _find(config, found).heads.get(config.task)
+    width = config.model.head_width if theirs is None else theirs.get("head_width", config.model.head_width)
+    notes = []
+    if found is not None and config.model.head_width not in (None, width):
+        notes.append(f"the head is of {width} channels, as in {found.source}")
+    return replace(config, model=replace(config.model, head_width=width)), notes
+
+
+def _find(config: SegmentationConfig, found: Checkpoint | None) -> Contents:
+    model = config.model
+    side = max(1, round(config.data.img_size / (model.patch_size or 16))) * (model.patch_size or 16)
+    return find_network(model, found, (side, side))
+
+
+def build_model(
+    config: SegmentationConfig, classes: tuple[str, ...], found: Checkpoint | None
+) -> tuple[Segmenter, list[str]]:
+    """Build a segmenter, with a checkpoint's weights where there is one.
+
+    Args:
+        config: as :func:`resolve` returns it.
+
+    Returns:
+        The network, and what is not as in the checkpoint, a sentence each.
+
+    Raises:
+        UserError: the weights do not fit.
+    """
+    model = config.model
+    contents = _find(config, found)
+    theirs = contents.heads.get(config.task)
+    options: dict[str, Any] = {
+        "num_classes": len(classes),
+        "head_width": model.head_width,
+        "auxiliary": model.auxiliary_weight > 0,
+        "drop_rate": model.head_drop_rate,
+    }
+    spec = replace(contents.complete(config.task), options=options).with_backbone(**backbone_options(model))
+    kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"])
+    unwanted = (*(() if kept else SegmenterHead.classes), *(("pyramid.",) if model.neck == "fresh" else ()))
+    new_tables = found is not None and bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
+    network, more = build_network(spec, found, unwanted, new_tables)
+    assert isinstance(network, Segmenter)
+    network.set_grad_checkpointing(model.grad_checkpointing)
+    return network, notes + more
+
+
+def build_recipe(
+    config: SegmentationConfig, num_classes: int | None, found: Checkpoint | None
+) -> tuple[nn.Module, list[str]]:
+    """The network of a recipe, with classes that have no names but those of the checkpoint.
+
+    Args:
+        num_classes: None for the checkpoint's own, or ADE20K's 150.
+    """
+    config, _ = resolve(config, found)
+    theirs = _find(config, found).heads.get(config.task) or {"num_classes": 150}
+    return build_model(config, name_classes(found, num_classes or theirs["num_classes"]), found)

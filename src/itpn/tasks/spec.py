@@ -1,0 +1,139 @@
+"""What a task is: settings, and a builder for each of its parts. Commands look tasks up here."""
+
+import functools
+import importlib
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import Any
+
+from itpn.errors import UserError
+from itpn.training.config import RunConfig
+
+ENTRY_POINTS = "itpn.tasks"  # where installed packages name tasks of their own
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """A task. Builders of torch's things may be :func:`lazy`, so that settings are checked without importing it.
+
+    Training a run:
+
+    Attributes:
+        name: as ``config.task``, in files and messages.
+        config: class of its settings.
+        head: () -> :class:`itpn.models.build.Head`, which builds the network and knows its tensors.
+        check_data: (config) -> anything, for ``find_data``: finds missing images without importing torch.
+        find_data: (config) -> :class:`itpn.tasks.data.RunData`, the images to train on and to evaluate on.
+        resolve: (config, checkpoint, data) -> (config, notes): what the settings leave to the checkpoint (None where
+            there is none) and to the images is filled in.
+        build_model: (config, data, checkpoint) -> (network, notes): with the checkpoint's weights, and what is not as
+            there, a sentence each.
+        build_recipe: (config, num_classes, checkpoint) -> (network, notes): the network of a recipe, without images;
+            None for the number of classes that the checkpoint has, or a public data set.
+        build_module: (network, config, recipe, data) -> :class:`itpn.training.module.TrainingModule`.
+        build_visualization: (module, config, data) -> () -> image, what the network makes of sample images.
+        describe_data: (config, data) -> rows of the table at the start, "data" and "size" among them.
+        evaluation_prefix: of the names of metrics while a run is trained.
+        build_evaluator: (config, data) -> :class:`itpn.tasks.evaluation.Evaluator`; None where there is nothing to
+            evaluate on. It serves validation and `itpn evaluate`.
+        train: (config, recipe, run) -> run folder, for a task whose runs are not all composed of the above.
+
+    Using a checkpoint:
+
+    Attributes:
+        evaluation_options: beginnings of the options that `itpn evaluate` takes beside those of every task.
+        resolve_evaluation: (config, checkpoint, given, knn) -> (config, arguments of the network): as the checkpoint
+            was trained, but for the settings of the data that were given.
+        find_evaluation_data: (config, checkpoint, network, given, knn) -> (evaluator, which images it evaluates on).
+        knn: whether it can evaluate features by k-NN, without a head (`itpn evaluate --knn`).
+        predict: (network, checkpoint, source, options) for `itpn predict`; options are a
+            :class:`itpn.tasks.prediction.PredictionOptions`.
+        export: (network, checkpoint, out, size, dynamic_size, metadata) -> :class:`itpn.tasks.exporting.Exported`;
+            None where nothing is to be exported.
+        describe: (name, config, checkpoint) -> rows of `itpn info`, see :mod:`itpn.tasks.describing`.
+        cache_features: (config, found early, out, views, half) for `itpn cache-features`; None without a teacher.
+    """
+
+    name: str
+    config: type[RunConfig]
+    head: Callable[[], Any]
+    find_data: Callable[..., Any]
+    resolve: Callable[..., Any]
+    build_model: Callable[..., Any]
+    build_recipe: Callable[..., Any]
+    build_module: Callable[..., Any]
+    describe: Callable[..., Any]
+    predict: Callable[..., None]
+    build_visualization: Callable[..., Any] | None = None
+    describe_data: Callable[..., dict[str, str]] | None = None
+    build_evaluator: Callable[..., Any] | None = None
+    evaluation_prefix: str = "val_"
+    train: Callable[..., Any] | None = None
+    check_data: Callable[..., Any] | None = None
+    evaluation_options: Collection[str] = ()
+    resolve_evaluation: Callable[..., Any] | None = None
+    find_evaluation_data: Callable[..., Any] | None = None
+    knn: bool = False
+    export: Callable[..., Any] | None = None
+    cache_features: Callable[..., None] | None = None
+
+
+_TASKS: dict[str, TaskSpec] = {}
+
+
+def register_task(spec: TaskSpec) -> TaskSpec:
+    """Make a task known: a line in a package, or in a recipe file of a task of one's own.
+
+    An installed package may name a :class:`TaskSpec` as an entry point of the group ``itpn.tasks`` instead.
+    """
+    from itpn.models.heads import register_head
+
+    if spec.config.task != spec.name:
+        raise ValueError(f"{spec.config.__name__}.task is {spec.config.task!r}, not {spec.name!r}")
+    _TASKS[spec.name] = spec
+    register_head(spec.name, spec.head)
+    return spec
+
+
+def lazy(path: str) -> Callable[..., Any]:
+    """A function by "module:name", whose module is imported when it is called."""
+    module, _, name = path.partition(":")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+
+    return call
+
+
+def task_of(config: RunConfig) -> TaskSpec:
+    """The task of some settings."""
+    return find_task(config.task)
+
+
+def find_task(name: str) -> TaskSpec:
+    """A task by name.
+
+    Raises:
+        UserError: no such task is known.
+    """
+    if name not in _TASKS:
+        load_installed_tasks()
+    if name not in _TASKS:
+        raise UserError(
+            f"the task {name!r} is not known: install the package that it is of, or give its recipe file as --recipe"
+        )
+    return _TASKS[name]
+
+
+def all_tasks() -> list[TaskSpec]:
+    """Every known task, those of installed packages included."""
+    load_installed_tasks()
+    return list(_TASKS.values())
+
+
+@functools.cache
+def load_installed_tasks() -> None:
+    """Register the tasks of installed packages."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        register_task(entry.load())

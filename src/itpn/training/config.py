@@ -1,0 +1,406 @@
+"""Settings that all runs have, as dataclasses, dicts and YAML files, and the checks of settings of any kind.
+
+Nothing here imports torch, so that a mistake in an option is answered at once.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import yaml
+
+from itpn.errors import UserError
+from itpn.system.checks import check_type
+from itpn.system.writing import write_whole
+from itpn.system.yaml_files import load_yaml
+
+
+class Settings:
+    """Base of all settings: they can be changed until :func:`freeze`."""
+
+    _frozen = False
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if self._frozen:
+            raise dataclasses.FrozenInstanceError(f"{name} cannot be changed: settings are resolved once")
+        super().__setattr__(name, value)
+
+
+AnySettings = TypeVar("AnySettings", bound=Settings)
+AnyConfig = TypeVar("AnyConfig", bound=Any)
+
+
+def freeze(settings: AnySettings) -> AnySettings:
+    """A copy that cannot be changed."""
+    own = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}  # type: ignore[arg-type]
+    copy = type(settings)(**{name: freeze(v) if isinstance(v, Settings) else v for name, v in own.items()})
+    object.__setattr__(copy, "_frozen", True)
+    return copy
+
+
+@dataclass
+class ImagesConfig(Settings):
+    """How images are read and augmented."""
+
+    batch_size: int = 512
+    """Images per process and forward pass."""
+    num_workers: int = 8
+    """Processes that read images, for each training process; 0 reads in the training process."""
+    interpolation: Literal["bicubic", "bilinear"] = "bicubic"
+    """How images are resized."""
+    hflip: float = 0.5
+    """Probability of a horizontal flip."""
+    max_broken: float = 0.05
+    """Share of unreadable images above which the run stops."""
+    max_pixels: int = 2**27  # as itpn.data.decode.MAX_PIXELS
+    """Images that declare more pixels than this are refused as decompression bombs."""
+
+
+@dataclass
+class CropsConfig(ImagesConfig):
+    """Random crops of one size."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of a random crop as a share of the image."""
+    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    """Aspect ratio (width over height) of a random crop."""
+    color_jitter: float = 0.0
+    """Largest relative change of brightness, contrast and saturation."""
+
+
+@dataclass
+class OptimizerConfig(Settings):
+    """AdamW and its schedule: linear warm-up, then a cosine, a line or steps."""
+
+    base_lr: float = 1.5e-4
+    """Learning rate for a global batch of 256 images; the true one scales with the global batch."""
+    lr: float | None = None
+    """Peak learning rate as it is; overrides --optimizer.base-lr."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of AdamW's averages."""
+    weight_decay: float = 0.05
+    """Decay of everything but norms, biases, position embeddings and mask tokens."""
+    warmup_epochs: float = 40
+    """Epochs of linear warm-up."""
+    max_warmup: float = 0.1
+    """Largest share of the run that the warm-up may take, so that short runs get somewhere."""
+    warmup_steps: int | None = None
+    """Steps of linear warm-up; overrides --optimizer.warmup-epochs."""
+    warmup_start: float = 1e-4
+    """Share of the peak learning rate at the first step."""
+    schedule: Literal["cosine", "linear", "step"] = "cosine"
+    """After the warm-up: half a cosine or a line down to --optimizer.min-lr, or a tenth at each of
+    --optimizer.milestones."""
+    milestones: tuple[float, ...] = (9 / 12, 11 / 12)
+    """Shares of the run after which the step schedule lowers the learning rate to a tenth."""
+    min_lr: float = 0.0
+    """Learning rate at the end of the cosine or the line."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; None does not clip."""
+
+
+@dataclass
+class TrainerConfig(Settings):
+    """How long, on what, and what is written meanwhile."""
+
+    max_epochs: int = 800
+    """Passes over the images; 0 in fine-tuning for as many as their number asks for."""
+    max_steps: int | None = None
+    """Optimiser steps at which the run ends, if epochs do not end it before; the schedule follows."""
+    precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, 32 bits on a CPU."""
+    accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
+    """What to train on."""
+    devices: int | None = None
+    """Devices of this machine; None for all GPUs (or one CPU process), or what torchrun or Slurm started."""
+    num_nodes: int | None = None
+    """Machines; None for what torchrun or Slurm started, else one."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """What several processes hold: ddp a copy of everything each, fsdp each a part of parameters, gradients and AdamW's
+    averages (pre-training alone, without pictures)."""
+    accumulate_grad_batches: int = 1
+    """Forward passes per optimiser step; the global batch grows with it."""
+    compile: bool | None = None
+    """Compile the network, and its moving average, with torch.compile: a minute or more at the start, faster steps.
+    None compiles on a GPU, for pre-training."""
+    checkpoint_every_n_steps: int = 500
+    """Optimiser steps between checkpoints: what a crash loses at most."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept, beside the best."""
+    log_every_n_steps: int = 10
+    """Optimiser steps between entries of metrics.csv and TensorBoard."""
+    picture_every_n_steps: int | None = None
+    """Optimiser steps between pictures of predictions; None for ten in a run."""
+
+
+@dataclass
+class RunConfig(Settings):
+    """Settings of a run, whatever is trained.
+
+    Attributes:
+        task: name of the task.
+        visualizations: folder of a run that sample images go to.
+        free: settings, by section, that may differ when a run resumes; any other would make it another run.
+        renamed: what settings were called in older files, as "section.name", by their names today.
+    """
+
+    task: ClassVar[str]
+    visualizations: ClassVar[str] = "predictions"
+    free: ClassVar[Mapping[str, frozenset[str]]] = {
+        "model": frozenset({"checkpoint", "grad_checkpointing"}),
+        "data": frozenset({"num_workers", "max_broken"}),
+        "evaluation": frozenset({"every_n_epochs", "batch_size", "neighbours"}),
+        "trainer": frozenset(
+            {
+                *("max_epochs", "max_steps", "precision", "accelerator", "devices", "num_nodes", "compile"),
+                *("checkpoint_every_n_steps", "keep_checkpoints", "log_every_n_steps", "picture_every_n_steps"),
+            }
+        ),
+    }
+    renamed: ClassVar[Mapping[str, str]] = {}
+
+    model: Any
+    data: Any
+    optimizer: OptimizerConfig
+    trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
+    seed: int = 0
+    """All randomness of the run follows from this."""
+    name: str = "default"
+    """Name of the run; the same name goes on where it was stopped."""
+    output_dir: str = "runs"
+    """The run is written to OUTPUT_DIR/RECIPE/NAME."""
+
+    def check(self) -> None:
+        """Find impossible settings before anything heavy starts.
+
+        Raises:
+            UserError: the first that is found, with what to do.
+        """
+        raise NotImplementedError
+
+    @property
+    def evaluation_interval(self) -> int:
+        """Epochs between evaluations."""
+        return int(getattr(self, "evaluation").every_n_epochs)  # noqa: B009  # of tasks that have it
+
+    def sharding_problem(self) -> str | None:
+        """Why the run cannot be sharded (`--trainer.strategy fsdp`); None where it can."""
+        return f"is for pre-training, not for {self.task}"
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Nested plain dict of JSON and YAML types."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def check_types(settings: Any, path: str = "") -> None:
+    """A recipe file may assign anything; find what is not of its field's type."""
+    hints = typing.get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if dataclasses.is_dataclass(hints[field.name]):
+            check_types(value, f"{path}{field.name}.")
+        else:
+            check_type(value, hints[field.name], f"{path}{field.name}")
+            if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
+                raise UserError(f"{path}{field.name} holds a zero byte: {value!r}")
+
+
+def option_types(cls: Any, prefix: str = "") -> dict[str, Any]:
+    """The type of every setting, by its name on the command line, e.g. ``--data.batch-size``."""
+    hints = typing.get_type_hints(cls)
+    types: dict[str, Any] = {}
+    for field in dataclasses.fields(cls):
+        option, kind = f"{prefix}{field.name.replace('_', '-')}", hints[field.name]
+        types |= option_types(kind, f"{option}.") if dataclasses.is_dataclass(kind) else {f"--{option}": kind}
+    return types
+
+
+def image_size(config: Any) -> tuple[int, int]:
+    """Height and width of the images that settings of data ask for."""
+    return config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)
+
+
+def describe_crops(size: tuple[int, int]) -> str:
+    """Of height and width in pixels."""
+    return f"crops of {size[0]}x{size[1]} px"
+
+
+def check_counts(options: dict[str, int | None]) -> None:
+    for option, value in options.items():
+        if value is not None and value < 1:
+            raise UserError(f"{option} must be at least 1, not {value}")
+
+
+def check_amounts(options: dict[str, float | None]) -> None:
+    for option, amount in options.items():
+        if amount is not None and not 0 <= amount < float("inf"):
+            raise UserError(f"{option} must be at least 0, not {amount}")
+
+
+def check_shares(options: dict[str, float]) -> None:
+    for option, share in options.items():
+        if not 0 <= share <= 1:
+            raise UserError(f"{option} must lie between 0 and 1, not {share}")
+
+
+def check_training(
+    data: ImagesConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, seed: int, name: str
+) -> None:
+    """Find impossible settings among those that all runs have.
+
+    Raises:
+        UserError: the first that is found.
+    """
+    check_counts(
+        {
+            "--data.batch-size": data.batch_size,
+            "--data.max-pixels": data.max_pixels,
+            "--trainer.max-steps": trainer.max_steps,
+            "--trainer.devices": trainer.devices,
+            "--trainer.num-nodes": trainer.num_nodes,
+            "--trainer.accumulate-grad-batches": trainer.accumulate_grad_batches,
+            "--trainer.checkpoint-every-n-steps": trainer.checkpoint_every_n_steps,
+            "--trainer.keep-checkpoints": trainer.keep_checkpoints,
+            "--trainer.log-every-n-steps": trainer.log_every_n_steps,
+            "--trainer.picture-every-n-steps": trainer.picture_every_n_steps,
+        }
+    )
+    check_amounts(
+        {
+            "--data.num-workers": data.num_workers,
+            "--trainer.max-epochs": trainer.max_epochs,
+            "--optimizer.base-lr": optimizer.base_lr,
+            "--optimizer.lr": optimizer.lr,
+            "--optimizer.weight-decay": optimizer.weight_decay,
+            "--optimizer.warmup-epochs": optimizer.warmup_epochs,
+            "--optimizer.warmup-steps": optimizer.warmup_steps,
+            "--optimizer.warmup-start": optimizer.warmup_start,
+            "--optimizer.min-lr": optimizer.min_lr,
+            "--optimizer.clip-grad": optimizer.clip_grad,
+            "--seed": seed,
+        }
+    )
+    check_shares(
+        {
+            "--data.hflip": data.hflip,
+            "--data.max-broken": data.max_broken,
+            "--optimizer.max-warmup": optimizer.max_warmup,
+        }
+    )
+    if not all(0 <= beta < 1 for beta in optimizer.betas):
+        raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
+    if not all(0 < share < 1 for share in optimizer.milestones) or list(optimizer.milestones) != sorted(
+        optimizer.milestones
+    ):
+        raise UserError(f"--optimizer.milestones must be rising shares of the run, not {optimizer.milestones}")
+    if not name or any(c in name for c in "/\\") or name in (".", ".."):
+        raise UserError(f"--name must be a plain folder name, not {name!r}")
+
+
+def check_crops(data: CropsConfig) -> None:
+    """Raise :class:`UserError` for crops that cannot be."""
+    check_shares({"--data.color-jitter": data.color_jitter})
+    if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
+        raise UserError(f"--data.crop-ratio needs two ratios above 0, from small to large, not {data.crop_ratio}")
+    if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
+        raise UserError(f"--data.crop-scale needs two shares of the area, from small to large, not {data.crop_scale}")
+
+
+def check_images(mean: tuple[float, ...], std: tuple[float, ...], in_chans: int) -> None:
+    """Raise :class:`UserError` for channels that images do not have, or numbers that do not normalise them."""
+    if in_chans not in (1, 3):
+        raise UserError(f"--model.in-chans must be 1 (grey) or 3 (colour) to train on images, not {in_chans}")
+    for option, values in {"--data.mean": mean, "--data.std": std}.items():
+        if len(values) not in (1, in_chans):
+            raise UserError(f"{option} needs one number or one per channel ({in_chans}), not {len(values)}")
+    if not all(deviation > 0 for deviation in std):
+        raise UserError(f"--data.std must be above 0, not {std}")
+
+
+def check_size(size: tuple[int, int], patch: int, option: str = "--data.img-size") -> None:
+    """Raise :class:`UserError` for images that are not whole units."""
+    height, width = size
+    if height < patch or width < patch or height % patch or width % patch:
+        raise UserError(
+            f"{option} {height}x{width} is not a multiple of --model.patch-size {patch}; "
+            f"try {max(1, round(height / patch)) * patch}x{max(1, round(width / patch)) * patch}"
+        )
+
+
+def from_dict(settings: Mapping[str, Any], cls: Any) -> Any:
+    """Undo :func:`to_dict`; settings that are not there keep their default, unknown ones are a :class:`UserError`."""
+
+    def build(cls: Any, values: Mapping[str, Any], path: str) -> Any:
+        types = typing.get_type_hints(cls)
+        known = {field.name for field in dataclasses.fields(cls)}
+        kwargs = {}
+        for key, value in values.items():
+            key = renamed.get(f"{path}{key}", key)
+            if key not in known:
+                raise UserError(f"unknown setting {path}{key}")
+            if dataclasses.is_dataclass(types[key]):
+                value = build(types[key], value, f"{key}.")
+            elif isinstance(value, str) and float in (types[key], *typing.get_args(types[key])):
+                value = float(value)  # YAML takes 1e-3 for text
+            kwargs[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**kwargs)
+
+    renamed = getattr(cls, "renamed", {})
+    return build(cls, settings, "")
+
+
+@dataclass(frozen=True)
+class StoredSettings:
+    """Settings of a run as they were written, whatever its task."""
+
+    recipe: str
+    task: str
+    values: Mapping[str, Any]
+
+
+def read_yaml(path: Path) -> StoredSettings:
+    """A run's config.yaml.
+
+    Raises:
+        UserError: it is something else.
+    """
+    try:
+        values = load_yaml(path)
+        return StoredSettings(values.pop("recipe"), values.pop("task", ""), values)
+    except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise not_settings(path, error) from error
+
+
+def not_settings(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is not a run's config.yaml ({type(error).__name__}: {error})")
+
+
+def write_yaml(path: Path, recipe: str, config: RunConfig) -> None:
+    """Write what repeats the run: `itpn train config.yaml`."""
+    content = yaml.safe_dump({"recipe": recipe, "task": config.task, **to_dict(config)}, sort_keys=False)
+    write_whole(path, content.encode())
+
+
+def override_model(config: AnyConfig, overrides: dict[str, Any]) -> AnyConfig:
+    """Settings with some of the network's replaced by name, ``img_size`` among the names.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    known = [f.name for f in dataclasses.fields(config.model)] + ["img_size"]
+    for name in overrides:
+        if name not in known:
+            raise UserError(f"no model setting {name!r}; there are {', '.join(known)}")
+    settings = dict(overrides)
+    data = dataclasses.replace(config.data, img_size=settings.pop("img_size", config.data.img_size))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **settings), data=data)
