@@ -19,13 +19,13 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from itpn.tasks.configs import PretrainingConfig
-from itpn.training.config import image_size
 from itpn.errors import UserError
-from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.recompute import PRODUCTS
+from itpn.tasks.configs import PretrainingConfig
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.recipes import read_recipe
+from itpn.training.config import image_size
 
 PARTS = {
     "patch embedding": ["backbone.patch_embed"],

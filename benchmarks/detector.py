@@ -11,10 +11,10 @@ import torch
 from rich.console import Console
 from torchvision.ops import masks_to_boxes
 
-from itpn.checkpoints.finetuning import build_recipe
-from itpn.tasks.configs import DetectionConfig
 from itpn.data.shapes import draw_scene
 from itpn.models.detector import Detector
+from itpn.tasks.configs import DetectionConfig
+from itpn.tasks.detection.network import build_recipe
 from itpn.tasks.recipes import read_recipe
 from itpn.training.launch import device_name, peak_memory_gb
 
@@ -34,7 +34,7 @@ def main() -> None:
     config.model.name, config.model.scratch = options.model or config.model.name, True
     config.model.rel_pos_bias = options.relative
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, _ = build_recipe(config)
+    model, _ = build_recipe(config, None, None)
     assert isinstance(model, Detector)
     model.set_grad_checkpointing(options.checkpointing)
     model.transform.in_training = False

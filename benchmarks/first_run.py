@@ -15,10 +15,10 @@ import tempfile
 import torch
 from arms import Failures
 
-from itpn.tasks.configs import PretrainingConfig
 from itpn.data.files import find_training_images
-from itpn.tasks.pretraining.run import pretrain
+from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.recipes import read_recipe
+from itpn.tasks.run import train
 
 RECIPE = "itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k"
 
@@ -56,7 +56,7 @@ def run_once(options: argparse.Namespace, decode: str, folder: str) -> None:
     config.trainer.max_steps = options.steps
     config.output_dir, config.name = folder, f"decode-{decode}"
     images = len(find_training_images(config.data.root).images)
-    summary = json.loads((pretrain(config, recipe) / "summary.json").read_text())
+    summary = json.loads((train(config, recipe) / "summary.json").read_text())
     print(
         f"--data.decode {decode}: {summary['steps']} steps on {images} photographs, "
         f"{summary['images_per_second']:.1f} images/s, {summary['data_wait_fraction']:.1%} waiting for data, "

@@ -16,9 +16,8 @@ from arms import Failures
 from rich.console import Console
 from rich.table import Table
 
-from itpn.tasks.run import train
-from itpn.tasks.classification.run import find_sets
 from itpn.tasks.recipes import read_recipe
+from itpn.tasks.run import train
 
 ARMS = ("scratch", "pre-trained")
 
@@ -48,7 +47,6 @@ def main() -> None:
         for share in options.shares:
             settings = copy.deepcopy(base)
             settings.seed, settings.data.label_share = seed, share
-            sets = find_sets(settings)
             for arm in options.arms:
                 with failures.of(f"{arm}, {share:.0%} of the labels, seed {seed}"):
                     config = copy.deepcopy(settings)
@@ -59,7 +57,7 @@ def main() -> None:
                         config.model.patch_size, config.optimizer.layer_decay = int(options.model[1]), None
                     else:
                         config.model.checkpoint = options.checkpoint
-                    summary = json.loads((train(config, "labels", sets) / "summary.json").read_text())
+                    summary = json.loads((train(config, "labels") / "summary.json").read_text())
                     metrics = summary["metrics"]
                     rows.append({"arm": arm, "share": share, "seed": seed, "top1": metrics["val_top1"]})
                     rows[-1] |= {"ema_top1": metrics["ema_val_top1"], "seconds": summary["duration_seconds"]}

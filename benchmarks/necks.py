@@ -17,12 +17,12 @@ from arms import Failures
 from rich.console import Console
 from rich.table import Table
 
-from itpn.checkpoints.architecture import find_variant, read_architecture
+from itpn.checkpoints.contents import read_contents
 from itpn.checkpoints.files import read_checkpoint
 from itpn.cli import parse_options
-from itpn.tasks.run import train
 from itpn.tasks.configs import DetectionConfig, SegmentationConfig
 from itpn.tasks.recipes import read_recipe
+from itpn.tasks.run import train
 
 # backbone and pyramid pre-trained; the backbone alone, with a fresh pyramid or feature pyramid network; nothing
 ARMS = ("pyramid", "fresh", "fpn", "scratch")
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="all that the task has, by default")
     parser.add_argument("--out", type=Path, default=Path("runs/necks"))
     options, others = parser.parse_known_args()
-    own = read_architecture(read_checkpoint(options.checkpoint)).backbone
+    contents = read_contents(read_checkpoint(options.checkpoint))
     recipe, base = read_recipe(options.recipe)
     assert isinstance(base, DetectionConfig | SegmentationConfig)
     base.data.num_workers, base.optimizer.layer_decay = 0, 0.9
@@ -63,8 +63,8 @@ def main() -> None:
                 config = copy.deepcopy(base)
                 config.seed, config.name = seed, f"{arm}-{seed}"
                 if arm == "scratch":
-                    config.model.scratch, config.model.name = True, find_variant(own)
-                    config.model.patch_size = own["patch_size"]
+                    config.model.scratch, config.model.name = True, contents.variant
+                    config.model.patch_size = contents.backbone["patch_size"]
                     config.optimizer.layer_decay = None  # which is for layers that know something
                 else:
                     config.model.checkpoint = options.checkpoint

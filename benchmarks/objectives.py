@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from itpn.tasks.run import train
-from itpn.tasks.configs import PretrainingConfig
 from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
+from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.pretraining.probe import probe
 from itpn.tasks.recipes import read_recipe
+from itpn.tasks.run import train
 
 ARMS = ("random", "pixel", "pixel + mfm", "mfm alone", "feature alone")
 

@@ -8,10 +8,16 @@ import json
 import shutil
 from pathlib import Path
 
-from itpn.tasks.run import train
-from itpn.tasks.configs import DetectionConfig, DetectionEvaluationConfig, DetectionModelConfig, FineTuningConfig, DetectionDataConfig
-from itpn.tasks.configs import TrainerConfig as Trainer
 from itpn.data.annotations import read_objects
+from itpn.tasks.configs import (
+    DetectionConfig,
+    DetectionDataConfig,
+    DetectionEvaluationConfig,
+    DetectionModelConfig,
+    FineTuningConfig,
+)
+from itpn.tasks.configs import TrainerConfig as Trainer
+from itpn.tasks.run import train
 
 
 def main() -> None:

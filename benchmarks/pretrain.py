@@ -28,15 +28,15 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from itpn.tasks.configs import PretrainingConfig
-from itpn.training.config import image_size
 from itpn.data.files import find_training_images
-from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.masked_model import MaskedImageModel
+from itpn.tasks.configs import PretrainingConfig
+from itpn.tasks.pretraining.data import make_loader
 from itpn.tasks.pretraining.module import PretrainingTask
-from itpn.tasks.pretraining.run import make_loader
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.recipes import read_recipe
 from itpn.teachers.ema import MovingAverageTeacher
+from itpn.training.config import image_size
 from itpn.training.launch import device_name, peak_memory_gb
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -87,7 +87,9 @@ class Arm:
         flops: of a step's forward and backward pass, at the batch size of the first.
     """
 
-    def __init__(self, name: str, config: PretrainingConfig, model: MaskedImageModel, dtype: torch.dtype, batch: int) -> None:
+    def __init__(
+        self, name: str, config: PretrainingConfig, model: MaskedImageModel, dtype: torch.dtype, batch: int
+    ) -> None:
         self.name = name
         self.device = next(model.parameters()).device
         self.precision = (

@@ -14,11 +14,11 @@ from timm import create_model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from itpn.tasks.pretraining.network import build_from
-from itpn.tasks.configs import PretrainingConfig
-from itpn.training.config import image_size
 from itpn.errors import UserError
+from itpn.tasks.configs import PretrainingConfig
+from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.recipes import read_recipe
+from itpn.training.config import image_size
 
 PEAK, SHARE = 989e12, 0.4  # bf16 FLOP/s of an H100 without sparsity, and what of it is assumed to be reached
 # bytes a second each way: between the GPUs of a machine, or out of a machine in all

@@ -24,9 +24,9 @@ from timm import create_model
 from torch import Tensor
 
 import itpn  # noqa: F401  # its models become timm's
-from itpn.tasks.recipes import read_settings
 from itpn.models.hivit import HiViT
 from itpn.tasks.pretraining.probe import probe
+from itpn.tasks.recipes import read_settings
 
 OFF = {"migrate_ratio": 0.0, "gather_window": 0, "gather_side": 1}
 

@@ -2,9 +2,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from itpn.tasks.run import train
-from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, OptimizerConfig, RunConfig, TrainerConfig
 from itpn.errors import RunStopped
+from itpn.tasks.configs import (
+    OptimizerConfig,
+    PretrainingConfig,
+    PretrainingDataConfig,
+    PretrainingModelConfig,
+    RunConfig,
+    TrainerConfig,
+)
+from itpn.tasks.run import train
 from itpn.training.checkpointing import Checkpointing
 
 

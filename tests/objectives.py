@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from itpn.masked.masked_model import MaskedImageModel
 from itpn.tasks.configs import PretrainingModelConfig, TeacherConfig
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.masked.masked_model import MaskedImageModel
 from itpn.teachers.ema import MovingAverageTeacher
 
 OBJECTIVES = {

@@ -52,7 +52,7 @@ def train_step(given: dict[str, Any], rank: int = 0, world: int = 1) -> tuple[Te
     """Gradients and buffers after a step with every ``world``-th image."""
     segments = isinstance(given["targets"], torch.Tensor)
     backbone = PyramidBackbone(
-        "segmentation" if segments else "detection", pyramid_width=32, pyramid_depth=1, **given["backbone"]
+        "joined" if segments else "pooled", pyramid_width=32, pyramid_depth=1, **given["backbone"]
     )
     kind = Segmenter if segments else MaskDetector
     model = kind(backbone, num_classes=4, **given["options"])

@@ -4,8 +4,8 @@ import multiprocessing
 
 # what an import would take of the memory that tests/security allows
 PRELOAD = [
-    *("itpn.cli", "itpn.data.annotations", "itpn.data.labelled", "itpn.data.labelmaps", "itpn.checkpoints.loading"),
-    *("itpn.tasks.run", "itpn.tasks.classification.run", "itpn.tasks.detection.run", "itpn.commands.shrink"),
+    *("itpn.cli", "itpn.data.annotations", "itpn.data.labelled", "itpn.data.labelmaps", "itpn.checkpoints.load"),
+    *("itpn.tasks.run", "itpn.tasks.classification.build", "itpn.tasks.detection.build", "itpn.commands.shrink"),
     *("supervision.dataset.formats.yolo", "supervision.dataset.formats.pascal_voc", "defusedxml.ElementTree"),
 ]
 servers = multiprocessing.get_context("forkserver")

@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 
 import itpn
-from itpn.tasks.pretraining.start import save_weights
 from itpn.cli import main, parse_options
-from itpn.tasks.configs import PretrainingConfig
 from itpn.data.shapes import ShapesFolders
 from itpn.errors import NonFiniteLoss, RunStopped, UserError
 from itpn.system.signals import stopped_by_signals
+from itpn.tasks.configs import PretrainingConfig
+from itpn.tasks.pretraining.start import save_weights
 from itpn.tasks.recipes import read_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -268,8 +268,8 @@ def test_info_of_a_moving_average(capsys):
 
 @pytest.mark.parametrize("recipe", ["itpn-pixel_nano", "classifier_small"])
 def test_every_option_is_explained(capsys, recipe):
-    from itpn.training.config import option_types
     from itpn.tasks.recipes import read_recipe
+    from itpn.training.config import option_types
 
     with pytest.raises(SystemExit) as stop:
         main(["train", recipe, "--help"])

@@ -52,7 +52,7 @@ def test_segmentation_models_pytorch(name, network, options):
 @pytest.mark.parametrize("network", [smp.Unet, smp.UPerNet, smp.FPN])
 def test_segmentation_levels_need_no_settings(network):
     """Four maps, down to stride 32, as these networks expect them."""
-    model = network("tu-itpn_nano_pyramid", encoder_weights=None, classes=3, levels="segmentation")
+    model = network("tu-itpn_nano_pyramid", encoder_weights=None, classes=3, levels="joined")
     output = model(torch.randn(2, 3, 64, 64))
     assert output.shape == (2, 3, 64, 64)
     output.square().mean().backward()
@@ -61,7 +61,7 @@ def test_segmentation_levels_need_no_settings(network):
 
 def test_torchvision_mask_rcnn():
     torch.manual_seed(0)
-    backbone = timm.create_model("itpn_nano_pyramid", levels="detection")
+    backbone = timm.create_model("itpn_nano_pyramid", levels="pooled")
     names = [str(level) for level in range(5)]
     model = MaskRCNN(
         backbone,
@@ -111,7 +111,7 @@ def test_torchvision_reference_training(tmp_path):
     samples = [augment(*data[index]) for index in range(len(data))]
     loader = DataLoader(samples, batch_size=2, collate_fn=lambda batch: tuple(zip(*batch, strict=True)))
     torch.manual_seed(0)
-    backbone = timm.create_model("itpn_nano_pyramid", levels="detection")
+    backbone = timm.create_model("itpn_nano_pyramid", levels="pooled")
     model = MaskDetector(backbone, 7, min_size=64, max_size=96, head_width=16, box_detections_per_img=8)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
     warmup = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.1, total_iters=2)

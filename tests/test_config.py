@@ -3,11 +3,16 @@
 import pytest
 
 from itpn.cli import main
-from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, DetectionConfig, PretrainingModelConfig, TeacherConfig
-from itpn.tasks.recipes import read_settings
-from itpn.training.config import from_dict, option_types, to_dict, write_yaml
 from itpn.errors import UserError
-from itpn.tasks.recipes import list_recipes, read_recipe
+from itpn.tasks.configs import (
+    DetectionConfig,
+    PretrainingConfig,
+    PretrainingDataConfig,
+    PretrainingModelConfig,
+    TeacherConfig,
+)
+from itpn.tasks.recipes import list_recipes, read_recipe, read_settings
+from itpn.training.config import from_dict, option_types, to_dict, write_yaml
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -161,7 +166,7 @@ def test_numbers_as_people_write_them_in_yaml(tmp_path):
         with pytest.raises(UserError):
             read_settings(path)
     with pytest.raises(UserError, match=r"unknown setting model\.nane"):
-        from_dict({"model": {"nane": "x"}})
+        from_dict({"model": {"nane": "x"}}, PretrainingConfig)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from itpn.training.config import CONFIGS, option_types
 from itpn.tasks.recipes import list_recipes
+from itpn.tasks.spec import all_tasks
+from itpn.training.config import option_types
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
@@ -21,7 +22,7 @@ def test_links_resolve(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_and_recipes_exist(page):
     text = page.read_text()
-    known = {name for config in CONFIGS.values() for name in option_types(config)} | {"--data.no-reduce-zero-label"}
+    known = {name for task in all_tasks() for name in option_types(task.config)} | {"--data.no-reduce-zero-label"}
     for option in re.findall(r"--(?:model|teacher|data|optimizer|trainer|probe|evaluation)\.[a-z-]+", text):
         assert option in known, option
     for recipe in re.findall(r"(?<![\w-])(?:fast-)?itpn-[a-z]+_[\w-]*\w", text):

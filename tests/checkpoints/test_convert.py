@@ -15,10 +15,10 @@ from torch import Tensor
 import itpn
 from itpn.checkpoints.convert import convert
 from itpn.checkpoints.files import read_checkpoint
-from itpn.tasks.pretraining.start import save_weights
-from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, TeacherConfig
 from itpn.errors import MachineError, UserError
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, TeacherConfig
 from itpn.tasks.pretraining.network import build_masked_model
+from itpn.tasks.pretraining.start import save_weights
 
 CASES = {
     "official": [
@@ -78,7 +78,9 @@ def test_ours_computes_what_the_public_file_does(tmp_path, case):
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "rel_pos_bias": True, "pyramid_depth": 2}])
 def test_ours_come_back_bit_by_bit(tmp_path, form, options):
     settings = {"name": "itpn_tiny", "patch_size": 8, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
-    config = PretrainingConfig(model=PretrainingModelConfig(**settings, **options), data=PretrainingDataConfig(img_size=32))
+    config = PretrainingConfig(
+        model=PretrainingModelConfig(**settings, **options), data=PretrainingDataConfig(img_size=32)
+    )
     model = build_masked_model(config.model, (32, 32))
     save_weights(tmp_path / "model.safetensors", model, "test", config)
     convert(tmp_path / "model.safetensors", tmp_path / "theirs.pth", form)
@@ -89,7 +91,8 @@ def test_ours_come_back_bit_by_bit(tmp_path, form, options):
 
 def test_our_own_file_keeps_what_it_says_of_itself(tmp_path):
     config = PretrainingConfig(
-        model=PretrainingModelConfig(name="itpn_nano", patch_size=8, decoder_depth=1), data=PretrainingDataConfig(img_size=(32, 64))
+        model=PretrainingModelConfig(name="itpn_nano", patch_size=8, decoder_depth=1),
+        data=PretrainingDataConfig(img_size=(32, 64)),
     )
     model = build_masked_model(config.model, (32, 64))
     save_weights(tmp_path / "model.safetensors", model, "test", config)
@@ -102,7 +105,11 @@ def test_our_own_file_keeps_what_it_says_of_itself(tmp_path):
 def test_what_has_no_place_is_said_or_refused(tmp_path):
     settings = {"patch_size": 8, "pyramid_weights": (0.1, 0.1, 0.1), "pyramid_head_width": 64, "decoder_depth": 1}
     teacher = TeacherConfig("ema")
-    config = PretrainingConfig(model=PretrainingModelConfig(name="itpn_nano", **settings), teacher=teacher, data=PretrainingDataConfig(img_size=32))
+    config = PretrainingConfig(
+        model=PretrainingModelConfig(name="itpn_nano", **settings),
+        teacher=teacher,
+        data=PretrainingDataConfig(img_size=32),
+    )
     save_weights(tmp_path / "mfm.safetensors", build_masked_model(config.model, (32, 32), teacher), "test", config)
     done = convert(tmp_path / "mfm.safetensors", tmp_path / "mfm.pth", "official")
     assert done.left
@@ -145,7 +152,7 @@ def test_heads_that_the_file_cannot_tell(tmp_path):
     golden = read_golden("off_fast_itpn")[0]
     convert(source, tmp_path / "told.safetensors", num_heads=4)
     convert(source, tmp_path / "guessed.safetensors")
-    assert itpn.inspect(tmp_path / "guessed.safetensors").architecture.guessed
+    assert itpn.inspect(tmp_path / "guessed.safetensors").contents.guessed
     with torch.no_grad():
         for model in (
             itpn.load(tmp_path / "told.safetensors"),
@@ -244,8 +251,8 @@ def test_numbers_that_are_not_finite_are_kept(tmp_path):
     state = torch.load(source, weights_only=False)
     state["model"]["blocks.4.attn.q_proj.weight"][0, 0] = float("nan")
     torch.save(state, source)
-    assert convert(source, tmp_path / "ours.safetensors").broken == {"backbone.stages.2.0.attn.qkv.weight": 1}
-    assert convert(tmp_path / "ours.safetensors", tmp_path / "back.pth", "official").broken
+    assert convert(source, tmp_path / "ours.safetensors").nonfinite == {"backbone.stages.2.0.attn.qkv.weight": 1}
+    assert convert(tmp_path / "ours.safetensors", tmp_path / "back.pth", "official").nonfinite
 
 
 @pytest.mark.parametrize("target", ["ours.safetensors", "theirs.pth"])

@@ -11,16 +11,15 @@ import torch
 from public import read_golden, save_public
 
 import itpn
+from itpn.checkpoints.adapters import from_ours
 from itpn.checkpoints.convert import convert
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.io import write_safetensors
-from itpn.tasks.pretraining.start import save_weights
-from itpn.tasks.pretraining.start import load_weights
-from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, TeacherConfig
 from itpn.errors import UserError
-from itpn.tasks.pretraining.network import build_masked_model
-from itpn.checkpoints.adapters import from_ours
 from itpn.models.position import resample_position_table
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, TeacherConfig
+from itpn.tasks.pretraining.network import build_masked_model
+from itpn.tasks.pretraining.start import load_weights, save_weights
 
 
 def model_config(**settings) -> PretrainingModelConfig:
@@ -49,10 +48,14 @@ def test_what_is_predicted_may_change(tmp_path):
     pixel = build_masked_model(model_config(), (32, 64))
     both = build_masked_model(model_config(**MFM), (32, 64), teacher)
     path = tmp_path / "model.safetensors"
-    save_weights(path, pixel, "test", PretrainingConfig(model=model_config(), data=PretrainingDataConfig(img_size=(32, 64))))
+    save_weights(
+        path, pixel, "test", PretrainingConfig(model=model_config(), data=PretrainingDataConfig(img_size=(32, 64)))
+    )
     notes = load_weights(both, read_checkpoint(path))
     assert notes == [f"{path} has no set of heads for pyramid levels: it starts fresh"]
-    config = PretrainingConfig(model=model_config(**MFM), teacher=teacher, data=PretrainingDataConfig(img_size=(32, 64)))
+    config = PretrainingConfig(
+        model=model_config(**MFM), teacher=teacher, data=PretrainingDataConfig(img_size=(32, 64))
+    )
     save_weights(path, both, "test", config)
     again = build_masked_model(model_config(), (32, 64))
     assert load_weights(again, read_checkpoint(path)) == []
@@ -166,7 +169,7 @@ def test_the_words_of_the_complaints(tmp_path):
     # a teacher of another width
     clip = save_public(tmp_path, "off_clip_pretrain")
     report = itpn.inspect(clip)
-    assert report.summary["decoder"] == "48 channels, 0 blocks, 24 numbers a unit (feature)"
+    assert report.summary["decoder"] == "48 channels, 0 blocks, 24 numbers a patch (feature)"
     wide = itpn.load(clip)
     assert wide.decoder.heads["feature"].out_features == wide.auxiliary.head.out_features == 24
 
@@ -355,7 +358,7 @@ def test_weights_that_are_not_numbers_are_said(tmp_path):
     with pytest.warns(UserWarning, match=words):
         itpn.load(tmp_path / "weights.pth")
     report = itpn.inspect(tmp_path / "weights.pth")
-    assert report.broken == {"backbone.stages.2.0.attn.proj.weight": 2}
+    assert report.nonfinite == {"backbone.stages.2.0.attn.proj.weight": 2}
     assert words in str(report)
     assert "ready" not in str(report)
 
@@ -438,13 +441,13 @@ def test_our_own_files_of_every_kind(tmp_path):
             assert torch.equal(ours, level)
         torch.save(backbone.state_dict(), tmp_path / "timm.pth")
         assert torch.equal(itpn.load(tmp_path / "timm.pth").forward_features(images), tokens)
-    assert itpn.load(path, task="pyramid", levels="detection").out_channels == 32
+    assert itpn.load(path, task="pyramid", levels="pooled").out_channels == 32
 
 
 def test_a_folder_in_timms_layout_keeps_its_arguments(tmp_path):
     """What shapes do not tell (eps, the way of resampling, which maps) is beside the weights."""
     with pytest.warns(UserWarning, match="has no pyramid"):
-        source = itpn.load(save_public(tmp_path, "mm_hivit_features"), task="pyramid", levels="detection", strict=False)
+        source = itpn.load(save_public(tmp_path, "mm_hivit_features"), task="pyramid", levels="pooled", strict=False)
     assert not hasattr(source, "model_args")  # of no registered size, so not timm's
     model = timm.create_model("itpn_nano", norm_eps=1e-5, pos_resample="legacy", num_classes=3, img_size=64).eval()
     itpn.save_pretrained(model, tmp_path / "hub", label_names=["ant", "bee", "cat"])
@@ -454,9 +457,9 @@ def test_a_folder_in_timms_layout_keeps_its_arguments(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(images), model(images))
     assert read_checkpoint(tmp_path / "hub").metadata["classes"] == ["ant", "bee", "cat"]
-    whole = timm.create_model("fast_itpn_nano_pyramid", levels="detection", img_size=64)
+    whole = timm.create_model("fast_itpn_nano_pyramid", levels="pooled", img_size=64)
     itpn.save_pretrained(whole, tmp_path / "pyramid")
-    assert itpn.load(tmp_path / "pyramid").levels == "detection"
+    assert itpn.load(tmp_path / "pyramid").levels == "pooled"
 
 
 def test_a_teacher_of_another_width(tmp_path):
@@ -470,7 +473,7 @@ def test_a_teacher_of_another_width(tmp_path):
     config = PretrainingConfig(model=settings, teacher=teacher, data=PretrainingDataConfig(img_size=32))
     save_weights(path, build_masked_model(settings, (32, 32), teacher), "test", config)
     convert(path, tmp_path / "theirs.pth", "official")
-    assert "768 numbers a unit (feature)" in itpn.inspect(tmp_path / "theirs.pth").summary["decoder"]
+    assert "768 numbers a patch (feature)" in itpn.inspect(tmp_path / "theirs.pth").summary["decoder"]
     model = itpn.load(tmp_path / "theirs.pth", num_heads=4)
     mask = model.draw_mask(2, (4, 4))
     output = model(torch.randn(2, 3, 32, 32), mask, torch.randn(2, 16, 768))
@@ -485,8 +488,8 @@ def test_a_teacher_of_another_width(tmp_path):
 
 
 def test_no_average_to_take(tmp_path):
-    with pytest.raises(UserError, match="has no average of the weights beside them"):
-        itpn.load(save_public(tmp_path, "off_pixel_finetune"), average=True)
+    with pytest.raises(UserError, match="has no EMA of the weights beside them"):
+        itpn.load(save_public(tmp_path, "off_pixel_finetune"), ema=True)
 
 
 def test_images_that_are_not_square(tmp_path):

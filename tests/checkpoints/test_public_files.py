@@ -7,9 +7,9 @@ from public import our_names, read_golden, save_public
 from torch import Tensor, nn
 
 import itpn
+from itpn.checkpoints.adapters import from_ours
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.hivit import HiViT
-from itpn.checkpoints.adapters import from_ours
 from itpn.models.pyramid import PyramidBackbone
 
 # heads of files that have no relative position table to tell them
@@ -65,7 +65,7 @@ def test_classifiers_and_every_gradient(tmp_path, case):
 
 @pytest.mark.parametrize("case", ["off_det_pixel", "off_det_clip", "off_det_clip_nonsquare"])
 def test_the_five_maps_of_detectors(tmp_path, case):
-    model, golden = load(tmp_path, case, levels="detection")
+    model, golden = load(tmp_path, case, levels="pooled")
     assert isinstance(model, PyramidBackbone)
     with torch.no_grad():
         maps = model(golden["input"]["image"])
@@ -75,7 +75,7 @@ def test_the_five_maps_of_detectors(tmp_path, case):
 
 
 def test_the_four_maps_of_segmenters(tmp_path):
-    model, golden = load(tmp_path, "off_seg", levels="segmentation")
+    model, golden = load(tmp_path, "off_seg", levels="joined")
     with torch.no_grad():
         maps = model(golden["input"]["image"])
     assert model.out_channels == [level.shape[1] for level in maps.values()] == [48, 64, 96, 96]
@@ -90,7 +90,7 @@ def test_the_backbone_inside_a_detector_or_segmenter(tmp_path, heads):
     state = {f"backbone.{name}": tensor for name, tensor in golden["param"].items()} | {heads: torch.zeros(3, 3)}
     torch.save({"state_dict": state, "meta": {"epoch": 12}}, tmp_path / "epoch_12.pth")
     model = itpn.load(tmp_path / "epoch_12.pth")
-    assert model.levels == ("segmentation" if "decode" in heads else "detection")
+    assert model.levels == ("joined" if "decode" in heads else "pooled")
     with torch.no_grad():
         first = model(golden["input"]["image"])["0"]
     assert_close(first[:, :32], golden["output"]["level_0"][:, :32])
@@ -147,7 +147,7 @@ def test_the_average_beside_the_weights(tmp_path):
     path = tmp_path / "weights.pth"
     torch.save({"model": raw, "model_ema": golden["param"]}, path)
     assert torch.equal(itpn.load(path).head.bias, golden["param"]["head.bias"] + 1)
-    assert torch.equal(itpn.load(path, average=True).head.bias, golden["param"]["head.bias"])
+    assert torch.equal(itpn.load(path, ema=True).head.bias, golden["param"]["head.bias"])
     torch.save({"model_ema": golden["param"]}, path)
     assert torch.equal(itpn.load(path).head.bias, golden["param"]["head.bias"])
 

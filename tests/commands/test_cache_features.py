@@ -15,17 +15,17 @@ from test_resume import assert_same_run, losses, run_straight_and_stopped
 
 import itpn
 from itpn.cli import main
-from itpn.tasks.run import train
-from itpn.tasks.configs import TeacherConfig
-from itpn.training.config import image_size
 from itpn.data.cache import FeatureCache
 from itpn.data.files import find_training_images
 from itpn.errors import UserError
-from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.targets import normalize_features
-from itpn.tasks.pretraining.run import make_loader
+from itpn.tasks.configs import TeacherConfig
+from itpn.tasks.pretraining.data import make_loader
+from itpn.tasks.pretraining.network import build_masked_model
+from itpn.tasks.run import train
 from itpn.teachers.ema import MovingAverageTeacher, momentum_at
 from itpn.teachers.timm_teacher import build_teacher
+from itpn.training.config import image_size
 
 ALL = {"feature_weight": 0.5, "auxiliary_weight": 0.5, "pyramid_weights": (0.1, 0.2, 0.3), "pyramid_head_width": 64}
 

@@ -13,10 +13,10 @@ from PIL import Image
 from rich.console import Console
 
 from itpn.cli import main
-from itpn.commands import demo
-from itpn.tasks.parallel_runs import Plan, train_side_by_side
 from itpn.data.shapes import write_shapes
 from itpn.errors import MachineError, RunStopped, UserError
+from itpn.tasks import demo
+from itpn.tasks.parallel_runs import Plan, train_side_by_side
 
 
 def test_the_whole_story(monkeypatch, tmp_path, capsys):

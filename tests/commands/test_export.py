@@ -7,11 +7,12 @@ import torch
 from timm import create_model
 
 from itpn.cli import main
-from itpn.commands.export import check_out, export_detector, export_model, print_exported
 from itpn.errors import ExportFailed, UserError
 from itpn.models.detector import MaskDetector
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
+from itpn.tasks.detection.export import export_detector
+from itpn.tasks.exporting import check_out, export_model, print_exported
 
 SMALL = {"depths": (1, 1, 1), "img_size": 32, "patch_size": 8}
 
@@ -50,7 +51,7 @@ def check(model, path, *shapes):
 
 def test_dynamic_pyramid_onnx(tmp_path, capfd):
     """Positions resampled as the public code does, which leaves the stored size alone; pooled levels."""
-    model = make("itpn_nano_pyramid", levels="detection", pos_resample="legacy")
+    model = make("itpn_nano_pyramid", levels="pooled", pos_resample="legacy")
     exported = export_model(model, tmp_path / "a.onnx", (32, 32), dynamic_size=True, metadata={"mean": "0.5 0.5 0.5"})
     assert capfd.readouterr() == ("", "")
     assert exported.difference < 1e-4
@@ -88,7 +89,7 @@ def test_dynamic_backbone_pt2(tmp_path):
 
 @pytest.mark.parametrize("size", [(64, 64), (64, 96)])
 def test_fixed_pyramid_onnx(tmp_path, size):
-    model = make("fast_itpn_nano_pyramid", levels="segmentation", patch_size=16, img_size=64)
+    model = make("fast_itpn_nano_pyramid", levels="joined", patch_size=16, img_size=64)
     exported = export_model(model, tmp_path / "a.onnx", size)
     assert exported.inputs == {"images": f"batch, 3, {size[0]}, {size[1]}"}
     assert len(exported.outputs) == 4
@@ -156,7 +157,7 @@ def test_a_segmenter(tmp_path, form, capsys):
     """Of a size whose maps its pools do not divide."""
     torch.manual_seed(0)
     backbone = PyramidBackbone(
-        "segmentation", pyramid_width=32, pyramid_depth=1, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1
+        "joined", pyramid_width=32, pyramid_depth=1, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1
     )
     model = Segmenter(backbone, 4, head_width=16).eval()
     exported = export_model(model, tmp_path / f"segmenter.{form}", (64, 160))
@@ -171,7 +172,7 @@ def test_a_detector(tmp_path, capsys):
     """The file finds what PyTorch finds, in images that it was not traced with."""
     torch.manual_seed(0)
     backbone = PyramidBackbone(
-        "detection", pyramid_width=32, pyramid_depth=1, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1
+        "pooled", pyramid_width=32, pyramid_depth=1, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1
     )
     options = {"rpn_post_nms_top_n_test": 20, "box_detections_per_img": 6, "box_score_thresh": 0.0}
     model = MaskDetector(backbone, 4, min_size=64, max_size=96, head_width=16, **options).eval()

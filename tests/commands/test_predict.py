@@ -16,20 +16,20 @@ from public import read_golden, save_public
 from safetensors.torch import load_file, safe_open
 
 import itpn
+from itpn.checkpoints.adapters import from_ours
 from itpn.checkpoints.convert import convert
-from itpn.tasks.pretraining.start import save_weights
 from itpn.cli import main
-from itpn.commands.predict import predict_objects
-from itpn.tasks.run import train
-from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig
 from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
 from itpn.data.folders import name_output
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
-from itpn.tasks.pretraining.network import build_masked_model
-from itpn.checkpoints.adapters import from_ours
 from itpn.system.text import readable
+from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig
+from itpn.tasks.detection.prediction import predict_objects
+from itpn.tasks.pretraining.network import build_masked_model
+from itpn.tasks.pretraining.start import save_weights
+from itpn.tasks.run import train
 
 
 def test_a_classifier_of_others(tmp_path, photos, capsys):
@@ -171,7 +171,10 @@ def test_inspect_is_a_report_that_a_person_understands(tmp_path, capsys):
 
 def test_inspect_names_the_model_and_the_options(tmp_path, capsys):
 
-    config = PretrainingConfig(model=PretrainingModelConfig(name="itpn_tiny", init_values=0.1, decoder_depth=3), data=PretrainingDataConfig(img_size=64))
+    config = PretrainingConfig(
+        model=PretrainingModelConfig(name="itpn_tiny", init_values=0.1, decoder_depth=3),
+        data=PretrainingDataConfig(img_size=64),
+    )
     save_weights(tmp_path / "a.safetensors", build_masked_model(config.model, (64, 64)), "test", config)
     convert(tmp_path / "a.safetensors", tmp_path / "a.pth", "official")
     report = itpn.inspect(tmp_path / "a.pth")

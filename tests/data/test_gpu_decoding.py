@@ -11,15 +11,21 @@ from safetensors.torch import load_file
 from torch.utils._pytree import tree_leaves
 
 from itpn.cli import main
-from itpn.tasks.run import train
-from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, OptimizerConfig, TrainerConfig
 from itpn.data.augment import PretrainingTransform
 from itpn.data.decode import EncodedImage
 from itpn.data.files import find_images
 from itpn.data.gpu_decoding import AT_A_TIME, DeferredTransform, collate_deferred, finish
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
-from itpn.tasks.pretraining import run as pretraining
+from itpn.tasks.configs import (
+    OptimizerConfig,
+    PretrainingConfig,
+    PretrainingDataConfig,
+    PretrainingModelConfig,
+    TrainerConfig,
+)
+from itpn.tasks.pretraining import data as pretraining
+from itpn.tasks.run import train
 from itpn.training.launch import Devices
 
 TRANSFORM = PretrainingTransform((24, 32), color_jitter=0.4, teacher_size=(21, 28))

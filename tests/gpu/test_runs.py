@@ -6,8 +6,14 @@ import math
 
 import pytest
 
-from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, OptimizerConfig, TrainerConfig
-from itpn.tasks.pretraining.run import pretrain
+from itpn.tasks.configs import (
+    OptimizerConfig,
+    PretrainingConfig,
+    PretrainingDataConfig,
+    PretrainingModelConfig,
+    TrainerConfig,
+)
+from itpn.tasks.run import train
 
 GPU = pytest.mark.gpu
 
@@ -24,7 +30,7 @@ def test_a_run(photos, tmp_path, capsys, accelerator, decode):
         trainer=TrainerConfig(max_steps=6, log_every_n_steps=2, picture_every_n_steps=3, accelerator=accelerator),
         output_dir=str(tmp_path),
     )
-    run = pretrain(config, "test")
+    run = train(config, "test")
     summary = json.loads((run / "summary.json").read_text())
     assert summary["finished"]
     assert summary["steps"] == 6

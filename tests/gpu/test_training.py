@@ -13,18 +13,34 @@ import timm
 import torch
 from photos import draw_photo
 
-from itpn.tasks.configs import ClassificationConfig, ClassificationModelConfig, PretrainingConfig, PretrainingDataConfig, DetectionConfig, DetectionModelConfig, FineTuningConfig, ClassificationDataConfig, SegmentationDataConfig, PretrainingModelConfig, DetectionDataConfig, OptimizerConfig, SegmentationConfig, SegmentationModelConfig, TeacherConfig
-from itpn.training.config import image_size
 from itpn.data.augment import PretrainingTransform
 from itpn.data.files import find_training_images
 from itpn.data.loader import TrainingLoader, collect, stack
-from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.configs import (
+    ClassificationConfig,
+    ClassificationDataConfig,
+    ClassificationModelConfig,
+    DetectionConfig,
+    DetectionDataConfig,
+    DetectionModelConfig,
+    FineTuningConfig,
+    OptimizerConfig,
+    PretrainingConfig,
+    PretrainingDataConfig,
+    PretrainingModelConfig,
+    SegmentationConfig,
+    SegmentationDataConfig,
+    SegmentationModelConfig,
+    TeacherConfig,
+)
 from itpn.tasks.detection.module import DetectionTask
 from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.segmentation.module import SegmentationTask
 from itpn.teachers.ema import MovingAverageTeacher
 from itpn.teachers.timm_teacher import FeatureTeacher, FeatureTower
+from itpn.training.config import image_size
 from itpn.training.module import TrainingTask
 
 SMALL = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
@@ -126,7 +142,7 @@ def detection(photos: Path) -> DetectionTask:
         data=DetectionDataConfig(img_size=64, batch_size=4),
         optimizer=FineTuningConfig(**LEARNING),
     )
-    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="detection", drop_path_rate=0.1)
+    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="pooled", drop_path_rate=0.1)
     sizes = {"head_width": 16, "rpn_post_nms_top_n_train": 40, "box_batch_size_per_image": 16}
     network = MaskDetector(backbone, 3, min_size=64, max_size=128, **sizes)
     return DetectionTask(network, config, "test", ("a", "b"), loader_of(Drawn(), View("detection"), collect))
@@ -141,7 +157,7 @@ def segmentation(photos: Path) -> SegmentationTask:
         data=SegmentationDataConfig(img_size=64, batch_size=4, **STATISTICS),
         optimizer=FineTuningConfig(**LEARNING),
     )
-    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="segmentation", drop_path_rate=0.1)
+    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="joined", drop_path_rate=0.1)
     network = Segmenter(backbone, 2, head_width=16)
     return SegmentationTask(network, config, "test", ("a", "b"), loader_of(Drawn(), View("segmentation")))
 

@@ -6,16 +6,18 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import itpn
-from itpn.tasks.configs import PretrainingModelConfig
 from itpn.errors import UserError
-from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.masking import draw_random_mask, split_mask
 from itpn.masked.targets import normalize_units, pixels_to_images, unit_pixels
+from itpn.tasks.configs import PretrainingModelConfig
+from itpn.tasks.pretraining.network import build_masked_model
 
 
 def small(img_size=(32, 48), **settings):
     torch.manual_seed(0)
-    config = PretrainingModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2, **settings)
+    config = PretrainingModelConfig(
+        "itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2, **settings
+    )
     return build_masked_model(config, img_size)
 
 

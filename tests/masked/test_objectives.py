@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from itpn.tasks.configs import PretrainingModelConfig, TeacherConfig
-from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.decoder import Decoder
 from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.masking import draw_random_mask
+from itpn.tasks.configs import PretrainingModelConfig, TeacherConfig
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.teachers.ema import MovingAverageTeacher, momentum_at
 
 ALL = {"pixel_weight": 1.0, "feature_weight": 0.5, "auxiliary_weight": 0.25, "pyramid_weights": (0.1, 0.2, 0.3)}

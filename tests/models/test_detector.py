@@ -19,6 +19,8 @@ from itpn.errors import UserError
 from itpn.models.detector import Detector, FPNBackbone, MaskDetector
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.synced import SyncedBatchNorm2d
+from itpn.tasks.pretraining.network import build_from
+from itpn.tasks.pretraining.start import save_weights
 
 # few boxes and narrow heads, to be quick
 LIGHT = {"head_width": 32, "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
@@ -29,7 +31,7 @@ def make_detector(seed: int = 0, neck: str = "pyramid", **options) -> Detector:
     torch.manual_seed(seed)
     own = {name: options.pop(name) for name in ("rel_pos_bias", "drop_path_rate") if name in options}
     backbone = (
-        PyramidBackbone("detection", pyramid_width=32, pyramid_depth=1, **NANO, **own)
+        PyramidBackbone("pooled", pyramid_width=32, pyramid_depth=1, **NANO, **own)
         if neck == "pyramid"
         else FPNBackbone(32, **NANO, **own)
     )
@@ -77,11 +79,11 @@ def test_only_heads_start_at_random(tmp_path):
     """From a pre-training file of ours: every parameter of backbone and pyramid is the file's."""
     config = itpn.tasks.recipes.read_recipe("itpn-pixel_nano")[1]
     torch.manual_seed(3)
-    pretrained = itpn.checkpoints.loading.build_from(config)
+    pretrained = build_from(config)
     for parameter in pretrained.parameters():
         parameter.data += 0.01  # nothing is what an initialisation could have made
     path = tmp_path / "model.safetensors"
-    itpn.checkpoints.files.save_weights(path, pretrained, "itpn-pixel_nano", config)
+    save_weights(path, pretrained, "itpn-pixel_nano", config)
     with pytest.warns(UserWarning, match="has no"):
         model = itpn.load(path, task="detection", num_classes=4, strict=False, **LIGHT)
     theirs = pretrained.state_dict()
@@ -135,7 +137,7 @@ def test_other_classes_keep_the_other_heads(tmp_path):
 
 
 def test_heads_are_the_published_ones():
-    model = MaskDetector(PyramidBackbone("detection"), num_classes=81)
+    model = MaskDetector(PyramidBackbone("pooled"), num_classes=81)
     anchors = model.rpn.anchor_generator
     assert [a.shape for a in anchors.cell_anchors] == [(3, 4)] * 5
     for stride, cell in zip((4, 8, 16, 32, 64), anchors.cell_anchors, strict=True):

@@ -4,14 +4,14 @@ import pytest
 import timm
 import torch
 
-from itpn.tasks.run import train
-from itpn.tasks.configs import PretrainingConfig, PretrainingModelConfig
 from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
-from itpn.tasks.pretraining.network import build_masked_model
 from itpn.masked.masking import draw_random_mask, split_mask
 from itpn.models.hivit import HiViT
+from itpn.tasks.configs import PretrainingConfig, PretrainingModelConfig
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.recipes import list_recipes, read_recipe
+from itpn.tasks.run import train
 
 # millions of parameters (REFERENCE, section 1: the authors' table), and as counted
 PUBLISHED = {"tiny": (24, 24.22), "small": (40, 39.91), "base": (85, 84.83), "large": (312, 312.02)}

@@ -105,20 +105,20 @@ def test_pruning_changes_no_value(name, indices):
 
 def test_levels_of_a_pyramid():
     maps = tensors_of(create("itpn_nano_pyramid")(images()))
-    for levels, channels in (("detection", [32] * 5), ("segmentation", [64, 96, 160, 160])):
+    for levels, channels in (("pooled", [32] * 5), ("joined", [64, 96, 160, 160])):
         model = create("itpn_nano_pyramid", levels=levels)
         output = model(images())
         assert list(output) == [str(i) for i in range(len(channels))]
         assert [m.shape[1] for m in output.values()] == channels
         assert [64 // m.shape[2] for m in output.values()] == [4 * 2**i for i in range(len(channels))]
         # torchvision takes one number
-        assert model.out_channels == (32 if levels == "detection" else channels)
+        assert model.out_channels == (32 if levels == "pooled" else channels)
         features = build("itpn_nano_pyramid", levels=levels, features_only=True)
         features.model.load_state_dict(model.state_dict())
         assert features.feature_info.channels() == channels
         assert_equal(features(images()), output)
         assert_equal([m[:, :32] for m in tensors_of(output)[:3]], maps)
-    features = timm.create_model("itpn_nano_pyramid", levels="detection", features_only=True, out_indices=(1, 4))
+    features = timm.create_model("itpn_nano_pyramid", levels="pooled", features_only=True, out_indices=(1, 4))
     assert features.feature_info.reduction() == [8, 64]
     assert [tuple(m.shape[2:]) for m in features(images(128, 64))] == [(16, 8), (2, 1)]
 

@@ -10,11 +10,11 @@ from PIL import Image
 from security.attack import limited, refused
 
 from itpn.cli import main
-from itpn.system.yaml_files import load_yaml
 from itpn.data.annotations import read_objects
 from itpn.data.files import find_images
 from itpn.data.labelmaps import read_names
 from itpn.system import processes as peers
+from itpn.system.yaml_files import load_yaml
 
 BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 0, 20, 1], "iscrowd": 0}
 

@@ -15,9 +15,9 @@ from security.attack import limited, refused
 
 from itpn.checkpoints import files
 from itpn.checkpoints.files import read_checkpoint
-from itpn.teachers.files import read_tensors
 from itpn.checkpoints.torchscript import read_script
 from itpn.cli import main
+from itpn.teachers.files import read_tensors
 
 
 class Canary:

@@ -21,12 +21,19 @@ from torchrun import run_command
 
 import itpn
 from itpn.cli import main
-from itpn.tasks.run import train
-from itpn.tasks.configs import ClassificationConfig, ClassificationModelConfig, ClassificationEvaluationConfig, FineTuningConfig, ClassificationDataConfig, TrainerConfig
-from itpn.training.config import write_yaml
 from itpn.errors import RunStopped, UserError
 from itpn.metrics.classification import judge, score
+from itpn.tasks.configs import (
+    ClassificationConfig,
+    ClassificationDataConfig,
+    ClassificationEvaluationConfig,
+    ClassificationModelConfig,
+    FineTuningConfig,
+    TrainerConfig,
+)
+from itpn.tasks.run import train
 from itpn.training.checkpointing import Checkpointing
+from itpn.training.config import write_yaml
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
@@ -62,7 +69,9 @@ def settings(coloured, tmp_path):
                     **model,
                 }
             ),
-            data=ClassificationDataConfig(root=(str(coloured),), img_size=32, batch_size=6, num_workers=0, crop_pct=1.0),
+            data=ClassificationDataConfig(
+                root=(str(coloured),), img_size=32, batch_size=6, num_workers=0, crop_pct=1.0
+            ),
             optimizer=FineTuningConfig(lr=2e-3, layer_decay=0.8),
             trainer=TrainerConfig(
                 max_epochs=3, log_every_n_steps=1, checkpoint_every_n_steps=100, picture_every_n_steps=100
@@ -168,7 +177,7 @@ def test_the_better_of_weights_and_average_is_written(settings, monkeypatch, bet
             "ema_val_top1": 0.6 if better == "moving average" else 0.4
         }
 
-    monkeypatch.setattr("itpn.tasks.classification.run.Validation.look", look)
+    monkeypatch.setattr("itpn.tasks.validation.Validation.look", look)
     folder = train(settings(), "test")
     assert json.loads((folder / "summary.json").read_text())["saved"] == better
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -237,11 +246,11 @@ def test_a_probe_may_come_later(settings, coloured, tmp_path):
 
 def test_mixed_pairs_of_few_images(settings, coloured):
     """24 images on one process are pairs already; of an odd number one is left out; too few are refused."""
-    from itpn.tasks.classification.run import find_sets, make_loader, make_transform
+    from itpn.tasks.classification.data import find_data, make_loader, make_transform
 
     config = settings()
     config.data.batch_size = 100
-    images, _ = find_sets(config)
+    images = find_data(config).train
     for count, world, size in ((24, 1, 24), (23, 1, 22), (10, 2, 4), (10, 3, 2)):
         few = images.take(np.arange(count))
         config.data.img_size = (32, 32)
@@ -516,7 +525,7 @@ def test_epochs_scale_with_the_images(settings):
 def test_relative_positions_begin_at_zero(settings, tmp_path):
     """As the published fine-tuning adds them to pixel pre-training: the network computes what it did."""
     from itpn.checkpoints.files import read_checkpoint
-    from itpn.checkpoints.finetuning import make_classifier, settle
+    from itpn.tasks.classification.network import build_model, resolve
 
     path = save_public(tmp_path, "off_pixel_pretrain")
     models = []
@@ -524,9 +533,9 @@ def test_relative_positions_begin_at_zero(settings, tmp_path):
         config = settings(name=None, patch_size=None, scratch=False, checkpoint=str(path), rel_pos_bias=biased)
         config.data.img_size = None
         found = read_checkpoint(path)
-        settle(config, found)
+        config = resolve(config, found)
         torch.manual_seed(0)
-        models.append(make_classifier(config, tuple(COLOURS), found)[0].eval())
+        models.append(build_model(config, tuple(COLOURS), found)[0].eval())
     plain, biased = models
     assert not any(p.any() for n, p in biased.named_parameters() if n.endswith("relative_position_bias_table"))
     assert sum(n.endswith("relative_position_bias_table") for n, _ in biased.named_parameters()) == 2

@@ -19,18 +19,27 @@ from safetensors.torch import load_file
 from torchrun import run_command
 
 import itpn
-from itpn.tasks.pretraining.start import save_weights
-from itpn.checkpoints.finetuning import make_detector, settle
-from itpn.tasks.pretraining.network import build_from
 from itpn.cli import main
-from itpn.tasks.run import train
-from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, DetectionConfig, DetectionModelConfig, FineTuningConfig, PretrainingModelConfig, DetectionDataConfig, TrainerConfig
-from itpn.training.config import write_yaml
 from itpn.data.annotations import read_objects
 from itpn.data.shapes import CLASSES, write_shapes
 from itpn.errors import UserError
 from itpn.metrics.detection import FIGURES, score_detections, write_detection_scores
 from itpn.models.detector import Detector
+from itpn.tasks.configs import (
+    DetectionConfig,
+    DetectionDataConfig,
+    DetectionModelConfig,
+    FineTuningConfig,
+    PretrainingConfig,
+    PretrainingDataConfig,
+    PretrainingModelConfig,
+    TrainerConfig,
+)
+from itpn.tasks.detection.network import build_model, resolve
+from itpn.tasks.pretraining.network import build_from
+from itpn.tasks.pretraining.start import save_weights
+from itpn.tasks.run import train
+from itpn.training.config import write_yaml
 
 MINI = Path(__file__).parents[3] / "shared" / "data" / "coco_mini"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -169,7 +178,9 @@ def test_no_detections_at_all(shapes):
 
 def test_a_run_from_pretraining_to_its_files(settings, tmp_path, shapes, capsys):
     pretraining = PretrainingConfig(
-        model=PretrainingModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        model=PretrainingModelConfig(
+            name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2
+        ),
         data=PretrainingDataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
     )
     pretrained = build_from(pretraining)
@@ -196,7 +207,7 @@ def test_a_run_from_pretraining_to_its_files(settings, tmp_path, shapes, capsys)
     for name, tensor in model.state_dict().items():
         assert torch.equal(last.state_dict()[name], tensor), name
     # and it is a start for everything else
-    assert itpn.load(folder / "model.safetensors", task="pyramid", levels="segmentation") is not None
+    assert itpn.load(folder / "model.safetensors", task="pyramid", levels="joined") is not None
 
     command = ["evaluate", str(folder / "config.yaml"), "--checkpoint", str(folder / "model.safetensors")]
     assert main(command) == 0
@@ -301,7 +312,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, train_until):
 def test_three_starts(settings, tmp_path):
     """The pre-trained pyramid; on the pre-trained backbone a fresh pyramid, and a feature pyramid network."""
     pretraining = PretrainingConfig(
-        model=PretrainingModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        model=PretrainingModelConfig(
+            name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2
+        ),
         data=PretrainingDataConfig(img_size=64),
     )
     pretrained = build_from(pretraining)
@@ -312,8 +325,8 @@ def test_three_starts(settings, tmp_path):
     for neck in ("pyramid", "fresh", "fpn"):
         config = settings()
         config.model.neck, config.model.scratch, config.model.checkpoint = neck, False, "set"
-        settle(config, found)
-        model, notes = make_detector(config, CLASSES, True, found)
+        config, _ = resolve(config, found)
+        model, notes = build_model(config, CLASSES, True, found)
         own = itpn.checkpoints.files.named_tensors(model)
         random[neck] = {n.partition(".")[0] for n, t in own.items() if n not in theirs or not torch.equal(t, theirs[n])}
         assert any("feature pyramid network" in note for note in notes) == (neck == "fpn")
@@ -328,8 +341,8 @@ def test_heads_of_a_detector_go_on(settings, trained, masks, width):
     found = itpn.checkpoints.files.read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", width
-    settle(config, found)
-    model, notes = make_detector(config, ("a", "b"), masks, found)
+    config, _ = resolve(config, found)
+    model, notes = build_model(config, ("a", "b"), masks, found)
     own = itpn.checkpoints.files.named_tensors(model)
     fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
     predictors = {"roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"}
@@ -346,8 +359,8 @@ def test_heads_that_are_not_there_are_named(settings, tmp_path, shapes):
     folder = train(replace(config, trainer=TrainerConfig(max_epochs=1, max_steps=1)), "test")
     found = itpn.checkpoints.files.read_checkpoint(folder / "model.safetensors")
     config.model.scratch, config.model.checkpoint = False, "set"
-    settle(config, found)
-    _, notes = make_detector(config, CLASSES, True, found)
+    config, _ = resolve(config, found)
+    _, notes = build_model(config, CLASSES, True, found)
     for part in ("mask head", "predictor of masks"):
         assert f"{found.source} has no {part}: it starts fresh" in notes
     assert len(notes) == 2
@@ -355,7 +368,9 @@ def test_heads_that_are_not_there_are_named(settings, tmp_path, shapes):
 
 def test_a_fresh_detector_sees_images_as_its_backbone_did(tmp_path):
     config = PretrainingConfig(
-        model=PretrainingModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        model=PretrainingModelConfig(
+            name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2
+        ),
         data=PretrainingDataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2,)),
     )
     save_weights(tmp_path / "pretrained.safetensors", build_from(config), "test", config)
@@ -368,11 +383,11 @@ def test_a_fresh_detector_sees_images_as_its_backbone_did(tmp_path):
 def test_relative_positions_from_scratch(settings):
     config = settings()
     config.model.name = "hivit_tiny"  # has them
-    settle(config, None)
-    model, _ = make_detector(config, CLASSES, True, None)
+    config, _ = resolve(config, None)
+    model, _ = build_model(config, CLASSES, True, None)
     assert any("relative_position_bias_table" in name for name in model.state_dict())
     config.model.rel_pos_bias = False
-    model, _ = make_detector(config, CLASSES, True, None)
+    model, _ = build_model(config, CLASSES, True, None)
     assert not any("relative_position_bias_table" in name for name in model.state_dict())
 
 
@@ -491,7 +506,9 @@ def test_impossible_settings(shapes, options, words, capsys, tmp_path):
 
 
 def test_evaluating_what_is_no_detector(shapes, trained, tmp_path, capsys):
-    config = PretrainingConfig(data=PretrainingDataConfig(img_size=64), model=PretrainingModelConfig(name="itpn_nano", patch_size=16))
+    config = PretrainingConfig(
+        data=PretrainingDataConfig(img_size=64), model=PretrainingModelConfig(name="itpn_nano", patch_size=16)
+    )
     save_weights(tmp_path / "pretrained.safetensors", build_from(config), "test", config)
     command = ["evaluate", "detector_nano", "--data.root", str(shapes), "--checkpoint"]
     assert main([*command, str(tmp_path / "pretrained.safetensors")]) == 2

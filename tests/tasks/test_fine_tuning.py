@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 
-from itpn.checkpoints.finetuning import build_recipe
-from itpn.tasks.configs import ClassificationConfig
 from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.classification.network import build_recipe
+from itpn.tasks.configs import ClassificationConfig
 from itpn.tasks.finetuning.module import decay_per_layer
 from itpn.tasks.recipes import read_recipe
 from itpn.training.module import learning_rate
@@ -30,7 +30,7 @@ def make_task(recipe: str, init_values: float | None = None) -> ClassificationTa
     config.model.ema_decay, config.model.init_values = None, init_values
     config.data.mean, config.data.std = (0.0,), (1.0,)
     with torch.device("meta"):
-        model = build_recipe(config)[0]
+        model = build_recipe(config, None, None)[0]
     task = ClassificationTask(model, config, name, tuple(map(str, range(1000))))
     loader = SimpleNamespace(images=1_281_167, __len__=lambda: 0)
     task.train_dataloader = lambda: loader  # type: ignore[assignment]

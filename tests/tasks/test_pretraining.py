@@ -5,13 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from itpn.tasks.configs import PretrainingDataConfig, OptimizerConfig
-from itpn.training.config import image_size
 from itpn.data.files import ImageSource
-from itpn.tasks.pretraining.network import build_masked_model
+from itpn.tasks.configs import OptimizerConfig, PretrainingDataConfig
+from itpn.tasks.pretraining.data import make_loader
 from itpn.tasks.pretraining.module import PretrainingTask, spread
-from itpn.tasks.pretraining.run import make_loader
+from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.recipes import read_recipe
+from itpn.training.config import image_size
 from itpn.training.module import learning_rate
 
 

@@ -20,21 +20,30 @@ from torchvision.transforms.v2.functional import resize
 
 import itpn
 from itpn.checkpoints.files import named_tensors, read_checkpoint
-from itpn.tasks.pretraining.start import save_weights
-from itpn.checkpoints.finetuning import make_segmenter, settle
-from itpn.tasks.pretraining.network import build_from
 from itpn.cli import main
-from itpn.tasks.run import train
-from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, FineTuningConfig, SegmentationDataConfig, PretrainingModelConfig, SegmentationConfig, SegmentationModelConfig, TrainerConfig
-from itpn.training.config import write_yaml
 from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
 from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
 from itpn.metrics.segmentation import PixelScores, compare
 from itpn.models.segmenter import Segmenter
+from itpn.tasks.configs import (
+    FineTuningConfig,
+    PretrainingConfig,
+    PretrainingDataConfig,
+    PretrainingModelConfig,
+    SegmentationConfig,
+    SegmentationDataConfig,
+    SegmentationModelConfig,
+    TrainerConfig,
+)
+from itpn.tasks.pretraining.network import build_from
+from itpn.tasks.pretraining.start import save_weights
 from itpn.tasks.recipes import read_recipe
+from itpn.tasks.run import train
 from itpn.tasks.segmentation.inference import Segmentation, enlarge_labels
 from itpn.tasks.segmentation.module import pixel_loss
+from itpn.tasks.segmentation.network import build_model, resolve
+from itpn.training.config import write_yaml
 from itpn.training.module import learning_rate
 
 NAMES = (*GROUNDS, *CLASSES)
@@ -54,7 +63,9 @@ def settings(shapes, tmp_path):
 
     def make(**trainer) -> SegmentationConfig:
         return SegmentationConfig(
-            model=SegmentationModelConfig(name="itpn_nano", scratch=True, patch_size=16, head_width=16, drop_path_rate=0.1),
+            model=SegmentationModelConfig(
+                name="itpn_nano", scratch=True, patch_size=16, head_width=16, drop_path_rate=0.1
+            ),
             data=SegmentationDataConfig(
                 root=str(shapes), reduce_zero_label=True, img_size=48, short_side=64, batch_size=4, num_workers=0
             ),
@@ -76,7 +87,9 @@ def trained(settings):
 @pytest.fixture
 def pretrained(tmp_path):
     config = PretrainingConfig(
-        model=PretrainingModelConfig(name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        model=PretrainingModelConfig(
+            name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2
+        ),
         data=PretrainingDataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
     )
     save_weights(tmp_path / "pretrained.safetensors", build_from(config), "test", config)
@@ -267,7 +280,7 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
     last = itpn.load(folder / "checkpoints" / "last.ckpt")
     for name, tensor in model.state_dict().items():
         assert torch.equal(last.state_dict()[name], tensor), name
-    assert itpn.load(folder / "model.safetensors", task="pyramid", levels="detection") is not None
+    assert itpn.load(folder / "model.safetensors", task="pyramid", levels="pooled") is not None
 
     command = ["evaluate", "segmenter_nano", "--data.root", str(shapes), "--data.num-workers", "0", "--checkpoint"]
     assert main([*command, str(folder / "model.safetensors")]) == 0
@@ -312,8 +325,8 @@ def test_three_starts(settings, pretrained):
     for neck in ("pyramid", "fresh"):
         config = settings()
         config.model.neck, config.model.scratch, config.model.checkpoint = neck, False, "set"
-        settle(config, found)
-        model, _ = make_segmenter(config, NAMES, found)
+        config, _ = resolve(config, found)
+        model, _ = build_model(config, NAMES, found)
         own = named_tensors(model)
         random[neck] = {
             n.partition(".")[0]
@@ -328,8 +341,8 @@ def test_a_segmenter_of_other_classes_goes_on(settings, trained):
     found = read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", 24
-    settle(config, found)
-    model, notes = make_segmenter(config, ("a", "b", "c"), found)
+    config, _ = resolve(config, found)
+    model, notes = build_model(config, ("a", "b", "c"), found)
     own = named_tensors(model)
     fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
     assert fresh == {"classifier", "aux_classifier.4"}

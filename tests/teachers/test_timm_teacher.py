@@ -14,10 +14,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
-from itpn.teachers.files import read_tensors
 from itpn.errors import MachineError, UserError
 from itpn.models.position import resample_position_table
 from itpn.teachers import timm_teacher as module
+from itpn.teachers.files import read_tensors
 from itpn.teachers.timm_teacher import build_teacher, count_teacher_parameters, teacher_width
 
 GOLDEN, _ = read_golden("off_clip_teacher")

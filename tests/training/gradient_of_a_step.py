@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import itpn.masked.masked_model
-import itpn.tasks.pretraining.run
+import itpn.tasks.pretraining.build
 import itpn.training.compilation
-from itpn.tasks.run import train
-from itpn.tasks.recipes import read_settings
 from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.recipes import read_settings
+from itpn.tasks.run import train
 
 
 def mask_of_content(images, mask_ratio):
@@ -66,7 +66,7 @@ forward = itpn.masked.masked_model.MaskedImageModel.forward
 itpn.masked.masked_model.MaskedImageModel.forward = lambda self, images, mask=None, target=None: forward(
     self, images, mask_of_content(images, 0.75) if mask is None else mask, target
 )
-itpn.tasks.pretraining.run.PretrainingTask = Task
+itpn.tasks.pretraining.build.PretrainingTask = Task
 compile_network = torch.compile
 choose_devices = itpn.training.compilation.choose_devices
 

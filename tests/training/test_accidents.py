@@ -21,12 +21,12 @@ import itpn.data.evaluation
 import itpn.data.files
 import itpn.data.readers
 from itpn.cli import main
-from itpn.tasks.run import train
-from itpn.training.config import write_yaml
 from itpn.data.loader import SkippedImages, nothing_readable
 from itpn.errors import MachineError, UserError
 from itpn.system.accidents import guard
 from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.run import train
+from itpn.training.config import write_yaml
 
 SCRIPT = Path(__file__).with_name("misbehaving.py")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -13,11 +13,11 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
 
-from itpn.tasks.run import train
-from itpn.tasks.configs import TrainerConfig
 from itpn.errors import MachineError
 from itpn.masked.masked_model import MaskedImageModel
+from itpn.tasks.configs import TrainerConfig
 from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.run import train
 from itpn.training import compilation as compiling
 from itpn.training.compilation import compile_networks
 from itpn.training.launch import Devices, choose_devices, read_launch

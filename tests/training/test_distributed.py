@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from torchrun import run_command, run_script
 
 import itpn
+from itpn.errors import UserError
 from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig
 from itpn.training.config import write_yaml
-from itpn.errors import UserError
 from itpn.training.launch import read_launch
 from itpn.training.loop import check_strategy
 

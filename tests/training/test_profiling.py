@@ -13,9 +13,15 @@ from lightning.pytorch.plugins.environments import LightningEnvironment
 from PIL import Image
 
 from itpn.cli import main
-from itpn.tasks.run import train
-from itpn.tasks.configs import ClassificationConfig, ClassificationModelConfig, FineTuningConfig, ClassificationDataConfig, TrainerConfig
 from itpn.errors import RunStopped
+from itpn.tasks.configs import (
+    ClassificationConfig,
+    ClassificationDataConfig,
+    ClassificationModelConfig,
+    FineTuningConfig,
+    TrainerConfig,
+)
+from itpn.tasks.run import train
 from itpn.training import profiling
 from itpn.training.launch import Launch
 from itpn.training.profile_trace import read_device

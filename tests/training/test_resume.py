@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from itpn.tasks.run import train
-from itpn.tasks.configs import PretrainingConfig
 from itpn.errors import MachineError, RunStopped, UserError
+from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.run import train
 from itpn.training.checkpointing import Checkpointing
 
 

@@ -22,12 +22,12 @@ from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import itpn
-from itpn.tasks.run import train
-from itpn.tasks.recipes import read_settings
 from itpn.data.loader import TrainingLoader
 from itpn.errors import NonFiniteLoss, UserError
-from itpn.tasks.pretraining import run as pretraining
+from itpn.tasks.pretraining import probe, visualization
 from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.recipes import read_settings
+from itpn.tasks.run import train
 from itpn.training import callbacks
 from itpn.training.checkpointing import Checkpointing
 from itpn.training.launch import choose_precision, read_launch
@@ -37,7 +37,13 @@ from itpn.training.run_folder import RunFolder
 @pytest.fixture(scope="module")
 def finished(photos, tmp_path_factory):
     """A finished run of three epochs, with its settings."""
-    from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, OptimizerConfig, TrainerConfig
+    from itpn.tasks.configs import (
+        OptimizerConfig,
+        PretrainingConfig,
+        PretrainingDataConfig,
+        PretrainingModelConfig,
+        TrainerConfig,
+    )
 
     config = PretrainingConfig(
         model=PretrainingModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
@@ -90,8 +96,8 @@ def test_speed_is_that_of_training(settings, photos, tmp_path, monkeypatch, caps
 
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
     monkeypatch.setattr(callbacks, "time", clock)
-    monkeypatch.setattr(pretraining, "draw_predictions", slow(pretraining.draw_predictions))
-    monkeypatch.setattr(pretraining.FeatureProbe, "look", slow(pretraining.FeatureProbe.look))
+    monkeypatch.setattr(visualization, "draw_predictions", slow(visualization.draw_predictions))
+    monkeypatch.setattr(probe.ProbeEvaluator, "score", slow(probe.ProbeEvaluator.score))
     monkeypatch.setattr(Checkpointing, "save", slow(Checkpointing.save))
     for folder in ("train/ant", "train/bee", "val/ant", "val/bee"):
         shutil.copytree(photos, tmp_path / "probe" / folder)

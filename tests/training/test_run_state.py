@@ -24,19 +24,19 @@ from torchrun import run_command
 import itpn
 import itpn.training.loop
 from itpn.checkpoints import run_state
-from itpn.training.run_state import DamagedCheckpoint, find_settings, read_state
 from itpn.cli import main
-from itpn.tasks.run import train
-from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig
-from itpn.tasks.recipes import read_settings
-from itpn.training.config import to_dict, write_yaml
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.writing import remove_partial_files
-from itpn.tasks.classification.run import Validation
+from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig
 from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.recipes import read_settings
+from itpn.tasks.run import train
+from itpn.tasks.validation import Validation
 from itpn.training.checkpointing import Checkpointing
+from itpn.training.config import to_dict, write_yaml
 from itpn.training.metrics_file import append_row, complete_row, keep_rows, read_steps
 from itpn.training.run_folder import RunFolder
+from itpn.training.run_state import DamagedCheckpoint, find_settings, read_state
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

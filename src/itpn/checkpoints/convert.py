@@ -170,7 +170,7 @@ def _rename(found: Checkpoint, form: Form) -> tuple[dict[str, Tensor], list[str]
     if form == "itpn":
         return found.tensors, others, form
     backbone = read_contents(found).backbone
-    fast = backbone["swiglu"] and backbone["sub_norm"]
+    fast = bool(backbone.get("swiglu") and backbone.get("sub_norm"))
     if fast and form == "mmpretrain":
         raise UserError(f"{found.source} is a Fast-iTPN, which mmpretrain does not have: convert it --to official")
     if form == "mmpretrain" and any(depth % 2 for depth in backbone["depths"][:2]):

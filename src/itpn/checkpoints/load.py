@@ -8,6 +8,7 @@ from typing import Any, get_type_hints
 
 from torch import nn
 
+from itpn.checkpoints.adapters.ours import name_levels
 from itpn.checkpoints.contents import all_names, read_contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.match import match
@@ -119,7 +120,7 @@ def override(spec: NetworkSpec, arguments: Mapping[str, Any]) -> NetworkSpec:
         rest["rel_pos_size"] = None  # the tables follow
     return replace(
         spec,
-        levels=rest.pop("levels", spec.levels),
+        levels=name_levels(rest.pop("levels", spec.levels)),
         pyramid=spec.pyramid if not sizes else {**(spec.pyramid or {}), **sizes},
         options={**spec.options, **options},
         backbone={**spec.backbone, **rest},

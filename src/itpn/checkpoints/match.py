@@ -9,6 +9,7 @@ import torch
 from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
+from itpn.checkpoints.adapters.ours import read_guesses
 from itpn.checkpoints.contents import known_heads
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
 from itpn.errors import UserError
@@ -179,7 +180,9 @@ def _join_parts(findings: list[Finding], titles: list[str]) -> list[Finding]:
 def _differing_parts(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     """What differs although shapes agree, by the title of the part."""
     spec = checkpoint.spec
-    return {} if spec is None or spec.head is None else heads()[spec.head].differ(spec.options, model)
+    if spec is None or spec.head is None or read_guesses(checkpoint.metadata):
+        return {}
+    return heads()[spec.head].differ(spec.options, model)
 
 
 def _describe_tables(changed: list[str], backbone: HiViT) -> list[Finding]:
