@@ -73,13 +73,13 @@ def test_the_published_maps_inside_a_detector(tmp_path, case, checkpointing):
     assert set(found) == {"boxes", "labels", "scores", "masks"}
 
 
-def test_only_heads_start_at_random(tmp_path):
+def test_only_heads_are_randomly_initialized(tmp_path):
     """From a pre-training file of ours: every parameter of backbone and pyramid is the file's."""
     config = itpn.tasks.recipes.read_recipe("itpn-pixel_nano")[1]
     torch.manual_seed(3)
     pretrained = itpn.checkpoints.loading.build_from(config)
     for parameter in pretrained.parameters():
-        parameter.data += 0.01  # nothing is what an initialisation could have made
+        parameter.data += 0.01  # no parameter equals an initialization
     path = tmp_path / "model.safetensors"
     itpn.checkpoints.files.save_weights(path, pretrained, "itpn-pixel_nano", config)
     with pytest.warns(UserWarning, match="has no"):
@@ -126,8 +126,8 @@ def test_other_classes_keep_the_other_heads(tmp_path):
     with pytest.warns(UserWarning, match="has no predictor of (boxes and classes|masks) that fits"):
         other = itpn.load(tmp_path / "detector.pth", num_classes=6, strict=False, num_heads=4, **LIGHT)
     theirs, ours = model.state_dict(), other.state_dict()
-    fresh = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
-    assert {name.rpartition(".")[0].partition(".")[2] for name in fresh} == {
+    initialized = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert {name.rpartition(".")[0].partition(".")[2] for name in initialized} == {
         "box_predictor.cls_score",
         "box_predictor.bbox_pred",
         "mask_predictor.mask_fcn_logits",
@@ -204,11 +204,11 @@ def test_any_size(rel_pos_bias):
     images = [torch.rand(3, 50, 83), torch.rand(3, 121, 64)]
     _, targets = make_targets([1, 1], 50)
     targets[1]["masks"] = torch.zeros(1, 121, 64, dtype=torch.uint8)
-    seen = []
-    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: seen.append((args, anchors)))
+    captured = []
+    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: captured.append((args, anchors)))
     losses = model(images, targets)
     sum(losses.values()).backward()
-    (batch, maps), _ = seen[0]
+    (batch, maps), _ = captured[0]
     height, width = batch.tensors.shape[-2:]
     assert height % 64 == width % 64 == 0
     assert [(height // m.shape[-2], width // m.shape[-1]) for m in maps] == [(4 * 2**i,) * 2 for i in range(5)]
@@ -218,12 +218,12 @@ def test_any_size(rel_pos_bias):
         assert result["masks"].shape[-2:] == image.shape[-2:]
 
 
-def test_half_precision_leaves_boxes_precise():
-    """Hundreds of pixels and a fraction do not fit into the 8 digits of bfloat16."""
+def test_half_precision_leaves_boxes_in_float32():
+    """Hundreds of pixels and a fraction do not fit into the 8 bits of bfloat16."""
     model = make_detector(min_size=640, max_size=1066)
-    seen: dict[str, list] = {"anchors": [], "proposals": []}
-    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: seen["anchors"].append(anchors[0]))
-    model.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, args: seen["proposals"].append(args[1][0]))
+    captured: dict[str, list] = {"anchors": [], "proposals": []}
+    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: captured["anchors"].append(anchors[0]))
+    model.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, args: captured["proposals"].append(args[1][0]))
     image = torch.rand(3, 640, 1000, generator=torch.Generator().manual_seed(0))
     _, targets = make_targets([3], 640)
     with torch.no_grad():
@@ -231,8 +231,8 @@ def test_half_precision_leaves_boxes_precise():
         with torch.autocast("cpu", torch.bfloat16):
             (found,) = model([image])
             losses = model.train()([image], [{**targets[0], "masks": torch.ones(3, 640, 1000, dtype=torch.uint8)}])
-    assert torch.equal(seen["anchors"][0], seen["anchors"][1])
-    for boxes in (*seen["proposals"], found["boxes"]):
+    assert torch.equal(captured["anchors"][0], captured["anchors"][1])
+    for boxes in (*captured["proposals"], found["boxes"]):
         assert boxes.dtype == torch.float32
         assert (boxes != boxes.bfloat16()).any(dim=1).float().mean() > 0.5
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())

@@ -33,12 +33,12 @@ def test_the_published_maps_inside_a_segmenter(tmp_path, checkpointing):
         )
     assert isinstance(model, Segmenter)
     model.set_grad_checkpointing(checkpointing)
-    seen = []
-    model.upernet.register_forward_pre_hook(lambda _, args: seen.append([level.clone() for level in args[0][2:]]))
+    captured = []
+    model.upernet.register_forward_pre_hook(lambda _, args: captured.append([level.clone() for level in args[0][2:]]))
     logits = model(golden["input"]["image"])["out"]
     assert logits.shape == (2, 5, 64, 64)
-    assert [level.shape[1] for level in seen[0]] == [48, 64, 96, 96]
-    for i, level in enumerate(seen[0]):
+    assert [level.shape[1] for level in captured[0]] == [48, 64, 96, 96]
+    for i, level in enumerate(captured[0]):
         assert (level - golden["output"][f"level_{i}"]).abs().max() < 2e-5
 
 
@@ -47,7 +47,7 @@ def test_only_heads_start_at_random(tmp_path):
     torch.manual_seed(3)
     pretrained = itpn.checkpoints.loading.build_from(config)
     for parameter in pretrained.parameters():
-        parameter.data += 0.01  # nothing is what an initialisation could have made
+        parameter.data += 0.01  # no parameter equals an initialization
     path = tmp_path / "model.safetensors"
     itpn.checkpoints.files.save_weights(path, pretrained, "itpn-pixel_nano", config)
     with pytest.warns(UserWarning, match="has no segmentation head"):
@@ -78,7 +78,7 @@ def test_heads_are_the_published_ones():
 
 @pytest.mark.parametrize("rel_pos_bias", [False, True, "decomposed"])
 def test_any_size(rel_pos_bias):
-    """What is missing to whole units is filled; logits are of the image alone."""
+    """Images are padded to whole patches; logits cover the image without the padding."""
     model = make_segmenter(rel_pos_bias=rel_pos_bias)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -137,14 +137,14 @@ def test_two_processes_are_one(tmp_path):
     targets = torch.randint(4, (2, 64, 64), generator=generator)
     targets[1, 3:] = 255
     options = {"head_width": 32, "drop_rate": 0.0, "auxiliary": False}
-    # in float64, for a map of 1x1 has two values to take a deviation of
+    # in float64, because a map of 1x1 has two values to take a std of
     state = {n: t.double() for n, t in model.state_dict().items() if not n.startswith("aux_classifier.")}
     given = {"backbone": NANO, "options": options, "state": state, "images": images.double(), "targets": targets}
     assert compare_processes(given, tmp_path) == 12
 
 
 def test_what_cannot_be():
-    with pytest.raises(ValueError, match="four joined maps"):
+    with pytest.raises(ValueError, match="four concatenated maps"):
         Segmenter(PyramidBackbone("detection", **NANO), num_classes=3)
     with pytest.raises(ValueError, match="at least 2"):
         Segmenter(PyramidBackbone("segmentation", **NANO), num_classes=1)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from itpn.checkpoints.architecture import known_heads
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
 from itpn.errors import UserError
-from itpn.models.hivit import HiViT, find_backbone, fit_tables
+from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.position import Grid
+from itpn.models.weights import fit_tables
 
 # the layers of a detector and of a segmenter that know its classes
 CLASS_PREDICTORS = (

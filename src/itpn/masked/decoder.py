@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from itpn.masked.masking import Split
-from itpn.models.hivit import HiViT, TransformerBlock, WeightInit, initialize_linears
+from itpn.models.hivit import HiViT
+from itpn.models.layers import TransformerBlock, WeightInit, initialize_linears
 from itpn.models.position import Grid, resample_position_table, sincos_position_table
 from itpn.models.recompute import Recompute, run_block
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from itpn.masked.decoder import AuxiliaryHead, Decoder, pick_tokens
 from itpn.masked.masking import Split, count_hidden, draw_block_mask, draw_random_mask, split_mask
 from itpn.masked.targets import feature_error, normalize_units, pixels_to_images, unit_pixels
-from itpn.models.hivit import POSITIONS, HiViT, units_to_map
+from itpn.models.hivit import POSITIONS, HiViT
+from itpn.models.layers import patches_to_map
 from itpn.models.modes import eval_mode
 from itpn.models.position import Grid
 from itpn.models.pyramid import FeaturePyramid
@@ -288,7 +289,7 @@ class MaskedImageModel(nn.Module):
     def mask_map(self, mask: Tensor, grid: Grid) -> Tensor:
         """bool [B, N] -> [B, 1, H, W]."""
         unit = self.backbone.patch_size
-        hidden = units_to_map(mask[:, :, None, None, None], grid)
+        hidden = patches_to_map(mask[:, :, None, None, None], grid)
         return hidden.repeat_interleave(unit, 2).repeat_interleave(unit, 3)
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor]:
@@ -298,7 +299,7 @@ class MaskedImageModel(nn.Module):
     def extract_pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
         """The pyramid's maps, finest first: [B, width, H/4, W/4], [B, width, H/8, W/8], [B, width, H/16, W/16]."""
         grid = self.backbone.grid_of(images.shape[-2:])
-        return tuple(units_to_map(level, grid) for level in self.pyramid(self.backbone.forward_stages(images)))
+        return tuple(patches_to_map(level, grid) for level in self.pyramid(self.backbone.forward_stages(images)))
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, int], equal: bool) -> int:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from itpn.models.hivit import cut_units, pick_units
+from itpn.models.layers import image_to_patches, pick_patches
 
 
 def unit_pixels(images: Tensor, unit: int, picked: Tensor | None = None) -> Tensor:
@@ -17,7 +17,7 @@ def unit_pixels(images: Tensor, unit: int, picked: Tensor | None = None) -> Tens
     Returns:
         [B, N or V, unit * unit * C].
     """
-    return pick_units(cut_units(images, unit), picked).permute(0, 1, 3, 4, 2).flatten(2)
+    return pick_patches(image_to_patches(images, unit), picked).permute(0, 1, 3, 4, 2).flatten(2)
 
 
 def normalize_units(pixels: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:

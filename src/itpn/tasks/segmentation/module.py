@@ -16,7 +16,7 @@ from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
 from itpn.models.detector import fit_sides
 from itpn.models.segmenter import Segmenter
-from itpn.models.synced import batch_shares
+from itpn.models.synced import batch_fractions
 from itpn.tasks.finetuning import FineTuningTask
 from itpn.training.module import MakeLoader
 
@@ -77,8 +77,8 @@ def pixel_loss(logits: Tensor, target: Tensor) -> Tensor:
         target: int64 [B, H, W], `IGNORED` where there is no class.
     """
     count = int((target != IGNORED).sum())
-    (share,) = batch_shares([count], logits.device)
-    return F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum") / max(count, 1) * share
+    (fraction,) = batch_fractions([count], logits.device)
+    return F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum") / max(count, 1) * fraction
 
 
 @dataclass(frozen=True)
