@@ -35,7 +35,7 @@ from itpn.masked.masked_model import MaskedImageModel
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.run import make_loader
 from itpn.tasks.recipes import read_recipe
-from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.ema import EMATeacher
 from itpn.training.launch import device_name, peak_memory_gb
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -96,7 +96,7 @@ class Arm:
         self.momentum = config.teacher.momentum
         size = image_size(config.data)
         self.model = model
-        self.average = MovingAverageTeacher(model) if config.teacher.name == "ema" else None
+        self.average = EMATeacher(model) if config.teacher.name == "ema" else None
         self.task = PretrainingTask(model, config, "benchmark", teacher=self.average).to(self.device)
         self.outside: dict[str, Any] = {}
         if config.teacher.name and self.average is None:

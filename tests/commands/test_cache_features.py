@@ -23,7 +23,7 @@ from itpn.errors import UserError
 from itpn.masked.build import build_masked_model
 from itpn.masked.targets import normalize_features
 from itpn.tasks.pretraining.run import make_loader
-from itpn.teachers.ema import MovingAverageTeacher, momentum_at
+from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import build_teacher
 
 ALL = {"feature_weight": 0.5, "auxiliary_weight": 0.5, "pyramid_weights": (0.1, 0.2, 0.3), "pyramid_head_width": 64}
@@ -81,11 +81,11 @@ def test_the_average_moves_once_a_step(ema, monkeypatch, accumulate):
     """By hand from the weights after each step; and the weights that are written know nothing of it."""
     name, seen = "backbone.stages.2.0.attn.qkv.weight", []
 
-    def update(self, model, momentum, original=MovingAverageTeacher.update):
+    def update(self, model, momentum, original=EMATeacher.update):
         seen.append((momentum, model.get_parameter(name).detach().clone()))
         original(self, model, momentum)
 
-    monkeypatch.setattr(MovingAverageTeacher, "update", update)
+    monkeypatch.setattr(EMATeacher, "update", update)
     config = ema(accumulate_grad_batches=accumulate)
     run = train(config, "test")
     assert len(seen) == 18 // accumulate

@@ -1,4 +1,4 @@
-"""Teachers: OpenAI's CLIP in every file form, other timm models, and what is said where there is none to be had."""
+"""Teachers: OpenAI's CLIP in every file form, other timm models, and errors for what cannot be used."""
 
 import errno
 import os
@@ -341,7 +341,7 @@ def test_frozen_for_ever(clip):
 @pytest.mark.parametrize(
     ("name", "grid", "said"),
     [
-        ("inception_v3", (14, 14), "12x12 features of an image of 448x448 px.*14x14 units"),
+        ("inception_v3", (14, 14), "12x12 features of an image of 448x448 px.*14x14 patches"),
         ("halonet26t", (3, 3), "cannot make a map of an image of 96x96 px"),
     ],
 )

@@ -82,6 +82,26 @@ class Architecture:
         return asdict(self)
 
 
+# names of arguments in older files of ours -> today's names
+OLD_KEYS = {
+    "fill_hidden": "add_mask_tokens",
+    "hidden_units": "masked_patches",
+    "hidden_laterals": "masked_laterals",
+    "feature_units": "feature_patches",
+}
+
+
+def _rename_old_keys(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The architecture in a file's metadata, with today's names of arguments."""
+    renamed = {**stored}
+    for part in ("decoder", "auxiliary", "objective"):
+        if isinstance(arguments := renamed.get(part), dict):
+            renamed[part] = {OLD_KEYS.get(key, key): value for key, value in arguments.items()}
+            if renamed[part].get("feature_patches") == "hidden":
+                renamed[part]["feature_patches"] = "masked"
+    return renamed
+
+
 def find_variant(backbone: Mapping[str, Any]) -> str | None:
     """The registered model of these widths and depths; of several, one with the same relative positions."""
 
@@ -120,7 +140,7 @@ def read_architecture(
     stored = checkpoint.metadata.get("architecture")
     if stored is not None:
         try:
-            architecture = Architecture(**stored)
+            architecture = Architecture(**_rename_old_keys(stored))
             if num_heads is not None:
                 architecture.backbone = {**architecture.backbone, "num_heads": num_heads}
             if decoder_heads is not None and architecture.decoder is not None:
@@ -182,10 +202,10 @@ def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_heads: int | No
             backbone["pos_embed"] = "fixed"  # never trained there
         weights = dict.fromkeys(heads, 1.0) | ({"auxiliary": 1.0} if auxiliary else {})
         objective = {"weights": weights}
-        if not decoder["fill_hidden"]:
-            objective |= {"mask": "block", "mask_ratio": 75 / 196, "hidden_units": "mask_token"}
-            objective |= {"hidden_laterals": "pixel" not in heads}
-            objective |= {"feature_loss": "cosine"} if mmpretrain else {"feature_units": "all"}
+        if not decoder["add_mask_tokens"]:
+            objective |= {"mask": "block", "mask_ratio": 75 / 196, "masked_patches": "mask_token"}
+            objective |= {"masked_laterals": "pixel" not in heads}
+            objective |= {"feature_loss": "cosine"} if mmpretrain else {"feature_patches": "all"}
     levels = _read_levels(checkpoint)
     if arguments := checkpoint.metadata.get("model_args"):
         levels = arguments.get("levels", levels)
@@ -292,7 +312,7 @@ def _read_decoder(tensors: Mapping[str, Tensor], heads: dict[str, int], num_head
         "width": width,
         "depth": count_blocks(tensors, r"decoder\.blocks\.(\d+)\."),
         "num_heads": max(width // 32, 1) if num_heads is None else num_heads,
-        "fill_hidden": "decoder.mask_token" in tensors,
+        "add_mask_tokens": "decoder.mask_token" in tensors,
     }
 
 

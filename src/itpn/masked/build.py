@@ -65,7 +65,7 @@ def build_masked_model(
     widths = target_widths(objective, backbone, pyramid_width, config, teacher)
     common: dict[str, Any] = {
         "pyramid_width": pyramid_width,
-        "fill_hidden": objective.drops_units,
+        "add_mask_tokens": objective.drops_patches,
         "weight_init": config.weight_init,
     }
     heads = {name: width for name, width in widths.items() if name in ("pixel", "feature")}
@@ -83,7 +83,7 @@ def build_masked_model(
         auxiliary = AuxiliaryHead(
             backbone,
             widths["auxiliary"],
-            fill_hidden=objective.drops_units,
+            add_mask_tokens=objective.drops_patches,
             init_values=config.init_values,
             weight_init=config.weight_init,
         )
@@ -117,11 +117,11 @@ def make_objective(config: ModelConfig) -> Objective:
         weights={name: weight for name, weight in weights.items() if weight},
         mask=config.mask,
         mask_ratio=config.mask_ratio,
-        hidden_units=config.hidden_units,
-        hidden_laterals=config.hidden_laterals,
+        masked_patches=config.hidden_units,
+        masked_laterals=config.hidden_laterals,
         normalize_target=config.normalize_target,
         feature_loss=config.feature_loss,
-        feature_units=config.feature_units,
+        feature_patches="masked" if config.feature_units == "hidden" else "all",
     )
 
 

@@ -11,7 +11,7 @@ from itpn.data.gpu_decoding import DeferredTransform, finish
 from itpn.data.normalize import Normalize
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.targets import normalize_features
-from itpn.teachers.ema import MovingAverageTeacher, momentum_at
+from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import FeatureTeacher
 from itpn.training.module import MakeLoader, TrainingTask
 from itpn.training.sharding import shard_network
@@ -31,13 +31,13 @@ class PretrainingTask(TrainingTask):
         config: Config,
         recipe: str,
         make_loader: MakeLoader | None = None,
-        teacher: FeatureTeacher | MovingAverageTeacher | None = None,
+        teacher: FeatureTeacher | EMATeacher | None = None,
     ) -> None:
         normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
         super().__init__(model, config, recipe, normalize, make_loader)
         self.model: MaskedImageModel
         # an average is part of the run's state; a frozen teacher stays out of checkpoints, in a tuple modules overlook
-        self.average = teacher if isinstance(teacher, MovingAverageTeacher) else None
+        self.average = teacher if isinstance(teacher, EMATeacher) else None
         self._frozen = (teacher,) if isinstance(teacher, FeatureTeacher) else ()
 
     @property

@@ -26,7 +26,7 @@ from itpn.seeding import derive_seed
 from itpn.system.console import print_aside
 from itpn.tasks.drawing import draw_predictions, read_whole_images
 from itpn.tasks.pretraining.module import PretrainingTask
-from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.ema import EMATeacher
 from itpn.teachers.timm_teacher import FeatureTeacher, build_teacher
 from itpn.training.callbacks import Pictures, Watcher
 from itpn.training.launch import choose_devices, read_launch
@@ -61,7 +61,7 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None, run
         return [f"starting from the weights of {path}", *load_weights(model, read_checkpoint(path))]
 
     def make() -> Job:
-        average = MovingAverageTeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
+        average = EMATeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
         task = PretrainingTask(
             model,
             config,
