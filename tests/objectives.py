@@ -43,7 +43,7 @@ def build(objective: str, **settings) -> MaskedImageModel:
 
 
 def step(model: MaskedImageModel, teacher: EMATeacher | None, images: Tensor, forward=None) -> Tensor:
-    """Forward and backward pass on normalised images [B, 3, 32, 48]; the loss."""
+    """Forward and backward pass on normalized images [B, 3, 32, 48]; returns the loss."""
     forward = model if forward is None else forward
     target = teacher(images) if teacher else None
     if target is None and model.feature_losses:

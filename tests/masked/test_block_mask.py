@@ -63,7 +63,7 @@ def test_counts_of_the_public_generator(golden, ours):
     assert (counts.min(), counts.max()) == (70, 75)
     counts = ours.sum(dim=1)
     assert counts.max() == 75
-    # Their 200 do not show the tail: a direct transcription has 0.34 % below 70 in 40,000 masks, and so have we.
+    # Their 200 masks do not show the tail: of 40,000 by a direct transcription, and of ours, 0.34 % are below 70.
     assert (counts < 70).double().mean() < 0.007
     assert counts.min() >= 60
 
@@ -80,7 +80,7 @@ def test_random_masks_have_other_statistics(golden):
 
 
 def place_one_by_one(grid, masked, min_block, aspect, rng) -> list[bool]:
-    """The algorithm as it is described, for one image."""
+    """The algorithm of the paper, for one image."""
     patches: set[tuple[int, int]] = set()
     failures = 0
     while len(patches) < masked and failures < ATTEMPTS:
@@ -102,7 +102,7 @@ def place_one_by_one(grid, masked, min_block, aspect, rng) -> list[bool]:
     [
         ((8, 8), 25, 5, (0.3, 1 / 0.3)),
         ((6, 14), 32, 7, (0.3, 1 / 0.3)),
-        ((12, 9), 60, 9, (0.5, 4)),  # more often high than wide
+        ((12, 9), 60, 9, (0.5, 4)),  # more often taller than wide
         ((14, 14), 147, 16, (0.3, 1 / 0.3)),
         ((5, 4), 10, 1, (0.3, 1 / 0.3)),
     ],
@@ -147,7 +147,7 @@ def test_exact_counts(grid, masked):
     assert (exact | ~blocks).all()  # blocks stay masked
 
 
-def test_what_blocks_lack_is_spread_evenly():
+def test_patches_that_blocks_lack_are_uniform():
     # five patches and more at this aspect are as high as the grid: no block fits
     assert not draw_block_mask(4000, (8, 8), 5, aspect=(13, 13), generator=seeded(7)).any()
     mask = draw_block_mask(4000, (8, 8), 5, aspect=(13, 13), exact=True, generator=seeded(7))
@@ -187,15 +187,15 @@ def test_masks_come_from_a_generator_or_the_global_seed(exact):
     assert len(given[0].unique(dim=0)) == 16
 
 
-def test_no_value_is_looked_at():
-    """On the meta device there are none: whatever would make a GPU be waited for raises."""
+def test_no_step_waits_for_a_value():
+    """On the meta device there are no values: any operation that waits for the device raises."""
     draws = torch.rand(12, 4, ATTEMPTS, 3, device="meta")
     assert _place_blocks(draws, 14, 14, 75, 16, 0.3, 1 / 0.3).shape == (3, 196)
     assert draw_block_mask(3, (14, 14), 75, exact=True, device="meta").shape == (3, 196)
 
 
 @pytest.mark.parametrize("batch", [1, 5])
-def test_what_the_compiler_is_told_is_true(batch):
+def test_the_custom_op_is_declared_correctly(batch):
     draws = torch.rand(12, 4, ATTEMPTS, batch, generator=seeded(8))
     torch.library.opcheck(torch.ops.itpn.place_blocks.default, (draws, 6, 14, 32, 7, 0.3, 1 / 0.3))
 

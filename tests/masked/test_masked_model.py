@@ -129,7 +129,7 @@ def test_reconstruction_keeps_visible_patches():
     assert torch.equal(filled[~masked], images[~masked])
     assert torch.equal(grey[~masked], images[~masked])
     assert (grey[masked] == 0).all()
-    # a perfect prediction gives the image back
+    # a perfect prediction reconstructs the image
     model.decoder.forward = lambda levels, grid, split, masked_only: normalize_patches(patchify(images, 8))[0].gather(
         1, split.order.unsqueeze(-1).expand(-1, -1, 192)
     )
@@ -170,10 +170,10 @@ def test_gradient_checkpointing_keeps_less():
 
 
 def kept_bytes(forward) -> int:
-    """Memory that a forward pass leaves taken, for the backward pass."""
+    """Memory that a forward pass keeps for the backward pass."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = forward()
-    assert loss.requires_grad  # and alive until here
+    assert loss.requires_grad  # keeps it alive until here
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
@@ -201,7 +201,7 @@ def test_published_sizes(recipe, millions):
 def test_initialization():
     model = small()
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:  # Xavier uniform: bounded, and as wide as the bound says
+        if parameter.ndim == 2:  # Xavier uniform: bounded, with the std of that bound
             bound = (6 / sum(parameter.shape)) ** 0.5
             assert parameter.abs().max() <= bound, name
             assert float(parameter.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.15), name
@@ -223,7 +223,7 @@ def test_get_model():
 
 
 def test_get_model_of_clip_supervision():
-    """As the seed calls it: no network, no teacher; predictions at once, a loss as soon as there is a target."""
+    """Needs no download and no teacher: predictions without a target, and a loss with one."""
     model = itpn.get_model("itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-800e_in1k", pretrained=False).eval()
     images = torch.rand(1, 3, 224, 224)
     with torch.no_grad():

@@ -20,7 +20,7 @@ from itpn.models.detector import Detector, FPNBackbone, MaskDetector
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.synced import SyncedBatchNorm2d
 
-# few boxes and narrow heads, to be quick
+# few boxes and narrow heads, for speed
 LIGHT = {"head_width": 32, "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
 NANO = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depths": (1, 1, 2), "num_heads": 4}
 
@@ -68,7 +68,7 @@ def test_the_published_maps_inside_a_detector(tmp_path, case, checkpointing):
     maps = model.backbone(golden["input"]["image"])
     for i, level in enumerate(maps.values()):
         assert (level - golden["output"][f"level_{i}"]).abs().max() < 2e-5
-    # and the heads take them, at the size that they come in
+    # the heads accept these maps
     found = model([golden["input"]["image"][0]])[0]
     assert set(found) == {"boxes", "labels", "scores", "masks"}
 
@@ -108,7 +108,7 @@ def test_a_plain_state_dict_is_read_back(tmp_path, neck, masks):
     model = make_detector(neck=neck, masks=masks).eval()
     torch.save(model.state_dict(), tmp_path / "detector.pth")
     loaded = itpn.load(tmp_path / "detector.pth", num_heads=4, min_size=64, max_size=96, **LIGHT)
-    assert loaded.has_masks is masks is isinstance(loaded, MaskRCNN)  # which torchvision's reference scripts ask
+    assert loaded.has_masks is masks is isinstance(loaded, MaskRCNN)  # which torchvision's reference scripts check
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     images, _ = make_targets([1])
@@ -120,7 +120,7 @@ def test_a_plain_state_dict_is_read_back(tmp_path, neck, masks):
 
 
 def test_other_classes_keep_the_other_heads(tmp_path):
-    """Of a detector of 3 classes, all but the predictors of classes goes into one of 5."""
+    """A detector of 5 classes takes all weights of one of 3 but those of the class predictors."""
     model = make_detector()
     torch.save(model.state_dict(), tmp_path / "detector.pth")
     with pytest.warns(UserWarning, match="has no predictor of (boxes and classes|masks) that fits"):
@@ -151,7 +151,7 @@ def test_heads_are_the_published_ones():
 
 
 def test_losses_of_boxes_by_hand():
-    """Generalised IoU of the decoded boxes of each object's class, summed, over all samples, times 10."""
+    """Generalized IoU of the decoded boxes of each object's class, summed, over all samples, times 10."""
     model = make_detector()
     images, targets = make_targets([2, 3])
     kept = {}
@@ -189,7 +189,7 @@ def test_images_without_objects(counts):
     losses = model(images, targets)
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name  # or processes would wait for one another for ever
+        assert parameter.grad is not None, name  # otherwise DDP waits for it for ever
         assert parameter.grad.isfinite().all(), name
 
 
@@ -240,7 +240,7 @@ def test_half_precision_leaves_boxes_in_float32():
 
 @pytest.mark.parametrize("height", [40, 65, 88, 131])
 def test_strides_do_not_come_from_the_first_image(height):
-    """torchvision's pooling takes them from unpadded sizes, which a small image leads astray."""
+    """torchvision's pooling infers them from unpadded sizes and is wrong for small images."""
     model = make_detector(min_size=64, max_size=200, box_score_thresh=0.0).eval()
     image = torch.rand(3, 96, 128)
     with torch.no_grad():
@@ -255,7 +255,7 @@ def test_strides_do_not_come_from_the_first_image(height):
 
 
 def test_large_images_are_resized_as_in_training():
-    """With antialiasing, or photographs would look rougher than what was learned; objects go with them."""
+    """With antialiasing, as in training; boxes and masks are resized too."""
     resize = make_detector(min_size=64, max_size=96).transform
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8, generator=generator)
@@ -282,7 +282,7 @@ def test_large_images_are_resized_as_in_training():
 
 
 def test_checkpointing_keeps_less_for_the_same_gradients():
-    """Of backbone and pyramid."""
+    """Activation checkpointing in backbone and pyramid."""
     model = make_detector(rel_pos_bias=True)
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     kept, gradients = [], []
@@ -329,8 +329,8 @@ def test_layers_of_the_learning_rate():
         assert any(".pyramid." in name or ".fpn." in name for name in scales)
 
 
-def test_two_processes_are_one(tmp_path):
-    """Of unlike images, one with objects many and one with few: gradients, and the statistics of batch norm."""
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Two images, one with many objects and one with few: gradients, and the statistics of batch norm."""
     model = make_detector()
     images, targets = make_targets([6, 1])
     options = {**LIGHT, "min_size": 64, "max_size": 64}
@@ -338,7 +338,7 @@ def test_two_processes_are_one(tmp_path):
     assert compare_processes(given, tmp_path) == 4
 
 
-def test_what_cannot_be():
+def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="five maps"):
         Detector(PyramidBackbone("pyramid", **NANO), num_classes=3)
     with pytest.raises(ValueError, match="background"):

@@ -19,7 +19,7 @@ PUBLISHED = {"tiny": (24, 24.22), "small": (40, 39.91), "base": (85, 84.83), "la
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_sizes(size):
-    """The authors' figures are of fine-tuned classifiers, and roundly so."""
+    """The authors' numbers are rounded and of fine-tuned classifiers."""
     with torch.device("meta"):
         model = timm.create_model(f"fast_itpn_{size}", init_values=0.1)
     published, exact = PUBLISHED[size]
@@ -32,7 +32,7 @@ def test_published_sizes(size):
 def test_recipes_build(name):
     _, config = read_recipe(name)
     config.check()
-    config.teacher.width = 768  # as of CLIP-L, which need not be built
+    config.teacher.width = 768  # that of CLIP-L, which is not built here
     with torch.device("meta"):
         model = build_masked_model(config.model, (224, 224), config.teacher)
     block = model.backbone.stages[2][0]

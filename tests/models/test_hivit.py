@@ -1,4 +1,4 @@
-"""The networks by name, by size, and as timm's users know models."""
+"""The networks by name and size, and their interface, which is timm's."""
 
 import pytest
 import timm
@@ -15,7 +15,7 @@ from itpn.models.position import (
     sincos_position_table,
 )
 
-# millions of parameters with a classifier, billions of multiply-adds (REFERENCE: Zhang et al. 2023; mmpretrain)
+# millions of parameters with a classifier, billions of MACs (REFERENCE: Zhang et al. 2023; mmpretrain)
 PUBLISHED = {"hivit_tiny": (19.18, 4.60), "hivit_small": (37.53, 9.07), "hivit_base": (79.05, 18.47)}
 
 
@@ -170,7 +170,7 @@ def test_layer_scale_starts_small():
     assert missing
     assert all(".ls" in name for name in missing)
     images = torch.randn(1, 3, 32, 32)
-    # all branches scaled away: what is left are embedding, merges and positions
+    # layer scale 0 removes all branches: embedding, merges and positions are left
     x = scaled.merges[1](scaled.merges[0](scaled.patch_embed(images))).flatten(1, 3) + scaled.pos_embed
     torch.testing.assert_close(scaled.forward_features(images), x, atol=1e-6, rtol=1e-5)
 

@@ -42,7 +42,7 @@ def test_the_published_maps_inside_a_segmenter(tmp_path, checkpointing):
         assert (level - golden["output"][f"level_{i}"]).abs().max() < 2e-5
 
 
-def test_only_heads_start_at_random(tmp_path):
+def test_only_heads_are_randomly_initialized(tmp_path):
     config = itpn.tasks.recipes.read_recipe("itpn-pixel_nano")[1]
     torch.manual_seed(3)
     pretrained = itpn.checkpoints.loading.build_from(config)
@@ -129,8 +129,8 @@ def test_layers_of_the_learning_rate():
     assert decays["backbone.backbone.pos_embed"] == 0
 
 
-def test_two_processes_are_one(tmp_path):
-    """Of unlike images, one labelled and one hardly: gradients, and the statistics of batch norm."""
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Two images, one fully labelled and one hardly: gradients, and the statistics of batch norm."""
     model = make_segmenter()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 64, 64, generator=generator)
@@ -143,7 +143,7 @@ def test_two_processes_are_one(tmp_path):
     assert compare_processes(given, tmp_path) == 12
 
 
-def test_what_cannot_be():
+def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="four concatenated maps"):
         Segmenter(PyramidBackbone("detection", **NANO), num_classes=3)
     with pytest.raises(ValueError, match="at least 2"):

@@ -1,4 +1,4 @@
-"""Our backbones as timm's own: whatever works on a model of timm's works on them."""
+"""Our backbones work wherever timm's models work."""
 
 import re
 from pathlib import Path
@@ -29,7 +29,7 @@ def build(name: str, **kwargs: Any) -> Any:
 
 
 def create(name: str, **kwargs: Any) -> Any:
-    """A model whose every parameter matters to its output: no zeros and ones."""
+    """A model whose output depends on every parameter: none is zero or one."""
     torch.manual_seed(0)
     model = build(name, **kwargs)
     for parameter in model.parameters():
@@ -158,7 +158,7 @@ POOLINGS = {
 @pytest.mark.parametrize("global_pool", POOLINGS)
 @pytest.mark.parametrize("name", BACKBONES)
 def test_global_pool(name, global_pool):
-    """timm's poolings, which it computes on maps as SelectAdaptivePool2d does."""
+    """timm's poolings, compared with its SelectAdaptivePool2d on maps."""
     model = create(name, global_pool=global_pool)
     tokens = model.forward_features(images())
     pooled = POOLINGS[global_pool](tokens)
@@ -174,13 +174,13 @@ def test_global_pool(name, global_pool):
         assert_equal(model(images()), model.head(model.fc_norm(pool(tokens))))
         model.reset_classifier(0)
         assert_equal(model(images()), model.fc_norm(pool(tokens)))
-    features = build(name, features_only=True, global_pool=global_pool)  # which pool nothing
+    features = build(name, features_only=True, global_pool=global_pool)  # without pooling
     assert [m.shape[1] for m in features(images())] == features.feature_info.channels()
 
 
 @pytest.mark.parametrize("wrong", ["token", "map", "catavgmax", "fast", "AVG", "mean", 3, ("avg",), ["avg"]])
 @pytest.mark.parametrize("name", BACKBONES)
-def test_poolings_that_there_are_not(name, wrong):
+def test_unknown_poolings_are_refused(name, wrong):
     poolings = r"global_pool must be one of 'avg', 'max', 'avgmax', '', not "
     with pytest.raises(ValueError, match=poolings + re.escape(repr(wrong))):
         build(name, global_pool=wrong)
@@ -260,7 +260,7 @@ def test_layer_decay(name):
 
 
 def save(path: Path, tensors: dict[str, Any], classes: int = 0) -> dict[str, Any]:
-    """Write a file; returns what tells timm of it and of the classes of its classifier."""
+    """Write a file; returns the arguments that make timm load it."""
     torch.save(tensors, path)
     return {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": classes}}
 
@@ -297,7 +297,7 @@ def test_pretrained(tmp_path, name, layout):
     same = build(name, **source)
     assert_equal(same(images()), model(images()))
     if layout != "timm":
-        return  # the rest happens after names are ours
+        return  # the rest does not depend on the layout
 
     prefix = "backbone." if "pyramid" in name else ""
     stem = f"{prefix}patch_embed.proj.weight"
@@ -390,12 +390,11 @@ def test_export(name):
     assert_equal(exported(images()), model(images()), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")  # torch calls tracing deprecated, and each Python number a trace holds a risk
+@pytest.mark.filterwarnings("ignore")  # torch calls tracing deprecated, and warns of each Python number in a trace
 @pytest.mark.parametrize("name", BACKBONES + PYRAMIDS)
 def test_trace(name):
-    options: dict = (
-        {"features_only": True} if "pyramid" in name else {"global_pool": "avgmax"}
-    )  # a dict cannot be traced
+    # features_only returns a list: the dict of a whole pyramid cannot be traced
+    options: dict = {"features_only": True} if "pyramid" in name else {"global_pool": "avgmax"}
     if "itpn" in name:
         options |= {"migrate_ratio": 0.5, "gather_window": 2}
     model = build(name, depths=(1, 1, 2), scriptable=True, exportable=True, **options)  # timm's hints for its layers
@@ -406,7 +405,7 @@ def test_trace(name):
 
 @pytest.mark.parametrize("name", ["hivit_tiny", "itpn_nano_pyramid"])
 def test_construction_on_the_meta_device(name):
-    """As large models are loaded: no memory until the weights are there, then what no file holds."""
+    """Large models are loaded this way: no memory until the weights are read; then buffers that no file holds."""
     model = create(name, rel_pos_bias=True)
     with torch.device("meta"):
         empty = build(name, rel_pos_bias=True, num_classes=model.num_classes)

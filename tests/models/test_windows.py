@@ -46,7 +46,7 @@ def tokens_of(model: HiViT, images: Tensor, visible: Tensor | None = None) -> Te
 
 
 def slow_stage(model: HiViT, x: Tensor, grid: tuple[int, int], patches: list[int] | None = None) -> list[Tensor]:
-    """Tokens of one image [V, C], of all patches or some, to those after each block."""
+    """Tokens of one image [V, C], of all patches or some -> the tokens after each block."""
     side, windows = model.gather_window, [list(range(len(x)))]
     tokens: dict = dict(enumerate(x))
     gathering: list[list] = [[]]  # of each window
@@ -87,7 +87,7 @@ def slow_stage(model: HiViT, x: Tensor, grid: tuple[int, int], patches: list[int
 
 
 def inside(corner: tuple[int, int], side: int, grid: tuple[int, int]) -> list[int]:
-    """Units of a square that are there."""
+    """Patches of a square that lie inside the grid."""
     rows, cols = (range(start, min(start + side, end)) for start, end in zip(corner, grid, strict=True))
     return [row * grid[1] + col for row in rows for col in cols]
 
@@ -175,7 +175,7 @@ def test_migrated_tokens_come_back_unchanged(gather):
     # windows of 4x4 patches on 5x7: four of them, with 16, 12, 4 and 3 real patches
     skipped = sum(max(0, patches - kept) for patches in ((16, 12, 4, 3) if gather else (35,)))
     assert same.sum(dim=1).tolist() == [skipped, skipped]
-    if not gather:  # those least like the mean went on
+    if not gather:  # those with the lowest similarity to the mean were kept
         similarity = F.cosine_similarity(before, before.mean(dim=1, keepdim=True), dim=2)
         assert (similarity.masked_fill(same, -1).amax(1) < similarity.masked_fill(~same, 1).amin(1)).all()
 
@@ -203,7 +203,7 @@ def test_padding_changes_nothing(settings, monkeypatch):
 
 @pytest.mark.parametrize("name", list(SETTINGS)[1:])
 def test_gradients(name):
-    """Finite and not zero for every token and every weight; recomputing activations finds the same."""
+    """Finite and not zero for every token and every weight; recomputed activations give the same."""
     gradients = []
     for recompute in (False, True):
         model, images = build(**SETTINGS[name]).train(), draw().requires_grad_()
@@ -256,4 +256,4 @@ def test_picking_by_hand():
     assert pick_distinct(x, 5).tolist() == [[0, 1, 2, 3, 4]]
     real = torch.tensor([[True, True, True, False, False]])
     assert pick_distinct(x, 1, real).tolist() == [[1]]
-    assert set(pick_distinct(x, 4, real)[0].tolist()) >= {0, 1, 2}  # padding only where there is nothing else
+    assert set(pick_distinct(x, 4, real)[0].tolist()) >= {0, 1, 2}  # padding only after all others

@@ -207,7 +207,7 @@ class MaskedImageModel(nn.Module):
             if not self.objective.masked_laterals:
                 # stages 1 and 2 of a masked patch see the patch's pixels, which are the target
                 levels[:2] = [x.masked_fill(mask[:, :, None, None, None], 0.0) for x in levels[:2]]
-        levels = self.pyramid(levels)  # [B, V, 4, 4, F], [B, V, 2, 2, F], [B, V, 1, 1, F]
+        levels = self.pyramid(levels)  # [B, P, 4, 4, F], [B, P, 2, 2, F], [B, P, 1, 1, F]; P patches: V, N or picked M
         decoded = []
         if self.decoder is not None:
             decoded += self._run_head(self.decoder, self.decoder.names, split, levels, grid)

@@ -43,7 +43,7 @@ CLIP_PROJECTIONS = (
 
 
 class FeatureTower(nn.Module):
-    """A timm model without pooling and classifier: normalised images [B, 3, h, w] -> features [B, rows, cols, D].
+    """A timm model without pooling and classifier: normalized images [B, 3, h, w] -> features [B, rows, cols, D].
 
     Args:
         model: the whole timm model; unused modules are removed from it.
@@ -400,7 +400,7 @@ def _load(plan: _Plan, img_size: tuple[int, int]) -> Any:
         # float32 before timm resamples tables
         "state_dict": {k: t.float() if t.is_floating_point() else t for k, t in plan.state.items()},
         "custom_load": False,
-        # with a classifier in the settings, timm may load leniently; the head built here has the file's width
+        # without these, timm would load with strict=False where the head is not as published; ours is as in the file
         "classifier": None,
         "label_offset": None,
     }
