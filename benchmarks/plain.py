@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from itpn.masked.masked_model import MaskedImageModel
-from itpn.models.hivit import Attention, PatchEmbed
+from itpn.models.layers import Attention, PatchEmbed
 
 SAVINGS = ("visible units embedded", "fused attention", "hidden units predicted", "fused optimizer")
 

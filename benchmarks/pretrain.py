@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from arms import Failures
+from itpn.tasks.pretraining.data import make_loader
 from plain import SAVINGS, make_plain, make_plain_optimizer
 from rich.console import Console
 from rich.table import Table
@@ -31,11 +32,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from itpn.data.files import find_training_images
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.tasks.configs import PretrainingConfig
-from itpn.tasks.pretraining.data import make_loader
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.recipes import read_recipe
-from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.ema import EMATeacher
 from itpn.training.config import image_size
 from itpn.training.launch import device_name, peak_memory_gb
 
@@ -99,7 +99,7 @@ class Arm:
         self.momentum = config.teacher.momentum
         size = image_size(config.data)
         self.model = model
-        self.average = MovingAverageTeacher(model) if config.teacher.name == "ema" else None
+        self.average = EMATeacher(model) if config.teacher.name == "ema" else None
         self.task = PretrainingTask(model, config, "benchmark", teacher=self.average).to(self.device)
         self.outside: dict[str, Any] = {}
         if config.teacher.name and self.average is None:

@@ -1,4 +1,4 @@
-"""Every combination of losses, as a small network, and a step of it."""
+"""Small networks with every combination of losses, and a training step."""
 
 import torch
 from torch import Tensor
@@ -6,7 +6,7 @@ from torch import Tensor
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.tasks.configs import PretrainingModelConfig, TeacherConfig
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.ema import EMATeacher
 
 OBJECTIVES = {
     "pixel": {},
@@ -22,7 +22,7 @@ OBJECTIVES = {
         "rel_pos_bias": True,
         "init_values": 0.1,
     },
-    "feature of hidden units": {
+    "feature of masked patches": {
         "pixel_weight": 0.0,
         "feature_weight": 1.0,
         "hidden_units": "mask_token",
@@ -38,14 +38,14 @@ def build(objective: str, **settings) -> MaskedImageModel:
     torch.manual_seed(0)
     small = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
     config = PretrainingModelConfig("itpn_nano", **{**small, **OBJECTIVES[objective], **settings})
-    teacher = {"pixel": None, "mfm": "ema"}.get(objective, "outside")
-    return build_masked_model(config, (32, 48), TeacherConfig(teacher, width=24 if teacher == "outside" else None))
+    name = {"pixel": None, "mfm": "ema"}.get(objective, "outside")
+    return build_masked_model(config, (32, 48), TeacherConfig(name, width=24 if name == "outside" else None))
 
 
-def step(model: MaskedImageModel, average: MovingAverageTeacher | None, images: Tensor, forward=None) -> Tensor:
-    """Forward and backward pass on normalised images [B, 3, 32, 48]; the loss."""
+def step(model: MaskedImageModel, teacher: EMATeacher | None, images: Tensor, forward=None) -> Tensor:
+    """Forward and backward pass on normalized images [B, 3, 32, 48]; returns the loss."""
     forward = model if forward is None else forward
-    target = average(images) if average else None
+    target = teacher(images) if teacher else None
     if target is None and model.feature_losses:
         target = torch.linspace(-1, 1, 24 * 24, device=images.device).reshape(1, 24, 24).expand(len(images), -1, -1)
     loss = forward(images, target=target).loss

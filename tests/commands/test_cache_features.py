@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from itpn.commands.train import train
+from itpn.tasks.pretraining.data import make_loader
 from PIL import Image
 from public import read_golden
 from safetensors.torch import load_file
@@ -20,10 +22,8 @@ from itpn.data.files import find_training_images
 from itpn.errors import UserError
 from itpn.masked.targets import normalize_features
 from itpn.tasks.configs import TeacherConfig
-from itpn.tasks.pretraining.data import make_loader
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.tasks.run import train
-from itpn.teachers.ema import MovingAverageTeacher, momentum_at
+from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import build_teacher
 from itpn.training.config import image_size
 
@@ -82,11 +82,11 @@ def test_the_average_moves_once_a_step(ema, monkeypatch, accumulate):
     """By hand from the weights after each step; and the weights that are written know nothing of it."""
     name, seen = "backbone.stages.2.0.attn.qkv.weight", []
 
-    def update(self, model, momentum, original=MovingAverageTeacher.update):
+    def update(self, model, momentum, original=EMATeacher.update):
         seen.append((momentum, model.get_parameter(name).detach().clone()))
         original(self, model, momentum)
 
-    monkeypatch.setattr(MovingAverageTeacher, "update", update)
+    monkeypatch.setattr(EMATeacher, "update", update)
     config = ema(accumulate_grad_batches=accumulate)
     run = train(config, "test")
     assert len(seen) == 18 // accumulate

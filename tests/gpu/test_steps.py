@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
 from itpn.data.normalize import Normalize
-from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.ema import EMATeacher
 
 
 @contextlib.contextmanager
@@ -32,7 +32,7 @@ def make_images(device: torch.device, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_step_waits_for_the_gpu(device, objective, checkpointing):
     model = build(objective, drop_path_rate=0.1, grad_checkpointing=checkpointing).train().to(device)
-    average = MovingAverageTeacher(model) if objective == "mfm" else None
+    average = EMATeacher(model) if objective == "mfm" else None
     normalize = Normalize(3, (0.5,), (0.25,)).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device=device)
@@ -60,7 +60,7 @@ def test_one_graph(objective):
     torch.compiler.reset()
     counters.clear()
     model = build(objective, drop_path_rate=0.1).train().to(device)
-    average = MovingAverageTeacher(model) if objective == "mfm" else None
+    average = EMATeacher(model) if objective == "mfm" else None
     forward = torch.compile(model, backend="aot_eager", fullgraph=True)
     for number in range(3):
         with torch.autocast(device.type, torch.bfloat16):
@@ -73,7 +73,7 @@ def test_one_graph(objective):
 def find_gradient(objective: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[float, dict]:
     """Loss and gradients, float64 on the CPU, of one step with the same weights, images and mask."""
     model = build(objective).train().to(device)
-    average = MovingAverageTeacher(model) if objective == "mfm" else None
+    average = EMATeacher(model) if objective == "mfm" else None
     # the compiler of a CPU is another one, and needs a C++ compiler
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     forward = torch.compile(model, backend=backend, fullgraph=True) if compiled else model

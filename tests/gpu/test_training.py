@@ -38,7 +38,7 @@ from itpn.tasks.detection.module import DetectionTask
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.segmentation.module import SegmentationTask
-from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.ema import EMATeacher
 from itpn.teachers.timm_teacher import FeatureTeacher, FeatureTower
 from itpn.training.config import image_size
 from itpn.training.module import TrainingTask
@@ -68,7 +68,7 @@ def pretraining(photos: Path, name: str = "itpn_nano", teacher: str | None = Non
     )
     torch.manual_seed(0)
     network = build_masked_model(config.model, image_size(config.data), config.teacher)
-    watching: Any = {None: lambda: None, "ema": lambda: MovingAverageTeacher(network), "vit": make_vit}[teacher]()
+    watching: Any = {None: lambda: None, "ema": lambda: EMATeacher(network), "vit": make_vit}[teacher]()
     source = find_training_images(config.data.root)
     transform = PretrainingTransform((32, 48), teacher_size=(64, 96) if teacher == "vit" else None)
     return PretrainingTask(network, config, "test", loader_of(source, transform), watching)

@@ -9,7 +9,7 @@ from itpn.masked.masked_model import MaskedImageModel, Objective
 from itpn.models.hivit import HiViT
 from itpn.models.pyramid import FeaturePyramid
 
-PUBLISHED = {"hidden_units": "mask_token", "hidden_laterals": True}
+PUBLISHED = {"masked_patches": "mask_token", "masked_laterals": True}
 
 
 def build_mmpretrain(feature_loss="cosine", **objective) -> tuple[MaskedImageModel, dict, dict]:
@@ -26,9 +26,9 @@ def build_mmpretrain(feature_loss="cosine", **objective) -> tuple[MaskedImageMod
         init_values=0.1,
     )
     decoder = Decoder(
-        (4, 4), {"feature": 24}, pyramid_width=32, width=64, depth=0, fill_hidden=False, embed_norm_eps=1e-5
+        (4, 4), {"feature": 24}, pyramid_width=32, width=64, depth=0, add_mask_tokens=False, embed_norm_eps=1e-5
     )
-    options = {"weights": {"feature": 1.0}, "feature_loss": feature_loss, "feature_units": "hidden", **PUBLISHED}
+    options = {"weights": {"feature": 1.0}, "feature_loss": feature_loss, "feature_patches": "masked", **PUBLISHED}
     model = MaskedImageModel(
         backbone, FeaturePyramid((16, 32, 64), width=32, depth=2), decoder, Objective(**{**options, **objective})
     )
@@ -42,9 +42,9 @@ def build_official(**objective) -> tuple[MaskedImageModel, dict, dict]:
     backbone = HiViT(
         img_size=64, num_classes=0, embed_dim=48, depths=depths, num_heads=3, rel_pos_bias=True, init_values=0.1
     )
-    decoder = Decoder((4, 4), {"feature": 24}, pyramid_width=32, width=48, depth=0, fill_hidden=False)
+    decoder = Decoder((4, 4), {"feature": 24}, pyramid_width=32, width=48, depth=0, add_mask_tokens=False)
     auxiliary = AuxiliaryHead(backbone, 24, init_values=0.1, block_norm_eps=1e-5)
-    options = {"weights": {"feature": 1.0, "auxiliary": 1.0}, "feature_units": "all", **PUBLISHED}
+    options = {"weights": {"feature": 1.0, "auxiliary": 1.0}, "feature_patches": "all", **PUBLISHED}
     model = MaskedImageModel(
         backbone,
         FeaturePyramid((12, 24, 48), width=32, depth=1),
@@ -76,7 +76,7 @@ def test_mmpretrain(loss, train):
     mask = golden["input"]["mask"].flatten(1)
     output = model.train(train)(golden["input"]["image"], mask, golden["input"]["target"])
     expected = golden["output"]["logits"]
-    if train:  # hidden units come last; the image with fewer of them begins with visible ones
+    if train:  # masked patches come last; the image with fewer of them begins with visible ones
         order = mask.int().argsort(dim=1, stable=True)[:, -int(mask.sum(dim=1).max()) :]
         expected = expected[torch.arange(len(mask))[:, None], order]
         assert output.prediction.shape[1] < mask.shape[1]
@@ -122,9 +122,9 @@ def test_both_heads_and_every_gradient_of_the_official_code(checkpointing):
     assert_close(predictions["auxiliary"], golden["output"]["aux"])
 
 
-def test_hidden_stages_are_kept_out_by_default():
-    """The published way lets stages 1 and 2 of hidden units, which see their pixels, into the pyramid."""
-    model, golden, _ = build_official(hidden_laterals=False)
+def test_stages_of_masked_patches_are_kept_out_by_default():
+    """The published code lets stages 1 and 2 of masked patches, which see their pixels, into the pyramid."""
+    model, golden, _ = build_official(masked_laterals=False)
     image, mask, target = (golden["input"][name] for name in ("image", "bool_masked_pos", "target"))
     ours = model.eval()(image, mask, target).prediction
     assert (ours - golden["output"]["main"]).abs().max().item() > 1e-2

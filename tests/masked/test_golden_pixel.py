@@ -72,7 +72,7 @@ def assert_golden_step(model: MaskedImageModel, golden: dict) -> None:
             assert error.item() < 1e-5, name
 
 
-def test_prediction_and_target_of_all_units(case):
+def test_prediction_and_target_of_all_patches(case):
     model, golden = build(case)
     output = model.eval()(golden["input"]["image"], golden["output"]["mask"].bool())
     assert_close(output.prediction, golden["output"]["pred"])
@@ -80,17 +80,17 @@ def test_prediction_and_target_of_all_units(case):
     assert_close(output.loss, golden["output"]["loss"])
 
 
-def test_training_holds_hidden_units_only(case):
+def test_training_returns_masked_patches_only(case):
     model, golden = build(case)
-    hidden = golden["output"]["mask"].bool()
-    output = model.train()(golden["input"]["image"], hidden)
-    assert_close(output.prediction, golden["output"]["pred"][hidden].reshape(2, 12, 768))
-    assert_close(output.target, golden["output"]["target"][hidden].reshape(2, 12, 768))
+    masked = golden["output"]["mask"].bool()
+    output = model.train()(golden["input"]["image"], masked)
+    assert_close(output.prediction, golden["output"]["pred"][masked].reshape(2, 12, 768))
+    assert_close(output.target, golden["output"]["target"][masked].reshape(2, 12, 768))
 
 
-def test_features_of_visible_units(case):
+def test_features_of_visible_patches(case):
     model, golden = build(case)
-    # the public code keeps visible units in the order of the noise, ours in the order of the image
+    # the public code keeps visible patches in the order of the noise, ours in the order of the image
     kept = golden["input"]["noise"].argsort(dim=1)[:, :4]
     visible, order = kept.sort(dim=1)
     stages = model.backbone.forward_stages(golden["input"]["image"], visible)
@@ -102,8 +102,8 @@ def test_features_of_visible_units(case):
         assert_close(level, golden["output"][name][torch.arange(2)[:, None], order])
 
 
-def test_the_right_way_differs_where_the_public_code_is_odd(case):
-    """By default the position table is not resampled at native size: measurably another prediction."""
+def test_exact_resampling_differs_from_the_public_code(case):
+    """By default the position table is not resampled at native size, which changes the prediction measurably."""
     model, golden = build(case, pos_resample="exact")
     output = model.eval()(golden["input"]["image"], golden["output"]["mask"].bool())
     assert (output.prediction - golden["output"]["pred"]).abs().max().item() > 1e-3

@@ -1,4 +1,4 @@
-"""The masked model beyond the golden cases: masks, outputs, pictures, other sizes."""
+"""The masked model beyond the golden cases: masks, outputs, reconstructions, other sizes."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch.profiler import ProfilerActivity, profile
 import itpn
 from itpn.errors import UserError
 from itpn.masked.masking import draw_random_mask, split_mask
-from itpn.masked.targets import normalize_units, pixels_to_images, unit_pixels
+from itpn.masked.targets import normalize_patches, patchify, unpatchify
 from itpn.tasks.configs import PretrainingModelConfig
 from itpn.tasks.pretraining.network import build_masked_model
 
@@ -21,32 +21,32 @@ def small(img_size=(32, 48), **settings):
     return build_masked_model(config, img_size)
 
 
-@pytest.mark.parametrize(("units", "ratio"), [(196, 0.75), (64, 0.75), (24, 0.6), (15, 0.5)])
-def test_random_masks(units, ratio):
-    mask = draw_random_mask(2000, units, ratio, generator=torch.Generator().manual_seed(1))
-    hidden = units - int(units * (1 - ratio))
-    assert (mask.sum(dim=1) == hidden).all()
-    # every unit is hidden equally often: five standard deviations of a binomial
-    share = hidden / units
-    assert ((mask.float().mean(dim=0) - share).abs() < 5 * (share * (1 - share) / 2000) ** 0.5).all()
-    assert torch.equal(mask, draw_random_mask(2000, units, ratio, generator=torch.Generator().manual_seed(1)))
+@pytest.mark.parametrize(("patches", "ratio"), [(196, 0.75), (64, 0.75), (24, 0.6), (15, 0.5)])
+def test_random_masks(patches, ratio):
+    mask = draw_random_mask(2000, patches, ratio, generator=torch.Generator().manual_seed(1))
+    masked = patches - int(patches * (1 - ratio))
+    assert (mask.sum(dim=1) == masked).all()
+    # every patch is masked equally often: within five standard deviations of a binomial
+    fraction = masked / patches
+    assert ((mask.float().mean(dim=0) - fraction).abs() < 5 * (fraction * (1 - fraction) / 2000) ** 0.5).all()
+    assert torch.equal(mask, draw_random_mask(2000, patches, ratio, generator=torch.Generator().manual_seed(1)))
 
 
 def test_split_mask():
     mask = torch.tensor([[True, False, True, False, True], [False, True, True, True, False]])
-    visible, hidden, _ = split_mask(mask, 2)
+    visible, masked, _ = split_mask(mask, 2)
     assert visible.tolist() == [[1, 3], [0, 4]]
-    assert hidden.tolist() == [[0, 2, 4], [1, 2, 3]]
+    assert masked.tolist() == [[0, 2, 4], [1, 2, 3]]
 
 
-def test_unit_pixels_and_back():
+def test_patchify_and_back():
     images = torch.randn(2, 3, 16, 24)
-    pixels = unit_pixels(images, 8)
+    pixels = patchify(images, 8)
     assert torch.equal(pixels[1, 4].reshape(8, 8, 3), images[1, :, 8:16, 8:16].permute(1, 2, 0))
-    assert torch.equal(pixels_to_images(pixels, (2, 3), 8), images)
+    assert torch.equal(unpatchify(pixels, (2, 3), 8), images)
     picked = torch.tensor([[5, 0], [1, 2]])
-    assert torch.equal(unit_pixels(images, 8, picked), pixels[torch.arange(2)[:, None], picked])
-    normal, mean, std = normalize_units(pixels)
+    assert torch.equal(patchify(images, 8, picked), pixels[torch.arange(2)[:, None], picked])
+    normal, mean, std = normalize_patches(pixels)
     torch.testing.assert_close(normal.var(dim=-1), torch.ones(2, 6), atol=1e-4, rtol=0)
     torch.testing.assert_close(normal * std + mean, pixels)
 
@@ -62,7 +62,7 @@ def test_training_and_evaluation_agree():
     assert torch.equal(train.losses["pixel"], train.loss)
 
 
-def test_loss_is_of_hidden_units_only():
+def test_loss_is_of_masked_patches_only():
     model, images = small().eval(), torch.randn(2, 3, 32, 48)
     mask = draw_random_mask(2, 24, 0.75)
     output = model(images, mask)
@@ -78,7 +78,7 @@ def test_a_given_target_takes_the_place_of_pixels():
     torch.testing.assert_close(model.train()(images, mask, target).loss, by_hand)
 
 
-def test_prediction_layer_sees_hidden_units_only_in_training():
+def test_prediction_layer_gets_masked_patches_only_in_training():
     model, images = small(), torch.randn(2, 3, 32, 48)
     rows = []
     model.decoder.heads["pixel"].register_forward_hook(lambda module, inputs, output: rows.append(output.shape[1]))
@@ -87,7 +87,7 @@ def test_prediction_layer_sees_hidden_units_only_in_training():
     assert rows == [18, 24]
 
 
-def test_a_hidden_pixel_cannot_be_seen():
+def test_no_prediction_depends_on_a_masked_pixel():
     model, images = small().eval(), torch.randn(1, 3, 32, 48)
     mask = draw_random_mask(1, 24, 0.75)
     changed = images.clone()
@@ -110,8 +110,8 @@ def test_masks_come_from_the_global_seed():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (torch.zeros(2, 24, dtype=torch.bool), "hide some"),
-        (torch.ones(2, 24, dtype=torch.bool), "hide some"),
+        (torch.zeros(2, 24, dtype=torch.bool), "mask some"),
+        (torch.ones(2, 24, dtype=torch.bool), "mask some"),
         (torch.arange(48).reshape(2, 24) < 30, "same number"),
         (torch.zeros(2, 25, dtype=torch.bool), r"bool \[2, 24\]"),
         (torch.zeros(2, 24), r"bool \[2, 24\]"),
@@ -122,17 +122,17 @@ def test_impossible_masks_are_refused(mask, message):
         small()(torch.randn(2, 3, 32, 48), mask)
 
 
-def test_reconstruction_keeps_visible_units():
+def test_reconstruction_keeps_visible_patches():
     model, images = small(), torch.randn(2, 3, 32, 48)
     mask = draw_random_mask(2, 24, 0.75)
-    masked, filled, hidden = model.reconstruct(images, mask)
+    grey, filled, masked = model.reconstruct(images, mask)
     assert model.training
-    hidden = hidden.expand_as(images)
-    assert torch.equal(filled[~hidden], images[~hidden])
-    assert torch.equal(masked[~hidden], images[~hidden])
-    assert (masked[hidden] == 0).all()
-    # a perfect prediction gives the image back
-    model.decoder.forward = lambda levels, grid, split, hidden_only: normalize_units(unit_pixels(images, 8))[0].gather(
+    masked = masked.expand_as(images)
+    assert torch.equal(filled[~masked], images[~masked])
+    assert torch.equal(grey[~masked], images[~masked])
+    assert (grey[masked] == 0).all()
+    # a perfect prediction reconstructs the image
+    model.decoder.forward = lambda levels, grid, split, masked_only: normalize_patches(patchify(images, 8))[0].gather(
         1, split.order.unsqueeze(-1).expand(-1, -1, 192)
     )
     model.decoder.norm, model.decoder.heads["pixel"] = nn.Identity(), nn.Identity()
@@ -172,10 +172,10 @@ def test_gradient_checkpointing_keeps_less():
 
 
 def kept_bytes(forward) -> int:
-    """Memory that a forward pass leaves taken, for the backward pass."""
+    """Memory that a forward pass keeps for the backward pass."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         loss = forward()
-    assert loss.requires_grad  # and alive until here
+    assert loss.requires_grad  # keeps it alive until here
     return sum(event.self_cpu_memory_usage for event in profiler.events())
 
 
@@ -200,10 +200,10 @@ def test_published_sizes(recipe, millions):
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
 
 
-def test_initialisation():
+def test_initialization():
     model = small()
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:  # Xavier uniform: bounded, and as wide as the bound says
+        if parameter.ndim == 2:  # Xavier uniform: bounded, with the std of that bound
             bound = (6 / sum(parameter.shape)) ** 0.5
             assert parameter.abs().max() <= bound, name
             assert float(parameter.detach().std()) == pytest.approx(bound / 3**0.5, rel=0.15), name
@@ -225,7 +225,7 @@ def test_get_model():
 
 
 def test_get_model_of_clip_supervision():
-    """As the seed calls it: no network, no teacher; predictions at once, a loss as soon as there is a target."""
+    """Needs no download and no teacher: predictions without a target, and a loss with one."""
     model = itpn.get_model("itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-800e_in1k", pretrained=False).eval()
     images = torch.rand(1, 3, 224, 224)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Every combination of losses, kinds of masks and ways of hiding: what each loss is, and what it cannot see."""
+"""Every combination of losses and masks: the value of each loss, and that no prediction depends on masked pixels."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.masking import draw_random_mask
 from itpn.tasks.configs import PretrainingModelConfig, TeacherConfig
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.teachers.ema import MovingAverageTeacher, momentum_at
+from itpn.teachers.ema import EMATeacher, momentum_at
 
 ALL = {"pixel_weight": 1.0, "feature_weight": 0.5, "auxiliary_weight": 0.25, "pyramid_weights": (0.1, 0.2, 0.3)}
 WEIGHTS = {"pixel": 1.0, "feature": 0.5, "auxiliary": 0.25, "pyramid_1": 0.1, "pyramid_2": 0.2, "pyramid_3": 0.3}
@@ -23,7 +23,7 @@ def build(teacher="ema", img_size=(32, 48), **settings) -> MaskedImageModel:
 
 
 def features(model, images) -> dict[str, torch.Tensor]:
-    return MovingAverageTeacher(model)(images)
+    return EMATeacher(model)(images)
 
 
 @pytest.fixture
@@ -53,11 +53,11 @@ def test_losses_by_hand(images, hidden_units, units, loss):
     model = build(hidden_units=hidden_units, feature_units=units, feature_loss=loss, **ALL)
     mask, target = draw_random_mask(3, 24, 0.75), features(model, images)
     outputs = [model.train(mode)(images, mask, target) for mode in (True, False)]
-    for name in WEIGHTS:  # training leaves out what is not compared, and finds the same
+    for name in WEIGHTS:  # training predicts fewer patches, with the same losses
         torch.testing.assert_close(outputs[0].losses[name], outputs[1].losses[name])
     split = None
     if hidden_units == "dropped":
-        _, split = model._hide(images, mask, (4, 6))
+        _, split = model._make_mask(images, mask, (4, 6))
     model.eval()
     for name, tokens, head in model._decode(images, mask, split, (4, 6)):
         prediction = head.predict(name, tokens)
@@ -74,22 +74,22 @@ def test_losses_by_hand(images, hidden_units, units, loss):
 
 
 @pytest.mark.parametrize("hidden_units", ["dropped", "mask_token"])
-def test_hidden_pixels_reach_no_prediction(images, hidden_units):
-    """Of any head; with mask tokens stages 1 and 2 of hidden units are computed, but kept out of the pyramid."""
+def test_no_prediction_depends_on_masked_pixels(images, hidden_units):
+    """Of any head; with mask tokens, stages 1 and 2 of masked patches are computed but kept out of the pyramid."""
     model = build(hidden_units=hidden_units, **ALL).eval()
     mask = draw_random_mask(3, 24, 0.75)
     changed = images.clone()
     row, col = divmod(int(mask[0].nonzero()[0]), 6)
     changed[0, :, row * 8 : row * 8 + 8, col * 8 : col * 8 + 8] += 1
-    split = model._hide(images, mask, (4, 6))[1]
+    split = model._make_mask(images, mask, (4, 6))[1]
     for (name, ours, _), (_, theirs, _) in zip(
         model._decode(images, mask, split, (4, 6)), model._decode(changed, mask, split, (4, 6)), strict=True
     ):
         torch.testing.assert_close(ours, theirs, atol=0, rtol=0, msg=name)
 
 
-def test_a_mask_token_takes_the_place_of_hidden_units(images):
-    """What stage 3 sees of a hidden unit is the token and its position, whatever the image."""
+def test_mask_tokens_replace_masked_patches(images):
+    """Stage 3 gets the mask token and the position of a masked patch, whatever the image."""
     model = build(hidden_units="mask_token", **ALL).eval()
     mask = torch.ones(3, 24, dtype=torch.bool)
     mask[:, 0] = False
@@ -98,11 +98,11 @@ def test_a_mask_token_takes_the_place_of_hidden_units(images):
     others[:, :, 8:] = torch.randn(3, 3, 24, 48)
     stages = [model.backbone.forward_stages(x, mask=mask, mask_token=model.mask_token) for x in (images, others)]
     torch.testing.assert_close(stages[0][2], stages[1][2])
-    assert (stages[0][0] - stages[1][0]).abs().max() > 0.1  # stages 1 and 2 see all
+    assert (stages[0][0] - stages[1][0]).abs().max() > 0.1  # stages 1 and 2 get all patches
 
 
-def test_masks_that_hide_differently_in_each_image(images):
-    """With mask tokens nothing asks for equal counts; every hidden unit weighs the same."""
+def test_masks_with_different_counts_in_each_image(images):
+    """With mask tokens, counts may differ; every masked patch has the same weight."""
     model = build(hidden_units="mask_token", **ALL)
     mask = torch.zeros(3, 24, dtype=torch.bool)
     mask[0, :3], mask[1, 5:17], mask[2, 9] = True, True, True
@@ -137,12 +137,12 @@ def test_without_a_target_there_is_no_loss(images):
 
 
 def test_dropping_saves_the_encoder_three_quarters(images):
-    """Feature supervision at a quarter of the encoder's cost: only visible units enter it."""
+    """Feature supervision at a quarter of the encoder's cost: only visible patches enter it."""
     model = build(**ALL)
-    seen = []
-    model.backbone.stages[2][0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    lengths = []
+    model.backbone.stages[2][0].register_forward_hook(lambda module, inputs, output: lengths.append(output.shape[1]))
     model(images)
-    assert seen == [6]
+    assert lengths == [6]
 
 
 def test_losses_and_heads_must_fit():
@@ -154,9 +154,9 @@ def test_losses_and_heads_must_fit():
         MaskedImageModel(model.backbone, model.pyramid, decoder, Objective())
 
 
-def test_the_average_follows_its_student(images):
+def test_the_ema_teacher_follows_its_student(images):
     model = build(**ALL)
-    teacher = MovingAverageTeacher(model).train()
+    teacher = EMATeacher(model).train()
     before = {name: p.clone() for name, p in teacher.average.module.named_parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
@@ -168,23 +168,23 @@ def test_the_average_follows_its_student(images):
     assert not any(module.training for module in teacher.modules())
 
 
-def test_targets_of_the_average(images):
-    """Each level's own tokens, each token normalised, all of a unit in a row; stage 3 for the joined pyramid."""
+def test_targets_of_the_ema_teacher(images):
+    """For a level its tokens, each normalized, those of a patch in a row; for the decoder of all levels, stage 3."""
     model = build(**ALL).eval()
-    targets = MovingAverageTeacher(model)(images)
+    targets = EMATeacher(model)(images)
     levels = model.pyramid(model.backbone.forward_stages(images))
     for name, level in zip(PYRAMID_LOSSES, levels, strict=True):
         by_hand = (level - level.mean(-1, keepdim=True)) / (level.var(-1, unbiased=False, keepdim=True) + 1e-5).sqrt()
         torch.testing.assert_close(targets[name], by_hand.flatten(2))
     tokens = model.backbone.forward_features(images)
     torch.testing.assert_close(targets["feature"], F.layer_norm(tokens, (128,)))
-    raw = MovingAverageTeacher(model, normalize=False)(images)
+    raw = EMATeacher(model, normalize=False)(images)
     torch.testing.assert_close(raw["pyramid_3"], levels[2].flatten(2))
     assert all(not target.requires_grad for target in targets.values())
 
 
 def test_momentum():
-    """Half a cosine, and quicker in the first steps: after 7 of them 1 - 8^(-2/3) = 3/4."""
+    """Half a cosine, and less in the first steps: after 7 of them 1 - 8^(-2/3) = 3/4."""
     assert momentum_at(50_000, 100_000, 0.9, 1.0) == pytest.approx(0.95)
     assert momentum_at(100_000, 100_000, 0.9, 0.98) == momentum_at(150_000, 100_000, 0.9, 0.98) == pytest.approx(0.98)
     assert momentum_at(0, 100, 0.9, 1.0) == 0.0
@@ -194,22 +194,22 @@ def test_momentum():
 
 @pytest.mark.parametrize("laterals", [False, True])
 @pytest.mark.parametrize("auxiliary", [0.0, 0.25])
-def test_training_needs_the_pyramid_of_hidden_units_only(images, laterals, auxiliary):
-    """Where no head has blocks; images hide different numbers of units here."""
+def test_training_computes_the_pyramid_of_masked_patches_only(images, laterals, auxiliary):
+    """Where no head has blocks; here the number of masked patches differs between images."""
     weights = {"pixel_weight": 0.0, "feature_weight": 0.5, "auxiliary_weight": auxiliary}
     model = build(decoder_depth=0, hidden_units="mask_token", mask="block", hidden_laterals=laterals, **weights)
     mask = torch.zeros(3, 24, dtype=torch.bool)
     mask[0, 3:9] = mask[1, [0, 20]] = mask[2, 10:14] = True
-    units, outputs, gradients = [], [], []
-    model.pyramid.register_forward_pre_hook(lambda module, args: units.append(args[0][0].shape[1]))
+    counts, outputs, gradients = [], [], []
+    model.pyramid.register_forward_pre_hook(lambda module, args: counts.append(args[0][0].shape[1]))
     for mode in (True, False):
         outputs.append(model.train(mode)(images, mask, features(model, images)))
         model.zero_grad()
         outputs[-1].loss.backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
-    assert units == [6, 24]
+    assert counts == [6, 24]
     torch.testing.assert_close(outputs[0].losses, outputs[1].losses)
     torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=1e-5)
-    hidden = outputs[1].prediction[0, 3:9]
-    torch.testing.assert_close(outputs[0].prediction[0], hidden)
+    masked = outputs[1].prediction[0, 3:9]
+    torch.testing.assert_close(outputs[0].prediction[0], masked)
     torch.testing.assert_close(outputs[0].prediction[1, 4:], outputs[1].prediction[1, [0, 20]])

@@ -6,25 +6,25 @@ from objectives import OBJECTIVES, build, step
 from torch._dynamo.utils import counters
 
 from itpn.data.normalize import Normalize
-from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.ema import EMATeacher
 
 NORMALIZE = Normalize(3, (0.5,), (0.25,))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_no_step_needs_to_know_a_number_on_the_device(objective, checkpointing):
-    """On the meta device there are none to know: `.item()`, `nonzero` or a boolean index would fail."""
+def test_no_step_waits_for_a_value_on_the_device(objective, checkpointing):
+    """On the meta device there are no values: `.item()`, `nonzero` or a boolean index would fail."""
     model = build(objective, drop_path_rate=0.1, grad_checkpointing=checkpointing).train()
-    average = MovingAverageTeacher(model).to("meta") if objective == "mfm" else None
+    teacher = EMATeacher(model).to("meta") if objective == "mfm" else None
     model.to("meta")
     images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device="meta")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
-    loss = step(model, average, Normalize(3, (0.5,), (0.25,)).to("meta")(images))
+    loss = step(model, teacher, Normalize(3, (0.5,), (0.25,)).to("meta")(images))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
     optimizer.step()
-    if average is not None:
-        average.update(model, 0.99)
+    if teacher is not None:
+        teacher.update(model, 0.99)
     assert loss.is_meta
     with pytest.raises(RuntimeError):
         loss.item()
@@ -43,14 +43,14 @@ def test_one_graph_for_all_steps(objective, drop_path, checkpointing):
     results = []
     for compiled in (False, True):
         model = build(objective, drop_path_rate=drop_path, grad_checkpointing=checkpointing).train()
-        average = MovingAverageTeacher(model) if objective == "mfm" else None
+        teacher = EMATeacher(model) if objective == "mfm" else None
         forward = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
         losses = []
         for number in range(2):
             images = torch.randint(0, 256, (3, 3, 32, 48), generator=torch.Generator().manual_seed(number)).byte()
             torch.manual_seed(number)
-            losses.append(step(model, average, NORMALIZE(images), forward).detach())
-            model.forward_eval(NORMALIZE(images[:1]))  # a picture, in between and of another size
+            losses.append(step(model, teacher, NORMALIZE(images), forward).detach())
+            model.forward_eval(NORMALIZE(images[:1]))  # a visualization in between, of another size
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.grad is not None:

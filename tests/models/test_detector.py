@@ -22,7 +22,7 @@ from itpn.models.synced import SyncedBatchNorm2d
 from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.pretraining.start import save_weights
 
-# few boxes and narrow heads, to be quick
+# few boxes and narrow heads, for speed
 LIGHT = {"head_width": 32, "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}
 NANO = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depths": (1, 1, 2), "num_heads": 4}
 
@@ -70,18 +70,18 @@ def test_the_published_maps_inside_a_detector(tmp_path, case, checkpointing):
     maps = model.backbone(golden["input"]["image"])
     for i, level in enumerate(maps.values()):
         assert (level - golden["output"][f"level_{i}"]).abs().max() < 2e-5
-    # and the heads take them, at the size that they come in
+    # the heads accept these maps
     found = model([golden["input"]["image"][0]])[0]
     assert set(found) == {"boxes", "labels", "scores", "masks"}
 
 
-def test_only_heads_start_at_random(tmp_path):
+def test_only_heads_are_randomly_initialized(tmp_path):
     """From a pre-training file of ours: every parameter of backbone and pyramid is the file's."""
     config = itpn.tasks.recipes.read_recipe("itpn-pixel_nano")[1]
     torch.manual_seed(3)
     pretrained = build_from(config)
     for parameter in pretrained.parameters():
-        parameter.data += 0.01  # nothing is what an initialisation could have made
+        parameter.data += 0.01  # no parameter equals an initialization
     path = tmp_path / "model.safetensors"
     save_weights(path, pretrained, "itpn-pixel_nano", config)
     with pytest.warns(UserWarning, match="has no"):
@@ -110,7 +110,7 @@ def test_a_plain_state_dict_is_read_back(tmp_path, neck, masks):
     model = make_detector(neck=neck, masks=masks).eval()
     torch.save(model.state_dict(), tmp_path / "detector.pth")
     loaded = itpn.load(tmp_path / "detector.pth", num_heads=4, min_size=64, max_size=96, **LIGHT)
-    assert loaded.has_masks is masks is isinstance(loaded, MaskRCNN)  # which torchvision's reference scripts ask
+    assert loaded.has_masks is masks is isinstance(loaded, MaskRCNN)  # which torchvision's reference scripts check
     for name, tensor in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     images, _ = make_targets([1])
@@ -122,14 +122,14 @@ def test_a_plain_state_dict_is_read_back(tmp_path, neck, masks):
 
 
 def test_other_classes_keep_the_other_heads(tmp_path):
-    """Of a detector of 3 classes, all but the predictors of classes goes into one of 5."""
+    """A detector of 5 classes takes all weights of one of 3 but those of the class predictors."""
     model = make_detector()
     torch.save(model.state_dict(), tmp_path / "detector.pth")
     with pytest.warns(UserWarning, match="has no predictor of (boxes and classes|masks) that fits"):
         other = itpn.load(tmp_path / "detector.pth", num_classes=6, strict=False, num_heads=4, **LIGHT)
     theirs, ours = model.state_dict(), other.state_dict()
-    fresh = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
-    assert {name.rpartition(".")[0].partition(".")[2] for name in fresh} == {
+    initialized = [name for name, tensor in ours.items() if not torch.equal(tensor, theirs[name])]
+    assert {name.rpartition(".")[0].partition(".")[2] for name in initialized} == {
         "box_predictor.cls_score",
         "box_predictor.bbox_pred",
         "mask_predictor.mask_fcn_logits",
@@ -153,7 +153,7 @@ def test_heads_are_the_published_ones():
 
 
 def test_losses_of_boxes_by_hand():
-    """Generalised IoU of the decoded boxes of each object's class, summed, over all samples, times 10."""
+    """Generalized IoU of the decoded boxes of each object's class, summed, over all samples, times 10."""
     model = make_detector()
     images, targets = make_targets([2, 3])
     kept = {}
@@ -191,7 +191,7 @@ def test_images_without_objects(counts):
     losses = model(images, targets)
     sum(losses.values()).backward()
     for name, parameter in model.named_parameters():
-        assert parameter.grad is not None, name  # or processes would wait for one another for ever
+        assert parameter.grad is not None, name  # otherwise DDP waits for it for ever
         assert parameter.grad.isfinite().all(), name
 
 
@@ -206,11 +206,11 @@ def test_any_size(rel_pos_bias):
     images = [torch.rand(3, 50, 83), torch.rand(3, 121, 64)]
     _, targets = make_targets([1, 1], 50)
     targets[1]["masks"] = torch.zeros(1, 121, 64, dtype=torch.uint8)
-    seen = []
-    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: seen.append((args, anchors)))
+    captured = []
+    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: captured.append((args, anchors)))
     losses = model(images, targets)
     sum(losses.values()).backward()
-    (batch, maps), _ = seen[0]
+    (batch, maps), _ = captured[0]
     height, width = batch.tensors.shape[-2:]
     assert height % 64 == width % 64 == 0
     assert [(height // m.shape[-2], width // m.shape[-1]) for m in maps] == [(4 * 2**i,) * 2 for i in range(5)]
@@ -220,12 +220,12 @@ def test_any_size(rel_pos_bias):
         assert result["masks"].shape[-2:] == image.shape[-2:]
 
 
-def test_half_precision_leaves_boxes_precise():
-    """Hundreds of pixels and a fraction do not fit into the 8 digits of bfloat16."""
+def test_half_precision_leaves_boxes_in_float32():
+    """Hundreds of pixels and a fraction do not fit into the 8 bits of bfloat16."""
     model = make_detector(min_size=640, max_size=1066)
-    seen: dict[str, list] = {"anchors": [], "proposals": []}
-    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: seen["anchors"].append(anchors[0]))
-    model.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, args: seen["proposals"].append(args[1][0]))
+    captured: dict[str, list] = {"anchors": [], "proposals": []}
+    model.rpn.anchor_generator.register_forward_hook(lambda _, args, anchors: captured["anchors"].append(anchors[0]))
+    model.roi_heads.box_roi_pool.register_forward_pre_hook(lambda _, args: captured["proposals"].append(args[1][0]))
     image = torch.rand(3, 640, 1000, generator=torch.Generator().manual_seed(0))
     _, targets = make_targets([3], 640)
     with torch.no_grad():
@@ -233,8 +233,8 @@ def test_half_precision_leaves_boxes_precise():
         with torch.autocast("cpu", torch.bfloat16):
             (found,) = model([image])
             losses = model.train()([image], [{**targets[0], "masks": torch.ones(3, 640, 1000, dtype=torch.uint8)}])
-    assert torch.equal(seen["anchors"][0], seen["anchors"][1])
-    for boxes in (*seen["proposals"], found["boxes"]):
+    assert torch.equal(captured["anchors"][0], captured["anchors"][1])
+    for boxes in (*captured["proposals"], found["boxes"]):
         assert boxes.dtype == torch.float32
         assert (boxes != boxes.bfloat16()).any(dim=1).float().mean() > 0.5
     assert all(loss.dtype == torch.float32 and loss.isfinite() for loss in losses.values())
@@ -242,7 +242,7 @@ def test_half_precision_leaves_boxes_precise():
 
 @pytest.mark.parametrize("height", [40, 65, 88, 131])
 def test_strides_do_not_come_from_the_first_image(height):
-    """torchvision's pooling takes them from unpadded sizes, which a small image leads astray."""
+    """torchvision's pooling infers them from unpadded sizes and is wrong for small images."""
     model = make_detector(min_size=64, max_size=200, box_score_thresh=0.0).eval()
     image = torch.rand(3, 96, 128)
     with torch.no_grad():
@@ -257,7 +257,7 @@ def test_strides_do_not_come_from_the_first_image(height):
 
 
 def test_large_images_are_resized_as_in_training():
-    """With antialiasing, or photographs would look rougher than what was learned; objects go with them."""
+    """With antialiasing, as in training; boxes and masks are resized too."""
     resize = make_detector(min_size=64, max_size=96).transform
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8, generator=generator)
@@ -284,7 +284,7 @@ def test_large_images_are_resized_as_in_training():
 
 
 def test_checkpointing_keeps_less_for_the_same_gradients():
-    """Of backbone and pyramid."""
+    """Activation checkpointing in backbone and pyramid."""
     model = make_detector(rel_pos_bias=True)
     image = torch.rand(1, 3, 128, 128, generator=torch.Generator().manual_seed(0))
     kept, gradients = [], []
@@ -331,8 +331,8 @@ def test_layers_of_the_learning_rate():
         assert any(".pyramid." in name or ".fpn." in name for name in scales)
 
 
-def test_two_processes_are_one(tmp_path):
-    """Of unlike images, one with objects many and one with few: gradients, and the statistics of batch norm."""
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Two images, one with many objects and one with few: gradients, and the statistics of batch norm."""
     model = make_detector()
     images, targets = make_targets([6, 1])
     options = {**LIGHT, "min_size": 64, "max_size": 64}
@@ -340,7 +340,7 @@ def test_two_processes_are_one(tmp_path):
     assert compare_processes(given, tmp_path) == 4
 
 
-def test_what_cannot_be():
+def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="five maps"):
         Detector(PyramidBackbone("pyramid", **NANO), num_classes=3)
     with pytest.raises(ValueError, match="background"):

@@ -19,7 +19,7 @@ PUBLISHED = {"tiny": (24, 24.22), "small": (40, 39.91), "base": (85, 84.83), "la
 
 @pytest.mark.parametrize("size", PUBLISHED)
 def test_published_sizes(size):
-    """The authors' figures are of fine-tuned classifiers, and roundly so."""
+    """The authors' numbers are rounded and of fine-tuned classifiers."""
     with torch.device("meta"):
         model = timm.create_model(f"fast_itpn_{size}", init_values=0.1)
     published, exact = PUBLISHED[size]
@@ -32,7 +32,7 @@ def test_published_sizes(size):
 def test_recipes_build(name):
     _, config = read_recipe(name)
     config.check()
-    config.teacher.width = 768  # as of CLIP-L, which need not be built
+    config.teacher.width = 768  # that of CLIP-L, which is not built here
     with torch.device("meta"):
         model = build_masked_model(config.model, (224, 224), config.teacher)
     block = model.backbone.stages[2][0]
@@ -62,8 +62,8 @@ def test_the_loss_falls(name, tmp_path):
 
 
 @torch.no_grad()
-def test_hidden_units_change_nothing():
-    """What is computed for visible units alone equals attention that cannot see the others."""
+def test_masked_patches_change_nothing():
+    """The output of visible patches equals that of attention that leaves the masked ones out."""
     torch.manual_seed(0)
     model = timm.create_model("fast_itpn_nano", img_size=64, patch_size=8, num_classes=0, init_values=0.5).eval()
     assert isinstance(model, HiViT)
@@ -71,13 +71,13 @@ def test_hidden_units_change_nothing():
         torch.nn.init.normal_(block.attn.q_bias)
         torch.nn.init.normal_(block.attn.v_bias)
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.1)
-    images, units = torch.randn(2, 3, 64, 64), torch.arange(2)[:, None]
-    visible, hidden, _ = split_mask(draw_random_mask(2, 64, 0.75), 16)
-    whole, masked = model.forward_stages(images), model.forward_stages(images, visible)
+    images, batch = torch.randn(2, 3, 64, 64), torch.arange(2)[:, None]
+    visible, masked, _ = split_mask(draw_random_mask(2, 64, 0.75), 16)
+    whole, kept = model.forward_stages(images), model.forward_stages(images, visible)
     for stage in range(2):
-        torch.testing.assert_close(masked[stage], whole[stage][units, visible], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(kept[stage], whole[stage][batch, visible], atol=1e-5, rtol=1e-5)
     x = model.merges[1](whole[1]).flatten(1, 3) + model.pos_embed
-    blocked = torch.zeros(2, 1, 1, 64).scatter(3, hidden[:, None, None], float("-inf"))
+    blocked = torch.zeros(2, 1, 1, 64).scatter(3, masked[:, None, None], float("-inf"))
     for block in model.stages[2]:
         attn = block.attn
         q, k, v = attn.qkv(block.norm1(x)).split(128, dim=2)
@@ -87,7 +87,7 @@ def test_hidden_units_change_nothing():
         x = x + block.ls1(attn.proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2)))
         gate, value = block.mlp.fc1(block.norm2(x)).chunk(2, dim=2)
         x = x + block.ls2(block.mlp.fc2(block.mlp.norm(gate * gate.sigmoid() * value)))
-    torch.testing.assert_close(masked[2].flatten(1, 3), x[units, visible], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(kept[2].flatten(1, 3), x[batch, visible], atol=1e-5, rtol=1e-5)
 
 
 def test_settings_reach_the_network():

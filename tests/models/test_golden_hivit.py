@@ -1,4 +1,4 @@
-"""The plain HiViT gives the feature maps of mmpretrain's, at its own size and at another."""
+"""The plain HiViT returns the same feature maps as mmpretrain's, at its own image size and at another."""
 
 import pytest
 from public import our_names, read_golden

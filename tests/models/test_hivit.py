@@ -1,4 +1,4 @@
-"""The networks by name, by size, and as timm's users know models."""
+"""The networks by name and size, and their interface, which is timm's."""
 
 import pytest
 import timm
@@ -15,7 +15,7 @@ from itpn.models.position import (
     sincos_position_table,
 )
 
-# millions of parameters with a classifier, billions of multiply-adds (REFERENCE: Zhang et al. 2023; mmpretrain)
+# millions of parameters with a classifier, billions of MACs (REFERENCE: Zhang et al. 2023; mmpretrain)
 PUBLISHED = {"hivit_tiny": (19.18, 4.60), "hivit_small": (37.53, 9.07), "hivit_base": (79.05, 18.47)}
 
 
@@ -47,22 +47,22 @@ def test_a_masked_encoder_costs_a_quarter(name):
 
 
 @pytest.mark.parametrize("rel_pos_bias", [False, True])
-def test_hidden_units_change_nothing_before_attention(rel_pos_bias):
-    """And after it, what is computed for visible units alone equals attention that cannot see the others."""
+def test_masked_patches_change_nothing_before_attention(rel_pos_bias):
+    """And after it, the output of visible patches equals that of attention that leaves the masked ones out."""
     torch.manual_seed(0)
     model = HiViT(64, 8, num_classes=0, embed_dim=64, depths=(1, 1, 2), num_heads=4, rel_pos_bias=rel_pos_bias).eval()
     for block in model.stages[2]:
         if rel_pos_bias:
             torch.nn.init.normal_(block.attn.relative_position_bias_table)
-    images, units = torch.randn(2, 3, 64, 64), torch.arange(2)[:, None]
-    visible, hidden, _ = split_mask(draw_random_mask(2, 64, 0.75), 16)
-    whole, masked = model.forward_stages(images), model.forward_stages(images, visible)
+    images, batch = torch.randn(2, 3, 64, 64), torch.arange(2)[:, None]
+    visible, masked, _ = split_mask(draw_random_mask(2, 64, 0.75), 16)
+    whole, kept = model.forward_stages(images), model.forward_stages(images, visible)
     for stage in range(2):
-        torch.testing.assert_close(masked[stage], whole[stage][units, visible], atol=1e-6, rtol=0)
+        torch.testing.assert_close(kept[stage], whole[stage][batch, visible], atol=1e-6, rtol=0)
 
-    # the slow, obvious way: all units, with hidden ones taken out of every softmax
+    # the slow, obvious way: all patches, with masked ones taken out of every softmax
     x = model.merges[1](whole[1]).flatten(1, 3) + model.pos_embed
-    blocked = torch.zeros(2, 1, 1, 64).scatter(3, hidden[:, None, None], float("-inf"))
+    blocked = torch.zeros(2, 1, 1, 64).scatter(3, masked[:, None, None], float("-inf"))
     for block in model.stages[2]:
         h = block.norm1(x)
         q, k, v = block.attn.qkv(h).reshape(2, 64, 3, 4, 16).permute(2, 0, 3, 1, 4)
@@ -73,7 +73,7 @@ def test_hidden_units_change_nothing_before_attention(rel_pos_bias):
         h = (scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 64, 64)
         x = x + block.attn.proj(h)
         x = x + block.mlp(block.norm2(x))
-    torch.testing.assert_close(masked[2].flatten(1, 3), x[units, visible], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(kept[2].flatten(1, 3), x[batch, visible], atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("patch", [4, 8, 12, 16, 32])
@@ -120,13 +120,13 @@ def test_classifier_follows_timm():
     images = torch.randn(2, 3, 32, 32)
     tokens = model.forward_features(images)
     assert tokens.shape == (2, 16, 128)
-    hidden = model.forward_head(tokens, pre_logits=True)
-    torch.testing.assert_close(hidden, model.fc_norm(tokens.mean(1)))
-    torch.testing.assert_close(model(images), model.head(hidden))
+    features = model.forward_head(tokens, pre_logits=True)
+    torch.testing.assert_close(features, model.fc_norm(tokens.mean(1)))
+    torch.testing.assert_close(model(images), model.head(features))
     model.reset_classifier(3)
     assert model.get_classifier().out_features == model(images).shape[1] == 3
     model.reset_classifier(0)
-    torch.testing.assert_close(model(images), hidden)
+    torch.testing.assert_close(model(images), features)
     assert "pos_embed" in model.no_weight_decay()
 
 
@@ -170,7 +170,7 @@ def test_layer_scale_starts_small():
     assert missing
     assert all(".ls" in name for name in missing)
     images = torch.randn(1, 3, 32, 32)
-    # all branches scaled away: what is left are embedding, merges and positions
+    # layer scale 0 removes all branches: embedding, merges and positions are left
     x = scaled.merges[1](scaled.merges[0](scaled.patch_embed(images))).flatten(1, 3) + scaled.pos_embed
     torch.testing.assert_close(scaled.forward_features(images), x, atol=1e-6, rtol=1e-5)
 

@@ -14,15 +14,13 @@ from itpn.errors import UserError
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
 from itpn.models.synced import SyncedBatchNorm2d
-from itpn.tasks.pretraining.network import build_from
-from itpn.tasks.pretraining.start import save_weights
 
 NANO = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depths": (1, 1, 2), "num_heads": 4}
 
 
 def make_segmenter(seed: int = 0, head_width: int = 32, auxiliary: bool = True, **backbone) -> Segmenter:
     torch.manual_seed(seed)
-    trunk = PyramidBackbone("joined", pyramid_width=32, pyramid_depth=1, **{**NANO, **backbone})
+    trunk = PyramidBackbone("segmentation", pyramid_width=32, pyramid_depth=1, **{**NANO, **backbone})
     return Segmenter(trunk, 4, head_width, auxiliary)
 
 
@@ -35,23 +33,23 @@ def test_the_published_maps_inside_a_segmenter(tmp_path, checkpointing):
         )
     assert isinstance(model, Segmenter)
     model.set_grad_checkpointing(checkpointing)
-    seen = []
-    model.upernet.register_forward_pre_hook(lambda _, args: seen.append([level.clone() for level in args[0][2:]]))
+    captured = []
+    model.upernet.register_forward_pre_hook(lambda _, args: captured.append([level.clone() for level in args[0][2:]]))
     logits = model(golden["input"]["image"])["out"]
     assert logits.shape == (2, 5, 64, 64)
-    assert [level.shape[1] for level in seen[0]] == [48, 64, 96, 96]
-    for i, level in enumerate(seen[0]):
+    assert [level.shape[1] for level in captured[0]] == [48, 64, 96, 96]
+    for i, level in enumerate(captured[0]):
         assert (level - golden["output"][f"level_{i}"]).abs().max() < 2e-5
 
 
-def test_only_heads_start_at_random(tmp_path):
+def test_only_heads_are_randomly_initialized(tmp_path):
     config = itpn.tasks.recipes.read_recipe("itpn-pixel_nano")[1]
     torch.manual_seed(3)
-    pretrained = build_from(config)
+    pretrained = itpn.checkpoints.loading.build_from(config)
     for parameter in pretrained.parameters():
-        parameter.data += 0.01  # nothing is what an initialisation could have made
+        parameter.data += 0.01  # no parameter equals an initialization
     path = tmp_path / "model.safetensors"
-    save_weights(path, pretrained, "itpn-pixel_nano", config)
+    itpn.checkpoints.files.save_weights(path, pretrained, "itpn-pixel_nano", config)
     with pytest.warns(UserWarning, match="has no segmentation head"):
         model = itpn.load(path, task="segmentation", num_classes=4, strict=False)
     theirs = pretrained.state_dict()
@@ -68,7 +66,7 @@ def test_only_heads_start_at_random(tmp_path):
 
 def test_heads_are_the_published_ones():
     with torch.device("meta"):
-        model = Segmenter(PyramidBackbone("joined"), 150)
+        model = Segmenter(PyramidBackbone("segmentation"), 150)
     assert model.head_width == 768
     assert isinstance(model.upernet, UPerNetDecoder)
     assert [block[0].output_size for block in model.upernet.psp.blocks] == [1, 2, 3, 6]
@@ -80,7 +78,7 @@ def test_heads_are_the_published_ones():
 
 @pytest.mark.parametrize("rel_pos_bias", [False, True, "decomposed"])
 def test_any_size(rel_pos_bias):
-    """What is missing to whole units is filled; logits are of the image alone."""
+    """Images are padded to whole patches; logits cover the image without the padding."""
     model = make_segmenter(rel_pos_bias=rel_pos_bias)
     generator = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
@@ -131,22 +129,22 @@ def test_layers_of_the_learning_rate():
     assert decays["backbone.backbone.pos_embed"] == 0
 
 
-def test_two_processes_are_one(tmp_path):
-    """Of unlike images, one labelled and one hardly: gradients, and the statistics of batch norm."""
+def test_two_processes_compute_what_one_does(tmp_path):
+    """Two images, one fully labelled and one hardly: gradients, and the statistics of batch norm."""
     model = make_segmenter()
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, 64, 64, generator=generator)
     targets = torch.randint(4, (2, 64, 64), generator=generator)
     targets[1, 3:] = 255
     options = {"head_width": 32, "drop_rate": 0.0, "auxiliary": False}
-    # in float64, for a map of 1x1 has two values to take a deviation of
+    # in float64, because a map of 1x1 has two values to take a std of
     state = {n: t.double() for n, t in model.state_dict().items() if not n.startswith("aux_classifier.")}
     given = {"backbone": NANO, "options": options, "state": state, "images": images.double(), "targets": targets}
     assert compare_processes(given, tmp_path) == 12
 
 
-def test_what_cannot_be():
-    with pytest.raises(ValueError, match="four joined maps"):
-        Segmenter(PyramidBackbone("pooled", **NANO), num_classes=3)
+def test_wrong_arguments_are_refused():
+    with pytest.raises(ValueError, match="four concatenated maps"):
+        Segmenter(PyramidBackbone("detection", **NANO), num_classes=3)
     with pytest.raises(ValueError, match="at least 2"):
-        Segmenter(PyramidBackbone("joined", **NANO), num_classes=1)
+        Segmenter(PyramidBackbone("segmentation", **NANO), num_classes=1)

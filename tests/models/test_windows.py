@@ -28,7 +28,7 @@ def build(grid=(5, 7), fast=True, depths=(1, 1, 3), **settings) -> HiViT:
     size = (8 * grid[0], 8 * grid[1])
     model = HiViT(size, 8, num_classes=0, embed_dim=32, depths=depths, num_heads=2, init_values=0.5, **settings)
     for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 or "bias" in name:  # fresh ones are all zeros or ones
+        if parameter.dim() == 1 or "bias" in name:  # initialized to all zeros or ones
             torch.nn.init.normal_(parameter, 0.5, 0.5)
         else:
             torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
@@ -40,18 +40,18 @@ def draw(grid=(5, 7), batch=2) -> Tensor:
 
 
 def tokens_of(model: HiViT, images: Tensor, visible: Tensor | None = None) -> Tensor:
-    """What stage 3 gets, [B, V, C]."""
+    """The input of stage 3, [B, V, C]."""
     x = model.merges[1](model.forward_stages(images, last=1)[1]).flatten(1, 3) + model.pos_embed
     return x if visible is None else x.gather(1, visible.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
 
 
-def slow_stage(model: HiViT, x: Tensor, grid: tuple[int, int], units: list[int] | None = None) -> list[Tensor]:
-    """Tokens of one image [V, C], of all units or some, to those after each block."""
+def slow_stage(model: HiViT, x: Tensor, grid: tuple[int, int], patches: list[int] | None = None) -> list[Tensor]:
+    """Tokens of one image [V, C], of all patches or some -> the tokens after each block."""
     side, windows = model.gather_window, [list(range(len(x)))]
     tokens: dict = dict(enumerate(x))
     gathering: list[list] = [[]]  # of each window
     own = side**2
-    if side and units is None and max(grid) > side:
+    if side and patches is None and max(grid) > side:
         windows, gathering = [], []
         part = side // model.gather_side
         for top in range(0, grid[0], side):
@@ -77,7 +77,9 @@ def slow_stage(model: HiViT, x: Tensor, grid: tuple[int, int], units: list[int] 
         new = {}
         for window, some in zip(windows, gathering, strict=True):
             for query in window + some:
-                new[query] = tokens[query] + block.ls1(attend(model, block, tokens, query, window + everywhere, units))
+                new[query] = tokens[query] + block.ls1(
+                    attend(model, block, tokens, query, window + everywhere, patches)
+                )
         tokens.update(new)
         tokens.update({t: x + block.ls2(block.mlp(block.norm2(x))) for t, x in new.items()})
         outputs.append(torch.stack([tokens[t] for t in range(len(x))]))
@@ -85,25 +87,25 @@ def slow_stage(model: HiViT, x: Tensor, grid: tuple[int, int], units: list[int] 
 
 
 def inside(corner: tuple[int, int], side: int, grid: tuple[int, int]) -> list[int]:
-    """Units of a square that are there."""
+    """Patches of a square that lie inside the grid."""
     rows, cols = (range(start, min(start + side, end)) for start, end in zip(corner, grid, strict=True))
     return [row * grid[1] + col for row in rows for col in cols]
 
 
-def attend(model, block, tokens, query, keys, units) -> Tensor:
+def attend(model, block, tokens, query, keys, patches) -> Tensor:
     attn, dim = block.attn, model.embed_dim
     w_q, w_k, w_v = attn.qkv.weight.split(dim)
     b_q, b_k, b_v = attn.qkv.bias.split(dim) if attn.q_bias is None else (attn.q_bias, 0, attn.v_bias)
     result = []
-    x, seen = block.norm1(tokens[query]), block.norm1(torch.stack([tokens[key] for key in keys]))
-    all_q, all_k, all_v = w_q @ x + b_q, seen @ w_k.T + b_k, seen @ w_v.T + b_v
+    x, others = block.norm1(tokens[query]), block.norm1(torch.stack([tokens[key] for key in keys]))
+    all_q, all_k, all_v = w_q @ x + b_q, others @ w_k.T + b_k, others @ w_v.T + b_v
     for head in range(attn.num_heads):
         s = slice(head * dim // attn.num_heads, (head + 1) * dim // attn.num_heads)
         q, k, v = all_q[s], all_k[:, s], all_v[:, s]
         scores = k @ q * len(q) ** -0.5
         if model.rel_pos_grid is not None:
             index = model.rel_pos_index
-            places = [key if units is None else units[key] for key in [query, *keys]]
+            places = [key if patches is None else patches[key] for key in [query, *keys]]
             scores = scores + attn.relative_position_bias_table[index[places[0], places[1:]], head]
         weight = scores.exp() / scores.exp().sum()
         result.append(weight @ v)
@@ -126,15 +128,15 @@ def test_the_slow_way(name, grid):
 @pytest.mark.parametrize("settings", [{"rel_pos_bias": True}, {"rel_pos_bias": True, "fast": False}, {**GATHER}])
 @pytest.mark.parametrize("dropped", [False, True])
 @torch.no_grad()
-def test_migration_with_relative_positions_and_hidden_units(settings, dropped):
-    """Gathering leaves images of which units are dropped alone."""
+def test_migration_with_relative_positions_and_masked_patches(settings, dropped):
+    """Gathering is off for images whose masked patches are dropped."""
     grid = (5, 7) if dropped or "rel_pos_bias" in settings else (4, 4)
     model, images = build(grid, **MIGRATE, **settings), draw(grid)
     visible = torch.stack([torch.randperm(35)[:11] for _ in images]) if dropped else None
     fast = model.forward_stages(images, visible)[2].flatten(1, 3)
     for i, x in enumerate(tokens_of(model, images, visible)):
-        units = None if visible is None else visible[i].tolist()
-        torch.testing.assert_close(fast[i], slow_stage(model, x, grid, units)[-1])
+        patches = None if visible is None else visible[i].tolist()
+        torch.testing.assert_close(fast[i], slow_stage(model, x, grid, patches)[-1])
 
 
 def test_gathering_refuses_relative_positions():
@@ -170,12 +172,12 @@ def test_migrated_tokens_come_back_unchanged(gather):
     *_, last, before = model.forward_stages(images, tap=0)
     same = (last.flatten(1, 3) == before).all(dim=2)
     kept = max(1, round((16 if gather else 35) * 0.5))
-    # windows of 4x4 units on 5x7: four of them, with 16, 12, 4 and 3 real units
-    skipped = sum(max(0, units - kept) for units in ((16, 12, 4, 3) if gather else (35,)))
+    # windows of 4x4 patches on 5x7: four of them, with 16, 12, 4 and 3 real patches
+    skipped = sum(max(0, patches - kept) for patches in ((16, 12, 4, 3) if gather else (35,)))
     assert same.sum(dim=1).tolist() == [skipped, skipped]
-    if not gather:  # those least like the mean went on
-        likeness = F.cosine_similarity(before, before.mean(dim=1, keepdim=True), dim=2)
-        assert (likeness.masked_fill(same, -1).amax(1) < likeness.masked_fill(~same, 1).amin(1)).all()
+    if not gather:  # those with the lowest similarity to the mean were kept
+        similarity = F.cosine_similarity(before, before.mean(dim=1, keepdim=True), dim=2)
+        assert (similarity.masked_fill(same, -1).amax(1) < similarity.masked_fill(~same, 1).amin(1)).all()
 
 
 @pytest.mark.parametrize("settings", [{"gather_window": 3}, GATHER, {**MIGRATE, **GATHER}])
@@ -187,7 +189,7 @@ def test_padding_changes_nothing(settings, monkeypatch):
 
     def cut_with_noise(self, x):
         tokens, windows = cut(self, x)
-        padding = F.pad(~windows.real, (0, windows.gathering))  # gathering tokens of padding alone
+        padding = F.pad(~windows.real, (0, windows.gathering))  # gathering tokens of nothing but padding
         padding[:, -windows.gathering :] = ~windows.mask[:: windows.count, 0, 0, windows.real.shape[1] :].reshape(
             -1, windows.gathering
         )
@@ -201,7 +203,7 @@ def test_padding_changes_nothing(settings, monkeypatch):
 
 @pytest.mark.parametrize("name", list(SETTINGS)[1:])
 def test_gradients(name):
-    """Finite and not zero for every token and every weight; recomputing activations finds the same."""
+    """Finite and not zero for every token and every weight; recomputed activations give the same."""
     gradients = []
     for recompute in (False, True):
         model, images = build(**SETTINGS[name]).train(), draw().requires_grad_()
@@ -212,13 +214,13 @@ def test_gradients(name):
     for name, gradient in gradients[0].items():
         assert gradient.isfinite().all(), name
         assert gradient.abs().sum() > 0, name
-    per_unit = gradients[0]["images"].reshape(2, 3, 5, 8, 7, 8).abs().sum(dim=(1, 3, 5))
-    assert (per_unit > 0).all()
+    per_patch = gradients[0]["images"].reshape(2, 3, 5, 8, 7, 8).abs().sum(dim=(1, 3, 5))
+    assert (per_patch > 0).all()
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
-def test_gathering_tokens_carry_news_between_windows():
-    """From any unit to any other and at once, for a gathering token begins as the mean of its units."""
+def test_gathering_tokens_connect_windows():
+    """In one block from any patch to any other, because a gathering token starts as the mean of its patches."""
     model, images = build(**GATHER), draw(batch=1).requires_grad_()
     first = model.forward_stages(images, tap=0)[-1]
     (gradient,) = torch.autograd.grad(first[0, 0].sum(), images)
@@ -254,4 +256,4 @@ def test_picking_by_hand():
     assert pick_distinct(x, 5).tolist() == [[0, 1, 2, 3, 4]]
     real = torch.tensor([[True, True, True, False, False]])
     assert pick_distinct(x, 1, real).tolist() == [[1]]
-    assert set(pick_distinct(x, 4, real)[0].tolist()) >= {0, 1, 2}  # padding only where there is nothing else
+    assert set(pick_distinct(x, 4, real)[0].tolist()) >= {0, 1, 2}  # padding only after all others

@@ -1,4 +1,4 @@
-"""Teachers: OpenAI's CLIP in every file form, other timm models, and what is said where there is none to be had."""
+"""Teachers: OpenAI's CLIP in every file form, other timm models, and errors for what cannot be used."""
 
 import errno
 import os
@@ -61,9 +61,9 @@ def vit_golden_lenient_64(pretrained=False, **kwargs):
     return golden_model("vit_golden_lenient_64", pretrained, strict=False, **kwargs)
 
 
-def pixels(clip_normalised):
-    """Undo CLIP's normalisation: what to give to a teacher."""
-    return clip_normalised * STD + MEAN
+def pixels(clip_normalized):
+    """Undo CLIP's normalization: what to give to a teacher."""
+    return clip_normalized * STD + MEAN
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +115,7 @@ def test_larger_images(openai_file):
     features = teacher(images)
     assert features.shape == golden.shape
     assert features.isfinite().all()
-    # iTPN's code samples the position table by (6 + 0.1) / 4, timm by the true ratio: that is all the difference
+    # iTPN's code samples the position table by (6 + 0.1) / 4, timm by the true ratio: the only difference
     assert (features - golden).abs().max() > 1e-3
     table = GOLDEN["param"]["visual.positional_embedding"].unsqueeze(0)
     resampled = resample_position_table(table[:, 1:], (4, 4), (6, 6), "legacy")
@@ -123,11 +123,11 @@ def test_larger_images(openai_file):
     assert_close(teacher(images), golden)
 
 
-def test_images_are_normalised_from_0_to_1(clip):
+def test_images_are_normalized_from_0_to_1(clip):
     images = GOLDEN["input"]["image_01"]
     features = clip(images)
     assert_close(features, clip.tower((images - MEAN) / STD).flatten(1, 2))
-    # the public pipeline takes [0, 1] for [-1, 1], and so trains on features of pale images
+    # the public pipeline mistakes [0, 1] for [-1, 1] and so trains on features of pale images
     public = clip.tower(GOLDEN["output"]["official_scaled_01"]).flatten(1, 2)
     assert_close(F.layer_norm(public, (24,)), GOLDEN["output"]["official_target_01"])
     assert (F.layer_norm(features, (24,)) - GOLDEN["output"]["official_target_01"]).abs().max() > 0.1
@@ -199,7 +199,7 @@ def test_file_forms(form, name, clip, tmp_path, recwarn):
     assert teacher_width(name, str(path)) == teacher.width == 24
     images = GOLDEN["input"]["image_01"]
     assert torch.equal(teacher(images), clip(images))
-    assert not recwarn.list  # TorchScript is deprecated, which is not the user's concern
+    assert not recwarn.list  # no deprecation warning of TorchScript reaches the user
 
 
 def test_half_precision_file(tmp_path):
@@ -215,7 +215,7 @@ def test_classifier_is_no_projection(tmp_path):
     tensors = timm_form()
     save_file(tensors, tmp_path / "zeros.safetensors")
     assert teacher_width("vit_golden_clip_64.openai_ft_in1k", str(tmp_path / "zeros.safetensors")) == 128
-    # without a tag the bias tells: CLIP's projection has none
+    # without a tag, a bias shows that it is a classifier: CLIP's projection has none
     tensors["head.bias"] = torch.rand(24)
     save_file(tensors, tmp_path / "biased.safetensors")
     assert build_teacher("vit_golden_clip_64", str(tmp_path / "biased.safetensors"), (4, 4)).width == 128
@@ -248,7 +248,7 @@ def map_of(model, images):
     ("name", "grid", "stride", "reference"),
     [
         ("test_vit", (4, 6), 16, tokens_of),
-        ("test_vit2", (10, 10), 16, tokens_of),  # norm behind the pooling
+        ("test_vit2", (10, 10), 16, tokens_of),  # norm after the pooling
         ("eva02_tiny_patch14_224", (14, 14), 14, tokens_of),  # 196 px
         ("test_convnext", (14, 14), 32, map_of),  # 448 px
         ("test_resnet", (3, 4), 32, lambda model, x: model.forward_features(x).flatten(2).transpose(1, 2)),
@@ -262,7 +262,7 @@ def test_features_of_a_timm_model(name, grid, stride, reference, tmp_path):
     except TypeError:
         model = timm.create_model(name).eval()
     for parameter in model.parameters():
-        if parameter.ndim == 1:  # norms that do something
+        if parameter.ndim == 1:  # norms that are no identity
             nn.init.normal_(parameter, std=0.5)
     save_file(model.state_dict(), tmp_path / "model.safetensors")
 
@@ -320,7 +320,7 @@ def test_weights_from_the_hub(monkeypatch):
     assert_close(teacher(images), expected)
 
 
-def test_frozen_for_ever(clip):
+def test_teachers_stay_frozen(clip):
     around = nn.Sequential(clip, nn.Linear(24, 24))
     around.train()
     assert around[1].training
@@ -335,19 +335,19 @@ def test_frozen_for_ever(clip):
     assert (features - clip(images)).abs().max() < 0.1
 
 
-# --- what cannot be
+# --- errors
 
 
 @pytest.mark.parametrize(
     ("name", "grid", "said"),
     [
-        ("inception_v3", (14, 14), "12x12 features of an image of 448x448 px.*14x14 units"),
+        ("inception_v3", (14, 14), "12x12 features of an image of 448x448 px.*14x14 patches"),
         ("halonet26t", (3, 3), "cannot make a map of an image of 96x96 px"),
     ],
 )
-def test_grids_that_a_model_cannot_give(name, grid, said):
+def test_grids_that_a_model_cannot_return(name, grid, said):
     if not hasattr(timm.create_model(name), "forward_intermediates"):
-        said = "cannot make a map of an image of 448x448 px"  # timm gives it maps from 1.0.31 on
+        said = "cannot make a map of an image of 448x448 px"  # timm returns its maps from 1.0.31 on
     with pytest.raises(UserError, match=f"teacher {name} .*{said}") as error:
         build_teacher(name, None, grid)
     assert "choose another --teacher.name" in one_line(error)
@@ -452,7 +452,7 @@ def test_nothing_to_fetch(monkeypatch, capfd):
 
     monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: None)
-    # its client retries for most of a minute, and says so on stderr
+    # its client retries for most of a minute and prints to stderr
     monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *a, **k: pytest.fail("asked the hub"))
     with pytest.raises(
         UserError, match=r"test_vit\.r160_in1k could not be fetched .*Name or service not known"
@@ -464,7 +464,7 @@ def test_nothing_to_fetch(monkeypatch, capfd):
 
 
 def test_a_file_that_a_disk_does_not_give_is_an_accident(tmp_path, monkeypatch):
-    """Not the user's mistake: it may pass."""
+    """An accident, not the user's mistake."""
     path = tmp_path / "teacher.pt"
     torch.save({"x": torch.ones(1)}, path)
     for number, kind in ((errno.EIO, MachineError), (errno.EACCES, MachineError), (errno.EINVAL, UserError)):

@@ -14,8 +14,9 @@ from itpn.checkpoints.contents import known_heads
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
 from itpn.errors import UserError
 from itpn.models.heads import heads
-from itpn.models.hivit import HiViT, find_backbone, fit_tables
+from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.position import Grid
+from itpn.models.weights import fit_tables
 
 Tensors = Mapping[str, Tensor]
 

@@ -85,7 +85,8 @@ def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
     from itpn.checkpoints.adapters import detect_layout, to_ours
-    from itpn.models.hivit import HiViT, find_backbone, fit_tables, read_stored_grid
+    from itpn.models.hivit import HiViT, find_backbone
+    from itpn.models.weights import fit_tables, read_stored_grid
 
     layout = detect_layout(state_dict)
     if layout is None:

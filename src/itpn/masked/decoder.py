@@ -1,4 +1,4 @@
-"""From what the network made of the visible units to predictions for every unit."""
+"""Decoders: from features of the visible patches to predictions for every patch."""
 
 from typing import Any
 
@@ -6,29 +6,30 @@ import torch
 from torch import Tensor, nn
 
 from itpn.masked.masking import Split
-from itpn.models.hivit import HiViT, TransformerBlock, WeightInit, initialize_linears
+from itpn.models.hivit import HiViT
+from itpn.models.layers import TransformerBlock, WeightInit, initialize_linears
 from itpn.models.position import Grid, resample_position_table, sincos_position_table
 from itpn.models.recompute import Recompute, run_block
 
 
-def pick_tokens(x: Tensor, split: Split | None, hidden_only: bool) -> Tensor:
-    """Tokens [B, N, D] as a decoder returns them -> hidden units [B, M, D], or all in unit order [B, N, D]."""
+def pick_tokens(x: Tensor, split: Split | None, masked_only: bool) -> Tensor:
+    """Tokens of a decoder [B, N, D] -> those of masked patches [B, M, D], or all of them row-major [B, N, D]."""
     if split is None:
         return x
-    if hidden_only:
+    if masked_only:
         return x[:, split.visible.shape[1] :]
     return torch.empty_like(x).scatter(1, split.order.unsqueeze(-1).expand_as(x), x)
 
 
 def run_blocks(
-    blocks: nn.ModuleList, how: Recompute, x: Tensor, *args: Any, split: Split | None, hidden_only: bool
+    blocks: nn.ModuleList, how: Recompute, x: Tensor, *args: Any, split: Split | None, masked_only: bool
 ) -> Tensor:
-    """Transformer blocks on tokens [B, N, D], in the order of ``split`` where there is one.
+    """Run transformer blocks on tokens [B, N, D], which are in the order of ``split`` if one is given.
 
     Returns:
-        [B, N, D], or with ``hidden_only`` hidden units alone, [B, M, D]: the last block computes no others.
+        [B, N, D]; with ``masked_only`` only masked patches [B, M, D]: the last block computes no others.
     """
-    skip = split.visible.shape[1] if split is not None and hidden_only else 0
+    skip = split.visible.shape[1] if split is not None and masked_only else 0
     for number, block in enumerate(blocks, start=1):
         x = run_block(block, how, x, *args, skip if number == len(blocks) else 0)
     return x if len(blocks) else x[:, skip:]
@@ -37,22 +38,22 @@ def run_blocks(
 class Decoder(nn.Module):
     """Pyramid levels to predictions (Tian et al. 2023, section 3.2; He et al. 2022, section 3).
 
-    Each level is normalised and projected so that a unit yields ``width`` numbers whatever its number of tokens; the
-    levels are summed. Where the network has dropped hidden units, a mask token fills them. Fixed positions are added,
-    transformer blocks follow, then a norm and one linear layer for each thing predicted. Without blocks this is the
-    plain head of CLIP supervision; with a single level it is a head of masked feature modelling.
+    Each level is normalized and projected to ``width`` numbers per patch, whatever its number of tokens, and the levels
+    are summed. If the network has dropped masked patches, mask tokens are added for them. Then come fixed positions,
+    transformer blocks, a norm, and one linear layer for each target. Without blocks this is the plain head of CLIP
+    supervision; with a single level it is a head of masked feature modelling.
 
     Args:
-        grid: rows and columns of units.
-        heads: what is predicted, and how many numbers a unit.
+        grid: rows and columns of patches.
+        heads: names of the targets, each with its number of values per patch.
         pyramid_width: channels of the pyramid levels.
         width: channels of the decoder, divisible by 16 and by ``num_heads``.
         levels: the pyramid levels that are read, 0 the finest.
-        fill_hidden: the network drops hidden units.
+        add_mask_tokens: add a mask token for each masked patch: the network drops them.
         embed_norm_eps: eps of the norms before the projections (1e-5 in mmpretrain, 1e-6 elsewhere).
 
     Raises:
-        ValueError: ``width`` does not divide.
+        ValueError: ``width`` is not divisible by 16 and ``num_heads``.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Decoder(nn.Module):
         depth: int = 6,
         num_heads: int = 16,
         levels: tuple[int, ...] = (0, 1, 2),
-        fill_hidden: bool = True,
+        add_mask_tokens: bool = True,
         mlp_ratio: float = 4.0,
         norm_eps: float = 1e-6,
         embed_norm_eps: float = 1e-6,
@@ -77,9 +78,9 @@ class Decoder(nn.Module):
         self.num_heads = num_heads
         self.levels = levels
         self.embed_norms = nn.ModuleList([nn.LayerNorm(pyramid_width, eps=embed_norm_eps) for _ in levels])
-        # a unit has 16, 4 and 1 tokens, finest level first
+        # a patch has 16, 4 and 1 tokens, finest level first
         self.embeds = nn.ModuleList([nn.Linear(pyramid_width, width // (16, 4, 1)[level]) for level in levels])
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if fill_hidden else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width)) if add_mask_tokens else None
         self.pos_embed = nn.Parameter(sincos_position_table(grid, width), requires_grad=False) if depth else None
         self.blocks = nn.ModuleList(
             [TransformerBlock(width, num_heads, mlp_ratio, norm_eps=norm_eps) for _ in range(depth)]
@@ -93,34 +94,34 @@ class Decoder(nn.Module):
             nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, levels: list[Tensor], grid: Grid, split: Split | None = None, hidden_only: bool = False
+        self, levels: list[Tensor], grid: Grid, split: Split | None = None, masked_only: bool = False
     ) -> Tensor:
-        """Tokens of all units, for :meth:`predict`.
+        """Tokens of all patches, for :meth:`predict`.
 
         Args:
             levels: all three of the pyramid, finest first: [B, V, 4, 4, F], [B, V, 2, 2, F], [B, V, 1, 1, F].
-            grid: rows and columns of units of these images.
-            split: which units the levels hold, where hidden ones were dropped.
-            hidden_only: with ``split``, leave out the others as soon as nothing needs them any more.
+            grid: rows and columns of patches of these images.
+            split: visible and masked patches, if masked ones were dropped from ``levels``.
+            masked_only: return only masked patches; the last block does not compute the others.
 
         Returns:
-            [B, N, width], in the order of ``split``, else in unit order; with ``hidden_only`` [B, M, width].
+            [B, N, width], in the order of ``split`` or else row-major; with ``masked_only`` [B, M, width].
         """
         picked = [levels[level] for level in self.levels]
         parts = zip(self.embeds, self.embed_norms, picked, strict=True)
         x = sum([embed(norm(level)).flatten(2) for embed, norm, level in parts])  # [B, V, width]
         if split is not None:
             assert self.mask_token is not None
-            # a hidden unit gets the mask token from each level, as in the published weights
-            x = fill_hidden(x, len(picked) * self.mask_token, split)
+            # a masked patch gets the mask token once for each level, as in the published weights
+            x = append_mask_tokens(x, len(picked) * self.mask_token, split)
         if self.pos_embed is not None:
             positions = resample_position_table(self.pos_embed, self.grid, grid)
             x = x + (positions if split is None else positions[0][split.order])
         unused = None, None, None  # grid, relative positions and windows
-        return run_blocks(self.blocks, self.grad_checkpointing, x, *unused, split=split, hidden_only=hidden_only)
+        return run_blocks(self.blocks, self.grad_checkpointing, x, *unused, split=split, masked_only=masked_only)
 
     def predict(self, name: str, x: Tensor) -> Tensor:
-        """Picked tokens [B, M or N, width] to the numbers of one head."""
+        """Tokens [B, M or N, width] -> the predictions of one head [B, M or N, out_dim]."""
         return self.heads[name](self.norm(x))
 
 
@@ -128,9 +129,9 @@ class AuxiliaryHead(nn.Module):
     """A second head on the tokens of an earlier block, as in the authors' CLIP supervision: blocks, norm, linear.
 
     Args:
-        backbone: gives width, heads, layer scale and relative positions.
-        out_dim: numbers predicted for a unit.
-        fill_hidden: the network drops hidden units.
+        backbone: sets width, heads and relative positions.
+        out_dim: values predicted per patch.
+        add_mask_tokens: add a mask token for each masked patch: the network drops them.
         block_norm_eps: eps of the norms in the blocks (1e-5 in the public code).
     """
 
@@ -139,7 +140,7 @@ class AuxiliaryHead(nn.Module):
         backbone: HiViT,
         out_dim: int,
         depth: int = 2,
-        fill_hidden: bool = False,
+        add_mask_tokens: bool = False,
         init_values: float | None = None,
         norm_eps: float = 1e-6,
         block_norm_eps: float = 1e-6,
@@ -154,8 +155,10 @@ class AuxiliaryHead(nn.Module):
             "norm_eps": block_norm_eps,
         }
         self.blocks = nn.ModuleList([TransformerBlock(dim, backbone.num_heads, **block) for _ in range(depth)])
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if fill_hidden else None
-        self.pos_embed = nn.Parameter(sincos_position_table(grid, dim), requires_grad=False) if fill_hidden else None
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)) if add_mask_tokens else None
+        self.pos_embed = (
+            nn.Parameter(sincos_position_table(grid, dim), requires_grad=False) if add_mask_tokens else None
+        )
         self.norm = nn.LayerNorm(dim, eps=norm_eps)
         self.head = nn.Linear(dim, out_dim)
         self.grad_checkpointing: Recompute = False
@@ -169,22 +172,22 @@ class AuxiliaryHead(nn.Module):
         grid: Grid,
         rel_pos_index: Tensor | None,
         split: Split | None = None,
-        hidden_only: bool = False,
+        masked_only: bool = False,
     ) -> Tensor:
-        """Tokens [B, V, C] of a stage 3 block to tokens of all units [B, N, C], or hidden ones, as :class:`Decoder`."""
+        """Tokens [B, V, C] of a stage 3 block -> of all patches [B, N, C] or masked ones [B, M, C]."""
         if split is not None:
             assert self.pos_embed is not None
             assert self.mask_token is not None
             positions = resample_position_table(self.pos_embed, self.grid, grid)[0]
-            x = fill_hidden(x, self.mask_token, split) + positions[split.order]
+            x = append_mask_tokens(x, self.mask_token, split) + positions[split.order]
         args = grid, rel_pos_index, None  # no windows
-        return run_blocks(self.blocks, self.grad_checkpointing, x, *args, split=split, hidden_only=hidden_only)
+        return run_blocks(self.blocks, self.grad_checkpointing, x, *args, split=split, masked_only=masked_only)
 
     def predict(self, name: str, x: Tensor) -> Tensor:
-        """Picked tokens [B, M or N, C] -> [B, M or N, out_dim]."""
+        """Tokens [B, M or N, C] -> [B, M or N, out_dim]."""
         return self.head(self.norm(x))
 
 
-def fill_hidden(x: Tensor, mask_token: Tensor, split: Split) -> Tensor:
-    """Visible tokens [B, V, C] -> visible ones, then a mask token for each hidden unit, [B, N, C]."""
-    return torch.cat([x, mask_token.to(x.dtype).expand(len(x), split.hidden.shape[1], -1)], dim=1)
+def append_mask_tokens(x: Tensor, mask_token: Tensor, split: Split) -> Tensor:
+    """Visible tokens [B, V, C] -> the same, followed by a mask token for each masked patch, [B, N, C]."""
+    return torch.cat([x, mask_token.to(x.dtype).expand(len(x), split.masked.shape[1], -1)], dim=1)

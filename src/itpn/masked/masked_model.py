@@ -1,4 +1,4 @@
-"""The masked model: backbone and pyramid, what is predicted from them, and the losses."""
+"""The masked image model: backbone, pyramid, heads and losses."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor, nn
 
 from itpn.masked.decoder import AuxiliaryHead, Decoder, pick_tokens
-from itpn.masked.masking import Split, count_hidden, draw_block_mask, draw_random_mask, split_mask
-from itpn.masked.targets import feature_error, normalize_units, pixels_to_images, unit_pixels
-from itpn.models.hivit import POSITIONS, HiViT, units_to_map
+from itpn.masked.masking import Split, count_masked, draw_block_mask, draw_random_mask, split_mask
+from itpn.masked.targets import feature_error, normalize_patches, patchify, unpatchify
+from itpn.models.hivit import POSITIONS, HiViT
+from itpn.models.layers import patches_to_map
 from itpn.models.modes import eval_mode
 from itpn.models.position import Grid
 from itpn.models.pyramid import FeaturePyramid
 from itpn.models.recompute import Recompute
 
 PYRAMID_LOSSES = ("pyramid_1", "pyramid_2", "pyramid_3")  # finest level first
-Decoded = tuple[str, Tensor, Decoder | AuxiliaryHead]  # a loss, the tokens it is predicted from, the head
+Decoded = tuple[str, Tensor, Decoder | AuxiliaryHead]  # name of a loss, tokens, and the head that predicts from them
 
 
 class MaskedOutput(NamedTuple):
@@ -26,10 +27,10 @@ class MaskedOutput(NamedTuple):
     Attributes:
         loss: scalar, the weighted sum of ``losses``; None where no target was given for any of them.
         losses: each part of the loss by name, not weighted: pixel, feature, auxiliary, pyramid_1 (finest) to 3.
-        prediction, target: of the first of these that the model has, [B, N, D] in unit order; in training mode, where
-            its loss needs the hidden units only, just those, [B, M, D]. With a mask that hides fewer than M in some
-            images, these begin with visible units, which do not count.
-        mask: bool [B, N], True where hidden.
+        prediction, target: of the first of these that the model has, [B, N, D], row-major. In training mode, if its
+            loss is of masked patches only, just those, [B, M, D]. For an image with fewer than M masked patches, they
+            begin with visible ones, which do not count.
+        mask: bool [B, N], True where masked.
     """
 
     loss: Tensor | None
@@ -41,41 +42,46 @@ class MaskedOutput(NamedTuple):
 
 @dataclass(frozen=True)
 class Objective:
-    """How units are hidden and what is asked about them; meanings as in the settings of pre-training.
+    """How patches are masked and what is predicted; see the settings of pre-training.
 
     Attributes:
         weights: of the losses by name, all above zero.
+        masked_patches: drop masked patches from the backbone, or compute all with a mask token in their place from
+            stage 3 on.
+        masked_laterals: with mask tokens, let stages 1 and 2 of masked patches, which see their pixels, into the
+            pyramid.
+        feature_patches: the patches that losses on features are computed on.
     """
 
     weights: Mapping[str, float] = field(default_factory=lambda: {"pixel": 1.0})
     mask: Literal["random", "block"] = "random"
     mask_ratio: float = 0.75
-    hidden_units: Literal["dropped", "mask_token"] = "dropped"
-    hidden_laterals: bool = False
+    masked_patches: Literal["dropped", "mask_token"] = "dropped"
+    masked_laterals: bool = False
     normalize_target: bool = True
     feature_loss: str = "smooth_l1"
-    feature_units: Literal["all", "hidden"] = "hidden"
+    feature_patches: Literal["all", "masked"] = "masked"
 
     @property
-    def drops_units(self) -> bool:
-        return self.hidden_units == "dropped"
+    def drops_patches(self) -> bool:
+        return self.masked_patches == "dropped"
 
-    def hidden_only(self, *names: str) -> bool:
+    def masked_only(self, *names: str) -> bool:
         """Whether all of these losses are of masked patches only."""
-        return self.feature_units == "hidden" or set(names) <= {"pixel"}
+        return self.feature_patches == "masked" or set(names) <= {"pixel"}
 
 
 class MaskedImageModel(nn.Module):
-    """iTPN's pre-training model (Tian et al. 2023, section 3): any combination of its losses.
+    """iTPN's pre-training model (Tian et al. 2023, section 3) with any combination of its losses.
 
     Args:
-        backbone: its classifier is not used and should be left out (``num_classes=0``).
-        decoder: predicts "pixel" and "feature" from all pyramid levels; None where neither is wanted.
+        backbone: without a classifier (``num_classes=0``), which would not be used.
+        decoder: predicts "pixel" and "feature" from all pyramid levels; None if there is neither loss.
         auxiliary: predicts "auxiliary" from the stage 3 block at three quarters of the depth.
         pyramid_heads: predict "pyramid_1" to "pyramid_3", each from its level.
 
     Raises:
-        ValueError: a loss without its head, or a mask ratio that hides all units or none.
+        ValueError: losses and heads differ, or the mask ratio masks all patches or none.
     """
 
     def __init__(
@@ -89,23 +95,24 @@ class MaskedImageModel(nn.Module):
     ) -> None:
         super().__init__()
         self.objective = objective = objective or Objective()
-        count_hidden(backbone.grid_size[0] * backbone.grid_size[1], objective.mask_ratio)
+        count_masked(backbone.grid_size[0] * backbone.grid_size[1], objective.mask_ratio)
         self.backbone = backbone
         self.pyramid = pyramid
         self.decoder = decoder
         self.auxiliary = auxiliary
         self.pyramid_heads = nn.ModuleDict(dict(pyramid_heads or {}))
         self.pyramid_losses = tuple(self.pyramid_heads)  # torch.compile does not unpack a ModuleDict in every version
-        there = [*(decoder.names if decoder else ()), *(["auxiliary"] if auxiliary else ()), *self.pyramid_heads]
-        if set(there) != set(objective.weights):
-            raise ValueError(f"losses {sorted(objective.weights)} do not fit heads {sorted(there)}")
-        self.mask_token = None if objective.drops_units else nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
+        predicted = [*(decoder.names if decoder else ()), *(["auxiliary"] if auxiliary else ()), *self.pyramid_heads]
+        if set(predicted) != set(objective.weights):
+            raise ValueError(f"losses {sorted(objective.weights)} do not fit heads {sorted(predicted)}")
+        self.mask_token = None if objective.drops_patches else nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
         self.tap = int(0.75 * len(backbone.stages[2])) if auxiliary else None
         heads = [*([decoder] if decoder else ()), *self.pyramid_heads.values()]
-        # Nothing crosses a unit after stage 3 where these have no blocks: a pyramid of hidden units then is enough.
-        self.unit_wise = all(len(head.blocks) == 0 for head in heads) and objective.hidden_only(
+        # Without blocks in these heads, no information crosses a patch border after stage 3: losses of masked patches
+        # need the pyramid of masked patches only.
+        self.patch_wise = all(len(head.blocks) == 0 for head in heads) and objective.masked_only(
             *(name for name in objective.weights if name != "auxiliary")
         )
 
@@ -126,21 +133,22 @@ class MaskedImageModel(nn.Module):
     def forward(
         self, images: Tensor, mask: Tensor | None = None, target: Tensor | Mapping[str, Tensor] | None = None
     ) -> MaskedOutput:
-        """Hide units, predict, and measure the error.
+        """Mask patches, predict them, and compute the losses.
 
         Args:
-            images: normalised, [B, C, H, W].
-            mask: bool [B, N], True = hidden, as many in every row where hidden units are dropped; drawn when None.
-            target: [B, N, D] in unit order for every loss on features, or for the pixels where there is no other
-                loss; or one each by the name of the loss. The model makes the pixels itself; a loss on features that
-                is given no target is left out.
+            images: normalized, [B, C, H, W].
+            mask: bool [B, N], True = masked; if masked patches are dropped, the same number in every row. Drawn when
+                None.
+            target: [B, N, D], row-major, for every loss on features, or for the pixels if there is no other loss; or a
+                dict of targets by the name of the loss. The model computes the target "pixel" itself; losses on
+                features without a target are left out.
 
         Raises:
-            ValueError: the mask has another shape, rows that hide different numbers of units though hidden units are
-                dropped, or hides all or none; a target has another shape.
+            ValueError: a mask or a target has the wrong shape; the mask masks all patches or none; or masked patches
+                are dropped and rows of the mask have different numbers of them.
         """
         grid = self.backbone.grid_of(images.shape[-2:])
-        mask, split = self._hide(images, mask, grid)
+        mask, split = self._make_mask(images, mask, grid)
         given = self._name_targets(target)
         losses: dict[str, Tensor] = {}
         compared: list[tuple[Tensor, Tensor | None]] = []
@@ -154,7 +162,7 @@ class MaskedImageModel(nn.Module):
             if wanted.shape != prediction.shape:
                 raise ValueError(f"target of {name!r} is {list(wanted.shape)}, not {list(prediction.shape)}")
             error = self._error(name, prediction, wanted)  # [B, N] or [B, M]
-            if self.objective.hidden_only(name):
+            if self.objective.masked_only(name):
                 counted = mask if picked is None else mask.gather(1, picked)
                 losses[name] = (error * counted).sum() / counted.sum().clamp(min=1)
             else:
@@ -162,29 +170,29 @@ class MaskedImageModel(nn.Module):
         weighted = [self.objective.weights[name] * part for name, part in losses.items()]
         return MaskedOutput(torch.stack(weighted).sum() if weighted else None, losses, *compared[0], mask)
 
-    def _hide(self, images: Tensor, mask: Tensor | None, grid: Grid) -> tuple[Tensor, Split]:
-        """The mask, and the split of units by it."""
-        units = grid[0] * grid[1]
+    def _make_mask(self, images: Tensor, mask: Tensor | None, grid: Grid) -> tuple[Tensor, Split]:
+        """The given mask or a drawn one, and its split into visible and masked patches."""
+        patches = grid[0] * grid[1]
         if mask is None:
             mask = self.draw_mask(len(images), grid, images.device)
-            hidden = count_hidden(units, self.objective.mask_ratio)
+            masked = count_masked(patches, self.objective.mask_ratio)
         else:
-            hidden = _check_mask(mask, (len(images), units), self.objective.drops_units)
-        return mask, split_mask(mask, units - hidden)
+            masked = _check_mask(mask, (len(images), patches), self.objective.drops_patches)
+        return mask, split_mask(mask, patches - masked)
 
     def draw_mask(
         self, batch: int, grid: Grid, device: torch.device | None = None, generator: torch.Generator | None = None
     ) -> Tensor:
-        """Which units to hide, bool [batch, N]: as many in every row where hidden units are dropped."""
-        objective, units = self.objective, grid[0] * grid[1]
+        """A mask, bool [batch, N]; if masked patches are dropped, with the same number of them in every row."""
+        objective, patches = self.objective, grid[0] * grid[1]
         if objective.mask == "random":
-            return draw_random_mask(batch, units, objective.mask_ratio, device, generator)
-        hidden = count_hidden(units, objective.mask_ratio)
-        return draw_block_mask(batch, grid, hidden, exact=objective.drops_units, device=device, generator=generator)
+            return draw_random_mask(batch, patches, objective.mask_ratio, device, generator)
+        masked = count_masked(patches, objective.mask_ratio)
+        return draw_block_mask(batch, grid, masked, exact=objective.drops_patches, device=device, generator=generator)
 
     def _decode(self, images: Tensor, mask: Tensor, split: Split, grid: Grid) -> list[Decoded]:
-        """Each loss with its tokens, [B, N or M, width] (see :meth:`_pick`), and its head."""
-        dropped = split if self.objective.drops_units else None
+        """For each loss its name, its tokens [B, N or M, width] (see :meth:`_pick`) and its head."""
+        dropped = split if self.objective.drops_patches else None
         if dropped is not None:
             stages = self.backbone.forward_stages(images, split.visible, tap=self.tap)
         else:
@@ -196,10 +204,10 @@ class MaskedImageModel(nn.Module):
                 batch = torch.arange(len(picked), device=picked.device)[:, None]
                 levels = [x[batch, picked] for x in levels]
                 mask = mask.gather(1, picked)
-            if not self.objective.hidden_laterals:
-                # stages 1 and 2 never leave their unit: those of hidden units know nothing but what is to be predicted
+            if not self.objective.masked_laterals:
+                # stages 1 and 2 of a masked patch see the patch's pixels, which are the target
                 levels[:2] = [x.masked_fill(mask[:, :, None, None, None], 0.0) for x in levels[:2]]
-        levels = self.pyramid(levels)
+        levels = self.pyramid(levels)  # [B, P, 4, 4, F], [B, P, 2, 2, F], [B, P, 1, 1, F]; P patches: V, N or picked M
         decoded = []
         if self.decoder is not None:
             decoded += self._run_head(self.decoder, self.decoder.names, split, levels, grid)
@@ -215,20 +223,20 @@ class MaskedImageModel(nn.Module):
         self, head: Decoder | AuxiliaryHead, names: tuple[str, ...], split: Split, *args: Any
     ) -> list[Decoded]:
         """As :meth:`_decode`, for the losses of one head."""
-        dropped = split if self.objective.drops_units else None
-        hidden_only = self._pick(split, *names) is not None
-        tokens = head(*args, dropped, hidden_only)
+        dropped = split if self.objective.drops_patches else None
+        masked_only = self._pick(split, *names) is not None
+        tokens = head(*args, dropped, masked_only)
         return [
-            (name, tokens if hidden_only else pick_tokens(tokens, dropped, self._pick(split, name) is not None), head)
+            (name, tokens if masked_only else pick_tokens(tokens, dropped, self._pick(split, name) is not None), head)
             for name in names
         ]
 
     def _pick(self, split: Split, *names: str) -> Tensor | None:
-        """The units that losses are predicted for, [B, M]: in training no more than are compared. None for all."""
-        possible = self.objective.drops_units or (self.unit_wise and "auxiliary" not in names)
-        if not self.training or not possible or not self.objective.hidden_only(*names):
+        """The patches [B, M] that losses are predicted for; None for all. Training predicts only those it compares."""
+        possible = self.objective.drops_patches or (self.patch_wise and "auxiliary" not in names)
+        if not self.training or not possible or not self.objective.masked_only(*names):
             return None
-        return split.hidden
+        return split.masked
 
     def _name_targets(self, given: Tensor | Mapping[str, Tensor] | None) -> Mapping[str, Tensor]:
         weights = self.objective.weights
@@ -239,28 +247,29 @@ class MaskedImageModel(nn.Module):
         return given or {}
 
     def _target(self, name: str, images: Tensor, given: Mapping[str, Tensor], picked: Tensor | None) -> Tensor | None:
-        """What a loss compares with, of all units [B, N, D] or of those picked [B, M, D]; None where nobody gave it."""
+        """Target of a loss, of all patches [B, N, D] or of the picked ones [B, M, D]; None if none was given."""
         if name in given:
             target = given[name]
             return target if picked is None else target.gather(1, picked.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
         if name != "pixel":
             return None
-        pixels = unit_pixels(images, self.backbone.patch_size, picked)
-        return normalize_units(pixels)[0] if self.objective.normalize_target else pixels.float()
+        pixels = patchify(images, self.backbone.patch_size, picked)
+        return normalize_patches(pixels)[0] if self.objective.normalize_target else pixels.float()
 
     def _error(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
-        """Mean over the numbers of each unit."""
+        """Error of each patch, [B, N] or [B, M]: the mean over its values."""
         if name == "pixel":
             return (prediction.float() - target).square().mean(dim=-1)
         return feature_error(prediction, target, self.objective.feature_loss)
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Pictures of a reconstruction, in the range of ``images``.
+        """Reconstruct masked patches, in the range of ``images``.
 
         Returns:
-            The images with hidden units grey (zero), the prediction in place of hidden units, both [B, C, H, W], and
-            the mask as a map, bool [B, 1, H, W]. Normalised predictions get their unit's own mean and deviation back.
+            The images with masked patches set to zero (grey), the images with masked patches replaced by their
+            predictions, both [B, C, H, W], and the mask as a map, bool [B, 1, H, W]. Predictions of normalized pixels
+            are scaled by mean and std of their patch.
 
         Raises:
             ValueError: the model predicts no pixels.
@@ -268,28 +277,28 @@ class MaskedImageModel(nn.Module):
         if "pixel" not in self.objective.weights:
             raise ValueError("this model predicts features, not pixels")
         output = self.forward_eval(images, mask)
-        unit, grid = self.backbone.patch_size, self.backbone.grid_of(images.shape[-2:])
+        patch_size, grid = self.backbone.patch_size, self.backbone.grid_of(images.shape[-2:])
         pixels = output.prediction.float()
         if self.objective.normalize_target:
-            _, mean, std = normalize_units(unit_pixels(images, unit))
+            _, mean, std = normalize_patches(patchify(images, patch_size))
             pixels = pixels * std + mean
-        filled = pixels_to_images(pixels, grid, unit)
-        hidden = self.mask_map(output.mask, grid)
-        return images.masked_fill(hidden, 0.0), torch.where(hidden, filled, images), hidden
+        predicted = unpatchify(pixels, grid, patch_size)  # [B, C, H, W]
+        masked = self.mask_map(output.mask, grid)
+        return images.masked_fill(masked, 0.0), torch.where(masked, predicted, images), masked
 
     @torch.no_grad()
     def forward_eval(
         self, images: Tensor, mask: Tensor | None = None, target: Mapping[str, Tensor] | None = None
     ) -> MaskedOutput:
-        """:meth:`forward` in eval mode, whatever the mode; not compiled: it is for a picture once in a while."""
+        """:meth:`forward` in eval mode, whatever the model's mode; not compiled, for occasional visualizations."""
         with eval_mode(self):
             return self.forward(images, mask, target)
 
     def mask_map(self, mask: Tensor, grid: Grid) -> Tensor:
         """bool [B, N] -> [B, 1, H, W]."""
-        unit = self.backbone.patch_size
-        hidden = units_to_map(mask[:, :, None, None, None], grid)
-        return hidden.repeat_interleave(unit, 2).repeat_interleave(unit, 3)
+        patch_size = self.backbone.patch_size
+        masked = patches_to_map(mask[:, :, None, None, None], grid)  # [B, 1, rows, cols]
+        return masked.repeat_interleave(patch_size, 2).repeat_interleave(patch_size, 3)
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor]:
         """The last backbone stage as a map: images [B, C, H, W] -> ([B, C', H/16, W/16],)."""
@@ -298,16 +307,16 @@ class MaskedImageModel(nn.Module):
     def extract_pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
         """The pyramid's maps, finest first: [B, width, H/4, W/4], [B, width, H/8, W/8], [B, width, H/16, W/16]."""
         grid = self.backbone.grid_of(images.shape[-2:])
-        return tuple(units_to_map(level, grid) for level in self.pyramid(self.backbone.forward_stages(images)))
+        return tuple(patches_to_map(level, grid) for level in self.pyramid(self.backbone.forward_stages(images)))
 
 
 def _check_mask(mask: Tensor, shape: tuple[int, int], equal: bool) -> int:
-    """Hidden units per row of a mask that somebody else drew; reading it waits for the device."""
+    """Masked patches per row (at most) of a mask given by the caller; reading it waits for the device."""
     if mask.dtype != torch.bool or tuple(mask.shape) != shape:
-        raise ValueError(f"mask must be bool {list(shape)} (image, unit), not {mask.dtype} {list(mask.shape)}")
+        raise ValueError(f"mask must be bool {list(shape)} (image, patch), not {mask.dtype} {list(mask.shape)}")
     counts = mask.sum(dim=1)
     low, high = int(counts.min()), int(counts.max())
     if (equal and low != high) or low == 0 or high == shape[1]:
-        same = "hide the same number of units in every image, and " if equal else ""
-        raise ValueError(f"a mask must {same}hide some units, not all: found {low} to {high} of {shape[1]} hidden")
+        same = "mask the same number of patches in every image, and " if equal else ""
+        raise ValueError(f"a mask must {same}mask some patches, not all: found {low} to {high} of {shape[1]} masked")
     return high

@@ -1,7 +1,7 @@
-"""Mask R-CNN and Faster R-CNN on the pre-trained pyramid (Tian et al. 2023, section 4.2), of torchvision's parts.
+"""Mask R-CNN and Faster R-CNN on the pre-trained pyramid (Tian et al. 2023, section 4.2), from torchvision's parts.
 
-The pyramid is the detector's neck: there is no other. Beside it, a torchvision feature pyramid network on the same
-backbone, to compare with and for backbones without one.
+The pyramid is the detector's neck. :class:`FPNBackbone` has torchvision's feature pyramid network instead, for
+comparisons and for backbones without a pyramid.
 """
 
 import math
@@ -24,39 +24,43 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, generaliz
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.poolers import initLevelMapper
 
-from itpn.models.hivit import HiViT, units_to_map
-from itpn.models.pyramid import Headed, PyramidBackbone
-from itpn.models.synced import SyncedBatchNorm2d, batch_shares, precise
+from itpn.models.hivit import HiViT
+from itpn.models.layers import patches_to_map
+from itpn.models.pyramid import PyramidBackbone, TimmConventionsMixin
+from itpn.models.synced import SyncedBatchNorm2d, at_least_float32, batch_fractions
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ANCHOR_SCALE = 8  # sides of anchors, in strides of their level
-POOLED = ["0", "1", "2", "3"]  # levels that objects are looked at in; the coarsest is for proposals alone
+POOLED = ["0", "1", "2", "3"]  # levels that the box and mask heads read; the coarsest is only for proposals
 
 
-class Detector(Headed, FasterRCNN):
-    """Boxes and classes of objects: Faster R-CNN, which takes and gives what torchvision's detectors do.
+class Detector(TimmConventionsMixin, FasterRCNN):
+    """Faster R-CNN, with the interface of torchvision's detectors.
 
-    In training mode a list of images [3, H, W] in [0, 1] and a list of targets ("boxes" [n, 4] as x0, y0, x1, y1 in
-    pixels, "labels" int64 [n] from 1) give a dict of losses. In eval mode images give a dict each: "boxes", "labels",
-    "scores".
+    In training mode it takes a list of images [3, H, W] in [0, 1] and a list of targets ("boxes" [n, 4] as x0, y0, x1,
+    y1 in pixels, "labels" int64 [n] from 1) and returns a dict of losses. In eval mode it takes images and returns a
+    dict for each: "boxes", "labels", "scores".
 
-    Heads as published: an anchor scale of 8 strides on five levels, four convolutions and a linear layer for boxes with
-    batch norm, generalised IoU of boxes with weight 10.
+    The heads are the published ones: an anchor scale of 8 strides on five levels; four convolutions with batch norm and
+    a linear layer for boxes; generalized IoU of boxes with weight 10.
 
     Args:
-        backbone: gives five maps of as many channels: a :class:`PyramidBackbone` with ``levels="pooled"``, or a
-            :class:`FPNBackbone`.
-        num_classes: of objects, and one for the background, as torchvision counts.
+        backbone: returns five maps of the same number of channels: a :class:`PyramidBackbone` with
+            ``levels="pooled"``, or a :class:`FPNBackbone`.
+        num_classes: classes of objects, plus one for the background, as in torchvision.
         min_size: the short side that images are resized to; of several, training draws one and evaluation takes the
             last.
         max_size: longest side after that.
-        image_mean, image_std: of the pixels that the backbone was pre-trained with.
+        image_mean, image_std: of the images that the backbone was pre-trained on.
         head_width: channels of the heads' convolutions; the linear layer has four times as many.
-        box_loss_weight: of the generalised IoU of boxes.
+        box_loss_weight: weight of the generalized IoU of boxes.
         rpn_post_nms_top_n_train, rpn_post_nms_top_n_test, box_batch_size_per_image, box_score_thresh, box_nms_thresh,
-            box_detections_per_img: as of torchvision's detectors.
+            box_detections_per_img: as in torchvision's detectors.
         interpolation: of images that are resized, always with antialiasing.
         transform: further arguments of torchvision's GeneralizedRCNNTransform.
+
+    Raises:
+        ValueError: the backbone returns other maps, or there are fewer than two classes.
     """
 
     def __init__(
@@ -80,14 +84,14 @@ class Detector(Headed, FasterRCNN):
     ) -> None:
         strides = [level["reduction"] for level in backbone.feature_info]
         if len(strides) != 5 or not isinstance(backbone.out_channels, int):
-            raise ValueError("a detector takes five maps of as many channels: levels='pooled'")
+            raise ValueError("a detector takes five maps of the same number of channels: levels='pooled'")
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background: at least 2, not {num_classes}")
         width = backbone.out_channels
-        anchors = PreciseAnchors(tuple((ANCHOR_SCALE * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+        anchors = Float32Anchors(tuple((ANCHOR_SCALE * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
         rpn = BalancedRPN(
             anchors,
-            PreciseRPNHead(width, anchors.num_anchors_per_location()[0]),
+            Float32RPNHead(width, anchors.num_anchors_per_location()[0]),
             fg_iou_thresh=0.7,
             bg_iou_thresh=0.3,
             batch_size_per_image=256,
@@ -110,7 +114,7 @@ class Detector(Headed, FasterRCNN):
             detections_per_img=box_detections_per_img,
         )
         heads.box_loss_weight = box_loss_weight
-        # the anchors' stride is found by dividing: whole only if the coarsest divides the image
+        # torchvision divides image by map size for the anchors' stride: the coarsest stride must divide the image
         resize = Resize(
             min_size,
             max_size,
@@ -120,7 +124,7 @@ class Detector(Headed, FasterRCNN):
             interpolation=interpolation,
             **transform,
         )
-        # of its parts, not of FasterRCNN's arguments, which know no other losses
+        # from parts: FasterRCNN's own constructor has no arguments for other losses
         GeneralizedRCNN.__init__(self, backbone, rpn, heads, resize)
         self.num_classes = num_classes
 
@@ -132,12 +136,12 @@ class Detector(Headed, FasterRCNN):
 
 
 class MaskDetector(Detector, MaskRCNN):
-    """Masks of objects as well: Mask R-CNN, with four convolutions for masks.
+    """Mask R-CNN: a :class:`Detector` with a mask head of four convolutions.
 
-    Targets have "masks" uint8 [n, H, W], and results "masks" [n, 1, H, W] as probabilities.
+    Targets also have "masks" uint8 [n, H, W]; results have "masks" [n, 1, H, W] as probabilities.
 
     Args:
-        head_width, options: as of :class:`Detector`.
+        head_width, options: as in :class:`Detector`.
     """
 
     def __init__(
@@ -150,8 +154,8 @@ class MaskDetector(Detector, MaskRCNN):
         heads.mask_predictor = MaskRCNNPredictor(head_width, head_width, num_classes)
 
 
-class FPNBackbone(Headed, nn.Module):
-    """A backbone with a feature pyramid network that is trained from nothing (Lin et al. 2017).
+class FPNBackbone(TimmConventionsMixin, nn.Module):
+    """A backbone with a randomly initialized feature pyramid network (Lin et al. 2017).
 
     Args:
         width: channels of every level.
@@ -171,11 +175,11 @@ class FPNBackbone(Headed, nn.Module):
         """Images [B, in_chans, H, W] -> maps by name, "0" the finest."""
         grid = self.backbone.grid_of(x.shape[-2:])
         stages = self.backbone.forward_stages(x)
-        return self.fpn(OrderedDict((str(i), units_to_map(stage, grid)) for i, stage in enumerate(stages)))
+        return self.fpn(OrderedDict((str(i), patches_to_map(stage, grid)) for i, stage in enumerate(stages)))
 
 
 class AveragePools(ExtraFPNBlock):
-    """Coarser levels as the pre-trained pyramid has them: each the average of the one before."""
+    """Coarser levels by average pooling, as in :class:`PyramidBackbone`."""
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -189,14 +193,14 @@ class AveragePools(ExtraFPNBlock):
 
 
 class Resize(GeneralizedRCNNTransform):
-    """torchvision's, with antialiasing: large photographs look to the network as they did in training.
+    """torchvision's transform with antialiasing, so that large photographs are resized as in training.
 
     Args:
         interpolation: "bicubic" or "bilinear".
-        options: of torchvision's.
+        options: arguments of torchvision's transform.
 
     Attributes:
-        in_training: resize images in training mode as well, and not only otherwise.
+        in_training: resize images in training mode too.
     """
 
     def __init__(self, *args: Any, interpolation: str = "bilinear", **options: Any) -> None:
@@ -212,7 +216,7 @@ class Resize(GeneralizedRCNNTransform):
         after = fit_sides(before, short, self.max_size)
         if self.fixed_size is not None:
             after = [self.fixed_size[1], self.fixed_size[0]]
-        if after == before:  # as in exported graphs, which cannot hold what follows
+        if after == before:  # always so in exported graphs, which cannot contain the code below
             return image, target
         image = F.interpolate(image[None], after, mode=self.interpolation, align_corners=False, antialias=True)[0]
         if target is not None:
@@ -227,7 +231,7 @@ class Resize(GeneralizedRCNNTransform):
 
 
 def fit_sides(sides: Sequence[int], short: float, longest: float) -> list[int]:
-    """Height and width of an image whose short side is resized to ``short``, or less to keep the other in bounds."""
+    """Height and width after resizing the short side to ``short``, or less if the other would exceed ``longest``."""
     factor = min(short / min(sides), longest / max(sides))
     return [max(1, round(side * factor)) for side in sides]
 
@@ -235,23 +239,23 @@ def fit_sides(sides: Sequence[int], short: float, longest: float) -> list[int]:
 # --- heads
 
 
-class PreciseAnchors(AnchorGenerator):
-    """Anchors in float32 beside maps of half precision, which has no digits for hundreds of pixels."""
+class Float32Anchors(AnchorGenerator):
+    """Anchors in float32 for maps of half precision, which has too few digits for hundreds of pixels."""
 
     def forward(self, image_list: ImageList, feature_maps: list[Tensor]) -> list[Tensor]:
-        return super().forward(image_list, [precise(level[:1, :1]) for level in feature_maps])
+        return super().forward(image_list, [at_least_float32(level[:1, :1]) for level in feature_maps])
 
 
-class PreciseRPNHead(RPNHead):
-    """Offsets of boxes in float32, so that boxes are."""
+class Float32RPNHead(RPNHead):
+    """Box offsets in float32, so that boxes are float32."""
 
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
-        return [precise(level) for level in logits], [precise(level) for level in deltas]
+        return [at_least_float32(level) for level in logits], [at_least_float32(level) for level in deltas]
 
 
 def make_pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
-    """Pooling of objects from the maps of known strides; torchvision's would guess them from its first images."""
+    """RoI pooling with the known strides of the maps; torchvision would infer them from its first images."""
     pool = MultiScaleRoIAlign(POOLED, output_size=size, sampling_ratio=2)
     used = strides[: len(POOLED)]
     pool.scales = [1 / stride for stride in used]
@@ -260,7 +264,7 @@ def make_pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:
 
 
 class BoxAndMaskHeads(RoIHeads):
-    """torchvision's second stage with generalised IoU for boxes; losses are means over the batch of all processes."""
+    """torchvision's second stage with generalized IoU for boxes; losses are means over the batches of all processes."""
 
     box_loss_weight: float
 
@@ -283,27 +287,27 @@ class BoxAndMaskHeads(RoIHeads):
         targets: list[dict[str, Tensor]] | None,
     ) -> dict[str, Tensor]:
         proposals, matched, labels, _ = self.select_training_samples(proposals, targets)
-        assert targets is not None  # or they would have been complained of
+        assert targets is not None  # select_training_samples has checked them
         logits, deltas = self._predict_boxes(features, proposals, image_shapes)
         label = torch.cat(labels)
-        own = [label_ > 0 for label_ in labels]  # proposals with an object, by image
-        boxes = [box[chosen] for box, chosen in zip(proposals, own, strict=True)]
-        objects = [index[chosen] for index, chosen in zip(matched, own, strict=True)]
+        foreground = [label_ > 0 for label_ in labels]  # of each image: whether a proposal has an object
+        boxes = [box[chosen] for box, chosen in zip(proposals, foreground, strict=True)]
+        objects = [index[chosen] for index, chosen in zip(matched, foreground, strict=True)]
         wanted = torch.cat([target["boxes"][index] for target, index in zip(targets, objects, strict=True)])
-        shares = batch_shares([len(label), len(wanted)], label.device)
+        fractions = batch_fractions([len(label), len(wanted)], label.device)
 
         positive = label.nonzero().squeeze(1)
-        deltas = deltas.unflatten(1, (-1, 4))[positive, label[positive]]  # of each object's own class
+        deltas = deltas.unflatten(1, (-1, 4))[positive, label[positive]]  # [n, 4], of each object's own class
         found = self.box_coder.decode_single(deltas, torch.cat(boxes))
         overlap = generalized_box_iou_loss(found, wanted.to(found.dtype), reduction="sum") / max(len(label), 1)
         losses = {
-            "loss_classifier": F.cross_entropy(logits, label) * shares[0],
-            "loss_box_reg": self.box_loss_weight * overlap * shares[0],
+            "loss_classifier": F.cross_entropy(logits, label) * fractions[0],
+            "loss_box_reg": self.box_loss_weight * overlap * fractions[0],
         }
         if self.has_mask():
             masks = self._predict_masks(features, boxes, image_shapes)
             truth, classes = [t["masks"] for t in targets], [t["labels"] for t in targets]
-            losses["loss_mask"] = maskrcnn_loss(masks, boxes, truth, classes, objects) * shares[1]
+            losses["loss_mask"] = maskrcnn_loss(masks, boxes, truth, classes, objects) * fractions[1]
         return losses
 
     def _detect(
@@ -322,20 +326,20 @@ class BoxAndMaskHeads(RoIHeads):
     def _predict_boxes(
         self, features: dict[str, Tensor], proposals: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> tuple[Tensor, Tensor]:
-        """Logits of classes [n, classes], offsets of boxes [n, 4 * classes]."""
+        """Class logits [n, classes] and box offsets [n, 4 * classes]."""
         logits, deltas = self.box_predictor(self.box_head(self.box_roi_pool(features, proposals, image_shapes)))
-        return precise(logits), precise(deltas)
+        return at_least_float32(logits), at_least_float32(deltas)
 
     def _predict_masks(
         self, features: dict[str, Tensor], boxes: list[Tensor], image_shapes: list[tuple[int, int]]
     ) -> Tensor:
-        """Logits [n, classes, 28, 28]."""
+        """Mask logits [n, classes, 28, 28]."""
         assert self.mask_roi_pool is not None
-        return precise(self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))))
+        return at_least_float32(self.mask_predictor(self.mask_head(self.mask_roi_pool(features, boxes, image_shapes))))
 
 
 class BalancedRPN(RegionProposalNetwork):
-    """torchvision's first stage; losses are means over the batch of all processes."""
+    """torchvision's first stage; losses are means over the batches of all processes."""
 
     def compute_loss(
         self, objectness: Tensor, pred_bbox_deltas: Tensor, labels: list[Tensor], regression_targets: list[Tensor]
@@ -344,6 +348,6 @@ class BalancedRPN(RegionProposalNetwork):
         for label in labels:
             positive = min(int((label >= 1).sum()), int(sampler.batch_size_per_image * sampler.positive_fraction))
             count += positive + min(int((label == 0).sum()), sampler.batch_size_per_image - positive)
-        (share,) = batch_shares([count], objectness.device)
-        own, boxes = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
-        return own * share, boxes * share
+        (fraction,) = batch_fractions([count], objectness.device)
+        objectness_loss, box_loss = super().compute_loss(objectness, pred_bbox_deltas, labels, regression_targets)
+        return objectness_loss * fraction, box_loss * fraction

@@ -1,4 +1,4 @@
-"""Networks in eval mode for a while."""
+"""A context that puts a network into eval mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +8,11 @@ from torch import nn
 
 @contextmanager
 def eval_mode(module: nn.Module) -> Iterator[None]:
-    """A network in eval mode; every part of it is as before afterwards."""
-    training = [part for part in module.modules() if part.training]
+    """Put a network into eval mode; afterwards each module is in the mode that it was in before."""
+    training = [child for child in module.modules() if child.training]
     module.eval()
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        for child in training:
+            child.training = True

@@ -1,4 +1,4 @@
-"""Position: sine-cosine tables, their resampling to other grids, and relative position indices."""
+"""Position embeddings: sine-cosine tables, resampling to other grids, relative position indices."""
 
 import math
 from typing import Literal
@@ -7,12 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, int]  # rows, columns of units
+Grid = tuple[int, int]  # rows, columns of patches
 Resample = Literal["exact", "legacy"]
 
 
 def square(entries: int) -> Grid:
-    """The grid of a table with so many entries, for files that say nothing of it; ValueError if it is no square."""
+    """The square grid of a table with so many entries.
+
+    Raises:
+        ValueError: the number of entries is not a square.
+    """
     side = math.isqrt(entries)
     if side**2 != entries:
         raise ValueError(f"a position table of {entries} entries is not of a square image")
@@ -20,15 +24,15 @@ def square(entries: int) -> Grid:
 
 
 def is_open(grid: Grid) -> bool:
-    """Whether ``torch.export`` leaves the grid open: asking for its size would tie the graph to the answer."""
+    """Whether the grid is dynamic in ``torch.export``: a comparison with its size would specialize the graph."""
     return isinstance(grid[0], torch.SymInt) or isinstance(grid[1], torch.SymInt)
 
 
 def same_grid(stored: Grid, wanted: Grid) -> bool:
     """Whether there is nothing to resample.
 
-    False for open grids. Their graph resamples always, which changes nothing where the grids turn out to be the same:
-    all samples then fall on entries of the table.
+    Always False for dynamic grids: their graph resamples every time. On equal grids that changes nothing, because all
+    samples fall on entries of the table.
     """
     return not is_open(wanted) and stored == wanted
 
@@ -46,10 +50,10 @@ def sincos_position_table(grid: Grid, dim: int) -> Tensor:
     """
     if dim % 4:
         raise ValueError(f"a sine-cosine position table needs a width divisible by 4, not {dim}")
-    # float64 until the end: float32 angles of large grids lose the digits that tell neighbours apart
+    # float64 until the end: on large grids, float32 angles lose the digits in which adjacent positions differ
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
     rows, cols = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
-    halves = [position.reshape(-1, 1) * frequency for position in (cols, rows)]  # [N, dim / 4] each
+    halves = [position.reshape(-1, 1) * frequency for position in (cols, rows)]  # [N, dim/4] each
     return torch.cat([f(half) for half in halves for f in (torch.sin, torch.cos)], dim=1).float().unsqueeze(0)
 
 
@@ -62,7 +66,7 @@ def resample_position_table(table: Tensor, stored: Grid, wanted: Grid, how: Resa
             iTPN do: the scale factor is (wanted + 0.1) / stored and also sets where the table is sampled.
 
     Returns:
-        [1, wanted rows * wanted cols, C]; the table itself where ``"exact"`` has nothing to do.
+        [1, wanted rows * wanted cols, C]; the table itself if ``"exact"`` and the grids are equal.
     """
     if how == "exact" and same_grid(stored, wanted):
         return table
@@ -74,17 +78,17 @@ def resample_position_table(table: Tensor, stored: Grid, wanted: Grid, how: Resa
     else:
         factor = ((wanted[0] + 0.1) / stored[0], (wanted[1] + 0.1) / stored[1])
         maps = F.interpolate(maps, scale_factor=factor, mode="bicubic", align_corners=False)
-    return maps.flatten(2).transpose(1, 2)
+    return maps.flatten(2).transpose(1, 2)  # [1, wanted rows * wanted cols, C]
 
 
 def _resample_open_legacy(maps: Tensor, stored: Grid, wanted: Grid) -> Tensor:
-    """``"legacy"`` on maps [1, C, rows, cols] where the sizes are tensors: a scale factor would be frozen.
+    """``"legacy"`` for a dynamic grid, on maps [1, C, rows, cols]: ``scale_factor`` would be a constant of the graph.
 
-    Like the public code, it leaves the stored grid as it is.
+    Like the public code, it does not change a table whose grid is the wanted one.
     """
     own, sizes = torch.tensor(stored).float(), torch.stack([torch.scalar_tensor(side) for side in wanted])
     scale = torch.where((sizes == own).all(), 1.0, own / (sizes + 0.1))
-    # where to sample, from -1 to 1 over the table
+    # sampling positions, from -1 to 1 over the table
     rows, cols = [(2 * torch.arange(w) + 1) * k / s - 1 for w, k, s in zip(wanted, scale, stored, strict=True)]
     row, col = torch.meshgrid(rows, cols, indexing="ij")
     samples = torch.stack([col, row], dim=-1).unsqueeze(0).to(maps)  # [1, wanted rows, wanted cols, 2]
@@ -92,7 +96,7 @@ def _resample_open_legacy(maps: Tensor, stored: Grid, wanted: Grid) -> Tensor:
 
 
 def relative_position_index(grid: Grid) -> Tensor:
-    """Which row of a relative position table belongs to each pair of units.
+    """Which row of a relative position table belongs to each pair of patches.
 
     Returns:
         int64 [N, N] (query, key) into a table of (2 * rows - 1) * (2 * cols - 1) offsets, row-major.
@@ -118,6 +122,6 @@ def resample_relative_table(table: Tensor, stored: Grid, wanted: Grid) -> Tensor
         return table
     stored_offsets, wanted_offsets = ((2 * r - 1, 2 * c - 1) for r, c in (stored, wanted))
     maps = table.reshape(1, *stored_offsets, -1).permute(0, 3, 1, 2)  # [1, heads, 2R-1, 2C-1]
-    # the middle entry is offset zero on both grids only when corners are aligned
+    # only with aligned corners is the middle entry offset zero on both grids
     maps = F.interpolate(maps, size=wanted_offsets, mode="bicubic", align_corners=True)
     return maps.flatten(2).squeeze(0).transpose(0, 1)

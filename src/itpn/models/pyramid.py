@@ -1,6 +1,6 @@
 """The feature pyramid that is pre-trained together with the backbone (Tian et al. 2023, section 3.2).
 
-It works unit by unit like stages 1 and 2 of the backbone, so hidden units never enter it either.
+It works patch by patch, like stages 1 and 2 of the backbone, so masked patches can be dropped from it too.
 """
 
 from collections import OrderedDict
@@ -12,22 +12,13 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from itpn.models.hivit import (
-    HiViT,
-    MlpBlock,
-    WeightInit,
-    check_intermediates,
-    find_backbone,
-    initialize_linears,
-    nest_groups,
-    units_to_map,
-)
+from itpn.models.hivit import HiViT, check_intermediates, find_backbone, nest_groups
+from itpn.models.layers import MlpBlock, WeightInit, initialize_linears, patches_to_map
 from itpn.models.recompute import Recompute, run_block
-from itpn.models.scripting import Traced
 
 
 class PatchSplit(nn.Module):
-    """One token to four neighbours: [B, N, r, c, C] -> [B, N, 2r, 2c, dim]."""
+    """Split one token into 2x2: [B, N, r, c, C] -> [B, N, 2r, 2c, dim]."""
 
     def __init__(self, in_dim: int, dim: int, norm_eps: float) -> None:
         super().__init__()
@@ -37,8 +28,9 @@ class PatchSplit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, count, rows, cols, _ = x.shape
         x = self.expansion(self.norm(x)).reshape(batch, count, rows, cols, 2, 2, -1)
-        # row by row, unlike the merge, as the published weights were trained
-        return x.permute(0, 1, 2, 4, 3, 5, 6).reshape(batch, count, 2 * rows, 2 * cols, -1)
+        # row by row, unlike the merge, as in the published weights
+        x = x.permute(0, 1, 2, 4, 3, 5, 6)  # [B, N, r, 2, c, 2, dim]
+        return x.reshape(batch, count, 2 * rows, 2 * cols, -1)
 
 
 class FeaturePyramid(nn.Module):
@@ -71,7 +63,7 @@ class FeaturePyramid(nn.Module):
         initialize_linears(self, weight_init)
 
     def forward(self, stages: list[Tensor]) -> list[Tensor]:
-        """Backbone stages, finest first, to pyramid levels, finest first (all lists here are).
+        """Backbone stages to pyramid levels, both with the finest first.
 
         Args:
             stages: [B, V, 4, 4, C/4], [B, V, 2, 2, C/2], [B, V, 1, 1, C].
@@ -81,8 +73,10 @@ class FeaturePyramid(nn.Module):
         """
         fine, middle, coarse = stages
         # stride 8 is split from the backbone's own output, not from the projected top level
-        level8 = self._refine(self.blocks[1].children(), self.splits[1](coarse) + self.laterals[1](middle))
-        level4 = self._refine(self.blocks[0].children(), self.splits[0](level8) + self.laterals[0](fine))
+        level8 = self.splits[1](coarse) + self.laterals[1](middle)  # [B, V, 2, 2, width]
+        level8 = self._refine(self.blocks[1].children(), level8)
+        level4 = self.splits[0](level8) + self.laterals[0](fine)  # [B, V, 4, 4, width]
+        level4 = self._refine(self.blocks[0].children(), level4)
         levels = [level4, level8, self.top(coarse)]
         return [self._refine([output], level) for output, level in zip(self.outputs, levels, strict=True)]
 
@@ -92,24 +86,24 @@ class FeaturePyramid(nn.Module):
         return x
 
 
-LEVELS = {"pyramid": 3, "pooled": 5, "joined": 4}  # and how many maps
+LEVELS = {"pyramid": 3, "pooled": 5, "joined": 4}  # number of maps for each choice of levels
 
 
 class PyramidBackbone(nn.Module):
-    """A backbone and its pyramid as maps, for detectors and segmenters: the tensor names of pre-training.
+    """A backbone and its pyramid, images to maps, for detectors and segmenters; tensor names are those of pre-training.
 
-    Follows timm's conventions (``features_only=True``) and torchvision's: images to an ``OrderedDict`` of maps,
-    ``out_channels``.
+    It follows timm's conventions (``features_only=True``) and torchvision's: it returns an ``OrderedDict`` of maps and
+    has ``out_channels``.
 
     Args:
-        levels: ``"pyramid"``: the pre-trained maps, strides 4, 8 and 16 for patch size 16. ``"pooled"``, for detectors:
-            and strides 32 and 64 by average pooling (Tian et al. 2023, section 4.2). ``"joined"``, for segmenters: the
-            three joined with the backbone's own maps, and stride 32 by max pooling, as in the authors' code.
+        levels: ``"pyramid"``: the pre-trained maps, strides 4, 8 and 16 for patch size 16. ``"pooled"``: also
+            strides 32 and 64 by average pooling (Tian et al. 2023, section 4.2). ``"joined"``: the three
+            concatenated with the backbone's own maps, and stride 32 by max pooling, as in the authors' code.
         pyramid_width, pyramid_depth, mlp_ratio: see :class:`FeaturePyramid`.
         backbone: arguments of :class:`itpn.models.hivit.HiViT`.
 
     Raises:
-        ValueError: a classifier or a pooling is asked for, or the backbone's sizes do not fit one another.
+        ValueError: ``num_classes`` or ``global_pool`` is set, or the backbone's sizes do not fit one another.
     """
 
     pretrained_cfg: dict[str, Any]  # as in HiViT
@@ -140,24 +134,24 @@ class PyramidBackbone(nn.Module):
             dims, pyramid_width, pyramid_depth, mlp_ratio, self.backbone.norm_eps, weight_init
         )
         self.num_features = self.head_hidden_size = pyramid_width
-        joined = levels == "joined"
-        widths = [pyramid_width + (dim if joined else 0) for dim in dims]
+        concatenated = levels == "joined"
+        widths = [pyramid_width + (dim if concatenated else 0) for dim in dims]
         widths += [widths[-1]] * (LEVELS[levels] - len(dims))
         first = self.backbone.feature_info[0]["reduction"]
         self.feature_info = [
             {"num_chs": width, "reduction": first * 2**i, "module": f"pyramid.outputs.{min(i, 2)}"}
             for i, width in enumerate(widths)
         ]
-        # torchvision's heads take one number of channels; the joined maps have several
-        self.out_channels: int | list[int] = widths if joined else pyramid_width
+        # torchvision's heads take one number of channels; the concatenated maps differ in theirs
+        self.out_channels: int | list[int] = widths if concatenated else pyramid_width
 
     def forward_maps(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, H, W] -> maps of all levels, finest first."""
         grid = self.backbone.grid_of(x.shape[-2:])
         stages = self.backbone.forward_stages(x)
-        maps = [units_to_map(level, grid) for level in self.pyramid(stages)]
+        maps = [patches_to_map(level, grid) for level in self.pyramid(stages)]  # [B, width, H/s, W/s] each
         if self.levels == "joined":
-            own = [units_to_map(stage, grid) for stage in stages]
+            own = [patches_to_map(stage, grid) for stage in stages]  # [B, C/4, H/4, W/4] to [B, C, H/16, W/16]
             maps = [torch.cat(pair, dim=1) for pair in zip(maps, own, strict=True)]
             return [*maps, F.max_pool2d(maps[-1], 2)]
         if self.levels == "pooled":
@@ -171,9 +165,6 @@ class PyramidBackbone(nn.Module):
 
     # --- timm's conventions
 
-    def __prepare_scriptable__(self) -> nn.Module:
-        return Traced(self, self.backbone.image_shape)
-
     def forward_features(self, x: Tensor) -> list[Tensor]:
         return self.forward_maps(x)
 
@@ -186,7 +177,7 @@ class PyramidBackbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Any:
-        """The maps of ``indices``, preceded by all of them unless ``intermediates_only``."""
+        """The maps of ``indices``; unless ``intermediates_only``, the list of all maps comes first."""
         check_intermediates(norm, output_fmt)
         maps = self.forward_maps(x)
         take, _ = feature_take_indices(len(maps), indices)
@@ -196,7 +187,7 @@ class PyramidBackbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Nothing to drop: the finest level needs all coarser ones."""
+        """Drop nothing: the finest level needs all coarser ones."""
         return feature_take_indices(len(self.feature_info), indices)[0]
 
     def set_grad_checkpointing(self, enable: Recompute = True) -> None:
@@ -221,11 +212,11 @@ def check_no_classifier(num_classes: int, global_pool: str | None) -> None:
     if num_classes:
         raise ValueError(f"a pyramid has no classifier: num_classes must be 0, not {num_classes}")
     if global_pool:
-        raise ValueError(f"a pyramid gives maps, which are not pooled: global_pool must be '', not {global_pool!r}")
+        raise ValueError(f"a pyramid returns maps, which are not pooled: global_pool must be '', not {global_pool!r}")
 
 
-class Headed:
-    """timm's conventions for networks of which ``self.backbone`` is a part."""
+class TimmConventionsMixin:
+    """timm's conventions for a network that has a backbone and heads: checkpointing, weight decay, layer groups."""
 
     backbone: Any
 
@@ -236,7 +227,7 @@ class Headed:
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The backbone's layers; all else is one group after the last of them."""
+        """The backbone's groups; everything else is one group after the last of them."""
         inner: Any = self
         groups = find_backbone(inner).group_matcher(coarse)
         while not isinstance(inner, HiViT):

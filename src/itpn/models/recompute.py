@@ -1,4 +1,4 @@
-"""Activation checkpointing: what the backward pass finds kept, and what it computes again."""
+"""Activation checkpointing: which activations are kept for the backward pass, and which it recomputes."""
 
 from collections.abc import Callable
 from typing import Any, Literal
@@ -10,11 +10,12 @@ Recompute = bool | Literal["selective"]
 
 
 def run_block(block: Callable[..., Tensor], how: Recompute, x: Tensor, *args: Any) -> Tensor:
-    """``block(x, *args)``, of which the backward pass finds everything, what it cannot get cheaply, or nothing.
+    """``block(x, *args)``, with all, some or none of its activations kept for the backward pass.
 
     Args:
-        how: False keeps all activations, ``"selective"`` all but norms and activation functions of feed-forward layers,
-            True only ``x`` (Chen et al. 2016, "Training deep nets with sublinear memory cost").
+        how: False keeps all activations. ``"selective"`` keeps all but the outputs of norms and activation functions of
+            feed-forward layers. True keeps only ``x`` (Chen et al. 2016, "Training deep nets with sublinear memory
+            cost").
     """
     if how == "selective":
         return block(x, *args, keep_products=True)
@@ -22,10 +23,10 @@ def run_block(block: Callable[..., Tensor], how: Recompute, x: Tensor, *args: An
 
 
 def recompute_cheap(product: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """``product(x)``, cheap operations and then one matrix product; of these, the backward pass finds only ``x`` kept.
+    """``product(x)``: cheap operations, then one matrix product. Only ``x`` is kept for the backward pass.
 
-    It runs the cheap ones again, up to the input of the product, which is all that it lacks: torch stops there. (A
-    policy for each operator, torch's ``create_selective_checkpoint_contexts``, runs Python for every one of them, in
-    eager mode longer than a GPU needs for its work.)
+    The backward pass recomputes the cheap operations up to the input of the product, and torch stops there. (torch's
+    ``create_selective_checkpoint_contexts`` chooses by operator, but it runs Python for each of them; in eager mode
+    that takes longer than the GPU's work.)
     """
     return checkpoint(product, x, use_reentrant=False, preserve_rng_state=False)

@@ -1,4 +1,4 @@
-"""Layers and means over the batch of all processes, so that several of them compute what one would."""
+"""Batch norm and means over the batches of all processes, so that several compute the same as one."""
 
 from typing import Any
 
@@ -7,42 +7,46 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def precise(x: Tensor) -> Tensor:
-    """At least in float32."""
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32; leave float32 and float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def processes() -> int:
-    """How many train together."""
+def world_size() -> int:
+    """Number of processes that train together; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def batch_shares(counts: list[int], device: torch.device) -> Tensor:
-    """Factors that turn means over this process's samples into means over those of all, once gradients are averaged.
+def batch_fractions(counts: list[int], device: torch.device) -> Tensor:
+    """Factors for losses that are means over the samples of one process.
 
-    Without them, objects of an image that shares a process with few others would count for more.
+    DDP averages gradients over processes. With these factors the result is the mean over the samples of all processes;
+    without them, samples of a process that has few of them would have a larger weight.
 
     Args:
-        counts: of samples that a loss is the mean of, here.
+        counts: for each loss, the number of samples in its mean on this process.
+
+    Returns:
+        float32 [len(counts)]: this process's fraction of all samples, times the number of processes.
     """
     own = torch.tensor(counts, dtype=torch.float32, device=device)
-    if processes() == 1:
+    if world_size() == 1:
         return torch.ones_like(own)
     total = own.clone()
     dist.all_reduce(total)
-    return own * processes() / total.clamp(min=1)
+    return own * world_size() / total.clamp(min=1)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the batch of all processes, on any device (torch's own is for GPUs alone)."""
+    """Batch norm over the batches of all processes, on CPUs too, which torch.nn.SyncBatchNorm refuses (torch 2.15)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or processes() == 1:
+        if not self.training or world_size() == 1:
             return super().forward(x)
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
-        wide = precise(x)  # half precision has too few digits for sums
+        wide = at_least_float32(x)  # half precision has too few digits for sums
         count = wide.new_full((1,), wide.numel() / wide.shape[1])
         sums = _sum_over_processes(torch.cat([wide.sum(dim=(0, 2, 3)), count]))
         total = sums[-1].detach()
@@ -77,7 +81,7 @@ def _sum_over_processes(x: Tensor) -> Tensor:
 
 
 def sync_batch_norm(module: nn.Module) -> nn.Module:
-    """Replace each batch norm of a network, which stays the same otherwise, in place."""
+    """Replace each BatchNorm2d inside a network by a synchronized one with the same weights, in place."""
     for name, child in module.named_children():
         if type(child) is nn.BatchNorm2d:
             synced = SyncedBatchNorm2d(child.num_features, child.eps, child.momentum)

@@ -1,4 +1,4 @@
-"""The networks by name: what their constructors get. Light: `itpn list` reads it without importing torch."""
+"""Constructor arguments of the networks by name. Imports no torch, so that `itpn list` is fast."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "hivit_tiny": {"embed_dim": 384, "depths": (2, 2, 10), "num_heads": 6, "rel_pos_bias": True},
     "hivit_small": {"embed_dim": 384, "depths": (4, 4, 20), "num_heads": 6, "rel_pos_bias": True},
     "hivit_base": {"embed_dim": 512, "depths": (4, 4, 24), "num_heads": 8, "rel_pos_bias": True},
-    # the original's base, whose masked auto-encoder is what its authors released
+    # the depths of the masked autoencoder that HiViT's authors released
     "hivit_base_4420": {"embed_dim": 512, "depths": (4, 4, 20), "num_heads": 8, "rel_pos_bias": True},
-    # ours, for tests and demonstrations on a laptop
+    # ours, for tests and demos on a laptop
     "itpn_nano": {"embed_dim": 128, "depths": (1, 1, 4), "num_heads": 4},
     # ours, for small images and small data sets
     "itpn_tiny": {"embed_dim": 192, "depths": (2, 2, 8), "num_heads": 6},
@@ -29,7 +29,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "fast_itpn_small": {"embed_dim": 384, "depths": (2, 2, 20), "num_heads": 6, **FAST},
     "fast_itpn_base": {"embed_dim": 512, "depths": (3, 3, 24), "num_heads": 8, **FAST},
     "fast_itpn_large": {"embed_dim": 768, "depths": (2, 2, 40), "num_heads": 12, **FAST},
-    # ours, the fast relative of itpn_nano
+    # ours, the Fast-iTPN form of itpn_nano
     "fast_itpn_nano": {"embed_dim": 128, "depths": (1, 1, 4), "num_heads": 4, **FAST},
 }
 # fmt: on
@@ -40,5 +40,5 @@ PYRAMIDS: dict[str, dict[str, int]] = {
     "itpn_tiny": {"width": 64, "depth": 2},
 }
 PUBLISHED_PYRAMID = {"width": 256, "depth": 2}
-# a backbone together with its pyramid, by the backbone's name
+# name of the network that has backbone and pyramid, by the backbone's name
 WITH_PYRAMID = {name: f"{name}_pyramid" for name in BACKBONES if "itpn" in name}

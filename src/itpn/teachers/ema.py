@@ -1,4 +1,4 @@
-"""The network as its own teacher: a moving average of it that sees the whole image."""
+"""The EMA teacher: an exponential moving average of the network itself, which sees the whole image."""
 
 import math
 
@@ -12,21 +12,22 @@ from itpn.models.hivit import HiViT
 from itpn.models.pyramid import FeaturePyramid
 
 
-class MovingAverageTeacher(nn.Module):
+class EMATeacher(nn.Module):
     """Exponential moving average of backbone and pyramid (Tian et al. 2023, section 3.3; Grill et al. 2020, section 3).
 
-    Given the image with nothing hidden, it names a target for every loss on features: stage 3 for the joined pyramid
-    and the auxiliary head, and for each pyramid level that level, all tokens of a unit in a row.
+    From the image without a mask it computes a target for every loss on features: stage 3 for the decoder of all levels
+    and for the auxiliary head; for the head of a pyramid level that level, the tokens of a patch concatenated.
 
     Args:
-        model: the student, copied as it is now.
-        normalize: normalise each token by its own mean and deviation; without it the targets may shrink to nothing.
+        model: the student; its present weights are copied.
+        normalize: normalize each token by its own mean and std. Without it the targets may collapse.
     """
 
     def __init__(self, model: MaskedImageModel, normalize: bool = True) -> None:
         super().__init__()
         self.normalize = normalize
-        self.wanted = model.feature_losses
+        self.losses = model.feature_losses
+        # checkpoints of runs hold these tensors as "average.average.module...": the name must not change
         self.average = ModelEmaV3(_trunk(model))
         for parameter in self.average.parameters():
             parameter.requires_grad_(False)
@@ -36,25 +37,25 @@ class MovingAverageTeacher(nn.Module):
     def _backbone(self) -> HiViT:
         return self.average.module["backbone"]
 
-    def train(self, mode: bool = True) -> "MovingAverageTeacher":
-        """Stays in eval mode: no stochastic depth."""
+    def train(self, mode: bool = True) -> "EMATeacher":
+        """Stay in eval mode, without stochastic depth."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Normalised images [B, C, H, W], as the student gets them -> target of each loss, float32 [B, N, D]."""
-        stages = self._backbone.forward_stages(images)
+        """Normalized images [B, C, H, W], as for the student -> target of each loss, float32 [B, N, D]."""
+        stages = self._backbone.forward_stages(images)  # [B, N, 4, 4, C/4], [B, N, 2, 2, C/2], [B, N, 1, 1, C]
         pyramid = self.average.module["pyramid"]
         assert isinstance(pyramid, FeaturePyramid)
         levels = dict.fromkeys(("feature", "auxiliary"), stages[-1])
-        if set(self.wanted) & set(PYRAMID_LOSSES):
+        if set(self.losses) & set(PYRAMID_LOSSES):
             levels |= dict(zip(PYRAMID_LOSSES, pyramid(stages), strict=True))
         normalize = normalize_features if self.normalize else Tensor.float
-        return {name: normalize(levels[name]).flatten(2) for name in self.wanted}
+        return {name: normalize(levels[name]).flatten(2) for name in self.losses}
 
     @torch.no_grad()
     def update(self, model: MaskedImageModel, momentum: float) -> None:
-        """Keep ``momentum`` of the average and take the rest from the student."""
+        """Weights become ``momentum`` times their own values plus ``1 - momentum`` times the student's."""
         self.average.decay = momentum
         self.average.update(_trunk(model))
 
@@ -64,10 +65,10 @@ def _trunk(model: MaskedImageModel) -> nn.ModuleDict:
 
 
 def momentum_at(step: int, total_steps: int, start: float, end: float) -> float:
-    """Half a cosine from ``start`` to ``end`` (Grill et al. 2020, section 3.2), reached from below.
+    """Momentum of the EMA teacher: half a cosine from ``start`` to ``end`` (Grill et al. 2020, section 3.2).
 
-    In the first steps the average follows quickly, 1 - (1 + step)^(-2/3) as in timm's: with 0.996 from the beginning,
-    the teacher of a run of some hundred steps would be little but its random start.
+    In the first steps it is at most 1 - (1 + step)^(-2/3), as in timm. With 0.996 from the beginning, the teacher of a
+    run of some hundred steps would be little more than its random initialization.
     """
     cosine = end - (end - start) * (math.cos(math.pi * min(1.0, step / max(1, total_steps))) + 1) / 2
     return min(cosine, 1 - (1 + step) ** (-2 / 3))

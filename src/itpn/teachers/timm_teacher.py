@@ -1,13 +1,14 @@
-"""Frozen teachers: networks of timm whose feature of each unit is predicted.
+"""Frozen teachers: networks of timm whose features the student predicts, one for each patch.
 
-A teacher sees an image of such a size that it makes just one feature a unit: a ViT of patch size 14 gets 196 px for the
-14x14 units that the student sees in 224 px, a network of total stride 32 gets 448 px. Its features are
+The teacher's image has the size for which the teacher returns exactly one feature for each patch of the student. For a
+student with 14x14 patches in 224 px, a ViT of patch size 14 gets 196 px and a network of total stride 32 gets 448 px.
+The features are
 
-- of a CLIP tower: final norm and projection to the space shared with text, of all patch tokens (CLIP ResNets pool by
-  attention before they project, MobileCLIP's FastViTs have a convolution between: theirs is the unprojected last map,
-  as of any other hierarchical network);
+- of a CLIP tower: the patch tokens after the final norm and the projection to the space shared with text. CLIP ResNets
+  pool by attention before the projection, and MobileCLIP's FastViTs have a convolution in between: of these, the last
+  map without projection, as of any other hierarchical network;
 - of other ViTs: the patch tokens after the final norm;
-- of hierarchical networks: the last map after the final norm, where there is one.
+- of hierarchical networks: the last map after the final norm, if there is one.
 """
 
 import contextlib
@@ -32,8 +33,8 @@ from itpn.teachers.files import FILE_FORMS, quiet_timm, read_tensors
 
 T = TypeVar("T")
 
-CLIP_BASE = "vit_base_patch16_clip_quickgelu_224.openai"  # what the name `clip` builds on
-# where the files of CLIP models keep the last linear layer of the projection, output width first but for OpenAI's
+CLIP_BASE = "vit_base_patch16_clip_quickgelu_224.openai"  # the timm model that the name `clip` changes the sizes of
+# names of the projection's last linear layer in files of CLIP models; the first dimension is the output width
 CLIP_PROJECTIONS = (
     "visual.head.proj.weight",
     "visual.head.mlp.fc2.weight",
@@ -44,23 +45,23 @@ CLIP_PROJECTIONS = (
 
 
 class FeatureTower(nn.Module):
-    """A timm model without pooling and classifier: normalised images [B, 3, h, w] -> features [B, rows, cols, D].
+    """A timm model without pooling and classifier: normalized images [B, 3, h, w] -> features [B, rows, cols, D].
 
     Args:
-        model: the whole timm model; what is of no use is taken out of it.
-        projected: apply the linear layers of the head too, where they do not follow a pooling by attention.
+        model: the whole timm model; unused modules are removed from it.
+        projected: apply the linear layers of the head too, unless they follow a pooling by attention.
     """
 
     def __init__(self, model: Any, projected: bool) -> None:
         super().__init__()
         head = getattr(model, "head", None)
-        # a final norm that timm has behind the pooling; where it is in front, forward_intermediates applies it
+        # some models have the final norm after the pooling; where it comes before, forward_intermediates applies it
         channels = model.feature_info[-1]["num_chs"]
-        behind = [getattr(model, "fc_norm", None), getattr(head, "norm", None)]
-        self.norm = next((norm for norm in behind if _is_norm(norm, channels)), None) or nn.Identity()
+        after_pooling = [getattr(model, "fc_norm", None), getattr(head, "norm", None)]
+        self.norm = next((norm for norm in after_pooling if _is_norm(norm, channels)), None) or nn.Identity()
         self.projection = _projection(model) if projected else nn.Identity()
-        self.norm_in_model = True  # False for models that refuse to
-        # the classifier goes, so that it takes no memory and does not count
+        self.norm_in_model = True  # False for models whose forward_intermediates refuses norm=True
+        # without the classifier: it would take memory and be counted
         unused = {"fc_norm", "attn_pool"} | {name.split(".")[0] for name in _classifiers(model.pretrained_cfg)}
         for name in unused & dict(model.named_children()).keys():
             setattr(model, name, nn.Identity())
@@ -69,21 +70,21 @@ class FeatureTower(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         maps = self.model.forward_intermediates(images, indices=1, norm=self.norm_in_model, intermediates_only=True)
         x = maps[-1]  # [B, C, rows, cols]
-        on_maps = type(self.norm).__name__.endswith("2d")  # as timm names norms of [B, C, rows, cols]
-        x = self.norm(x).permute(0, 2, 3, 1) if on_maps else self.norm(x.permute(0, 2, 3, 1))
+        on_maps = type(self.norm).__name__.endswith("2d")  # timm's naming for norms of [B, C, rows, cols]
+        x = self.norm(x).permute(0, 2, 3, 1) if on_maps else self.norm(x.permute(0, 2, 3, 1))  # [B, rows, cols, C]
         return self.projection(x)
 
 
 class FeatureTeacher(nn.Module):
-    """A frozen timm model: images to one feature vector a unit.
+    """A frozen timm model: images to one feature vector per patch.
 
     Args:
         name: as the user gave it.
         tower: its network.
-        grid: rows and columns of units.
-        img_size: height and width in pixels of the images it wants.
-        width: numbers D of a feature.
-        mean, std: normalisation of its images in [0, 1], three numbers each.
+        grid: rows and columns of the student's patches.
+        img_size: height and width in pixels of the teacher's images.
+        width: size D of a feature vector.
+        mean, std: normalization of its images in [0, 1], three numbers each.
     """
 
     mean: Tensor
@@ -111,12 +112,12 @@ class FeatureTeacher(nn.Module):
         self.train(False)
 
     def train(self, mode: bool = True) -> "FeatureTeacher":
-        """Stay in eval mode, whatever the module around says."""
+        """Stay in eval mode, also when a parent module switches to training mode."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """Features of all units, row-major.
+        """Features of all patches, row-major.
 
         Args:
             images: uint8 [B, 3, h, w], or float in [0, 1], of ``img_size``.
@@ -140,21 +141,21 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
         name: a timm model, with or without the tag of its weights; or ``clip``, a CLIP ViT of OpenAI's kind (heads of
             64 channels, quick-GELU) whose sizes are read from ``checkpoint``.
         checkpoint: its weights; None fetches them from timm's hub.
-        grid: rows and columns of units that the student sees.
+        grid: rows and columns of the student's patches.
 
     Raises:
         UserError: no such model or file; the file is of another model; nothing to fetch; or no image size for which
-            the model makes just one feature a unit.
+            the model returns exactly one feature per patch.
     """
     plan = _plan(name, checkpoint)
-    img_size, features = _ask(plan, None, lambda tower, image: _fit(tower, image, grid))
+    img_size, features = _apply_to_tower(plan, None, lambda tower, image: _fit(tower, image, grid))
     if features is None:
-        features = _ask(plan, img_size, _features)
+        features = _apply_to_tower(plan, img_size, _features)
     if (features.rows, features.cols) != grid:
         raise UserError(
-            f"teacher {name} makes {features.rows}x{features.cols} features of an image of {img_size[0]}x{img_size[1]} "
-            f"px, so it cannot give one to each of the {grid[0]}x{grid[1]} units: choose another --teacher.name or "
-            "--data.img-size"
+            f"teacher {name} returns {features.rows}x{features.cols} features of an image of "
+            f"{img_size[0]}x{img_size[1]} px, not one for each of the {grid[0]}x{grid[1]} patches: choose another "
+            "--teacher.name or --data.img-size"
         )
     model = _load(plan, img_size) if plan.state else _fetch(plan, img_size)
     cfg = model.pretrained_cfg
@@ -167,21 +168,23 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
 
 
 def teacher_width(name: str, checkpoint: str | None) -> int:
-    """Numbers D of a feature of this teacher, without building it; nothing is fetched, a given file is read.
+    """Size D of this teacher's feature vectors, without building it. Fetches nothing; reads a given file.
 
     Raises:
         UserError: no such model or file, or the file is no checkpoint.
     """
-    return _ask(_plan(name, checkpoint), None, _features).width
+    return _apply_to_tower(_plan(name, checkpoint), None, _features).width
 
 
 def count_teacher_parameters(name: str, checkpoint: str | None) -> int:
-    """Parameters of the image tower with its projection, without building it; nothing is fetched.
+    """Number of parameters of the image tower with its projection, without building it. Fetches nothing.
 
     Raises:
         UserError: no such model or file, or the file is no checkpoint.
     """
-    return _ask(_plan(name, checkpoint), None, lambda tower, images: sum(p.numel() for p in tower.parameters()))
+    return _apply_to_tower(
+        _plan(name, checkpoint), None, lambda tower, images: sum(p.numel() for p in tower.parameters())
+    )
 
 
 # --- which model
@@ -189,7 +192,7 @@ def count_teacher_parameters(name: str, checkpoint: str | None) -> int:
 
 @dataclass
 class _Plan:
-    """What to ask of timm."""
+    """Arguments for building the teacher by timm."""
 
     name: str  # as the user gave it
     architecture: str  # timm's name, with the tag of the weights where it was given
@@ -197,7 +200,7 @@ class _Plan:
     options: dict[str, Any] = field(default_factory=dict)
     overlay: dict[str, Any] = field(default_factory=dict)  # of the model's pretrained_cfg
     checkpoint: str | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)  # of the file, {} where weights are fetched
+    state: dict[str, Tensor] = field(default_factory=dict)  # the file's tensors; {} if weights are fetched
 
 
 def _plan(name: str, checkpoint: str | None) -> _Plan:
@@ -221,12 +224,12 @@ def _plan(name: str, checkpoint: str | None) -> _Plan:
     projected = bool(outputs)
     by_attention = any("attn_pool" in key for key in state)
     if projected and not by_attention and not tagged and (_is_fine_tuned(name) or not _is_clip(name)):
-        # timm's default weights of that name are classifiers; of CLIP models most have OpenAI's preprocessing
+        # timm's default weights of that name are a classifier's; most CLIP models have OpenAI's preprocessing
         overlay = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
-    if not outputs:  # timm form, or another that timm converts
+    if not outputs:  # timm's names, or others that timm converts
         heads = [head for head in (*classifiers, "head", "head.fc", "fc") if f"{head}.weight" in state]
         outputs = [state[f"{head}.weight"].shape[0] for head in heads[:1]]
-        # timm gives a CLIP projection a bias of zeros; a classifier, which a name without tag may mean, has another
+        # timm gives a CLIP projection a bias of zeros; a bias that is not zero belongs to a classifier
         biases = [state[f"{head}.bias"] for head in heads[:1] if f"{head}.bias" in state]
         zeros = not any(bias.any() for bias in biases)
         projected = bool(heads) and _is_clip(name) and (not _is_fine_tuned(name) if tagged else zeros)
@@ -250,7 +253,7 @@ def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> _Plan:
             )
     width, _, patch, _ = state["visual.conv1.weight"].shape
     positions = state["visual.positional_embedding"].shape[0]
-    hidden = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    mlp_width = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     if width > 1024:
         raise UserError(
             f"teacher checkpoint {checkpoint} is a CLIP ViT of width {width}, wider than OpenAI's: its number of heads "
@@ -263,7 +266,7 @@ def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> _Plan:
         "depth": len(blocks),
         "num_heads": max(1, width // 64),
         "patch_size": patch,
-        "mlp_ratio": (hidden + 0.5) / width,  # timm multiplies and rounds down
+        "mlp_ratio": (mlp_width + 0.5) / width,  # timm multiplies and rounds down
         "num_classes": state["visual.proj"].shape[1],
     }
     return _Plan("clip", CLIP_BASE, True, options, {"input_size": (3, side, side)}, checkpoint, state)
@@ -273,11 +276,11 @@ def _check_name(name: str) -> None:
     models = timm.list_models()
     architecture = name.partition(".")[0]
     if architecture in models:
-        with contextlib.suppress(RuntimeError):  # timm's word for a tag that it does not know
+        with contextlib.suppress(RuntimeError):  # which timm raises for an unknown tag
             get_pretrained_cfg(name)
             return
     known = timm.list_pretrained(f"{architecture}.*") if architecture in models else models + timm.list_pretrained()
-    # names of the hub have owners in front: hf-hub:timm/NAME
+    # names on the hub start with their owner: hf-hub:timm/NAME
     nearest = difflib.get_close_matches(re.split("[:/]", name)[-1], known, n=3) or known[:3]
     raise UserError(
         f"timm has no model {name}; near it are {', '.join(nearest)}; `clip` reads any CLIP ViT from a file"
@@ -289,7 +292,7 @@ def _is_clip(name: str) -> bool:
 
 
 def _is_fine_tuned(name: str) -> bool:
-    """Did a classifier take the place of the projection: laion2b_ft_in1k; but laion2b_ft_320 is CLIP still."""
+    """Whether fine-tuning replaced the projection by a classifier: yes in laion2b_ft_in1k, not in laion2b_ft_320."""
     return "_ft_in" in _tag(name)
 
 
@@ -304,14 +307,14 @@ def _classifiers(cfg: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _is_norm(module: Any, channels: int) -> bool:
-    """Is this a norm of so many channels; a hidden layer of the head may have one of its own width."""
+    """Whether this is a norm of so many channels; a hidden layer of the head may have a norm of another width."""
     weight = getattr(module, "weight", None)
     is_module = isinstance(module, nn.Module) and not isinstance(module, nn.Identity)
     return is_module and (weight is None or len(weight) == channels)
 
 
 def _projection(model: Any) -> nn.Module:
-    """The linear layers of a CLIP head, or an identity where they do not take the features of the last map."""
+    """The linear layers of a CLIP head; an identity if their input is not the last map."""
     head = getattr(model, "head", None)
     layers = [head] if isinstance(head, nn.Linear) else [getattr(head, "pre_logits", None), getattr(head, "fc", None)]
     projection = nn.Sequential(*(layer for layer in layers if isinstance(layer, nn.Module)))
@@ -326,19 +329,26 @@ def _projection(model: Any) -> nn.Module:
 # --- its sizes
 
 
-def _ask(plan: _Plan, img_size: tuple[int, int] | None, question: Callable[[FeatureTower, Tensor], T]) -> T:
-    """Build a tower without weights nor memory, for images of its own size or another one, and ask it something.
+def _apply_to_tower(plan: _Plan, img_size: tuple[int, int] | None, function: Callable[[FeatureTower, Tensor], T]) -> T:
+    """Build a tower without weights, on the meta device, and apply a function to it.
 
     Args:
-        question: is given the tower and an image [1, 3, h, w].
+        img_size: height and width of its images; None for the model's default.
+        function: called with the tower and an image [1, 3, h, w].
+
+    Returns:
+        What the function returns.
+
+    Raises:
+        UserError: the model cannot be built for this size, or the function raised.
     """
     for device in ("meta", "cpu"):  # cpu: some models, many in timm 1.0.15, read numbers off tensors
         try:
             with torch.device(device):
                 model = _create(plan, img_size).eval()
                 image = torch.zeros(1, 3, *(img_size or model.pretrained_cfg["input_size"][-2:]))
-                return question(FeatureTower(model, plan.projected), image)
-        except Exception as error:  # a network may do anything with a size that does not suit it
+                return function(FeatureTower(model, plan.projected), image)
+        except Exception as error:  # models raise all kinds of errors for a size that they do not support
             reason = one_line(error)
     what = f"an image of {img_size[0]}x{img_size[1]} px" if img_size else "an image"
     raise UserError(f"teacher {plan.name} cannot make a map of {what} ({reason}): choose another --teacher.name")
@@ -354,7 +364,7 @@ class _Features:
 
 @torch.no_grad()
 def _features(tower: FeatureTower, image: Tensor) -> _Features:
-    """What the tower makes of the image."""
+    """Rows, columns and width of the tower's features of the image."""
     try:
         x = tower(image)
     except (AssertionError, ValueError):
@@ -365,7 +375,7 @@ def _features(tower: FeatureTower, image: Tensor) -> _Features:
 
 
 def _fit(tower: FeatureTower, image: Tensor, grid: Grid) -> tuple[tuple[int, int], _Features | None]:
-    """The image size for this grid of features; and the features, where it is the size of this image."""
+    """The image size for this grid of features; also the features, if the given image has that size."""
     stride = int(tower.model.feature_info[-1]["reduction"])
     img_size = (grid[0] * stride, grid[1] * stride)
     return img_size, _features(tower, image) if image.shape[-2:] == img_size else None
@@ -392,27 +402,27 @@ def _load(plan: _Plan, img_size: tuple[int, int]) -> Any:
         # float32 before timm resamples tables
         "state_dict": {k: t.float() if t.is_floating_point() else t for k, t in plan.state.items()},
         "custom_load": False,
-        # timm is lenient about everything once the classifier is not as published; this one is as in the file
+        # without these, timm would load with strict=False where the head is not as published; ours is as in the file
         "classifier": None,
         "label_offset": None,
     }
     try:
         with quiet_timm() as said:
             model = _create(plan, img_size, pretrained=True, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # the converters of a wrong file raise all kinds
+    except Exception as error:  # timm's converters raise all kinds of errors for the wrong file
         raise UserError(
             f"teacher checkpoint {plan.checkpoint} is not of {plan.name}: {describe_mismatch(error)}; {_hint(plan)}"
         ) from error
     weight = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "weight", torch.empty(0))
     for key in ("patch_embed.proj.weight", "visual.trunk.patch_embed.proj.weight", "visual.conv1.weight"):
         held = plan.state.get(key, weight).shape
-        # timm resamples the weights of other patches, and the features would be of no use
+        # timm would resample weights of another patch size, and the features would be useless
         if len(held) == weight.ndim == 4 and held[-2:] != weight.shape[-2:]:
             raise UserError(
                 f"teacher checkpoint {plan.checkpoint} is not of {plan.name}: its patches have {held[-2]}x{held[-1]} "
                 f"px, the model's {weight.shape[-2]}x{weight.shape[-1]}; {_hint(plan)}"
             )
-    # some models timm loads leniently all the same
+    # timm loads some models leniently all the same
     for message in said:
         found = re.match(r"Missing keys \((.*?)\)", message)
         missing = [key for key in found[1].split(", ") if not key.startswith(("head.", "attn_pool."))] if found else []
@@ -420,7 +430,7 @@ def _load(plan: _Plan, img_size: tuple[int, int]) -> Any:
             raise UserError(
                 f"teacher checkpoint {plan.checkpoint} is not of {plan.name}: it has no {missing[0]}; {_hint(plan)}"
             )
-    model.pretrained_cfg.pop("state_dict")  # or it would stay in memory
+    model.pretrained_cfg.pop("state_dict")  # frees its memory
     cfg = get_pretrained_cfg(plan.architecture)
     model.pretrained_cfg["classifier"] = cfg.classifier if cfg else None
     return model
@@ -436,7 +446,7 @@ def _fetch(plan: _Plan, img_size: tuple[int, int]) -> Any:
         if cfg.hf_hub_id:
             check_hub(cfg.hf_hub_id.partition("@")[0], cfg.hf_hub_filename)
         return _create(plan, img_size, pretrained=True)
-    except Exception as error:  # whatever the hub's client raises
+    except Exception as error:  # the hub's client raises all kinds of errors
         raise UserError(
             f"the weights of teacher {plan.name} could not be fetched ({one_line(error)}): {instead}"
         ) from error

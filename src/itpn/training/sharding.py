@@ -5,7 +5,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from itpn.models.hivit import TransformerBlock
+from itpn.models.layers import TransformerBlock
 
 
 def shard_network(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:

@@ -76,5 +76,5 @@ def complete(network: Any) -> None:
         if options.get("decoder"):
             options["decoder"]["embed_norm_eps"] = 1e-5
             network.backbone["pos_embed"] = "fixed"  # never trained there
-            if options["objective"].pop("feature_units", None):
+            if options["objective"].pop("feature_patches", None):
                 options["objective"]["feature_loss"] = "cosine"

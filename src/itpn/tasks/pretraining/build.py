@@ -11,7 +11,7 @@ from itpn.tasks.pretraining.data import PretrainingData, make_loader
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.network import build_recipe
 from itpn.tasks.pretraining.probe import ProbeEvaluator
-from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.ema import EMATeacher
 from itpn.training.config import describe_crops, image_size
 
 
@@ -36,7 +36,7 @@ def build_model(
 def build_module(
     model: MaskedImageModel, config: PretrainingConfig, recipe: str, data: PretrainingData
 ) -> PretrainingTask:
-    ema = MovingAverageTeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
+    ema = EMATeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
     size = None if data.teacher is None else data.teacher.img_size
     return PretrainingTask(
         model,

@@ -16,7 +16,7 @@ from itpn.masked.targets import normalize_features
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.pretraining.start import describe_run, load_weights, save_weights
-from itpn.teachers.ema import MovingAverageTeacher, momentum_at
+from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import FeatureTeacher
 from itpn.training.module import MakeLoader, TrainingTask
 from itpn.training.sharding import shard_network
@@ -38,14 +38,14 @@ class PretrainingTask(TrainingTask):
         config: PretrainingConfig,
         recipe: str,
         make_loader: MakeLoader | None = None,
-        teacher: FeatureTeacher | MovingAverageTeacher | None = None,
+        teacher: FeatureTeacher | EMATeacher | None = None,
     ) -> None:
         normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
         super().__init__(model, config, recipe, normalize, make_loader)
         self.model: MaskedImageModel
         self.compiled_by_default = config.trainer.strategy == "ddp"
         # an average is part of the run's state; a frozen teacher stays out of checkpoints, in a tuple modules overlook
-        self.average = teacher if isinstance(teacher, MovingAverageTeacher) else None
+        self.average = teacher if isinstance(teacher, EMATeacher) else None
         self._frozen = (teacher,) if isinstance(teacher, FeatureTeacher) else ()
 
     @property

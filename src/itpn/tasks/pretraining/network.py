@@ -76,16 +76,21 @@ def _head_options(config: PretrainingModelConfig, objective: Objective, widths: 
         "num_heads": config.pyramid_head_width // 64,
     }
     return {
-        "decoder": {"heads": decoded, **decoder, "fill_hidden": objective.drops_units} if decoded else None,
+        "decoder": {"heads": decoded, **decoder, "add_mask_tokens": objective.drops_patches} if decoded else None,
         "auxiliary": {
             "out_dim": widths["auxiliary"],
-            "fill_hidden": objective.drops_units,
+            "add_mask_tokens": objective.drops_patches,
             "init_values": config.init_values,
         }
         if "auxiliary" in widths
         else None,
         "pyramid_heads": {
-            name: {"heads": {name: widths[name]}, **single, "levels": (level,), "fill_hidden": objective.drops_units}
+            name: {
+                "heads": {name: widths[name]},
+                **single,
+                "levels": (level,),
+                "add_mask_tokens": objective.drops_patches,
+            }
             for level, name in enumerate(PYRAMID_LOSSES)
             if name in widths
         },
@@ -105,11 +110,11 @@ def make_objective(config: PretrainingModelConfig) -> Objective:
         weights={name: weight for name, weight in weights.items() if weight},
         mask=config.mask,
         mask_ratio=config.mask_ratio,
-        hidden_units=config.hidden_units,
-        hidden_laterals=config.hidden_laterals,
+        masked_patches=config.hidden_units,
+        masked_laterals=config.hidden_laterals,
         normalize_target=config.normalize_target,
         feature_loss=config.feature_loss,
-        feature_units=config.feature_units,
+        feature_patches="masked" if config.feature_units == "hidden" else "all",
     )
 
 
@@ -208,7 +213,7 @@ class MaskedHead(Head):
             "width": width,
             "depth": count_blocks(tensors, r"decoder\.blocks\.(\d+)\."),
             "num_heads": max(width // 32, 1),
-            "fill_hidden": drops,
+            "add_mask_tokens": drops,
         }
         auxiliary = None
         if "auxiliary.head.weight" in tensors:
@@ -219,8 +224,8 @@ class MaskedHead(Head):
             }
         objective: dict[str, Any] = {"weights": dict.fromkeys(heads, 1.0) | ({"auxiliary": 1.0} if auxiliary else {})}
         if not drops:  # as published with CLIP's features
-            objective |= {"mask": "block", "mask_ratio": 75 / 196, "hidden_units": "mask_token"}
-            objective |= {"hidden_laterals": "pixel" not in heads, "feature_units": "all"}
+            objective |= {"mask": "block", "mask_ratio": 75 / 196, "masked_patches": "mask_token"}
+            objective |= {"masked_laterals": "pixel" not in heads, "feature_patches": "all"}
         return {"decoder": decoder, "auxiliary": auxiliary, "pyramid_heads": {}, "objective": objective}
 
     def complete(self, spec: NetworkSpec) -> NetworkSpec:
@@ -253,5 +258,21 @@ class MaskedHead(Head):
     def from_architecture(self, stored: dict[str, Any]) -> dict[str, Any] | None:
         if stored.get("decoder") is None:
             return None
-        own = {name: stored.get(name) for name in ("decoder", "auxiliary", "objective")}
-        return {**own, "pyramid_heads": {}}
+        parts = {name: stored.get(name) for name in ("decoder", "auxiliary", "objective")}
+        return {**{name: own and _rename_old(own) for name, own in parts.items()}, "pyramid_heads": {}}
+
+
+# what arguments were called in older files
+OLD_NAMES = {
+    "fill_hidden": "add_mask_tokens",
+    "hidden_units": "masked_patches",
+    "hidden_laterals": "masked_laterals",
+    "feature_units": "feature_patches",
+}
+
+
+def _rename_old(arguments: dict[str, Any]) -> dict[str, Any]:
+    renamed = {OLD_NAMES.get(name, name): value for name, value in arguments.items()}
+    if renamed.get("feature_patches") == "hidden":
+        renamed["feature_patches"] = "masked"
+    return renamed

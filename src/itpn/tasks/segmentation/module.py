@@ -9,7 +9,7 @@ from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
 from itpn.models.segmenter import Segmenter
 from itpn.models.spec import spec_of
-from itpn.models.synced import batch_shares
+from itpn.models.synced import batch_fractions
 from itpn.tasks.finetuning.module import FineTuningTask
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.config import to_dict
@@ -69,5 +69,5 @@ def pixel_loss(logits: Tensor, target: Tensor) -> Tensor:
         target: int64 [B, H, W], `IGNORED` where there is no class.
     """
     count = int((target != IGNORED).sum())
-    (share,) = batch_shares([count], logits.device)
-    return F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum") / max(count, 1) * share
+    (fraction,) = batch_fractions([count], logits.device)
+    return F.cross_entropy(logits, target, ignore_index=IGNORED, reduction="sum") / max(count, 1) * fraction
