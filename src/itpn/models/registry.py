@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
@@ -89,5 +89,9 @@ def _register(registered: str, build: Callable[..., nn.Module], name: str) -> No
 
 for _name in BACKBONES:
     _register(_name, _build_backbone, _name)
+# What timm.list_models() names is taken for a classifier, by timm's own tests first of all, and a pyramid is none.
+# This is the one list of names that timm creates and does not list; creating one of ours warns of nothing.
+_unlisted = getattr(_registry, "_deprecated_models", {})
 for _name, _registered in WITH_PYRAMID.items():
     _register(_registered, _build_pyramid, _name)
+    _unlisted[_registered] = None

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from itpn.checkpoints.io import FILE_FORMS, check_hub, describe_mismatch, one_line, quiet_timm, read_tensors
 from itpn.errors import UserError
 from itpn.models.position import Grid
+from itpn.models.variants import WITH_PYRAMID
 
 T = TypeVar("T")
 
@@ -268,7 +269,7 @@ def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> _Plan:
 
 
 def _check_name(name: str) -> None:
-    models = timm.list_models()
+    models = [*timm.list_models(), *WITH_PYRAMID.values()]  # ours that timm creates and does not list
     architecture = name.partition(".")[0]
     if architecture in models:
         with contextlib.suppress(RuntimeError):  # timm's word for a tag that it does not know
