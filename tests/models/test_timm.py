@@ -144,6 +144,7 @@ def test_reset_classifier(name):
     assert model(images()).shape == (2, 16, 3)
     model.reset_classifier(0, global_pool="")
     assert_equal(model(images()), model.fc_norm(tokens))
+    assert not any(module.training for module in model.modules())
     bare = create(name, num_classes=0)
     assert_equal(bare(images()), bare.forward_features(images()).mean(dim=1))
     bare.reset_classifier(4, "avg")
@@ -429,6 +430,19 @@ def test_script(name, tmp_path):
     assert_equal(scripted(several), model(several), rtol=1e-5, atol=1e-6)
     if not isinstance(expected, dict):
         assert_equal(torch.jit.script(nn.Sequential(model, nn.Softmax(1)))(images()), expected.softmax(1))
+
+
+@pytest.mark.parametrize("name", ["hivit_tiny", "itpn_nano_pyramid"])
+def test_device_and_dtype_as_timm_takes_them(name):
+    empty = build(name, device="meta", dtype=torch.float64)
+    assert {tensor.device.type for tensor in [*empty.parameters(), *empty.buffers()]} == {"meta"}
+    assert {parameter.dtype for parameter in empty.parameters()} == {torch.float64}
+    half = build(name, features_only=True, dtype=torch.bfloat16)
+    assert {m.dtype for m in half(images().bfloat16())} == {torch.bfloat16}
+    torch.manual_seed(0)
+    there = build(name, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    assert_equal(list(there.state_dict().values()), list(build(name).state_dict().values()))
 
 
 @pytest.mark.parametrize("name", ["hivit_tiny", "itpn_nano_pyramid"])

@@ -3,10 +3,12 @@
 Runs as soon as timm is imported, which may be in the middle of our own model files: they are imported when needed.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import nn
 
@@ -37,10 +39,16 @@ default_cfgs = generate_default_cfgs(_cfgs)
 
 
 def _build(model_class: type[nn.Module], name: str, given: dict[str, Any], **kwargs: Any) -> nn.Module:
-    """Have timm build a model, and record on it which of the constructor's arguments were given."""
+    """Have timm build a model, and record on it which of the constructor's arguments were given.
+
+    ``device`` and ``dtype`` are timm's: where the model is built, and what its numbers are.
+    """
     from itpn.models.hivit import HiViT
 
-    model: Any = build_model_with_cfg(model_class, name, **kwargs)
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        model: Any = build_model_with_cfg(model_class, name, **kwargs)
+    model.to(dtype=dtype)
     own = {*inspect.signature(HiViT).parameters, *inspect.signature(model_class).parameters}
     model.model_args = {argument: value for argument, value in given.items() if argument in own}
     return model
