@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from arms import Failures
-from itpn.tasks.pretraining.data import make_loader
 from plain import SAVINGS, make_plain, make_plain_optimizer
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from itpn.data.files import find_training_images
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.tasks.configs import PretrainingConfig
+from itpn.tasks.pretraining.data import make_loader
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.recipes import read_recipe

@@ -105,7 +105,7 @@ def test_wrong_sizes_are_refused():
 
 
 def test_timm_knows_the_models():
-    assert set(itpn.list_models()) <= set(timm.list_models())
+    assert all(timm.is_model(name) for name in itpn.list_models())
     assert itpn.list_models("hivit_*") == ["hivit_tiny", "hivit_small", "hivit_base", "hivit_base_4420"]
     model = timm.create_model("hivit_tiny", num_classes=7, img_size=64)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 7)

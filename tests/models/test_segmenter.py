@@ -14,13 +14,15 @@ from itpn.errors import UserError
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
 from itpn.models.synced import SyncedBatchNorm2d
+from itpn.tasks.pretraining.network import build_from
+from itpn.tasks.pretraining.start import save_weights
 
 NANO = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depths": (1, 1, 2), "num_heads": 4}
 
 
 def make_segmenter(seed: int = 0, head_width: int = 32, auxiliary: bool = True, **backbone) -> Segmenter:
     torch.manual_seed(seed)
-    trunk = PyramidBackbone("segmentation", pyramid_width=32, pyramid_depth=1, **{**NANO, **backbone})
+    trunk = PyramidBackbone("joined", pyramid_width=32, pyramid_depth=1, **{**NANO, **backbone})
     return Segmenter(trunk, 4, head_width, auxiliary)
 
 
@@ -45,11 +47,11 @@ def test_the_published_maps_inside_a_segmenter(tmp_path, checkpointing):
 def test_only_heads_are_randomly_initialized(tmp_path):
     config = itpn.tasks.recipes.read_recipe("itpn-pixel_nano")[1]
     torch.manual_seed(3)
-    pretrained = itpn.checkpoints.loading.build_from(config)
+    pretrained = build_from(config)
     for parameter in pretrained.parameters():
         parameter.data += 0.01  # no parameter equals an initialization
     path = tmp_path / "model.safetensors"
-    itpn.checkpoints.files.save_weights(path, pretrained, "itpn-pixel_nano", config)
+    save_weights(path, pretrained, "itpn-pixel_nano", config)
     with pytest.warns(UserWarning, match="has no segmentation head"):
         model = itpn.load(path, task="segmentation", num_classes=4, strict=False)
     theirs = pretrained.state_dict()
@@ -66,7 +68,7 @@ def test_only_heads_are_randomly_initialized(tmp_path):
 
 def test_heads_are_the_published_ones():
     with torch.device("meta"):
-        model = Segmenter(PyramidBackbone("segmentation"), 150)
+        model = Segmenter(PyramidBackbone("joined"), 150)
     assert model.head_width == 768
     assert isinstance(model.upernet, UPerNetDecoder)
     assert [block[0].output_size for block in model.upernet.psp.blocks] == [1, 2, 3, 6]
@@ -145,6 +147,6 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="four concatenated maps"):
-        Segmenter(PyramidBackbone("detection", **NANO), num_classes=3)
+        Segmenter(PyramidBackbone("pooled", **NANO), num_classes=3)
     with pytest.raises(ValueError, match="at least 2"):
-        Segmenter(PyramidBackbone("segmentation", **NANO), num_classes=1)
+        Segmenter(PyramidBackbone("joined", **NANO), num_classes=1)

@@ -12,8 +12,11 @@ from timm.models._manipulate import adapt_input_conv
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
+import itpn
 from itpn.checkpoints.adapters import from_ours
 from itpn.models.position import resample_position_table, resample_relative_table
+from itpn.models.pyramid import PyramidBackbone
+from itpn.teachers.timm_teacher import teacher_width
 
 BACKBONES = ["itpn_nano", "fast_itpn_nano", "hivit_tiny"]
 PYRAMIDS = ["itpn_nano_pyramid", "fast_itpn_nano_pyramid"]
@@ -141,6 +144,7 @@ def test_reset_classifier(name):
     assert model(images()).shape == (2, 16, 3)
     model.reset_classifier(0, global_pool="")
     assert_equal(model(images()), model.fc_norm(tokens))
+    assert not any(module.training for module in model.modules())
     bare = create(name, num_classes=0)
     assert_equal(bare(images()), bare.forward_features(images()).mean(dim=1))
     bare.reset_classifier(4, "avg")
@@ -356,9 +360,20 @@ def test_no_weights_are_published(tmp_path, name):
 
 
 def test_lists():
-    assert {"itpn_base", "itpn_base_pyramid", "fast_itpn_large"} <= set(timm.list_models("*itpn*"))
-    assert set(BACKBONES + PYRAMIDS) <= set(timm.list_models())
+    assert {"itpn_base", "fast_itpn_large"} <= set(timm.list_models("*itpn*"))
+    assert set(BACKBONES) <= set(timm.list_models())
     assert timm.list_models("*itpn*", pretrained=True) == timm.list_pretrained("*hivit*") == []
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_pyramid_is_created_by_name_and_listed_by_us_alone():
+    """timm's tests take whatever timm lists for a classifier."""
+    assert timm.list_models("*_pyramid") == timm.list_models("*_pyramid", module="registry", include_tags=True) == []
+    pyramids = itpn.list_models("*_pyramid")
+    assert {*PYRAMIDS, "itpn_base_pyramid"} <= set(pyramids)
+    assert all(timm.is_model(name) for name in pyramids)
+    assert isinstance(timm.create_model("itpn_nano_pyramid"), PyramidBackbone)
+    assert teacher_width("itpn_nano_pyramid", None) == 32
 
 
 # --- any size, any compiler
@@ -401,6 +416,19 @@ def test_trace(name):
     traced = torch.jit.trace(model, images(), check_trace=False)
     other = images().flip(0)
     assert_equal(traced(other), model(other), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["hivit_tiny", "itpn_nano_pyramid"])
+def test_device_and_dtype_as_timm_takes_them(name):
+    empty = build(name, device="meta", dtype=torch.float64)
+    assert {tensor.device.type for tensor in [*empty.parameters(), *empty.buffers()]} == {"meta"}
+    assert {parameter.dtype for parameter in empty.parameters()} == {torch.float64}
+    half = build(name, features_only=True, dtype=torch.bfloat16)
+    assert {m.dtype for m in half(images().bfloat16())} == {torch.bfloat16}
+    torch.manual_seed(0)
+    there = build(name, device=torch.device("cpu"))
+    torch.manual_seed(0)
+    assert_equal(list(there.state_dict().values()), list(build(name).state_dict().values()))
 
 
 @pytest.mark.parametrize("name", ["hivit_tiny", "itpn_nano_pyramid"])

@@ -3,11 +3,13 @@
 Runs as soon as timm is imported, which may be in the middle of our own model files: they are imported when needed.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+import torch
+from timm.models import _registry, build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
@@ -37,10 +39,16 @@ default_cfgs = generate_default_cfgs(_cfgs)
 
 
 def _build(model_class: type[nn.Module], name: str, given: dict[str, Any], **kwargs: Any) -> nn.Module:
-    """Have timm build a model, and record on it which of the constructor's arguments were given."""
+    """Have timm build a model, and record on it which of the constructor's arguments were given.
+
+    ``device`` and ``dtype`` are timm's: where the model is built, and what its numbers are.
+    """
     from itpn.models.hivit import HiViT
 
-    model: Any = build_model_with_cfg(model_class, name, **kwargs)
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        model: Any = build_model_with_cfg(model_class, name, **kwargs)
+    model.to(dtype=dtype)
     own = {*inspect.signature(HiViT).parameters, *inspect.signature(model_class).parameters}
     model.model_args = {argument: value for argument, value in given.items() if argument in own}
     return model
@@ -118,5 +126,9 @@ def _register(registered: str, build: Callable[..., nn.Module], name: str) -> No
 
 for _name in BACKBONES:
     _register(_name, _build_backbone, _name)
+# What timm.list_models() names is taken for a classifier, by timm's own tests first of all, and a pyramid is none.
+# This is the one list of names that timm creates and does not list; creating one of ours warns of nothing.
+_unlisted = getattr(_registry, "_deprecated_models", {})
 for _name, _registered in WITH_PYRAMID.items():
     _register(_registered, _build_pyramid, _name)
+    _unlisted[_registered] = None

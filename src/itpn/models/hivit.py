@@ -243,6 +243,8 @@ class HiViT(nn.Module):
         if isinstance(self.head, nn.Linear):
             trunc_normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
+        for part in (self.fc_norm, self.head):  # new ones would be in training
+            part.train(self.training)
 
     # --- forward
 

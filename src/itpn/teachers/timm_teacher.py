@@ -29,6 +29,7 @@ from itpn.checkpoints.hub import check_hub, describe_mismatch
 from itpn.checkpoints.io import one_line
 from itpn.errors import UserError
 from itpn.models.position import Grid
+from itpn.models.variants import WITH_PYRAMID
 from itpn.teachers.files import FILE_FORMS, quiet_timm, read_tensors
 
 T = TypeVar("T")
@@ -273,7 +274,7 @@ def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> _Plan:
 
 
 def _check_name(name: str) -> None:
-    models = timm.list_models()
+    models = [*timm.list_models(), *WITH_PYRAMID.values()]  # ours that timm creates and does not list
     architecture = name.partition(".")[0]
     if architecture in models:
         with contextlib.suppress(RuntimeError):  # which timm raises for an unknown tag
