@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from itpn.commands.train import train
 from PIL import Image
 from public import read_golden
 from safetensors.torch import load_file
@@ -23,6 +22,7 @@ from itpn.masked.targets import normalize_features
 from itpn.tasks.configs import TeacherConfig
 from itpn.tasks.pretraining.data import make_loader
 from itpn.tasks.pretraining.network import build_masked_model
+from itpn.tasks.run import train
 from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import build_teacher
 from itpn.training.config import image_size

@@ -13,6 +13,7 @@ from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.detection.export import export_detector
 from itpn.tasks.exporting import check_out, export_model, print_exported
+from itpn.tasks.segmentation.export import name_logits
 
 SMALL = {"depths": (1, 1, 1), "img_size": 32, "patch_size": 8}
 
@@ -113,7 +114,7 @@ def test_migration_and_gathering(tmp_path):
 
 
 def test_a_wrong_file_is_not_left(tmp_path, monkeypatch):
-    monkeypatch.setattr("itpn.commands.export._open", lambda path: lambda images: [torch.zeros(len(images), 7)])
+    monkeypatch.setattr("itpn.tasks.exporting.open_exported", lambda path: lambda images: [torch.zeros(len(images), 7)])
     with pytest.raises(ExportFailed, match=r"a\.pt2 is not written, for it differs"):
         export_model(make("itpn_nano", num_classes=7), tmp_path / "a.pt2", (32, 32))
     assert not list(tmp_path.iterdir())
@@ -160,7 +161,7 @@ def test_a_segmenter(tmp_path, form, capsys):
         "joined", pyramid_width=32, pyramid_depth=1, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1
     )
     model = Segmenter(backbone, 4, head_width=16).eval()
-    exported = export_model(model, tmp_path / f"segmenter.{form}", (64, 160))
+    exported = export_model(model, tmp_path / f"segmenter.{form}", (64, 160), outputs=name_logits)
     assert exported.difference < 1e-4
     assert exported.outputs == {"logits": "batch, 4, 64, 160"}
     torch.save(model.state_dict(), tmp_path / "segmenter.pth")

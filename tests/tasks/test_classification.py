@@ -169,12 +169,12 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, monkeypatch, step, wor
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-@pytest.mark.parametrize("better", ["weights", "moving average"])
+@pytest.mark.parametrize("better", ["weights", "EMA"])
 def test_the_better_of_weights_and_average_is_written(settings, monkeypatch, better):
     def look(self, trainer):
         self.score = 1.0
         return {"val_top1": 0.5, "val_top5": 1.0, "val_loss": 0.0, "ema_val_top5": 1.0, "ema_val_loss": 0.0} | {
-            "ema_val_top1": 0.6 if better == "moving average" else 0.4
+            "ema_val_top1": 0.6 if better == "EMA" else 0.4
         }
 
     monkeypatch.setattr("itpn.tasks.validation.Validation.look", look)
@@ -350,7 +350,7 @@ def test_evaluating_one_set_of_class_folders(settings, tmp_path, coloured, capsy
     assert main([*common, str(coloured / "train")]) == 0
     figures = json.loads((tmp_path / "evaluation.json").read_text())
     assert (figures["images"], figures["loss"]) == (6, found["val_loss"])
-    assert figures["of"].startswith("25% held out of ")
+    assert figures["data"].startswith("25% held out of ")
     assert main([*common, str(coloured / "val")]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["images"] == 12
     assert main([*common, "nowhere", "--data.val-root", str(coloured / "val")]) == 0
@@ -460,7 +460,7 @@ def test_two_processes_train_and_validate(settings, tmp_path):
     assert (summary["processes"], summary["images_seen"]) == (2, 72)
     command = ["evaluate", str(folder / "config.yaml"), "--checkpoint", str(folder / "model.safetensors")]
     assert main([*command, "--out", str(tmp_path / "e")]) == 0
-    saved = "ema_val_loss" if summary["saved"] == "moving average" else "val_loss"
+    saved = "ema_val_loss" if summary["saved"] == "EMA" else "val_loss"
     evaluated = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert evaluated["loss"] == pytest.approx(summary["metrics"][saved], abs=1e-6)
 
@@ -513,13 +513,12 @@ def test_evaluating_what_has_no_classifier(tmp_path, coloured, capsys):
 
 
 def test_epochs_scale_with_the_images(settings):
-    from itpn.tasks.starting import scale_epochs
+    from itpn.tasks.finetuning.start import scale_epochs
 
     config = settings()
     for images, processes, epochs in ((24, 1, 200), (6 * 100, 1, 20), (6 * 100, 8, 167), (6 * 10_000, 1, 10)):
         config.trainer.max_epochs = 0
-        scale_epochs(config, images, processes)
-        assert config.trainer.max_epochs == epochs
+        assert scale_epochs(config, images, processes).trainer.max_epochs == epochs
 
 
 def test_relative_positions_begin_at_zero(settings, tmp_path):
@@ -554,7 +553,7 @@ def test_a_pretraining_run_is_probed(coloured, tmp_path, capsys):
     # figures stand at the steps that they were found at, the ends of the two epochs
     assert [row["probe_knn"] == "" for row in rows] == [True, True, False, True, True, False]
     assert float(rows[-1]["probe_linear"]) > 0.9
-    assert "by nearest neighbours" in capsys.readouterr().out
+    assert "by k-NN" in capsys.readouterr().out
     assert main([*common, "--name", "wrong", "--probe.root", "nowhere"]) == 2
     assert "nowhere does not exist" in capsys.readouterr().err
 

@@ -341,8 +341,9 @@ def test_heads_of_a_detector_go_on(settings, trained, masks, width):
     found = itpn.checkpoints.files.read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", width
-    config, _ = resolve(config, found)
-    model, notes = build_model(config, ("a", "b"), masks, found)
+    config, notes = resolve(config, found)
+    model, more = build_model(config, ("a", "b"), masks, found)
+    notes += more
     own = itpn.checkpoints.files.named_tensors(model)
     fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
     predictors = {"roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"}

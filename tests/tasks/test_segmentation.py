@@ -341,8 +341,9 @@ def test_a_segmenter_of_other_classes_goes_on(settings, trained):
     found = read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", 24
-    config, _ = resolve(config, found)
-    model, notes = build_model(config, ("a", "b", "c"), found)
+    config, notes = resolve(config, found)
+    model, more = build_model(config, ("a", "b", "c"), found)
+    notes += more
     own = named_tensors(model)
     fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
     assert fresh == {"classifier", "aux_classifier.4"}

@@ -59,8 +59,10 @@ class NamedOutputs(nn.Module):
         return self.outputs(self.model, images)
 
 
-def name_maps(model: Any, images: Tensor) -> dict[str, Tensor]:
-    """``level_1``... of a pyramid, ``stage_1``... of a backbone, finest first."""
+def name_outputs(model: Any, images: Tensor) -> dict[str, Tensor]:
+    """``logits`` of a classifier, ``level_1``... of a pyramid, ``stage_1``... of a backbone, finest first."""
+    if model.num_classes:
+        return {"logits": model(images)}
     if isinstance(model, PyramidBackbone):
         name, maps = "level", model.forward_maps(images)
     else:
@@ -94,7 +96,7 @@ def export_model(
     size: Size,
     dynamic_size: bool = False,
     metadata: Mapping[str, str] | None = None,
-    outputs: Outputs = name_maps,
+    outputs: Outputs = name_outputs,
 ) -> Exported:
     """Write a network to a file, and compare what the file computes with PyTorch.
 

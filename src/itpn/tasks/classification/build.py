@@ -18,6 +18,7 @@ from itpn.training.config import describe_crops, image_size
 def resolve(
     config: ClassificationConfig, found: Checkpoint | None, data: RunData
 ) -> tuple[ClassificationConfig, Sequence[str]]:
+    make_transform(config)  # a wrong name of an augmentation, before a folder is made
     return scale_epochs(network.resolve(config, found), len(data.train)), ()
 
 

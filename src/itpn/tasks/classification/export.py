@@ -3,8 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
-
 from itpn.checkpoints.files import Checkpoint
 from itpn.models.hivit import HiViT
 from itpn.tasks.exporting import Exported, Size, export_model
@@ -13,8 +11,4 @@ from itpn.tasks.exporting import Exported, Size, export_model
 def export(
     model: HiViT, found: Checkpoint, out: Path, size: Size | None, dynamic_size: bool, metadata: Mapping[str, str]
 ) -> Exported:
-    return export_model(model, out, size or model.image_shape[1:], dynamic_size, metadata, name_logits)
-
-
-def name_logits(model: HiViT, images: Tensor) -> dict[str, Tensor]:
-    return {"logits": model(images)}
+    return export_model(model, out, size or model.image_shape[1:], dynamic_size, metadata)

@@ -152,7 +152,7 @@ def build_from(config: PretrainingConfig) -> MaskedImageModel:
 
 
 def build_recipe(
-    config: PretrainingConfig, num_classes: int | None, found: Checkpoint | None
+    config: PretrainingConfig, num_classes: int | None = None, found: Checkpoint | None = None
 ) -> tuple[MaskedImageModel, list[str]]:
     """The masked model of a recipe, with a checkpoint's weights where there is one; it has no classes."""
     model = build_from(config)

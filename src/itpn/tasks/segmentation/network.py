@@ -124,7 +124,7 @@ def build_model(
 
 
 def build_recipe(
-    config: SegmentationConfig, num_classes: int | None, found: Checkpoint | None
+    config: SegmentationConfig, num_classes: int | None = None, found: Checkpoint | None = None
 ) -> tuple[nn.Module, list[str]]:
     """The network of a recipe, with classes that have no names but those of the checkpoint.
 
