@@ -262,7 +262,7 @@ def test_info_of_the_published_recipes(capsys, size, parameters, flops):
 def test_info_of_a_moving_average(capsys):
     assert main(["info", "itpn-mfm_tiny"]) == 0
     out = capsys.readouterr().out
-    assert "0.48 G for a forward pass in training, 75% of the patches masked" in out
+    assert "0.48 G for a forward pass in training, 75% masked" in out
     assert "1.04 G for that of the EMA teacher, nothing masked" in out
 
 

@@ -7,14 +7,6 @@ from itpn.checkpoints.match import Finding
 from itpn.checkpoints.report import inspect
 from itpn.system.console import Answer
 
-PURPOSES = {
-    "pretraining": "going on with pre-training",
-    "classification": "classification",
-    "segmentation": "classes of pixels",
-    "detection": "boxes and masks",
-    "pyramid": "detection, segmentation",
-    "backbone": "features",
-}
 MISSING = {"random": "starts fresh", "harmful": "does not fit"}
 
 
@@ -26,7 +18,7 @@ def print_report(checkpoint: str) -> None:
         table.add_row(title, Text(line))
     table.add_section()
     for use in report.uses:
-        table.add_row(PURPOSES[use.task], _judge(use.findings, bool(report.nonfinite)))
+        table.add_row(use.purpose, _judge(use.findings, bool(report.nonfinite)))
         if use.command:
             table.add_row("", Text(use.command, style="cyan"))
     if report.leftovers:

@@ -96,14 +96,20 @@ def register_task(spec: TaskSpec) -> TaskSpec:
     return spec
 
 
-def lazy(path: str) -> Callable[..., Any]:
+class lazy:  # noqa: N801  # used as a function
     """A function by "module:name", whose module is imported when it is called."""
-    module, _, name = path.partition(":")
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return getattr(importlib.import_module(module), name)(*args, **kwargs)
+    def __init__(self, path: str) -> None:
+        self.path = path
 
-    return call
+    def load(self) -> Callable[..., Any]:
+        """The function itself."""
+        module, _, name = self.path.partition(":")
+        found: Callable[..., Any] = getattr(importlib.import_module(module), name)
+        return found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.load()(*args, **kwargs)
 
 
 def task_of(config: RunConfig) -> TaskSpec:

@@ -18,8 +18,9 @@ from itpn.training.config import describe_crops, image_size
 def resolve(
     config: ClassificationConfig, found: Checkpoint | None, data: RunData
 ) -> tuple[ClassificationConfig, Sequence[str]]:
-    make_transform(config)  # a wrong name of an augmentation, before a folder is made
-    return scale_epochs(network.resolve(config, found), len(data.train)), ()
+    config = network.resolve(config, found)
+    make_transform(config)  # a wrong name of an augmentation is found before a folder is made
+    return scale_epochs(config, len(data.train)), ()
 
 
 def build_model(config: ClassificationConfig, data: RunData, found: Checkpoint | None) -> tuple[HiViT, list[str]]:

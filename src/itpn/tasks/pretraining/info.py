@@ -28,7 +28,7 @@ def describe(name: str, config: PretrainingConfig, found: Checkpoint | None) -> 
     rows = [("parameters", f"{whole:.2f} M: backbone {trunk:.2f}, pyramid and decoder {whole - trunk:.2f}")]
     rows += [("" if i else "teacher", line) for i, line in enumerate(_teacher_lines(config, whole))]
     rows += describe_backbone(backbone, size)
-    masked = f"{model.objective.mask_ratio:.0%} of the patches masked"
+    masked = f"{model.objective.mask_ratio:.0%} masked"
     rows.append(("", f"{count_flops(model.train(), images):.2f} G for a forward pass in training, {masked}"))
     if config.teacher.name == "ema":
         ema = count_flops(model.eval().extract_pyramid, images)
