@@ -46,7 +46,7 @@ from itpn.data.orientation import SWAPPED
 from itpn.data.readers import FileReader, PackedStrings, Reader, Subset, check_lost
 from itpn.data.splits import split_of
 from itpn.errors import UserError
-from itpn.models.detector import fit_sides
+from itpn.geometry import fit_sides
 from itpn.seeding import derive_seed
 
 MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name

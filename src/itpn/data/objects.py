@@ -18,7 +18,7 @@ from torchvision.transforms.v2.functional import resize
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_whole
 from itpn.data.readers import PackedStrings, Reader, Subset
 from itpn.errors import UserError
-from itpn.models.detector import fit_sides
+from itpn.geometry import fit_sides
 
 CROP_SIDES = (0.5, 0.625, 0.75)  # of the size: 400, 500 and 600 of 800
 CROP_RANGE = (0.48, 0.75)  # 384 to 600

@@ -24,6 +24,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, generaliz
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.poolers import initLevelMapper
 
+from itpn.geometry import fit_sides
 from itpn.models.hivit import HiViT, units_to_map
 from itpn.models.pyramid import Headed, PyramidBackbone
 from itpn.models.synced import SyncedBatchNorm2d, batch_shares, precise
@@ -224,12 +225,6 @@ class Resize(GeneralizedRCNNTransform):
                     resized = F.interpolate(masks[None], after, mode="nearest-exact")[0]
                 target["masks"] = resized
         return image, target
-
-
-def fit_sides(sides: Sequence[int], short: float, longest: float) -> list[int]:
-    """Height and width of an image whose short side is resized to ``short``, or less to keep the other in bounds."""
-    factor = min(short / min(sides), longest / max(sides))
-    return [max(1, round(side * factor)) for side in sides]
 
 
 # --- heads

@@ -14,7 +14,7 @@ from itpn.checkpoints.architecture import describe_segmenter
 from itpn.config import SegmentationConfig, to_dict
 from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
-from itpn.models.detector import fit_sides
+from itpn.geometry import fit_sides
 from itpn.models.segmenter import Segmenter
 from itpn.models.synced import batch_shares
 from itpn.tasks.finetuning import FineTuningTask
