@@ -458,7 +458,7 @@ def test_evaluation_sees_each_image_once(tmp_path, world_size):
         for batch in loader:
             assert batch["image"].shape[1:] == (3, 6, 6)
             seen += zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
-            bad += batch["broken"]
+            bad += batch["corrupt"]
     assert [name for name, _ in bad] == [str(broken)]
     whole = [i for i in range(23) if not isinstance(images[i][1], UnreadableImage) and images[i][0] != str(broken)]
     assert sorted(seen) == [(i, int(images.labels[i])) for i in whole]

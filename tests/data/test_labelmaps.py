@@ -727,7 +727,7 @@ def test_a_mask_that_is_lost_while_training(root):
     Image.new("L", (20, 10), 1).save(lost)
     transform = SegmentationTransform(train.table, 48, 64)
     loader = TrainingLoader(train, transform, batch_size=4, num_workers=0, seed=0)
-    broken = [entry for batch in loader for entry in batch["broken"]]
+    broken = [entry for batch in loader for entry in batch["corrupt"]]
     assert broken == [(train.name(3), f"80x64 pixels, and 20x10 in {lost}")]
     Image.new("L", (80, 64), 77).save(lost)
     with pytest.raises(UnreadableImage, match="label 77, which no class has"):

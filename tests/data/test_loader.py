@@ -17,7 +17,7 @@ from PIL import Image
 
 from itpn.data.augment import PretrainingTransform
 from itpn.data.files import ImageSource, find_images
-from itpn.data.loader import SkippedImages, TrainingLoader
+from itpn.data.loader import TrainingLoader
 from itpn.data.readers import PackedStrings
 from itpn.errors import UserError
 
@@ -63,7 +63,7 @@ def run(loader: TrainingLoader, epochs: int) -> list[dict[str, Any]]:
 
 def assert_same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
     assert [batch["key"] for batch in a] == [batch["key"] for batch in b]
-    assert [batch["broken"] for batch in a] == [batch["broken"] for batch in b]
+    assert [batch["corrupt"] for batch in a] == [batch["corrupt"] for batch in b]
     assert all(torch.equal(x["image"], y["image"]) for x, y in zip(a, b, strict=True))
 
 
@@ -136,8 +136,8 @@ def test_broken_files_are_replaced_and_named(tmp_path: Path) -> None:
     (tmp_path / "000.jpg").unlink()  # gone since it was found
     batches = run(make_loader(source), 1)
     assert all(batch["image"].shape == (4, 3, 8, 12) for batch in batches)
-    assert {Path(name).name for batch in batches for name, _ in batch["broken"]} == broken
-    reasons = {Path(name).name: reason for batch in batches for name, reason in batch["broken"]}
+    assert {Path(name).name for batch in batches for name, _ in batch["corrupt"]} == broken
+    reasons = {Path(name).name: reason for batch in batches for name, reason in batch["corrupt"]}
     assert reasons["000.jpg"] == "No such file or directory"
     assert reasons["005.jpg"] == "not an image of a known format"
     assert not broken & {Path(key).name for key in keys(batches)}
@@ -154,13 +154,13 @@ def test_broken_files_are_replaced_and_named(tmp_path: Path) -> None:
 def test_a_teachers_view_comes_along(tmp_path: Path, workers: int) -> None:
     source = make_files(tmp_path, 10, broken=(3,))
     want = run(make_loader(source, workers), 1)
-    assert all(set(batch) == {"image", "key", "broken", "remarks"} for batch in want)
+    assert all(set(batch) == {"image", "key", "corrupt", "warnings"} for batch in want)
     transform = PretrainingTransform((8, 12), teacher_size=(6, 9))
     loader = TrainingLoader(source, transform, batch_size=4, num_workers=workers, seed=7, shuffle_buffer=5)
     batches = run(loader, 1)
     assert_same(batches, want)
     for batch in batches:
-        assert set(batch) == {"image", "teacher_image", "key", "broken", "remarks"}
+        assert set(batch) == {"image", "teacher_image", "key", "corrupt", "warnings"}
         assert batch["teacher_image"].shape == (4, 3, 6, 9)
         assert batch["teacher_image"].dtype == torch.uint8
 
@@ -208,7 +208,7 @@ def test_broken_members_are_replaced_and_named(tmp_path: Path) -> None:
     shard.write_bytes(shard.read_bytes()[:-10_500])  # the end marker is padded to 10240 bytes: cuts the last image
     batches = run(make_loader(source, samples_per_epoch=20), 2)
     assert all(batch["image"].shape == (4, 3, 8, 12) for batch in batches)
-    reasons = dict(entry for batch in batches for entry in batch["broken"])
+    reasons = dict(entry for batch in batches for entry in batch["corrupt"])
     assert set(reasons) == {"0.tar/002.jpg", "1.tar/013.jpg", "1.tar/014.jpg", str(shard)}
     assert reasons[str(shard)].startswith("broken shard")
     assert not set(reasons) & set(keys(batches))
@@ -327,35 +327,3 @@ def test_shards_without_images(tmp_path: Path) -> None:
         make_loader(source)
     with pytest.raises(UserError, match="no images in the shards"):
         run(make_loader(source, samples_per_epoch=8), 1)
-
-
-def test_skipped_images_are_named_once() -> None:
-    skipped = SkippedImages(100)
-    assert skipped.update([("a.jpg", "empty file"), ("b.jpg", "cut off")]) == ["a.jpg: empty file", "b.jpg: cut off"]
-    assert skipped.update([("a.jpg", "empty file"), ("c.jpg", "cut off")]) == ["c.jpg: cut off"]
-    assert skipped.count == 3
-    restored = SkippedImages(100)
-    restored.load_state_dict(skipped.state_dict())
-    assert restored.update([("b.jpg", "cut off")]) == []
-    assert restored.count == 3
-
-
-def test_limit_for_files_is_a_part_of_all() -> None:
-    skipped = SkippedImages(100)
-    skipped.update([(f"{i}.jpg", "cut off") for i in range(5)])
-    skipped.check(seen_images=5, epoch_ended=True)  # 5 % is allowed
-    skipped.update([("5.jpg", "cut off")])
-    with pytest.raises(UserError, match=r"6 of 100 images .* 5%; the first is 0.jpg: cut off") as error:
-        skipped.check(seen_images=6)
-    assert "\n" not in str(error.value)
-
-
-def test_limit_for_shards_is_a_part_of_those_seen() -> None:
-    skipped = SkippedImages(None)
-    skipped.update([(f"{i}.jpg", "cut off") for i in range(20)])
-    skipped.check(seen_images=199)  # too early to tell
-    skipped.check(seen_images=400)
-    with pytest.raises(UserError, match="20 of 399 images"):
-        skipped.check(seen_images=399)
-    with pytest.raises(UserError, match="20 of 30 images"):
-        skipped.check(seen_images=30, epoch_ended=True)

@@ -16,8 +16,9 @@ from pycocotools import mask as theirs
 from pycocotools.coco import COCO
 
 from itpn.data.annotations import find_objects, read_objects
+from itpn.data.collate import collect
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.loader import TrainingLoader, collect
+from itpn.data.loader import TrainingLoader
 from itpn.data.objects import DetectionTransform, draw_outlines, encode_outline, make_target
 from itpn.data.shapes import CLASSES, write_shapes
 from itpn.errors import UserError
@@ -601,7 +602,7 @@ def test_an_image_of_another_size_than_its_annotations(root):
     with pytest.raises(UnreadableImage, match="40x30 pixels, and 80x64 in the annotations"):
         transform(decode_image(name.read_bytes()), random.Random(0), train[0][2])
     loader = TrainingLoader(train, transform, batch_size=4, num_workers=0, seed=0, collate=collect)
-    broken = [name for batch in loader for name, _ in batch["broken"]]
+    broken = [name for batch in loader for name, _ in batch["corrupt"]]
     assert broken == [str(name)]
 
 

@@ -24,7 +24,7 @@ NODATA = 42113
 
 def read(data: bytes) -> tuple[torch.Tensor, str | None]:
     image = EncodedImage(data)
-    return image.decode(), image.remarks.get("values")
+    return image.decode(), image.warnings.get("values")
 
 
 def ramp(low: float, high: float, dtype: type, holes: float | None = None) -> np.ndarray:
@@ -374,7 +374,7 @@ def test_tiffs_of_several_pages_say_so(order, kinds, said):
     image = EncodedImage(join_tiffs(*(page(kind, order) for kind in kinds)))
     assert Image.open(io.BytesIO(image.data)).n_frames == len(kinds)
     image.decode()
-    assert image.remarks == ({"pages": PAGES} if said else {})
+    assert image.warnings == ({"pages": PAGES} if said else {})
 
 
 @pytest.mark.parametrize("order", ["<", ">"])

@@ -32,8 +32,9 @@ from itpn.config import (
     image_size,
 )
 from itpn.data.augment import PretrainingTransform
+from itpn.data.collate import collect, stack
 from itpn.data.files import find_training_images
-from itpn.data.loader import TrainingLoader, collect, stack
+from itpn.data.loader import TrainingLoader
 from itpn.masked.build import build_masked_model
 from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.detection.module import DetectionTask

@@ -15,7 +15,8 @@ from itpn.config import Config, image_size, to_dict
 from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, write_shard
 from itpn.data.files import CACHE_INDEX, ImageSource
 from itpn.data.folders import check_settings
-from itpn.data.loader import SkippedImages, TrainingLoader
+from itpn.data.loader import TrainingLoader
+from itpn.data.skipped import SkippedImages
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.console import Output, print_aside, tell_remarks
 from itpn.tasks.pretraining.run import make_frozen_teacher, make_loader, tell_what_is_left_out
@@ -127,10 +128,10 @@ def _write_shard(
     dtype = torch.float16 if index.settings["half"] else torch.float32
     images, features, keys = [], [], []
     for views in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):
-        for message in skipped.update(item for sample in views for item in sample["broken"]):
+        for message in skipped.update(item for sample in views for item in sample["corrupt"]):
             print_aside(f"skipped {message}", Output())
         for sample in views:
-            tell_remarks(sample["remarks"], Output())
+            tell_remarks(sample["warnings"], Output())
         view = "teacher_image" if "teacher_image" in views[0] else "image"
         shown = torch.cat([sample[view] for sample in views])
         features.append(_run(teacher, shown, precision).to(dtype).cpu())

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from itpn.data.orientation import ORIENTATION, SWAPPED, read_orientation, turn_image, turn_tensor
-from itpn.data.values import remark_on_high_bytes, scale_values
+from itpn.data.values import check_high_bytes, scale_values
 from itpn.errors import LOST
 
 # The first that fits wins. A closed list, because among Pillow's other formats some run programs (EPS).
@@ -126,7 +126,7 @@ class EncodedImage:
         data: the file's content.
         height, width: in pixels, the way a person sees it: its orientation applied.
         format: Pillow's name of it.
-        remarks: after decoding, what is to be said of it by kind, of its "values" or "pages".
+        warnings: after decoding, kind ("values", "pages") -> message.
 
     Raises:
         UnreadableImage: see :func:`open_image`.
@@ -139,7 +139,7 @@ class EncodedImage:
         self._opened = open_image(io.BytesIO(data), max_pixels)
         self._image, self._orientation, self.height, self.width = self._opened
         self.format = self._image.format
-        self.remarks: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
         self._is_jpeg = self.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
         if "progressive" in self._image.info and count_scans(data) > MAX_SCANS:
             raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans, each of which takes the time of an image")
@@ -156,11 +156,11 @@ class EncodedImage:
                 encoded = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)  # a copy: bytes are read-only
                 pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=False)
                 return turn_tensor(pixels, self._orientation)
-            image, remark = _to_rgb(self._opened, self.data)
-            if remark is not None:
-                self.remarks["values"] = remark
+            image, warning = _to_rgb(self._opened, self.data)
+            if warning is not None:
+                self.warnings["values"] = warning
             if self.format == "TIFF" and has_pages(self.data):
-                self.remarks["pages"] = PAGES
+                self.warnings["pages"] = PAGES
             return _to_tensor(image)
 
     def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
@@ -322,14 +322,14 @@ def find_lossy(image: Image.Image, data: bytes) -> str:
 
 
 def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
-    """RGB the way a person sees it, and what is to be said of its values."""
-    image, stored, remark = load_image(opened), opened.image, None
+    """RGB the way a person sees it, and a warning about its values or None."""
+    image, stored, warning = load_image(opened), opened.image, None
     tags: Any = getattr(stored, "tag_v2", {})
     transparent = _read_transparent(stored, data)
     if image.mode[0] in "IF":
-        image, remark = scale_values(image, tags, transparent)
+        image, warning = scale_values(image, tags, transparent)
     elif (stored.format == "PNG" and data[24] == 16) or max(tags.get(258) or (8,)) == 16:
-        remark = remark_on_high_bytes(image, tags)
+        warning = check_high_bytes(image, tags)
     if image.mode == "CMYK" and stored.format == "JPEG" and "adobe" not in stored.info:
         image = ImageChops.invert(image)  # Pillow takes every one for Adobe's, who store it inverted
     elif image.has_transparency_data and not (tags and 338 not in tags):  # a fourth band need not be alpha
@@ -338,7 +338,7 @@ def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
             image.info["transparency"] = transparent
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB"), remark
+    return image.convert("RGB"), warning
 
 
 def _read_transparent(stored: Image.Image, data: bytes) -> Any:

@@ -32,7 +32,7 @@ JPEG_SUFFIXES = IMAGE_SUFFIXES[:6]
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in a folder written by `itpn cache-features`
-SHRINK_INDEX = "itpn-shrink.json"  # in one written by `itpn shrink`
+COPIES_INDEX = "itpn-shrink.json"  # in one written by `itpn shrink`
 CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
 CLASS_FILES = (CLASSES, "classes.csv", "class_dict.csv", "objectInfo150.txt")  # of masks; ADE20K has the last
 ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
@@ -324,7 +324,7 @@ def check_root(root: str) -> None:
         return
     for folder in (root, os.path.dirname(os.path.abspath(root))):
         try:
-            index = json.loads(read_text(Path(folder, SHRINK_INDEX)))
+            index = json.loads(read_text(Path(folder, COPIES_INDEX)))
         except (UserError, ValueError, RecursionError):
             continue
         if not isinstance(index, dict) or not index.get("complete"):
@@ -426,7 +426,7 @@ def _walk(root: str, unread: Counter[str] | None = None, parts: _Parts | None = 
                 continue
             if is_image(entry.name) or is_shard(entry.name):
                 yield splits.get(entry.path, split), entry.path
-            elif unread is not None and entry.name not in (CACHE_INDEX, SHRINK_INDEX, *CLASS_FILES):
+            elif unread is not None and entry.name not in (CACHE_INDEX, COPIES_INDEX, *CLASS_FILES):
                 unread[suffix_of(entry.name)] += 1
 
 

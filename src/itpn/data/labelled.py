@@ -13,8 +13,8 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import (
     CLASSES,
+    COPIES_INDEX,
     IMAGE_SUFFIXES,
-    SHRINK_INDEX,
     check_root,
     describe_file,
     describe_unread,
@@ -321,7 +321,7 @@ def read_class_names(folders: Sequence[str], labels: Iterable[str]) -> list[str]
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
                 # `itpn shrink` writes the names of folders as they are, with blanks and numbers
-                by_hand = not (place / SHRINK_INDEX).is_file()
+                by_hand = not (place / COPIES_INDEX).is_file()
                 names = [as_class(name) for name in read_lines(place / CLASSES, strip=by_hand)]
                 refuse_empty_line(names, place / CLASSES)
                 if by_hand and are_numbers(labels):

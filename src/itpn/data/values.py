@@ -46,7 +46,7 @@ def scale_values(
     return Image.fromarray(np.where(valid, pixels, np.uint8(0 if transparent is None else 255))), remark
 
 
-def remark_on_high_bytes(image: Image.Image, tags: Mapping[int, Any]) -> str | None:
+def check_high_bytes(image: Image.Image, tags: Mapping[int, Any]) -> str | None:
     """What to say of colours of 16 bits, of which Pillow gives the upper 8; alpha does not count."""
     colours = [band not in ("A", "a") for band in image.getbands()]
     counts = np.array(image.histogram()).reshape(-1, 256)[colours].sum(axis=0)

@@ -97,9 +97,9 @@ def collect_answers(
     """
     parts: list[list[Answers]] = [[] for _ in classifiers]
     for batch in batches:
-        skipped += batch["broken"]
-        tell_remarks(batch["remarks"])
-        if batch["image"] is not None:
+        skipped += batch["corrupt"]
+        tell_remarks(batch["warnings"])
+        if len(batch["index"]):  # or else none of its images can be read
             images = batch["image"].to(device, non_blocking=True)
             for classify, own in zip(classifiers, parts, strict=True):
                 own.append(judge(batch["index"], batch["label"], classify(images).cpu()))
@@ -191,9 +191,9 @@ def collect_features(
     """
     columns: list[tuple[Tensor, ...]] = []
     for batch in batches:
-        skipped += batch["broken"]
-        tell_remarks(batch["remarks"])
-        if batch["image"] is not None:
+        skipped += batch["corrupt"]
+        tell_remarks(batch["warnings"])
+        if len(batch["index"]):  # or else none of its images can be read
             images = normalize(batch["image"].to(device, non_blocking=True))
             features = backbone.forward_stages(images)[-1].mean(dim=(1, 2, 3)).float().cpu()
             columns.append((batch["index"], batch["label"], features))

@@ -70,9 +70,9 @@ def collect_detections(
     results: Results = []
     seen: list[int] = []
     for batch in batches:
-        skipped += batch["broken"]
-        tell_remarks(batch["remarks"])
-        if batch["image"] is None:
+        skipped += batch["corrupt"]
+        tell_remarks(batch["warnings"])
+        if not len(batch["index"]):  # none of its images can be read
             continue
         found = detect([image.to(device, non_blocking=True) for image in batch["image"]])
         for index, one in zip(batch["index"].tolist(), found, strict=True):

@@ -67,9 +67,11 @@ def collect_confusion(
     """
     scores = PixelScores(torch.zeros(classes, classes, dtype=torch.int64), 0)
     for batch in batches:
-        skipped += batch["broken"]
-        tell_remarks(batch["remarks"])
-        for image, target in zip(batch["image"] or (), batch.get("target", ()), strict=True):
+        skipped += batch["corrupt"]
+        tell_remarks(batch["warnings"])
+        if not len(batch["index"]):  # none of its images can be read
+            continue
+        for image, target in zip(batch["image"], batch["target"], strict=True):
             scores.confusion += compare(segment(image.to(device, non_blocking=True)), target, classes)
             scores.images += 1
     return scores

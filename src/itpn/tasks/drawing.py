@@ -157,7 +157,7 @@ def read_whole_images(
         except UnreadableImage as error:
             skipped(f"{name}: {error}")
             continue
-        tell_remarks({kind: (name, remark) for kind, remark in image.remarks.items()})
+        tell_remarks({kind: (name, warning) for kind, warning in image.warnings.items()})
         yield name, crop(pixels)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from itpn.checkpoints.run_state import save_to
-from itpn.data.loader import SkippedImages, TrainingLoader
+from itpn.data.loader import TrainingLoader
+from itpn.data.skipped import SkippedImages
 from itpn.errors import NonFiniteLoss
 from itpn.metrics.classification import gather_skipped
 from itpn.models.modes import eval_mode
@@ -219,8 +220,8 @@ class Monitor(L.Callback):
         else:
             self.images += len(batch["image"]) * trainer.world_size
         self.images_seen += len(batch["image"]) * trainer.world_size
-        self._broken += batch["broken"]
-        self._remarks = {**batch["remarks"], **self._remarks}
+        self._broken += batch["corrupt"]
+        self._remarks = {**batch["warnings"], **self._remarks}
         if trainer.world_size == 1:
             self._count_skipped(trainer)
         for name, figure in outputs["figures"].items():

@@ -20,9 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from itpn.checkpoints.files import hold_the_same
 from itpn.config import Config, RunConfig
+from itpn.data.batches import Transform
 from itpn.data.files import ImageSource
-from itpn.data.loader import SkippedImages, TrainingLoader, Transform
+from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
+from itpn.data.skipped import SkippedImages
 from itpn.errors import RunStopped, UserError
 from itpn.system.console import Output
 from itpn.system.text import one_line, readable

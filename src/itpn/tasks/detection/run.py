@@ -12,8 +12,9 @@ from torch import Tensor
 from itpn.checkpoints.finetuning import make_detector
 from itpn.config import DetectionConfig
 from itpn.data.annotations import find_objects
+from itpn.data.collate import collect
 from itpn.data.evaluation import make_evaluation_loader, read_some
-from itpn.data.loader import TrainingLoader, collect
+from itpn.data.loader import TrainingLoader
 from itpn.data.objects import DetectionImages, DetectionTransform, check_size
 from itpn.errors import UserError
 from itpn.metrics.classification import nothing_readable

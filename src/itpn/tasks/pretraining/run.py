@@ -13,11 +13,12 @@ from itpn.checkpoints.loading import build_from, load_weights
 from itpn.config import Config, image_size
 from itpn.data.augment import EvaluationTransform, PretrainingTransform
 from itpn.data.cache import FeatureCache, read_index
+from itpn.data.collate import stack
 from itpn.data.evaluation import make_evaluation_loader, view_labelled
 from itpn.data.files import ImageSource, find_training_images
-from itpn.data.gpu_decoding import DeferredTransform, check_nvjpeg, collate_deferred
+from itpn.data.gpu_decoding import GpuTransform, check_nvjpeg, collate_encoded
 from itpn.data.labelled import LabelledImages, draw_share, find_labelled
-from itpn.data.loader import TrainingLoader, stack
+from itpn.data.loader import TrainingLoader
 from itpn.data.shards import check_shards
 from itpn.errors import UserError
 from itpn.metrics.classification import collect_features
@@ -214,14 +215,15 @@ def make_loader(
         color_jitter=data.color_jitter,
         teacher_size=teacher_size,
     )
-    on_gpu = data.decode == "gpu"
+    on_gpu = GpuTransform(transform) if data.decode == "gpu" else None
     return make_training_loader(
         config,
         source,
-        DeferredTransform(transform) if on_gpu else transform,
+        on_gpu or transform,
         rank,
         world_size,
-        collate=collate_deferred if on_gpu else stack,
+        collate=collate_encoded if on_gpu else stack,
+        finish_batch=on_gpu and on_gpu.finish_batch,
         shuffle_buffer=data.shuffle_buffer,
         samples_per_epoch=data.samples_per_epoch,
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from itpn.checkpoints.finetuning import make_segmenter
 from itpn.config import SegmentationConfig
+from itpn.data.collate import collect
 from itpn.data.evaluation import make_evaluation_loader, read_some
 from itpn.data.labelmaps import (
     LabelMaps,
@@ -18,7 +19,7 @@ from itpn.data.labelmaps import (
     find_label_maps,
     view_labels,
 )
-from itpn.data.loader import TrainingLoader, collect
+from itpn.data.loader import TrainingLoader
 from itpn.data.masks import LabelTable
 from itpn.errors import UserError
 from itpn.metrics.classification import nothing_readable
