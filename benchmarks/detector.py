@@ -13,7 +13,7 @@ from torchvision.ops import masks_to_boxes
 
 from itpn.checkpoints.finetuning import build_recipe
 from itpn.config import DetectionConfig
-from itpn.data.shapes import draw_scene
+from itpn.data.scenes import draw_scene
 from itpn.models.detector import Detector
 from itpn.tasks.recipes import read_recipe
 from itpn.training.launch import device_name, peak_memory_gb

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from itpn.cli import main
-from itpn.data.labelmaps import MaskRules, find_label_maps
-from itpn.data.masks import IGNORED, explain_greys
+from itpn.data.grey_masks import explain_greys
+from itpn.data.labelmaps import find_label_maps
+from itpn.data.mask_checks import MaskRules
+from itpn.data.masks import IGNORED
 from itpn.errors import UserError
 
 SIZE = (96, 64)  # width, height

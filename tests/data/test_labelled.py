@@ -15,9 +15,10 @@ from PIL import Image
 from timm.data import create_transform
 
 from itpn.data.augment import EvaluationTransform
+from itpn.data.class_names import drop_numbers
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.evaluation import make_evaluation_loader, view_labelled
-from itpn.data.labelled import draw_share, drop_numbers, find_labelled
+from itpn.data.labelled import draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 
@@ -107,7 +108,7 @@ def test_labels_of_a_share_and_held_out_images(tmp_path):
     assert [again[i][0] for i in range(12)] == [val[i][0] for i in range(12)]
     other = find_labelled([str(tmp_path)], val_share=0.2, seed=4)[1]
     assert [other[i][0] for i in range(12)] != [val[i][0] for i in range(12)]
-    few = train.take(draw_share(train, 0.01, 0))
+    few = train.take(draw_fraction(train, 0.01, 0))
     assert np.bincount(few.labels).tolist() == [1, 1, 1]
     assert all(Path(few[i][0]).parents[1].name == CLASSES[few[i][2]] for i in range(3))
     assert find_labelled([str(tmp_path)])[1] is None

@@ -15,13 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
+from itpn.data.class_names import read_names
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.files import list_images
-from itpn.data.labelmaps import MaskRules, SegmentationTransform, find_label_maps, match_masks
-from itpn.data.layouts import Mistakes
+from itpn.data.invalid import InvalidAnnotations
+from itpn.data.labelmaps import find_label_maps
 from itpn.data.loader import TrainingLoader
-from itpn.data.masks import IGNORED, make_table, name_labels, read_names
-from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
+from itpn.data.mask_checks import MaskRules, match_masks
+from itpn.data.masks import IGNORED, make_table, name_labels
+from itpn.data.scenes import CLASSES, GROUNDS
+from itpn.data.segmentation_transform import SegmentationTransform
+from itpn.data.shapes import write_shapes
+from itpn.data.walk import list_images
 from itpn.errors import MachineError, UserError
 
 NAMES = (*GROUNDS, *CLASSES)
@@ -560,7 +564,9 @@ def test_photographs_are_no_masks_of_others_in_their_folder(tmp_path, suffix):
         path.rename(tmp_path / (path.name if path.suffix == ".png" else f"{path.stem}{suffix}"))
     for name in ("b", "b_mask"):
         Image.new("RGB", (6, 4)).save(tmp_path / f"{name}{suffix}", "JPEG")
-    found = match_masks(list_images(str(tmp_path), Counter()), str(tmp_path), str(tmp_path), mistakes := Mistakes())
+    found = match_masks(
+        list_images(str(tmp_path), Counter()), str(tmp_path), str(tmp_path), mistakes := InvalidAnnotations()
+    )
     assert found == {str(tmp_path / f"a{suffix}"): str(tmp_path / "a.png")}
     assert dict(mistakes.counts) == {"images without a mask": 2}
 
@@ -734,7 +740,7 @@ def test_a_mask_that_is_lost_while_training(root):
         train.table.read(str(lost))
 
 
-@pytest.mark.parametrize("place", ["itpn.data.labelmaps.read_size", "itpn.data.readers.read_bounded"])
+@pytest.mark.parametrize("place", ["itpn.data.mask_checks.read_size", "itpn.data.readers.read_bounded"])
 def test_masks_and_images_on_a_lost_disk_are_not_damaged(root, monkeypatch, place):
     def refuse(path, *_):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))

@@ -19,8 +19,9 @@ from itpn.data.annotations import find_objects, read_objects
 from itpn.data.collate import collect
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.loader import TrainingLoader
-from itpn.data.objects import DetectionTransform, draw_outlines, encode_outline, make_target
-from itpn.data.shapes import CLASSES, write_shapes
+from itpn.data.objects import DetectionTransform, draw_masks, encode_mask, make_target
+from itpn.data.scenes import CLASSES
+from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
 
 
@@ -63,7 +64,7 @@ def test_coco(shapes):
     wanted = [a for a in truth["annotations"] if a["image_id"] == known["id"]]
     assert [o["bbox"] for o in known["objects"]] == [a["bbox"] for a in wanted]
     assert [train.classes[o["label"]] for o in known["objects"]] == [CLASSES[a["category_id"] - 1] for a in wanted]
-    assert train.has_outlines
+    assert train.has_masks
     assert train.groups.tolist() == [1] * 12
 
 
@@ -141,7 +142,7 @@ def test_yolo(shapes, tmp_path, polygons):
         for box, wanted in zip(boxes_of(one), boxes_of(other), strict=True):
             assert [row[0] for row in box] == [row[0] for row in wanted]
             np.testing.assert_allclose([r[1:] for r in box], [r[1:] for r in wanted], atol=0.02)
-        assert one.has_outlines is polygons
+        assert one.has_masks is polygons
     if polygons:
         _, _, known = ours[0][0]
         target = make_target(known, masks=True)
@@ -439,10 +440,10 @@ def test_objects_without_an_outline(root):
     edit(root, lambda c: [one.pop("segmentation") for one in c["annotations"][1:]])
     train = read_objects(str(root), "train", tell=pytest.fail)
     count = sum(len(train.objects_of(i)) for i in range(len(train)))
-    assert train.outlined == (1, count - 1)
-    assert train.has_outlines
-    rest = train.with_outlines()
-    assert rest.outlined == (1, 0)
+    assert train.mask_counts == (1, count - 1)
+    assert train.has_masks
+    rest = train.with_masks()
+    assert rest.mask_counts == (1, 0)
     assert len(rest) == 12
     assert len(rest.with_objects()) == 1
 
@@ -473,7 +474,7 @@ def test_outlines_in_all_forms_are_pycocotools(shapes):
         plain = {"size": [64, 80], "counts": run_lengths(wanted)}
         compressed["counts"] = compressed["counts"].decode()
         for outline in (one["segmentation"], plain, compressed):
-            assert np.array_equal(draw_outlines([{"segmentation": outline}], 64, 80)[0].numpy(), wanted)
+            assert np.array_equal(draw_masks([{"segmentation": outline}], 64, 80)[0].numpy(), wanted)
         forms.add(type(one["segmentation"]))
     assert forms == {list, dict}
 
@@ -488,7 +489,7 @@ def run_lengths(mask) -> list[int]:
 def test_outlines_of_another_image():
     for outline in ({"size": [3, 4], "counts": [12]}, {"size": [4, 4], "counts": [3, 4]}, [[1, 2, 3, 4]], []):
         with pytest.raises(ValueError, match=r"run lengths|polygons of three"):
-            encode_outline(outline, 4, 4)
+            encode_mask(outline, 4, 4)
 
 
 def test_crowds_are_no_targets(shapes):

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.files import COPIES_INDEX, find_images
+from itpn.data.file_types import COPIES_INDEX
+from itpn.data.files import find_images
 from itpn.data.resized_copies import CopiesIndex, ResizedCopies, list_originals, read_index, resize_file, write_tar
 from itpn.data.shards import read_shard
 from itpn.system.writing import open_whole

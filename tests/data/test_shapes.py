@@ -10,7 +10,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.datasets import ImageFolder
 
-from itpn.data.shapes import CLASSES, GROUNDS, _polygons, _run_lengths, draw_scene, write_shapes
+from itpn.data.scenes import CLASSES, GROUNDS, draw_scene
+from itpn.data.shapes import _polygons, _run_lengths, write_shapes
 from itpn.errors import UserError
 
 SIZE = (64, 96)

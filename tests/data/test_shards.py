@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from itpn.data.augment import EvaluationTransform
 from itpn.data.decode import UnreadableImage
-from itpn.data.evaluation import EvaluationTransform
 from itpn.data.files import find_images
 from itpn.data.labelled import read_split
 from itpn.data.loader import TrainingLoader

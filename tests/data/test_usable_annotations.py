@@ -15,8 +15,9 @@ from PIL import Image
 import itpn.system.text
 from itpn.cli import main
 from itpn.data.annotations import find_objects, read_objects
-from itpn.data.layouts import PIXELS, UNREAD
+from itpn.data.layouts import UNREADABLE
 from itpn.data.objects import DetectionTransform, make_target
+from itpn.data.yolo import PIXELS
 from itpn.errors import UserError
 from itpn.metrics.detection import score_detections
 
@@ -278,7 +279,7 @@ def test_good_polygons_are_used_without_those_beside_them(tmp_path, beside, reas
 def test_empty_polygons_are_none(tmp_path, empty):
     images, said = read(write_coco(tmp_path, [{"segmentation": empty}]))
     assert said == []
-    assert images.outlined == (0, 1)
+    assert images.mask_counts == (0, 1)
     assert objects_of(images)[0] == [{"iscrowd": 0, "bbox": BOX, "area": 300, "label": 0}]
 
 
@@ -541,7 +542,7 @@ def test_keypoints_are_no_polygons(tmp_path, visibility, shape):
     )
     images, said = read(root)
     assert boxes_of(images) == [[("dog", 30, 15, 20, 30), ("cat", 20, 15, 40, 30)], [("cat", 30, 15, 20, 30)]]
-    assert images.outlined == (0, 3)
+    assert images.mask_counts == (0, 3)
     assert said == [f"{root}/data.yaml: keypoints are left out, boxes are used"]
 
 
@@ -550,13 +551,13 @@ def test_keypoints_that_are_not_declared(tmp_path):
     root = write_yolo(tmp_path / "a", "1 0.5 0.5 0.25 0.5 " + " ".join(["0.5 0.5 2"] * 17))
     images, said = read(root)
     assert boxes_of(images) == [[("dog", 30, 15, 20, 30)]]
-    assert images.outlined == (0, 1)
+    assert images.mask_counts == (0, 1)
     assert len(said) == 1
     # an odd number of columns may be a polygon's, unless a visibility of 2 is among them
     root = write_yolo(tmp_path / "d", "1 0.5 0.5 0.25 0.5 0.4 0.4 2.0 0.6 0.6 1.0")
     images, said = read(root)
     assert boxes_of(images) == [[("dog", 30, 15, 20, 30)]]
-    assert images.outlined == (0, 1)
+    assert images.mask_counts == (0, 1)
     assert said == [f"{root}/data.yaml: keypoints are left out, boxes are used"]
     for shape in ("17", "[17]", "[17, 4]", "[x, 2]", "[0, 3]"):
         assert "is not [number of keypoints, 2 or 3]" in refusal(
@@ -704,7 +705,7 @@ def test_a_polygon_of_pascal_voc_that_cannot_be_read_leaves_its_box(tmp_path):
     )
     images, said = read(root)
     assert boxes_of(images) == [[("cat", *BOX), ("dog", *BOX)], [("cat", *BOX)], [("cat", *BOX)]]
-    assert images.outlined == (1, 3)
+    assert images.mask_counts == (1, 3)
     place = root / "Annotations"
     assert said == [
         "polygons or masks that cannot be used (the box is, if there is one): 2 ("
@@ -724,11 +725,11 @@ def test_labels_that_are_no_file_are_no_image_without_objects(tmp_path, kind, on
     else:
         {"folder": os.mkdir, "pipe": os.mkfifo}[kind](labels)
     if only:
-        assert f"{UNREAD}: 1 ({labels}" in refusal(root)
+        assert f"{UNREADABLE}: 1 ({labels}" in refusal(root)
     else:
         images, said = read(root)
         assert len(images) == 1
-        assert [line.partition(":")[0] for line in said] == [UNREAD]
+        assert [line.partition(":")[0] for line in said] == [UNREADABLE]
         assert str(labels) in said[0]
 
 
@@ -799,7 +800,7 @@ def test_a_set_of_which_nothing_can_be_used_is_one_line_that_names_every_reason(
     text = refusal(root)
     assert "has no objects that can be used: " in text
     assert PIXELS in text
-    assert UNREAD in text
+    assert UNREADABLE in text
 
 
 # --- images to evaluate on
@@ -831,7 +832,7 @@ def refuse(number: int):
     [
         ("yolo", "itpn.system.text.read_bounded"),
         ("yolo", "itpn.data.layouts.read_size"),
-        ("voc", "itpn.data.layouts.read_bounded"),
+        ("voc", "itpn.data.voc.read_bounded"),
         ("voc", "itpn.data.layouts.read_size"),
     ],
 )

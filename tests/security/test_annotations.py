@@ -12,8 +12,8 @@ from security.attack import limited, refused
 from itpn.cli import main
 from itpn.config.files import load_yaml
 from itpn.data.annotations import read_objects
+from itpn.data.class_names import read_names
 from itpn.data.files import find_images
-from itpn.data.labelmaps import read_names
 from itpn.system import processes as peers
 
 BOX = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 0, 20, 1], "iscrowd": 0}

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from security.attack import limited, refused
 
 from itpn.data.cache import FeatureCache
-from itpn.data.files import CACHE_INDEX, COPIES_INDEX, find_images
+from itpn.data.file_types import CACHE_INDEX, COPIES_INDEX
+from itpn.data.files import find_images
 from itpn.data.labelled import find_labelled
 from itpn.data.readers import unpack
 from itpn.data.shards import count_shard_images, read_shard

@@ -36,7 +36,8 @@ from itpn.config import (
     write_yaml,
 )
 from itpn.data.annotations import read_objects
-from itpn.data.shapes import CLASSES, write_shapes
+from itpn.data.scenes import CLASSES
+from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
 from itpn.metrics.detection import FIGURES, score_detections, write_detection_scores
 from itpn.models.detector import Detector

@@ -37,7 +37,8 @@ from itpn.config import (
 )
 from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
-from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
+from itpn.data.scenes import CLASSES, GROUNDS
+from itpn.data.shapes import write_shapes
 from itpn.metrics.segmentation import PixelScores, compare
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.recipes import read_recipe

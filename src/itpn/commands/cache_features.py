@@ -13,7 +13,8 @@ from torch import Tensor
 
 from itpn.config import Config, image_size, to_dict
 from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, write_shard
-from itpn.data.files import CACHE_INDEX, ImageSource
+from itpn.data.file_types import CACHE_INDEX
+from itpn.data.files import ImageSource
 from itpn.data.folders import check_settings
 from itpn.data.loader import TrainingLoader
 from itpn.data.skipped import SkippedImages

@@ -16,7 +16,8 @@ from itpn.commands.parallel_runs import Plan, train_side_by_side
 from itpn.config import ClassificationConfig, Config, DetectionConfig, FineTuningRun, SegmentationConfig
 from itpn.data.decode import decode_image
 from itpn.data.normalize import Normalize
-from itpn.data.shapes import CLASSES, GROUNDS, ShapesFolders, write_shapes
+from itpn.data.scenes import CLASSES, GROUNDS
+from itpn.data.shapes import ShapesFolders, write_shapes
 from itpn.errors import RunStopped
 from itpn.system.console import Output
 from itpn.tasks.classification.module import classify

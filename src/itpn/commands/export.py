@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from itpn.checkpoints.architecture import Task, read_architecture
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.loading import load_found
-from itpn.data.shapes import draw_scene
+from itpn.data.scenes import draw_scene
 from itpn.errors import ExportFailed, UserError, refusal
 from itpn.models.detector import Detector
 from itpn.models.hivit import HiViT, find_backbone

@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
 
+from itpn.data.class_names import read_class_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage
-from itpn.data.files import CACHE_INDEX, CLASSES, COPIES_INDEX, ImageSource, describe_unread, walk
+from itpn.data.file_types import CACHE_INDEX, CLASSES, COPIES_INDEX, describe_unread
+from itpn.data.files import ImageSource
 from itpn.data.folders import check_settings
-from itpn.data.labelled import read_class_names
 from itpn.data.members import list_endings
 from itpn.data.resized_copies import (
     CopiesIndex,
@@ -30,6 +31,7 @@ from itpn.data.resized_copies import (
     write_tar,
 )
 from itpn.data.skipped import SkippedImages
+from itpn.data.walk import walk
 from itpn.data.workers import WorkerLoader
 from itpn.errors import MachineError, RunStopped, UserError, refusal
 from itpn.system.console import Output, print_aside, tell_remarks

@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from itpn.data.files import CACHE_INDEX
+from itpn.data.file_types import CACHE_INDEX
 from itpn.errors import UserError
 from itpn.system.text import read_text
 from itpn.system.writing import write_whole

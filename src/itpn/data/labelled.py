@@ -1,48 +1,27 @@
 """Images with classes: folders of classes, tar shards with .cls, parquet files; which are for training, which not."""
 
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 
+from itpn.data.class_names import are_numbers, join_names, read_class_names
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import (
-    CLASSES,
-    COPIES_INDEX,
-    IMAGE_SUFFIXES,
-    check_root,
-    describe_file,
-    describe_unread,
-    find_division,
-    is_image,
-    is_shard,
-    is_table,
-    list_files,
-    list_folders,
-    list_images,
-)
+from itpn.data.file_types import CLASSES, IMAGE_SUFFIXES, describe_file, describe_unread, is_image, is_shard, is_table
+from itpn.data.files import check_root
 from itpn.data.members import list_endings, split_name
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
 from itpn.data.shards import index_shard
-from itpn.data.splits import Division, join
+from itpn.data.splits import Division
+from itpn.data.walk import find_division, list_files, list_folders, list_images
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
-from itpn.system.text import as_class, one_line, read_lines
+from itpn.system.text import as_class
 
 MAX_CLASSES = 10**6  # that numbers in shards may stand for
-# of files of classes: 0 cat; 0: cat; 0,cat; 0 - cat; and cat 0; cat,0
-NUMBER_BEFORE = re.compile(r"(?P<number>[0-9]{1,6})(?:\s*[.,:;)=-]+\s*|\s+)(?P<name>\S.*)")
-NUMBER_BEHIND = re.compile(r"(?P<name>.*[^\s,;:=])(?:\s*[,;:=]\s*|\s+)(?P<number>[0-9]{1,6})")
-NAME_WORDS = {"name", "names", "class", "classes", "label", "labels", "category", "categories"}
-HEADER_WORDS = {
-    *NAME_WORDS,
-    *("id", "ids", "index", "idx", "r", "g", "b", "red", "green", "blue", "color", "colour"),
-}
 
 
 @dataclass(frozen=True)
@@ -136,7 +115,7 @@ def find_labelled(
     if val is None:
         if not val_share:
             return train, None
-        held_out = draw_share(train, val_share, seed)
+        held_out = draw_fraction(train, val_share, seed)
         held_out = held_out[counts[train.labels[held_out]] > 1]  # a class must not lose its only image
         if not len(held_out):
             raise UserError(f"{where} holds an image of each class: none can be held out; give --data.val-share 0")
@@ -303,89 +282,6 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
     return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), tuple(notes))
 
 
-def are_numbers(labels: Iterable[str]) -> bool:
-    """Whether labels are numbers of classes, and not their names."""
-    return all(label.removeprefix("-").isdecimal() for label in labels)
-
-
-def read_class_names(folders: Sequence[str], labels: Iterable[str]) -> list[str] | None:
-    """From a file beside the shards, or beside the folder that they are in; None where there is none.
-
-    Args:
-        labels: of the images. Where they are numbers, lines that begin with them are read without.
-
-    Raises:
-        UserError: an empty line, or a name that is there twice.
-    """
-    for folder in folders:
-        for place in (Path(folder), Path(folder).parent):
-            if (place / CLASSES).is_file():
-                # `itpn shrink` writes the names of folders as they are, with blanks and numbers
-                by_hand = not (place / COPIES_INDEX).is_file()
-                names = [as_class(name) for name in read_lines(place / CLASSES, strip=by_hand)]
-                refuse_empty_line(names, place / CLASSES)
-                if by_hand and are_numbers(labels):
-                    names = drop_numbers(names, 0, place / CLASSES)
-                if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-                    raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
-                return names
-    return None
-
-
-def drop_numbers(lines: Sequence[str], first: int, file: str | Path, hint: str = "") -> list[str]:
-    """Lines of a file of classes without a header and without the labels that they begin or end with.
-
-    Args:
-        first: the label of the first class.
-        hint: what else to do where they count from another number.
-
-    Raises:
-        UserError: a line is a comment, or the lines are numbered, but not by their labels.
-    """
-    comments = [line for line in lines if line.startswith("#")]
-    if 0 < len(comments) < len(lines):
-        raise UserError(
-            f"file of classes {file} has a comment ({one_line(comments[0][:40])}), which is no class: remove it"
-        )
-    words = set(re.split(r"[\s,;:_-]+", lines[0].lower())) if lines else set()
-    if max(len(lines), len(words)) > 1 and words <= HEADER_WORDS and words & NAME_WORDS:
-        lines = lines[1:]
-    for pattern in (NUMBER_BEFORE, NUMBER_BEHIND):
-        found = [pattern.fullmatch(line) for line in lines]
-        matches = [match for match in found if match is not None]
-        if len(matches) < max(2, len(found)) or any(_is_coloured(match["name"], pattern) for match in matches):
-            continue
-        numbers, names = [int(match["number"]) for match in matches], [match["name"] for match in matches]
-        if len(set(names)) < len(names) or sorted(numbers) not in ([*range(len(names))], [*range(1, len(names) + 1)]):
-            continue
-        if numbers != [*range(first, first + len(names))]:
-            sort = "" if numbers == sorted(numbers) else ", or sort the lines by label"
-            raise UserError(
-                f"file of classes {file} numbers its first class {numbers[0]}, which is label {first}: leave the "
-                f"numbers out{sort or hint}"
-            )
-        return names
-    return [*lines]
-
-
-def _is_coloured(rest: str, pattern: re.Pattern[str]) -> bool:
-    """Whether the number beside it is of a colour: 1 2 3 road, or road 1 2 3. Without a name, it is one itself."""
-    words = re.split(r"[\s,]+", rest)
-    if all(word.isdecimal() for word in words):
-        return True
-    if pattern is NUMBER_BEHIND:
-        return words[-1].isdecimal()
-    return [word.isdecimal() for word in words[:3]] == [True, True, False]
-
-
-def refuse_empty_line(names: Sequence[str], file: str | Path) -> None:
-    """Raise :class:`UserError` where a line of a file of classes is empty: those after it would get other labels."""
-    if "" in names:
-        raise UserError(
-            f"{file} has nothing in line {names.index('') + 1}: each line names a class, the first that of label 0"
-        )
-
-
 def _read_tables(files: Sequence[str]) -> LabelledImages:
     """A data set of Hugging Face, as parquet files."""
     try:
@@ -422,7 +318,7 @@ def _read_tables(files: Sequence[str]) -> LabelledImages:
     return LabelledImages(TableReader(table, images[0]), np.array(numbers, dtype=np.int64), tuple(classes))
 
 
-def draw_share(images: LabelledImages, share: float, seed: int) -> np.ndarray:
+def draw_fraction(images: LabelledImages, share: float, seed: int) -> np.ndarray:
     """Indices of a share of each class, at least one image of each, ascending.
 
     An image is drawn by seed and name alone: where the images lie, and which others there are, changes little.
@@ -443,8 +339,3 @@ def _count(number: int, what: str) -> str:
 def _hint(names: Sequence[str]) -> str:
     """Of names that are numbers."""
     return f"; shards take names from a {CLASSES} beside them" if all(name.isdigit() for name in names) else ""
-
-
-def join_names(names: Sequence[str], most: int = 3) -> str:
-    """The first few, each set off from the sentence."""
-    return join([f"'{name}'" for name in names], most)

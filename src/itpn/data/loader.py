@@ -25,7 +25,8 @@ from itpn.data.batches import (
 from itpn.data.cache import FeatureCache
 from itpn.data.collate import Batch, View, stack
 from itpn.data.decode import MAX_PIXELS
-from itpn.data.files import ImageSource, describe_unread
+from itpn.data.file_types import describe_unread
+from itpn.data.files import ImageSource
 from itpn.data.readers import FileReader, Reader
 from itpn.data.shards import count_shard_images
 from itpn.data.skipped import nothing_readable

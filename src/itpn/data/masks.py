@@ -1,13 +1,9 @@
 """Masks of classes: what their numbers or colours mean, and how they are read."""
 
-import csv
 import functools
 import io
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,21 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from itpn.data.class_names import Colour, Names, join_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, find_lossy, load_image, open_image, reading
-from itpn.data.files import CLASS_FILES
-from itpn.data.labelled import drop_numbers, join_names, refuse_empty_line
 from itpn.data.readers import read_file
 from itpn.errors import UserError
-from itpn.system.text import read_lines
 
 IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
 MAX_CLASSES = 254
 VOID = 1 << 24  # a packed colour that no picture has, and the numbers after it: of labels of no class in a palette
-WHITE = 255  # in masks of 8 bits
-MAX_LEVELS = 10  # shades that are recognized as evenly spaced: more are too close to class indices
-
-Colour = tuple[int, int, int]
-Names = Sequence[tuple[str, Colour | None]]  # of labels in turn, and their colours
 
 
 @dataclass(frozen=True)
@@ -251,118 +240,6 @@ def ungrey(values: np.ndarray) -> np.ndarray:
 
 
 # --- shades of grey that are no class indices
-
-
-def explain_greys(counts: Mapping[int, int]) -> str | None:
-    """Whether the values of masks look like shades of grey instead of class indices.
-
-    Args:
-        counts: pixels of each value, over all masks.
-
-    Returns:
-        What they look like and what to do; None where they may be class indices, or are black and white alone. Gaps
-        between indices and 255 as an ignored label are no sign of shades.
-    """
-    values = sorted(counts)
-    if not values or values[-1] > WHITE or set(values) <= {0, WHITE}:
-        return None
-    if _are_levels(set(values)):
-        shown = ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
-        return (
-            f"values {shown} look like shades of grey, not class indices: give --data.classes FILE with a line "
-            "`NAME G G G` for each shade (or with a name for each index, if they are indices)"
-        )
-    if _are_blurred(counts):
-        return (
-            f"{len(values)} values from {values[0]} to {values[-1]}, most of a few pixels, look like anti-aliased "
-            "shades of grey, not class indices: save masks as PNG without interpolation (or give --data.classes FILE "
-            "with a name for each index, if they are indices)"
-        )
-    return None
-
-
-def _are_levels(values: set[int]) -> bool:
-    """Evenly spaced from black, at least half of the levels: 0, 127, 255; 0, 85, 170, 255; 0, 50, 100, 150."""
-    if values == {0, WHITE - 1}:
-        return True
-    inner = sorted(values - {0, WHITE})
-    for parts in range(2, MAX_LEVELS):
-        step = WHITE / parts
-        levels = {round(value / step) for value in values}
-        exact = all(abs(value - round(value / step) * step) < 1 for value in values)
-        enough = 2 * len(levels) > parts and (len(inner) > 1 or WHITE in values or (parts == 2 and 0 in values))
-        if exact and enough and round(inner[0] / step):
-            return True
-    step = math.gcd(*inner)
-    return len(inner) > 1 and step >= WHITE // MAX_LEVELS and 2 * len(inner) >= inner[-1] / step
-
-
-def _are_blurred(counts: Mapping[int, int]) -> bool:
-    """White, and values of few pixels each over the whole range, which have few pixels together."""
-    total = sum(counts.values())
-    rare = {value: n for value, n in counts.items() if 8 <= value < 248 and n < 0.1 * total}
-    spread = any(value < 128 for value in rare) and any(value >= 192 for value in rare)
-    return max(counts) >= 250 and spread and sum(rare.values()) < 0.4 * total
-
-
-def read_names(file: str | None, root: str, first: int = 0) -> Names | None:
-    """Names of classes, and their colours where the file says them.
-
-    Args:
-        first: the label of the first line.
-
-    Raises:
-        UserError: no such file, a line that is no class, or lines with numbers that are not their labels.
-    """
-    if file is None:
-        places = [place / name for place in (Path(root), Path(root).parent) for name in CLASS_FILES]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            return None
-        file = str(found)
-    if not Path(file).exists():
-        raise UserError(f"file of classes {file} does not exist")
-    written = read_lines(file)
-    lines = [line for line in written if line]
-    if not lines:
-        raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
-    if lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
-        return [(line.split("\t")[-1].split(",")[0].strip(), None) for line in lines[1:]]
-    names: list[tuple[str, Colour | None]] = []
-    switch = "no-reduce-zero-label" if first else "reduce-zero-label"
-    hint = f", or give --data.{switch} if they are labels"
-    for row in _split_lines(drop_numbers(lines, first, file, hint), file):
-        words = [word.strip() for word in row]
-        for name, colour in ((words[:-3], words[-3:]), (words[3:], words[:3])):
-            if (
-                name
-                and len(colour) == 3
-                and all(re.fullmatch("[0-9]{1,3}", word) and int(word) < 256 for word in colour)
-            ):
-                red, green, blue = (int(word) for word in colour)
-                names.append((" ".join(name), (red, green, blue)))
-                break
-        else:
-            names.append((" ".join(words), None))
-    given: dict[str, list[Any]] = {"name": [n for n, _ in names], "colour": [c for _, c in names if c is not None]}
-    for what, values in given.items():
-        twice = [value for value in dict.fromkeys(values) if values.count(value) > 1]
-        if twice:
-            raise UserError(f"{file} has two classes of the {what} {twice[0]}")
-    if len({colour is None for _, colour in names}) > 1:
-        raise UserError(f"{file} has colours for some of the classes: give all or none")
-    if "" in written and any(colour is None for _, colour in names):  # is it a label without a name, or of no meaning?
-        refuse_empty_line(written, file)
-    return names
-
-
-def _split_lines(lines: list[str], file: str) -> list[list[str]]:
-    if not any("," in line for line in lines):
-        return [line.split() for line in lines]
-    try:
-        return [next(csv.reader([line])) for line in lines]  # one by one: a quote that is not closed ends with its line
-    except csv.Error as error:
-        raise UserError(f"file of classes {file} cannot be read: {error}") from None
 
 
 def name_labels(

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from itpn.data.files import CLASS_FILES, IMAGE_SUFFIXES, LINK, SPECIAL, is_hidden, suffix_of
+from itpn.data.file_types import CLASS_FILES, IMAGE_SUFFIXES, LINK, SPECIAL, is_hidden, suffix_of
 from itpn.errors import UserError
 
 ALL = "all"

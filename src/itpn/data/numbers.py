@@ -28,3 +28,15 @@ def read_whole(value: Any) -> int | None:
         return int(value)  # exact, where a text has more digits than a float
     except ValueError:
         return int(number)
+
+
+def read_image_id(value: Any) -> int | str | None:
+    """An id of an image: 7 for 7, 7.0 and "7"; other texts as they are; None for what is no id."""
+    whole = read_whole(value)
+    if isinstance(value, str) and (whole is None or str(whole) != value.strip()):
+        return value  # of "007" and "7", each is an id
+    return whole if whole is not None and is_int64(whole) else None
+
+
+def is_int64(value: int) -> bool:
+    return abs(value) < 2**63

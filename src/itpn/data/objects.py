@@ -81,19 +81,19 @@ class DetectionImages:
         return self.take(np.flatnonzero(full))
 
     @cached_property
-    def outlined(self) -> tuple[int, int]:
+    def mask_counts(self) -> tuple[int, int]:
         """How many objects have an outline, and how many have none."""
         every = ["segmentation" in known for index in range(len(self)) for known in self.objects_of(index)]
         return sum(every), len(every) - sum(every)
 
     @property
-    def has_outlines(self) -> bool:
+    def has_masks(self) -> bool:
         """Whether there are outlines to learn masks from."""
-        return self.outlined[0] > 0
+        return self.mask_counts[0] > 0
 
-    def with_outlines(self) -> "DetectionImages":
+    def with_masks(self) -> "DetectionImages":
         """The same images with those objects alone that have an outline."""
-        if not self.outlined[1]:
+        if not self.mask_counts[1]:
             return self
         kept = [[one for one in self.objects_of(index) if "segmentation" in one] for index in range(len(self))]
         return replace(self, objects=PackedStrings([json.dumps(objects) for objects in kept]))
@@ -124,7 +124,7 @@ class DetectionImages:
         return replace(self, objects=PackedStrings(packed), classes=tuple(classes), class_ids=new_ids)
 
 
-def encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
+def encode_mask(outline: Any, height: int, width: int) -> dict[str, Any]:
     """COCO's polygons or run lengths, compressed or not, as compressed run lengths.
 
     Raises:
@@ -153,11 +153,11 @@ def _perimeter(polygon: list[float]) -> float:
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
-def draw_outlines(objects: Sequence[dict[str, Any]], height: int, width: int) -> Tensor:
+def draw_masks(objects: Sequence[dict[str, Any]], height: int, width: int) -> Tensor:
     """Masks of objects, uint8 [n, height, width]."""
     if not objects:
         return torch.zeros(0, height, width, dtype=torch.uint8)
-    encoded = [encode_outline(known["segmentation"], height, width) for known in objects]
+    encoded = [encode_mask(known["segmentation"], height, width) for known in objects]
     return torch.from_numpy(np.ascontiguousarray(rle.decode(encoded).transpose(2, 0, 1)))
 
 
@@ -175,7 +175,7 @@ def make_target(known: dict[str, Any], masks: bool) -> dict[str, Tensor]:
     boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     target = {"boxes": boxes, "labels": torch.tensor([1 + one["label"] for one in objects], dtype=torch.int64)}
-    return target | ({"masks": draw_outlines(objects, height, width)} if masks else {})
+    return target | ({"masks": draw_masks(objects, height, width)} if masks else {})
 
 
 # --- augmentation: boxes and masks go where the pixels go

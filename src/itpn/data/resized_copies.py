@@ -21,7 +21,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage
-from itpn.data.files import COPIES_INDEX, ImageSource, is_shard
+from itpn.data.file_types import COPIES_INDEX, is_shard
+from itpn.data.files import ImageSource
 from itpn.data.readers import MAX_FILE, check_lost, is_compressed, read_file, too_large
 from itpn.data.shards import index_shard
 from itpn.data.workers import beat

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import describe_unread, is_hidden
+from itpn.data.file_types import describe_unread, is_hidden
 from itpn.data.members import Choice, Member, find_members, is_label_ending, split_name
 from itpn.data.readers import GZIP, MAX_FILE, check_lost, read_head, too_large
 from itpn.errors import UserError

@@ -15,8 +15,9 @@ from itpn.checkpoints.files import named_tensors, write_safetensors
 from itpn.checkpoints.finetuning import make_classifier
 from itpn.config import ClassificationConfig, image_size
 from itpn.data.augment import ClassificationTransform, EvaluationTransform
+from itpn.data.class_names import join_names
 from itpn.data.evaluation import make_evaluation_loader, read_some, view_labelled
-from itpn.data.labelled import LabelledImages, draw_share, find_labelled, join_names
+from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 from itpn.metrics.classification import collect_answers, collect_features, gather, judge, nothing_readable, score
@@ -40,7 +41,7 @@ def find_sets(config: ClassificationConfig) -> Sets:
     data = config.data
     train, val = find_labelled(data.root, data.val_root, data.val_share, config.seed, data.members)
     if data.label_share < 1:
-        train = train.take(draw_share(train, data.label_share, config.seed))
+        train = train.take(draw_fraction(train, data.label_share, config.seed))
     return train, val
 
 

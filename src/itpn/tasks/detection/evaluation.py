@@ -63,9 +63,9 @@ def evaluate_objects(
         images = read_objects(where, "train", data.mistakes, tell, max_pixels=data.max_pixels)
         tell(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
-    if model.has_masks and images.has_outlines and images.outlined[1]:
-        tell(f"{images.outlined[1]:,} objects without an outline are left out")
-        images = images.with_outlines()
+    if model.has_masks and images.has_masks and images.mask_counts[1]:
+        tell(f"{images.mask_counts[1]:,} objects without an outline are left out")
+        images = images.with_masks()
     images = match_classes(images, found.metadata.get("classes"), model.num_classes - 1)
     make_folder(out)
     quieten_libraries()
@@ -85,7 +85,7 @@ def evaluate_objects(
         unread = gather_skipped(skipped, fabric.world_size)
         if not seen:
             raise nothing_readable(unread)
-        scores = score_detections(images, results, seen, model.has_masks and images.has_outlines)
+        scores = score_detections(images, results, seen, model.has_masks and images.has_masks)
         if fabric.is_global_zero:
             tell_asides(notes, unread)
             about = {"checkpoint": checkpoint, "recipe": recipe, "data": where, "images_skipped": len(unread)}

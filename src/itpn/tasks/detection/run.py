@@ -49,7 +49,7 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
     """
     found = read_start(config)
     train, val = sets or find_sets(config)
-    outlined, others = train.outlined
+    outlined, others = train.mask_counts
     masks = outlined > others if config.model.masks is None else config.model.masks
     if masks and not outlined:
         raise UserError(f"the annotations in {config.data.root} have no outlines: give --model.masks False")
@@ -61,7 +61,7 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
         if config.data.mistakes == "error":
             raise UserError(f"{words} in {config.data.root}: --model.masks False learns boxes alone")
         notes.append(f"{words} are left out: --model.masks False learns all boxes")
-        train, val = train.with_outlines(), None if val is None else val.with_outlines()
+        train, val = train.with_masks(), None if val is None else val.with_masks()
         train = train if config.data.empty_images else train.with_objects()
     notes += note_lost(train, config, masks)
     if val is None or not len(val.with_objects()):
@@ -167,7 +167,7 @@ class DetectionValidation(Watcher):
     """COCO's figures of the network."""
 
     def __init__(self, task: DetectionTask, config: DetectionConfig, images: DetectionImages) -> None:
-        self.masks = task.model.has_masks and images.has_outlines
+        self.masks = task.model.has_masks and images.has_masks
         kinds = ("box", "mask") if self.masks else ("box",)
         super().__init__(
             [f"val_{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75")],

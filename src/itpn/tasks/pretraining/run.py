@@ -17,7 +17,7 @@ from itpn.data.collate import stack
 from itpn.data.evaluation import make_evaluation_loader, view_labelled
 from itpn.data.files import ImageSource, find_training_images
 from itpn.data.gpu_decoding import GpuTransform, check_nvjpeg, collate_encoded
-from itpn.data.labelled import LabelledImages, draw_share, find_labelled
+from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.data.shards import check_shards
 from itpn.errors import UserError
@@ -120,7 +120,7 @@ def find_probe_sets(config: Config) -> tuple[LabelledImages, LabelledImages] | N
     train, val = find_labelled((config.probe.root,), val_share=0.2, seed=config.seed)
     assert val is not None
     count = config.probe.max_images
-    first, second = (draw_share(images, min(1.0, count / len(images)), config.seed) for images in (train, val))
+    first, second = (draw_fraction(images, min(1.0, count / len(images)), config.seed) for images in (train, val))
     return train.take(first), val.take(second)
 
 

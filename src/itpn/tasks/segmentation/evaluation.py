@@ -10,8 +10,9 @@ from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.finetuning import settle
 from itpn.checkpoints.loading import check_sound, load_found
 from itpn.config import SegmentationConfig
+from itpn.data.class_names import Names
 from itpn.data.labelmaps import read_to_evaluate
-from itpn.data.masks import Names, name_labels
+from itpn.data.masks import name_labels
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
 from itpn.metrics.classification import gather_skipped, match_classes, nothing_readable, rank_classes, tell_asides

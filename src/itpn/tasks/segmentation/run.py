@@ -12,15 +12,11 @@ from itpn.checkpoints.finetuning import make_segmenter
 from itpn.config import SegmentationConfig
 from itpn.data.collate import collect
 from itpn.data.evaluation import make_evaluation_loader, read_some
-from itpn.data.labelmaps import (
-    LabelMaps,
-    MaskRules,
-    SegmentationTransform,
-    find_label_maps,
-    view_labels,
-)
+from itpn.data.labelmaps import find_label_maps
 from itpn.data.loader import TrainingLoader
+from itpn.data.mask_checks import LabelMaps, MaskRules
 from itpn.data.masks import LabelTable
+from itpn.data.segmentation_transform import SegmentationTransform, view_labels
 from itpn.errors import UserError
 from itpn.metrics.classification import nothing_readable
 from itpn.metrics.segmentation import collect_confusion, gather_confusion
