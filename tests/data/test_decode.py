@@ -126,7 +126,7 @@ def test_extreme_sizes(size: tuple[int, int]) -> None:
 
 
 JPEG = encode(Image.effect_noise((200, 150), 60), "JPEG")
-BROKEN = {
+CORRUPT = {
     "empty": b"",
     "text": b"this is not an image\n" * 50,
     "first half": JPEG[: len(JPEG) // 2],
@@ -141,10 +141,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", CORRUPT)
 def test_broken_is_refused(kind: str) -> None:
     with pytest.raises(UnreadableImage) as refusal:
-        decode_image(BROKEN[kind])
+        decode_image(CORRUPT[kind])
     reason = str(refusal.value)
     assert 5 < len(reason) < 120
     assert "\n" not in reason

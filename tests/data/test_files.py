@@ -97,7 +97,7 @@ def test_shards(tmp_path: Path) -> None:
     assert found.images == ()
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_wrong_roots_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "images/1.jpg", "shards/1.tar", "empty/notes.txt")
     for roots, message in [
         ([tmp_path / "imagse"], "imagse does not exist"),

@@ -36,7 +36,7 @@ def stripes(*values: int) -> np.ndarray:
 
 def find(root: Path, **rules):
     said: list[str] = []
-    train, _ = find_label_maps(str(root), rules=MaskRules(tell=said.append, **rules))
+    train, _ = find_label_maps(str(root), rules=MaskRules(log=said.append, **rules))
     return train, said
 
 
@@ -155,8 +155,10 @@ def test_shades_that_are_ignored_are_no_sign(tmp_path):
 def test_an_ignored_label_is_named_with_a_file_of_classes(tmp_path):
     root = write(tmp_path, stripes(0, 1, 255))
     (root / "classes.txt").write_text("road\ntree\n")
-    for mistakes in ("summary", "skip", "error"):
-        assert find(root, mistakes=mistakes)[1] == [f"{root}/masks: pixels of label 255 are ignored (--data.ignore)"]
+    for on_invalid in ("summary", "skip", "error"):
+        assert find(root, on_invalid=on_invalid)[1] == [
+            f"{root}/masks: pixels of label 255 are ignored (--data.ignore)"
+        ]
 
 
 def test_a_run_is_refused_before_it_begins(tmp_path, capsys):

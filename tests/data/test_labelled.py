@@ -1,4 +1,4 @@
-"""Images with classes from each kind of place, and the mistakes that such sets have."""
+"""Images with classes, from every kind of source, and refusals of invalid data sets."""
 
 import functools
 import io
@@ -99,14 +99,14 @@ def test_the_same_set_in_each_form(tmp_path, write, monkeypatch):
 
 def test_labels_of_a_share_and_held_out_images(tmp_path):
     write_folders(tmp_path, "", 60)
-    train, val = find_labelled([str(tmp_path)], val_share=0.2, seed=3)
+    train, val = find_labelled([str(tmp_path)], val_fraction=0.2, seed=3)
     assert (len(train), len(val)) == (48, 12)
     names = [{images[i][0] for i in range(len(images))} for images in (train, val)]
     assert not names[0] & names[1]
     assert np.bincount(val.labels).tolist() == [4, 4, 4]
-    again = find_labelled([str(tmp_path)], val_share=0.2, seed=3)[1]
+    again = find_labelled([str(tmp_path)], val_fraction=0.2, seed=3)[1]
     assert [again[i][0] for i in range(12)] == [val[i][0] for i in range(12)]
-    other = find_labelled([str(tmp_path)], val_share=0.2, seed=4)[1]
+    other = find_labelled([str(tmp_path)], val_fraction=0.2, seed=4)[1]
     assert [other[i][0] for i in range(12)] != [val[i][0] for i in range(12)]
     few = train.take(draw_fraction(train, 0.01, 0))
     assert np.bincount(few.labels).tolist() == [1, 1, 1]
@@ -166,7 +166,7 @@ def test_held_out_images_stay_held_out(tmp_path):
     """Elsewhere, and among more images, the same are drawn, as far as there is room for them."""
     write_folders(tmp_path / "a", "", 60)
     write_folders(tmp_path / "b", "", 66)
-    first, second = (find_labelled([str(tmp_path / name)], val_share=0.2)[1] for name in "ab")
+    first, second = (find_labelled([str(tmp_path / name)], val_fraction=0.2)[1] for name in "ab")
     names = [{images.name(i) for i in range(len(images))} for images in (first, second)]
     assert len(names[0] & names[1]) >= 10
 
@@ -231,7 +231,7 @@ def break_no_images(root: Path) -> str:
         break_no_images,
     ],
 )
-def test_mistakes(tmp_path, damage):
+def test_invalid_data_is_refused(tmp_path, damage):
     write_folders(tmp_path, "train", 9)
     write_folders(tmp_path, "val", 6)
     with pytest.raises(UserError, match=damage(tmp_path)):
@@ -248,7 +248,7 @@ def test_places_that_are_not_there(tmp_path):
         (tmp_path / "single" / name).mkdir(parents=True)
         (tmp_path / "single" / name / "a.png").write_bytes(encode(0))
     with pytest.raises(UserError, match="holds an image of each class: none can be held out"):
-        find_labelled([str(tmp_path / "single")], val_share=0.5)
+        find_labelled([str(tmp_path / "single")], val_fraction=0.5)
 
 
 def test_blanks_in_a_file_of_classes_do_not_count(tmp_path):
@@ -449,8 +449,8 @@ def test_a_name_for_two_classes(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_sees_each_image_once(tmp_path, world_size):
     write_folders(tmp_path, "train", 23)
-    broken = tmp_path / "train" / "bee" / "deeper" / "0006.png"
-    broken.write_bytes(b"no image")
+    corrupt = tmp_path / "train" / "bee" / "deeper" / "0006.png"
+    corrupt.write_bytes(b"no image")
     images, _ = find_labelled([str(tmp_path)])
     seen, bad = [], []
     for rank in range(world_size):
@@ -460,8 +460,8 @@ def test_evaluation_sees_each_image_once(tmp_path, world_size):
             assert batch["image"].shape[1:] == (3, 6, 6)
             seen += zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
             bad += batch["corrupt"]
-    assert [name for name, _ in bad] == [str(broken)]
-    whole = [i for i in range(23) if not isinstance(images[i][1], UnreadableImage) and images[i][0] != str(broken)]
+    assert [name for name, _ in bad] == [str(corrupt)]
+    whole = [i for i in range(23) if not isinstance(images[i][1], UnreadableImage) and images[i][0] != str(corrupt)]
     assert sorted(seen) == [(i, int(images.labels[i])) for i in whole]
 
 

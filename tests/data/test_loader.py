@@ -32,19 +32,19 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def make_files(folder: Path, count: int, broken: tuple[int, ...] = ()) -> ImageSource:
+def make_files(folder: Path, count: int, corrupt: tuple[int, ...] = ()) -> ImageSource:
     for number in range(count):
         path = folder / f"{number:03d}.jpg"
-        path.write_bytes(b"no picture" if number in broken else picture(number))
+        path.write_bytes(b"no picture" if number in corrupt else picture(number))
     return find_images([folder])
 
 
-def make_shards(folder: Path, counts: list[int], broken: tuple[int, ...] = ()) -> ImageSource:
+def make_shards(folder: Path, counts: list[int], corrupt: tuple[int, ...] = ()) -> ImageSource:
     number = 0
     for shard, count in enumerate(counts):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for _ in range(count):
-                data = b"no picture" if number in broken else picture(number)
+                data = b"no picture" if number in corrupt else picture(number)
                 member = tarfile.TarInfo(f"{number:03d}.jpg")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -98,7 +98,7 @@ def test_epoch_of_files(tmp_path: Path) -> None:
 
 
 def test_files_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
-    source = make_files(tmp_path, 18, broken=(3, 11))
+    source = make_files(tmp_path, 18, corrupt=(3, 11))
     want = run(make_loader(source), 3)
     for workers in (1, 2):
         assert_same(run(make_loader(source, workers), 3), want)
@@ -131,28 +131,28 @@ def test_fewer_files_than_a_batch(tmp_path: Path, count: int, batch_size: int) -
 
 
 def test_broken_files_are_replaced_and_named(tmp_path: Path) -> None:
-    broken = {f"{number:03d}.jpg" for number in (0, 5, 6)}
-    source = make_files(tmp_path, 20, broken=(0, 5, 6))
+    corrupt = {f"{number:03d}.jpg" for number in (0, 5, 6)}
+    source = make_files(tmp_path, 20, corrupt=(0, 5, 6))
     (tmp_path / "000.jpg").unlink()  # gone since it was found
     batches = run(make_loader(source), 1)
     assert all(batch["image"].shape == (4, 3, 8, 12) for batch in batches)
-    assert {Path(name).name for batch in batches for name, _ in batch["corrupt"]} == broken
+    assert {Path(name).name for batch in batches for name, _ in batch["corrupt"]} == corrupt
     reasons = {Path(name).name: reason for batch in batches for name, reason in batch["corrupt"]}
     assert reasons["000.jpg"] == "No such file or directory"
     assert reasons["005.jpg"] == "not an image of a known format"
-    assert not broken & {Path(key).name for key in keys(batches)}
+    assert not corrupt & {Path(key).name for key in keys(batches)}
     assert all(len(set(batch["key"])) == 4 for batch in batches)  # stand-ins come from other batches
     intact = run(make_loader(make_files(tmp_path, 20)), 1)
     for batch, other in zip(batches, intact, strict=True):  # the others are not touched
         for place, key in enumerate(other["key"]):
-            if Path(key).name not in broken:
+            if Path(key).name not in corrupt:
                 assert batch["key"][place] == key
                 assert torch.equal(batch["image"][place], other["image"][place])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_teachers_view_comes_along(tmp_path: Path, workers: int) -> None:
-    source = make_files(tmp_path, 10, broken=(3,))
+    source = make_files(tmp_path, 10, corrupt=(3,))
     want = run(make_loader(source, workers), 1)
     assert all(set(batch) == {"image", "key", "corrupt", "warnings"} for batch in want)
     transform = PretrainingTransform((8, 12), teacher_size=(6, 9))
@@ -203,14 +203,14 @@ def test_more_streams_than_images(tmp_path: Path) -> None:
 
 
 def test_broken_members_are_replaced_and_named(tmp_path: Path) -> None:
-    source = make_shards(tmp_path, [10, 10], broken=(2, 13, 14))
+    source = make_shards(tmp_path, [10, 10], corrupt=(2, 13, 14))
     shard = tmp_path / "1.tar"
     shard.write_bytes(shard.read_bytes()[:-10_500])  # the end marker is padded to 10240 bytes: cuts the last image
     batches = run(make_loader(source, samples_per_epoch=20), 2)
     assert all(batch["image"].shape == (4, 3, 8, 12) for batch in batches)
     reasons = dict(entry for batch in batches for entry in batch["corrupt"])
     assert set(reasons) == {"0.tar/002.jpg", "1.tar/013.jpg", "1.tar/014.jpg", str(shard)}
-    assert reasons[str(shard)].startswith("broken shard")
+    assert reasons[str(shard)].startswith("corrupt shard")
     assert not set(reasons) & set(keys(batches))
 
 
@@ -221,10 +221,10 @@ def test_broken_members_are_replaced_and_named(tmp_path: Path) -> None:
 def test_resuming_anywhere_equals_going_on(tmp_path: Path, kind: str) -> None:
     """At every position of three epochs without workers; with two, at the ends of epochs and within."""
     source = {
-        "files": lambda: make_files(tmp_path, 21, broken=(2, 9, 10)),
+        "files": lambda: make_files(tmp_path, 21, corrupt=(2, 9, 10)),
         "few files": lambda: make_files(tmp_path, 3),
-        "shards": lambda: make_shards(tmp_path, [7, 4, 6, 5], broken=(2, 9, 10, 11, 12)),
-        "few shards": lambda: make_shards(tmp_path, [22], broken=(2, 9, 10, 11, 12)),
+        "shards": lambda: make_shards(tmp_path, [7, 4, 6, 5], corrupt=(2, 9, 10, 11, 12)),
+        "few shards": lambda: make_shards(tmp_path, [22], corrupt=(2, 9, 10, 11, 12)),
     }[kind]()
     for workers in (0, 2):
         loader = make_loader(source, workers)
@@ -301,7 +301,7 @@ def test_packed_paths_take_little_room() -> None:
     assert len(pickle.dumps(packed)) < 3000 * 40
 
 
-# ---------------------------------------------------------------------------------------------- too much broken
+# ---------------------------------------------------------------------------------------------- too many corrupt files
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -309,8 +309,8 @@ def test_nothing_readable_ends_with_one_clear_line(tmp_path: Path, workers: int)
     (tmp_path / "files").mkdir()
     (tmp_path / "shards").mkdir()
     for source in (
-        make_files(tmp_path / "files", 12, broken=tuple(range(12))),
-        make_shards(tmp_path / "shards", [12], broken=tuple(range(12))),
+        make_files(tmp_path / "files", 12, corrupt=tuple(range(12))),
+        make_shards(tmp_path / "shards", [12], corrupt=tuple(range(12))),
     ):
         with pytest.raises(UserError, match=r"none of \d+ images .*jpg: not an image of a known format") as error:
             run(make_loader(source, workers), 1)

@@ -1,4 +1,4 @@
-"""Images with objects: layouts, mistakes in annotations, boxes and masks through every augmentation."""
+"""Images with objects: layouts, invalid annotations, boxes and masks through every augmentation."""
 
 import copy
 import json
@@ -136,7 +136,7 @@ def boxes_of(images) -> list:
 @pytest.mark.parametrize("polygons", [False, True])
 def test_yolo(shapes, tmp_path, polygons):
     write_yolo(shapes, tmp_path / "yolo", polygons)
-    ours, theirs_ = find_objects(str(tmp_path / "yolo"), tell=pytest.fail), find_objects(str(shapes))
+    ours, theirs_ = find_objects(str(tmp_path / "yolo"), log=pytest.fail), find_objects(str(shapes))
     for one, other in zip(ours, theirs_, strict=True):
         assert one.classes == other.classes
         for box, wanted in zip(boxes_of(one), boxes_of(other), strict=True):
@@ -164,7 +164,7 @@ def test_names_of_yolo_belong_to_their_numbers(shapes, tmp_path, names, expected
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "names": names}))
     for labels in (tmp_path / "yolo" / "labels" / "train").iterdir():
         labels.write_text("2 0.5 0.5 0.2 0.2")
-    train = read_objects(str(tmp_path / "yolo"), "train", tell=pytest.fail)
+    train = read_objects(str(tmp_path / "yolo"), "train", log=pytest.fail)
     assert {train.classes[o["label"]] for i in range(len(train)) for o in train.objects_of(i)} == {expected}
 
 
@@ -172,7 +172,7 @@ def test_names_of_yolo_belong_to_their_numbers(shapes, tmp_path, names, expected
     ("change", "words"),
     [
         ({"path": None}, None),
-        ({"train": 5}, "speaks of images in 5, which is not a folder or list of images"),
+        ({"train": 5}, "names images in 5, which is not a folder or list of images"),
         ({"names": "disk"}, "is not YOLO's: it needs names, train and val"),
         ({"names": {"disk": 1}}, "is not YOLO's: it needs names, train and val"),
     ],
@@ -182,10 +182,10 @@ def test_settings_of_yolo(shapes, tmp_path, change, words):
     file = tmp_path / "yolo" / "data.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
     if words is None:
-        assert len(read_objects(str(tmp_path / "yolo"), "train", tell=pytest.fail)) == 12
+        assert len(read_objects(str(tmp_path / "yolo"), "train", log=pytest.fail)) == 12
     else:
         with pytest.raises(UserError, match=words):
-            read_objects(str(tmp_path / "yolo"), "train", tell=pytest.fail)
+            read_objects(str(tmp_path / "yolo"), "train", log=pytest.fail)
 
 
 def test_json_files_in_place_of_folders(root, shapes):
@@ -204,7 +204,7 @@ def test_images_of_the_test_server(root):
         (root / "annotations" / f"instances_{split}2017.json").unlink()
     (root / "val2017").rename(root / "test2017")
     (root / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content))
-    images = read_objects(str(root), "val", tell=pytest.fail)
+    images = read_objects(str(root), "val", log=pytest.fail)
     assert len(images) == 6
     assert not any(images.objects_of(index) for index in range(6))
     assert images.classes == CLASSES
@@ -215,7 +215,7 @@ def test_images_of_the_test_server(root):
 def test_sizes_of_objects_without_an_area(root, shapes):
     """Are their outlines', by which COCO's figures call them small or large."""
     edit(root, lambda c: [one.pop("area") for one in c["annotations"]])
-    ours, theirs_ = (read_objects(str(folder), "train", tell=pytest.fail) for folder in (root, shapes))
+    ours, theirs_ = (read_objects(str(folder), "train", log=pytest.fail) for folder in (root, shapes))
     for index in range(len(ours)):
         for one, other in zip(ours.objects_of(index), theirs_.objects_of(index), strict=True):
             assert one["area"] == pytest.approx(other["area"], rel=0.25)  # of polygons, it is not of whole pixels
@@ -224,7 +224,7 @@ def test_sizes_of_objects_without_an_area(root, shapes):
 
 def test_pascal_voc(shapes, tmp_path):
     write_voc(shapes, tmp_path)
-    train, val = find_objects(str(tmp_path), tell=pytest.fail)
+    train, val = find_objects(str(tmp_path), log=pytest.fail)
     assert train.classes == tuple(sorted(CLASSES))
     for one, other in zip((train, val), find_objects(str(shapes)), strict=True):
         assert boxes_of(one) == boxes_of(other)
@@ -247,8 +247,8 @@ def test_annotations_in_any_form_of_utf_8(root, shapes, tmp_path, encoding):
         path.rename(path.with_suffix(".JSON"))
     want = [boxes_of(images) for images in find_objects(str(shapes))]
     for place in (root, tmp_path / "yolo", tmp_path / "voc"):
-        assert [boxes_of(images) for images in find_objects(str(place), tell=pytest.fail)] == want
-    assert len(read_objects(str(root / "annotations" / "instances_val2017.JSON"), "val", tell=pytest.fail)) == 6
+        assert [boxes_of(images) for images in find_objects(str(place), log=pytest.fail)] == want
+    assert len(read_objects(str(root / "annotations" / "instances_val2017.JSON"), "val", log=pytest.fail)) == 6
 
 
 def test_annotations_in_latin_1(root, shapes, tmp_path):
@@ -266,7 +266,7 @@ def test_annotations_in_latin_1(root, shapes, tmp_path):
     head = '<?xml version="1.0" encoding="ISO-8859-1"?>'
     labels.write_bytes((head + labels.read_text().replace("</annotation>", "<a>é</a></annotation>")).encode("latin-1"))
     (tmp_path / "voc" / "ImageSets" / "Main" / "train.txt").write_text(labels.stem)
-    assert len(read_objects(str(tmp_path / "voc"), "train", tell=pytest.fail)) == 1  # it names its encoding
+    assert len(read_objects(str(tmp_path / "voc"), "train", log=pytest.fail)) == 1  # it names its encoding
 
 
 def test_names_of_sets_in_other_spellings(shapes, tmp_path):
@@ -283,7 +283,7 @@ def test_formats_need_their_package(shapes, tmp_path, monkeypatch):
         find_objects(str(tmp_path))
 
 
-# --- mistakes
+# --- invalid annotations
 
 
 def first(content) -> dict:
@@ -293,7 +293,7 @@ def first(content) -> dict:
 MISTAKES = {
     "boxes of no area": lambda c: first(c).update(bbox=[3, 4, 0, 5], segmentation=[]),
     "boxes outside their image": lambda c: first(c).update(bbox=[200, 4, 5, 5]),
-    "boxes partly outside their image, which were cut": lambda c: first(c).update(bbox=[70, 4, 50, 5]),
+    "boxes partly outside their image, which were clipped": lambda c: first(c).update(bbox=[70, 4, 50, 5]),
     "objects whose box is not four numbers": lambda c: first(c).update(bbox=[1, 2, float("nan"), 3], segmentation=[]),
     "objects of an unknown class": lambda c: first(c).update(category_id=77),
     "objects of an image that is not listed": lambda c: first(c).update(image_id=777),
@@ -313,18 +313,18 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("kind", MISTAKES)
-def test_each_mistake_is_found_named_and_left_out(root, kind):
+def test_each_invalid_annotation_is_found_named_and_left_out(root, kind):
     edit(root, MISTAKES[kind])
     said: list[str] = []
     train = read_objects(str(root), "train", "summary", said.append)
     assert any(line.strip().startswith(kind if "(" in kind else f"{kind}: 1 (") for line in said), said
     whole = read_objects(str(root), "val", "summary", pytest.fail)
     assert len(whole) == 6
-    cut = "cut" in kind
+    clipped = "clipped" in kind
     assert len(train) == (11 if kind.startswith("images") else 12)
     count = sum(len(train.objects_of(i)) for i in range(len(train)))
     truth = json.loads((root / "annotations" / "instances_train2017.json").read_text())
-    assert cut == (count == len(truth["annotations"]))
+    assert clipped == (count == len(truth["annotations"]))
     for index in range(len(train)):
         height, width = train.sizes[index]
         for known in train.objects_of(index):
@@ -362,7 +362,7 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
 def test_annotations_of_no_use(root, change, words):
     edit(root, change)
     with pytest.raises(UserError, match=words) as error:
-        find_objects(str(root), tell=silent)
+        find_objects(str(root), log=silent)
     assert "\n" not in str(error.value)
 
 
@@ -389,7 +389,7 @@ def test_gaps_in_the_classes_and_classes_of_one_set(root):
 
     edit(root, gap)
     edit(root, gap, "val")
-    train, val = find_objects(str(root), tell=pytest.fail)
+    train, val = find_objects(str(root), log=pytest.fail)
     assert train.class_ids == val.class_ids == (10, 20, 30, 40, 50, 60)
     assert {o["label"] for i in range(12) for o in train.objects_of(i)} == set(range(6))
 
@@ -397,7 +397,7 @@ def test_gaps_in_the_classes_and_classes_of_one_set(root):
         content["categories"].append({"id": 7, "name": "blob"})
 
     edit(root, add, "val")
-    find_objects(str(root), tell=pytest.fail)  # listed alone, it does no harm
+    find_objects(str(root), log=pytest.fail)  # listed alone, it does no harm
     edit(root, lambda c: first(c).update(category_id=7), "val")
     with pytest.raises(UserError, match="class blob of the images to evaluate on is not among those to train on"):
         find_objects(str(root))
@@ -431,14 +431,14 @@ def test_lines_of_labels_are_named(shapes, tmp_path):
         f"which look like pixels: divide them by the image's width and height: 1 ({file} line 4)" in s for s in said
     )
     shutil.rmtree(tmp_path / "yolo" / "labels")
-    with pytest.raises(UserError, match=r"but no labels: .*000000000001\.txt is not there"):
+    with pytest.raises(UserError, match=r"but no labels: .*000000000001\.txt does not exist"):
         read_objects(str(tmp_path / "yolo"), "train")
 
 
 def test_objects_without_an_outline(root):
     """Stay: boxes are learned from all, masks from the others."""
     edit(root, lambda c: [one.pop("segmentation") for one in c["annotations"][1:]])
-    train = read_objects(str(root), "train", tell=pytest.fail)
+    train = read_objects(str(root), "train", log=pytest.fail)
     count = sum(len(train.objects_of(i)) for i in range(len(train)))
     assert train.mask_counts == (1, count - 1)
     assert train.has_masks
@@ -458,7 +458,7 @@ def test_images_of_another_size_than_pascal_voc_says(shapes, tmp_path):
     assert any("is of 160x128 pixels, the image of 80x64" in line for line in said)
     path.write_text(text.replace("<annotation>", "<annotation><size><width>80</width><height>64</height></size>"))
     (tmp_path / "ImageSets" / "Main" / "train.txt").rename(tmp_path / "ImageSets" / "Main" / "trainval.txt")
-    assert len(read_objects(str(tmp_path), "train", tell=pytest.fail)) == 12
+    assert len(read_objects(str(tmp_path), "train", log=pytest.fail)) == 12
 
 
 # --- outlines
@@ -598,13 +598,13 @@ def test_an_image_of_another_size_than_its_annotations(root):
     train, _ = find_objects(str(root))
     transform = DetectionTransform(64, 106)
     turned = torch.zeros(3, 80, 64, dtype=torch.uint8)
-    with pytest.raises(UnreadableImage, match="; if EXIF turns the image, they must be of the turned one"):
+    with pytest.raises(UnreadableImage, match="; if EXIF rotates the image, they must be of the rotated one"):
         transform(turned, random.Random(0), train[0][2])
     with pytest.raises(UnreadableImage, match="40x30 pixels, and 80x64 in the annotations"):
         transform(decode_image(name.read_bytes()), random.Random(0), train[0][2])
     loader = TrainingLoader(train, transform, batch_size=4, num_workers=0, seed=0, collate=collect)
-    broken = [name for batch in loader for name, _ in batch["corrupt"]]
-    assert broken == [str(name)]
+    corrupt = [name for batch in loader for name, _ in batch["corrupt"]]
+    assert corrupt == [str(name)]
 
 
 def test_batches_are_of_one_shape(shapes, tmp_path):

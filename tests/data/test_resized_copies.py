@@ -178,14 +178,14 @@ def test_a_shard_appears_only_whole(tmp_path):
         yield "a.jpg", b"1"
         assert [path.name for path in tmp_path.iterdir()] == ["s.tar.tmp"]
         yield "ü" * 120 + ".jpg", b"22"
-        if broken:
+        if corrupt:
             raise OSError("disk full")
 
-    broken = True
+    corrupt = True
     with pytest.raises(OSError, match="disk full"):
         write_tar(tmp_path / "s.tar", members())
     assert list(tmp_path.iterdir()) == []
-    broken = False
+    corrupt = False
     write_tar(tmp_path / "s.tar", members())
     assert list(read_shard(tmp_path / "s.tar")) == [("s.tar/a.jpg", b"1"), (f"s.tar/{'ü' * 120}.jpg", b"22")]
     with tarfile.open(tmp_path / "s.tar") as tar:

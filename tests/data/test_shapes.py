@@ -192,7 +192,7 @@ def test_a_complete_set_is_kept_and_an_incomplete_one_mended(tmp_path):
     assert hashes(tmp_path) == whole
 
     marker = tmp_path / "shapes.json"
-    marker.write_text(json.dumps({**json.loads(marker.read_text()), "complete": False}))  # broken off
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "complete": False}))  # an interrupted run
     image.unlink()
     write_shapes(tmp_path, **arguments)
     assert hashes(tmp_path) == whole
@@ -227,7 +227,7 @@ def test_a_broken_off_run_goes_on(tmp_path, monkeypatch):
         ({"seed": -1}, "negative"),
     ],
 )
-def test_mistakes_are_told(tmp_path, arguments, words):
+def test_wrong_arguments_are_refused(tmp_path, arguments, words):
     with pytest.raises(UserError, match=words):
         write_shapes(tmp_path, **arguments)
     assert not list(tmp_path.iterdir())

@@ -267,7 +267,7 @@ def test_cut_off_shard_keeps_what_was_read(tmp_path: Path, cut: int, whole: int,
     assert all(isinstance(data, bytes) and len(data) == 700 for _, data in samples)
     assert name == str(shard)
     assert isinstance(damage, UnreadableImage)
-    assert str(damage).startswith("broken shard: ")
+    assert str(damage).startswith("corrupt shard: ")
     assert count_shard_images([shard]) in (whole, whole + 1)  # the header of the one cut off may be there
 
 

@@ -59,7 +59,7 @@ def read(root: Path, **options):
     """The images, and what was told, without the line that heads the summary."""
     said: list[str] = []
     images = read_objects(str(root), "train", "summary", said.append, **options)
-    return images, [line.strip() for line in said if "left out, or put right, are" not in line]
+    return images, [line.strip() for line in said if "left out or corrected:" not in line]
 
 
 def objects_of(images) -> list[list[dict]]:
@@ -208,10 +208,10 @@ def test_corners_in_place_of_width_and_height(tmp_path):
     assert "convert them to COCO's [x, y, width, height]" in text
     # boxes that reach a little out of their image, or of another image size, are no corners
     images, said = read(write_coco(tmp_path, [{"bbox": [0, 0, 84, 62]}, {"bbox": [2, 2, 80, 60]}, {}]))
-    assert said[0].startswith("boxes partly outside their image, which were cut: 2")
+    assert said[0].startswith("boxes partly outside their image, which were clipped: 2")
     assert [o["bbox"] for o in objects_of(images)[0]] == [[0, 0, 80, 60]]
     _, said = read(write_coco(tmp_path, [{"bbox": [60, 40, 50, 50]}, {"bbox": [70, 50, 30, 20]}, {}]))
-    assert said[0].startswith("boxes partly outside their image, which were cut: 2")
+    assert said[0].startswith("boxes partly outside their image, which were clipped: 2")
 
 
 def test_objects_that_training_always_drops_are_named(tmp_path, capsys):
@@ -254,8 +254,8 @@ def test_magnification_is_the_largest(tmp_path, options):
     [
         ([10, 12, 30, 12], "not polygons of three points or more"),
         ([10, 12, 30, 12, 30], "not polygons of three points or more"),
-        ([5, 5, 5, 5, 5, 5], "it holds no pixel"),
-        ([10, 12, 20, 22, 30, 32], "it holds no pixel"),
+        ([5, 5, 5, 5, 5, 5], "it contains no pixel"),
+        ([10, 12, 20, 22, 30, 32], "it contains no pixel"),
         ([10, 12, float("nan"), 12, 30, 27], "not polygons of three points or more"),
         ([0.1, 0.2, 0.4, 0.2, 0.4, 0.5], FRACTIONS),
         (["x", 1, 2, 3, 4, 5], "could not convert string to float: 'x'"),
@@ -288,7 +288,7 @@ def test_empty_polygons_are_none(tmp_path, empty):
     [
         ({"size": [HEIGHT, WIDTH], "counts": "0PP1"}, "Invalid RLE"),  # of fewer pixels than the image has
         ({"size": [WIDTH, HEIGHT], "counts": [4800]}, "run lengths for [80, 60]"),
-        ({"size": [HEIGHT, WIDTH], "counts": [4800]}, "it holds no pixel"),
+        ({"size": [HEIGHT, WIDTH], "counts": [4800]}, "it contains no pixel"),
         ({"counts": [4800]}, "in none of COCO's forms"),
         ("polygon", "could not convert string to float: 'p'"),
         (7, "in none of COCO's forms"),
@@ -315,7 +315,7 @@ def test_a_box_that_is_none_is_the_polygons(tmp_path, box):
         write_coco(tmp_path, [{"segmentation": [GOOD], "bbox": box}, {"segmentation": [], "bbox": box}])
     )
     assert [[o["bbox"] for o in objects] for objects in objects_of(images)][:2] == [[BOX], []]
-    kind = "boxes of no area, or not of four numbers, in whose place the polygon's is taken"
+    kind = "boxes of no area, or not of four numbers, replaced by the box of the polygon"
     assert f"{kind}: 1 (annotation 1 of image 1)" in said
     assert len(said) == 2
 
@@ -380,12 +380,13 @@ def test_the_root_category_is_no_class(tmp_path, name, above):
     notes = root / "annotations"
     (notes / "instances_val2017.json").write_bytes((notes / "instances_train2017.json").read_bytes())
     said: list[str] = []
-    train, val = find_objects(str(root), tell=said.append)
+    train, val = find_objects(str(root), log=said.append)
     assert train.classes == val.classes == ("cat", "dog")
     assert train.class_ids == (1, 2)
     assert [[o["label"] for o in objects] for objects in objects_of(train)] == [[0], [1], [0]]
     assert said == [
-        f"{notes}/instances_train2017.json: category 0 ({name}) has no objects and groups the others: it is no class"
+        f"{notes}/instances_train2017.json: category 0 ({name}) has no objects and is the supercategory of the others: "
+        "it is not a class"
     ]
 
 
@@ -667,7 +668,7 @@ def test_what_pascal_voc_gets_wrong(tmp_path):
     assert "0.xml: height 60, width x are no whole numbers" in text
 
 
-BROKEN = {
+CORRUPT = {
     "object 2: it has no name": voc_object(""),
     "object 2: Missing bndbox in Pascal VOC annotation.": "<object><name>dog</name></object>",
     "object 2: Missing 'ymax'": voc_object("dog").replace("ymax", "y_max"),
@@ -677,10 +678,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("reason", list(BROKEN))
+@pytest.mark.parametrize("reason", list(CORRUPT))
 def test_an_object_that_cannot_be_read_leaves_the_others(tmp_path, capsys, reason):
-    good, broken = voc_object("cat"), BROKEN[reason]
-    root = write_voc(tmp_path, good + broken + good.replace("27", "25"), broken, good)
+    good, corrupt = voc_object("cat"), CORRUPT[reason]
+    root = write_voc(tmp_path, good + corrupt + good.replace("27", "25"), corrupt, good)
     place = root / "Annotations"
     images, said = read(root)
     assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "2"]
@@ -740,7 +741,7 @@ def test_labels_without_an_image_are_noted(tmp_path):
     for name in ("classes.txt", ".hidden.txt", "1.json", "heic.txt"):
         (place / name).touch()
     (root / "images" / "train" / "heic.heic").touch()
-    (root / "images" / "train" / "1.jpg").write_bytes(b"broken")
+    (root / "images" / "train" / "1.jpg").write_bytes(b"no image")
     assert not any("without an image" in line for line in read(root)[1])
     for name in ("77", "78", "79", "80"):
         (place / f"{name}.txt").write_text(label)
@@ -783,7 +784,7 @@ def test_what_is_not_read_of_pascal_voc_is_counted_by_suffix(tmp_path):
     for name in ("a.heic", "b.avif"):
         (root / "JPEGImages" / name).touch()
     said: list[str] = []
-    find_objects(str(root), tell=said.append)  # of two sets in one folder, once
+    find_objects(str(root), log=said.append)  # of two sets in one folder, once
     assert said == [f"{root}/ImageSets/Main/train.txt: not read: 1 .avif, 1 .heic in {root}/JPEGImages"]
 
 
@@ -810,9 +811,9 @@ def test_images_to_evaluate_on_of_which_no_object_can_be_used(tmp_path):
     root = write_coco(tmp_path / "train", [{}, {}, {}])
     other = write_coco(tmp_path / "val", [{"bbox": [0.1, 0.1, 0.3, 0.3]}])
     with pytest.raises(UserError, match="has no objects that can be used: boxes with coordinates from 0 to 1"):
-        find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), tell=lambda line: None)
+        find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), log=lambda line: None)
     edit(other, lambda c: c.update(annotations=[]))
-    _, val = find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), tell=pytest.fail)
+    _, val = find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), log=pytest.fail)
     assert np.array_equal(val.ids, [1, 2, 3])
 
 
@@ -869,11 +870,11 @@ def test_a_yolo_set_of_several_folders(tmp_path):
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images" / "more" / "7.jpg")
     (root / "labels" / "more" / "7.txt").write_text("0 0.5 0.5 0.25 0.5")
     (root / "data.yaml").write_text("train: [images/train, images/more]\nval:\n- images/more\nnames: [cat, dog]\n")
-    train, val = find_objects(str(root), tell=pytest.fail)
+    train, val = find_objects(str(root), log=pytest.fail)
     assert [row[0][0] for row in boxes_of(train)] == ["dog", "cat"]
     assert [row[0][0] for row in boxes_of(val)] == ["cat"]
     (root / "data.yaml").write_text("train: [images/train, images/none]\nnames: [cat, dog]\n")
-    assert "speaks of images in images/none, which is not a folder or list of images below" in refusal(root)
+    assert "names images in images/none, which is not a folder or list of images below" in refusal(root)
     (root / "data.yaml").write_text("train: [[images/train]]\nnames: [cat, dog]\n")
     assert "train and val must each be a folder, a list of images, or several of them" in refusal(root)
 
@@ -887,7 +888,7 @@ def test_a_yolo_set_of_listed_images(tmp_path):
     (root / "val.txt").write_text("images/train/2.jpg")
     (root / "data.yaml").write_text("train: lists/train.txt\nval: val.txt\nnames: [cat, dog]\n")
     said: list[str] = []
-    train, val = find_objects(str(root), tell=said.append)
+    train, val = find_objects(str(root), log=said.append)
     assert [row[0][0] for row in boxes_of(train)] == ["dog", "cat"]
     assert [row[0][0] for row in boxes_of(val)] == ["dog"]
     assert "images not on disk: 1" in "\n".join(said)

@@ -128,7 +128,7 @@ def test_a_worker_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setenv("FIFO", str(tmp_path / "fifo"))
     monkeypatch.setattr(itpn.data.workers, "POLL", 0.2)
     monkeypatch.setattr(itpn.data.workers, "PATIENCE", 0.4)
-    with pytest.raises(MachineError, match=r"^no image of photos was read for \S+ s, worker processes hang: look"):
+    with pytest.raises(MachineError, match=r"^no image of photos was read for \S+ s, worker processes hang: check"):
         run("hang")
     assert not alive()
     assert run("slow") == list(range(9))

@@ -447,7 +447,7 @@ def break_names(root: Path) -> str:
 
 def break_labels(root: Path) -> str:
     Image.new("L", (64, 64), 99).save(sorted((root / "annotations" / "training").iterdir())[0])
-    return "masks of labels that are no classes (--data.classes), nor ignored (--data.ignore): 1"
+    return "masks of labels that are neither classes (--data.classes) nor ignored (--data.ignore): 1"
 
 
 def break_all_but_one(root: Path) -> str:

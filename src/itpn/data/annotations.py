@@ -1,4 +1,4 @@
-"""Annotations of objects, and what is invalid in them, found before anything is trained."""
+"""Annotations of objects: found and checked before training."""
 
 import json
 from collections import Counter
@@ -21,7 +21,7 @@ from itpn.data.voc import read_voc
 from itpn.data.yolo import read_yolo
 from itpn.errors import UserError
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 LAYOUTS = (
     "COCO's (annotations/instances_*.json, or a folder for each set with its JSON inside), YOLO's (data.yaml) or "
@@ -32,34 +32,34 @@ LAYOUTS = (
 def find_objects(
     root: str,
     val_root: str | None = None,
-    mistakes: Literal["summary", "skip", "error"] = "summary",
-    tell: Tell = print,
+    on_invalid: Literal["summary", "skip", "error"] = "summary",
+    log: Log = print,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[DetectionImages, DetectionImages | None]:
-    """Find the images to train on and those to evaluate on, with the same classes.
+    """Find the training and the validation images, with the same classes.
 
     Args:
-        mistakes: what is done about annotations that cannot be right: see `itpn.config.ObjectsConfig`.
+        on_invalid: what to do about invalid annotations, see `itpn.config.ObjectsConfig`.
         max_pixels: larger images are left out.
-        tell: takes the summary, a line at a time.
+        log: takes the summary, a line at a time.
 
     Returns:
-        The second is None where there are none.
+        The training images; the validation images, or None if there are none.
 
     Raises:
-        UserError: nothing of a known layout, no images, no objects, a mistake if it is an error, or classes to evaluate
-            on that there are none of to train on.
+        UserError: no known layout, no images, no objects, an invalid annotation if it is an error, or a class that is
+            in the validation images alone.
     """
-    told: set[str] = set()
-    train = read_objects(root, "train", mistakes, tell, max_pixels=max_pixels, told=told)
+    logged: set[str] = set()
+    train = read_objects(root, "train", on_invalid, log, max_pixels=max_pixels, logged=logged)
     assert train is not None
     val = None
-    if val_root is not None or Path(root).is_dir():  # or else the one file is to train on
-        val = read_objects(val_root or root, "val", mistakes, tell, val_root is None, max_pixels, told)
+    if val_root is not None or Path(root).is_dir():  # a single file is for training
+        val = read_objects(val_root or root, "val", on_invalid, log, val_root is None, max_pixels, logged)
     if val is None:
         return train, None
     unknown = [name for name in val.classes if name not in train.classes]
-    used = {known["label"] for index in range(len(val)) for known in val.objects_of(index)}
+    used = {one["label"] for index in range(len(val)) for one in val.objects_of(index)}
     if lost := [name for name in unknown if val.classes.index(name) in used]:
         raise UserError(
             f"class {', '.join(lost[:3])} of the images to evaluate on is not among those to train on in {root}: the "
@@ -71,22 +71,22 @@ def find_objects(
 def read_objects(
     root: str,
     split: str,
-    mistakes: Literal["summary", "skip", "error"] = "summary",
-    tell: Tell = print,
+    on_invalid: Literal["summary", "skip", "error"] = "summary",
+    log: Log = print,
     optional: bool = False,
     max_pixels: int = MAX_PIXELS,
-    told: set[str] | None = None,
+    logged: set[str] | None = None,
 ) -> DetectionImages | None:
-    """The images of one set, checked.
+    """Read and check the images of one split.
 
     Args:
-        told: remarks that have been told of another set, and are not repeated.
+        logged: notes that were logged for another split and are not repeated.
 
     Returns:
-        None if there is no such set and it is ``optional``.
+        None if there is no such split and it is ``optional``.
 
     Raises:
-        UserError: no annotations or images, objects of which none can be used, or none to train on.
+        UserError: no annotations or images, no usable object, or no object to train on.
     """
     if not root:
         raise UserError(f"--data.root is an empty name: give a folder of {LAYOUTS}")
@@ -97,9 +97,9 @@ def read_objects(
             if folder.exists()
             else f"{root} does not exist: give a folder of {LAYOUTS}"
         )
-    found = InvalidAnnotations()
+    invalid = InvalidAnnotations()
     for read in (read_coco, read_yolo, read_voc) if folder.is_dir() else (read_coco,):
-        parts = read(folder, split, found, max_pixels)
+        parts = read(folder, split, invalid, max_pixels)
         if parts is not None:
             break
     else:
@@ -110,68 +110,65 @@ def read_objects(
         )
     coco, path_of, source = parts
     try:
-        images = check_annotations(coco, path_of, source, found, max_pixels)
+        images = check_annotations(coco, path_of, source, invalid, max_pixels)
     except RecursionError as error:
         raise UserError(f"{source} has values nested too deeply to be annotations") from error
     annotated = split == "train" or any(not one.get("iscrowd") for one in coco["annotations"] if isinstance(one, dict))
     lacking = "images" if not len(images) else "objects" if annotated and not len(images.with_objects()) else ""
     if lacking:
-        raise found.explain_lack(source, lacking)
-    found.report(source, mistakes, tell, set() if told is None else told)
+        raise invalid.explain_lack(source, lacking)
+    invalid.report(source, on_invalid, log, set() if logged is None else logged)
     return images
 
 
-# --- what is invalid
-
-
 def check_annotations(
-    coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: InvalidAnnotations, max_pixels: int = MAX_PIXELS
+    coco: Coco, path_of: Callable[[str], Path], source: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS
 ) -> DetectionImages:
-    """What can be used of annotations; the rest is counted in ``mistakes``.
+    """The usable annotations; the others are counted in ``invalid``.
 
     Ids of annotations are not used: they may be missing or repeated.
 
     Raises:
-        UserError: classes that are none, or boxes that are corners.
+        UserError: invalid classes, or boxes that are given by their corners.
     """
-    names, ids = _check_categories(coco, source, mistakes)
-    images, listed = _check_images(coco["images"], path_of, mistakes, max_pixels)
+    names, ids = _check_categories(coco, source, invalid)
+    images, listed = _check_images(coco["images"], path_of, invalid, max_pixels)
     refuse_corners(coco["annotations"], images, source)
-    numbers = {id_: number for number, id_ in enumerate(ids)}
-    seen: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # objects by image, class and box
-    for number, one in enumerate(coco["annotations"], start=1):
+    class_index = {id_: index for index, id_ in enumerate(ids)}
+    kept: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # by image, class and box
+    for position, one in enumerate(coco["annotations"], start=1):
         if not isinstance(one, dict) or any(key not in one for key in ("image_id", "category_id")):
-            mistakes.add("objects without image_id or category_id", str(one)[:60])
+            invalid.add("objects without image_id or category_id", str(one)[:60])
             continue
-        name = f"annotation {one['id']}" if "id" in one else f"number {number} of the annotations"
+        name = f"annotation {one['id']}" if "id" in one else f"number {position} of the annotations"
         what = one.get("where") or f"{name} of image {one['image_id']}"
         key = read_image_id(one["image_id"])
         image = None if key is None else images.get(key)
         if image is None:
             if key not in listed:
-                mistakes.add("objects of an image that is not listed", what)
-            continue  # those of an image that cannot be used go with it
-        label = numbers.get(read_whole(one["category_id"]))  # type: ignore[arg-type]  # None is no id
+                invalid.add("objects of an image that is not listed", what)
+            continue  # objects of an unusable image are left out with it
+        label = class_index.get(read_whole(one["category_id"]))  # type: ignore[arg-type]  # None is not an id
         if label is None:
-            mistakes.add("objects of an unknown class", f"{what}: class {one.get('label', one['category_id'])}")
+            invalid.add("objects of an unknown class", f"{what}: class {one.get('label', one['category_id'])}")
             continue
-        known = check_object(one, image, what, mistakes)
-        if known is None:
+        checked = check_object(one, image, what, invalid)
+        if checked is None:
             continue
-        known["label"] = label
-        same = seen.setdefault((image["path"], label, *known["bbox"]), [])
-        if known in same and "where" in one:  # lines of a file have no ids that tell them apart
-            mistakes.add("objects that are annotated twice, and count once", what)
+        checked["label"] = label
+        same = kept.setdefault((image["path"], label, *checked["bbox"]), [])
+        if checked in same and "where" in one:  # lines of a file have no ids by which they differ
+            invalid.add("objects that are annotated twice, and count once", what)
             continue
-        same.append(known)
-        image["objects"].append(known)
+        same.append(checked)
+        image["objects"].append(checked)
     entries = list({entry["path"]: entry for entry in images.values()}.values())
     sizes = np.array([[e["height"], e["width"]] for e in entries], dtype=np.int64).reshape(-1, 2)
     return DetectionImages(
         FileReader([e["path"] for e in entries]),
         PackedStrings([json.dumps(e["objects"]) for e in entries]),
         sizes,
-        _number_images(entries, mistakes),
+        _image_ids(entries, invalid),
         names,
         ids,
     )
@@ -180,8 +177,8 @@ def check_annotations(
 # --- classes
 
 
-def _check_categories(coco: Coco, source: str, mistakes: InvalidAnnotations) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and ids, in the order of the ids, which may have gaps, as COCO's have."""
+def _check_categories(coco: Coco, source: str, invalid: InvalidAnnotations) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and ids of the classes, sorted by id; ids may have gaps, as COCO's have."""
     pairs = []
     for entry in coco["categories"]:
         name, id_ = (entry.get("name"), entry.get("id")) if isinstance(entry, dict) else (None, None)
@@ -193,10 +190,12 @@ def _check_categories(coco: Coco, source: str, mistakes: InvalidAnnotations) -> 
             raise UserError(f"{source} has categories whose ids are no whole numbers: {id_!r} of {name}")
         pairs.append((whole, name, entry))
     if not pairs:
-        raise UserError(f"{source} has no classes" + (f": {mistakes.lines()[0]}" if mistakes.counts else ""))
+        raise UserError(f"{source} has no classes" + (f": {invalid.lines()[0]}" if invalid.counts else ""))
     root = _find_root(pairs, coco["annotations"])
     if root is not None:
-        mistakes.notes.append(f"category {root[0]} ({root[1]}) has no objects and groups the others: it is no class")
+        invalid.notes.append(
+            f"category {root[0]} ({root[1]}) has no objects and is the supercategory of the others: it is not a class"
+        )
     classes = sorted((id_, name) for id_, name, _ in pairs if root is None or id_ != root[0])
     ids, names = [id_ for id_, _ in classes], [name for _, name in classes]
     given: dict[str, list[Any]] = {"id": ids, "name": names}
@@ -210,9 +209,9 @@ def _check_categories(coco: Coco, source: str, mistakes: InvalidAnnotations) -> 
 def _find_root(
     categories: list[tuple[int, str, dict[str, Any]]], annotations: list[Any]
 ) -> tuple[int, str, dict[str, Any]] | None:
-    """The category that Roboflow exports above all others: their supercategory, of no supercategory and no objects.
+    """The supercategory of all others that Roboflow exports as a category without objects; None if there is none.
 
-    Its name may be that of a class as well.
+    A class may have the same name.
     """
     used = {read_whole(one.get("category_id")) for one in annotations if isinstance(one, dict)}
     for root in categories:
@@ -232,19 +231,19 @@ def _find_root(
 
 
 def _check_images(
-    listed: list[Any], path_of: Callable[[str], Path], mistakes: InvalidAnnotations, max_pixels: int
+    listed: list[Any], path_of: Callable[[str], Path], invalid: InvalidAnnotations, max_pixels: int
 ) -> tuple[dict[int | str, dict[str, Any]], set[int | str | None]]:
-    """The images that can be used, by id, and the ids of all."""
+    """The usable images by id, and the ids of all images."""
     entries: list[tuple[int | str, dict[str, Any]]] = []
     files: dict[int | str, set[str]] = {}
     keys: set[int | str | None] = set()
     for entry in listed:
         if not isinstance(entry, dict) or any(key not in entry for key in ("id", "file_name")):
-            mistakes.add("images without id or file_name", str(entry)[:60])
+            invalid.add("images without id or file_name", str(entry)[:60])
             continue
         key = read_image_id(entry["id"])
         if key is None:
-            mistakes.add("images whose id is neither a whole number nor text", f"{entry['id']!r}: {entry['file_name']}")
+            invalid.add("images whose id is neither a whole number nor text", f"{entry['id']!r}: {entry['file_name']}")
             continue
         keys.add(key)
         entries.append((key, entry))
@@ -256,18 +255,18 @@ def _check_images(
         height, width = (read_whole(entry.get(side)) or 0 for side in ("height", "width"))
         if min(height, width) <= 0:
             sides = f"height {entry.get('height')!r}, width {entry.get('width')!r}"
-            mistakes.add("images without height or width in whole pixels", f"{name}: {sides}")
+            invalid.add("images without height or width in whole pixels", f"{name}: {sides}")
         elif height * width > max_pixels:
-            mistakes.add("images of more pixels than --data.max-pixels", f"{name}: {width}x{height}")
-        elif len(files[key]) > 1:  # whose objects are they?
-            mistakes.add("images whose id another one has", f"{key}: {name}")
+            invalid.add("images of more pixels than --data.max-pixels", f"{name}: {width}x{height}")
+        elif len(files[key]) > 1:  # its objects cannot be assigned
+            invalid.add("images whose id another one has", f"{key}: {name}")
         elif key in images:
-            mistakes.add("images that are listed twice", f"{key}: {name}")
+            invalid.add("images that are listed twice", f"{key}: {name}")
         elif not (path := path_of(name)).is_file():
-            mistakes.add("images not on disk", str(path))
+            invalid.add("images not on disk", str(path))
         elif str(path) in by_path:
             images[key] = by_path[str(path)]
-            mistakes.add("images that are listed with two ids, whose objects were joined", f"{key}: {name}")
+            invalid.add("images that are listed with two ids, whose objects were joined", f"{key}: {name}")
         else:
             images[key] = by_path[str(path)] = {
                 "key": key,
@@ -279,16 +278,13 @@ def _check_images(
     return images, keys
 
 
-def _number_images(entries: list[dict[str, Any]], mistakes: InvalidAnnotations) -> np.ndarray:
-    """The ids of images, int64 [n]; those that are text get the numbers after the largest."""
+def _image_ids(entries: list[dict[str, Any]], invalid: InvalidAnnotations) -> np.ndarray:
+    """The ids of images, int64 [n]; ids that are text are replaced by numbers above the largest id."""
     free = 1 + max((entry["key"] for entry in entries if isinstance(entry["key"], int)), default=0)
     if free + len(entries) >= 2**63:
         free = -len(entries) - 2**62
     texts = [entry["key"] for entry in entries if isinstance(entry["key"], str)]
     if texts:
-        mistakes.notes.append(f"ids of images are text ({texts[0]}): results.json numbers them from {free}")
+        invalid.notes.append(f"ids of images are text ({texts[0]}): results.json numbers them from {free}")
     numbers = iter(range(free, free + len(texts)))
     return np.array([e["key"] if isinstance(e["key"], int) else next(numbers) for e in entries], dtype=np.int64)
-
-
-# --- objects

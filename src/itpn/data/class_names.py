@@ -14,7 +14,7 @@ from itpn.system.text import as_class, one_line, read_lines
 
 Colour = tuple[int, int, int]
 Names = Sequence[tuple[str, Colour | None]]  # of labels in turn, and their colours
-# of files of classes: 0 cat; 0: cat; 0,cat; 0 - cat; and cat 0; cat,0
+# lines of files of classes: 0 cat; 0: cat; 0,cat; 0 - cat; and cat 0; cat,0
 NUMBER_BEFORE = re.compile(r"(?P<number>[0-9]{1,6})(?:\s*[.,:;)=-]+\s*|\s+)(?P<name>\S.*)")
 NUMBER_BEHIND = re.compile(r"(?P<name>.*[^\s,;:=])(?:\s*[,;:=]\s*|\s+)(?P<number>[0-9]{1,6})")
 NAME_WORDS = {"name", "names", "class", "classes", "label", "labels", "category", "categories"}
@@ -25,23 +25,23 @@ HEADER_WORDS = {
 
 
 def are_numbers(labels: Iterable[str]) -> bool:
-    """Whether labels are numbers of classes, and not their names."""
+    """Whether labels are class indices, not names."""
     return all(label.removeprefix("-").isdecimal() for label in labels)
 
 
 def read_class_names(folders: Sequence[str], labels: Iterable[str]) -> list[str] | None:
-    """From a file beside the shards, or beside the folder that they are in; None where there is none.
+    """Class names from a file beside the shards or beside their folder; None if there is no such file.
 
     Args:
-        labels: of the images. Where they are numbers, lines that begin with them are read without.
+        labels: of the images. If they are class indices, indices are removed from the lines of the file.
 
     Raises:
-        UserError: an empty line, or a name that is there twice.
+        UserError: an empty line, or a duplicate name.
     """
     for folder in folders:
         for place in (Path(folder), Path(folder).parent):
             if (place / CLASSES).is_file():
-                # `itpn shrink` writes the names of folders as they are, with blanks and numbers
+                # `itpn shrink` writes names of folders unchanged, with blanks and numbers
                 by_hand = not (place / COPIES_INDEX).is_file()
                 names = [as_class(name) for name in read_lines(place / CLASSES, strip=by_hand)]
                 refuse_empty_line(names, place / CLASSES)
@@ -54,14 +54,14 @@ def read_class_names(folders: Sequence[str], labels: Iterable[str]) -> list[str]
 
 
 def drop_numbers(lines: Sequence[str], first: int, file: str | Path, hint: str = "") -> list[str]:
-    """Lines of a file of classes without a header and without the labels that they begin or end with.
+    """Remove a header, and the labels with which lines begin or end, from the lines of a file of classes.
 
     Args:
         first: the label of the first class.
-        hint: what else to do where they count from another number.
+        hint: another remedy, if the file counts from another number.
 
     Raises:
-        UserError: a line is a comment, or the lines are numbered, but not by their labels.
+        UserError: a line is a comment, or lines are numbered, but not by their labels.
     """
     comments = [line for line in lines if line.startswith("#")]
     if 0 < len(comments) < len(lines):
@@ -90,7 +90,7 @@ def drop_numbers(lines: Sequence[str], first: int, file: str | Path, hint: str =
 
 
 def _is_coloured(rest: str, pattern: re.Pattern[str]) -> bool:
-    """Whether the number beside it is of a colour: 1 2 3 road, or road 1 2 3. Without a name, it is one itself."""
+    """Whether the number beside ``rest`` belongs to a colour (1 2 3 road, or road 1 2 3), or there is no name."""
     words = re.split(r"[\s,]+", rest)
     if all(word.isdecimal() for word in words):
         return True
@@ -100,7 +100,7 @@ def _is_coloured(rest: str, pattern: re.Pattern[str]) -> bool:
 
 
 def refuse_empty_line(names: Sequence[str], file: str | Path) -> None:
-    """Raise :class:`UserError` where a line of a file of classes is empty: those after it would get other labels."""
+    """Raise :class:`UserError` if a line of a file of classes is empty: later lines would get other labels."""
     if "" in names:
         raise UserError(
             f"{file} has nothing in line {names.index('') + 1}: each line names a class, the first that of label 0"
@@ -108,18 +108,18 @@ def refuse_empty_line(names: Sequence[str], file: str | Path) -> None:
 
 
 def join_names(names: Sequence[str], most: int = 3) -> str:
-    """The first few, each set off from the sentence."""
+    """The first few names, in quotes."""
     return join([f"'{name}'" for name in names], most)
 
 
 def read_names(file: str | None, root: str, first: int = 0) -> Names | None:
-    """Names of classes, and their colours where the file says them.
+    """Read the names of classes, and their colours if the file has them.
 
     Args:
         first: the label of the first line.
 
     Raises:
-        UserError: no such file, a line that is no class, or lines with numbers that are not their labels.
+        UserError: no such file, an invalid line, or lines numbered other than by their labels.
     """
     if file is None:
         places = [place / name for place in (Path(root), Path(root).parent) for name in CLASS_FILES]
@@ -133,7 +133,7 @@ def read_names(file: str | None, root: str, first: int = 0) -> Names | None:
     lines = [line for line in written if line]
     if not lines:
         raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
-    if lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
+    if lines[0].startswith("Idx\t"):  # ADE20K's: number, three fractions, stuff or not, name
         return [(line.split("\t")[-1].split(",")[0].strip(), None) for line in lines[1:]]
     names: list[tuple[str, Colour | None]] = []
     switch = "no-reduce-zero-label" if first else "reduce-zero-label"
@@ -158,7 +158,9 @@ def read_names(file: str | None, root: str, first: int = 0) -> Names | None:
             raise UserError(f"{file} has two classes of the {what} {twice[0]}")
     if len({colour is None for _, colour in names}) > 1:
         raise UserError(f"{file} has colours for some of the classes: give all or none")
-    if "" in written and any(colour is None for _, colour in names):  # is it a label without a name, or of no meaning?
+    if "" in written and any(
+        colour is None for _, colour in names
+    ):  # ambiguous: a label without a name, or a blank line
         refuse_empty_line(written, file)
     return names
 
@@ -167,6 +169,6 @@ def _split_lines(lines: list[str], file: str) -> list[list[str]]:
     if not any("," in line for line in lines):
         return [line.split() for line in lines]
     try:
-        return [next(csv.reader([line])) for line in lines]  # one by one: a quote that is not closed ends with its line
+        return [next(csv.reader([line])) for line in lines]  # one by one: an unclosed quote ends with its line
     except csv.Error as error:
         raise UserError(f"file of classes {file} cannot be read: {error}") from None

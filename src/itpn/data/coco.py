@@ -16,8 +16,8 @@ from itpn.system.text import decode_text
 MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
 
 
-def read_coco(root: Path, split: str, mistakes: InvalidAnnotations, max_pixels: int = MAX_PIXELS) -> Parts | None:
-    """A JSON file for each set; ``root`` may be such a file."""
+def read_coco(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS) -> Parts | None:
+    """Read COCO's layout: a JSON file for each split; ``root`` may be such a file."""
     file = root if root.is_file() else _find_json(root, split)
     if file is None:
         return None

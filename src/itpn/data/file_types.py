@@ -13,20 +13,22 @@ IMAGE_SUFFIXES = (
 JPEG_SUFFIXES = IMAGE_SUFFIXES[:6]
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLE_SUFFIX = ".parquet"
-CACHE_INDEX = "itpn-features.json"  # in a folder written by `itpn cache-features`
-COPIES_INDEX = "itpn-shrink.json"  # in one written by `itpn shrink`
-CLASSES = "classes.txt"  # beside shards: a name for each label, a line each
-CLASS_FILES = (CLASSES, "classes.csv", "class_dict.csv", "objectInfo150.txt")  # of masks; ADE20K has the last
+CACHE_INDEX = "itpn-features.json"  # in the output folder of `itpn cache-features`
+COPIES_INDEX = (
+    "itpn-shrink.json"  # in the output folder of `itpn shrink`; keeps its name, so that older folders are read
+)
+CLASSES = "classes.txt"  # beside shards: the name of each class, a line each
+CLASS_FILES = (CLASSES, "classes.csv", "class_dict.csv", "objectInfo150.txt")  # beside masks; the last is ADE20K's
 ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
-MOST_SUFFIXES = 8  # that a line names
-# of Linux, macOS, Synology and Windows; in lower case
+MOST_SUFFIXES = 8  # listed in a line
+# folders of Linux, macOS, Synology and Windows, in lower case
 SYSTEM_FOLDERS = {"lost+found", "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"}
-# what is counted by kind, not by suffix: in archives, and pipes, sockets and devices
+# counted by kind, not by suffix: links in archives; pipes, sockets and devices
 LINK, SPECIAL = "link", "special file"
 
 
 def describe_file(path: str) -> str:
-    """What a file that is not read is, and what to do, to end a message with."""
+    """The kind of a file that is not read, and what to do, as the end of a message."""
     suffix = os.path.splitext(path)[1].lower()
     if not os.path.isfile(path):
         return ""
@@ -40,7 +42,7 @@ def describe_file(path: str) -> str:
 
 
 def describe_unread(unread: Counter[str]) -> str:
-    """Files that are not read, by suffix or kind, the commonest first, in a line; empty where there are none."""
+    """Unread files by suffix or kind, the most frequent first, in a line; empty if there are none."""
     if not unread:
         return ""
     ranked = sorted(unread.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -66,14 +68,14 @@ def is_table(name: str) -> bool:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether any part of a relative path starts with a dot, or is a folder that a system makes for itself."""
+    """Whether any part of a relative path starts with a dot, or is a folder of the operating system."""
     return any(
         (part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM_FOLDERS for part in name.split("/")
     )
 
 
 def suffix_of(name: str) -> str:
-    """As a count of files that are not read calls it."""
+    """The suffix of a name, as counts of unread files list it."""
     lower = os.path.basename(name).lower()
     return next(
         (suffix for suffix in SHARD_SUFFIXES[1:] if lower.endswith(suffix)), readable(os.path.splitext(lower)[1])

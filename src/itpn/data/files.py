@@ -1,4 +1,4 @@
-"""What a data root holds: image files in any tree, or tar shards. Standard library only, so that it is quick."""
+"""The content of a data root: image files in any tree, or tar shards. Standard library only, so that it is quick."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from itpn.system.text import read_text
 class ImageSource:
     """Images to read, in a fixed order: single files, or tar shards, or a cache of crops and a teacher's features.
 
-    Only one of the three is not empty.
+    Exactly one of the three is given.
 
     Paths are strings: a million `Path` objects would take half a gigabyte.
     """
@@ -35,18 +35,18 @@ class ImageSource:
     images: tuple[str, ...] = ()
     shards: tuple[str, ...] = ()
     cache: str = ""
-    roots: tuple[str, ...] = field(default=(), compare=False)  # where they were looked for
-    # what was left out, or may be meant otherwise, a line each
+    roots: tuple[str, ...] = field(default=(), compare=False)  # that were searched
+    # what was left out or is ambiguous, a line each
     notes: tuple[str, ...] = field(default=(), compare=False)
-    members: tuple[str, ...] = ()  # of shards: endings of those to read, see `itpn.data.members`
+    members: tuple[str, ...] = ()  # of shards: suffixes of the members to read, see `itpn.data.members`
 
 
 @dataclass
 class _Found:
-    """What a search has met so far."""
+    """What a search has found so far."""
 
     members: tuple[str, ...] = ()  # as of `ImageSource`
-    images: dict[str, None] = field(default_factory=dict)  # an ordered set: roots may overlap
+    images: dict[str, None] = field(default_factory=dict)  # used as an ordered set: roots may overlap
     shards: dict[str, None] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
     places: list[str] = field(default_factory=list)
@@ -61,7 +61,11 @@ class _Found:
         self.places.append(root)
 
     def source(self, notes: Sequence[str] = ()) -> ImageSource:
-        """Raises UserError where there is nothing, or not one kind."""
+        """The source of what was found.
+
+        Raises:
+            UserError: nothing was found, or both images and shards.
+        """
         if self.images and self.shards:
             raise UserError(
                 f"both images ({next(iter(self.images))}) and tar shards ({next(iter(self.shards))}) were given: "
@@ -88,14 +92,14 @@ def find_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> Ima
     """Find the images, or else the tar shards, under some folders; a root may also be one image or one shard.
 
     Folders are searched at any depth and links to folders are followed, each folder once. Hidden files and
-    folders are passed over, and so is everything that is neither image nor shard, which the notes count. The order is
-    that of the roots, then of the names, on every file system.
+    folders are ignored. The notes count files that are neither image nor shard. The order is that of the roots, then
+    of the names, on every file system.
 
     Args:
-        members: endings of the images in shards, see `itpn.data.members.Choice`.
+        members: suffixes of the images in shards, see `itpn.data.members.Choice`.
 
     Raises:
-        UserError: a root is missing, unreadable or holds nothing of use, or some hold images and others shards.
+        UserError: a root is missing, unreadable or has no images, or some roots have images and others shards.
     """
     names = [os.fspath(root) for root in roots]
     if cache := _find_cache(names):
@@ -108,9 +112,9 @@ def find_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> Ima
 
 
 def find_training_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> ImageSource:
-    """As `find_images`, but where names divide a folder at any depth into splits, of those for training alone.
+    """As `find_images`, but without validation and test splits, if names divide a folder at any depth into splits.
 
-    Evaluation sets stay unseen. The notes say what is left out.
+    The notes list what is left out.
 
     Args:
         members: as of `find_images`.
@@ -132,14 +136,14 @@ def find_training_images(roots: Sequence[Path | str], members: Sequence[str] = (
 
 
 def find_splits(roots: Sequence[str], members: Sequence[str] = ()) -> dict[str, ImageSource]:
-    """As `find_images`, but what is for training apart from what is for evaluation, where the names say which is which.
+    """As `find_images`, but separately for each split, if names divide the roots into splits.
 
     Args:
         members: as of `find_images`.
 
     Returns:
-        By split, ``train``, ``val`` and ``test``, what is called so in the roots, and nothing of what lies beside;
-        where nothing is called train, one source of everything under the name "".
+        A source for each of ``train``, ``val`` and ``test`` that the roots have; what lies beside splits is left out.
+        If nothing is called train, one source of everything, under the name "".
 
     Raises:
         UserError: as `find_images`; or the roots or the splits are not of one kind.
@@ -162,7 +166,7 @@ def find_splits(roots: Sequence[str], members: Sequence[str] = ()) -> dict[str, 
         for split, path in pairs:
             own.setdefault(split, []).append(path)
         divided[root] = own.keys() != {""}
-        if "train" in own and "" in own:  # images outside of every divided folder
+        if "train" in own and "" in own:  # images outside of divided folders
             own["train"] = own.pop("") + own["train"]
         for split, paths in own.items():
             places = sorted(parts.places.get(split, []), key=len, reverse=True)
@@ -191,7 +195,7 @@ def _find_cache(names: Sequence[str]) -> ImageSource | None:
 
 
 def check_root(root: str) -> None:
-    """Refuse what is no folder, image or shard, and what an unfinished `itpn shrink` left: a folder or its splits."""
+    """Refuse a root that is not a folder, image or shard, or is an incomplete output of `itpn shrink` or in one."""
     if not root:
         raise UserError("a data root is an empty name: give a folder of images, or tar shards")
     if not os.path.exists(root):

@@ -4,18 +4,18 @@ import math
 from collections.abc import Mapping
 
 WHITE = 255  # in masks of 8 bits
-MAX_LEVELS = 10  # shades that are recognized as evenly spaced: more are too close to class indices
+MAX_LEVELS = 10  # grey levels that are recognized as evenly spaced: more are too similar to class indices
 
 
 def explain_greys(counts: Mapping[int, int]) -> str | None:
-    """Whether the values of masks look like shades of grey instead of class indices.
+    """Whether the values of masks look like grey levels, not class indices.
 
     Args:
-        counts: pixels of each value, over all masks.
+        counts: value -> number of pixels, over all masks.
 
     Returns:
-        What they look like and what to do; None where they may be class indices, or are black and white alone. Gaps
-        between indices and 255 as an ignored label are no sign of shades.
+        What they look like and what to do; None if they may be class indices, or are black and white. Gaps between
+        indices, and 255 as the ignored label, do not count as grey levels.
     """
     values = sorted(counts)
     if not values or values[-1] > WHITE or set(values) <= {0, WHITE}:
@@ -36,7 +36,7 @@ def explain_greys(counts: Mapping[int, int]) -> str | None:
 
 
 def _are_levels(values: set[int]) -> bool:
-    """Evenly spaced from black, at least half of the levels: 0, 127, 255; 0, 85, 170, 255; 0, 50, 100, 150."""
+    """Whether values are evenly spaced from black, at least half of the levels present, as 0, 127, 255."""
     if values == {0, WHITE - 1}:
         return True
     inner = sorted(values - {0, WHITE})
@@ -52,7 +52,7 @@ def _are_levels(values: set[int]) -> bool:
 
 
 def _are_blurred(counts: Mapping[int, int]) -> bool:
-    """White, and values of few pixels each over the whole range, which have few pixels together."""
+    """Whether there is white, and values over the whole range that are rare, each and together."""
     total = sum(counts.values())
     rare = {value: n for value, n in counts.items() if 8 <= value < 248 and n < 0.1 * total}
     spread = any(value < 128 for value in rare) and any(value >= 192 for value in rare)

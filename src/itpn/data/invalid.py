@@ -14,7 +14,7 @@ from itpn.system.text import one_line
 
 @dataclass
 class InvalidAnnotations:
-    """What is invalid in annotations, by kind, with the first few examples; and remarks on valid ones."""
+    """Invalid annotations by kind, with the first examples of each, and notes on valid ones."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -26,53 +26,54 @@ class InvalidAnnotations:
             self.examples.setdefault(kind, []).append(one_line(example))
 
     def note_unread(self, folder: str, unread: Counter[str], read: Iterable[str | Path] = ()) -> None:
-        """Note what files below a folder are not read; ``read`` are some that are, and were counted as well."""
+        """Add a note on the files below a folder that are not read; ``read``: files that are read, though counted."""
         below = os.path.join(os.path.abspath(folder), "")
         unread = unread - Counter(suffix_of(str(path)) for path in read if os.path.abspath(path).startswith(below))
         if line := describe_unread(unread):
             self.notes.append(f"{line} in {folder}")
 
     def lines(self) -> list[str]:
-        """A line for each kind, the commonest first."""
+        """A line for each kind, the most frequent first."""
         return [
             f"{kind}: {count:,} ({', '.join(self.examples[kind])}{', ...' if count > len(self.examples[kind]) else ''})"
             for kind, count in self.counts.most_common()
         ]
 
     def explain_lack(self, source: str, lacking: str) -> UserError:
-        """``source`` has nothing that can be used; with every reason that is known."""
+        """The error to raise where ``source`` has no usable images or objects, with all known reasons."""
         reasons = "; ".join([*self.lines(), *dict.fromkeys(self.notes)])
         return UserError(f"{source} has no {lacking}" + (f" that can be used: {reasons}" if reasons else ""))
 
     def report(
         self,
         source: str,
-        what_to_do: Literal["summary", "skip", "error"],
-        tell: Callable[[str], None],
-        told: set[str] | None = None,
+        on_invalid: Literal["summary", "skip", "error"],
+        log: Callable[[str], None],
+        logged: set[str] | None = None,
     ) -> None:
-        """Tell what was found in ``source``, a line at a time, if anything was.
+        """Log the notes and the invalid annotations of ``source``, a line at a time.
 
         Args:
-            told: remarks that are not repeated; those of ``source`` are added.
+            logged: notes that are not repeated; those of ``source`` are added.
 
         Raises:
-            UserError: mistakes are errors.
+            UserError: there are invalid annotations, and ``on_invalid`` is "error".
         """
-        told = set() if told is None else told
+        logged = set() if logged is None else logged
         for note in dict.fromkeys(self.notes):
-            if note not in told:
-                tell(f"{source}: {note}")
-                told.add(note)
+            if note not in logged:
+                log(f"{source}: {note}")
+                logged.add(note)
         if not self.counts:
             return
         lines = self.lines()
-        if what_to_do == "error":
+        if on_invalid == "error":
             raise UserError(f"{source}: {'; '.join(lines)}; --data.mistakes skip leaves these out")
-        if what_to_do == "summary":
-            tell(f"{source}: left out, or put right, are")
+        if on_invalid == "summary":
+            log(f"{source}: invalid annotations, left out or corrected:")
             for line in lines:
-                tell(f"  {line}")
+                log(f"  {line}")
         else:
             count = sum(self.counts.values())
-            tell(f"{source}: {count:,} mistake{'s' * (count != 1)} left out (--data.mistakes summary shows which)")
+            what = f"invalid annotation{'s' * (count != 1)} left out"
+            log(f"{source}: {count:,} {what} (--data.mistakes summary shows which)")

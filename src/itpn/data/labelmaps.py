@@ -1,4 +1,4 @@
-"""Images with a class for each pixel: where they are, the mistakes in their masks, both on their way to a network."""
+"""Images with a class for each pixel: where the images and their masks are."""
 
 import os
 from collections import Counter
@@ -20,9 +20,6 @@ LAYOUTS = (
 )
 
 
-# --- where they are
-
-
 def find_label_maps(
     root: str,
     masks: str | None = None,
@@ -30,22 +27,22 @@ def find_label_maps(
     val_masks: str | None = None,
     *,
     rules: MaskRules,
-    val_share: float = 0.0,
+    val_fraction: float = 0.0,
     seed: int = 0,
 ) -> tuple[LabelMaps, LabelMaps | None]:
-    """Find the images to train on and those to evaluate on, checked, with the same classes.
+    """Find and check the training and the validation images, with the same classes.
 
     Args:
         root: a folder of ADE20K's layout (``images/training``, ``annotations/training``), one that has ``images`` and
-            ``masks`` alone, a folder for each set with these inside, or, with ``masks``, a folder of images.
+            ``masks`` alone, a folder for each split with these inside, or, with ``masks``, a folder of images.
         masks: the folder of their masks, of the same names.
-        val_share: share of the images that is held out where there are none to evaluate on.
+        val_fraction: fraction of the images that is held out if there are no validation images.
 
     Returns:
-        The second is None where there are none, and none are held out.
+        The training images; the validation images, or None if there are none.
 
     Raises:
-        UserError: nothing of a known layout, fewer than two classes, or a mistake if it is an error.
+        UserError: no known layout, fewer than two classes, or an invalid mask if it is an error.
     """
     pairs = find_pairs(root, masks, "train")
     if pairs is None:
@@ -54,9 +51,10 @@ def find_label_maps(
     val = find_to_evaluate(root, masks, val_root, val_masks)
     if val is not None and val[0] != pairs[0]:
         return train, check_masks(val, train.table, rules)
-    count = min(max(1, round(val_share * len(train))), len(train) - 1) if val_share else 0
+    count = min(max(1, round(val_fraction * len(train))), len(train) - 1) if val_fraction else 0
     if not count:
         return train, None
+    # "share" is part of the seed: another word would hold out other images
     order = np.argsort([derive_seed(seed, "share", os.path.basename(train.name(i))) for i in range(len(train))])
     return train.take(np.sort(order[count:])), train.take(np.sort(order[:count]))
 
@@ -68,14 +66,14 @@ def read_to_evaluate(
     val_masks: str | None,
     *,
     rules: MaskRules,
-    val_share: float = 0.0,
+    val_fraction: float = 0.0,
     seed: int = 0,
     names: Names | None = None,
 ) -> tuple[LabelMaps, bool]:
-    """The images to evaluate a finished model on: of a folder with one set alone, that, or what is held out of it.
+    """The images to evaluate a model on: the validation split; in a folder without splits, all or those held out.
 
     Args:
-        names: of the labels, where no file says them.
+        names: of the labels, if there is no file of names.
 
     Returns:
         The images, and whether they were held out.
@@ -84,10 +82,10 @@ def read_to_evaluate(
         UserError: as of :func:`find_label_maps`.
     """
     pairs = find_to_evaluate(root, masks, val_root, val_masks)
-    own = find_pairs(root, masks, "train") if pairs is None or val_share else None
+    own = find_pairs(root, masks, "train") if pairs is None or val_fraction else None
     pairs = pairs or own
-    if val_share and own is not None and pairs == own:
-        _, held_out = find_label_maps(root, masks, rules=rules, val_share=val_share, seed=seed)
+    if val_fraction and own is not None and pairs == own:
+        _, held_out = find_label_maps(root, masks, rules=rules, val_fraction=val_fraction, seed=seed)
         if held_out is not None:
             return held_out, True
     if pairs is None:
@@ -106,7 +104,7 @@ def find_to_evaluate(root: str, masks: str | None, val_root: str | None, val_mas
 
 
 def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
-    """The images of a set and where their masks are; None where there is no such set."""
+    """The images of a split and their masks; None if there is no such split."""
     if not root:
         raise UserError(f"--data.root is an empty name: {LAYOUTS}")
     folder = Path(root)
@@ -136,13 +134,7 @@ def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
 
 
 def _find_masks(folder: Path) -> Path:
-    """Beside the images of a folder, by whichever name; one with pictures, if there is one."""
+    """The folder of masks beside that of images; if there are several, the first that has images in it."""
     places = [place for name in MASK_FOLDERS if (place := folder / name).is_dir()]
-    drawn = (place for place in places if any(is_image(path) for path in walk(str(place))))
-    return next(drawn, places[0] if places else folder / MASK_FOLDERS[0])
-
-
-# --- mistakes
-
-
-# --- augmentation: the mask goes where the pixels go
+    filled = (place for place in places if any(is_image(path) for path in walk(str(place))))
+    return next(filled, places[0] if places else folder / MASK_FOLDERS[0])

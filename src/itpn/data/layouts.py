@@ -1,6 +1,6 @@
-"""Layouts of folders with annotated objects: COCO's, YOLO's and Pascal VOC's, each in COCO's terms.
+"""What the readers of COCO's, YOLO's and Pascal VOC's layouts share. Each returns annotations in COCO's form.
 
-Each reader gives None where the folder has another layout, or not this set.
+A reader returns None where the folder has another layout, or lacks the split.
 """
 
 import contextlib
@@ -19,25 +19,25 @@ from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError
 from itpn.system.text import as_file_name
 
-LONGEST_REASON = 500  # characters: it may quote megabytes of a damaged file
+LONGEST_REASON = 500  # characters: a message may quote megabytes of a damaged file
 Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON
 Size = tuple[int, int]  # height, width
 Found = dict[str, Any] | str  # an object, or why it cannot be read
-Parse = Callable[[Path, Size], Iterator[Found]]  # of a file of annotations
-# kinds of mistakes
+Parse = Callable[[Path, Size], Iterator[Found]]  # of an annotation file
+# kinds of invalid annotations
 UNREADABLE = "images whose annotations cannot be read"
 UNUSABLE_MASK = "polygons or masks that cannot be used (the box is, if there is one)"
 FRACTIONS = "boxes with coordinates from 0 to 1, which look like fractions: multiply them by the image's sides"
 
-Parts = tuple[Coco, Callable[[str], Path], str]  # what it says, where an image's file is, what to call it
+Parts = tuple[Coco, Callable[[str], Path], str]  # annotations, file name -> path of an image, name of the source
 
 
 def search_folders(places: list[Path]) -> Callable[[str], Path]:
-    """Where a file is: in the first of several folders that has it."""
+    """A function that finds a file by name, in the first of several folders that has it."""
 
     def path_of(name: str) -> Path:
         name = as_file_name(name)
-        with contextlib.suppress(OSError):  # no name of a file
+        with contextlib.suppress(OSError):  # not a valid file name
             paths = [place / own for own in (name, name.replace("\\", "/")) for place in places]  # of Windows
             return next((path for path in paths if path.is_file()), places[0] / name)
         return places[0] / name[:100]
@@ -46,10 +46,10 @@ def search_folders(places: list[Path]) -> Callable[[str], Path]:
 
 
 def import_supervision() -> Any:
-    """Its readers of files, by layout."""
+    """The supervision library's readers of annotation files, by layout."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of working without OpenCV
+            warnings.simplefilter("ignore")  # supervision warns if OpenCV is missing
             return {
                 name: importlib.import_module(f"supervision.dataset.formats.{name}") for name in ("yolo", "pascal_voc")
             }
@@ -72,17 +72,17 @@ def _text(counts: Any) -> Any:
     return counts.decode() if isinstance(counts, bytes) else counts
 
 
-def measure_images(names: Iterable[str], mistakes: InvalidAnnotations, max_pixels: int) -> Iterator[tuple[Path, Size]]:
-    """Image files in the order of their names, and their height and width, from their headers."""
+def measure_images(names: Iterable[str], invalid: InvalidAnnotations, max_pixels: int) -> Iterator[tuple[Path, Size]]:
+    """Image files sorted by name, with height and width from their headers."""
     for name in sorted(names):
         try:
             size = read_size(name)
-        except Exception as error:  # whatever Pillow meets
+        except Exception as error:  # Pillow raises many types
             check_lost(name, error)
-            mistakes.add("images that cannot be read", f"{name}: {reason_of(error)}")
+            invalid.add("images that cannot be read", f"{name}: {reason_of(error)}")
             continue
         if size[0] * size[1] > max_pixels:  # before masks of this size are drawn
-            mistakes.add("images of more pixels than --data.max-pixels", f"{name}: {size[1]}x{size[0]}")
+            invalid.add("images of more pixels than --data.max-pixels", f"{name}: {size[1]}x{size[0]}")
             continue
         yield Path(name), size
 
@@ -91,23 +91,23 @@ def shorten_reason(error: Exception) -> str:
     return reason_of(error)[:LONGEST_REASON]
 
 
-def append_image(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, mistakes: InvalidAnnotations) -> None:
-    """Add an image with those objects of its file of annotations that can be read; neither, if none can be."""
+def append_image(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse, invalid: InvalidAnnotations) -> None:
+    """Add an image with the readable objects of its annotation file; add nothing if all objects are unreadable."""
     try:
         found = list(parse(notes, size))
     except MachineError:
         raise
-    except Exception as error:  # whatever a reader meets in a damaged file
+    except Exception as error:  # readers raise many types on a damaged file
         check_lost(str(notes), error)
-        mistakes.add(UNREADABLE, f"{notes}: {shorten_reason(error)}")
+        invalid.add(UNREADABLE, f"{notes}: {shorten_reason(error)}")
         return
     objects = [one for one in found if not isinstance(one, str)]
     reasons = [one for one in found if isinstance(one, str)]
     if reasons and not objects:
-        mistakes.add(UNREADABLE, f"{notes}: {reasons[0]}")
+        invalid.add(UNREADABLE, f"{notes}: {reasons[0]}")
         return
     for reason in reasons:
-        mistakes.add("objects that cannot be read", f"{notes}: {reason}")
+        invalid.add("objects that cannot be read", f"{notes}: {reason}")
     number = 1 + len(coco["images"])
     coco["images"].append({"id": number, "file_name": str(image), "height": size[0], "width": size[1]})
     for one in objects:

@@ -1,4 +1,4 @@
-"""Checks of a set of masks, each of which is read once."""
+"""Images with masks: checked, each mask is read once."""
 
 import functools
 import os
@@ -21,7 +21,15 @@ from itpn.data.readers import FileReader, PackedStrings, Reader, Subset, check_l
 from itpn.data.walk import list_images
 from itpn.errors import UserError
 
-MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name
+MASK_ENDINGS = (
+    "",
+    "_mask",
+    "_label",
+    "_labels",
+    "_seg",
+    "_L",
+    "_gtFine_labelIds",
+)  # of a mask's name, after the image's name
 
 
 @dataclass(frozen=True)
@@ -31,8 +39,8 @@ class LabelMaps:
     Attributes:
         files: the encoded images.
         masks: paths.
-        table: what is in them.
-        left_out: how many images are not among them for a mistake.
+        table: the meaning of their labels.
+        left_out: number of images that are left out because their mask is invalid.
     """
 
     files: Reader
@@ -44,7 +52,7 @@ class LabelMaps:
         return len(self.masks)
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage, str]:
-        """Name, encoded image or why it cannot be had, and the path of its mask."""
+        """Name, encoded image or the error of reading it, and path of the mask."""
         name, data = self.files[index]
         return name, data, self.masks[index]
 
@@ -56,10 +64,10 @@ class LabelMaps:
         return self.table.classes
 
     def rename(self, classes: Sequence[str]) -> "LabelMaps":
-        """The same images with the numbers that another list of classes gives them.
+        """The same images with the class indices of another list of classes.
 
         Raises:
-            UserError: a class is not in it.
+            UserError: a class is not in the list.
         """
         return replace(self, table=self.table.rename(classes))
 
@@ -72,27 +80,28 @@ class LabelMaps:
 
 @dataclass(frozen=True)
 class MaskRules:
-    """What masks mean, and what is done about those that cannot be right.
+    """How masks are read, and what to do about invalid ones.
 
     Attributes:
-        classes: a file with a class a line, or with ``NAME R G B``; None for one beside the images, or for numbers.
-        reduce_zero_label: label 0 is of no class, and the first class is 1, as in ADE20K.
-        ignore: labels that are of no class.
-        mistakes: see `itpn.config.MasksConfig`.
-        tell: takes the summary of mistakes, a line at a time.
+        classes: a file with a class name, or ``NAME R G B``, a line; None for a file beside the images, or if there is
+            none, for the labels themselves as names.
+        reduce_zero_label: label 0 is ignored, and the first class is 1, as in ADE20K.
+        ignore: labels that are ignored.
+        on_invalid: see `itpn.config.MasksConfig`.
+        log: takes the summary of invalid masks, a line at a time.
         max_pixels: of a mask.
     """
 
     classes: str | None = None
     reduce_zero_label: bool = False
     ignore: tuple[int, ...] = (255,)
-    mistakes: Literal["summary", "skip", "error"] = "summary"
-    tell: Callable[[str], None] = print
+    on_invalid: Literal["summary", "skip", "error"] = "summary"
+    log: Callable[[str], None] = print
     max_pixels: int = MAX_PIXELS
 
 
 class Pairs(NamedTuple):
-    """The images of a set, the folder that they are in, the folder of their masks, and the other files of the first."""
+    """The images of a split, their folder, the folder of their masks, and the unread files of the first folder."""
 
     images: list[str]
     folder: str
@@ -102,12 +111,13 @@ class Pairs(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskContent:
-    """What a mask holds.
+    """The content of a mask.
 
     Attributes:
         size: height, width.
-        values: its numbers and how many pixels have each; of pictures in colours these, see `itpn.data.masks.pack`.
-        lossy: the compression that has changed them, if one has.
+        values: label -> number of pixels; of a colour mask, packed colour (see `itpn.data.masks.pack`) -> 1.
+        coloured: whether it is a colour mask.
+        lossy: name of the lossy compression that it has been through, if any.
     """
 
     size: tuple[int, int]
@@ -117,66 +127,71 @@ class MaskContent:
 
 
 def check_masks(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules) -> LabelMaps:
-    """The images whose masks can be used, every one of which is read, once.
+    """The images whose masks are valid. Every mask is read once.
 
     Raises:
-        UserError: none can be; or a mistake if it is an error.
+        UserError: no mask is valid; or one is invalid, and that is an error.
     """
     images, folder, others, unread = pairs
-    found = InvalidAnnotations()
-    found.note_unread(folder, unread, [rules.classes] if rules.classes else ())
-    masks = match_masks(images, folder, others, found)
+    invalid = InvalidAnnotations()
+    invalid.note_unread(folder, unread, [rules.classes] if rules.classes else ())
+    masks = match_masks(images, folder, others, invalid)
     table = _start_table(names, others, rules)
-    looks: dict[str, MaskContent] = {}
+    contents: dict[str, MaskContent] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         jobs = [(path, mask, pool.submit(scan_mask, mask, rules.max_pixels, table)) for path, mask in masks.items()]
         for path, mask, job in jobs:
             try:
-                looks[path] = job.result()
+                contents[path] = job.result()
             except UnreadableImage as error:
-                found.add("masks that cannot be read", f"{mask}: {error}")
-    if looks and not isinstance(names, LabelTable):
-        plain = {masks[path]: look.values for path, look in looks.items() if not look.coloured}
-        lossy = {masks[path]: look.lossy for path, look in looks.items() if look.lossy}
+                invalid.add("masks that cannot be read", f"{mask}: {error}")
+    if contents and not isinstance(names, LabelTable):
+        plain = {masks[path]: content.values for path, content in contents.items() if not content.coloured}
+        lossy = {masks[path]: content.lossy for path, content in contents.items() if content.lossy}
         table = _finish_table(table, plain, lossy, others, rules)
     present: set[int] = set()
     kept = []
-    for path, look in looks.items():
+    for path, content in contents.items():
         assert table is not None
-        classes = {value: table.find(value, look.coloured) for value in look.values}
-        mistake = _find_problem(path, masks[path], look, table, classes)
-        if mistake is None:
+        classes = {value: table.find(value, content.coloured) for value in content.values}
+        problem = _find_problem(path, masks[path], content, table, classes)
+        if problem is None:
             kept.append(path)
-            present |= {number for number in classes.values() if number is not None}
+            present |= {index for index in classes.values() if index is not None}
         else:
-            found.add(*mistake)
+            invalid.add(*problem)
     if not kept:
-        raise found.explain_lack(folder, "images")
-    found.report(others, rules.mistakes, rules.tell)
+        raise invalid.explain_lack(folder, "images")
+    invalid.report(others, rules.on_invalid, rules.log)
     assert table is not None
     if not present - {IGNORED}:
         raise UserError(f"no mask in {others} has a pixel of a class: see --data.ignore and --data.reduce-zero-label")
     if not isinstance(names, LabelTable):
-        _log_labels(looks.values(), table, present, others, rules)
+        _log_labels(contents.values(), table, present, others, rules)
     return LabelMaps(FileReader(kept), PackedStrings([masks[path] for path in kept]), table, len(images) - len(kept))
 
 
 def _log_labels(
-    looks: Iterable[MaskContent], table: LabelTable, present: set[int], others: str, rules: MaskRules
+    contents: Iterable[MaskContent], table: LabelTable, present: set[int], others: str, rules: MaskRules
 ) -> None:
-    """Tell what may not be meant: the label that is ignored for its number, and classes that no mask has."""
-    # of palettes that are read by colour, the labels of no class are numbers
-    numbers = {value - look.coloured * VOID for look in looks for value in look.values if value >= look.coloured * VOID}
-    if IGNORED in numbers and numbers != {0, IGNORED} and table.numbers[IGNORED] == IGNORED:
-        rules.tell(f"{others}: pixels of label 255 are ignored (--data.ignore)")
+    """Log what may be unintended: that label 255 is ignored, and classes that no mask has."""
+    # in palettes that are read by colour, ignored labels are encoded above VOID
+    numbers = {
+        value - content.coloured * VOID
+        for content in contents
+        for value in content.values
+        if value >= content.coloured * VOID
+    }
+    if IGNORED in numbers and numbers != {0, IGNORED} and table.indices[IGNORED] == IGNORED:
+        rules.log(f"{others}: pixels of label 255 are ignored (--data.ignore)")
     absent = [name for number, name in enumerate(table.classes) if number not in present]
-    if absent and rules.mistakes == "summary":
-        reason = "; label 0 is of no class (--data.reduce-zero-label)" if rules.reduce_zero_label else ""
-        rules.tell(f"{others}: no mask has {join_names(absent)}{reason}")
+    if absent and rules.on_invalid == "summary":
+        reason = "; label 0 is ignored (--data.reduce-zero-label)" if rules.reduce_zero_label else ""
+        rules.log(f"{others}: no mask has {join_names(absent)}{reason}")
 
 
 def _start_table(names: Names | LabelTable | None, others: str, rules: MaskRules) -> LabelTable | None:
-    """What masks mean as far as it is known before they are read.
+    """The table of labels, if class names are known; None otherwise.
 
     Raises:
         UserError: fewer than two classes, or more than 254.
@@ -196,37 +211,41 @@ def _finish_table(
     others: str,
     rules: MaskRules,
 ) -> LabelTable:
-    """What a set of masks means; ``masks``: label -> pixels, of each file of labels; ``lossy`` as in `MaskContent`.
+    """The table of labels of a set of masks.
+
+    Args:
+        masks: path -> label -> number of pixels, of masks that are not in colour.
+        lossy: path -> compression, as of `MaskContent`.
 
     Raises:
         UserError: labels above 254, shades of grey in place of class indices, or fewer than two classes.
     """
     numbers = set().union(*masks.values())
-    if table is None:  # classes are the numbers that there are
+    if table is None:  # no names: classes are the labels that occur
         _refuse_greys(masks, lossy, others, rules)
         largest = max(numbers - set(rules.ignore), default=0)
         if numbers == {0, 255}:
             largest = 1
         if largest >= IGNORED:
             example = next(mask for mask, values in masks.items() if largest in values)
-            raise UserError(f"label {largest} in {example}: labels end at 254, but for those of --data.ignore")
+            raise UserError(f"label {largest} in {example}: labels end at 254, except those of --data.ignore")
         names = [(str(number), None) for number in range(int(rules.reduce_zero_label), largest + 1)]
         table = _start_table(names, others, rules)
         assert table is not None
     greys = table.read_greys(numbers)
     if greys is None:
-        if numbers == {0, 255} and table.numbers[255] == IGNORED:
-            rules.tell(f"{others}: masks of 0 and 255, but not of two classes: 255 is of no class (--data.ignore)")
+        if numbers == {0, 255} and table.indices[255] == IGNORED:
+            rules.log(f"{others}: masks of 0 and 255, but not of two classes: 255 is ignored (--data.ignore)")
         return table
     if table.by_colour is None:
-        rules.tell(f"{others}: black and white masks, of {table.classes[0]} and {table.classes[1]}")
+        rules.log(f"{others}: black and white masks, of {table.classes[0]} and {table.classes[1]}")
     return greys
 
 
 def _refuse_greys(
     masks: Mapping[str, Mapping[int, int]], lossy: Mapping[str, str], others: str, rules: MaskRules
 ) -> None:
-    """Raise :class:`UserError` where the numbers look like shades of grey."""
+    """Raise :class:`UserError` if labels look like grey levels."""
     counts: Counter[int] = Counter()
     for values in masks.values():
         counts.update(values)
@@ -243,18 +262,18 @@ def _refuse_greys(
 
 
 def scan_mask(path: str, max_pixels: int, table: LabelTable | None) -> MaskContent:
-    """Size of a mask, and what is in it.
+    """Read the size and content of a mask.
 
     Raises:
-        UnreadableImage: it cannot be read, or is a picture in colours, and there are none.
+        UnreadableImage: it cannot be read, or is in colour and the table has no colours.
     """
     values, lossy = read_lossy_mask(path, max_pixels, table)
     coloured = values.ndim == 3 and table is not None and table.by_colour is not None
     size = values.shape[:2]
     if coloured:
-        seen = np.zeros(VOID + 256, dtype=bool)
-        seen[pack(values)] = True
-        return MaskContent(size, dict.fromkeys(seen.nonzero()[0].tolist(), 1), True, lossy)
+        occurs = np.zeros(VOID + 256, dtype=bool)
+        occurs[pack(values)] = True
+        return MaskContent(size, dict.fromkeys(occurs.nonzero()[0].tolist(), 1), True, lossy)
     values = ungrey(values)
     if values.dtype == np.uint8:
         all_counts = np.bincount(values.ravel())
@@ -265,11 +284,14 @@ def scan_mask(path: str, max_pixels: int, table: LabelTable | None) -> MaskConte
     return MaskContent(size, dict(zip(present.tolist(), counts.tolist(), strict=True)), False, lossy)
 
 
-def match_masks(images: Sequence[str], folder: str, others: str, mistakes: InvalidAnnotations) -> dict[str, str]:
-    """Image to mask: of the same name below the other folder, or with a word after it (``x_mask.png``).
+def match_masks(images: Sequence[str], folder: str, others: str, invalid: InvalidAnnotations) -> dict[str, str]:
+    """Match images to masks of the same name below the other folder, or of that name and a word (``x_mask.png``).
 
-    Of two masks of one name that with the image's suffix is taken, but no JPEG if there is another, or else a PNG.
-    Where both are in one folder, no image is its own mask, and no mask an image.
+    Of several masks of one name, the first of these is read: not a JPEG, of the image's suffix, a PNG. If images and
+    masks are in one folder, an image is not its own mask, and a mask is not an image.
+
+    Returns:
+        image -> mask.
     """
     together = os.path.realpath(folder) == os.path.realpath(others)
     stems: dict[str, list[str]] = {}
@@ -278,7 +300,7 @@ def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Inval
         if not (together and path.lower().endswith(JPEG_SUFFIXES)):
             stems.setdefault(os.path.splitext(os.path.relpath(path, others))[0], []).append(path)
     if not together:
-        mistakes.note_unread(others, unread)
+        invalid.note_unread(others, unread)
     found: dict[str, str] = {}
     spare: dict[str, list[str]] = {}
     for path in images:
@@ -291,41 +313,41 @@ def match_masks(images: Sequence[str], folder: str, others: str, mistakes: Inval
     found = {path: mask for path, mask in found.items() if path not in masks}
     for path in images:
         if path not in found and path not in masks:
-            mistakes.add("images without a mask", path)
+            invalid.add("images without a mask", path)
     for path, mask in found.items():
         for other in spare[path]:
-            mistakes.add("images with two masks", f"{path}: {mask} is read, {other} is not")
+            invalid.add("images with two masks", f"{path}: {mask} is read, {other} is not")
     others_left = {path for paths in stems.values() for path in paths} - masks - set(images)
     for path in sorted(others_left.difference(*spare.values())):
-        mistakes.add("masks without an image", path)
+        invalid.add("masks without an image", path)
     return found
 
 
 def _rank_mask(image: str, mask: str) -> tuple[bool, bool, bool, str]:
-    """Among masks of one name the first is taken."""
+    """Sort key of masks of one name, of which the first is read."""
     suffix = os.path.splitext(mask)[1].lower()
     return suffix in JPEG_SUFFIXES, suffix != os.path.splitext(image)[1].lower(), suffix != ".png", mask
 
 
 def _find_problem(
-    image: str, mask: str, look: MaskContent, table: LabelTable, classes: Mapping[int, int | None]
+    image: str, mask: str, content: MaskContent, table: LabelTable, classes: Mapping[int, int | None]
 ) -> tuple[str, str] | None:
-    """The kind of mistake and what is wrong, if anything is."""
+    """The kind of problem and an example of it; None for a valid mask."""
     try:
         size = read_size(image)
-    except Exception as error:  # whatever Pillow meets
+    except Exception as error:  # Pillow raises many types
         check_lost(image, error)
         return "images that cannot be read", f"{image}: {reason_of(error)}"
-    unknown = [value for value, number in classes.items() if number is None]
+    unknown = [value for value, index in classes.items() if index is None]
     if unknown:
-        kind = "masks of labels that are no classes (--data.classes), nor ignored (--data.ignore)"
-        return kind, f"{mask}: {table.explain(min(unknown), look.coloured)}"
+        kind = "masks of labels that are neither classes (--data.classes) nor ignored (--data.ignore)"
+        return kind, f"{mask}: {table.explain(min(unknown), content.coloured)}"
     height, width = size
-    if look.size != (height, width):
-        turned = f": {_explain_swap(image)}" if look.size == (width, height) else ""
+    if content.size != (height, width):
+        swap = f": {_explain_swap(image)}" if content.size == (width, height) else ""
         return (
             "masks of another size than their image",
-            f"{mask}: {look.size[1]}x{look.size[0]}, the image {width}x{height}{turned}",
+            f"{mask}: {content.size[1]}x{content.size[0]}, the image {width}x{height}{swap}",
         )
     return None
 
@@ -333,5 +355,5 @@ def _find_problem(
 def _explain_swap(image: str) -> str:
     with open(image, "rb") as file:
         orientation = open_image(file, max_pixels=None).orientation
-    turned = f", for EXIF turns the image (orientation {orientation})" if orientation in SWAPPED else ""
-    return f"height and width are swapped{turned}"
+    rotated = f", because EXIF rotates the image (orientation {orientation})" if orientation in SWAPPED else ""
+    return f"height and width are swapped{rotated}"

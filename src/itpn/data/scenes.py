@@ -1,4 +1,9 @@
-"""Drawing of the generated data set "shapes"."""
+"""Drawing the images of "shapes", the generated data set.
+
+A scene has one or two textured grounds with a few textured, shaded, partly occluded shapes on them. Texture and colour
+are independent of a shape's class: only its contour depends on it. Shapes are drawn from their signed distance, which
+gives anti-aliased edges, shading and soft shadows at any image size.
+"""
 
 import colorsys
 from collections.abc import Callable
@@ -11,17 +16,17 @@ from PIL import Image
 
 from itpn.errors import UserError
 
-Array = npt.NDArray[Any]  # float32, unless said
+Array = npt.NDArray[Any]  # float32, unless stated otherwise
 Mask = npt.NDArray[np.bool_]
 CLASSES = ("disk", "ring", "triangle", "square", "star", "cross")
 GROUNDS = ("clouds", "stripes", "checks", "dots")
 SPLITS = ("train", "val")
-MIN_SIZE = 32  # pixels: in smaller images the smallest shapes lose their form
+MIN_SIZE = 32  # pixels: in smaller images the smallest shapes cannot be recognized
 
 
 @dataclass(frozen=True)
 class Instance:
-    """One shape: its class, the pixels where it is seen, bool [H, W], and their box (x0, y0, x1, y1)."""
+    """One shape: its class, its visible pixels, bool [H, W], and their box (x0, y0, x1, y1)."""
 
     category: str
     mask: Mask
@@ -30,7 +35,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class Scene:
-    """An image, uint8 [H, W, 3]; its grounds, uint8 [H, W], see `labels`; its shapes, the hindmost first."""
+    """An image, uint8 [H, W, 3]; its grounds, uint8 [H, W], see `labels`; its shapes from back to front."""
 
     image: npt.NDArray[np.uint8]
     ground: npt.NDArray[np.uint8]
@@ -45,11 +50,11 @@ class Scene:
         return labels
 
 
-# over 60 lines: each draw of random numbers depends on those before, and reads in their order
+# over 60 lines: the order of the random draws determines the images
 def draw_scene(
     seed: int, split: str, index: int, *, img_size: int | tuple[int, int] = 96, category: str | None = None
 ) -> Scene:
-    """Draw scene ``index`` of a split; it depends on the arguments alone, not on what was drawn before.
+    """Draw scene ``index`` of a split; it depends on the arguments only.
 
     Args:
         img_size: side, or (height, width), in pixels.
@@ -65,7 +70,7 @@ def draw_scene(
     if seed < 0 or index < 0:
         raise UserError(f"seed and index must not be negative, not {seed} and {index}")
     rng = np.random.default_rng([seed, SPLITS.index(split), index, category is None])
-    # Lengths are in units of the shorter side, random draws too: another size shows the same scene.
+    # Lengths are fractions of the shorter side, random ones too: another size shows the same scene.
     pixel = 1 / min(height, width)
     x, y = np.meshgrid(*((np.arange(n, dtype=np.float32) + 0.5) * pixel for n in (width, height)))  # [H, W]
     light = _draw_direction(rng)
@@ -76,7 +81,7 @@ def draw_scene(
     names: list[str] = []
     for number in range(1 if category else rng.integers(1, 6)):
         name = category or (CLASSES[index % len(CLASSES)] if number == 0 else str(rng.choice(CLASSES)))
-        for _ in range(4):  # tries to find a place that leaves enough of every earlier shape to be recognised
+        for _ in range(4):  # tries to find a position that leaves enough of every earlier shape visible
             radius = rng.uniform(0.2, 0.4) if category else rng.uniform(0.12, 0.28)
             centre = [rng.uniform(0.75 * radius, n * pixel - 0.75 * radius) for n in (width, height)]
             axis, stretch = _draw_direction(rng), rng.uniform(0.85, 1.0)
@@ -100,7 +105,7 @@ def draw_scene(
         shadow = _distance(name, dx + reach[0], dy + reach[1], radius, axis, stretch)
         window *= 1 - 0.5 * _smoothstep(0.4 - shadow / (0.35 * radius))[..., None]
         texture = _draw_texture(str(rng.choice(["plain", "gradient", *GROUNDS])), rng, dx, dy, pixel, radius)
-        # A hue away from the grounds', lest the shape vanish into them.
+        # A hue unlike the grounds', so that the shape stands out.
         first, second = _draw_colours(rng, hue + rng.uniform(0.2, 0.8), saturation=(0.5, 0.95), value=(0.45, 1))
         bevel = 0.72 + 0.28 * _smoothstep(-distance / (0.25 * radius))
         shade = bevel * (1 + 0.22 * (dx * light[0] + dy * light[1]) / radius)
@@ -146,13 +151,13 @@ _DISTANCES: dict[str, Callable[[Array, Array], Array]] = {  # signed distances, 
 
 
 def _distance(name: str, dx: Array, dy: Array, radius: float, axis: Array, stretch: float) -> Array:
-    """Distance from the outline of a shape at the origin, turned to ``axis`` and narrowed across it."""
+    """Signed distance from the contour of a shape at the origin, turned to ``axis`` and narrowed across it."""
     along, across = dx * axis[0] + dy * axis[1], dy * axis[0] - dx * axis[1]
     return _DISTANCES[name](along / radius, across / (radius * stretch)) * (radius * stretch)
 
 
 def _draw_grounds(rng: np.random.Generator, x: Array, y: Array, pixel: float) -> tuple[Array, Array, float]:
-    """Two grounds that meet in a wavy line, often outside the image.
+    """Draw two grounds that meet in a wavy line, often outside the image.
 
     Returns:
         canvas float32 [H, W, 3]; labels uint8 [H, W], 1 for the first of `GROUNDS`, 0 where two blend; mean hue.
@@ -175,7 +180,7 @@ def _draw_grounds(rng: np.random.Generator, x: Array, y: Array, pixel: float) ->
 
 
 def _draw_texture(kind: str, rng: np.random.Generator, x: Array, y: Array, pixel: float, size: float) -> Array:
-    """A pattern in 0..1, anti-aliased, at places x, y [H, W], for a surface of about ``size``."""
+    """Draw an anti-aliased pattern in 0..1 at positions x, y [H, W], for a surface of about ``size``."""
     axis = _draw_direction(rng)
     u, v = x * axis[0] + y * axis[1], y * axis[0] - x * axis[1]
     period = max(rng.uniform(0.25, 0.5) * size, 0.07)

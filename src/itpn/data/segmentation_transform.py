@@ -18,7 +18,7 @@ CROP_TRIES = 10
 
 
 class PhotometricDistort(v2.RandomPhotometricDistort):
-    """Brightness, contrast, saturation and hue; torchvision's swaps channels as well, so that skies turn red."""
+    """Random brightness, contrast, saturation and hue, without torchvision's permutation of channels."""
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         return {**super().make_params(flat_inputs), "channel_permutation": None}
@@ -29,18 +29,18 @@ DISTORT = PhotometricDistort(hue=(-0.1, 0.1))
 
 @dataclass(frozen=True)
 class SegmentationTransform:
-    """Random scale, crop, mirror image and colours, as mmsegmentation has them for ADE20K.
+    """Random scale, crop, flip and photometric distortion, as in mmsegmentation's recipes for ADE20K.
 
     Args:
-        table: what masks mean.
+        table: the meaning of labels.
         size: side of the crops in pixels.
-        short: short side that an image of scale 1 has.
+        short: short side of an image of scale 1.
         scales: smallest and largest scale.
-        max_share: of a crop that may be of one class; after ten tries it may be more.
-        hflip: probability of a mirror image.
+        max_fraction: largest fraction of a crop that one class may cover; after ten tries a crop is taken as it is.
+        hflip: probability of a horizontal flip.
         photometric: change brightness, contrast, saturation and hue.
         interpolation: "bicubic" or "bilinear", always with antialiasing.
-        fill: colour beside images that are smaller than a crop.
+        fill: colour of the padding of images smaller than a crop.
         max_pixels: of a mask.
     """
 
@@ -48,7 +48,7 @@ class SegmentationTransform:
     size: int = 512
     short: int = 512
     scales: tuple[float, float] = (0.5, 2.0)
-    max_share: float = 0.75
+    max_fraction: float = 0.75
     hflip: float = 0.5
     photometric: bool = True
     interpolation: str = "bilinear"
@@ -65,36 +65,36 @@ class SegmentationTransform:
             UnreadableImage: the mask cannot be read, or is of another size.
         """
         image = decode_whole(image)
-        picture, labels = self._resize(image, view_labels(image, self.table, mask, self.max_pixels), rng)
-        picture, labels = self._crop(picture, labels, rng)
+        pixels, labels = self._resize(image, view_labels(image, self.table, mask, self.max_pixels), rng)
+        pixels, labels = self._crop(pixels, labels, rng)
         right, below = self.size - labels.shape[-1], self.size - labels.shape[-2]
         if rng.random() < self.hflip:
-            picture, labels = picture.flip(-1), labels.flip(-1)
+            pixels, labels = pixels.flip(-1), labels.flip(-1)
         if self.photometric:
-            # torchvision draws from the global generator, which stays as it was
+            # torchvision draws from the global generator, whose state is restored
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
-                picture = DISTORT(picture)
-        picture = pad(picture, [0, 0, right, below], fill=list(self.fill))
+                pixels = DISTORT(pixels)
+        pixels = pad(pixels, [0, 0, right, below], fill=list(self.fill))
         labels = pad(labels, [0, 0, right, below], fill=IGNORED)
-        return {"image": picture.contiguous(), "target": labels[0]}
+        return {"image": pixels.contiguous(), "target": labels[0]}
 
     def _resize(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
         short = rng.uniform(*self.scales) * self.short
         sides = fit_sides(image.shape[-2:], short, 4 * short)
         mode = v2.InterpolationMode(self.interpolation)
-        # the pixel that is nearest to the middle; a mask of torchvision's would get the one before it
+        # the pixel nearest to the centre; torchvision would take its neighbour for a Mask
         nearest = resize(labels[None], sides, v2.InterpolationMode.NEAREST_EXACT)
         return resize(image, sides, mode, antialias=True), nearest
 
     def _crop(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
         height, width = image.shape[-2:]
         rows, columns = min(self.size, height), min(self.size, width)
-        for _ in range(CROP_TRIES if self.max_share < 1 else 1):
+        for _ in range(CROP_TRIES if self.max_fraction < 1 else 1):
             top, left = rng.randint(0, height - rows), rng.randint(0, width - columns)
             part = crop(labels, top, left, rows, columns)
             counts = part.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
-            if len(counts.nonzero()) > 1 and counts.max() < self.max_share * counts.sum():
+            if len(counts.nonzero()) > 1 and counts.max() < self.max_fraction * counts.sum():
                 break
         return crop(image, top, left, rows, columns), part
 

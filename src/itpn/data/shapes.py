@@ -1,9 +1,4 @@
-"""A sample set drawn on the spot, "shapes", so that readers and tasks can be tried without a download.
-
-A scene is one or two textured grounds with a few textured, shaded, partly hidden shapes on them. Texture and
-colour say nothing about a shape's class: only its outline does. Shapes are drawn from their signed distance,
-which gives anti-aliased edges, shading and soft shadows alike at any image size.
-"""
+""" "Shapes", a generated data set for all tasks, so that they can be tried without a download."""
 
 import io
 import json
@@ -22,12 +17,12 @@ from itpn.system.writing import write_whole
 
 ScenePaths = tuple[Path, Path, Path, Path]  # of one scene: in imagefolder, in coco, in ade20k, its mask there
 
-VERSION = 1  # of the drawing: raise it when the same arguments give other files
+VERSION = 1  # of the drawing: increase it when the same arguments give other files
 
 
 @dataclass(frozen=True)
 class ShapesFolders:
-    """Where `write_shapes` has put each layout: what `--data.root` takes for each task."""
+    """The folders of `write_shapes`, one a layout: the `--data.root` of each task."""
 
     imagefolder: Path
     coco: Path
@@ -44,17 +39,17 @@ def write_shapes(
 ) -> ShapesFolders:
     """Write ``train`` and ``val`` images in each of three layouts; the same arguments give the same bytes.
 
-    ``imagefolder/{train,val}/<class>/`` has one shape an image, classes in turn. ``coco/`` (``train2017``,
+    ``imagefolder/{train,val}/<class>/`` has images of one shape, classes in turn. ``coco/`` (``train2017``,
     ``val2017``, ``annotations``) and ``ade20k/`` (``images``, ``annotations``, ``classes.txt``, whose first
-    line is label 1) share scenes of one to five shapes. A set that is already there is left as it is, one that
-    lacks files is written anew; nothing is ever deleted.
+    line is label 1) have the same scenes of one to five shapes. A complete set is left unchanged; a set that lacks
+    files is written again; nothing is deleted.
 
     Args:
         img_size: side, or (height, width), in pixels.
 
     Raises:
         UserError: a count below the number of classes, a side below `MIN_SIZE`, a negative seed, or a folder
-            that holds other data or a set made with other arguments, or that cannot be made.
+            that has other data or a set made with other arguments, or that cannot be made.
     """
     size = check_size(img_size)
     if min(train, val) < len(CLASSES):
@@ -69,7 +64,7 @@ def write_shapes(
     names = folders.ade20k / "classes.txt"
     everything = [names, *indices.values(), *(path for rows in scenes.values() for row in rows for path in row)]
 
-    # The marker stands from the start, so that what a broken-off run left is known for ours.
+    # The marker is written first, so that the files of an interrupted run are recognized.
     marker = root / "shapes.json"
     arguments = {**counts, "img_size": list(size), "seed": seed, "version": VERSION}
     found = _read_json(marker)
@@ -94,7 +89,7 @@ def write_shapes(
 def _write_scenes(
     rows: Sequence[ScenePaths], seed: int, split: str, size: tuple[int, int]
 ) -> list[tuple[str, list[Instance]]]:
-    """Draw and write the images of a split; returns what is in each, by the name of its file in ``coco/``."""
+    """Draw and write the images of a split; returns (name of the file in ``coco/``, its shapes) of each."""
     annotated = []
     for index, (object_jpg, coco_jpg, ade_jpg, ade_png) in enumerate(rows):
         category = CLASSES[index % len(CLASSES)]
@@ -111,9 +106,6 @@ def _write_scenes(
 # Drawing
 
 
-# Writing
-
-
 def _scene_paths(folders: ShapesFolders, split: str, index: int) -> ScenePaths:
     """The files of an index: image of one shape; scene for COCO; scene and labels for ADE20K."""
     ade_split, ade_name = {"train": "training", "val": "validation"}[split], f"ADE_{split}_{index + 1:08d}"
@@ -126,7 +118,7 @@ def _scene_paths(folders: ShapesFolders, split: str, index: int) -> ScenePaths:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """What the file says; nothing when it is missing or not ours."""
+    """The content of a file; empty if it is missing or not a JSON object."""
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError):
@@ -173,13 +165,13 @@ def _coco_index(scenes: list[tuple[str, list[Instance]]], size: tuple[int, int])
 
 
 def _polygons(mask: Mask) -> list[list[int]] | None:
-    """COCO polygons [x0, y0, x1, y1, ...] along pixel edges, one a connected region: exactly the mask when filled.
+    """COCO polygons [x0, y0, x1, y1, ...] along pixel edges, one for each connected region; filled, they are the mask.
 
-    None when the mask has a hole: COCO fills the union of polygons, which cannot leave one out.
+    None if the mask has a hole: COCO fills the union of polygons, so that it has no holes.
     """
     padded = np.pad(mask, 1)
-    # Edges with the region on their right: (y, x, direction), direction 0..3 = right, down, left, up. A dict
-    # and no set, for its order: the same mask gives the same polygons.
+    # Edges with the region on their right: (y, x, direction), direction 0..3 = right, down, left, up. A dict, not a
+    # set, because of its order: the same mask gives the same polygons.
     beyond = (padded[:-2, 1:-1], padded[1:-1, 2:], padded[2:, 1:-1], padded[1:-1, :-2])
     starts = ((0, 0), (0, 1), (1, 1), (1, 0))
     edges: dict[tuple[int, int, int], None] = {}
@@ -208,7 +200,7 @@ def _polygons(mask: Mask) -> list[list[int]] | None:
 
 
 def _run_lengths(mask: Mask) -> dict[str, Any]:
-    """COCO's uncompressed run lengths: column by column, the first run counts zeros."""
+    """COCO's uncompressed run lengths: column by column, starting with zeros."""
     flat = mask.T.ravel()
     changes = np.flatnonzero(np.diff(flat)) + 1
     counts = np.diff([0, *changes, flat.size]).tolist()

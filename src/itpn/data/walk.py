@@ -22,16 +22,16 @@ from itpn.data.splits import Division, divide, join, split_of_file, split_word
 from itpn.errors import MachineError
 
 IMAGE_FOLDERS = {"images", "jpegimages", "leftimg8bit", "imgs", "img"}
-MASK_FOLDERS = ("annotations", "masks", "labels")  # where masks are looked for
-# those, and folders of masks that have to be named
+MASK_FOLDERS = ("annotations", "masks", "labels")  # searched for masks
+# those, and folders of masks that are read only when named
 ALL_MASK_FOLDERS = {*MASK_FOLDERS, "segmentationclass", "segmentationobject", "gtfine", "gtcoarse"}
 
 
 def find_division(root: str) -> Division:
-    """The splits that a root itself is divided into; a shard or table may be the root.
+    """The splits into which a root is divided; the root may be a shard or table.
 
     Raises:
-        UserError: it cannot be read, or it is not certain whether a folder in it is a split or a class.
+        UserError: it cannot be read, or a folder in it may be a split or a class.
     """
     if not os.path.isdir(root):
         split = split_of_file(os.path.basename(root))
@@ -46,22 +46,25 @@ def _divide(root: str, entries: Sequence[os.DirEntry[str]]) -> Division:
 
 
 def list_folders(folder: str) -> list[str]:
-    """The folders in a folder that are not hidden, sorted by name."""
+    """The folders in a folder, without hidden ones, sorted by name."""
     return [entry.path for entry in _list(folder) if entry.is_dir()]
 
 
 def list_files(folder: str) -> list[str]:
-    """The files in a folder that are not hidden, sorted by name."""
+    """The files in a folder, without hidden ones, sorted by name."""
     return [entry.path for entry in _list(folder) if entry.is_file()]
 
 
 @dataclass
 class TreeSplits:
-    """The splits of a whole tree.
+    """The splits found while a tree is walked.
 
     Attributes:
-        keep: whether val and test are walked as well, or left out as what lies beside them.
-        places: split to the folders and shards that are it.
+        keep: whether val and test are walked as well, or left out.
+        places: split -> its folders and shards.
+        left: what is left out beside splits.
+        masks: folders of masks that are left out.
+        decisions: notes for the user, a line each.
     """
 
     root: str
@@ -69,19 +72,21 @@ class TreeSplits:
     places: dict[str, list[str]] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
     masks: list[str] = field(default_factory=list)
-    told: list[str] = field(default_factory=list)
+    decisions: list[str] = field(default_factory=list)
 
     def split(self, folder: str, entries: Sequence[os.DirEntry[str]]) -> dict[str, str] | None:
-        """Path to split of the entries that are one; None where all are read, the folder being no set of splits.
+        """Path -> split of the entries that are splits; None if the folder is not divided, and all of it is read.
 
-        Below the root, it takes a second split beside that for training.
+        Below the root, a folder is divided only if it has a second split beside that for training.
         """
         division = _divide(folder, entries) if folder == self.root else _divide_inner(folder, entries)
         if division.note:
-            self.told.append(division.note)
+            self.decisions.append(division.note)
         if division.places and "train" not in division.places and folder == self.root and not self.keep:
             names = [os.path.basename(path) for paths in division.places.values() for path in paths]
-            self.told.append(f"{self.root}: nothing in it is called train, so all of it is read, {join(names)} too")
+            self.decisions.append(
+                f"{self.root}: nothing in it is called train, so all of it is read, {join(names)} too"
+            )
         if not division.places or ("train" not in division.places and not self.keep):
             return self.leave_masks(entries)
         named = {path for paths in division.places.values() for path in paths}
@@ -97,7 +102,7 @@ class TreeSplits:
         return found
 
     def leave_masks(self, entries: Sequence[os.DirEntry[str]], split: str = "") -> dict[str, str] | None:
-        """All entries but folders of masks beside those of images, as in ADE20K's and Cityscapes' layouts."""
+        """All entries except folders of masks beside those of images, as in ADE20K's and Cityscapes' layouts."""
         names = {entry.name.lower() for entry in entries if entry.is_dir()}
         if not names & IMAGE_FOLDERS or not names & ALL_MASK_FOLDERS:
             return None
@@ -106,17 +111,17 @@ class TreeSplits:
         return {entry.path: split for entry in entries if entry not in masks}
 
     def notes(self) -> list[str]:
-        """What was decided, a line each."""
+        """Notes on what is read and what is left out, a line each."""
         if self.masks:
-            self.told.append(f"{self.root}: masks are left out, in {join(self.masks)}")
+            self.decisions.append(f"{self.root}: masks are left out, in {join(self.masks)}")
         if self.left:
             taken = [os.path.relpath(path, self.root) for path in self.places.get("train", [])]
-            self.told.append(f"{self.root}: for training: {join(taken) or 'nothing'}; left out: {join(self.left)}")
-        return self.told
+            self.decisions.append(f"{self.root}: for training: {join(taken) or 'nothing'}; left out: {join(self.left)}")
+        return self.decisions
 
 
 def _divide_inner(folder: str, entries: Sequence[os.DirEntry[str]]) -> Division:
-    """As `_divide`, by names alone."""
+    """As `_divide`, by names only, without looking into folders."""
     folders = [entry.path for entry in entries if entry.is_dir()]
     files = [entry.path for entry in entries if is_shard(entry.name) and entry.is_file()]
     division = divide(folder, folders, files, lambda path: False, lambda path: [])
@@ -124,7 +129,7 @@ def _divide_inner(folder: str, entries: Sequence[os.DirEntry[str]]) -> Division:
 
 
 def split_places(folder: Path, word: str) -> list[Path]:
-    """The folders in a folder that say a split's word in whatever spelling: train, Train, train2017, train_images."""
+    """The folders in a folder that are named by a split's word: train, Train, train2017, train_images."""
     places = sorted(Path(path) for path in list_folders(str(folder))) if folder.is_dir() else []
     return [place for place in places if split_word(place.name) == word]
 
@@ -133,13 +138,13 @@ def walk(root: str, unread: Counter[str] | None = None) -> Iterator[str]:
     """Paths of all images and shards under a folder, sorted by name within each folder, files before folders.
 
     Args:
-        unread: counts all other files by suffix, but hidden ones; pipes and the like where they are called like data.
+        unread: counts all other files by suffix, without hidden ones; pipes and devices only if their suffix is read.
     """
     return (path for _, path in walk_splits(root, unread))
 
 
 def list_images(root: str, unread: Counter[str]) -> list[str]:
-    """The images alone that `walk` gives; all other files are counted by suffix."""
+    """Only the images that `walk` yields; all other files are counted by suffix."""
     paths = list(walk(root, unread))
     unread.update(suffix_of(path) for path in paths if not is_image(path))
     return [path for path in paths if is_image(path)]
@@ -148,15 +153,15 @@ def list_images(root: str, unread: Counter[str]) -> list[str]:
 def walk_splits(
     root: str, unread: Counter[str] | None = None, parts: TreeSplits | None = None
 ) -> Iterator[tuple[str, str]]:
-    """As `walk`, each path after its split, "" outside of every divided folder."""
-    seen: set[tuple[int, int]] = set()  # links may lead back to where they start
+    """As `walk`, but yields (split, path); the split is "" outside of every divided folder."""
+    visited: set[tuple[int, int]] = set()  # links may form cycles
     folders = [(root, "")]
     while folders:
         folder, split = folders.pop()
         status = _read(os.stat, folder)
-        if (status.st_dev, status.st_ino) in seen:
+        if (status.st_dev, status.st_ino) in visited:
             continue
-        seen.add((status.st_dev, status.st_ino))
+        visited.add((status.st_dev, status.st_ino))
         entries = _list(folder)
         named = None
         if parts is not None:
@@ -166,8 +171,8 @@ def walk_splits(
         splits = named or {}
         folders += [(entry.path, splits.get(entry.path, split)) for entry in reversed(entries) if entry.is_dir()]
         for entry in entries:
-            # A link to nothing is kept, to be named as a broken image; a pipe would block its reader for ever.
-            if not entry.is_file() and not _is_dead_link(entry):
+            # A dangling link is kept, to be reported as an unreadable image; a pipe would block its reader.
+            if not entry.is_file() and not _is_dangling(entry):
                 if unread is not None and not entry.is_dir() and (is_image(entry.name) or is_shard(entry.name)):
                     unread[SPECIAL] += 1
                 continue
@@ -178,19 +183,19 @@ def walk_splits(
 
 
 def _list(folder: str) -> list[os.DirEntry[str]]:
-    """What is in a folder and not hidden, sorted by name."""
+    """The entries of a folder, without hidden ones, sorted by name."""
     with _read(os.scandir, folder) as scan:
         return sorted((entry for entry in scan if not is_hidden(entry.name)), key=lambda entry: entry.name)
 
 
-def _read(ask: Callable[[str], Any], folder: str) -> Any:
+def _read(call: Callable[[str], Any], folder: str) -> Any:
     try:
-        return ask(folder)
+        return call(folder)
     except OSError as error:
         raise MachineError(
             f"cannot read the folder {folder}: {error.strerror}; check the disk and permissions"
         ) from None
 
 
-def _is_dead_link(entry: os.DirEntry[str]) -> bool:
+def _is_dangling(entry: os.DirEntry[str]) -> bool:
     return entry.is_symlink() and not os.path.exists(entry.path)

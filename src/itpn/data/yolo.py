@@ -37,10 +37,10 @@ LONGEST_NUMBER = 40  # characters: supervision takes hours for a class index of 
 PIXELS = "objects with coordinates above 1, which look like pixels: divide them by the image's width and height"
 
 
-def read_yolo(root: Path, split: str, mistakes: InvalidAnnotations, max_pixels: int = MAX_PIXELS) -> Parts | None:
-    """``data.yaml`` names the classes and the images: folders, or text files of their paths, as COCO's has.
+def read_yolo(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS) -> Parts | None:
+    """Read YOLO's layout: ``data.yaml`` has the class names and, for each split, image folders or lists of paths.
 
-    Labels are text files below ``labels``, or beside the images.
+    Label files are in ``labels`` in place of ``images``, or beside the images.
     """
     file = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
     if file is None:
@@ -55,8 +55,8 @@ def read_yolo(root: Path, split: str, mistakes: InvalidAnnotations, max_pixels: 
         raise UserError(f"{file}: train and val must each be a folder, a list of images, or several of them")
     base = root / str(settings.get("path") or ".")
     base = base if base.is_dir() else root
-    parse = _yolo_parser(keypoints, mistakes)
-    # labels are keys of the names, which may have gaps
+    parse = _yolo_parser(keypoints, invalid)
+    # class indices are the keys of names, which may have gaps
     categories = [{"id": 1 + key, "name": name} for key, name in sorted(names.items())]
     coco: Coco = {"images": [], "annotations": [], "categories": categories}
     missing, found, label_folders = None, 0, dict[Path, Path]()
@@ -64,59 +64,59 @@ def read_yolo(root: Path, split: str, mistakes: InvalidAnnotations, max_pixels: 
         places = (base / folder, root / folder.removeprefix("../"))
         place = next((p for p in places if p.is_dir() or (p.suffix == ".txt" and p.is_file())), None)
         if place is None:
-            raise UserError(
-                f"{file} speaks of images in {folder}, which is not a folder or list of images below {root}"
-            )
+            raise UserError(f"{file} names images in {folder}, which is not a folder or list of images below {root}")
         unread, read = Counter[str](), [file]
-        images = list_images(str(place), unread) if place.is_dir() else _listed_images(place, base, mistakes)
-        for image, size in measure_images(images, mistakes, max_pixels):
+        images = list_images(str(place), unread) if place.is_dir() else _listed_images(place, base, invalid)
+        for image, size in measure_images(images, invalid, max_pixels):
             labels = _labels_of(image, root)
             label_folders[labels.parent] = image.parent
-            if os.path.lexists(labels):  # also a link to nothing, which is a mistake
+            if os.path.lexists(labels):  # a dangling link, too, which is reported as unreadable
                 found += 1
                 read += [labels] if labels.is_file() or labels.is_symlink() else []
             else:
                 missing = missing or labels
-            append_image(coco, image, size, labels, parse, mistakes)
-        mistakes.note_unread(str(place), unread, read)
+            append_image(coco, image, size, labels, parse, invalid)
+        invalid.note_unread(str(place), unread, read)
     if missing is not None and not found:
-        raise UserError(f"{file} has images in {', '.join(folders)}, but no labels: {missing} is not there, nor others")
-    _note_labels_alone(label_folders, mistakes)
+        raise UserError(
+            f"{file} has images in {', '.join(folders)}, but no labels: {missing} does not exist, nor any other"
+        )
+    _note_labels_alone(label_folders, invalid)
     return coco, Path, str(file)
 
 
-def _note_labels_alone(folders: dict[Path, Path], mistakes: InvalidAnnotations) -> None:
-    """Note labels without an image of any split; ``folders`` are those of labels, each with that of its images.
+def _note_labels_alone(folders: dict[Path, Path], invalid: InvalidAnnotations) -> None:
+    """Add a note on label files without an image in any split; ``folders``: label folder -> image folder.
 
-    Beside the images, they are among the files that are not read.
+    Label files beside the images are counted with the files that are not read.
     """
     alone: list[str] = []
     for labels, images in folders.items():
         if labels == images or not labels.is_dir():
             continue
-        with contextlib.suppress(OSError):  # images that a list names may be in a folder that cannot be listed
+        with contextlib.suppress(OSError):  # a list may name images in a folder that cannot be listed
             known = NO_LABELS | {f"{os.path.splitext(name)[0]}.txt" for name in os.listdir(images)}
             names = (path for path in list_files(str(labels)) if path.endswith(".txt"))
             alone += [path for path in names if os.path.basename(path) not in known]
     if alone:
         more = ", ..." if len(alone) > 3 else ""
-        mistakes.notes.append(f"labels without an image: {len(alone):,} ({one_line(', '.join(alone[:3]))}{more})")
+        invalid.notes.append(f"labels without an image: {len(alone):,} ({one_line(', '.join(alone[:3]))}{more})")
 
 
-def _listed_images(file: Path, base: Path, mistakes: InvalidAnnotations) -> list[str]:
-    """The images of a text file of paths, which are relative to its own folder or to the data set's."""
+def _listed_images(file: Path, base: Path, invalid: InvalidAnnotations) -> list[str]:
+    """The images of a list of paths, which are relative to the list's folder or to the data set's."""
     path_of, paths = search_folders([file.parent, base]), list[str]()
     for line in dict.fromkeys(filter(None, read_lines(file))):
         path = path_of(line)
         if path.is_file():
             paths.append(str(path))
         else:
-            mistakes.add("images not on disk", f"{path} ({file})")
+            invalid.add("images not on disk", f"{path} ({file})")
     return paths
 
 
 def _labels_of(image: Path, root: Path) -> Path:
-    """YOLO's file of labels: in ``labels`` in place of the last ``images`` below the root, else beside the image."""
+    """The label file of an image: in ``labels`` in place of the last ``images`` below the root, or beside the image."""
     parts = list(image.parts)
     above = len(root.parts) if image.is_relative_to(root) else 0
     if "images" in parts[above:]:
@@ -126,7 +126,7 @@ def _labels_of(image: Path, root: Path) -> Path:
 
 
 class _Text(yaml.BaseLoader):
-    """Every value as it is written; a key that is there twice would lose what stands under the first."""
+    """Keeps every value as text, and refuses duplicate keys, of which YAML keeps the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
@@ -142,7 +142,7 @@ def _name_of(key: Any, name: Any) -> str:
 
 
 def _read_settings(file: Path) -> dict[str, Any]:
-    """A ``data.yaml`` with every value as it is written: a class may be called ``no``, ``1.0`` or ``null``."""
+    """Read a ``data.yaml``, every value as text: a class may be called ``no``, ``1.0`` or ``null``."""
     try:
         settings = load_yaml(file, _Text)
         if not isinstance(settings, dict):
@@ -168,7 +168,7 @@ def _read_settings(file: Path) -> dict[str, Any]:
 
 
 def _read_keypoints(shape: Any, file: Path) -> int:
-    """How many keypoints an object has, of which YOLO's ``kpt_shape`` is [keypoints, 2 or 3]; 0 without any."""
+    """The number of keypoints of an object, from YOLO's ``kpt_shape`` [keypoints, 2 or 3]; 0 without it."""
     if shape is None:
         return 0
     numbers = [read_whole(value) for value in shape] if isinstance(shape, list) else []
@@ -177,13 +177,13 @@ def _read_keypoints(shape: Any, file: Path) -> int:
     return numbers[0]
 
 
-def _yolo_parser(keypoints: int, mistakes: InvalidAnnotations) -> Parse:
+def _yolo_parser(keypoints: int, invalid: InvalidAnnotations) -> Parse:
     read = import_supervision()["yolo"].yolo_annotations_to_detections
 
     def parse_line(line: str, size: Size) -> dict[str, Any]:
         if max(map(len, line.split())) > LONGEST_NUMBER:
             raise ValueError(f"a number of more than {LONGEST_NUMBER} characters")
-        values = _drop_keypoints(line.split(), keypoints, mistakes)
+        values = _drop_keypoints(line.split(), keypoints, invalid)
         (one,) = from_supervision(read([" ".join(values)], resolution_wh=size[::-1], with_masks=len(values) > 6))
         coordinates = values[1:5] if len(values) < 7 else values[1 : 1 + (len(values) - 1) // 2 * 2]
         if max(map(float, coordinates)) > 2:
@@ -198,17 +198,17 @@ def _yolo_parser(keypoints: int, mistakes: InvalidAnnotations) -> Parse:
                 continue
             try:
                 yield parse_line(line, size) | {"where": f"{path} line {number}"}
-            except Exception as error:  # whatever it meets
+            except Exception as error:  # supervision raises many types
                 yield f"line {number}: {shorten_reason(error)}"
 
     return parse
 
 
-def _drop_keypoints(values: list[str], keypoints: int, mistakes: InvalidAnnotations) -> list[str]:
-    """The class and the box of a pose label, which is class, box and keypoints of two or three values each.
+def _drop_keypoints(values: list[str], keypoints: int, invalid: InvalidAnnotations) -> list[str]:
+    """The class index and box of a pose label, which adds keypoints of two or three values each.
 
-    Three are x, y and visibility (0, 1 or 2). They are known without ``kpt_shape`` where no polygon looks alike: that
-    has an odd number of columns, and no coordinate of 2.
+    Three values are x, y and visibility (0, 1 or 2). Without ``kpt_shape``, keypoints are recognized where the label
+    cannot be a polygon: polygons have an odd number of columns and no coordinate of 2.
     """
     rest = len(values) - 5
     flags = set(map(read_whole, values[7::3])) if rest > 1 and rest % 3 == 0 else {None}
@@ -217,5 +217,5 @@ def _drop_keypoints(values: list[str], keypoints: int, mistakes: InvalidAnnotati
         return values
     if keypoints and rest not in (2 * keypoints, 3 * keypoints):
         raise ValueError(f"{len(values)} columns are neither a box nor one with {keypoints} keypoints (kpt_shape)")
-    mistakes.notes.append("keypoints are left out, boxes are used")
+    invalid.notes.append("keypoints are left out, boxes are used")
     return values[:5]

@@ -49,7 +49,7 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
     """Arguments of :func:`find_label_maps` and :func:`read_to_evaluate`."""
     data = config.data
     places = {"root": data.root, "masks": data.masks, "val_root": data.val_root, "val_masks": data.val_masks}
-    return {**places, "rules": make_rules(config), "val_share": data.val_share, "seed": config.seed}
+    return {**places, "rules": make_rules(config), "val_fraction": data.val_share, "seed": config.seed}
 
 
 def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None = None, run: Run = fit) -> Path:
@@ -110,7 +110,7 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         data.img_size,
         data.short,
         scales=data.scales,
-        max_share=data.max_class_share,
+        max_fraction=data.max_class_share,
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,
