@@ -26,7 +26,7 @@ CLASSES = ("bee", "cow", "dog")
 
 
 def encode(number: int) -> bytes:
-    """A tiny picture, no two alike."""
+    """A tiny image, different for each argument."""
     file = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "PNG")
@@ -89,12 +89,12 @@ def test_the_same_set_in_each_form(tmp_path, write, monkeypatch):
         return {"image": image.decode(), "label": torch.tensor(label)}
 
     loader = TrainingLoader(train, view, batch_size=5, num_workers=2 * (write is write_shards), seed=0)
-    seen = {}
+    label_of = {}
     for batch in loader:
         assert batch["label"].dtype == torch.int64
         for image, label in zip(batch["image"], batch["label"].tolist(), strict=True):
-            seen[image.numpy().tobytes()] = label
-    assert seen == {decode_image(data).contiguous().numpy().tobytes(): label for _, data, label in samples(20)}
+            label_of[image.numpy().tobytes()] = label
+    assert label_of == {decode_image(data).contiguous().numpy().tobytes(): label for _, data, label in samples(20)}
 
 
 def test_labels_of_a_share_and_held_out_images(tmp_path):
@@ -452,17 +452,17 @@ def test_evaluation_sees_each_image_once(tmp_path, world_size):
     corrupt = tmp_path / "train" / "bee" / "deeper" / "0006.png"
     corrupt.write_bytes(b"no image")
     images, _ = find_labelled([str(tmp_path)])
-    seen, bad = [], []
+    read, bad = [], []
     for rank in range(world_size):
         view = functools.partial(view_labelled, EvaluationTransform((6, 6), 1.0))
         loader = make_evaluation_loader(images, view, 4, rank=rank, world_size=world_size)
         for batch in loader:
             assert batch["image"].shape[1:] == (3, 6, 6)
-            seen += zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
+            read += zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
             bad += batch["corrupt"]
     assert [name for name, _ in bad] == [str(corrupt)]
     whole = [i for i in range(23) if not isinstance(images[i][1], UnreadableImage) and images[i][0] != str(corrupt)]
-    assert sorted(seen) == [(i, int(images.labels[i])) for i in whole]
+    assert sorted(read) == [(i, int(images.labels[i])) for i in whole]
 
 
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])

@@ -258,9 +258,9 @@ def test_a_palette_with_and_without_void(tmp_path, filling, order, wanted):
     for name, numbers in (("a", whole), ("b", np.where(whole == 2, 255, whole)), ("c", np.full_like(whole, 255))):
         write_pair(tmp_path, name, palette_of(numbers, [0, 0, 0, 255, 0, 0, 0, 255, 0, *filling]))
     (tmp_path / "classes.txt").write_text("".join(f"{name} {colours[name]}\n" for name in order.split()))
-    said: list[str] = []
-    train, _ = find(tmp_path, reduce_zero_label=False, log=said.append)
-    assert said == [f"{tmp_path}/masks: pixels of label 255 are ignored (--data.ignore)"]
+    logged: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, log=logged.append)
+    assert logged == [f"{tmp_path}/masks: pixels of label 255 are ignored (--data.ignore)"]
     assert np.array_equal(labels_of(train, 0), np.array(wanted)[whole])
     assert np.array_equal(labels_of(train, 1), np.array([*wanted[:2], IGNORED])[whole])
     assert (labels_of(train, 2) == IGNORED).all()
@@ -277,13 +277,13 @@ def test_a_palette_of_two_minds(tmp_path):
     train, _ = find(tmp_path, reduce_zero_label=False, on_invalid="skip", log=lambda line: None)
     assert np.array_equal(labels_of(train, 1), numbers)
     (tmp_path / "classes.txt").write_text("red 255 0 0\ngreen 0 255 0\nblue 0 0 255\nbg 0 0 0\n")
-    said: list[str] = []
-    train, _ = find(tmp_path, reduce_zero_label=False, log=said.append)
+    logged: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, log=logged.append)
     assert [Path(train.name(i)).stem for i in range(len(train))] == ["a"]
     assert np.array_equal(labels_of(train), np.array([3, 0])[numbers % 3])
     assert any(
         "masks that cannot be read: 1 (" in line and "b.png: colour (9, 9, 9) of label 3, which" in line
-        for line in said
+        for line in logged
     )
 
 
@@ -303,11 +303,11 @@ def test_masks_with_alpha(tmp_path, suffix):
             Image.fromarray(np.stack([*channels, alpha], axis=-1), mode=mode).save(root / "masks" / f"{name}{suffix}")
         if mode == "RGBA":
             (root / "classes.txt").write_text("bg 0 0 0\nred 255 0 0\ngreen 0 255 0\n")
-        said: list[str] = []
-        train, _ = find(root, reduce_zero_label=False, log=said.append)
+        logged: list[str] = []
+        train, _ = find(root, reduce_zero_label=False, log=logged.append)
         assert [Path(train.name(i)).stem for i in range(len(train))] == ["a"]
         assert np.array_equal(labels_of(train), numbers)
-        assert f"b{suffix}: an image of mode {mode}, not a mask of labels: save it without alpha)" in said[1]
+        assert f"b{suffix}: an image of mode {mode}, not a mask of labels: save it without alpha)" in logged[1]
 
 
 def test_16_bits_with_alpha_are_refused(tmp_path):
@@ -332,13 +332,13 @@ def test_black_and_white(tmp_path, text, first):
     write_pair(tmp_path, "b", Image.fromarray(mixed))
     if text:
         (tmp_path / "classes.txt").write_text(text)
-    said: list[str] = []
-    train, _ = find(tmp_path, reduce_zero_label=False, log=said.append)
+    logged: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, log=logged.append)
     assert len(train.classes) == 2
     assert (labels_of(train, 0) == first).all()
     assert np.array_equal(labels_of(train, 1), np.where(mixed == 255, 1 - first, first))
-    assert len(said) == (not text or "255" not in text)
-    assert all("black and white" in line for line in said)
+    assert len(logged) == (not text or "255" not in text)
+    assert all("black and white" in line for line in logged)
 
 
 def test_images_and_masks_in_one_folder(tmp_path):
@@ -374,27 +374,27 @@ def test_two_masks_of_one_name(tmp_path, image, masks):
     Image.fromarray(np.eye(4, 6, dtype=np.uint8)).save(right)
     for path in wrong:
         Image.new("L", (6, 4), 7).save(path)
-    said: list[str] = []
-    train, _ = find(tmp_path, reduce_zero_label=False, log=said.append)
+    logged: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, log=logged.append)
     assert [train[index][2] for index in range(2)] == [str(right), str(tmp_path / "masks" / "b.png")]
     path = tmp_path / "images" / image
     named = ", ".join(f"{path}: {right} is read, {other} is not" for other in wrong)
-    assert said[1:] == [f"  images with two masks: {len(wrong)} ({named})"]
+    assert logged[1:] == [f"  images with two masks: {len(wrong)} ({named})"]
     with pytest.raises(UserError, match="images with two masks: "):
         find(tmp_path, reduce_zero_label=False, on_invalid="error")
 
 
 def test_what_the_labels_mean_is_said(tmp_path):
     """Where it may not be what was meant."""
-    said: list[str] = []
+    logged: list[str] = []
     write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint8) * 2))
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
-    assert find(tmp_path, log=said.append)[0].classes == ("a", "b", "c")
-    assert said == [f"{tmp_path / 'masks'}: no mask has 'a', 'c'; label 0 is ignored (--data.reduce-zero-label)"]
+    assert find(tmp_path, log=logged.append)[0].classes == ("a", "b", "c")
+    assert logged == [f"{tmp_path / 'masks'}: no mask has 'a', 'c'; label 0 is ignored (--data.reduce-zero-label)"]
     write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint8) * 255))
-    said.clear()
-    find(tmp_path, reduce_zero_label=False, log=said.append)
-    assert "masks of 0 and 255, but not of two classes: 255 is ignored" in said[0]
+    logged.clear()
+    find(tmp_path, reduce_zero_label=False, log=logged.append)
+    assert "masks of 0 and 255, but not of two classes: 255 is ignored" in logged[0]
     (tmp_path / "classes.txt").unlink()
     write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint16) * 600))
     with pytest.raises(UserError, match=r"label 600 in .*a.png: labels end at 254"):
@@ -433,9 +433,9 @@ def test_names_of_labels_come_back():
 def test_classes_that_no_mask_has(tmp_path):
     write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint8)))
     (tmp_path / "classes.txt").write_text("road\ntree\nsky\n")
-    said: list[str] = []
-    assert find(tmp_path, reduce_zero_label=False, log=said.append)[0].classes == ("road", "tree", "sky")
-    assert said == [f"{tmp_path / 'masks'}: no mask has 'sky'"]
+    logged: list[str] = []
+    assert find(tmp_path, reduce_zero_label=False, log=logged.append)[0].classes == ("road", "tree", "sky")
+    assert logged == [f"{tmp_path / 'masks'}: no mask has 'sky'"]
     write_pair(tmp_path, "a", Image.new("L", (6, 4), 255))
     with pytest.raises(UserError, match=r"no mask in .* has a pixel of a class"):
         find(tmp_path, reduce_zero_label=False)
@@ -490,7 +490,7 @@ def mask_of(root: Path, number: int = 0) -> Path:
     return sorted((root / "annotations" / "training").iterdir())[number]
 
 
-MISTAKES = {
+INVALID = {
     "images without a mask": lambda root: mask_of(root).unlink(),
     "masks without an image": lambda root: sorted((root / "images" / "training").iterdir())[0].unlink(),
     "masks of labels that are neither classes (--data.classes) nor ignored (--data.ignore)": lambda root: Image.new(
@@ -504,21 +504,21 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("kind", MISTAKES)
+@pytest.mark.parametrize("kind", INVALID)
 def test_each_invalid_annotation_is_found_named_and_left_out(root, kind):
-    MISTAKES[kind](root)
+    INVALID[kind](root)
     pattern = kind.replace("(", r"\(") if ".*" in kind else f"{re.escape(kind)}: 1 "
-    said: list[str] = []
-    train, val = find(root, log=said.append)
-    assert any(re.search(pattern, line) for line in said), said
+    logged: list[str] = []
+    train, val = find(root, log=logged.append)
+    assert any(re.search(pattern, line) for line in logged), logged
     assert (len(train), len(val)) == (11, 6)
     with pytest.raises(UserError, match=pattern) as error:
         find(root, on_invalid="error")
     assert "\n" not in str(error.value)
-    said = []
-    find(root, on_invalid="skip", log=said.append)
-    assert len(said) == 1
-    assert "left out (--data.mistakes summary shows" in said[0]
+    logged = []
+    find(root, on_invalid="skip", log=logged.append)
+    assert len(logged) == 1
+    assert "left out (--data.mistakes summary shows" in logged[0]
 
 
 def test_what_is_not_read_is_counted_by_suffix(root):
@@ -529,10 +529,10 @@ def test_what_is_not_read_is_counted_by_suffix(root):
         (images / name).touch()
     for name in ("a.json", "b.json", "notes"):
         (masks / name).touch()
-    said: list[str] = []
-    train, _ = find(root, log=said.append, on_invalid="error")
+    logged: list[str] = []
+    train, _ = find(root, log=logged.append, on_invalid="error")
     assert len(train) == 12
-    assert said == [
+    assert logged == [
         f"{masks}: not read: 2 .heic, 1 .avif, 1 .db, 1 .tar in {images}",
         f"{masks}: not read: 2 .json, 1 without a suffix in {masks}",
     ]
@@ -551,10 +551,10 @@ def test_what_is_not_read_of_images_and_masks_in_one_folder(tmp_path):
         path.rename(tmp_path / path.name)
     (tmp_path / "names.txt").write_text("x\ny\n")
     (tmp_path / "Thumbs.db").touch()
-    said: list[str] = []
+    logged: list[str] = []
     options = {"masks": str(tmp_path), "reduce_zero_label": False, "on_invalid": "skip"}
-    find(tmp_path, **options, classes=str(tmp_path / "names.txt"), log=said.append)
-    assert said == [f"{tmp_path}: not read: 1 .db in {tmp_path}"]
+    find(tmp_path, **options, classes=str(tmp_path / "names.txt"), log=logged.append)
+    assert logged == [f"{tmp_path}: not read: 1 .db in {tmp_path}"]
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".jfif", ".pjp"])
@@ -619,7 +619,7 @@ def test_what_is_no_set(root, tmp_path):
 
 
 def painted(labels: np.ndarray) -> torch.Tensor:
-    """A picture in which class n is of a colour of its own, uint8 [3, H, W]."""
+    """An image in which class n is of a colour of its own, uint8 [3, H, W]."""
     colours = np.zeros((256, 3), dtype=np.uint8)
     colours[: len(NAMES)] = [(25 * n, 255 - 25 * n, 60 * (n % 4)) for n in range(len(NAMES))]
     colours[IGNORED] = (7, 7, 7)
@@ -635,9 +635,9 @@ def test_the_mask_goes_where_the_pixels_go(shapes, options):
     )
     for index in range(6):
         mask = train[index][2]
-        picture = painted(labels_of(train, index))
+        pixels = painted(labels_of(train, index))
         for seed in range(3):
-            view = transform(picture, random.Random(seed), mask)
+            view = transform(pixels, random.Random(seed), mask)
             image, target = view["image"], view["target"]
             assert image.shape == (3, transform.size, transform.size)
             assert target.shape == (transform.size, transform.size)

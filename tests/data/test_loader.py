@@ -24,7 +24,7 @@ from itpn.errors import UserError
 TRANSFORM = PretrainingTransform((8, 12))
 
 
-def picture(number: int) -> bytes:
+def encode_image(number: int) -> bytes:
     """A tiny JPEG, no two alike."""
     pixels = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -35,7 +35,7 @@ def picture(number: int) -> bytes:
 def make_files(folder: Path, count: int, corrupt: tuple[int, ...] = ()) -> ImageSource:
     for number in range(count):
         path = folder / f"{number:03d}.jpg"
-        path.write_bytes(b"no picture" if number in corrupt else picture(number))
+        path.write_bytes(b"no image" if number in corrupt else encode_image(number))
     return find_images([folder])
 
 
@@ -44,7 +44,7 @@ def make_shards(folder: Path, counts: list[int], corrupt: tuple[int, ...] = ()) 
     for shard, count in enumerate(counts):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for _ in range(count):
-                data = b"no picture" if number in corrupt else picture(number)
+                data = b"no image" if number in corrupt else encode_image(number)
                 member = tarfile.TarInfo(f"{number:03d}.jpg")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -250,7 +250,7 @@ def test_state_is_plain_and_counts_what_was_handed_out(tmp_path: Path) -> None:
     stream = iter(loader)
     next(stream), next(stream)
     assert loader.state_dict() == {"epoch": 0, "batch": 2}  # not what the workers have prefetched
-    third = next(iter(loader))  # a new iterator goes on in the same epoch
+    third = next(iter(loader))  # a new iterator resumes in the same epoch
     assert loader.state_dict() == {"epoch": 0, "batch": 3}
     loader.load_state_dict({"epoch": 0, "batch": 2})
     assert_same([next(iter(loader))], [third])

@@ -34,7 +34,7 @@ STORED = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
 
 
 def stored(orientation: int, mode: str = "RGB") -> Image.Image:
-    """The picture as a file of that orientation holds it."""
+    """The image as it is stored in a file of that orientation."""
     image = quarters(HEIGHT, WIDTH)
     return (image.transpose(Image.Transpose(STORED[orientation])) if orientation in STORED else image).convert(mode)
 

@@ -68,8 +68,8 @@ def test_masks_boxes_and_labels_agree(size):
 def test_another_size_shows_the_same_scene():
     small = draw_scene(0, "val", 7, img_size=64, category="star")
     large = draw_scene(0, "val", 7, img_size=128, category="star")
-    shrunk = np.asarray(Image.fromarray(large.image).resize((64, 64), Image.Resampling.BOX))
-    assert np.abs(small.image.astype(int) - shrunk).mean() < 8
+    resized = np.asarray(Image.fromarray(large.image).resize((64, 64), Image.Resampling.BOX))
+    assert np.abs(small.image.astype(int) - resized).mean() < 8
     assert np.allclose(np.array(small.instances[0].box) * 2, large.instances[0].box, atol=3)
 
 
@@ -109,8 +109,8 @@ def test_coco_masks_are_the_drawn_ones(folders):
         assert {a["category_id"] for a in coco.anns.values()} == set(coco.cats)
         for index, image_id in enumerate(sorted(coco.imgs)):
             image = coco.imgs[image_id]
-            with Image.open(folders.coco / f"{split}2017" / image["file_name"]) as picture:
-                assert picture.size == (image["width"], image["height"]) == (SIZE[1], SIZE[0])
+            with Image.open(folders.coco / f"{split}2017" / image["file_name"]) as image_file:
+                assert image_file.size == (image["width"], image["height"]) == (SIZE[1], SIZE[0])
             scene = draw_scene(3, split, index, img_size=SIZE)
             annotations = coco.loadAnns(coco.getAnnIds(image_id))
             for instance, annotation in zip(scene.instances, annotations, strict=True):
@@ -153,9 +153,9 @@ def test_ade20k_labels_are_the_scene(folders):
         assert [p.stem for p in images] == [p.stem for p in annotations]
         assert len(images) == COUNTS[split]
         for index, path in enumerate(annotations):
-            with Image.open(path) as picture:
-                assert picture.mode == "L"
-                labels = np.asarray(picture)
+            with Image.open(path) as image_file:
+                assert image_file.mode == "L"
+                labels = np.asarray(image_file)
             assert np.array_equal(labels, draw_scene(3, split, index, img_size=SIZE).labels)
             found |= set(np.unique(labels).tolist())
     assert found == set(range(1 + len(GROUNDS) + len(CLASSES)))

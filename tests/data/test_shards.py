@@ -316,7 +316,7 @@ def test_order_is_drawn_by_seed_and_epoch(tmp_path: Path) -> None:
     unshuffled = order(0, 0, 1)  # the shards change places, their images do not
     assert [key[0] for key in unshuffled[::10]] != sorted(key[0] for key in unshuffled[::10])
     assert all(unshuffled[i : i + 10] == sorted(unshuffled[i : i + 10]) for i in range(0, 60, 10))
-    # with a buffer, neighbours come from several shards
+    # with a buffer, consecutive images come from several shards
     assert sum(a[0] != b[0] for a, b in zip(order(0, 0), order(0, 0)[1:], strict=False)) > 20
 
 
