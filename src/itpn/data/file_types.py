@@ -14,9 +14,7 @@ JPEG_SUFFIXES = IMAGE_SUFFIXES[:6]
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in the output folder of `itpn cache-features`
-COPIES_INDEX = (
-    "itpn-shrink.json"  # in the output folder of `itpn shrink`; keeps its name, so that older folders are read
-)
+COPIES_INDEX = "itpn-shrink.json"  # in the output folder of `itpn shrink`
 CLASSES = "classes.txt"  # beside shards: the name of each class, a line each
 CLASS_FILES = (CLASSES, "classes.csv", "class_dict.csv", "objectInfo150.txt")  # beside masks; the last is ADE20K's
 ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")

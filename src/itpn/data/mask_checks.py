@@ -21,15 +21,7 @@ from itpn.data.readers import FileReader, PackedStrings, Reader, Subset, check_l
 from itpn.data.walk import list_images
 from itpn.errors import UserError
 
-MASK_ENDINGS = (
-    "",
-    "_mask",
-    "_label",
-    "_labels",
-    "_seg",
-    "_L",
-    "_gtFine_labelIds",
-)  # of a mask's name, after the image's name
+MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name
 
 
 @dataclass(frozen=True)
