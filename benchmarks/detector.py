@@ -11,7 +11,7 @@ import torch
 from rich.console import Console
 from torchvision.ops import masks_to_boxes
 
-from itpn.data.shapes import draw_scene
+from itpn.data.scenes import draw_scene
 from itpn.models.detector import Detector
 from itpn.tasks.configs import DetectionConfig
 from itpn.tasks.detection.network import build_recipe

@@ -116,16 +116,16 @@ def test_killed_and_gone_on_with(tmp_path, capsys):
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stopped_and_gone_on_with(large, whole, tmp_path, capsys, monkeypatch, signum, code, workers):
-    write_shard = itpn.commands.shrink.write_shard
+    write_tar = itpn.commands.shrink.write_tar
 
     def stop(path, members):
         if path.name == "images-00002.tar":
             next(members)
             os.kill(os.getpid(), signum)
-        write_shard(path, members)
+        write_tar(path, members)
 
     with monkeypatch.context() as patched:
-        patched.setattr(itpn.commands.shrink, "write_shard", stop)
+        patched.setattr(itpn.commands.shrink, "write_tar", stop)
         assert shrink(large, tmp_path / "out", workers=workers) == code
     assert capsys.readouterr().err == "stopped with 2 of 5 shards done; the same command resumes\n"
     assert shrink(large, tmp_path / "out") == 0

@@ -120,7 +120,7 @@ def test_jitter_factors_are_uniform_and_in_any_order() -> None:
     drawn = [draw_jitter(0.4, rng) for _ in range(6000)]
     orders = Counter(tuple(adjust.__name__ for adjust, _ in jitter) for jitter in drawn)
     assert len(orders) == 6
-    assert all(abs(count - 1000) < 5 * 30 for count in orders.values())  # five standard deviations
+    assert all(abs(count - 1000) < 5 * 30 for count in orders.values())  # five std
     for name in ("adjust_brightness", "adjust_contrast", "adjust_saturation"):
         factors = torch.tensor([factor for jitter in drawn for adjust, factor in jitter if adjust.__name__ == name])
         for quantile in (0.0, 0.25, 0.5, 0.75, 1.0):
@@ -173,7 +173,7 @@ def test_both_views_show_the_same_place() -> None:
 def test_both_views_have_the_same_jitter() -> None:
     image = noise()
     colour = torch.tensor([200, 120, 40], dtype=torch.uint8)[:, None, None].expand(3, 60, 80)
-    seen = set()
+    crops = set()
     for seed in range(20):
         views, rng = JITTER(image, random.Random(seed)), random.Random(seed)
         assert torch.equal(views["teacher_image"], jitter_by_torchvision(crop_by_hand(image, (21, 28), rng), rng))
@@ -181,8 +181,8 @@ def test_both_views_have_the_same_jitter() -> None:
         one, other = (view.flatten(1).int() for view in JITTER(colour, random.Random(seed)).values())
         assert (one[:, :1] - other[:, :1]).abs().max() <= 1
         assert (one == one[:, :1]).all()
-        seen.add(tuple(one[:, 0].tolist()))
-    assert len(seen) == 20
+        crops.add(tuple(one[:, 0].tolist()))
+    assert len(crops) == 20
 
 
 def test_views_depend_on_their_random_numbers_only() -> None:

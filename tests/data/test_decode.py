@@ -36,7 +36,7 @@ ENCODINGS = {
     "jpeg": lambda: encode(quarters(), "JPEG", quality=95),
     "progressive jpeg": lambda: encode(quarters(), "JPEG", quality=95, progressive=True),
     "cmyk jpeg": lambda: encode(quarters().convert("CMYK"), "JPEG", quality=95),
-    "jpeg of two pictures": lambda: encode(
+    "jpeg of two images": lambda: encode(
         quarters(), "MPO", quality=95, save_all=True, append_images=[ImageOps.invert(quarters())]
     ),
     "jpeg with garbage behind": lambda: encode(quarters(), "JPEG", quality=95) + b"garbage" * 99,
@@ -126,7 +126,7 @@ def test_extreme_sizes(size: tuple[int, int]) -> None:
 
 
 JPEG = encode(Image.effect_noise((200, 150), 60), "JPEG")
-BROKEN = {
+CORRUPT = {
     "empty": b"",
     "text": b"this is not an image\n" * 50,
     "first half": JPEG[: len(JPEG) // 2],
@@ -141,10 +141,10 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("kind", BROKEN)
+@pytest.mark.parametrize("kind", CORRUPT)
 def test_broken_is_refused(kind: str) -> None:
     with pytest.raises(UnreadableImage) as refusal:
-        decode_image(BROKEN[kind])
+        decode_image(CORRUPT[kind])
     reason = str(refusal.value)
     assert 5 < len(reason) < 120
     assert "\n" not in reason
@@ -177,7 +177,7 @@ def test_size_limit_is_judged_by_the_header() -> None:
 def test_prints_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     odd = JPEG[:-2] + bytes(50) + JPEG[-2:]
     decode_jpeg(torch.frombuffer(bytearray(odd), dtype=torch.uint8))
-    assert "Corrupt JPEG" in capfd.readouterr().err  # what would be seen
+    assert "Corrupt JPEG" in capfd.readouterr().err  # what would be printed
     threads = [threading.Thread(target=lambda: [decode_image(odd) for _ in range(20)]) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -229,7 +229,7 @@ def test_manifest_of_bad_images() -> None:
         if row["file"] in ("grayscale.png", "16bit_gray.png", "grayscale_alpha.png"):
             assert torch.equal(image[0], image[1])
             assert image.float().std() > 10
-        elif row["file"] == "palette_transparency.png":  # yellow is seen through
+        elif row["file"] == "palette_transparency.png":  # yellow shows through
             assert (quarter_colors(image)[:3] - torch.tensor([RED, GREEN, BLUE])).abs().max() < 10
             assert quarter_colors(image)[3, 2] > YELLOW[2] + 50
         elif row["file"] == "rgba.png":
@@ -308,7 +308,7 @@ def test_a_large_part_is_decoded_smaller(mode, orientation):
         assert (image.height, image.width) == whole.shape[1:]
         part = image.decode_crop(104, 200, 400, 456, target)
         assert part.shape == (3, 400 // shrink, 456 // shrink)
-        # as much as a picture changes when it is resized by another filter
+        # as much as an image changes when it is resized by another filter
         want = whole[:, 104:504, 200:656]
         ours, theirs, other = (
             resize(x, list(target), mode, antialias=True).float()

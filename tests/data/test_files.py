@@ -97,7 +97,7 @@ def test_shards(tmp_path: Path) -> None:
     assert found.images == ()
 
 
-def test_mistakes(tmp_path: Path) -> None:
+def test_wrong_roots_are_refused(tmp_path: Path) -> None:
     make(tmp_path, "images/1.jpg", "shards/1.tar", "empty/notes.txt")
     for roots, message in [
         ([tmp_path / "imagse"], "imagse does not exist"),
@@ -152,3 +152,8 @@ def test_splits(tmp_path: Path) -> None:
 def test_needs_no_heavy_imports() -> None:
     code = "import itpn.data.files, sys; print({'torch', 'numpy', 'PIL', 'torchvision'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+
+
+def test_data_modules_import_no_detector():
+    code = "import itpn.data.objects, itpn.data.labelmaps, sys; print({'itpn.models.detector'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

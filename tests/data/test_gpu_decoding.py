@@ -1,4 +1,4 @@
-"""Images that are decoded and augmented by the training process are those of the workers."""
+"""Images that the training process decodes and augments equal those of the worker processes."""
 
 import random
 from pathlib import Path
@@ -14,7 +14,7 @@ from itpn.cli import main
 from itpn.data.augment import PretrainingTransform
 from itpn.data.decode import EncodedImage
 from itpn.data.files import find_images
-from itpn.data.gpu_decoding import AT_A_TIME, DeferredTransform, collate_deferred, finish
+from itpn.data.gpu_decoding import DECODED_AT_ONCE, GpuTransform, collate_encoded
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 from itpn.tasks.configs import (
@@ -56,16 +56,17 @@ def folder(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def load(folder: Path, deferred: bool, num_workers: int = 0, batches: int = 6) -> list[dict]:
+def load(folder: Path, on_device: bool, num_workers: int = 0, batches: int = 6) -> list[dict]:
     options = {"batch_size": 4, "num_workers": num_workers, "seed": 3}
     source = find_images([folder])
-    if not deferred:
+    if not on_device:
         loader = TrainingLoader(source, TRANSFORM, **options)
         return [batch for _, batch in zip(range(batches), (b for _ in range(9) for b in loader), strict=False)]
-    loader = TrainingLoader(source, DeferredTransform(TRANSFORM), collate=collate_deferred, **options)
+    transform = GpuTransform(TRANSFORM)
+    loader = TrainingLoader(source, transform, collate=collate_encoded, finish_batch=transform.finish_batch, **options)
     taken = [batch for _, batch in zip(range(batches), (b for _ in range(9) for b in loader), strict=False)]
     loader.close()
-    return [finish(batch, TRANSFORM, CPU) for batch in taken]
+    return [loader.finish(batch, CPU) for batch in taken]
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -76,38 +77,39 @@ def test_the_same_batches(folder, num_workers):
         assert torch.equal(one["teacher_image"], other["teacher_image"])
 
 
-def test_a_broken_file_is_replaced_and_named(folder):
+def test_a_corrupt_file_is_replaced_and_named(folder):
     path = folder / "00.jpg"
     path.write_bytes(path.read_bytes()[:700])  # its header is whole
-    seen = False
+    found = False
     for whole, batch in zip(load(folder, False), load(folder, True), strict=True):
         assert batch["image"].shape == whole["image"].shape == (4, 3, 24, 32)
         if str(path) in batch["key"]:
-            seen = True
+            found = True
             place = batch["key"].index(str(path))
-            assert [name for name, _ in batch["broken"]] == [str(path)]
+            assert [name for name, _ in batch["corrupt"]] == [str(path)]
             assert torch.equal(batch["image"][place], batch["image"][place - 1 if place else 1])
-    assert seen
+    assert found
 
 
 def test_nothing_readable(folder):
     data = (folder / "00.jpg").read_bytes()[:700]
-    sample = DeferredTransform(TRANSFORM)(EncodedImage(data), random.Random(0))
-    batch = {**collate_deferred([sample]), "key": ["a.jpg"], "broken": [], "remarks": []}
+    sample = GpuTransform(TRANSFORM)(EncodedImage(data), random.Random(0))
+    batch = {**collate_encoded([sample]), "key": ["a.jpg"], "corrupt": [], "warnings": {}}
     with pytest.raises(UserError, match=r"^no image of a batch can be decoded; the first is a.jpg: "):
-        finish(batch, TRANSFORM, CPU)
+        GpuTransform(TRANSFORM).finish_batch(batch, CPU)
 
 
 @pytest.mark.parametrize("suffix", ["jpg", "png"])
 def test_a_large_batch_needs_few_descriptors(folder, suffix):
-    """Between processes each tensor takes one, and a thousand is all that many systems give."""
+    """Between processes each tensor takes one, and many systems allow a thousand."""
     path = next(path for path in sorted(folder.iterdir()) if path.suffix == f".{suffix}")
-    samples = [DeferredTransform(TRANSFORM)(EncodedImage(path.read_bytes()), random.Random(n)) for n in range(300)]
-    batch = collate_deferred(samples)
+    samples = [GpuTransform(TRANSFORM)(EncodedImage(path.read_bytes()), random.Random(n)) for n in range(300)]
+    batch = collate_encoded(samples)
     assert sum(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(batch)) <= 3
-    assert len(samples) > 2 * AT_A_TIME
-    views = finish({**batch, "key": [str(n) for n in range(300)], "broken": [], "remarks": []}, TRANSFORM, CPU)
-    for number in (0, AT_A_TIME, 299):
+    assert len(samples) > 2 * DECODED_AT_ONCE
+    batch |= {"key": [str(n) for n in range(300)], "corrupt": [], "warnings": {}}
+    views = GpuTransform(TRANSFORM).finish_batch(batch, CPU)
+    for number in (0, DECODED_AT_ONCE, 299):
         own = TRANSFORM(EncodedImage(path.read_bytes()), random.Random(number))
         assert torch.equal(views["image"][number], own["image"])
 
@@ -120,7 +122,7 @@ def test_without_a_gpu(folder, capsys):
 
 
 def test_a_run(folder, tmp_path, monkeypatch):
-    """Here on a CPU, which nvJPEG's place is taken by: the same weights as with decoding in the workers."""
+    """On a CPU, in place of nvJPEG: the weights equal those of a run with decoding in the worker processes."""
     monkeypatch.setattr(pretraining, "choose_devices", lambda *_: Devices(1, 1, 1, True))
     monkeypatch.setattr(pretraining, "check_nvjpeg", lambda: None)
     weights = []

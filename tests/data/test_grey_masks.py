@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from itpn.cli import main
-from itpn.data.labelmaps import MaskRules, find_label_maps
-from itpn.data.masks import IGNORED, explain_greys
+from itpn.data.grey_masks import explain_greys
+from itpn.data.labelmaps import find_label_maps
+from itpn.data.mask_checks import MaskRules
+from itpn.data.masks import IGNORED
 from itpn.errors import UserError
 
 SIZE = (96, 64)  # width, height
@@ -19,9 +21,9 @@ def write(root: Path, *masks: np.ndarray | Image.Image, suffix: str = ".png") ->
     for number, mask in enumerate(masks):
         for folder in ("images", "masks"):
             (root / folder).mkdir(parents=True, exist_ok=True)
-        picture = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
-        Image.new("RGB", picture.size, "grey").save(root / "images" / f"{number}.jpg")
-        picture.save(root / "masks" / f"{number}{suffix}")
+        image = mask if isinstance(mask, Image.Image) else Image.fromarray(mask)
+        Image.new("RGB", image.size, "grey").save(root / "images" / f"{number}.jpg")
+        image.save(root / "masks" / f"{number}{suffix}")
     return root
 
 
@@ -33,9 +35,9 @@ def stripes(*values: int) -> np.ndarray:
 
 
 def find(root: Path, **rules):
-    said: list[str] = []
-    train, _ = find_label_maps(str(root), rules=MaskRules(tell=said.append, **rules))
-    return train, said
+    logged: list[str] = []
+    train, _ = find_label_maps(str(root), rules=MaskRules(log=logged.append, **rules))
+    return train, logged
 
 
 def labels_of(images, index: int = 0) -> np.ndarray:
@@ -73,8 +75,8 @@ def test_the_remedy_for_shades_works(tmp_path):
     """All three are classes then, 255 among them."""
     root = write(tmp_path, stripes(0, 127, 255))
     (root / "classes.txt").write_text("back 0 0 0\nedge 127 127 127\ncell 255 255 255\n")
-    train, said = find(root)
-    assert said == []
+    train, logged = find(root)
+    assert logged == []
     assert train.classes == ("back", "edge", "cell")
     assert np.array_equal(labels_of(train), np.array([0, 1, 2])[stripes(0, 1, 2)])
 
@@ -109,12 +111,12 @@ VALID = [
 @pytest.mark.parametrize("values", VALID, ids=lambda values: f"{len(values)}-{values[-1]}")
 def test_gaps_absent_classes_and_an_ignored_255_are_accepted(tmp_path, values):
     root = write(tmp_path, stripes(*values))
-    train, said = find(root)
+    train, logged = find(root)
     classes = [value for value in values if value != 255]
     assert train.classes == tuple(map(str, range(max(classes) + 1)))
     wanted = stripes(*values)
     assert np.array_equal(labels_of(train), np.where(wanted == 255, IGNORED, wanted))
-    ignored = [line for line in said if "255" in line]
+    ignored = [line for line in logged if "255" in line]
     assert ignored == ([f"{root}/masks: pixels of label 255 are ignored (--data.ignore)"] if 255 in values else [])
 
 
@@ -129,8 +131,8 @@ def test_values_with_few_pixels_may_be_classes():
 
 
 def test_black_and_white_stays_two_classes(tmp_path):
-    train, said = find(write(tmp_path / "two", disk(blur=False), stripes(0)))
-    assert said == [f"{tmp_path}/two/masks: black and white masks, of 0 and 1"]
+    train, logged = find(write(tmp_path / "two", disk(blur=False), stripes(0)))
+    assert logged == [f"{tmp_path}/two/masks: black and white masks, of 0 and 1"]
     assert train.classes == ("0", "1")
     assert np.array_equal(labels_of(train), np.asarray(disk(blur=False)) // 255)
     assert not labels_of(train, 1).any()
@@ -138,9 +140,9 @@ def test_black_and_white_stays_two_classes(tmp_path):
 
 def test_shades_that_are_ignored_are_no_sign(tmp_path):
     """A trimap's 128 is of no class where --data.ignore says so; values with names are indices."""
-    train, said = find(write(tmp_path, stripes(0, 1, 128)), ignore=(128, 255))
+    train, logged = find(write(tmp_path, stripes(0, 1, 128)), ignore=(128, 255))
     assert train.classes == ("0", "1")
-    assert said == []
+    assert logged == []
     root = write(tmp_path / "named", stripes(0, 2, 4))
     (root / "classes.txt").write_text("\n".join("abcde"))
     assert find(root)[0].classes == tuple("abcde")
@@ -153,8 +155,10 @@ def test_shades_that_are_ignored_are_no_sign(tmp_path):
 def test_an_ignored_label_is_named_with_a_file_of_classes(tmp_path):
     root = write(tmp_path, stripes(0, 1, 255))
     (root / "classes.txt").write_text("road\ntree\n")
-    for mistakes in ("summary", "skip", "error"):
-        assert find(root, mistakes=mistakes)[1] == [f"{root}/masks: pixels of label 255 are ignored (--data.ignore)"]
+    for on_invalid in ("summary", "skip", "error"):
+        assert find(root, on_invalid=on_invalid)[1] == [
+            f"{root}/masks: pixels of label 255 are ignored (--data.ignore)"
+        ]
 
 
 def test_a_run_is_refused_before_it_begins(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Images with classes from each kind of place, and the mistakes that such sets have."""
+"""Images with classes, from every kind of source, and refusals of invalid data sets."""
 
 import functools
 import io
@@ -15,9 +15,10 @@ from PIL import Image
 from timm.data import create_transform
 
 from itpn.data.augment import EvaluationTransform
+from itpn.data.class_names import drop_numbers
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.evaluation import make_evaluation_loader, view_labelled
-from itpn.data.labelled import draw_share, drop_numbers, find_labelled
+from itpn.data.labelled import draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 
@@ -25,7 +26,7 @@ CLASSES = ("bee", "cow", "dog")
 
 
 def encode(number: int) -> bytes:
-    """A tiny picture, no two alike."""
+    """A tiny image, different for each argument."""
     file = io.BytesIO()
     pixels = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, "PNG")
@@ -88,26 +89,26 @@ def test_the_same_set_in_each_form(tmp_path, write, monkeypatch):
         return {"image": image.decode(), "label": torch.tensor(label)}
 
     loader = TrainingLoader(train, view, batch_size=5, num_workers=2 * (write is write_shards), seed=0)
-    seen = {}
+    label_of = {}
     for batch in loader:
         assert batch["label"].dtype == torch.int64
         for image, label in zip(batch["image"], batch["label"].tolist(), strict=True):
-            seen[image.numpy().tobytes()] = label
-    assert seen == {decode_image(data).contiguous().numpy().tobytes(): label for _, data, label in samples(20)}
+            label_of[image.numpy().tobytes()] = label
+    assert label_of == {decode_image(data).contiguous().numpy().tobytes(): label for _, data, label in samples(20)}
 
 
 def test_labels_of_a_share_and_held_out_images(tmp_path):
     write_folders(tmp_path, "", 60)
-    train, val = find_labelled([str(tmp_path)], val_share=0.2, seed=3)
+    train, val = find_labelled([str(tmp_path)], val_fraction=0.2, seed=3)
     assert (len(train), len(val)) == (48, 12)
     names = [{images[i][0] for i in range(len(images))} for images in (train, val)]
     assert not names[0] & names[1]
     assert np.bincount(val.labels).tolist() == [4, 4, 4]
-    again = find_labelled([str(tmp_path)], val_share=0.2, seed=3)[1]
+    again = find_labelled([str(tmp_path)], val_fraction=0.2, seed=3)[1]
     assert [again[i][0] for i in range(12)] == [val[i][0] for i in range(12)]
-    other = find_labelled([str(tmp_path)], val_share=0.2, seed=4)[1]
+    other = find_labelled([str(tmp_path)], val_fraction=0.2, seed=4)[1]
     assert [other[i][0] for i in range(12)] != [val[i][0] for i in range(12)]
-    few = train.take(draw_share(train, 0.01, 0))
+    few = train.take(draw_fraction(train, 0.01, 0))
     assert np.bincount(few.labels).tolist() == [1, 1, 1]
     assert all(Path(few[i][0]).parents[1].name == CLASSES[few[i][2]] for i in range(3))
     assert find_labelled([str(tmp_path)])[1] is None
@@ -165,7 +166,7 @@ def test_held_out_images_stay_held_out(tmp_path):
     """Elsewhere, and among more images, the same are drawn, as far as there is room for them."""
     write_folders(tmp_path / "a", "", 60)
     write_folders(tmp_path / "b", "", 66)
-    first, second = (find_labelled([str(tmp_path / name)], val_share=0.2)[1] for name in "ab")
+    first, second = (find_labelled([str(tmp_path / name)], val_fraction=0.2)[1] for name in "ab")
     names = [{images.name(i) for i in range(len(images))} for images in (first, second)]
     assert len(names[0] & names[1]) >= 10
 
@@ -230,7 +231,7 @@ def break_no_images(root: Path) -> str:
         break_no_images,
     ],
 )
-def test_mistakes(tmp_path, damage):
+def test_invalid_data_is_refused(tmp_path, damage):
     write_folders(tmp_path, "train", 9)
     write_folders(tmp_path, "val", 6)
     with pytest.raises(UserError, match=damage(tmp_path)):
@@ -247,7 +248,7 @@ def test_places_that_are_not_there(tmp_path):
         (tmp_path / "single" / name).mkdir(parents=True)
         (tmp_path / "single" / name / "a.png").write_bytes(encode(0))
     with pytest.raises(UserError, match="holds an image of each class: none can be held out"):
-        find_labelled([str(tmp_path / "single")], val_share=0.5)
+        find_labelled([str(tmp_path / "single")], val_fraction=0.5)
 
 
 def test_blanks_in_a_file_of_classes_do_not_count(tmp_path):
@@ -448,20 +449,20 @@ def test_a_name_for_two_classes(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_evaluation_sees_each_image_once(tmp_path, world_size):
     write_folders(tmp_path, "train", 23)
-    broken = tmp_path / "train" / "bee" / "deeper" / "0006.png"
-    broken.write_bytes(b"no image")
+    corrupt = tmp_path / "train" / "bee" / "deeper" / "0006.png"
+    corrupt.write_bytes(b"no image")
     images, _ = find_labelled([str(tmp_path)])
-    seen, bad = [], []
+    read, bad = [], []
     for rank in range(world_size):
         view = functools.partial(view_labelled, EvaluationTransform((6, 6), 1.0))
         loader = make_evaluation_loader(images, view, 4, rank=rank, world_size=world_size)
         for batch in loader:
             assert batch["image"].shape[1:] == (3, 6, 6)
-            seen += zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
-            bad += batch["broken"]
-    assert [name for name, _ in bad] == [str(broken)]
-    whole = [i for i in range(23) if not isinstance(images[i][1], UnreadableImage) and images[i][0] != str(broken)]
-    assert sorted(seen) == [(i, int(images.labels[i])) for i in whole]
+            read += zip(batch["index"].tolist(), batch["label"].tolist(), strict=True)
+            bad += batch["corrupt"]
+    assert [name for name, _ in bad] == [str(corrupt)]
+    whole = [i for i in range(23) if not isinstance(images[i][1], UnreadableImage) and images[i][0] != str(corrupt)]
+    assert sorted(read) == [(i, int(images.labels[i])) for i in whole]
 
 
 @pytest.mark.parametrize("crop_pct", [0.875, 1.0])

@@ -1,4 +1,4 @@
-"""Images with masks: layouts, encodings, mistakes, image and mask through every augmentation."""
+"""Images with masks: layouts, encodings, invalid masks, image and mask through every augmentation."""
 
 import errno
 import os
@@ -15,13 +15,17 @@ import pytest
 import torch
 from PIL import Image
 
+from itpn.data.class_names import read_names
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.files import list_images
-from itpn.data.labelmaps import MaskRules, SegmentationTransform, find_label_maps, match_masks
-from itpn.data.layouts import Mistakes
+from itpn.data.invalid import InvalidAnnotations
+from itpn.data.labelmaps import find_label_maps
 from itpn.data.loader import TrainingLoader
-from itpn.data.masks import IGNORED, make_table, name_labels, read_names
-from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
+from itpn.data.mask_checks import MaskRules, match_masks
+from itpn.data.masks import IGNORED, make_table, name_labels
+from itpn.data.scenes import CLASSES, GROUNDS
+from itpn.data.segmentation_transform import SegmentationTransform
+from itpn.data.shapes import write_shapes
+from itpn.data.walk import list_images
 from itpn.errors import MachineError, UserError
 
 NAMES = (*GROUNDS, *CLASSES)
@@ -39,12 +43,12 @@ def root(shapes, tmp_path):
     return Path(shutil.copytree(shapes, tmp_path / "ade20k"))
 
 
-RULES = ("classes", "reduce_zero_label", "ignore", "mistakes", "tell")
+RULES = ("classes", "reduce_zero_label", "ignore", "on_invalid", "log")
 
 
 def find(root, **options):
     rules = {name: options.pop(name) for name in RULES if name in options}
-    rules = MaskRules(**{"reduce_zero_label": True, "tell": pytest.fail, **rules})
+    rules = MaskRules(**{"reduce_zero_label": True, "log": pytest.fail, **rules})
     return find_label_maps(str(root), rules=rules, **options)
 
 
@@ -92,10 +96,10 @@ def test_other_layouts(shapes, tmp_path):
     train, val = find(sets / "train" / "images", **pair, **other)
     assert (len(train), len(val)) == (12, 6)
     shutil.copy(shapes / "classes.txt", sets / "train")
-    train, val = find(sets / "train", val_share=0.25, seed=3)
+    train, val = find(sets / "train", val_fraction=0.25, seed=3)
     assert (len(train), len(val)) == (9, 3)
     assert not {train.name(i) for i in range(9)} & {val.name(i) for i in range(3)}
-    again = find(sets / "train", val_share=0.25, seed=3)[1]
+    again = find(sets / "train", val_fraction=0.25, seed=3)[1]
     assert [again.name(i) for i in range(3)] == [val.name(i) for i in range(3)]
 
 
@@ -254,9 +258,9 @@ def test_a_palette_with_and_without_void(tmp_path, filling, order, wanted):
     for name, numbers in (("a", whole), ("b", np.where(whole == 2, 255, whole)), ("c", np.full_like(whole, 255))):
         write_pair(tmp_path, name, palette_of(numbers, [0, 0, 0, 255, 0, 0, 0, 255, 0, *filling]))
     (tmp_path / "classes.txt").write_text("".join(f"{name} {colours[name]}\n" for name in order.split()))
-    said: list[str] = []
-    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
-    assert said == [f"{tmp_path}/masks: pixels of label 255 are ignored (--data.ignore)"]
+    logged: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, log=logged.append)
+    assert logged == [f"{tmp_path}/masks: pixels of label 255 are ignored (--data.ignore)"]
     assert np.array_equal(labels_of(train, 0), np.array(wanted)[whole])
     assert np.array_equal(labels_of(train, 1), np.array([*wanted[:2], IGNORED])[whole])
     assert (labels_of(train, 2) == IGNORED).all()
@@ -270,16 +274,16 @@ def test_a_palette_of_two_minds(tmp_path):
     write_pair(tmp_path, "a", palette_of(numbers % 3, [0, 0, 0, 255, 0, 0]))
     write_pair(tmp_path, "b", palette_of(numbers, [0, 0, 0, 255, 0, 0, 0, 255, 0, 9, 9, 9]))
     (tmp_path / "classes.txt").write_text("bg 0 0 0\nred 255 0 0\ngreen 0 255 0\nblue 0 0 255\n")
-    train, _ = find(tmp_path, reduce_zero_label=False, mistakes="skip", tell=lambda line: None)
+    train, _ = find(tmp_path, reduce_zero_label=False, on_invalid="skip", log=lambda line: None)
     assert np.array_equal(labels_of(train, 1), numbers)
     (tmp_path / "classes.txt").write_text("red 255 0 0\ngreen 0 255 0\nblue 0 0 255\nbg 0 0 0\n")
-    said: list[str] = []
-    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    logged: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, log=logged.append)
     assert [Path(train.name(i)).stem for i in range(len(train))] == ["a"]
     assert np.array_equal(labels_of(train), np.array([3, 0])[numbers % 3])
     assert any(
         "masks that cannot be read: 1 (" in line and "b.png: colour (9, 9, 9) of label 3, which" in line
-        for line in said
+        for line in logged
     )
 
 
@@ -299,11 +303,11 @@ def test_masks_with_alpha(tmp_path, suffix):
             Image.fromarray(np.stack([*channels, alpha], axis=-1), mode=mode).save(root / "masks" / f"{name}{suffix}")
         if mode == "RGBA":
             (root / "classes.txt").write_text("bg 0 0 0\nred 255 0 0\ngreen 0 255 0\n")
-        said: list[str] = []
-        train, _ = find(root, reduce_zero_label=False, tell=said.append)
+        logged: list[str] = []
+        train, _ = find(root, reduce_zero_label=False, log=logged.append)
         assert [Path(train.name(i)).stem for i in range(len(train))] == ["a"]
         assert np.array_equal(labels_of(train), numbers)
-        assert f"b{suffix}: a picture of mode {mode}, not of labels: save it without alpha)" in said[1]
+        assert f"b{suffix}: an image of mode {mode}, not a mask of labels: save it without alpha)" in logged[1]
 
 
 def test_16_bits_with_alpha_are_refused(tmp_path):
@@ -311,8 +315,8 @@ def test_16_bits_with_alpha_are_refused(tmp_path):
     write_pair(tmp_path, "a", Image.new("L", (6, 4)))
     rows = b"".join(b"\0" + struct.pack(">12H", *[1, 65535] * 6) for _ in range(4))
     write_png(tmp_path / "masks" / "a.png", struct.pack(">IIBBBBB", 6, 4, 16, 4, 0, 0, 0), rows)
-    with pytest.raises(UserError, match="not of labels: save it without alpha"):
-        find(tmp_path, reduce_zero_label=False, tell=lambda line: None)
+    with pytest.raises(UserError, match="not a mask of labels: save it without alpha"):
+        find(tmp_path, reduce_zero_label=False, log=lambda line: None)
 
 
 @pytest.mark.parametrize(
@@ -328,13 +332,13 @@ def test_black_and_white(tmp_path, text, first):
     write_pair(tmp_path, "b", Image.fromarray(mixed))
     if text:
         (tmp_path / "classes.txt").write_text(text)
-    said: list[str] = []
-    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    logged: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, log=logged.append)
     assert len(train.classes) == 2
     assert (labels_of(train, 0) == first).all()
     assert np.array_equal(labels_of(train, 1), np.where(mixed == 255, 1 - first, first))
-    assert len(said) == (not text or "255" not in text)
-    assert all("black and white" in line for line in said)
+    assert len(logged) == (not text or "255" not in text)
+    assert all("black and white" in line for line in logged)
 
 
 def test_images_and_masks_in_one_folder(tmp_path):
@@ -370,27 +374,27 @@ def test_two_masks_of_one_name(tmp_path, image, masks):
     Image.fromarray(np.eye(4, 6, dtype=np.uint8)).save(right)
     for path in wrong:
         Image.new("L", (6, 4), 7).save(path)
-    said: list[str] = []
-    train, _ = find(tmp_path, reduce_zero_label=False, tell=said.append)
+    logged: list[str] = []
+    train, _ = find(tmp_path, reduce_zero_label=False, log=logged.append)
     assert [train[index][2] for index in range(2)] == [str(right), str(tmp_path / "masks" / "b.png")]
     path = tmp_path / "images" / image
     named = ", ".join(f"{path}: {right} is read, {other} is not" for other in wrong)
-    assert said[1:] == [f"  images with two masks: {len(wrong)} ({named})"]
+    assert logged[1:] == [f"  images with two masks: {len(wrong)} ({named})"]
     with pytest.raises(UserError, match="images with two masks: "):
-        find(tmp_path, reduce_zero_label=False, mistakes="error")
+        find(tmp_path, reduce_zero_label=False, on_invalid="error")
 
 
 def test_what_the_labels_mean_is_said(tmp_path):
     """Where it may not be what was meant."""
-    said: list[str] = []
+    logged: list[str] = []
     write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint8) * 2))
     (tmp_path / "classes.txt").write_text("a\nb\nc\n")
-    assert find(tmp_path, tell=said.append)[0].classes == ("a", "b", "c")
-    assert said == [f"{tmp_path / 'masks'}: no mask has 'a', 'c'; label 0 is of no class (--data.reduce-zero-label)"]
+    assert find(tmp_path, log=logged.append)[0].classes == ("a", "b", "c")
+    assert logged == [f"{tmp_path / 'masks'}: no mask has 'a', 'c'; label 0 is ignored (--data.reduce-zero-label)"]
     write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint8) * 255))
-    said.clear()
-    find(tmp_path, reduce_zero_label=False, tell=said.append)
-    assert "masks of 0 and 255, but not of two classes: 255 is of no class" in said[0]
+    logged.clear()
+    find(tmp_path, reduce_zero_label=False, log=logged.append)
+    assert "masks of 0 and 255, but not of two classes: 255 is ignored" in logged[0]
     (tmp_path / "classes.txt").unlink()
     write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint16) * 600))
     with pytest.raises(UserError, match=r"label 600 in .*a.png: labels end at 254"):
@@ -403,7 +407,7 @@ def test_an_image_that_is_turned(tmp_path):
     exif[0x0112] = 6
     Image.new("RGB", (6, 4)).save(tmp_path / "images" / "a.jpg", exif=exif)
     swapped = r"a\.png: 6x4, the image 4x6: height and width are swapped"
-    with pytest.raises(UserError, match=rf"{swapped}, for EXIF turns the image \(orientation 6\)"):
+    with pytest.raises(UserError, match=rf"{swapped}, because EXIF rotates the image \(orientation 6\)"):
         find(tmp_path, reduce_zero_label=False)
     exif[0x0112] = 3
     Image.new("RGB", (4, 6)).save(tmp_path / "images" / "a.jpg", exif=exif)
@@ -422,16 +426,16 @@ def test_names_of_labels_come_back():
         other = make_table(again, reduce_zero_label, ignore)
         assert other.classes == table.classes
         first = int(reduce_zero_label)
-        assert (other.numbers[: first + 5] == table.numbers[: first + 5]).all()
+        assert (other.indices[: first + 5] == table.indices[: first + 5]).all()
         assert other.colours == table.colours
 
 
 def test_classes_that_no_mask_has(tmp_path):
     write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint8)))
     (tmp_path / "classes.txt").write_text("road\ntree\nsky\n")
-    said: list[str] = []
-    assert find(tmp_path, reduce_zero_label=False, tell=said.append)[0].classes == ("road", "tree", "sky")
-    assert said == [f"{tmp_path / 'masks'}: no mask has 'sky'"]
+    logged: list[str] = []
+    assert find(tmp_path, reduce_zero_label=False, log=logged.append)[0].classes == ("road", "tree", "sky")
+    assert logged == [f"{tmp_path / 'masks'}: no mask has 'sky'"]
     write_pair(tmp_path, "a", Image.new("L", (6, 4), 255))
     with pytest.raises(UserError, match=r"no mask in .* has a pixel of a class"):
         find(tmp_path, reduce_zero_label=False)
@@ -439,7 +443,7 @@ def test_classes_that_no_mask_has(tmp_path):
 
 def test_a_single_image_is_not_held_out(tmp_path):
     write_pair(tmp_path, "a", Image.fromarray(np.eye(4, 6, dtype=np.uint8)))
-    train, val = find(tmp_path, reduce_zero_label=False, val_share=0.5)
+    train, val = find(tmp_path, reduce_zero_label=False, val_fraction=0.5)
     assert (len(train), val) == (1, None)
 
 
@@ -447,16 +451,16 @@ def test_labels_of_no_class_leave_gaps():
     names = [(name, None) for name in "abcd"]
     table = make_table(names, False, (1, 255))
     assert table.classes == ("a", "c", "d")
-    assert table.numbers[[0, 1, 2, 3, 4, 255]].tolist() == [0, IGNORED, 1, 2, 254, IGNORED]
+    assert table.indices[[0, 1, 2, 3, 4, 255]].tolist() == [0, IGNORED, 1, 2, 254, IGNORED]
     table = make_table(names, True, (255,))
-    assert table.numbers[[0, 1, 4, 5]].tolist() == [IGNORED, 0, 3, 254]
+    assert table.indices[[0, 1, 4, 5]].tolist() == [IGNORED, 0, 3, 254]
 
 
 def test_classes_by_name():
     """A model's order of classes."""
     table = make_table([(name, (9 * i, 0, 0)) for i, name in enumerate("abc")], False, (255,))
     other = table.rename(("c", "x", "a", "b"))
-    assert other.numbers[[0, 1, 2, 3, 255]].tolist() == [2, 3, 0, 254, IGNORED]
+    assert other.indices[[0, 1, 2, 3, 255]].tolist() == [2, 3, 0, 254, IGNORED]
     assert other.by_colour == {(0, 0, 0): 2, (9, 0, 0): 3, (18, 0, 0): 0}
     with pytest.raises(UserError, match="'b' among the classes of the masks, but not of the model"):
         table.rename(("c", "x", "a"))
@@ -479,17 +483,17 @@ def test_files_of_names(tmp_path):
             read_names(str(tmp_path / "x.txt"), "")
 
 
-# --- mistakes
+# --- invalid annotations
 
 
 def mask_of(root: Path, number: int = 0) -> Path:
     return sorted((root / "annotations" / "training").iterdir())[number]
 
 
-MISTAKES = {
+INVALID = {
     "images without a mask": lambda root: mask_of(root).unlink(),
     "masks without an image": lambda root: sorted((root / "images" / "training").iterdir())[0].unlink(),
-    "masks of labels that are no classes (--data.classes), nor ignored (--data.ignore)": lambda root: Image.new(
+    "masks of labels that are neither classes (--data.classes) nor ignored (--data.ignore)": lambda root: Image.new(
         "L", (80, 64), 77
     ).save(mask_of(root)),
     "masks of another size than their image": lambda root: Image.new("L", (64, 80), 1).save(mask_of(root)),
@@ -500,21 +504,21 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("kind", MISTAKES)
-def test_each_mistake_is_found_named_and_left_out(root, kind):
-    MISTAKES[kind](root)
+@pytest.mark.parametrize("kind", INVALID)
+def test_each_invalid_annotation_is_found_named_and_left_out(root, kind):
+    INVALID[kind](root)
     pattern = kind.replace("(", r"\(") if ".*" in kind else f"{re.escape(kind)}: 1 "
-    said: list[str] = []
-    train, val = find(root, tell=said.append)
-    assert any(re.search(pattern, line) for line in said), said
+    logged: list[str] = []
+    train, val = find(root, log=logged.append)
+    assert any(re.search(pattern, line) for line in logged), logged
     assert (len(train), len(val)) == (11, 6)
     with pytest.raises(UserError, match=pattern) as error:
-        find(root, mistakes="error")
+        find(root, on_invalid="error")
     assert "\n" not in str(error.value)
-    said = []
-    find(root, mistakes="skip", tell=said.append)
-    assert len(said) == 1
-    assert "left out (--data.mistakes summary shows" in said[0]
+    logged = []
+    find(root, on_invalid="skip", log=logged.append)
+    assert len(logged) == 1
+    assert "left out (--data.mistakes summary shows" in logged[0]
 
 
 def test_what_is_not_read_is_counted_by_suffix(root):
@@ -525,10 +529,10 @@ def test_what_is_not_read_is_counted_by_suffix(root):
         (images / name).touch()
     for name in ("a.json", "b.json", "notes"):
         (masks / name).touch()
-    said: list[str] = []
-    train, _ = find(root, tell=said.append, mistakes="error")
+    logged: list[str] = []
+    train, _ = find(root, log=logged.append, on_invalid="error")
     assert len(train) == 12
-    assert said == [
+    assert logged == [
         f"{masks}: not read: 2 .heic, 1 .avif, 1 .db, 1 .tar in {images}",
         f"{masks}: not read: 2 .json, 1 without a suffix in {masks}",
     ]
@@ -547,10 +551,10 @@ def test_what_is_not_read_of_images_and_masks_in_one_folder(tmp_path):
         path.rename(tmp_path / path.name)
     (tmp_path / "names.txt").write_text("x\ny\n")
     (tmp_path / "Thumbs.db").touch()
-    said: list[str] = []
-    options = {"masks": str(tmp_path), "reduce_zero_label": False, "mistakes": "skip"}
-    find(tmp_path, **options, classes=str(tmp_path / "names.txt"), tell=said.append)
-    assert said == [f"{tmp_path}: not read: 1 .db in {tmp_path}"]
+    logged: list[str] = []
+    options = {"masks": str(tmp_path), "reduce_zero_label": False, "on_invalid": "skip"}
+    find(tmp_path, **options, classes=str(tmp_path / "names.txt"), log=logged.append)
+    assert logged == [f"{tmp_path}: not read: 1 .db in {tmp_path}"]
 
 
 @pytest.mark.parametrize("suffix", [".jpg", ".JPEG", ".jfif", ".pjp"])
@@ -560,9 +564,11 @@ def test_photographs_are_no_masks_of_others_in_their_folder(tmp_path, suffix):
         path.rename(tmp_path / (path.name if path.suffix == ".png" else f"{path.stem}{suffix}"))
     for name in ("b", "b_mask"):
         Image.new("RGB", (6, 4)).save(tmp_path / f"{name}{suffix}", "JPEG")
-    found = match_masks(list_images(str(tmp_path), Counter()), str(tmp_path), str(tmp_path), mistakes := Mistakes())
+    found = match_masks(
+        list_images(str(tmp_path), Counter()), str(tmp_path), str(tmp_path), invalid := InvalidAnnotations()
+    )
     assert found == {str(tmp_path / f"a{suffix}"): str(tmp_path / "a.png")}
-    assert dict(mistakes.counts) == {"images without a mask": 2}
+    assert dict(invalid.counts) == {"images without a mask": 2}
 
 
 @pytest.mark.parametrize(
@@ -573,14 +579,14 @@ def test_photographs_are_no_masks_of_others_in_their_folder(tmp_path, suffix):
         (None, "images without a mask: 1"),
     ],
 )
-def test_mistakes_where_nothing_names_the_classes(tmp_path, mask, words):
+def test_invalid_masks_without_class_names(tmp_path, mask, words):
     write_pair(tmp_path, "a", mask or Image.new("L", (6, 4)))
     (tmp_path / "annotations").mkdir()
     (tmp_path / "annotations" / "instances.json").write_text("{}")  # masks are in the other folder
     if mask is None:
         (tmp_path / "masks" / "a.png").rename(tmp_path / "masks" / "b.png")
     with pytest.raises(UserError, match=words):
-        find(tmp_path, reduce_zero_label=False, tell=lambda line: None)
+        find(tmp_path, reduce_zero_label=False, log=lambda line: None)
 
 
 def test_what_is_no_set(root, tmp_path):
@@ -606,14 +612,14 @@ def test_what_is_no_set(root, tmp_path):
         r"has no images that can be used: images without a mask: 12 .*; masks without an image: 1 .*; not read: 1 \.npy"
     )
     with pytest.raises(UserError, match=words):
-        find(root, tell=lambda line: None)
+        find(root, log=lambda line: None)
 
 
 # --- augmentation
 
 
 def painted(labels: np.ndarray) -> torch.Tensor:
-    """A picture in which class n is of a colour of its own, uint8 [3, H, W]."""
+    """An image in which class n is of a colour of its own, uint8 [3, H, W]."""
     colours = np.zeros((256, 3), dtype=np.uint8)
     colours[: len(NAMES)] = [(25 * n, 255 - 25 * n, 60 * (n % 4)) for n in range(len(NAMES))]
     colours[IGNORED] = (7, 7, 7)
@@ -629,9 +635,9 @@ def test_the_mask_goes_where_the_pixels_go(shapes, options):
     )
     for index in range(6):
         mask = train[index][2]
-        picture = painted(labels_of(train, index))
+        pixels = painted(labels_of(train, index))
         for seed in range(3):
-            view = transform(picture, random.Random(seed), mask)
+            view = transform(pixels, random.Random(seed), mask)
             image, target = view["image"], view["target"]
             assert image.shape == (3, transform.size, transform.size)
             assert target.shape == (transform.size, transform.size)
@@ -712,7 +718,7 @@ def test_crops_are_of_several_classes(tmp_path):
     table = make_table([("a", None), ("b", None)], False, (255,))
     shares = {}
     for most in (0.75, 1.0):
-        transform = SegmentationTransform(table, 100, 100, scales=(1.0, 1.0), max_share=most, photometric=False)
+        transform = SegmentationTransform(table, 100, 100, scales=(1.0, 1.0), max_fraction=most, photometric=False)
         views = [
             transform(torch.zeros(3, 100, 400, dtype=torch.uint8), random.Random(s), str(tmp_path / "mask.png"))
             for s in range(60)
@@ -727,14 +733,14 @@ def test_a_mask_that_is_lost_while_training(root):
     Image.new("L", (20, 10), 1).save(lost)
     transform = SegmentationTransform(train.table, 48, 64)
     loader = TrainingLoader(train, transform, batch_size=4, num_workers=0, seed=0)
-    broken = [entry for batch in loader for entry in batch["broken"]]
-    assert broken == [(train.name(3), f"80x64 pixels, and 20x10 in {lost}")]
+    corrupt = [entry for batch in loader for entry in batch["corrupt"]]
+    assert corrupt == [(train.name(3), f"80x64 pixels, and 20x10 in {lost}")]
     Image.new("L", (80, 64), 77).save(lost)
     with pytest.raises(UnreadableImage, match="label 77, which no class has"):
         train.table.read(str(lost))
 
 
-@pytest.mark.parametrize("place", ["itpn.data.labelmaps.read_size", "itpn.data.readers.read_bounded"])
+@pytest.mark.parametrize("place", ["itpn.data.mask_checks.read_size", "itpn.data.readers.read_bounded"])
 def test_masks_and_images_on_a_lost_disk_are_not_damaged(root, monkeypatch, place):
     def refuse(path, *_):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))

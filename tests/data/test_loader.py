@@ -17,14 +17,14 @@ from PIL import Image
 
 from itpn.data.augment import PretrainingTransform
 from itpn.data.files import ImageSource, find_images
-from itpn.data.loader import SkippedImages, TrainingLoader
+from itpn.data.loader import TrainingLoader
 from itpn.data.readers import PackedStrings
 from itpn.errors import UserError
 
 TRANSFORM = PretrainingTransform((8, 12))
 
 
-def picture(number: int) -> bytes:
+def encode_image(number: int) -> bytes:
     """A tiny JPEG, no two alike."""
     pixels = np.random.default_rng(number).integers(0, 256, (3, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
@@ -32,19 +32,19 @@ def picture(number: int) -> bytes:
     return file.getvalue()
 
 
-def make_files(folder: Path, count: int, broken: tuple[int, ...] = ()) -> ImageSource:
+def make_files(folder: Path, count: int, corrupt: tuple[int, ...] = ()) -> ImageSource:
     for number in range(count):
         path = folder / f"{number:03d}.jpg"
-        path.write_bytes(b"no picture" if number in broken else picture(number))
+        path.write_bytes(b"no image" if number in corrupt else encode_image(number))
     return find_images([folder])
 
 
-def make_shards(folder: Path, counts: list[int], broken: tuple[int, ...] = ()) -> ImageSource:
+def make_shards(folder: Path, counts: list[int], corrupt: tuple[int, ...] = ()) -> ImageSource:
     number = 0
     for shard, count in enumerate(counts):
         with tarfile.open(folder / f"{shard}.tar", "w") as tar:
             for _ in range(count):
-                data = b"no picture" if number in broken else picture(number)
+                data = b"no image" if number in corrupt else encode_image(number)
                 member = tarfile.TarInfo(f"{number:03d}.jpg")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))
@@ -63,7 +63,7 @@ def run(loader: TrainingLoader, epochs: int) -> list[dict[str, Any]]:
 
 def assert_same(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> None:
     assert [batch["key"] for batch in a] == [batch["key"] for batch in b]
-    assert [batch["broken"] for batch in a] == [batch["broken"] for batch in b]
+    assert [batch["corrupt"] for batch in a] == [batch["corrupt"] for batch in b]
     assert all(torch.equal(x["image"], y["image"]) for x, y in zip(a, b, strict=True))
 
 
@@ -98,7 +98,7 @@ def test_epoch_of_files(tmp_path: Path) -> None:
 
 
 def test_files_are_the_same_for_any_number_of_workers(tmp_path: Path) -> None:
-    source = make_files(tmp_path, 18, broken=(3, 11))
+    source = make_files(tmp_path, 18, corrupt=(3, 11))
     want = run(make_loader(source), 3)
     for workers in (1, 2):
         assert_same(run(make_loader(source, workers), 3), want)
@@ -131,36 +131,36 @@ def test_fewer_files_than_a_batch(tmp_path: Path, count: int, batch_size: int) -
 
 
 def test_broken_files_are_replaced_and_named(tmp_path: Path) -> None:
-    broken = {f"{number:03d}.jpg" for number in (0, 5, 6)}
-    source = make_files(tmp_path, 20, broken=(0, 5, 6))
+    corrupt = {f"{number:03d}.jpg" for number in (0, 5, 6)}
+    source = make_files(tmp_path, 20, corrupt=(0, 5, 6))
     (tmp_path / "000.jpg").unlink()  # gone since it was found
     batches = run(make_loader(source), 1)
     assert all(batch["image"].shape == (4, 3, 8, 12) for batch in batches)
-    assert {Path(name).name for batch in batches for name, _ in batch["broken"]} == broken
-    reasons = {Path(name).name: reason for batch in batches for name, reason in batch["broken"]}
+    assert {Path(name).name for batch in batches for name, _ in batch["corrupt"]} == corrupt
+    reasons = {Path(name).name: reason for batch in batches for name, reason in batch["corrupt"]}
     assert reasons["000.jpg"] == "No such file or directory"
     assert reasons["005.jpg"] == "not an image of a known format"
-    assert not broken & {Path(key).name for key in keys(batches)}
+    assert not corrupt & {Path(key).name for key in keys(batches)}
     assert all(len(set(batch["key"])) == 4 for batch in batches)  # stand-ins come from other batches
     intact = run(make_loader(make_files(tmp_path, 20)), 1)
     for batch, other in zip(batches, intact, strict=True):  # the others are not touched
         for place, key in enumerate(other["key"]):
-            if Path(key).name not in broken:
+            if Path(key).name not in corrupt:
                 assert batch["key"][place] == key
                 assert torch.equal(batch["image"][place], other["image"][place])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_teachers_view_comes_along(tmp_path: Path, workers: int) -> None:
-    source = make_files(tmp_path, 10, broken=(3,))
+    source = make_files(tmp_path, 10, corrupt=(3,))
     want = run(make_loader(source, workers), 1)
-    assert all(set(batch) == {"image", "key", "broken", "remarks"} for batch in want)
+    assert all(set(batch) == {"image", "key", "corrupt", "warnings"} for batch in want)
     transform = PretrainingTransform((8, 12), teacher_size=(6, 9))
     loader = TrainingLoader(source, transform, batch_size=4, num_workers=workers, seed=7, shuffle_buffer=5)
     batches = run(loader, 1)
     assert_same(batches, want)
     for batch in batches:
-        assert set(batch) == {"image", "teacher_image", "key", "broken", "remarks"}
+        assert set(batch) == {"image", "teacher_image", "key", "corrupt", "warnings"}
         assert batch["teacher_image"].shape == (4, 3, 6, 9)
         assert batch["teacher_image"].dtype == torch.uint8
 
@@ -203,14 +203,14 @@ def test_more_streams_than_images(tmp_path: Path) -> None:
 
 
 def test_broken_members_are_replaced_and_named(tmp_path: Path) -> None:
-    source = make_shards(tmp_path, [10, 10], broken=(2, 13, 14))
+    source = make_shards(tmp_path, [10, 10], corrupt=(2, 13, 14))
     shard = tmp_path / "1.tar"
     shard.write_bytes(shard.read_bytes()[:-10_500])  # the end marker is padded to 10240 bytes: cuts the last image
     batches = run(make_loader(source, samples_per_epoch=20), 2)
     assert all(batch["image"].shape == (4, 3, 8, 12) for batch in batches)
-    reasons = dict(entry for batch in batches for entry in batch["broken"])
+    reasons = dict(entry for batch in batches for entry in batch["corrupt"])
     assert set(reasons) == {"0.tar/002.jpg", "1.tar/013.jpg", "1.tar/014.jpg", str(shard)}
-    assert reasons[str(shard)].startswith("broken shard")
+    assert reasons[str(shard)].startswith("corrupt shard")
     assert not set(reasons) & set(keys(batches))
 
 
@@ -221,10 +221,10 @@ def test_broken_members_are_replaced_and_named(tmp_path: Path) -> None:
 def test_resuming_anywhere_equals_going_on(tmp_path: Path, kind: str) -> None:
     """At every position of three epochs without workers; with two, at the ends of epochs and within."""
     source = {
-        "files": lambda: make_files(tmp_path, 21, broken=(2, 9, 10)),
+        "files": lambda: make_files(tmp_path, 21, corrupt=(2, 9, 10)),
         "few files": lambda: make_files(tmp_path, 3),
-        "shards": lambda: make_shards(tmp_path, [7, 4, 6, 5], broken=(2, 9, 10, 11, 12)),
-        "few shards": lambda: make_shards(tmp_path, [22], broken=(2, 9, 10, 11, 12)),
+        "shards": lambda: make_shards(tmp_path, [7, 4, 6, 5], corrupt=(2, 9, 10, 11, 12)),
+        "few shards": lambda: make_shards(tmp_path, [22], corrupt=(2, 9, 10, 11, 12)),
     }[kind]()
     for workers in (0, 2):
         loader = make_loader(source, workers)
@@ -250,7 +250,7 @@ def test_state_is_plain_and_counts_what_was_handed_out(tmp_path: Path) -> None:
     stream = iter(loader)
     next(stream), next(stream)
     assert loader.state_dict() == {"epoch": 0, "batch": 2}  # not what the workers have prefetched
-    third = next(iter(loader))  # a new iterator goes on in the same epoch
+    third = next(iter(loader))  # a new iterator resumes in the same epoch
     assert loader.state_dict() == {"epoch": 0, "batch": 3}
     loader.load_state_dict({"epoch": 0, "batch": 2})
     assert_same([next(iter(loader))], [third])
@@ -301,7 +301,7 @@ def test_packed_paths_take_little_room() -> None:
     assert len(pickle.dumps(packed)) < 3000 * 40
 
 
-# ---------------------------------------------------------------------------------------------- too much broken
+# ---------------------------------------------------------------------------------------------- too many corrupt files
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -309,8 +309,8 @@ def test_nothing_readable_ends_with_one_clear_line(tmp_path: Path, workers: int)
     (tmp_path / "files").mkdir()
     (tmp_path / "shards").mkdir()
     for source in (
-        make_files(tmp_path / "files", 12, broken=tuple(range(12))),
-        make_shards(tmp_path / "shards", [12], broken=tuple(range(12))),
+        make_files(tmp_path / "files", 12, corrupt=tuple(range(12))),
+        make_shards(tmp_path / "shards", [12], corrupt=tuple(range(12))),
     ):
         with pytest.raises(UserError, match=r"none of \d+ images .*jpg: not an image of a known format") as error:
             run(make_loader(source, workers), 1)
@@ -327,35 +327,3 @@ def test_shards_without_images(tmp_path: Path) -> None:
         make_loader(source)
     with pytest.raises(UserError, match="no images in the shards"):
         run(make_loader(source, samples_per_epoch=8), 1)
-
-
-def test_skipped_images_are_named_once() -> None:
-    skipped = SkippedImages(100)
-    assert skipped.update([("a.jpg", "empty file"), ("b.jpg", "cut off")]) == ["a.jpg: empty file", "b.jpg: cut off"]
-    assert skipped.update([("a.jpg", "empty file"), ("c.jpg", "cut off")]) == ["c.jpg: cut off"]
-    assert skipped.count == 3
-    restored = SkippedImages(100)
-    restored.load_state_dict(skipped.state_dict())
-    assert restored.update([("b.jpg", "cut off")]) == []
-    assert restored.count == 3
-
-
-def test_limit_for_files_is_a_part_of_all() -> None:
-    skipped = SkippedImages(100)
-    skipped.update([(f"{i}.jpg", "cut off") for i in range(5)])
-    skipped.check(seen_images=5, epoch_ended=True)  # 5 % is allowed
-    skipped.update([("5.jpg", "cut off")])
-    with pytest.raises(UserError, match=r"6 of 100 images .* 5%; the first is 0.jpg: cut off") as error:
-        skipped.check(seen_images=6)
-    assert "\n" not in str(error.value)
-
-
-def test_limit_for_shards_is_a_part_of_those_seen() -> None:
-    skipped = SkippedImages(None)
-    skipped.update([(f"{i}.jpg", "cut off") for i in range(20)])
-    skipped.check(seen_images=199)  # too early to tell
-    skipped.check(seen_images=400)
-    with pytest.raises(UserError, match="20 of 399 images"):
-        skipped.check(seen_images=399)
-    with pytest.raises(UserError, match="20 of 30 images"):
-        skipped.check(seen_images=30, epoch_ended=True)

@@ -1,4 +1,4 @@
-"""Images with objects: layouts, mistakes in annotations, boxes and masks through every augmentation."""
+"""Images with objects: layouts, invalid annotations, boxes and masks through every augmentation."""
 
 import copy
 import json
@@ -16,10 +16,12 @@ from pycocotools import mask as theirs
 from pycocotools.coco import COCO
 
 from itpn.data.annotations import find_objects, read_objects
+from itpn.data.collate import collect
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.loader import TrainingLoader, collect
-from itpn.data.objects import DetectionTransform, draw_outlines, encode_outline, make_target
-from itpn.data.shapes import CLASSES, write_shapes
+from itpn.data.loader import TrainingLoader
+from itpn.data.objects import DetectionTransform, draw_masks, encode_mask, make_target
+from itpn.data.scenes import CLASSES
+from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
 
 
@@ -55,14 +57,14 @@ def test_coco(shapes):
     assert train.classes == val.classes == CLASSES
     assert train.class_ids == (1, 2, 3, 4, 5, 6)
     truth = json.loads((shapes / "annotations" / "instances_train2017.json").read_text())
-    name, data, known = train[3]
+    name, data, annotation = train[3]
     assert name == str(shapes / "train2017" / truth["images"][3]["file_name"])
     assert data == Path(name).read_bytes()
-    assert known["size"] == (64, 80)
-    wanted = [a for a in truth["annotations"] if a["image_id"] == known["id"]]
-    assert [o["bbox"] for o in known["objects"]] == [a["bbox"] for a in wanted]
-    assert [train.classes[o["label"]] for o in known["objects"]] == [CLASSES[a["category_id"] - 1] for a in wanted]
-    assert train.has_outlines
+    assert annotation["size"] == (64, 80)
+    wanted = [a for a in truth["annotations"] if a["image_id"] == annotation["id"]]
+    assert [o["bbox"] for o in annotation["objects"]] == [a["bbox"] for a in wanted]
+    assert [train.classes[o["label"]] for o in annotation["objects"]] == [CLASSES[a["category_id"] - 1] for a in wanted]
+    assert train.has_masks
     assert train.groups.tolist() == [1] * 12
 
 
@@ -134,16 +136,16 @@ def boxes_of(images) -> list:
 @pytest.mark.parametrize("polygons", [False, True])
 def test_yolo(shapes, tmp_path, polygons):
     write_yolo(shapes, tmp_path / "yolo", polygons)
-    ours, theirs_ = find_objects(str(tmp_path / "yolo"), tell=pytest.fail), find_objects(str(shapes))
+    ours, theirs_ = find_objects(str(tmp_path / "yolo"), log=pytest.fail), find_objects(str(shapes))
     for one, other in zip(ours, theirs_, strict=True):
         assert one.classes == other.classes
         for box, wanted in zip(boxes_of(one), boxes_of(other), strict=True):
             assert [row[0] for row in box] == [row[0] for row in wanted]
             np.testing.assert_allclose([r[1:] for r in box], [r[1:] for r in wanted], atol=0.02)
-        assert one.has_outlines is polygons
+        assert one.has_masks is polygons
     if polygons:
-        _, _, known = ours[0][0]
-        target = make_target(known, masks=True)
+        _, _, annotation = ours[0][0]
+        target = make_target(annotation, masks=True)
         for mask, (x0, y0, x1, y1) in zip(target["masks"], target["boxes"].round().int().tolist(), strict=True):
             assert mask[y0:y1, x0:x1].float().mean() > 0.98  # a rectangle, but for how its edge is drawn
 
@@ -162,7 +164,7 @@ def test_names_of_yolo_belong_to_their_numbers(shapes, tmp_path, names, expected
     file.write_text(yaml.safe_dump({**yaml.safe_load(file.read_text()), "names": names}))
     for labels in (tmp_path / "yolo" / "labels" / "train").iterdir():
         labels.write_text("2 0.5 0.5 0.2 0.2")
-    train = read_objects(str(tmp_path / "yolo"), "train", tell=pytest.fail)
+    train = read_objects(str(tmp_path / "yolo"), "train", log=pytest.fail)
     assert {train.classes[o["label"]] for i in range(len(train)) for o in train.objects_of(i)} == {expected}
 
 
@@ -170,7 +172,7 @@ def test_names_of_yolo_belong_to_their_numbers(shapes, tmp_path, names, expected
     ("change", "words"),
     [
         ({"path": None}, None),
-        ({"train": 5}, "speaks of images in 5, which is not a folder or list of images"),
+        ({"train": 5}, "names images in 5, which is not a folder or list of images"),
         ({"names": "disk"}, "is not YOLO's: it needs names, train and val"),
         ({"names": {"disk": 1}}, "is not YOLO's: it needs names, train and val"),
     ],
@@ -180,10 +182,10 @@ def test_settings_of_yolo(shapes, tmp_path, change, words):
     file = tmp_path / "yolo" / "data.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | change))
     if words is None:
-        assert len(read_objects(str(tmp_path / "yolo"), "train", tell=pytest.fail)) == 12
+        assert len(read_objects(str(tmp_path / "yolo"), "train", log=pytest.fail)) == 12
     else:
         with pytest.raises(UserError, match=words):
-            read_objects(str(tmp_path / "yolo"), "train", tell=pytest.fail)
+            read_objects(str(tmp_path / "yolo"), "train", log=pytest.fail)
 
 
 def test_json_files_in_place_of_folders(root, shapes):
@@ -202,7 +204,7 @@ def test_images_of_the_test_server(root):
         (root / "annotations" / f"instances_{split}2017.json").unlink()
     (root / "val2017").rename(root / "test2017")
     (root / "annotations" / "image_info_test-dev2017.json").write_text(json.dumps(content))
-    images = read_objects(str(root), "val", tell=pytest.fail)
+    images = read_objects(str(root), "val", log=pytest.fail)
     assert len(images) == 6
     assert not any(images.objects_of(index) for index in range(6))
     assert images.classes == CLASSES
@@ -211,9 +213,9 @@ def test_images_of_the_test_server(root):
 
 
 def test_sizes_of_objects_without_an_area(root, shapes):
-    """Are their outlines', by which COCO's figures call them small or large."""
+    """Areas are those of the masks, by which COCO's metrics class objects as small or large."""
     edit(root, lambda c: [one.pop("area") for one in c["annotations"]])
-    ours, theirs_ = (read_objects(str(folder), "train", tell=pytest.fail) for folder in (root, shapes))
+    ours, theirs_ = (read_objects(str(folder), "train", log=pytest.fail) for folder in (root, shapes))
     for index in range(len(ours)):
         for one, other in zip(ours.objects_of(index), theirs_.objects_of(index), strict=True):
             assert one["area"] == pytest.approx(other["area"], rel=0.25)  # of polygons, it is not of whole pixels
@@ -222,12 +224,12 @@ def test_sizes_of_objects_without_an_area(root, shapes):
 
 def test_pascal_voc(shapes, tmp_path):
     write_voc(shapes, tmp_path)
-    train, val = find_objects(str(tmp_path), tell=pytest.fail)
+    train, val = find_objects(str(tmp_path), log=pytest.fail)
     assert train.classes == tuple(sorted(CLASSES))
     for one, other in zip((train, val), find_objects(str(shapes)), strict=True):
         assert boxes_of(one) == boxes_of(other)
     second = [objects[1]["iscrowd"] for i in range(12) if len(objects := train.objects_of(i)) > 1]
-    assert second == [1] * len(second)  # what is difficult is neither asked for nor wrong
+    assert second == [1] * len(second)  # difficult objects are ignored
 
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
@@ -245,8 +247,8 @@ def test_annotations_in_any_form_of_utf_8(root, shapes, tmp_path, encoding):
         path.rename(path.with_suffix(".JSON"))
     want = [boxes_of(images) for images in find_objects(str(shapes))]
     for place in (root, tmp_path / "yolo", tmp_path / "voc"):
-        assert [boxes_of(images) for images in find_objects(str(place), tell=pytest.fail)] == want
-    assert len(read_objects(str(root / "annotations" / "instances_val2017.JSON"), "val", tell=pytest.fail)) == 6
+        assert [boxes_of(images) for images in find_objects(str(place), log=pytest.fail)] == want
+    assert len(read_objects(str(root / "annotations" / "instances_val2017.JSON"), "val", log=pytest.fail)) == 6
 
 
 def test_annotations_in_latin_1(root, shapes, tmp_path):
@@ -264,7 +266,7 @@ def test_annotations_in_latin_1(root, shapes, tmp_path):
     head = '<?xml version="1.0" encoding="ISO-8859-1"?>'
     labels.write_bytes((head + labels.read_text().replace("</annotation>", "<a>é</a></annotation>")).encode("latin-1"))
     (tmp_path / "voc" / "ImageSets" / "Main" / "train.txt").write_text(labels.stem)
-    assert len(read_objects(str(tmp_path / "voc"), "train", tell=pytest.fail)) == 1  # it names its encoding
+    assert len(read_objects(str(tmp_path / "voc"), "train", log=pytest.fail)) == 1  # it names its encoding
 
 
 def test_names_of_sets_in_other_spellings(shapes, tmp_path):
@@ -281,17 +283,17 @@ def test_formats_need_their_package(shapes, tmp_path, monkeypatch):
         find_objects(str(tmp_path))
 
 
-# --- mistakes
+# --- invalid annotations
 
 
 def first(content) -> dict:
     return content["annotations"][0]
 
 
-MISTAKES = {
+INVALID = {
     "boxes of no area": lambda c: first(c).update(bbox=[3, 4, 0, 5], segmentation=[]),
     "boxes outside their image": lambda c: first(c).update(bbox=[200, 4, 5, 5]),
-    "boxes partly outside their image, which were cut": lambda c: first(c).update(bbox=[70, 4, 50, 5]),
+    "boxes partly outside their image, which were clipped": lambda c: first(c).update(bbox=[70, 4, 50, 5]),
     "objects whose box is not four numbers": lambda c: first(c).update(bbox=[1, 2, float("nan"), 3], segmentation=[]),
     "objects of an unknown class": lambda c: first(c).update(category_id=77),
     "objects of an image that is not listed": lambda c: first(c).update(image_id=777),
@@ -310,23 +312,23 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("kind", MISTAKES)
-def test_each_mistake_is_found_named_and_left_out(root, kind):
-    edit(root, MISTAKES[kind])
-    said: list[str] = []
-    train = read_objects(str(root), "train", "summary", said.append)
-    assert any(line.strip().startswith(kind if "(" in kind else f"{kind}: 1 (") for line in said), said
+@pytest.mark.parametrize("kind", INVALID)
+def test_each_invalid_annotation_is_found_named_and_left_out(root, kind):
+    edit(root, INVALID[kind])
+    logged: list[str] = []
+    train = read_objects(str(root), "train", "summary", logged.append)
+    assert any(line.strip().startswith(kind if "(" in kind else f"{kind}: 1 (") for line in logged), logged
     whole = read_objects(str(root), "val", "summary", pytest.fail)
     assert len(whole) == 6
-    cut = "cut" in kind
+    clipped = "clipped" in kind
     assert len(train) == (11 if kind.startswith("images") else 12)
     count = sum(len(train.objects_of(i)) for i in range(len(train)))
     truth = json.loads((root / "annotations" / "instances_train2017.json").read_text())
-    assert cut == (count == len(truth["annotations"]))
+    assert clipped == (count == len(truth["annotations"]))
     for index in range(len(train)):
         height, width = train.sizes[index]
-        for known in train.objects_of(index):
-            x, y, w, h = known["bbox"]
+        for one in train.objects_of(index):
+            x, y, w, h = one["bbox"]
             assert w > 0 < h
             assert x >= 0 <= y
             assert x + w <= width
@@ -334,10 +336,10 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
     with pytest.raises(UserError, match=re.escape(kind)) as error:
         read_objects(str(root), "train", "error", pytest.fail)
     assert "\n" not in str(error.value)
-    said = []
-    read_objects(str(root), "train", "skip", said.append)
-    assert len(said) == 1
-    assert "left out (--data.mistakes summary shows" in said[0]
+    logged = []
+    read_objects(str(root), "train", "skip", logged.append)
+    assert len(logged) == 1
+    assert "left out (--data.mistakes summary shows" in logged[0]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +362,7 @@ def test_each_mistake_is_found_named_and_left_out(root, kind):
 def test_annotations_of_no_use(root, change, words):
     edit(root, change)
     with pytest.raises(UserError, match=words) as error:
-        find_objects(str(root), tell=silent)
+        find_objects(str(root), log=silent)
     assert "\n" not in str(error.value)
 
 
@@ -387,7 +389,7 @@ def test_gaps_in_the_classes_and_classes_of_one_set(root):
 
     edit(root, gap)
     edit(root, gap, "val")
-    train, val = find_objects(str(root), tell=pytest.fail)
+    train, val = find_objects(str(root), log=pytest.fail)
     assert train.class_ids == val.class_ids == (10, 20, 30, 40, 50, 60)
     assert {o["label"] for i in range(12) for o in train.objects_of(i)} == set(range(6))
 
@@ -395,7 +397,7 @@ def test_gaps_in_the_classes_and_classes_of_one_set(root):
         content["categories"].append({"id": 7, "name": "blob"})
 
     edit(root, add, "val")
-    find_objects(str(root), tell=pytest.fail)  # listed alone, it does no harm
+    find_objects(str(root), log=pytest.fail)  # listed alone, it does no harm
     edit(root, lambda c: first(c).update(category_id=7), "val")
     with pytest.raises(UserError, match="class blob of the images to evaluate on is not among those to train on"):
         find_objects(str(root))
@@ -407,12 +409,12 @@ def test_a_damaged_file_of_labels(shapes, tmp_path):
     files[0].write_text("0 0.5 0.5 0.1 0.1\n0 0.5 0.5 nonsense 0.1")
     files[1].unlink()
     (tmp_path / "yolo" / "images" / "train" / "extra.jpg").write_bytes(b"no image")
-    said: list[str] = []
-    train = read_objects(str(tmp_path / "yolo"), "train", "summary", said.append)
+    logged: list[str] = []
+    train = read_objects(str(tmp_path / "yolo"), "train", "summary", logged.append)
     assert len(train) == 12
     assert [o["label"] for o in train.objects_of(0)] == [0]  # the other line of the file
     assert not train.objects_of(1)  # an image without a file has no objects
-    text = " ".join(said)
+    text = " ".join(logged)
     assert f"objects that cannot be read: 1 ({files[0]}: line 2: could not convert" in text
     assert "images that cannot be read: 1" in text
 
@@ -421,27 +423,27 @@ def test_lines_of_labels_are_named(shapes, tmp_path):
     write_yolo(shapes, tmp_path / "yolo", False)
     file = sorted((tmp_path / "yolo" / "labels" / "train").iterdir())[0]
     file.write_text("0 0.5 0.5 0.2 0.2\n\n77 0.5 0.5 0.2 0.2\n1 5 5 2 2")
-    said: list[str] = []
-    train = read_objects(str(tmp_path / "yolo"), "train", "summary", said.append)
+    logged: list[str] = []
+    train = read_objects(str(tmp_path / "yolo"), "train", "summary", logged.append)
     assert len(train.objects_of(0)) == 1
-    assert any(f"unknown class: 1 ({file} line 3: class 77)" in line for line in said), said
+    assert any(f"unknown class: 1 ({file} line 3: class 77)" in line for line in logged), logged
     assert any(
-        f"which look like pixels: divide them by the image's width and height: 1 ({file} line 4)" in s for s in said
+        f"which look like pixels: divide them by the image's width and height: 1 ({file} line 4)" in s for s in logged
     )
     shutil.rmtree(tmp_path / "yolo" / "labels")
-    with pytest.raises(UserError, match=r"but no labels: .*000000000001\.txt is not there"):
+    with pytest.raises(UserError, match=r"but no labels: .*000000000001\.txt does not exist"):
         read_objects(str(tmp_path / "yolo"), "train")
 
 
-def test_objects_without_an_outline(root):
+def test_objects_without_a_mask(root):
     """Stay: boxes are learned from all, masks from the others."""
     edit(root, lambda c: [one.pop("segmentation") for one in c["annotations"][1:]])
-    train = read_objects(str(root), "train", tell=pytest.fail)
+    train = read_objects(str(root), "train", log=pytest.fail)
     count = sum(len(train.objects_of(i)) for i in range(len(train)))
-    assert train.outlined == (1, count - 1)
-    assert train.has_outlines
-    rest = train.with_outlines()
-    assert rest.outlined == (1, 0)
+    assert train.mask_counts == (1, count - 1)
+    assert train.has_masks
+    rest = train.with_masks()
+    assert rest.mask_counts == (1, 0)
     assert len(rest) == 12
     assert len(rest.with_objects()) == 1
 
@@ -451,18 +453,18 @@ def test_images_of_another_size_than_pascal_voc_says(shapes, tmp_path):
     path = sorted((tmp_path / "Annotations").glob("train*.xml"))[0]
     text = path.read_text()
     path.write_text(text.replace("<annotation>", "<annotation><size><width>160</width><height>128</height></size>"))
-    said: list[str] = []
-    assert len(read_objects(str(tmp_path), "train", "summary", said.append)) == 11
-    assert any("is of 160x128 pixels, the image of 80x64" in line for line in said)
+    logged: list[str] = []
+    assert len(read_objects(str(tmp_path), "train", "summary", logged.append)) == 11
+    assert any("is of 160x128 pixels, the image of 80x64" in line for line in logged)
     path.write_text(text.replace("<annotation>", "<annotation><size><width>80</width><height>64</height></size>"))
     (tmp_path / "ImageSets" / "Main" / "train.txt").rename(tmp_path / "ImageSets" / "Main" / "trainval.txt")
-    assert len(read_objects(str(tmp_path), "train", tell=pytest.fail)) == 12
+    assert len(read_objects(str(tmp_path), "train", log=pytest.fail)) == 12
 
 
-# --- outlines
+# --- masks
 
 
-def test_outlines_in_all_forms_are_pycocotools(shapes):
+def test_masks_in_all_forms_are_those_of_pycocotools(shapes):
     """Polygons, run lengths and compressed run lengths, of every object of the sample set."""
     coco = COCO(str(shapes / "annotations" / "instances_train2017.json"))
     forms = set()
@@ -471,8 +473,8 @@ def test_outlines_in_all_forms_are_pycocotools(shapes):
         compressed = theirs.encode(np.asfortranarray(wanted))
         plain = {"size": [64, 80], "counts": run_lengths(wanted)}
         compressed["counts"] = compressed["counts"].decode()
-        for outline in (one["segmentation"], plain, compressed):
-            assert np.array_equal(draw_outlines([{"segmentation": outline}], 64, 80)[0].numpy(), wanted)
+        for segmentation in (one["segmentation"], plain, compressed):
+            assert np.array_equal(draw_masks([{"segmentation": segmentation}], 64, 80)[0].numpy(), wanted)
         forms.add(type(one["segmentation"]))
     assert forms == {list, dict}
 
@@ -484,21 +486,21 @@ def run_lengths(mask) -> list[int]:
     return [0, *counts] if flat[0] else counts
 
 
-def test_outlines_of_another_image():
-    for outline in ({"size": [3, 4], "counts": [12]}, {"size": [4, 4], "counts": [3, 4]}, [[1, 2, 3, 4]], []):
+def test_masks_of_another_image():
+    for segmentation in ({"size": [3, 4], "counts": [12]}, {"size": [4, 4], "counts": [3, 4]}, [[1, 2, 3, 4]], []):
         with pytest.raises(ValueError, match=r"run lengths|polygons of three"):
-            encode_outline(outline, 4, 4)
+            encode_mask(segmentation, 4, 4)
 
 
 def test_crowds_are_no_targets(shapes):
-    _, _, known = find_objects(str(shapes))[0][0]
-    known = copy.deepcopy(known)
-    count = len(known["objects"])
-    known["objects"][0]["iscrowd"] = 1
-    assert len(make_target(known, masks=True)["labels"]) == count - 1
-    for one in known["objects"]:
+    _, _, annotation = find_objects(str(shapes))[0][0]
+    annotation = copy.deepcopy(annotation)
+    count = len(annotation["objects"])
+    annotation["objects"][0]["iscrowd"] = 1
+    assert len(make_target(annotation, masks=True)["labels"]) == count - 1
+    for one in annotation["objects"]:
         one["iscrowd"] = 1
-    target = make_target(known, masks=True)
+    target = make_target(annotation, masks=True)
     assert target["boxes"].shape == (0, 4)
     assert target["masks"].shape == (0, 64, 80)
 
@@ -507,11 +509,11 @@ def test_crowds_are_no_targets(shapes):
 
 
 def paint(masks) -> np.ndarray:
-    """A picture in which object n is of the colour n + 1."""
-    picture = np.zeros((*masks.shape[1:], 3), np.uint8)
+    """An image in which object n has colour n + 1."""
+    image = np.zeros((*masks.shape[1:], 3), np.uint8)
     for number, mask in enumerate(masks.numpy(), start=1):
-        picture[mask > 0] = (40 * number, 255 - 40 * number, 10 * number)
-    return picture
+        image[mask > 0] = (40 * number, 255 - 40 * number, 10 * number)
+    return image
 
 
 TRANSFORMS = {
@@ -530,9 +532,9 @@ def test_boxes_and_masks_go_where_the_pixels_go(shapes, which):
     transform = DetectionTransform(128, 213, interpolation="bilinear", **TRANSFORMS[which])
     objects, sizes = 0, set()
     for index in range(12):
-        _, _, known = train[index]
-        painted = torch.from_numpy(paint(make_target(known, masks=True)["masks"])).permute(2, 0, 1)
-        numbered = copy.deepcopy(known)
+        _, _, annotation = train[index]
+        painted = torch.from_numpy(paint(make_target(annotation, masks=True)["masks"])).permute(2, 0, 1)
+        numbered = copy.deepcopy(annotation)
         for number, one in enumerate(numbered["objects"]):
             one["label"] = number  # so that the target says which object it was
         for seed in range(4):
@@ -572,22 +574,22 @@ def test_boxes_and_masks_go_where_the_pixels_go(shapes, which):
 def test_short_sides_are_the_published_ones():
     """480 to 800 in steps of 32, the longest at most 1333."""
     transform = DetectionTransform(crop_prob=0.0, masks=False)
-    known = {"id": 1, "size": (60, 80), "objects": []}
+    annotation = {"id": 1, "size": (60, 80), "objects": []}
     image = torch.zeros(3, 60, 80, dtype=torch.uint8)
-    short = {min(transform(image, random.Random(seed), known)["image"].shape[1:]) for seed in range(300)}
+    short = {min(transform(image, random.Random(seed), annotation)["image"].shape[1:]) for seed in range(300)}
     assert sorted(short) == list(range(480, 801, 32))
-    known["size"], image = (60, 200), torch.zeros(3, 60, 200, dtype=torch.uint8)
-    shapes = {tuple(transform(image, random.Random(seed), known)["image"].shape[1:]) for seed in range(30)}
+    annotation["size"], image = (60, 200), torch.zeros(3, 60, 200, dtype=torch.uint8)
+    shapes = {tuple(transform(image, random.Random(seed), annotation)["image"].shape[1:]) for seed in range(30)}
     assert {shape[1] for shape in shapes} == {1333}
     # what is cropped has been resized to 400, 500 or 600 px however long the other side is
     cropped = DetectionTransform(crop_prob=1.0, scales=(1.0, 1.0), masks=False)
     ramp = torch.linspace(0, 255, 4000).expand(3, 100, 4000).to(torch.uint8)
-    known["size"] = (100, 4000)
-    views = [cropped(ramp, random.Random(seed), known)["image"].float() for seed in range(9)]
+    annotation["size"] = (100, 4000)
+    views = [cropped(ramp, random.Random(seed), annotation)["image"].float() for seed in range(9)]
     for view in views:  # 384 to 600 of 16,000 to 24,000 columns
         assert 255 * 380 / 24000 < view.amax() - view.amin() + 1 < 255 * 604 / 16000 + 3
-    known["size"], image = (600, 800), torch.zeros(3, 600, 800, dtype=torch.uint8)
-    assert {min(cropped(image, random.Random(seed), known)["image"].shape[1:]) for seed in range(9)} == {800}
+    annotation["size"], image = (600, 800), torch.zeros(3, 600, 800, dtype=torch.uint8)
+    assert {min(cropped(image, random.Random(seed), annotation)["image"].shape[1:]) for seed in range(9)} == {800}
 
 
 def test_an_image_of_another_size_than_its_annotations(root):
@@ -596,13 +598,13 @@ def test_an_image_of_another_size_than_its_annotations(root):
     train, _ = find_objects(str(root))
     transform = DetectionTransform(64, 106)
     turned = torch.zeros(3, 80, 64, dtype=torch.uint8)
-    with pytest.raises(UnreadableImage, match="; if EXIF turns the image, they must be of the turned one"):
+    with pytest.raises(UnreadableImage, match="; if EXIF rotates the image, they must be of the rotated one"):
         transform(turned, random.Random(0), train[0][2])
     with pytest.raises(UnreadableImage, match="40x30 pixels, and 80x64 in the annotations"):
         transform(decode_image(name.read_bytes()), random.Random(0), train[0][2])
     loader = TrainingLoader(train, transform, batch_size=4, num_workers=0, seed=0, collate=collect)
-    broken = [name for batch in loader for name, _ in batch["broken"]]
-    assert broken == [str(name)]
+    corrupt = [name for batch in loader for name, _ in batch["corrupt"]]
+    assert corrupt == [str(name)]
 
 
 def test_batches_are_of_one_shape(shapes, tmp_path):
@@ -632,10 +634,10 @@ def test_batches_are_of_one_shape(shapes, tmp_path):
         for rank in range(2)
     ]
     for _ in range(2):  # epochs
-        seen, mixed = [], 0
+        keys, mixed = [], 0
         for batches in zip(*loaders, strict=True):
             wide = {image.shape[2] > image.shape[1] for batch in batches for image in batch["image"]}
             mixed += len(wide) > 1
-            seen += [key for batch in batches for key in batch["key"]]
-        assert len(seen) == len(set(seen)) == 20
+            keys += [key for batch in batches for key in batch["key"]]
+        assert len(keys) == len(set(keys)) == 20
         assert mixed <= 1  # what was left over of both

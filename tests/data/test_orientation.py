@@ -24,9 +24,9 @@ from samples import (
 from itpn.data import decode
 from itpn.data.augment import PretrainingTransform
 from itpn.data.decode import EncodedImage, decode_image, read_size
-from itpn.data.gpu_decoding import DeferredTransform, collate_deferred, finish
+from itpn.data.gpu_decoding import GpuTransform, collate_encoded
 from itpn.data.masks import read_mask
-from itpn.data.resized_copies import shrink_image
+from itpn.data.resized_copies import resize_file
 
 HEIGHT, WIDTH = 480, 640
 # orientation -> the transposition that it undoes
@@ -34,7 +34,7 @@ STORED = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
 
 
 def stored(orientation: int, mode: str = "RGB") -> Image.Image:
-    """The picture as a file of that orientation holds it."""
+    """The image as it is stored in a file of that orientation."""
     image = quarters(HEIGHT, WIDTH)
     return (image.transpose(Image.Transpose(STORED[orientation])) if orientation in STORED else image).convert(mode)
 
@@ -154,21 +154,22 @@ def test_all_paths_agree(monkeypatch, tmp_path, container, orientation):
             corner = EncodedImage(data).decode_crop(0, 320, 240, 320, target=(side // 2, side // 2)).float()
             assert (corner.mean(dim=(1, 2)) - whole[:, 120, 480]).abs().max() < 14  # top right
 
-    small = decode_image(shrink_image(data, 48, 95))
+    small = decode_image(resize_file(data, 48, 95))
     assert small.shape == (3, 48, 64)
     assert_picture(small, container, tolerance=20)
-    assert decode_image(shrink_image(data, HEIGHT, 95)).shape == whole.shape  # and not turned once more
+    assert decode_image(resize_file(data, HEIGHT, 95)).shape == whole.shape  # and not turned once more
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("container", CONTAINERS)
-def test_deferred_decoding_agrees(container, orientation):
-    """What is left to the GPU, on the CPU."""
+def test_gpu_decoding_agrees(container, orientation):
+    """The part that a GPU would do, on the CPU."""
     data = CONTAINERS[container](orientation)
     transform = PretrainingTransform((48, 64), scale=(0.3, 0.6), teacher_size=(24, 32))
-    samples = [DeferredTransform(transform)(EncodedImage(data), random.Random(seed)) for seed in range(3)]
-    batch = {**collate_deferred(samples), "key": list("abc"), "broken": [], "remarks": []}
-    done = finish(batch, transform, torch.device("cpu"))
+    on_device = GpuTransform(transform)
+    samples = [on_device(EncodedImage(data), random.Random(seed)) for seed in range(3)]
+    batch = {**collate_encoded(samples), "key": list("abc"), "corrupt": [], "warnings": {}}
+    done = on_device.finish_batch(batch, torch.device("cpu"))
     whole = decode_image(data)
     for seed in range(3):
         want = transform(whole, random.Random(seed))

@@ -1,8 +1,9 @@
-"""What becomes of an image that is made small, what it is called, and the tar that it goes into."""
+"""Resized copies: their size, their names, and the tar that holds them."""
 
 import contextlib
 import gzip
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -12,8 +13,9 @@ import torch
 from PIL import Image
 
 from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.file_types import COPIES_INDEX
 from itpn.data.files import find_images
-from itpn.data.resized_copies import ShrunkImages, list_originals, shrink_image, write_shard
+from itpn.data.resized_copies import CopiesIndex, ResizedCopies, list_originals, read_index, resize_file, write_tar
 from itpn.data.shards import read_shard
 from itpn.system.writing import open_whole
 
@@ -40,13 +42,13 @@ def rotated(orientation: int) -> Image.Exif:
     ("width", "height", "size"), [(600, 300, (128, 64)), (300, 601, (64, 128)), (64, 900, (64, 900))]
 )
 def test_the_short_side(width, height, size):
-    small = Image.open(io.BytesIO(shrink_image(encode(draw(width, height)), 64, 95)))
+    small = Image.open(io.BytesIO(resize_file(encode(draw(width, height)), 64, 95)))
     assert (small.size, small.format, small.mode) == (size, "JPEG", "RGB")
 
 
-def test_the_picture_stays_the_same():
+def test_the_image_stays_the_same():
     large = draw(600, 400)
-    small = decode_image(shrink_image(encode(large, "PNG"), 100, 95)).float()
+    small = decode_image(resize_file(encode(large, "PNG"), 100, 95)).float()
     want = torch.from_numpy(np.array(large.resize((150, 100), Image.Resampling.BICUBIC))).permute(2, 0, 1)
     assert (small - want).abs().mean() < 1
 
@@ -55,7 +57,7 @@ def test_colours_keep_their_resolution():
     """Stripes of a pixel, which would be mixed where colours have half of it."""
     stripes = np.zeros((64, 64, 3), dtype=np.uint8)
     stripes[:, ::2, 0], stripes[:, 1::2, 2] = 255, 255
-    small = decode_image(shrink_image(encode(Image.fromarray(stripes), "PNG"), 64, 95))
+    small = decode_image(resize_file(encode(Image.fromarray(stripes), "PNG"), 64, 95))
     assert (small.float() - torch.from_numpy(stripes).permute(2, 0, 1)).abs().mean() < 2
 
 
@@ -64,9 +66,9 @@ def test_upright(orientation):
     data = encode(draw(300, 200), exif=rotated(orientation))
     want = decode_image(data)
     for short_side in (100, 500):
-        shrunk = shrink_image(data, short_side, 95)
-        assert 0x0112 not in Image.open(io.BytesIO(shrunk)).getexif()
-        small = decode_image(shrunk)
+        copy = resize_file(data, short_side, 95)
+        assert 0x0112 not in Image.open(io.BytesIO(copy)).getexif()
+        small = decode_image(copy)
         assert small.shape[2] / small.shape[1] == want.shape[2] / want.shape[1]
         for y, x in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
             assert (small[:, y, x].float() - want[:, y, x].float()).abs().max() < 10
@@ -76,8 +78,8 @@ def test_small_jpegs_stay_as_they_are():
     for image in (draw(90, 60), draw(90, 60).convert("L")):
         for options in ({}, {"progressive": True}, {"exif": rotated(1)}, {"quality": 30}):
             data = encode(image, **options)
-            assert shrink_image(data, 60, 95) == data
-            assert shrink_image(data, 59, 95) != data
+            assert resize_file(data, 60, 95) == data
+            assert resize_file(data, 59, 95) != data
 
 
 @pytest.mark.parametrize("data", [
@@ -89,7 +91,7 @@ def test_small_jpegs_stay_as_they_are():
     encode(Image.fromarray(np.full((60, 90), 40000, dtype=np.uint16)), "PNG"),
 ], ids=["png", "webp", "cmyk", "gif", "rgba", "16 bits"])  # fmt: skip
 def test_everything_else_becomes_a_jpeg(data):
-    small = shrink_image(data, 512, 95)
+    small = resize_file(data, 512, 95)
     image = Image.open(io.BytesIO(small))
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (90, 60))
     assert (decode_image(small).float() - decode_image(data).float()).abs().mean() < 3
@@ -97,14 +99,14 @@ def test_everything_else_becomes_a_jpeg(data):
 
 def test_noise_can_be_written():
     noise = np.random.default_rng(0).integers(0, 256, (600, 600, 3), dtype=np.uint8)
-    assert len(shrink_image(encode(Image.fromarray(noise), "PNG"), 600, 100)) > 1e6
+    assert len(resize_file(encode(Image.fromarray(noise), "PNG"), 600, 100)) > 1e6
 
 
 def test_what_cannot_be():
     with pytest.raises(UnreadableImage):
-        shrink_image(encode(draw(90, 60))[:-300], 512, 95)
+        resize_file(encode(draw(90, 60))[:-300], 512, 95)
     with pytest.raises(UnreadableImage, match="longer than the 65,535 pixels"):
-        shrink_image(encode(Image.new("RGB", (70000, 2)), "PNG"), 512, 95)
+        resize_file(encode(Image.new("RGB", (70000, 2)), "PNG"), 512, 95)
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -145,7 +147,7 @@ def test_images_of_shards(tmp_path, suffix):
         }
         path = tmp_path / f"{shard}.tar"
         path.parent.mkdir(exist_ok=True)
-        write_shard(path, iter(members.items()))
+        write_tar(path, iter(members.items()))
         if suffix != "tar":
             path.with_name(f"a.{suffix}").write_bytes(gzip.compress(path.read_bytes()))
             path.unlink()
@@ -157,17 +159,17 @@ def test_images_of_shards(tmp_path, suffix):
         ("in/a/1", f"a.{suffix}/./1.jpg", None),
         ("in/a/x/1_5", f"a.{suffix}/x/1.5.png", None),
     ]
-    shrunk = {one.key: ShrunkImages(64, 95)[one] for one in found}
+    copies = {one.key: ResizedCopies(64, 95)[one] for one in found}
     for key, data in contents.items():
-        assert shrunk[key][1:] == (data, len(data), None)
-    assert decode_image(shrunk["in/a/x/1_5"][1]).shape == (3, 20, 30)
+        assert copies[key][1:] == (data, len(data), None)
+    assert decode_image(copies["in/a/x/1_5"][1]).shape == (3, 20, 30)
 
 
 def test_missing_and_broken_files(tmp_path):
     touch(tmp_path, "a.jpg", "b.jpg")
     found = list_originals(find_images([tmp_path]))
     (tmp_path / "b.jpg").unlink()
-    reasons = {one.key: str(ShrunkImages(64, 95)[one][1]) for one in found}
+    reasons = {one.key: str(ResizedCopies(64, 95)[one][1]) for one in found}
     assert reasons == {"a": "not an image of a known format", "b": "No such file or directory"}
 
 
@@ -176,15 +178,15 @@ def test_a_shard_appears_only_whole(tmp_path):
         yield "a.jpg", b"1"
         assert [path.name for path in tmp_path.iterdir()] == ["s.tar.tmp"]
         yield "ü" * 120 + ".jpg", b"22"
-        if broken:
+        if corrupt:
             raise OSError("disk full")
 
-    broken = True
+    corrupt = True
     with pytest.raises(OSError, match="disk full"):
-        write_shard(tmp_path / "s.tar", members())
+        write_tar(tmp_path / "s.tar", members())
     assert list(tmp_path.iterdir()) == []
-    broken = False
-    write_shard(tmp_path / "s.tar", members())
+    corrupt = False
+    write_tar(tmp_path / "s.tar", members())
     assert list(read_shard(tmp_path / "s.tar")) == [("s.tar/a.jpg", b"1"), (f"s.tar/{'ü' * 120}.jpg", b"22")]
     with tarfile.open(tmp_path / "s.tar") as tar:
         assert {(member.mtime, member.uid, member.uname) for member in tar} == {(0, 0, "")}
@@ -192,7 +194,7 @@ def test_a_shard_appears_only_whole(tmp_path):
         file.write(b"3")
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["s.tar"]
-    write_shard(tmp_path / "empty.tar", iter(()))
+    write_tar(tmp_path / "empty.tar", iter(()))
     assert list(read_shard(tmp_path / "empty.tar")) == []
 
 
@@ -210,6 +212,14 @@ def test_files_and_members_of_more_than_two_gibibytes(tmp_path):
         file.truncate(512 + -(-size // 512) * 512 + 1024)
     for folder in ("a", "b"):
         (one,) = list_originals(find_images([tmp_path / folder]))
-        content = ShrunkImages(64, 95)[one].content
+        content = ResizedCopies(64, 95)[one].content
         assert isinstance(content, UnreadableImage)
         assert str(content) == f"{size:,} bytes, more than the {2**31:,} that are read"
+
+
+def test_an_index_of_version_0_1_is_read(tmp_path):
+    record = {"images": 3, "bytes": 100}
+    content = {"settings": {"quality": 95}, "shards": {"a.tar": {**record, "broken": {"x.jpg": "cut off"}}}}
+    (tmp_path / COPIES_INDEX).write_text(json.dumps({**content, "complete": True}))
+    shards = {"a.tar": {**record, "corrupt": {"x.jpg": "cut off"}}}
+    assert read_index(tmp_path) == CopiesIndex({"quality": 95}, shards, complete=True)

@@ -10,7 +10,8 @@ from PIL import Image
 from pycocotools.coco import COCO
 from torchvision.datasets import ImageFolder
 
-from itpn.data.shapes import CLASSES, GROUNDS, _polygons, _run_lengths, draw_scene, write_shapes
+from itpn.data.scenes import CLASSES, GROUNDS, draw_scene
+from itpn.data.shapes import _polygons, _run_lengths, write_shapes
 from itpn.errors import UserError
 
 SIZE = (64, 96)
@@ -67,8 +68,8 @@ def test_masks_boxes_and_labels_agree(size):
 def test_another_size_shows_the_same_scene():
     small = draw_scene(0, "val", 7, img_size=64, category="star")
     large = draw_scene(0, "val", 7, img_size=128, category="star")
-    shrunk = np.asarray(Image.fromarray(large.image).resize((64, 64), Image.Resampling.BOX))
-    assert np.abs(small.image.astype(int) - shrunk).mean() < 8
+    resized = np.asarray(Image.fromarray(large.image).resize((64, 64), Image.Resampling.BOX))
+    assert np.abs(small.image.astype(int) - resized).mean() < 8
     assert np.allclose(np.array(small.instances[0].box) * 2, large.instances[0].box, atol=3)
 
 
@@ -108,8 +109,8 @@ def test_coco_masks_are_the_drawn_ones(folders):
         assert {a["category_id"] for a in coco.anns.values()} == set(coco.cats)
         for index, image_id in enumerate(sorted(coco.imgs)):
             image = coco.imgs[image_id]
-            with Image.open(folders.coco / f"{split}2017" / image["file_name"]) as picture:
-                assert picture.size == (image["width"], image["height"]) == (SIZE[1], SIZE[0])
+            with Image.open(folders.coco / f"{split}2017" / image["file_name"]) as image_file:
+                assert image_file.size == (image["width"], image["height"]) == (SIZE[1], SIZE[0])
             scene = draw_scene(3, split, index, img_size=SIZE)
             annotations = coco.loadAnns(coco.getAnnIds(image_id))
             for instance, annotation in zip(scene.instances, annotations, strict=True):
@@ -152,9 +153,9 @@ def test_ade20k_labels_are_the_scene(folders):
         assert [p.stem for p in images] == [p.stem for p in annotations]
         assert len(images) == COUNTS[split]
         for index, path in enumerate(annotations):
-            with Image.open(path) as picture:
-                assert picture.mode == "L"
-                labels = np.asarray(picture)
+            with Image.open(path) as image_file:
+                assert image_file.mode == "L"
+                labels = np.asarray(image_file)
             assert np.array_equal(labels, draw_scene(3, split, index, img_size=SIZE).labels)
             found |= set(np.unique(labels).tolist())
     assert found == set(range(1 + len(GROUNDS) + len(CLASSES)))
@@ -191,7 +192,7 @@ def test_a_complete_set_is_kept_and_an_incomplete_one_mended(tmp_path):
     assert hashes(tmp_path) == whole
 
     marker = tmp_path / "shapes.json"
-    marker.write_text(json.dumps({**json.loads(marker.read_text()), "complete": False}))  # broken off
+    marker.write_text(json.dumps({**json.loads(marker.read_text()), "complete": False}))  # an interrupted run
     image.unlink()
     write_shapes(tmp_path, **arguments)
     assert hashes(tmp_path) == whole
@@ -226,7 +227,7 @@ def test_a_broken_off_run_goes_on(tmp_path, monkeypatch):
         ({"seed": -1}, "negative"),
     ],
 )
-def test_mistakes_are_told(tmp_path, arguments, words):
+def test_wrong_arguments_are_refused(tmp_path, arguments, words):
     with pytest.raises(UserError, match=words):
         write_shapes(tmp_path, **arguments)
     assert not list(tmp_path.iterdir())

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from itpn.data.augment import EvaluationTransform
 from itpn.data.decode import UnreadableImage
-from itpn.data.evaluation import EvaluationTransform
 from itpn.data.files import find_images
 from itpn.data.labelled import read_split
 from itpn.data.loader import TrainingLoader
@@ -267,7 +267,7 @@ def test_cut_off_shard_keeps_what_was_read(tmp_path: Path, cut: int, whole: int,
     assert all(isinstance(data, bytes) and len(data) == 700 for _, data in samples)
     assert name == str(shard)
     assert isinstance(damage, UnreadableImage)
-    assert str(damage).startswith("broken shard: ")
+    assert str(damage).startswith("corrupt shard: ")
     assert count_shard_images([shard]) in (whole, whole + 1)  # the header of the one cut off may be there
 
 
@@ -316,7 +316,7 @@ def test_order_is_drawn_by_seed_and_epoch(tmp_path: Path) -> None:
     unshuffled = order(0, 0, 1)  # the shards change places, their images do not
     assert [key[0] for key in unshuffled[::10]] != sorted(key[0] for key in unshuffled[::10])
     assert all(unshuffled[i : i + 10] == sorted(unshuffled[i : i + 10]) for i in range(0, 60, 10))
-    # with a buffer, neighbours come from several shards
+    # with a buffer, consecutive images come from several shards
     assert sum(a[0] != b[0] for a, b in zip(order(0, 0), order(0, 0)[1:], strict=False)) > 20
 
 

@@ -124,7 +124,7 @@ def test_a_class_may_be_called_so(tmp_path: Path, name: str) -> None:
         f"{root}: {name} is taken for a class, beside bus, car; nothing is left out",
     )
     assert {split: len(source.images) for split, source in find_splits([root]).items()} == {"": 12}
-    train, val = find_labelled([root], val_share=0.25)
+    train, val = find_labelled([root], val_fraction=0.25)
     assert val is not None
     assert (train.classes, len(train), len(val)) == (tuple(sorted(("bus", "car", name))), 9, 3)
 

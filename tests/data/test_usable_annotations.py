@@ -15,8 +15,9 @@ from PIL import Image
 import itpn.system.text
 from itpn.cli import main
 from itpn.data.annotations import find_objects, read_objects
-from itpn.data.layouts import PIXELS, UNREAD
+from itpn.data.layouts import UNREADABLE
 from itpn.data.objects import DetectionTransform, make_target
+from itpn.data.yolo import PIXELS
 from itpn.errors import UserError
 from itpn.metrics.detection import score_detections
 
@@ -55,10 +56,10 @@ def edit(root: Path, change) -> None:
 
 
 def read(root: Path, **options):
-    """The images, and what was told, without the line that heads the summary."""
-    said: list[str] = []
-    images = read_objects(str(root), "train", "summary", said.append, **options)
-    return images, [line.strip() for line in said if "left out, or put right, are" not in line]
+    """The images, and the log without the heading of the summary."""
+    logged: list[str] = []
+    images = read_objects(str(root), "train", "summary", logged.append, **options)
+    return images, [line.strip() for line in logged if "left out or corrected:" not in line]
 
 
 def objects_of(images) -> list[list[dict]]:
@@ -77,8 +78,8 @@ def train(root: Path, out: Path, capsys, *options: str, recipe: str = "detector_
     command = ["train", recipe, "--model.scratch", "--model.name", "itpn_nano", "--data.root", str(root)]
     command += ["--data.batch-size", "2", "--data.num-workers", "0", "--trainer.max-steps", "1"]
     code = main([*command, "--output-dir", str(out), *options])
-    said = capsys.readouterr()
-    return code, " ".join(said.out.split()), " ".join((said.out + said.err).split())
+    logged = capsys.readouterr()
+    return code, " ".join(logged.out.split()), " ".join((logged.out + logged.err).split())
 
 
 # --- ids
@@ -92,8 +93,8 @@ def test_ids_of_annotations_are_not_needed(tmp_path, ids):
     root = write_coco(tmp_path, [{"id": id_, "bbox": [10 + n, 12, 20, 15]} for n, id_ in enumerate(ids)])
     if ids[0] == "missing":
         edit(root, lambda c: [one.pop("id") for one in c["annotations"]])
-    images, said = read(root)
-    assert said == []
+    images, logged = read(root)
+    assert logged == []
     assert [[o["bbox"] for o in objects] for objects in objects_of(images)] == [
         [[10, 12, 20, 15], [13, 12, 20, 15]],
         [[11, 12, 20, 15]],
@@ -116,10 +117,10 @@ def test_ids_in_other_forms(tmp_path):
         [{"category_id": 1.0, "image_id": "1"}, {"category_id": "2", "image_id": 2.0}, {"category_id": "3"}],
         categories=[{"id": "1", "name": " cat "}, {"id": 2.0, "name": 5}],
     )
-    images, said = read(root)
+    images, logged = read(root)
     assert (images.classes, images.class_ids, images.ids.tolist()) == (("cat", "5"), (1, 2), [1, 2, 3])
     assert [[o["label"] for o in objects] for objects in objects_of(images)] == [[0], [1], []]
-    assert said == ["objects of an unknown class: 1 (annotation 3 of image 3: class 3)"]
+    assert logged == ["objects of an unknown class: 1 (annotation 3 of image 3: class 3)"]
 
     def rename(content):
         for image, id_ in zip(content["images"], ("a", "007", 7), strict=True):
@@ -128,10 +129,10 @@ def test_ids_in_other_forms(tmp_path):
             one |= {"image_id": id_, "category_id": 1}
 
     edit(root, rename)
-    images, said = read(root)
+    images, logged = read(root)
     assert images.ids.tolist() == [8, 9, 7]
     assert [len(objects) for objects in objects_of(images)] == [1, 1, 1]
-    assert said == [f"{root}/annotations/instances_train2017.json: ids of images are text (a): results.json numbers "
+    assert logged == [f"{root}/annotations/instances_train2017.json: ids of images are text (a): results.json numbers "
                     "them from 8"]  # fmt: skip
 
 
@@ -139,14 +140,14 @@ def test_images_that_share_an_id_or_a_file(tmp_path):
     """Nobody knows whose the objects of a shared id are; those of a file that is listed twice are one image's."""
     root = write_coco(tmp_path, [{}, {"bbox": [1, 2, 9, 9]}, {}])
     edit(root, lambda c: c["images"][1].update(id=1))
-    images, said = read(root)
+    images, logged = read(root)
     assert [Path(images.name(i)).name for i in range(len(images))] == ["3.jpg"]
-    assert "images whose id another one has: 2 (1: 1.jpg, 1: 2.jpg)" in said
+    assert "images whose id another one has: 2 (1: 1.jpg, 1: 2.jpg)" in logged
     root = write_coco(tmp_path, [{}, {"bbox": [1, 2, 9, 9]}, {}])
     edit(root, lambda c: c["images"][1].update(file_name="1.jpg"))
-    images, said = read(root)
+    images, logged = read(root)
     assert [[o["bbox"] for o in objects] for objects in objects_of(images)] == [[BOX, [1, 2, 9, 9]], [BOX]]
-    assert said == ["images that are listed with two ids, whose objects were joined: 1 (2: 1.jpg)"]
+    assert logged == ["images that are listed with two ids, whose objects were joined: 1 (2: 1.jpg)"]
 
 
 # --- boxes
@@ -156,9 +157,9 @@ def test_normalized_boxes_are_refused(tmp_path, capsys):
     root = write_coco(
         tmp_path / "a", [{"bbox": [0.1, 0.1, 0.3, 0.3]}, {"bbox": [0, 0, 1, 1]}, {"bbox": [0.2, 0, 0.5, 1]}]
     )
-    code, _, said = train(root, tmp_path / "runs", capsys)
+    code, _, logged = train(root, tmp_path / "runs", capsys)
     assert code == 2
-    assert said.endswith(
+    assert logged.endswith(
         "has no objects that can be used: boxes with coordinates from 0 to 1, which look like fractions: multiply them "
         "by the image's sides: 3 (annotation 1 of image 1, annotation 2 of image 2, annotation 3 of image 3)"
     )
@@ -167,8 +168,8 @@ def test_normalized_boxes_are_refused(tmp_path, capsys):
 
 def test_boxes_under_a_pixel_are_left_out(tmp_path):
     root = write_coco(tmp_path, [{"bbox": [30, 20, 0.4, 9]}, {"bbox": [30, 20, 9, 0.9]}, {"bbox": [30, 20, 1, 1]}])
-    images, said = read(root)
-    assert said == ["boxes under 1 pixel: 2 (annotation 1 of image 1, annotation 2 of image 2)"]
+    images, logged = read(root)
+    assert logged == ["boxes under 1 pixel: 2 (annotation 1 of image 1, annotation 2 of image 2)"]
     assert [len(objects) for objects in objects_of(images)] == [0, 0, 1]
     root = write_coco(tmp_path, [{"bbox": [79.5, 20, 9, 9]}, {}])  # of which half a pixel is inside
     assert read(root)[1] == ["boxes under 1 pixel: 1 (annotation 1 of image 1)"]
@@ -195,8 +196,8 @@ def test_a_box_in_the_first_pixel_of_a_tiny_image_is_no_fraction(tmp_path):
     ],
 )
 def test_numbers_of_boxes(tmp_path, box, kind):
-    images, said = read(write_coco(tmp_path, [{"bbox": box}, {}]))
-    assert said == ([] if kind is None else [f"{kind}: 1 (annotation 1 of image 1)"])
+    images, logged = read(write_coco(tmp_path, [{"bbox": box}, {}]))
+    assert logged == ([] if kind is None else [f"{kind}: 1 (annotation 1 of image 1)"])
     assert [o["bbox"] for o in objects_of(images)[0]] == ([BOX] if kind is None else [])
 
 
@@ -206,11 +207,11 @@ def test_corners_in_place_of_width_and_height(tmp_path):
     assert "boxes look like [x0, y0, x1, y1]: 2 of 3 would leave their image" in text
     assert "convert them to COCO's [x, y, width, height]" in text
     # boxes that reach a little out of their image, or of another image size, are no corners
-    images, said = read(write_coco(tmp_path, [{"bbox": [0, 0, 84, 62]}, {"bbox": [2, 2, 80, 60]}, {}]))
-    assert said[0].startswith("boxes partly outside their image, which were cut: 2")
+    images, logged = read(write_coco(tmp_path, [{"bbox": [0, 0, 84, 62]}, {"bbox": [2, 2, 80, 60]}, {}]))
+    assert logged[0].startswith("boxes partly outside their image, which were clipped: 2")
     assert [o["bbox"] for o in objects_of(images)[0]] == [[0, 0, 80, 60]]
-    _, said = read(write_coco(tmp_path, [{"bbox": [60, 40, 50, 50]}, {"bbox": [70, 50, 30, 20]}, {}]))
-    assert said[0].startswith("boxes partly outside their image, which were cut: 2")
+    _, logged = read(write_coco(tmp_path, [{"bbox": [60, 40, 50, 50]}, {"bbox": [70, 50, 30, 20]}, {}]))
+    assert logged[0].startswith("boxes partly outside their image, which were clipped: 2")
 
 
 def test_objects_that_training_always_drops_are_named(tmp_path, capsys):
@@ -220,13 +221,13 @@ def test_objects_that_training_always_drops_are_named(tmp_path, capsys):
     )
     for number in (1, 2, 3):
         Image.new("RGB", (1000, 1000)).save(root / "train2017" / f"{number}.jpg")
-    code, said, _ = train(root, tmp_path / "runs", capsys)
+    code, logged, _ = train(root, tmp_path / "runs", capsys)
     assert code == 0
-    assert f"1 of 3 objects in {root} are under 1 pixel at --data.img-size 96, and are not learned: raise it" in said
+    assert f"1 of 3 objects in {root} are under 1 pixel at --data.img-size 96, and are not learned: raise it" in logged
     edit(root, lambda c: c.update(annotations=c["annotations"][:1]))
-    code, _, said = train(root, tmp_path / "runs2", capsys)
+    code, _, logged = train(root, tmp_path / "runs2", capsys)
     assert code == 2
-    assert f"1 of 1 objects in {root} are under 1 pixel" in said
+    assert f"1 of 1 objects in {root} are under 1 pixel" in logged
 
 
 @pytest.mark.parametrize(
@@ -240,8 +241,8 @@ def test_magnification_is_the_largest(tmp_path, options):
     kept = {}
     for factor in (0.98, 1.6):
         box = [200.0, 150.0, side * factor, side * factor]
-        known = {"id": 1, "size": (300, 400), "objects": [{"bbox": box, "label": 0, "iscrowd": 0}]}
-        kept[factor] = sum(len(transform(image, random.Random(s), known)["target"]["boxes"]) for s in range(150))
+        annotation = {"id": 1, "size": (300, 400), "objects": [{"bbox": box, "label": 0, "iscrowd": 0}]}
+        kept[factor] = sum(len(transform(image, random.Random(s), annotation)["target"]["boxes"]) for s in range(150))
     assert kept[0.98] == 0 < kept[1.6]
 
 
@@ -253,8 +254,8 @@ def test_magnification_is_the_largest(tmp_path, options):
     [
         ([10, 12, 30, 12], "not polygons of three points or more"),
         ([10, 12, 30, 12, 30], "not polygons of three points or more"),
-        ([5, 5, 5, 5, 5, 5], "it holds no pixel"),
-        ([10, 12, 20, 22, 30, 32], "it holds no pixel"),
+        ([5, 5, 5, 5, 5, 5], "it contains no pixel"),
+        ([10, 12, 20, 22, 30, 32], "it contains no pixel"),
         ([10, 12, float("nan"), 12, 30, 27], "not polygons of three points or more"),
         ([0.1, 0.2, 0.4, 0.2, 0.4, 0.5], FRACTIONS),
         (["x", 1, 2, 3, 4, 5], "could not convert string to float: 'x'"),
@@ -262,13 +263,15 @@ def test_magnification_is_the_largest(tmp_path, options):
     ],
 )  # fmt: skip
 def test_good_polygons_are_used_without_those_beside_them(tmp_path, beside, reason):
-    images, said = read(write_coco(tmp_path / "a", [{"segmentation": [beside, GOOD, []]}]))
-    assert said == [f"polygons that cannot be used, beside others of the object: 1 (annotation 1 of image 1: {reason})"]
+    images, logged = read(write_coco(tmp_path / "a", [{"segmentation": [beside, GOOD, []]}]))
+    assert logged == [
+        f"polygons that cannot be used, beside others of the object: 1 (annotation 1 of image 1: {reason})"
+    ]
     mask = make_target(images[0][2], masks=True)["masks"][0]
     assert mask[12:27, 10:30].all()
     assert mask.sum() == 15 * 20
-    images, said = read(write_coco(tmp_path / "b", [{"segmentation": [beside]}]))  # alone, the box is left
-    assert said == [
+    images, logged = read(write_coco(tmp_path / "b", [{"segmentation": [beside]}]))  # alone, the box is left
+    assert logged == [
         f"polygons or masks that cannot be used (the box is, if there is one): 1 (annotation 1 of image 1: {reason})"
     ]
     assert objects_of(images)[0] == [{"iscrowd": 0, "bbox": BOX, "area": 300, "label": 0}]
@@ -276,9 +279,9 @@ def test_good_polygons_are_used_without_those_beside_them(tmp_path, beside, reas
 
 @pytest.mark.parametrize("empty", [[], [[]], [[], []], None, {}, ""])
 def test_empty_polygons_are_none(tmp_path, empty):
-    images, said = read(write_coco(tmp_path, [{"segmentation": empty}]))
-    assert said == []
-    assert images.outlined == (0, 1)
+    images, logged = read(write_coco(tmp_path, [{"segmentation": empty}]))
+    assert logged == []
+    assert images.mask_counts == (0, 1)
     assert objects_of(images)[0] == [{"iscrowd": 0, "bbox": BOX, "area": 300, "label": 0}]
 
 
@@ -287,15 +290,15 @@ def test_empty_polygons_are_none(tmp_path, empty):
     [
         ({"size": [HEIGHT, WIDTH], "counts": "0PP1"}, "Invalid RLE"),  # of fewer pixels than the image has
         ({"size": [WIDTH, HEIGHT], "counts": [4800]}, "run lengths for [80, 60]"),
-        ({"size": [HEIGHT, WIDTH], "counts": [4800]}, "it holds no pixel"),
+        ({"size": [HEIGHT, WIDTH], "counts": [4800]}, "it contains no pixel"),
         ({"counts": [4800]}, "in none of COCO's forms"),
         ("polygon", "could not convert string to float: 'p'"),
         (7, "in none of COCO's forms"),
     ],
 )
 def test_invalid_masks_leave_the_box(tmp_path, mask, reason):
-    images, said = read(write_coco(tmp_path, [{"segmentation": mask}]))
-    assert f"(the box is, if there is one): 1 (annotation 1 of image 1: {reason}" in said[0]
+    images, logged = read(write_coco(tmp_path, [{"segmentation": mask}]))
+    assert f"(the box is, if there is one): 1 (annotation 1 of image 1: {reason}" in logged[0]
     assert [o["bbox"] for o in objects_of(images)[0]] == [BOX]
 
 
@@ -303,20 +306,20 @@ def test_a_missing_box_is_the_polygons(tmp_path):
     root = write_coco(
         tmp_path, [{"segmentation": [GOOD, [1, 2]], "bbox": []}, {"segmentation": [[1, 2]], "bbox": None}, {}]
     )
-    images, said = read(root)
+    images, logged = read(root)
     assert [[o["bbox"] for o in objects] for objects in objects_of(images)] == [[BOX], [], [BOX]]
-    assert "objects without a box: 1 (annotation 2 of image 2)" in said
+    assert "objects without a box: 1 (annotation 2 of image 2)" in logged
 
 
 @pytest.mark.parametrize("box", [[0, 0, 0, 0], [10, 12, -1, -1], [float("nan")] * 4, [1, 2], {"x": 1}])
 def test_a_box_that_is_none_is_the_polygons(tmp_path, box):
-    images, said = read(
+    images, logged = read(
         write_coco(tmp_path, [{"segmentation": [GOOD], "bbox": box}, {"segmentation": [], "bbox": box}])
     )
     assert [[o["bbox"] for o in objects] for objects in objects_of(images)][:2] == [[BOX], []]
-    kind = "boxes of no area, or not of four numbers, in whose place the polygon's is taken"
-    assert f"{kind}: 1 (annotation 1 of image 1)" in said
-    assert len(said) == 2
+    kind = "boxes of no area, or not of four numbers, replaced by the box of the polygon"
+    assert f"{kind}: 1 (annotation 1 of image 1)" in logged
+    assert len(logged) == 2
 
 
 def test_boxes_of_objects_with_invalid_polygons_are_trained(tmp_path, capsys):
@@ -324,13 +327,13 @@ def test_boxes_of_objects_with_invalid_polygons_are_trained(tmp_path, capsys):
     root = write_coco(
         tmp_path / "a", [{"segmentation": [GOOD]}, {"segmentation": [[1, 2, 3, 4]]}, {"segmentation": [[]]}]
     )
-    code, said, _ = train(root, tmp_path / "off", capsys, "--model.masks", "False")
+    code, logged, _ = train(root, tmp_path / "off", capsys, "--model.masks", "False")
     assert code == 0
-    assert "3 images (2 classes)" in said
-    code, said, _ = train(root, tmp_path / "on", capsys, "--model.masks", "True", "--data.batch-size", "1")
+    assert "3 images (2 classes)" in logged
+    code, logged, _ = train(root, tmp_path / "on", capsys, "--model.masks", "True", "--data.batch-size", "1")
     assert code == 0
-    assert "2 objects without an outline are left out: --model.masks False learns all boxes" in said
-    assert "1 images (2 classes)" in said
+    assert "2 objects without an outline are left out: --model.masks False learns all boxes" in logged
+    assert "1 images (2 classes)" in logged
 
 
 # --- other fields
@@ -349,22 +352,22 @@ def test_boxes_of_objects_with_invalid_polygons_are_trained(tmp_path, capsys):
 def test_whole_numbers_in_other_forms(tmp_path, field, value, accepted):
     root = write_coco(tmp_path, [{}, {}])
     edit(root, lambda c: c["annotations" if field == "iscrowd" else "images"][0].update({field: value}))
-    images, said = read(root)
+    images, logged = read(root)
     if accepted is not None:
-        assert said == []
+        assert logged == []
         assert (len(images), images.sizes[0].tolist()) == (3, [60, 80])
         assert objects_of(images)[0][0]["iscrowd"] == accepted
     elif field == "iscrowd":
-        assert said == [f"objects whose iscrowd is neither 0 nor 1: 1 (annotation 1 of image 1: {value!r})"]
+        assert logged == [f"objects whose iscrowd is neither 0 nor 1: 1 (annotation 1 of image 1: {value!r})"]
     else:
-        assert said == [f"images without height or width in whole pixels: 1 (1.jpg: height {value!r}, width 80)"]
+        assert logged == [f"images without height or width in whole pixels: 1 (1.jpg: height {value!r}, width 80)"]
 
 
 def test_equal_objects_of_coco_are_kept(tmp_path):
     """Whatever their ids; lines of YOLO's files that repeat count once, see below."""
-    images, said = read(write_coco(tmp_path, [{"id": 0}] * 4))
+    images, logged = read(write_coco(tmp_path, [{"id": 0}] * 4))
     assert [len(objects) for objects in objects_of(images)] == [2, 1, 1]
-    assert said == []
+    assert logged == []
 
 
 # --- the category above all others
@@ -378,13 +381,14 @@ def test_the_root_category_is_no_class(tmp_path, name, above):
     (root / "val2017").symlink_to(root / "train2017")
     notes = root / "annotations"
     (notes / "instances_val2017.json").write_bytes((notes / "instances_train2017.json").read_bytes())
-    said: list[str] = []
-    train, val = find_objects(str(root), tell=said.append)
+    logged: list[str] = []
+    train, val = find_objects(str(root), log=logged.append)
     assert train.classes == val.classes == ("cat", "dog")
     assert train.class_ids == (1, 2)
     assert [[o["label"] for o in objects] for objects in objects_of(train)] == [[0], [1], [0]]
-    assert said == [
-        f"{notes}/instances_train2017.json: category 0 ({name}) has no objects and groups the others: it is no class"
+    assert logged == [
+        f"{notes}/instances_train2017.json: category 0 ({name}) has no objects and is the supercategory of the others: "
+        "it is not a class"
     ]
 
 
@@ -400,9 +404,9 @@ def test_the_root_category_is_no_class(tmp_path, name, above):
 )
 def test_other_categories_without_objects_are_classes(tmp_path, categories, annotations):
     listed = [{"id": id_, "name": name, "supercategory": above} for id_, name, above in categories]
-    images, said = read(write_coco(tmp_path, annotations, categories=listed))
+    images, logged = read(write_coco(tmp_path, annotations, categories=listed))
     assert images.classes == tuple(name for _, name, _ in categories)
-    assert said == []
+    assert logged == []
 
 
 # --- YOLO
@@ -459,8 +463,8 @@ def boxes_of(images) -> list[list[tuple]]:
 )
 def test_names_are_as_they_are_written(tmp_path, names, classes):
     root = write_yolo(tmp_path, "3 0.5 0.5 0.25 0.5\n", names=names, more="path: null\nval: ~\ntest:\n")
-    images, said = read(root)
-    assert said == []
+    images, logged = read(root)
+    assert logged == []
     assert images.classes == classes
     assert boxes_of(images) == [[(classes[3], 30, 15, 20, 30)]]
     assert read_objects(str(root), "val", optional=True) is None  # null is no folder
@@ -503,23 +507,23 @@ def test_a_class_without_a_name(tmp_path):
 
 def test_absolute_coordinates_are_refused(tmp_path, capsys):
     root = write_yolo(tmp_path / "a", "0 40 30 20 20\n", "1 10 12 30 12 30 27 10 27\n")
-    code, _, said = train(root, tmp_path / "runs", capsys)
+    code, _, logged = train(root, tmp_path / "runs", capsys)
     assert code == 2
     assert (
         "has no objects that can be used: objects with coordinates above 1, which look like pixels: divide them by"
-        in said
+        in logged
     )
-    assert f"2 ({root}/labels/train/0.txt line 1, {root}/labels/train/1.txt line 1)" in said
+    assert f"2 ({root}/labels/train/0.txt line 1, {root}/labels/train/1.txt line 1)" in logged
 
 
 def test_sub_pixel_polygons_and_lines_that_repeat(tmp_path):
     """A polygon of 0.1 px is an object no network can learn; the same line again is the same object."""
     tiny = "0 0.5 0.5 0.501 0.5 0.501 0.501"
     root = write_yolo(tmp_path, f"1 0.5 0.5 0.25 0.5\n{tiny}\n1 0.50 0.5 0.250 0.5\n1 0.5 0.5 0.25 0.5\n", f"{tiny}\n")
-    images, said = read(root)
+    images, logged = read(root)
     place = root / "labels" / "train"
     assert boxes_of(images) == [[("dog", 30, 15, 20, 30)], []]
-    assert sorted(said) == [
+    assert sorted(logged) == [
         f"boxes under 1 pixel: 2 ({place}/0.txt line 2, {place}/1.txt line 1)",
         f"objects that are annotated twice, and count once: 2 ({place}/0.txt line 3, {place}/0.txt line 4)",
     ]
@@ -539,25 +543,25 @@ def test_keypoints_are_no_polygons(tmp_path, visibility, shape):
         f"0 0.5 0.5 0.25 0.5 {points}",
         more=f"kpt_shape: {shape}\n",
     )
-    images, said = read(root)
+    images, logged = read(root)
     assert boxes_of(images) == [[("dog", 30, 15, 20, 30), ("cat", 20, 15, 40, 30)], [("cat", 30, 15, 20, 30)]]
-    assert images.outlined == (0, 3)
-    assert said == [f"{root}/data.yaml: keypoints are left out, boxes are used"]
+    assert images.mask_counts == (0, 3)
+    assert logged == [f"{root}/data.yaml: keypoints are left out, boxes are used"]
 
 
 def test_keypoints_that_are_not_declared(tmp_path):
     """An even number of columns is no polygon's: 17 keypoints with their visibility."""
     root = write_yolo(tmp_path / "a", "1 0.5 0.5 0.25 0.5 " + " ".join(["0.5 0.5 2"] * 17))
-    images, said = read(root)
+    images, logged = read(root)
     assert boxes_of(images) == [[("dog", 30, 15, 20, 30)]]
-    assert images.outlined == (0, 1)
-    assert len(said) == 1
+    assert images.mask_counts == (0, 1)
+    assert len(logged) == 1
     # an odd number of columns may be a polygon's, unless a visibility of 2 is among them
     root = write_yolo(tmp_path / "d", "1 0.5 0.5 0.25 0.5 0.4 0.4 2.0 0.6 0.6 1.0")
-    images, said = read(root)
+    images, logged = read(root)
     assert boxes_of(images) == [[("dog", 30, 15, 20, 30)]]
-    assert images.outlined == (0, 1)
-    assert said == [f"{root}/data.yaml: keypoints are left out, boxes are used"]
+    assert images.mask_counts == (0, 1)
+    assert logged == [f"{root}/data.yaml: keypoints are left out, boxes are used"]
     for shape in ("17", "[17]", "[17, 4]", "[x, 2]", "[0, 3]"):
         assert "is not [number of keypoints, 2 or 3]" in refusal(
             write_yolo(tmp_path / "b", "0 0.5 0.5 0.2 0.2", more=f"kpt_shape: {shape}")
@@ -567,8 +571,8 @@ def test_keypoints_that_are_not_declared(tmp_path):
 
 
 def test_oriented_boxes_are_polygons(tmp_path):
-    images, said = read(write_yolo(tmp_path, "1 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5"))
-    assert said == []
+    images, logged = read(write_yolo(tmp_path, "1 0.5 0.25 0.75 0.5 0.5 0.75 0.25 0.5"))
+    assert logged == []
     assert boxes_of(images) == [[("dog", 20, 15, 40, 30)]]
     mask = make_target(images[0][2], masks=True)["masks"][0]
     assert mask[30, 21:59].all()
@@ -578,8 +582,8 @@ def test_oriented_boxes_are_polygons(tmp_path):
 
 
 def test_rounding_above_one_is_no_pixel(tmp_path):
-    images, said = read(write_yolo(tmp_path, "1 0.5 0.5 1.0000001 1.0\n", "0 0.75 0.5 0.502 0.5\n"))
-    assert said == []
+    images, logged = read(write_yolo(tmp_path, "1 0.5 0.5 1.0000001 1.0\n", "0 0.75 0.5 0.502 0.5\n"))
+    assert logged == []
     assert boxes_of(images) == [[("dog", 0, 0, 80, 60)], [("cat", 39.92, 15, 40.08, 30)]]
 
 
@@ -603,17 +607,17 @@ def test_a_line_that_cannot_be_read_leaves_the_others(tmp_path, capsys, line, re
     good = "1 0.5 0.5 0.25 0.5"
     root = write_yolo(tmp_path / "a", f"{line}\n{good}\n\n{line}\n", f"{line}\n\n", "", good)
     place = root / "labels" / "train"
-    images, said = read(root)
+    images, logged = read(root)
     assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "2", "3"]
     assert boxes_of(images) == [[("dog", 30, 15, 20, 30)], [], [("dog", 30, 15, 20, 30)]]
-    assert len(said) == 2
-    assert said[0].startswith(f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}")
-    assert f", {place}/0.txt: line 4: {reason}" in said[0]
-    assert said[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.txt: line 1: {reason}")
-    code, _, told = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
+    assert len(logged) == 2
+    assert logged[0].startswith(f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}")
+    assert f", {place}/0.txt: line 4: {reason}" in logged[0]
+    assert logged[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.txt: line 1: {reason}")
+    code, _, errors = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
     assert code == 2
-    assert f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}" in told
-    assert told.endswith("--data.mistakes skip leaves these out")
+    assert f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}" in errors
+    assert errors.endswith("--data.mistakes skip leaves these out")
     with pytest.raises(UserError, match="has no images that can be used: images whose annotations cannot be read: 1"):
         read(write_yolo(tmp_path / "b", line))
 
@@ -642,8 +646,8 @@ def test_blanks_around_names(tmp_path):
         *(voc_object(name) for name in ("cat", " cat ", "\n\tcat\n", "traffic light ")),
         size="<size><width>80.0</width><height> 60 </height></size>",
     )
-    images, said = read(root)
-    assert said == []
+    images, logged = read(root)
+    assert logged == []
     assert images.classes == ("cat", "traffic light")
     assert [row[0][0] for row in boxes_of(images)] == ["cat"] * 3 + ["traffic light"]
     assert boxes_of(images)[0] == [("cat", *BOX)]
@@ -651,10 +655,10 @@ def test_blanks_around_names(tmp_path):
 
 def test_what_pascal_voc_gets_wrong(tmp_path):
     root = write_voc(tmp_path / "a", voc_object("cat") * 2, voc_object(" "), voc_object("cat", 0.1, 0.1, 0.5, 0.5))
-    images, said = read(root)
+    images, logged = read(root)
     place = root / "Annotations"
     assert boxes_of(images) == [[("cat", *BOX)], []]
-    assert sorted(said) == [
+    assert sorted(logged) == [
         "boxes with coordinates from 0 to 1, which look like fractions: multiply them by the image's sides: 1 "
         f"({place}/2.xml object 1)",
         f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1: it has no name)",
@@ -666,7 +670,7 @@ def test_what_pascal_voc_gets_wrong(tmp_path):
     assert "0.xml: height 60, width x are no whole numbers" in text
 
 
-BROKEN = {
+CORRUPT = {
     "object 2: it has no name": voc_object(""),
     "object 2: Missing bndbox in Pascal VOC annotation.": "<object><name>dog</name></object>",
     "object 2: Missing 'ymax'": voc_object("dog").replace("ymax", "y_max"),
@@ -676,21 +680,21 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize("reason", list(BROKEN))
+@pytest.mark.parametrize("reason", list(CORRUPT))
 def test_an_object_that_cannot_be_read_leaves_the_others(tmp_path, capsys, reason):
-    good, broken = voc_object("cat"), BROKEN[reason]
-    root = write_voc(tmp_path, good + broken + good.replace("27", "25"), broken, good)
+    good, corrupt = voc_object("cat"), CORRUPT[reason]
+    root = write_voc(tmp_path, good + corrupt + good.replace("27", "25"), corrupt, good)
     place = root / "Annotations"
-    images, said = read(root)
+    images, logged = read(root)
     assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "2"]
     assert images.classes == ("cat",)
     assert boxes_of(images) == [[("cat", *BOX), ("cat", *BOX[:3], 13)], [("cat", *BOX)]]
-    assert said[0].startswith(f"objects that cannot be read: 1 ({place}/0.xml: {reason}")
-    assert said[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1")
-    assert max(map(len, said)) < 1000
-    code, _, told = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
+    assert logged[0].startswith(f"objects that cannot be read: 1 ({place}/0.xml: {reason}")
+    assert logged[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1")
+    assert max(map(len, logged)) < 1000
+    code, _, errors = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
     assert code == 2
-    assert f"objects that cannot be read: 1 ({place}/0.xml: {reason}" in told
+    assert f"objects that cannot be read: 1 ({place}/0.xml: {reason}" in errors
 
 
 def test_a_polygon_of_pascal_voc_that_cannot_be_read_leaves_its_box(tmp_path):
@@ -702,11 +706,11 @@ def test_a_polygon_of_pascal_voc_that_cannot_be_read_leaves_its_box(tmp_path):
     root = write_voc(
         tmp_path, drawn + voc_object("dog"), drawn.replace("<y4>27</y4>", ""), drawn.replace("<x1>11", "<x1>x")
     )
-    images, said = read(root)
+    images, logged = read(root)
     assert boxes_of(images) == [[("cat", *BOX), ("dog", *BOX)], [("cat", *BOX)], [("cat", *BOX)]]
-    assert images.outlined == (1, 3)
+    assert images.mask_counts == (1, 3)
     place = root / "Annotations"
-    assert said == [
+    assert logged == [
         "polygons or masks that cannot be used (the box is, if there is one): 2 ("
         f"{place}/1.xml object 1: an odd number of coordinates, "
         f"{place}/2.xml object 1: Invalid 'x1' value 'x' in Pascal VOC annotation.)"
@@ -724,12 +728,12 @@ def test_labels_that_are_no_file_are_no_image_without_objects(tmp_path, kind, on
     else:
         {"folder": os.mkdir, "pipe": os.mkfifo}[kind](labels)
     if only:
-        assert f"{UNREAD}: 1 ({labels}" in refusal(root)
+        assert f"{UNREADABLE}: 1 ({labels}" in refusal(root)
     else:
-        images, said = read(root)
+        images, logged = read(root)
         assert len(images) == 1
-        assert [line.partition(":")[0] for line in said] == [UNREAD]
-        assert str(labels) in said[0]
+        assert [line.partition(":")[0] for line in logged] == [UNREADABLE]
+        assert str(labels) in logged[0]
 
 
 def test_labels_without_an_image_are_noted(tmp_path):
@@ -739,7 +743,7 @@ def test_labels_without_an_image_are_noted(tmp_path):
     for name in ("classes.txt", ".hidden.txt", "1.json", "heic.txt"):
         (place / name).touch()
     (root / "images" / "train" / "heic.heic").touch()
-    (root / "images" / "train" / "1.jpg").write_bytes(b"broken")
+    (root / "images" / "train" / "1.jpg").write_bytes(b"no image")
     assert not any("without an image" in line for line in read(root)[1])
     for name in ("77", "78", "79", "80"):
         (place / f"{name}.txt").write_text(label)
@@ -757,18 +761,18 @@ def test_what_is_not_read_of_yolo_is_counted_by_suffix(tmp_path):
     place = root / "images" / "train"
     for name in ("a.heic", "b.heic", "Thumbs.db", "0.txt", ".hidden", "x.tar.gz"):
         (place / name).touch()
-    images, said = read(root)
+    images, logged = read(root)
     assert len(images) == 2
-    assert said == [f"{root}/data.yaml: not read: 2 .heic, 1 .db, 1 .tar.gz, 1 .txt in {place}"]
+    assert logged == [f"{root}/data.yaml: not read: 2 .heic, 1 .db, 1 .tar.gz, 1 .txt in {place}"]
     root = tmp_path / "b"
     root.mkdir()
     for name in ("0", "1"):
         Image.new("RGB", (WIDTH, HEIGHT)).save(root / f"{name}.jpg")
         (root / f"{name}.txt").write_text(label)
     (root / "data.yaml").write_text("train: .\nnames: [cat, dog]\n")
-    images, said = read(root)
+    images, logged = read(root)
     assert [len(objects) for objects in objects_of(images)] == [1, 1]
-    assert said == []
+    assert logged == []
     (root / "2.txt").write_text(label)
     (root / "3.jp2").touch()
     assert read(root)[1] == [f"{root}/data.yaml: not read: 1 .jp2, 1 .txt in {root}"]
@@ -781,9 +785,9 @@ def test_what_is_not_read_of_pascal_voc_is_counted_by_suffix(tmp_path):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
     for name in ("a.heic", "b.avif"):
         (root / "JPEGImages" / name).touch()
-    said: list[str] = []
-    find_objects(str(root), tell=said.append)  # of two sets in one folder, once
-    assert said == [f"{root}/ImageSets/Main/train.txt: not read: 1 .avif, 1 .heic in {root}/JPEGImages"]
+    logged: list[str] = []
+    find_objects(str(root), log=logged.append)  # of two sets in one folder, once
+    assert logged == [f"{root}/ImageSets/Main/train.txt: not read: 1 .avif, 1 .heic in {root}/JPEGImages"]
 
 
 def test_images_of_other_formats_alone(tmp_path):
@@ -799,7 +803,7 @@ def test_a_set_of_which_nothing_can_be_used_is_one_line_that_names_every_reason(
     text = refusal(root)
     assert "has no objects that can be used: " in text
     assert PIXELS in text
-    assert UNREAD in text
+    assert UNREADABLE in text
 
 
 # --- images to evaluate on
@@ -809,9 +813,9 @@ def test_images_to_evaluate_on_of_which_no_object_can_be_used(tmp_path):
     root = write_coco(tmp_path / "train", [{}, {}, {}])
     other = write_coco(tmp_path / "val", [{"bbox": [0.1, 0.1, 0.3, 0.3]}])
     with pytest.raises(UserError, match="has no objects that can be used: boxes with coordinates from 0 to 1"):
-        find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), tell=lambda line: None)
+        find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), log=lambda line: None)
     edit(other, lambda c: c.update(annotations=[]))
-    _, val = find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), tell=pytest.fail)
+    _, val = find_objects(str(root), str(other / "annotations" / "instances_train2017.json"), log=pytest.fail)
     assert np.array_equal(val.ids, [1, 2, 3])
 
 
@@ -831,7 +835,7 @@ def refuse(number: int):
     [
         ("yolo", "itpn.system.text.read_bounded"),
         ("yolo", "itpn.data.layouts.read_size"),
-        ("voc", "itpn.data.layouts.read_bounded"),
+        ("voc", "itpn.data.voc.read_bounded"),
         ("voc", "itpn.data.layouts.read_size"),
     ],
 )
@@ -852,10 +856,10 @@ def test_annotations_on_a_lost_disk_are_not_damaged(tmp_path, capsys, monkeypatc
     else:
         root = write_voc(tmp_path / "a", voc_object("cat"))
         monkeypatch.setattr(place, refuse(number))
-    code, _, said = train(root, tmp_path / "runs", capsys)
+    code, _, logged = train(root, tmp_path / "runs", capsys)
     assert code == 1
-    assert re.search(rf"itpn: {root}/.*0\.(jpg|txt|xml) cannot be read: {os.strerror(number)}; ", said), said
-    assert "left out" not in said
+    assert re.search(rf"itpn: {root}/.*0\.(jpg|txt|xml) cannot be read: {os.strerror(number)}; ", logged), logged
+    assert "left out" not in logged
 
 
 # --- names
@@ -868,11 +872,11 @@ def test_a_yolo_set_of_several_folders(tmp_path):
     Image.new("RGB", (WIDTH, HEIGHT)).save(root / "images" / "more" / "7.jpg")
     (root / "labels" / "more" / "7.txt").write_text("0 0.5 0.5 0.25 0.5")
     (root / "data.yaml").write_text("train: [images/train, images/more]\nval:\n- images/more\nnames: [cat, dog]\n")
-    train, val = find_objects(str(root), tell=pytest.fail)
+    train, val = find_objects(str(root), log=pytest.fail)
     assert [row[0][0] for row in boxes_of(train)] == ["dog", "cat"]
     assert [row[0][0] for row in boxes_of(val)] == ["cat"]
     (root / "data.yaml").write_text("train: [images/train, images/none]\nnames: [cat, dog]\n")
-    assert "speaks of images in images/none, which is not a folder or list of images below" in refusal(root)
+    assert "names images in images/none, which is not a folder or list of images below" in refusal(root)
     (root / "data.yaml").write_text("train: [[images/train]]\nnames: [cat, dog]\n")
     assert "train and val must each be a folder, a list of images, or several of them" in refusal(root)
 
@@ -885,11 +889,11 @@ def test_a_yolo_set_of_listed_images(tmp_path):
     (root / "lists" / "train.txt").write_text(listed)
     (root / "val.txt").write_text("images/train/2.jpg")
     (root / "data.yaml").write_text("train: lists/train.txt\nval: val.txt\nnames: [cat, dog]\n")
-    said: list[str] = []
-    train, val = find_objects(str(root), tell=said.append)
+    logged: list[str] = []
+    train, val = find_objects(str(root), log=logged.append)
     assert [row[0][0] for row in boxes_of(train)] == ["dog", "cat"]
     assert [row[0][0] for row in boxes_of(val)] == ["dog"]
-    assert "images not on disk: 1" in "\n".join(said)
+    assert "images not on disk: 1" in "\n".join(logged)
     (root / "lists" / "train.txt").write_text("images/train/8.jpg\nimages/train/9.jpg\n")
     assert "images not on disk" in refusal(root)
 
@@ -898,12 +902,12 @@ def test_half_characters_in_json(tmp_path, capsys):
     """Of a pair, as JSON may hold them: no file is called so, and every terminal takes the message."""
     root = write_coco(tmp_path / "a", [{}, {}, {}])
     edit(root, lambda c: c["images"][0].update(file_name="half \ud800.jpg"))
-    images, said = read(root)
+    images, logged = read(root)
     assert len(images) == 2
-    assert said == [f"images not on disk: 1 ({root}/train2017/half \\ud800.jpg)"]
+    assert logged == [f"images not on disk: 1 ({root}/train2017/half \\ud800.jpg)"]
     edit(root, lambda c: c["categories"][0].update(name="half \ud800"))
-    code, _, said = train(root, tmp_path / "runs", capsys)
-    assert code == 0, said
+    code, _, logged = train(root, tmp_path / "runs", capsys)
+    assert code == 0, logged
 
 
 @pytest.mark.parametrize(
@@ -916,8 +920,8 @@ def test_lists_of_pascal_voc_name_images_in_any_form(tmp_path, listed):
         (root / folder / f"0.{suffix}").rename(root / folder / f"my photo 1.{suffix}")
     (root / "ImageSets" / "Main").mkdir(parents=True)
     (root / "ImageSets" / "Main" / "train.txt").write_text(f"{listed}\n\n1\n")
-    images, said = read(root)
-    assert said == []
+    images, logged = read(root)
+    assert logged == []
     assert [Path(images.name(i)).name for i in range(len(images))] == ["1.jpg", "my photo 1.jpg"]
 
 
@@ -926,10 +930,10 @@ def test_an_xml_of_another_form_is_no_image_without_objects(tmp_path):
     good = (root / "Annotations" / "0.xml").read_text()
     (root / "Annotations" / "1.xml").write_text(good.replace("<annotation>", '<annotation xmlns="http://x/y">'))
     (root / "Annotations" / "2.xml").write_text(f"<annotations>{good}</annotations>")
-    images, said = read(root)
+    images, logged = read(root)
     assert [Path(images.name(i)).stem for i in range(len(images))] == ["0", "3"]
     place = root / "Annotations"
-    assert said == [
+    assert logged == [
         "images whose annotations cannot be read: 2 "
         f"({place}/1.xml: is of <{{http://x/y}}annotation>, not of <annotation>, "
         f"{place}/2.xml: is of <annotations>, not of <annotation>)"
@@ -940,8 +944,8 @@ def test_names_of_files_from_windows(tmp_path):
     root = write_coco(tmp_path, [{}, {}, {}])
     names = ("train2017\\1.jpg", ".\\2.jpg", "train2017/3.jpg")
     edit(root, lambda c: [one.update(file_name=name) for one, name in zip(c["images"], names, strict=True)])
-    images, said = read(root)
-    assert said == []
+    images, logged = read(root)
+    assert logged == []
     assert [Path(images.name(i)).name for i in range(len(images))] == ["1.jpg", "2.jpg", "3.jpg"]
     (root / "train2017" / "a\\b.jpg").write_bytes((root / "train2017" / "1.jpg").read_bytes())
     edit(root, lambda c: c["images"][0].update(file_name="a\\b.jpg"))  # a name of its own elsewhere

@@ -1,4 +1,4 @@
-"""Values of more than 8 bits: how they become 8, and what is said of them."""
+"""Values of more than 8 bits: scaling to 8, and the warnings about it."""
 
 import io
 import resource
@@ -24,7 +24,7 @@ NODATA = 42113
 
 def read(data: bytes) -> tuple[torch.Tensor, str | None]:
     image = EncodedImage(data)
-    return image.decode(), image.remarks.get("values")
+    return image.decode(), image.warnings.get("values")
 
 
 def ramp(low: float, high: float, dtype: type, holes: float | None = None) -> np.ndarray:
@@ -42,35 +42,35 @@ def levels(image: torch.Tensor) -> int:
 @pytest.mark.parametrize("dtype", [np.float32])
 @pytest.mark.parametrize("holes", [-9999.0, -3.4e38, -32768.0, 1e20, np.nan, np.inf, -np.inf])
 def test_pixels_without_data_do_not_take_the_contrast(order, dtype, holes):
-    image, remark = read(tiff(ramp(1500, 1800, dtype, holes), order))
+    image, warning = read(tiff(ramp(1500, 1800, dtype, holes), order))
     assert 46 <= levels(image) <= 48
     assert (int(image.min()), int(image.max())) == (0, 255)
     assert image[:, :4, :4].max() == 0
     assert torch.equal(image[0, 47], torch.from_numpy((RAMP[47] * 255).round().astype(np.uint8)))
-    assert remark is not None
-    assert "between 1500 and 1800 (16 NaN, infinite or nodata left out)" in remark
+    assert warning is not None
+    assert "between 1500 and 1800 (16 NaN, infinite or nodata left out)" in warning
 
 
 @pytest.mark.parametrize("tag", [b"7\0", b"7.0 \0", b"7"])
 def test_the_tag_says_what_stands_for_no_data(tag):
     values = ramp(1500, 1800, np.float32, 7)
-    image, remark = read(tiff(values, tags={NODATA: (2, tag)}))
+    image, warning = read(tiff(values, tags={NODATA: (2, tag)}))
     assert levels(image) >= 46
-    assert "between 1500 and 1800" in str(remark)
-    image, remark = read(tiff(values))  # without it, 7 is a value
-    assert "between 7 and 1800" in str(remark)
-    image, remark = read(tiff(ramp(-9999, 1800, np.float32), tags={NODATA: (2, b"nan\0")}))
-    assert "between -9999 and 1800:" in str(remark)  # declared, so no other value stands for none
+    assert "between 1500 and 1800" in str(warning)
+    image, warning = read(tiff(values))  # without it, 7 is a value
+    assert "between 7 and 1800" in str(warning)
+    image, warning = read(tiff(ramp(-9999, 1800, np.float32), tags={NODATA: (2, b"nan\0")}))
+    assert "between -9999 and 1800:" in str(warning)  # declared, so no other value stands for none
 
 
 def test_no_valid_value_at_all():
     for values in (np.full((8, 8), np.nan, np.float32), np.full((8, 8), -9999, np.float32)):
-        image, remark = read(tiff(values))
+        image, warning = read(tiff(values))
         assert image.max() == 0
-        assert "no valid value" in str(remark)
+        assert "no valid value" in str(warning)
 
 
-FLOATS = {  # least, greatest -> greatest of 8 bits, what is said
+FLOATS = {  # least, greatest -> greatest of 8 bits, warning
     (0, 1): (255, None),
     (0, 1.02): (255, "between 0 and 1.02: taken as 0 to 1.02"),
     (0, 1.6): (255, "between 0 and 1.6: taken as 0 to 1.6"),
@@ -86,14 +86,14 @@ FLOATS = {  # least, greatest -> greatest of 8 bits, what is said
 
 @pytest.mark.parametrize("span", FLOATS)
 def test_floats(span):
-    greatest, said = FLOATS[span]
-    image, remark = read(tiff(ramp(*span, np.float32)))
+    greatest, expected = FLOATS[span]
+    image, warning = read(tiff(ramp(*span, np.float32)))
     assert abs(int(image.max()) - greatest) <= 1
     assert levels(image) >= 46
-    assert (remark is None) if said is None else (said in str(remark))
+    assert (warning is None) if expected is None else (expected in str(warning))
 
 
-INTEGERS = {  # type, least, greatest, value of holes -> grey levels, what is said
+INTEGERS = {  # type, least, greatest, value of holes -> grey levels, warning
     (np.int32, 0, 255, None): (48, "between 0 and 255: taken as 8 bits"),
     (np.int32, 0, 150, None): (48, "between 0 and 150: taken as 8 bits"),
     (np.int32, 0, 10**9, None): (48, "stretched"),
@@ -105,16 +105,16 @@ INTEGERS = {  # type, least, greatest, value of holes -> grey levels, what is sa
 
 @pytest.mark.parametrize("kind", INTEGERS)
 def test_integers_of_unknown_range(kind):
-    least, said = INTEGERS[kind]
+    least, expected = INTEGERS[kind]
     dtype, low, high, holes = kind
     for order in "<>" if dtype is not np.uint32 else "<":
-        image, remark = read(tiff(ramp(low, high, dtype, holes), order))
+        image, warning = read(tiff(ramp(low, high, dtype, holes), order))
         assert levels(image) >= least - 1
-        assert said in str(remark)
+        assert expected in str(warning)
 
 
 @pytest.mark.parametrize(
-    ("high", "said"),
+    ("high", "expected"),
     [
         (255, "between 0 and 255 of 65535 (8 bits end at 255)"),
         (1023, "between 0 and 1023 of 65535 (10 bits end at 1023)"),
@@ -125,7 +125,7 @@ def test_integers_of_unknown_range(kind):
         (65535, None),
     ],
 )
-def test_16_bits_are_divided_and_those_hardly_used_are_named(high, said):
+def test_16_bits_are_divided_and_those_hardly_used_are_named(high, expected):
     values = ramp(0, high, np.uint16)
     colours = np.stack([values, values // 2, values], axis=-1)
     alpha = np.full_like(values, 65535)
@@ -138,21 +138,21 @@ def test_16_bits_are_divided_and_those_hardly_used_are_named(high, said):
         deep_png(np.dstack([colours, alpha])),  # whose range does not count
         deep_png(np.stack([values, alpha], axis=-1)),
     ):
-        image, remark = read(data)
+        image, warning = read(data)
         assert int(image.max()) == high >> 8
-        if said is None:
-            assert remark is None
+        if expected is None:
+            assert warning is None
         elif high > 255:
-            assert f"of 65535 ({said.partition('(')[2]}" in str(remark)
+            assert f"of 65535 ({expected.partition('(')[2]}" in str(warning)
     for data in (deep_png(values), tiff(values)):
-        assert (said or "None") in str(read(data)[1])
+        assert (expected or "None") in str(read(data)[1])
 
 
 def test_a_narrow_range_of_high_values_is_named():
     assert "between 30000 and 34000 of 65535:" in str(read(deep_png(ramp(30000, 34000, np.uint16)))[1])
     values = ramp(0, 4095, np.uint16, 65535)
-    image, remark = read(tiff(values, tags={NODATA: (2, b"65535\0")}))
-    assert "between 0 and 4095 of 65535" in str(remark)
+    image, warning = read(tiff(values, tags={NODATA: (2, b"65535\0")}))
+    assert "between 0 and 4095 of 65535" in str(warning)
     assert image[:, :4, :4].max() == 0
 
 
@@ -184,9 +184,9 @@ def test_a_few_other_values_do_not_hide_a_narrow_range(side, low, high, other, p
     count = max(1, int(part * values.size))
     values.ravel()[1 + np.random.default_rng(0).permutation(values.size - 2)[:count]] = other  # not the ends
     for data in containers(values, nodata):
-        remark = str(read(data)[1])
-        assert f" and {high} of 65535" in remark, remark
-        assert remark.startswith("all but") is (nodata is None), remark
+        warning = str(read(data)[1])
+        assert f" and {high} of 65535" in warning, warning
+        assert warning.startswith("all but") is (nodata is None), warning
 
 
 @pytest.mark.parametrize("side", [8, 48, 300])
@@ -223,9 +223,9 @@ def test_12_bits_that_the_file_declares_are_all_of_them():
     values = np.arange(0, 4096, 16, dtype=np.uint16)[None].repeat(4, 0)
     first, second = values[:, ::2], values[:, 1::2]
     packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=-1).astype(np.uint8)
-    image, remark = read(tiff(packed.reshape(4, -1), bits=12))
+    image, warning = read(tiff(packed.reshape(4, -1), bits=12))
     assert torch.equal(image[0, 0], torch.arange(256, dtype=torch.uint8))
-    assert remark is None
+    assert warning is None
 
 
 def test_white_is_zero():
@@ -281,10 +281,10 @@ def test_a_transparent_value_of_a_png_shows_white_at_every_depth():
     for data in (grey, turned):
         image = decode_image(data)[0]
         assert (image if data is grey else image.flip(0, 1)).tolist() == [[0, 1, 255, 255], [255, 3, 156, 0]]
-    hidden = with_chunks(deep_png(ramp(0, 4095, np.uint16, 65535)), (b"tRNS", struct.pack(">H", 65535)))
-    image, remark = read(hidden)
+    transparent = with_chunks(deep_png(ramp(0, 4095, np.uint16, 65535)), (b"tRNS", struct.pack(">H", 65535)))
+    image, warning = read(transparent)
     assert image[:, :4, :4].min() == 255
-    assert str(remark).startswith("its values lie between 0 and 4095 of 65535")
+    assert str(warning).startswith("its values lie between 0 and 4095 of 65535")
     colours = np.stack([values, values[::-1], values], axis=-1)
     encoded = EncodedImage(with_chunks(deep_png(colours), (b"tRNS", struct.pack(">HHH", 0, 1000, 0))))
     want = (colours >> 8).astype(np.uint8)
@@ -358,7 +358,7 @@ def page(kind: int | None = None, order: str = "<", tag: int = 254, form: int = 
 
 @pytest.mark.parametrize("order", ["<", ">"])
 @pytest.mark.parametrize(
-    ("kinds", "said"),
+    ("kinds", "expected"),
     [
         ((None,), False),
         ((None, None), True),
@@ -370,17 +370,17 @@ def page(kind: int | None = None, order: str = "<", tag: int = 254, form: int = 
         ((0, 1, 0), True),
     ],
 )
-def test_tiffs_of_several_pages_say_so(order, kinds, said):
+def test_tiffs_of_several_pages_say_so(order, kinds, expected):
     image = EncodedImage(join_tiffs(*(page(kind, order) for kind in kinds)))
     assert Image.open(io.BytesIO(image.data)).n_frames == len(kinds)
     image.decode()
-    assert image.remarks == ({"pages": PAGES} if said else {})
+    assert image.warnings == ({"pages": PAGES} if expected else {})
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize(("tag", "form", "kind", "said"), [(254, 3, 1, False), (254, 3, 2, True), (255, 3, 2, False)])
-def test_smaller_copies_in_other_words(order, tag, form, kind, said):
-    assert has_pages(join_tiffs(page(None, order), page(kind, order, tag, form))) is said
+@pytest.mark.parametrize(("tag", "form", "kind", "pages"), [(254, 3, 1, False), (254, 3, 2, True), (255, 3, 2, False)])
+def test_smaller_copies_in_other_words(order, tag, form, kind, pages):
+    assert has_pages(join_tiffs(page(None, order), page(kind, order, tag, form))) is pages
 
 
 def test_pages_of_large_and_of_damaged_tiffs():
@@ -410,9 +410,9 @@ def test_one_warning_of_pages_beside_one_of_values(folder, tmp_path, capfd, work
         ("shrink", folder, "--out", tmp_path / "small", "--num-workers", workers),
     ):
         assert run(*command) == 0
-        said = "".join(capfd.readouterr())
-        assert_one_warning(said)
-        lines = [line for line in said.splitlines() if "several pages" in line]
+        expected = "".join(capfd.readouterr())
+        assert_one_warning(expected)
+        lines = [line for line in expected.splitlines() if "several pages" in line]
         assert len(lines) == 1
         assert lines[0].startswith("warning: ")
         assert lines[0].endswith(f"page.tif: {PAGES} (told once, others may be alike)")
@@ -525,9 +525,9 @@ def test_images_that_are_too_large_say_so(tmp_path, capfd):
     (tmp_path / "images/a.png").write_bytes(large_png(400))
     options = ("--data.root", tmp_path / "images", "--data.num-workers", 0, "--output-dir", tmp_path / "runs", *TINY)
     assert run("train", "itpn-pixel_nano", *options, "--data.max-pixels", 1000) == 2
-    said = "".join(capfd.readouterr())
-    assert "400x400 pixels, more than the 1000 allowed (--data.max-pixels)" in said
-    assert "none of the images in" in said
+    expected = "".join(capfd.readouterr())
+    assert "400x400 pixels, more than the 1000 allowed (--data.max-pixels)" in expected
+    assert "none of the images in" in expected
 
 
 def test_more_pixels_than_pillow_allows(tmp_path, capfd, monkeypatch):

@@ -25,7 +25,7 @@ from itpn.system.processes import conclude
 
 
 class Misbehaving(Dataset[dict[str, Any]]):
-    """Batches of a tensor; the fourth does what it is told."""
+    """Batches of a tensor; the fourth does what the test asks for."""
 
     def __init__(self, action: str) -> None:
         self.action = action
@@ -41,7 +41,7 @@ class Misbehaving(Dataset[dict[str, Any]]):
                         beat()
                 case "disk":
                     raise OSError(errno.EIO, "Input/output error", "/photos/1.jpg")
-                case "mistake":
+                case "user error":
                     raise UserError("a mistake of the user's")
                 case "lines":
                     raise UserError("a name\nof two lines: x\nitpn.errors.MachineError: none")
@@ -64,7 +64,7 @@ def run(action: str, workers: int = 2) -> list[int]:
 
 @pytest.mark.parametrize("length", [0, 100])  # too long for a socket
 def test_workers_leave_no_folders_behind(monkeypatch, length):
-    """They share the one that the main process removes when it ends; each would leave its own when it is killed."""
+    """Worker processes share a folder that the main process removes when it ends; killed ones would leave theirs."""
     settings = multiprocessing.current_process()._config
     monkeypatch.setitem(settings, "tempdir", None)
     with tempfile.TemporaryDirectory(suffix="x" * length) as folder:
@@ -99,7 +99,7 @@ def alive() -> list[str]:
         ("unsendable", MachineError, "cannot send what it has read"),
         ("disk", OSError, r"^\[Errno 5\] Input/output error: '/photos/1.jpg'$"),
         ("memory", MemoryError, "^no more$"),
-        ("mistake", UserError, "^a mistake of the user's$"),
+        ("user error", UserError, "^a mistake of the user's$"),
         ("bug", KeyError, "Original Traceback"),
     ],
 )
@@ -128,7 +128,7 @@ def test_a_worker_that_hangs(tmp_path, monkeypatch):
     monkeypatch.setenv("FIFO", str(tmp_path / "fifo"))
     monkeypatch.setattr(itpn.data.workers, "POLL", 0.2)
     monkeypatch.setattr(itpn.data.workers, "PATIENCE", 0.4)
-    with pytest.raises(MachineError, match=r"^no image of photos was read for \S+ s, worker processes hang: look"):
+    with pytest.raises(MachineError, match=r"^no image of photos was read for \S+ s, worker processes hang: check"):
         run("hang")
     assert not alive()
     assert run("slow") == list(range(9))
@@ -149,7 +149,7 @@ def test_the_end_of_a_worker_is_noticed_where_its_signal_was_missed(monkeypatch)
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     """Even those that hang, when it is killed."""
     if sys.platform != "linux":
-        pytest.skip("only Linux tells a process that its parent has ended")
+        pytest.skip("only Linux notifies a process that its parent has ended")
     os.mkfifo(tmp_path / "fifo")
     code = """
         import sys; sys.path[:0] = {path!r}

@@ -8,17 +8,19 @@ from torchvision.io import decode_jpeg, read_file
 
 from itpn.data.augment import PretrainingTransform
 from itpn.data.files import find_training_images
-from itpn.data.gpu_decoding import DeferredTransform, collate_deferred, finish
+from itpn.data.gpu_decoding import GpuTransform, collate_encoded
 from itpn.data.loader import TrainingLoader
 
 TRANSFORM = PretrainingTransform((64, 96), color_jitter=0.2, teacher_size=(56, 84))
 
 
-def read(photos: Path, deferred: bool) -> list[dict]:
-    transform, own = (DeferredTransform(TRANSFORM), {"collate": collate_deferred}) if deferred else (TRANSFORM, {})
+def read(photos: Path, device: torch.device | None = None) -> list[dict]:
+    on_device = GpuTransform(TRANSFORM)
+    own = {} if device is None else {"collate": collate_encoded, "finish_batch": on_device.finish_batch}
     source = find_training_images([str(photos)])
+    transform = TRANSFORM if device is None else on_device
     loader = TrainingLoader(source, transform, batch_size=5, num_workers=0, seed=3, **own)
-    return list(loader)
+    return [batch if device is None else loader.finish(batch, device) for batch in loader]
 
 
 def test_views_are_those_of_the_cpu(device, photos):
@@ -27,10 +29,9 @@ def test_views_are_those_of_the_cpu(device, photos):
     The CPU moreover decodes at a fraction of the size where a crop is much larger than its view. Crops, mirroring and
     jitter are the same: a mirror image differs by far more.
     """
-    for batch, expected in zip(read(photos, True), read(photos, False), strict=True):
-        views = finish(batch, TRANSFORM, device)
+    for views, expected in zip(read(photos, device), read(photos), strict=True):
         assert views["key"] == expected["key"]
-        assert views["broken"] == []
+        assert views["corrupt"] == []
         for name in ("image", "teacher_image"):
             assert views[name].device.type == device.type
             assert views[name].dtype == torch.uint8

@@ -14,8 +14,9 @@ import torch
 from photos import draw_photo
 
 from itpn.data.augment import PretrainingTransform
+from itpn.data.collate import collect, stack
 from itpn.data.files import find_training_images
-from itpn.data.loader import TrainingLoader, collect, stack
+from itpn.data.loader import TrainingLoader
 from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.configs import (
     ClassificationConfig,
@@ -38,7 +39,7 @@ from itpn.tasks.detection.module import DetectionTask
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.segmentation.module import SegmentationTask
-from itpn.teachers.ema import EMATeacher
+from itpn.teachers.ema import MovingAverageTeacher
 from itpn.teachers.timm_teacher import FeatureTeacher, FeatureTower
 from itpn.training.config import image_size
 from itpn.training.module import TrainingTask
@@ -68,7 +69,7 @@ def pretraining(photos: Path, name: str = "itpn_nano", teacher: str | None = Non
     )
     torch.manual_seed(0)
     network = build_masked_model(config.model, image_size(config.data), config.teacher)
-    watching: Any = {None: lambda: None, "ema": lambda: EMATeacher(network), "vit": make_vit}[teacher]()
+    watching: Any = {None: lambda: None, "ema": lambda: MovingAverageTeacher(network), "vit": make_vit}[teacher]()
     source = find_training_images(config.data.root)
     transform = PretrainingTransform((32, 48), teacher_size=(64, 96) if teacher == "vit" else None)
     return PretrainingTask(network, config, "test", loader_of(source, transform), watching)
@@ -142,7 +143,7 @@ def detection(photos: Path) -> DetectionTask:
         data=DetectionDataConfig(img_size=64, batch_size=4),
         optimizer=FineTuningConfig(**LEARNING),
     )
-    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="pooled", drop_path_rate=0.1)
+    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="detection", drop_path_rate=0.1)
     sizes = {"head_width": 16, "rpn_post_nms_top_n_train": 40, "box_batch_size_per_image": 16}
     network = MaskDetector(backbone, 3, min_size=64, max_size=128, **sizes)
     return DetectionTask(network, config, "test", ("a", "b"), loader_of(Drawn(), View("detection"), collect))
@@ -157,7 +158,7 @@ def segmentation(photos: Path) -> SegmentationTask:
         data=SegmentationDataConfig(img_size=64, batch_size=4, **STATISTICS),
         optimizer=FineTuningConfig(**LEARNING),
     )
-    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="joined", drop_path_rate=0.1)
+    backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="segmentation", drop_path_rate=0.1)
     network = Segmenter(backbone, 2, head_width=16)
     return SegmentationTask(network, config, "test", ("a", "b"), loader_of(Drawn(), View("segmentation")))
 

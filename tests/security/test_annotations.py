@@ -11,8 +11,8 @@ from security.attack import limited, refused
 
 from itpn.cli import main
 from itpn.data.annotations import read_objects
+from itpn.data.class_names import read_names
 from itpn.data.files import find_images
-from itpn.data.labelmaps import read_names
 from itpn.system import processes as peers
 from itpn.system.yaml_files import load_yaml
 
@@ -23,8 +23,8 @@ def coco(folder, note, image=None, text=None):
     """A folder with one image, and one object in it beside a sound one."""
     (folder / "train").mkdir()
     os.rename(folder / "photos" / "0.jpg", folder / "train" / "0.jpg")
-    known = {"id": 1, "file_name": "0.jpg", "height": 48, "width": 64} | (image or {})
-    content = {"images": [known], "annotations": [{**BOX, "id": 2}, note], "categories": [{"id": 1, "name": "a"}]}
+    entry = {"id": 1, "file_name": "0.jpg", "height": 48, "width": 64} | (image or {})
+    content = {"images": [entry], "annotations": [{**BOX, "id": 2}, note], "categories": [{"id": 1, "name": "a"}]}
     path = folder / "train" / "x.json"
     path.write_text(text if text is not None else json.dumps(content))
     return path
@@ -147,8 +147,8 @@ def test_a_hostile_yaml(tmp_path, photo, kind):
     train = ["train", "detector_nano", "--data.root", tmp_path, "--model.scratch", "--model.name", "itpn_nano"]
     assert "data.yaml" in refused(*train, memory=2**28)
     (tmp_path / "config.yaml").write_text(f"recipe: x\ndata:\n  root: x\n{text}")
-    said = "bytes, more than the" if kind == "too long" else "is not a run's config.yaml"
-    assert said in refused("train", tmp_path / "config.yaml", memory=2**28)
+    logged = "bytes, more than the" if kind == "too long" else "is not a run's config.yaml"
+    assert logged in refused("train", tmp_path / "config.yaml", memory=2**28)
     assert not canary.exists()
 
 

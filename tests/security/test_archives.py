@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from security.attack import limited, refused
 
 from itpn.data.cache import FeatureCache
-from itpn.data.files import CACHE_INDEX, SHRINK_INDEX, find_images
+from itpn.data.file_types import CACHE_INDEX, COPIES_INDEX
+from itpn.data.files import find_images
 from itpn.data.labelled import find_labelled
 from itpn.data.readers import unpack
 from itpn.data.shards import count_shard_images, read_shard
@@ -170,7 +171,7 @@ def shrink_to(path: str, out: str) -> int:
 
 
 @pytest.mark.parametrize("content", ["[]", "[" * 10**5, '{"complete": {}}', "7", '"x"', "{" * 10**5, "\0" * 100])
-@pytest.mark.parametrize("name", [SHRINK_INDEX, CACHE_INDEX])
+@pytest.mark.parametrize("name", [COPIES_INDEX, CACHE_INDEX])
 def test_a_hostile_index(tmp_path, photo, name, content):
     (photo.parent / name).write_text(content)
     train = ["train", "itpn-pixel_nano", "--data.root", photo.parent, "--data.batch-size", "2", "--output-dir", "runs"]

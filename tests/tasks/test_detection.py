@@ -21,7 +21,8 @@ from torchrun import run_command
 import itpn
 from itpn.cli import main
 from itpn.data.annotations import read_objects
-from itpn.data.shapes import CLASSES, write_shapes
+from itpn.data.scenes import CLASSES
+from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
 from itpn.metrics.detection import FIGURES, score_detections, write_detection_scores
 from itpn.models.detector import Detector
@@ -130,7 +131,7 @@ def test_figures_are_pycocotools(shapes, source):
     if source == "coco_mini" and not MINI.is_dir():
         pytest.skip("shared/data/coco_mini is not here")
     root = shapes if source == "shapes" else MINI
-    images = read_objects(str(root), "val", tell=pytest.fail)
+    images = read_objects(str(root), "val", log=pytest.fail)
     results = make_results(images, 0, masks=True)
     scores = score_detections(images, results, images.ids.tolist(), masks=True)
     file = root / "annotations" / "instances_val2017.json"

@@ -46,7 +46,11 @@ def test_no_module_outside_the_tasks_names_one():
     tasks = [task for task in all_tasks() if task.config.__module__.startswith("itpn.")]
     assert len(tasks) >= 4
     forbidden = {name for task in tasks for name in (task.name, task.config.__name__)}
-    forbidden |= {f"{task.name.capitalize()}{kind}" for task in tasks for kind in ("ModelConfig", "DataConfig")}
+    forbidden |= {
+        f"{task.name.capitalize()}{kind}"
+        for task in tasks
+        for kind in ("PretrainingModelConfig", "PretrainingDataConfig")
+    }
     found = [
         f"{path.relative_to(SOURCE)}:{line}: {name}"
         for path in sorted(SOURCE.rglob("*.py"))

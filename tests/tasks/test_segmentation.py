@@ -23,7 +23,8 @@ from itpn.checkpoints.files import named_tensors, read_checkpoint
 from itpn.cli import main
 from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
-from itpn.data.shapes import CLASSES, GROUNDS, write_shapes
+from itpn.data.scenes import CLASSES, GROUNDS
+from itpn.data.shapes import write_shapes
 from itpn.metrics.segmentation import PixelScores, compare
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.configs import (
@@ -453,7 +454,7 @@ def break_names(root: Path) -> str:
 
 def break_labels(root: Path) -> str:
     Image.new("L", (64, 64), 99).save(sorted((root / "annotations" / "training").iterdir())[0])
-    return "masks of labels that are no classes (--data.classes), nor ignored (--data.ignore): 1"
+    return "masks of labels that are neither classes (--data.classes) nor ignored (--data.ignore): 1"
 
 
 def break_all_but_one(root: Path) -> str:

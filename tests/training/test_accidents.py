@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from itpn.commands.train import train
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -21,11 +22,10 @@ import itpn.data.evaluation
 import itpn.data.files
 import itpn.data.readers
 from itpn.cli import main
-from itpn.data.loader import SkippedImages, nothing_readable
+from itpn.data.skipped import SkippedImages, nothing_readable
 from itpn.errors import MachineError, UserError
 from itpn.system.accidents import guard
 from itpn.tasks.pretraining.module import PretrainingTask
-from itpn.tasks.run import train
 from itpn.training.config import write_yaml
 
 SCRIPT = Path(__file__).with_name("misbehaving.py")
@@ -205,7 +205,7 @@ def test_files_that_vanished_are_not_corrupt(tmp_path):
     with pytest.raises(MachineError, match=r"none of 1 images in a row .*Permission denied; check the permissions of"):
         raise nothing_readable([(str(tmp_path / "1.jpg"), os.strerror(errno.EACCES))])
     (tmp_path / "1.jpg").symlink_to("nothing")  # which never led anywhere
-    with pytest.raises(UserError, match="Mend or remove broken files"):
+    with pytest.raises(UserError, match="Repair or remove the corrupt files"):
         skipped.check(10)
 
 

@@ -14,22 +14,24 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import track
 
+from itpn.data.class_names import read_class_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage
-from itpn.data.files import CACHE_INDEX, CLASSES, SHRINK_INDEX, ImageSource, describe_unread, walk
+from itpn.data.file_types import CACHE_INDEX, CLASSES, COPIES_INDEX, describe_unread
+from itpn.data.files import ImageSource
 from itpn.data.folders import check_settings
-from itpn.data.labelled import read_class_names
-from itpn.data.loader import SkippedImages
 from itpn.data.members import list_endings
 from itpn.data.resized_copies import (
+    CopiesIndex,
     Original,
-    ShrinkIndex,
-    ShrunkImage,
-    ShrunkImages,
+    ResizedCopies,
+    ResizedCopy,
     list_originals,
     read_index,
     write_index,
-    write_shard,
+    write_tar,
 )
+from itpn.data.skipped import SkippedImages
+from itpn.data.walk import walk
 from itpn.data.workers import WorkerLoader
 from itpn.errors import MachineError, RunStopped, UserError, refusal
 from itpn.system.console import Output, print_aside, tell_remarks
@@ -94,7 +96,7 @@ def shrink(
         write_index(out, index)
         size = sum((out / name).stat().st_size for name in shards)
     images, before = (sum(record[name] for record in index.shards.values()) for name in ("images", "bytes"))
-    broken = sum(len(record["broken"]) for record in index.shards.values())
+    broken = sum(len(record["corrupt"]) for record in index.shards.values())
     console.print(
         f"{images:,} images{f' ({broken:,} broken ones left out)' if broken else ''}, {decimal(before)} before, "
         f"{decimal(size)} after; train from them with --data.root {out}",
@@ -144,9 +146,9 @@ def _hash(originals: dict[str, list[Original]]) -> str:
 
 
 @contextmanager
-def _open_folder(out: Path, settings: dict[str, Any]) -> Iterator[ShrinkIndex]:
+def _open_folder(out: Path, settings: dict[str, Any]) -> Iterator[CopiesIndex]:
     """Take the folder for this process; the index tells which shards are done."""
-    begun = (out / SHRINK_INDEX).exists()
+    begun = (out / COPIES_INDEX).exists()
     if not begun and out.is_dir() and ((out / CACHE_INDEX).exists() or next(walk(str(out)), None)):
         raise UserError(f"{out} holds images, shards or features already; choose another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -156,7 +158,7 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> Iterator[ShrinkIndex]:
     except Timeout:
         raise UserError(f"{out} is in use by another process; wait for it, or choose another --out") from None
     with taken:
-        index = read_index(out) if begun else ShrinkIndex(settings)
+        index = read_index(out) if begun else CopiesIndex(settings)
         check_settings(out, index.settings, settings, "shards")
         index.shards = {name: record for name, record in index.shards.items() if (out / name).exists()}
         index.complete = False
@@ -166,7 +168,7 @@ def _open_folder(out: Path, settings: dict[str, Any]) -> Iterator[ShrinkIndex]:
 
 def _write_shards(
     out: Path,
-    index: ShrinkIndex,
+    index: CopiesIndex,
     shards: dict[str, list[Original]],
     num_workers: int | None,
     max_pixels: int,
@@ -177,32 +179,32 @@ def _write_shards(
         console.print(f"{len(shards) - len(todo)} of {len(shards)} shards are there already", highlight=False)
     skipped = SkippedImages(sum(map(len, shards.values())))
     for done in index.shards.values():
-        skipped.update(done["broken"].items())
+        skipped.update(done["corrupt"].items())
     originals = [one for name in todo for one in shards[name]]
     images = WorkerLoader(
-        ShrunkImages(index.settings["short side"], index.settings["quality"], max_pixels),
+        ResizedCopies(index.settings["short side"], index.settings["quality"], max_pixels),
         originals,
         count_cores() if num_workers is None else num_workers,
         f"those to shrink ({originals[0].path}, ...)" if originals else "those to shrink",
     )
     results = iter(track(images, "images", total=len(originals), console=console, disable=not console.is_terminal))
     for name in todo:
-        record: dict[str, Any] = {"images": 0, "bytes": 0, "broken": {}}
+        record: dict[str, Any] = {"images": 0, "bytes": 0, "corrupt": {}}
         (out / name).parent.mkdir(exist_ok=True)
-        write_shard(out / name, _members(islice(results, len(shards[name])), record, skipped))
+        write_tar(out / name, _members(islice(results, len(shards[name])), record, skipped))
         index.shards[name] = record
         try:
             skipped.check(0)
         except UserError:
             # they will be mended: look at them again then
-            index.shards = {name: done for name, done in index.shards.items() if not done["broken"]}
+            index.shards = {name: done for name, done in index.shards.items() if not done["corrupt"]}
             raise
         finally:
             write_index(out, index)
 
 
 def _members(
-    results: Iterator[ShrunkImage],
+    results: Iterator[ResizedCopy],
     record: dict[str, Any],
     skipped: SkippedImages,
 ) -> Iterator[tuple[str, bytes]]:
@@ -210,7 +212,7 @@ def _members(
     for original, content, size, remarks in results:
         tell_remarks({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
         if isinstance(content, UnreadableImage):
-            record["broken"][original.name] = str(content)
+            record["corrupt"][original.name] = str(content)
             for message in skipped.update([(original.name, str(content))]):
                 print_aside(f"skipped {message}")
             continue

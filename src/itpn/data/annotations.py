@@ -1,4 +1,4 @@
-"""Annotations of objects, and what is invalid in them, found before anything is trained."""
+"""Annotations of objects: found and checked before training."""
 
 import json
 from collections import Counter
@@ -7,56 +7,59 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from faster_coco_eval.core import mask as rle
 
+from itpn.data.coco import read_coco
 from itpn.data.decode import MAX_PIXELS
-from itpn.data.files import describe_file
-from itpn.data.layouts import FRACTIONS, NO_OUTLINE, Coco, Mistakes, read_coco, read_voc, read_yolo
-from itpn.data.numbers import read_number, read_whole
-from itpn.data.objects import MIN_SIDE, DetectionImages, encode_outline
+from itpn.data.file_types import describe_file
+from itpn.data.invalid import InvalidAnnotations
+from itpn.data.layouts import Coco
+from itpn.data.numbers import is_int64, read_image_id, read_number, read_whole
+from itpn.data.object_checks import check_object, refuse_corners
+from itpn.data.objects import DetectionImages
 from itpn.data.readers import FileReader, PackedStrings
+from itpn.data.voc import read_voc
+from itpn.data.yolo import read_yolo
 from itpn.errors import UserError
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 LAYOUTS = (
     "COCO's (annotations/instances_*.json, or a folder for each set with its JSON inside), YOLO's (data.yaml) or "
     "Pascal VOC's (JPEGImages and Annotations)"
 )
-SMALL_IMAGE = 8  # pixels: in less, a box in the first pixel may be meant
 
 
 def find_objects(
     root: str,
     val_root: str | None = None,
-    mistakes: Literal["summary", "skip", "error"] = "summary",
-    tell: Tell = print,
+    on_invalid: Literal["summary", "skip", "error"] = "summary",
+    log: Log = print,
     max_pixels: int = MAX_PIXELS,
 ) -> tuple[DetectionImages, DetectionImages | None]:
-    """Find the images to train on and those to evaluate on, with the same classes.
+    """Find the training and the validation images, with the same classes.
 
     Args:
-        mistakes: what is done about annotations that cannot be right: see `itpn.tasks.configs.DetectionDataConfig`.
+        on_invalid: what to do about invalid annotations, see `itpn.tasks.configs.DetectionDataConfig`.
         max_pixels: larger images are left out.
-        tell: takes the summary, a line at a time.
+        log: takes the summary, a line at a time.
 
     Returns:
-        The second is None where there are none.
+        The training images; the validation images, or None if there are none.
 
     Raises:
-        UserError: nothing of a known layout, no images, no objects, a mistake if it is an error, or classes to evaluate
-            on that there are none of to train on.
+        UserError: no known layout, no images, no objects, an invalid annotation if it is an error, or a class that is
+            in the validation images alone.
     """
-    told: set[str] = set()
-    train = read_objects(root, "train", mistakes, tell, max_pixels=max_pixels, told=told)
+    logged: set[str] = set()
+    train = read_objects(root, "train", on_invalid, log, max_pixels=max_pixels, logged=logged)
     assert train is not None
     val = None
-    if val_root is not None or Path(root).is_dir():  # or else the one file is to train on
-        val = read_objects(val_root or root, "val", mistakes, tell, val_root is None, max_pixels, told)
+    if val_root is not None or Path(root).is_dir():  # a single file is for training
+        val = read_objects(val_root or root, "val", on_invalid, log, val_root is None, max_pixels, logged)
     if val is None:
         return train, None
     unknown = [name for name in val.classes if name not in train.classes]
-    used = {known["label"] for index in range(len(val)) for known in val.objects_of(index)}
+    used = {one["label"] for index in range(len(val)) for one in val.objects_of(index)}
     if lost := [name for name in unknown if val.classes.index(name) in used]:
         raise UserError(
             f"class {', '.join(lost[:3])} of the images to evaluate on is not among those to train on in {root}: the "
@@ -68,22 +71,22 @@ def find_objects(
 def read_objects(
     root: str,
     split: str,
-    mistakes: Literal["summary", "skip", "error"] = "summary",
-    tell: Tell = print,
+    on_invalid: Literal["summary", "skip", "error"] = "summary",
+    log: Log = print,
     optional: bool = False,
     max_pixels: int = MAX_PIXELS,
-    told: set[str] | None = None,
+    logged: set[str] | None = None,
 ) -> DetectionImages | None:
-    """The images of one set, checked.
+    """Read and check the images of one split.
 
     Args:
-        told: remarks that have been told of another set, and are not repeated.
+        logged: notes that were logged for another split and are not repeated.
 
     Returns:
-        None if there is no such set and it is ``optional``.
+        None if there is no such split and it is ``optional``.
 
     Raises:
-        UserError: no annotations or images, objects of which none can be used, or none to train on.
+        UserError: no annotations or images, no usable object, or no object to train on.
     """
     if not root:
         raise UserError(f"--data.root is an empty name: give a folder of {LAYOUTS}")
@@ -94,9 +97,9 @@ def read_objects(
             if folder.exists()
             else f"{root} does not exist: give a folder of {LAYOUTS}"
         )
-    found = Mistakes()
+    invalid = InvalidAnnotations()
     for read in (read_coco, read_yolo, read_voc) if folder.is_dir() else (read_coco,):
-        parts = read(folder, split, found, max_pixels)
+        parts = read(folder, split, invalid, max_pixels)
         if parts is not None:
             break
     else:
@@ -107,68 +110,65 @@ def read_objects(
         )
     coco, path_of, source = parts
     try:
-        images = check(coco, path_of, source, found, max_pixels)
+        images = check_annotations(coco, path_of, source, invalid, max_pixels)
     except RecursionError as error:
         raise UserError(f"{source} has values nested too deeply to be annotations") from error
     annotated = split == "train" or any(not one.get("iscrowd") for one in coco["annotations"] if isinstance(one, dict))
     lacking = "images" if not len(images) else "objects" if annotated and not len(images.with_objects()) else ""
     if lacking:
-        raise found.explain_lack(source, lacking)
-    found.report(source, mistakes, tell, set() if told is None else told)
+        raise invalid.explain_lack(source, lacking)
+    invalid.report(source, on_invalid, log, set() if logged is None else logged)
     return images
 
 
-# --- what is invalid
-
-
-def check(
-    coco: Coco, path_of: Callable[[str], Path], source: str, mistakes: Mistakes, max_pixels: int = MAX_PIXELS
+def check_annotations(
+    coco: Coco, path_of: Callable[[str], Path], source: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS
 ) -> DetectionImages:
-    """What can be used of annotations; the rest is counted in ``mistakes``.
+    """The usable annotations; the others are counted in ``invalid``.
 
     Ids of annotations are not used: they may be missing or repeated.
 
     Raises:
-        UserError: classes that are none, or boxes that are corners.
+        UserError: invalid classes, or boxes that are given by their corners.
     """
-    names, ids = _check_categories(coco, source, mistakes)
-    images, listed = _check_images(coco["images"], path_of, mistakes, max_pixels)
+    names, ids = _check_categories(coco, source, invalid)
+    images, listed = _check_images(coco["images"], path_of, invalid, max_pixels)
     refuse_corners(coco["annotations"], images, source)
-    numbers = {id_: number for number, id_ in enumerate(ids)}
-    seen: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # objects by image, class and box
-    for number, one in enumerate(coco["annotations"], start=1):
+    class_index = {id_: index for index, id_ in enumerate(ids)}
+    kept: dict[tuple[Any, ...], list[dict[str, Any]]] = {}  # by image, class and box
+    for position, one in enumerate(coco["annotations"], start=1):
         if not isinstance(one, dict) or any(key not in one for key in ("image_id", "category_id")):
-            mistakes.add("objects without image_id or category_id", str(one)[:60])
+            invalid.add("objects without image_id or category_id", str(one)[:60])
             continue
-        name = f"annotation {one['id']}" if "id" in one else f"number {number} of the annotations"
+        name = f"annotation {one['id']}" if "id" in one else f"number {position} of the annotations"
         what = one.get("where") or f"{name} of image {one['image_id']}"
-        key = _image_key(one["image_id"])
+        key = read_image_id(one["image_id"])
         image = None if key is None else images.get(key)
         if image is None:
             if key not in listed:
-                mistakes.add("objects of an image that is not listed", what)
-            continue  # those of an image that cannot be used go with it
-        label = numbers.get(read_whole(one["category_id"]))  # type: ignore[arg-type]  # None is no id
+                invalid.add("objects of an image that is not listed", what)
+            continue  # objects of an unusable image are left out with it
+        label = class_index.get(read_whole(one["category_id"]))  # type: ignore[arg-type]  # None is not an id
         if label is None:
-            mistakes.add("objects of an unknown class", f"{what}: class {one.get('label', one['category_id'])}")
+            invalid.add("objects of an unknown class", f"{what}: class {one.get('label', one['category_id'])}")
             continue
-        known = _check_object(one, image, what, mistakes)
-        if known is None:
+        checked = check_object(one, image, what, invalid)
+        if checked is None:
             continue
-        known["label"] = label
-        same = seen.setdefault((image["path"], label, *known["bbox"]), [])
-        if known in same and "where" in one:  # lines of a file have no ids that tell them apart
-            mistakes.add("objects that are annotated twice, and count once", what)
+        checked["label"] = label
+        same = kept.setdefault((image["path"], label, *checked["bbox"]), [])
+        if checked in same and "where" in one:  # lines of a file have no ids by which they differ
+            invalid.add("objects that are annotated twice, and count once", what)
             continue
-        same.append(known)
-        image["objects"].append(known)
+        same.append(checked)
+        image["objects"].append(checked)
     entries = list({entry["path"]: entry for entry in images.values()}.values())
     sizes = np.array([[e["height"], e["width"]] for e in entries], dtype=np.int64).reshape(-1, 2)
     return DetectionImages(
         FileReader([e["path"] for e in entries]),
         PackedStrings([json.dumps(e["objects"]) for e in entries]),
         sizes,
-        _number_images(entries, mistakes),
+        _image_ids(entries, invalid),
         names,
         ids,
     )
@@ -177,8 +177,8 @@ def check(
 # --- classes
 
 
-def _check_categories(coco: Coco, source: str, mistakes: Mistakes) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Names and ids, in the order of the ids, which may have gaps, as COCO's have."""
+def _check_categories(coco: Coco, source: str, invalid: InvalidAnnotations) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """Names and ids of the classes, sorted by id; ids may have gaps, as COCO's have."""
     pairs = []
     for entry in coco["categories"]:
         name, id_ = (entry.get("name"), entry.get("id")) if isinstance(entry, dict) else (None, None)
@@ -186,14 +186,16 @@ def _check_categories(coco: Coco, source: str, mistakes: Mistakes) -> tuple[tupl
         if not name or id_ is None:
             raise UserError(f"{source} has categories without id or name: {str(entry)[:60]}")
         whole = read_whole(id_)
-        if whole is None or not _is_id(whole):
+        if whole is None or not is_int64(whole):
             raise UserError(f"{source} has categories whose ids are no whole numbers: {id_!r} of {name}")
         pairs.append((whole, name, entry))
     if not pairs:
-        raise UserError(f"{source} has no classes" + (f": {mistakes.lines()[0]}" if mistakes.counts else ""))
+        raise UserError(f"{source} has no classes" + (f": {invalid.lines()[0]}" if invalid.counts else ""))
     root = _find_root(pairs, coco["annotations"])
     if root is not None:
-        mistakes.notes.append(f"category {root[0]} ({root[1]}) has no objects and groups the others: it is no class")
+        invalid.notes.append(
+            f"category {root[0]} ({root[1]}) has no objects and is the supercategory of the others: it is not a class"
+        )
     classes = sorted((id_, name) for id_, name, _ in pairs if root is None or id_ != root[0])
     ids, names = [id_ for id_, _ in classes], [name for _, name in classes]
     given: dict[str, list[Any]] = {"id": ids, "name": names}
@@ -207,9 +209,9 @@ def _check_categories(coco: Coco, source: str, mistakes: Mistakes) -> tuple[tupl
 def _find_root(
     categories: list[tuple[int, str, dict[str, Any]]], annotations: list[Any]
 ) -> tuple[int, str, dict[str, Any]] | None:
-    """The category that Roboflow exports above all others: their supercategory, of no supercategory and no objects.
+    """The supercategory of all others that Roboflow exports as a category without objects; None if there is none.
 
-    Its name may be that of a class as well.
+    A class may have the same name.
     """
     used = {read_whole(one.get("category_id")) for one in annotations if isinstance(one, dict)}
     for root in categories:
@@ -229,19 +231,19 @@ def _find_root(
 
 
 def _check_images(
-    listed: list[Any], path_of: Callable[[str], Path], mistakes: Mistakes, max_pixels: int
+    listed: list[Any], path_of: Callable[[str], Path], invalid: InvalidAnnotations, max_pixels: int
 ) -> tuple[dict[int | str, dict[str, Any]], set[int | str | None]]:
-    """The images that can be used, by id, and the ids of all."""
+    """The usable images by id, and the ids of all images."""
     entries: list[tuple[int | str, dict[str, Any]]] = []
     files: dict[int | str, set[str]] = {}
     keys: set[int | str | None] = set()
     for entry in listed:
         if not isinstance(entry, dict) or any(key not in entry for key in ("id", "file_name")):
-            mistakes.add("images without id or file_name", str(entry)[:60])
+            invalid.add("images without id or file_name", str(entry)[:60])
             continue
-        key = _image_key(entry["id"])
+        key = read_image_id(entry["id"])
         if key is None:
-            mistakes.add("images whose id is neither a whole number nor text", f"{entry['id']!r}: {entry['file_name']}")
+            invalid.add("images whose id is neither a whole number nor text", f"{entry['id']!r}: {entry['file_name']}")
             continue
         keys.add(key)
         entries.append((key, entry))
@@ -253,18 +255,18 @@ def _check_images(
         height, width = (read_whole(entry.get(side)) or 0 for side in ("height", "width"))
         if min(height, width) <= 0:
             sides = f"height {entry.get('height')!r}, width {entry.get('width')!r}"
-            mistakes.add("images without height or width in whole pixels", f"{name}: {sides}")
+            invalid.add("images without height or width in whole pixels", f"{name}: {sides}")
         elif height * width > max_pixels:
-            mistakes.add("images of more pixels than --data.max-pixels", f"{name}: {width}x{height}")
-        elif len(files[key]) > 1:  # whose objects are they?
-            mistakes.add("images whose id another one has", f"{key}: {name}")
+            invalid.add("images of more pixels than --data.max-pixels", f"{name}: {width}x{height}")
+        elif len(files[key]) > 1:  # its objects cannot be assigned
+            invalid.add("images whose id another one has", f"{key}: {name}")
         elif key in images:
-            mistakes.add("images that are listed twice", f"{key}: {name}")
+            invalid.add("images that are listed twice", f"{key}: {name}")
         elif not (path := path_of(name)).is_file():
-            mistakes.add("images not on disk", str(path))
+            invalid.add("images not on disk", str(path))
         elif str(path) in by_path:
             images[key] = by_path[str(path)]
-            mistakes.add("images that are listed with two ids, whose objects were joined", f"{key}: {name}")
+            invalid.add("images that are listed with two ids, whose objects were joined", f"{key}: {name}")
         else:
             images[key] = by_path[str(path)] = {
                 "key": key,
@@ -276,178 +278,13 @@ def _check_images(
     return images, keys
 
 
-def _image_key(value: Any) -> int | str | None:
-    """An id of an image: 7 for 7, 7.0 and "7"; other texts as they are; None for what is no id."""
-    whole = read_whole(value)
-    if isinstance(value, str) and (whole is None or str(whole) != value.strip()):
-        return value  # of "007" and "7", each is an id
-    return whole if whole is not None and _is_id(whole) else None
-
-
-def _number_images(entries: list[dict[str, Any]], mistakes: Mistakes) -> np.ndarray:
-    """The ids of images, int64 [n]; those that are text get the numbers after the largest."""
+def _image_ids(entries: list[dict[str, Any]], invalid: InvalidAnnotations) -> np.ndarray:
+    """The ids of images, int64 [n]; ids that are text are replaced by numbers above the largest id."""
     free = 1 + max((entry["key"] for entry in entries if isinstance(entry["key"], int)), default=0)
     if free + len(entries) >= 2**63:
         free = -len(entries) - 2**62
     texts = [entry["key"] for entry in entries if isinstance(entry["key"], str)]
     if texts:
-        mistakes.notes.append(f"ids of images are text ({texts[0]}): results.json numbers them from {free}")
+        invalid.notes.append(f"ids of images are text ({texts[0]}): results.json numbers them from {free}")
     numbers = iter(range(free, free + len(texts)))
     return np.array([e["key"] if isinstance(e["key"], int) else next(numbers) for e in entries], dtype=np.int64)
-
-
-def _is_id(value: int) -> bool:
-    return abs(value) < 2**63
-
-
-# --- objects
-
-
-def refuse_corners(annotations: list[Any], images: dict[int | str, dict[str, Any]], source: str) -> None:
-    """Find out whether boxes are corners [x0, y0, x1, y1], where [x, y, width, height] are expected.
-
-    They are if that puts (almost) all of them inside their images, while as x, y, width, height a fifth of them, and
-    at least two, leave their image by more than a tenth of its side.
-
-    Raises:
-        UserError: they are.
-    """
-    rows = []
-    for one in annotations:
-        if not isinstance(one, dict) or "where" in one:  # other layouts name the corners
-            continue
-        key = _image_key(one.get("image_id"))
-        image = None if key is None else images.get(key)
-        box = _read_box(one.get("bbox"))
-        if image is not None and box is not None:
-            rows.append([*box, image["width"], image["height"]])
-    if not rows:
-        return
-    boxes = np.array(rows)
-    low, high, sides = boxes[:, :2], boxes[:, 2:4], boxes[:, 4:]
-    corners = ((low > -1) & (high > low) & (high <= sides + 1)).all(axis=1)
-    leaving = (low + high > 1.1 * sides).any(axis=1)
-    count = int(leaving.sum())
-    if count >= max(2, 0.2 * len(boxes)) and corners.mean() >= 0.95:
-        raise UserError(
-            f"{source}: boxes look like [x0, y0, x1, y1]: {count:,} of {len(boxes):,} would leave their image, and as "
-            "corners all are inside; convert them to COCO's [x, y, width, height]"
-        )
-
-
-def _check_object(one: dict[str, Any], image: dict[str, Any], what: str, mistakes: Mistakes) -> dict[str, Any] | None:
-    """An object as it is kept, its box inside the image; None if it is of no use."""
-    height, width = image["height"], image["width"]
-    crowd = one.get("iscrowd")
-    crowd = 0 if crowd is None else int(crowd) if isinstance(crowd, bool) else read_whole(crowd)
-    if crowd not in (0, 1):
-        mistakes.add("objects whose iscrowd is neither 0 nor 1", f"{what}: {one['iscrowd']!r}")
-        return None
-    kept: dict[str, Any] = {"iscrowd": crowd}
-    given, checked = one.get("bbox"), "where" in one
-    stated = given not in (None, [])
-    numbers = _read_box(given) if stated else None
-    # zeros, say, of which a polygon makes a box, but nothing else does
-    placeholder = stated and not checked and (numbers is None or not min(numbers[2:]) > 0)
-    box = None
-    if stated and not placeholder:
-        box = _check_box(numbers, one.get("problem"), checked, height, width, what, mistakes)
-        if box is None:
-            return None
-    segmentation, encoded = _check_segmentation(one.get("segmentation"), height, width, what, mistakes)
-    if placeholder and encoded is None:
-        _check_box(numbers, one.get("problem"), checked, height, width, what, mistakes)
-        return None
-    if placeholder:
-        mistakes.add("boxes of no area, or not of four numbers, in whose place the polygon's is taken", what)
-    mask_area = None
-    if encoded is not None:
-        kept["segmentation"] = segmentation
-        mask_area = float(rle.area(encoded))
-        box = rle.toBbox(encoded).tolist() if box is None else box
-    if box is None:
-        mistakes.add("objects without a box", what)
-        return None
-    said = read_number(one.get("area"))
-    area = said if said is not None and said > 0 else mask_area or box[2] * box[3]
-    return kept | {"bbox": box, "area": area}
-
-
-def _read_box(value: Any) -> list[float] | None:
-    """Four numbers."""
-    numbers = [read_number(part) for part in value] if isinstance(value, list) else []
-    box = [number for number in numbers if number is not None]
-    return box if len(numbers) == len(box) == 4 else None
-
-
-def _check_box(
-    box: list[float] | None, problem: str | None, checked: bool, height: int, width: int, what: str, mistakes: Mistakes
-) -> list[float] | None:
-    """A box inside its image; None if it is of no use.
-
-    Args:
-        problem: kind of what a reader has found wrong with it.
-        checked: a reader has looked, for the file does not hold x, y, width and height in pixels.
-    """
-    if box is None:
-        mistakes.add("objects whose box is not four numbers", what)
-        return None
-    x, y, w, h = box
-    x0, y0, x1, y1 = max(x, 0.0), max(y, 0.0), min(x + w, float(width)), min(y + h, float(height))
-    beyond = max(-x, -y, x + w - width, y + h - height)
-    inside_first_pixel = min(box) >= 0 and max(box) <= 1 and max(w, h) > 0 and min(height, width) >= SMALL_IMAGE
-    if problem is None and not checked and inside_first_pixel:
-        problem = FRACTIONS
-    if problem is None and (w <= 0 or h <= 0):
-        problem = "boxes of no area"
-    if problem is None and (x1 <= x0 or y1 <= y0):
-        problem = "boxes outside their image"
-    if problem is None and min(x1 - x0, y1 - y0) < MIN_SIDE - 1e-3:
-        problem = "boxes under 1 pixel"
-    if problem is not None:
-        mistakes.add(problem, what)
-        return None
-    if beyond > 1:  # less is rounding
-        mistakes.add("boxes partly outside their image, which were cut", what)
-    return [x0, y0, x1 - x0, y1 - y0] if beyond > 0 else box
-
-
-def _check_segmentation(
-    value: Any, height: int, width: int, what: str, mistakes: Mistakes
-) -> tuple[Any, dict[str, Any] | None]:
-    """The polygons or run lengths that hold pixels, as they are and as compressed run lengths; None without any."""
-    parts = [part for part in value if part != []] if isinstance(value, list) else value
-    if not parts:
-        return None, None
-    usable, reason = parts, ""
-    if isinstance(parts, list) and len(parts) > 1:
-        checked = [(part, _encode([part], height, width)[1]) for part in parts]
-        usable = [part for part, wrong in checked if not wrong]
-        reason = next((wrong for _, wrong in checked if wrong), "")
-    encoded, wrong = _encode(usable, height, width)
-    reason = reason or wrong
-    if encoded is None:
-        mistakes.add(NO_OUTLINE, f"{what}: {reason}")
-        return None, None
-    if isinstance(usable, list):
-        usable = [[read_number(v) if isinstance(v, str) else v for v in polygon] for polygon in usable]
-    if reason:
-        mistakes.add("polygons that cannot be used, beside others of the object", f"{what}: {reason}")
-    return usable, encoded
-
-
-def _encode(segmentation: Any, height: int, width: int) -> tuple[dict[str, Any] | None, str]:
-    """Polygons or run lengths as compressed run lengths; None and what is wrong, if anything is."""
-    try:
-        encoded = encode_outline(segmentation, height, width)
-        if isinstance(segmentation, dict):
-            rle.decode(encoded)  # or else runs that are not the image's are found out in training
-        if rle.area(encoded):
-            return encoded, ""
-    except Exception as error:  # malformed in any of many ways
-        plain = isinstance(error, ValueError) and str(error)
-        return None, str(error).splitlines()[0] if plain else "in none of COCO's forms"
-    values = [] if isinstance(segmentation, dict) else [float(v) for polygon in segmentation for v in polygon]
-    if values and min(values) >= 0 and 0 < max(values) <= 1 and min(height, width) >= SMALL_IMAGE:
-        return None, "coordinates from 0 to 1, which look like fractions of the image (pixels are expected)"
-    return None, "it holds no pixel"

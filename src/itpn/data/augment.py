@@ -1,4 +1,4 @@
-"""Augmentation on uint8 tensors. Each function is given its random numbers, so that it has no state of its own."""
+"""Augmentation on uint8 tensors. Each function takes its random generator, so that it has no state of its own."""
 
 import math
 import random
@@ -20,14 +20,19 @@ from itpn.errors import UserError
 Jitter = list[tuple[Callable[[Tensor, float], Tensor], float]]  # adjustments and their factors, in order
 
 
-class Drawn(NamedTuple):
-    """The random numbers of an image's augmentation: top, left, height and width of its crop, and the rest."""
+class AugmentParams(NamedTuple):
+    """The random parameters of an image's augmentation.
+
+    Attributes:
+        box: top, left, height and width of the crop.
+        flip: whether the crop is flipped horizontally.
+    """
 
     box: tuple[int, int, int, int]
-    mirrored: bool
+    flip: bool
     jitter: Jitter
 
-    def cut(self, image: Tensor) -> Tensor:
+    def crop(self, image: Tensor) -> Tensor:
         """The crop of a whole image [3, height, width]."""
         top, left, height, width = self.box
         return image[:, top : top + height, left : left + width]
@@ -40,16 +45,16 @@ class PretrainingTransform:
     Colour jitter and a second view for a teacher make it that of feature pre-training (Bao et al. 2022).
 
     Args:
-        img_size: height and width of what comes out.
+        img_size: height and width of the views.
         scale: smallest and largest area of the crop, as a fraction of the image's.
         ratio: smallest and largest width of the crop, as a multiple of its height.
         interpolation: "bicubic" or "bilinear", always with antialiasing.
-        hflip: probability of a mirror image.
-        color_jitter: largest relative change of brightness, contrast and saturation, which come in random order.
-        teacher_size: height and width of a second view of the same crop, mirrored and jittered alike; None for none.
+        hflip: probability of a horizontal flip.
+        color_jitter: largest relative change of brightness, contrast and saturation, applied in random order.
+        teacher_size: height and width of a second view of the same crop, with the same flip and jitter; None for none.
 
     Raises:
-        UserError: a value that cannot be.
+        UserError: a value out of range.
     """
 
     img_size: tuple[int, int] = (224, 224)
@@ -64,61 +69,61 @@ class PretrainingTransform:
         if self.interpolation not in ("bicubic", "bilinear"):
             raise UserError(f"interpolation is {self.interpolation!r}: choose bicubic or bilinear")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise UserError(f"crop scale is {self.scale}: give a smallest and a largest part between 0 and 1")
+            raise UserError(f"crop scale is {self.scale}: give a smallest and a largest fraction between 0 and 1")
         if not 0 < self.ratio[0] <= self.ratio[1]:
             raise UserError(f"crop ratio is {self.ratio}: give a smallest and a largest ratio above 0")
         if not 0 <= self.color_jitter <= 1:
-            raise UserError(f"color_jitter is {self.color_jitter}: give a part between 0 and 1")
+            raise UserError(f"color_jitter is {self.color_jitter}: give a fraction between 0 and 1")
         if self.teacher_size is not None and min(self.teacher_size) < 1:
             raise UserError(f"teacher_size is {self.teacher_size}: give a height and a width of at least 1")
 
     def __call__(self, image: EncodedImage | Tensor, rng: random.Random) -> dict[str, Tensor]:
-        """Augment one image, encoded or uint8 [3, any, any]; the same ``rng`` gives the same.
+        """Augment one image, encoded or uint8 [3, any, any]; the same ``rng`` gives the same result.
 
         Returns:
             "image" uint8 [3, *img_size], and "teacher_image" uint8 [3, *teacher_size] if that is another size.
         """
         if isinstance(image, Tensor):
-            drawn = self.draw(image.shape[1], image.shape[2], rng)
-            return self.make_views(drawn.cut(image), drawn)
-        drawn = self.draw(image.height, image.width, rng)
+            params = self.draw_params(image.shape[1], image.shape[2], rng)
+            return self.make_views(params.crop(image), params)
+        params = self.draw_params(image.height, image.width, rng)
         largest = [max(sides) for sides in zip(self.img_size, self.teacher_size or (0, 0), strict=True)]
-        return self.make_views(image.decode_crop(*drawn.box, (largest[0], largest[1])), drawn)
+        return self.make_views(image.decode_crop(*params.box, (largest[0], largest[1])), params)
 
-    def draw(self, height: int, width: int, rng: random.Random) -> "Drawn":
-        """What is done to an image of this size."""
+    def draw_params(self, height: int, width: int, rng: random.Random) -> AugmentParams:
+        """Draw the parameters of an image of this size."""
         box = draw_crop(height, width, self.scale, self.ratio, rng)
-        mirrored = rng.random() < self.hflip
-        # the last numbers drawn, and none without jitter, so that crops do not depend on it
-        return Drawn(box, mirrored, draw_jitter(self.color_jitter, rng) if self.color_jitter else [])
+        flip = rng.random() < self.hflip
+        # drawn last, and not at all without jitter, so that crops do not depend on it
+        return AugmentParams(box, flip, draw_jitter(self.color_jitter, rng) if self.color_jitter else [])
 
-    def make_views(self, crop: Tensor, drawn: "Drawn") -> dict[str, Tensor]:
-        """Do what is left to a crop, uint8 [3, any, any], on whatever device it is."""
-        views = {"image": self._make_view(crop, self.img_size, drawn.mirrored, drawn.jitter)}
+    def make_views(self, crop: Tensor, params: AugmentParams) -> dict[str, Tensor]:
+        """Resize, flip and jitter a crop, uint8 [3, any, any], on the device where it is."""
+        views = {"image": self._make_view(crop, self.img_size, params)}
         if self.teacher_size is not None and tuple(self.teacher_size) != tuple(self.img_size):
-            views["teacher_image"] = self._make_view(crop, self.teacher_size, drawn.mirrored, drawn.jitter)
+            views["teacher_image"] = self._make_view(crop, self.teacher_size, params)
         return views
 
-    def _make_view(self, crop: Tensor, size: tuple[int, int], mirrored: bool, jitter: Jitter) -> Tensor:
+    def _make_view(self, crop: Tensor, size: tuple[int, int], params: AugmentParams) -> Tensor:
         view = resize(crop, list(size), InterpolationMode(self.interpolation), antialias=True)
-        if mirrored:
+        if params.flip:
             view = view.flip(-1)
-        for adjust, factor in jitter:
+        for adjust, factor in params.jitter:
             view = adjust(view, factor)
         return view.contiguous()
 
 
 @dataclass(frozen=True)
 class ClassificationTransform:
-    """timm's augmentation of classifiers: random resized crop, flip, RandAugment; up to what the device does better.
+    """timm's augmentation of classifiers: random resized crop, flip, RandAugment. The device normalizes and erases.
 
     Args:
-        img_size: height and width of what comes out.
-        auto_augment: timm's name of an automatic augmentation; None for none, and then there is colour jitter.
+        img_size: height and width of the view.
+        auto_augment: timm's name of an automatic augmentation; None for colour jitter instead.
         crop_scale, crop_ratio, interpolation, hflip, color_jitter: as of :class:`PretrainingTransform`.
 
     Raises:
-        UserError: no augmentation of that name.
+        UserError: timm has no augmentation of that name.
     """
 
     img_size: tuple[int, int]
@@ -140,20 +145,20 @@ class ClassificationTransform:
                 hflip=self.hflip,
                 color_jitter=self.color_jitter,
                 auto_augment=self.auto_augment,
-                use_prefetcher=True,  # uint8 comes out, neither normalised nor erased
+                use_prefetcher=True,  # returns uint8, neither normalized nor erased
             )
         except (AssertionError, ValueError, KeyError, IndexError) as error:
             raise UserError(f"--data.auto-augment {self.auto_augment}: timm knows no such augmentation") from error
         object.__setattr__(self, "_transform", transform)
 
     def __call__(self, image: EncodedImage | Tensor, rng: random.Random, label: int) -> dict[str, Tensor]:
-        """Augment one image, encoded or uint8 [3, any, any]; the same ``rng`` gives the same.
+        """Augment one image, encoded or uint8 [3, any, any]; the same ``rng`` gives the same result.
 
         Returns:
-            "image" uint8 [3, *img_size], and "label" as it is.
+            "image" uint8 [3, *img_size], and "label".
         """
         pixels = decode_whole(image)
-        # timm draws from the global generators of three libraries, which must not notice
+        # timm draws from the global generators of three libraries; their state is restored
         before = random.getstate(), np.random.get_state()
         try:
             with torch.random.fork_rng(devices=[]):
@@ -166,7 +171,7 @@ class ClassificationTransform:
                         view = torch.as_tensor(self._transform(to_pil(pixels)))  # type: ignore[attr-defined]
                         return {"image": view, "label": torch.tensor(label)}
                     except ValueError as error:
-                        # one image in some hundreds is to keep no bit, which newer Pillow refuses: draw again
+                        # of some hundred images, one is posterized to 0 bits, which newer Pillow refuses: draw again
                         if "bits" not in str(error):
                             raise
         finally:
@@ -205,7 +210,7 @@ def draw_crop(
     """Draw a crop whose area is uniform in ``scale`` and whose aspect is log-uniform in ``ratio``.
 
     Returns:
-        top, left, height, width in pixels; the largest allowed centre crop where ten draws do not fit.
+        top, left, height, width in pixels; the largest centre crop within ``ratio`` if ten draws do not fit.
     """
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
@@ -218,7 +223,7 @@ def draw_crop(
 
 
 def center_crop(image: Tensor, img_size: tuple[int, int]) -> Tensor:
-    """The largest centre crop of the shape wanted, resized: uint8 [3, any, any] -> uint8 [3, *img_size]."""
+    """The largest centre crop of that aspect ratio, resized: uint8 [3, any, any] -> uint8 [3, *img_size]."""
     top, left, height, width = _largest_centre_crop(image.shape[-2], image.shape[-1], aspect=img_size[1] / img_size[0])
     crop = image[:, top : top + height, left : left + width]
     return resize(crop, list(img_size), InterpolationMode.BICUBIC, antialias=True).contiguous()
@@ -231,5 +236,5 @@ def _largest_centre_crop(height: int, width: int, aspect: float) -> tuple[int, i
 
 
 def to_pil(image: Tensor) -> Image.Image:
-    """uint8 [3, height, width] as Pillow has it."""
+    """uint8 [3, height, width] -> PIL image."""
     return Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())

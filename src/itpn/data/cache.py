@@ -1,4 +1,4 @@
-"""Crops and the features that a teacher gave them, computed once and read many times (`itpn cache-features`)."""
+"""Crops and their teacher features, computed once and read many times (`itpn cache-features`)."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor
 
-from itpn.data.files import CACHE_INDEX
+from itpn.data.file_types import CACHE_INDEX
 from itpn.errors import UserError
 from itpn.system.text import read_text
 from itpn.system.writing import write_whole
@@ -18,7 +18,7 @@ from itpn.system.writing import write_whole
 
 @dataclass
 class CacheIndex:
-    """What a cache holds: the content of its ``itpn-features.json``."""
+    """The content of a cache, as ``itpn-features.json`` has it."""
 
     teacher: str
     checkpoint: str | None
@@ -28,7 +28,7 @@ class CacheIndex:
     images: int
     views: int
     shard_size: int
-    settings: dict[str, Any]  # of the data and the seed: what crops were drawn
+    settings: dict[str, Any]  # of the data and the seed: they determine the crops
     complete: bool = False
 
     @property
@@ -47,10 +47,10 @@ def read_index(folder: str | Path) -> CacheIndex:
     try:
         index = CacheIndex(**json.loads(read_text(path)))
         height, width = index.img_size
-        index.img_size = height, width  # JSON has lists only
+        index.img_size = height, width  # JSON has no tuples
         for number in (index.width, height, width, index.patch_size, index.images, index.views, index.shard_size):
             if type(number) is not int or not 0 < number < 2**31:
-                raise ValueError(f"{number!r} where a positive whole number must be")
+                raise ValueError(f"{number!r} in place of a positive whole number")
     except (UserError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is not the index of cached features ({type(error).__name__}): {error}") from error
     return index
@@ -65,13 +65,13 @@ def shard_path(folder: str | Path, number: int) -> Path:
 
 
 def write_shard(path: Path, images: Tensor, features: Tensor, keys: list[str]) -> None:
-    """Write crops uint8 [n, 3, H, W], features [n, N, D] and the names of the images; it appears only whole."""
+    """Write crops uint8 [n, 3, H, W], features [n, N, D] and names of the images; the file appears when complete."""
     tensors = {"image": images.contiguous(), "feature": features.contiguous()}
     write_whole(path, serialize(tensors, {"keys": json.dumps(keys)}))
 
 
 class FeatureCache:
-    """Samples of a complete cache by number, read from disk as they are asked for.
+    """Samples of a complete cache by index, read from disk on access.
 
     Raises:
         UserError: the cache is not complete, or a shard is missing or damaged.
@@ -86,7 +86,7 @@ class FeatureCache:
         missing = next((path for path in paths if not path.is_file()), None)
         if missing:
             raise UserError(f"{missing} is missing: repeat the command that writes the features")
-        self._open: dict[int, tuple[Any, list[str]]] = {}  # opened by each process for itself
+        self._open: dict[int, tuple[Any, list[str]]] = {}  # each process opens its own
 
     def __len__(self) -> int:
         return self.index.samples

@@ -1,4 +1,4 @@
-"""From the bytes of an image file to an RGB tensor, whatever its format and mode; what cannot be read is refused."""
+"""Decoding of image files of any format and mode to RGB tensors; unreadable files are refused."""
 
 import functools
 import io
@@ -18,10 +18,10 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from itpn.data.orientation import ORIENTATION, SWAPPED, read_orientation, turn_image, turn_tensor
-from itpn.data.values import remark_on_high_bytes, scale_values
+from itpn.data.values import check_high_bytes, scale_values
 from itpn.errors import LOST
 
-# The first that fits wins. A closed list, because among Pillow's other formats some run programs (EPS).
+# Tried in this order. A closed list, because some of Pillow's other formats run programs (EPS).
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less than most bombs
@@ -32,12 +32,12 @@ PAGES = "it has several pages, of which the first is read; save each as a file t
 SUBFILE = 254  # the tag of TIFF: 1 for a smaller copy, 4 for a mask
 OLD_SUBFILE = 255  # its forerunner: 2 for a smaller copy
 SHORT = 3  # type of a tag of 16 bits
-MAX_COPIES = 64  # of a TIFF's page, each half as wide as that before; or else a ring
-JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # none of those inside a scan's data
+MAX_COPIES = 64  # reduced copies of a TIFF's page, each half as wide as the one before; more are a cycle
+JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # without those inside a scan's data
 
 
 class UnreadableImage(Exception):
-    """The bytes are not an image that can be read in full; the message is a short reason."""
+    """An image cannot be read, or not completely; the message is a short reason."""
 
 
 class OpenedImage(NamedTuple):
@@ -45,8 +45,8 @@ class OpenedImage(NamedTuple):
 
     Attributes:
         image: as it is stored.
-        orientation: from :func:`itpn.data.orientation.read_orientation`, to be applied to ``image`` when decoded.
-        height, width: in pixels, the way a person sees it.
+        orientation: from :func:`itpn.data.orientation.read_orientation`, to be applied to the decoded ``image``.
+        height, width: in pixels, with the orientation applied.
     """
 
     image: Image.Image
@@ -62,7 +62,7 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
         max_pixels: None for no limit.
 
     Raises:
-        UnreadableImage: not an image, of a kind that comes out wrong, or of more than ``max_pixels``.
+        UnreadableImage: not an image, of a kind that would be decoded wrongly, or of more than ``max_pixels``.
     """
     with reading():
         try:
@@ -77,8 +77,8 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
         if image.format == "TIFF":
             tags: Any = image.tag_v2  # type: ignore[attr-defined]
             _check_tags(image.info["compression"], tags)
-            width, height = tags[256], tags[257]  # some versions of Pillow give the turned size
-            image.getexif()[ORIENTATION] = 1  # or else Pillow turns it as well
+            width, height = tags[256], tags[257]  # some versions of Pillow apply the orientation
+            image.getexif()[ORIENTATION] = 1  # or else Pillow applies it a second time
     if orientation in SWAPPED:
         width, height = height, width
     if max_pixels is not None and width * height > max_pixels:
@@ -87,17 +87,17 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
 
 
 def load_image(opened: OpenedImage) -> Image.Image:
-    """The pixels, in whatever mode they are stored, turned the way a person sees them."""
+    """The pixels in their stored mode, with the orientation applied."""
     image = opened.image
     image.load()
     tags: Any = getattr(image, "tag_v2", {})
-    if image.mode in ("P", "PA") and max(tags.get(320) or (256,)) < 256:  # a ColorMap of 8 bits, as libtiff knows it
-        image.putpalette(bytes(tags[320]), "RGB;L")  # Pillow takes 16 for granted, and makes it black
+    if image.mode in ("P", "PA") and max(tags.get(320) or (256,)) < 256:  # a ColorMap of 8 bits, which libtiff accepts
+        image.putpalette(bytes(tags[320]), "RGB;L")  # Pillow expects 16 bits, and makes it black
     return turn_image(image, opened.orientation)
 
 
 def read_size(path: str) -> tuple[int, int]:
-    """Height and width of an image the way a person sees it, from its header.
+    """Height and width of an image from its header, with the orientation applied.
 
     Raises:
         UnreadableImage: not an image.
@@ -109,7 +109,7 @@ def read_size(path: str) -> tuple[int, int]:
 
 
 def _check_tags(compression: str, tags: Any) -> None:
-    """Refuse TIFFs of signed bytes or separate planes, which Pillow reads as something else, without a word."""
+    """Refuse TIFFs of signed bytes or separate planes, which Pillow decodes wrongly without an error."""
     deep = max(tags.get(258) or (1,)) > 8
     if not deep and 2 in (tags.get(339) or ()):
         raise UnreadableImage("TIFF of signed 8 bits cannot be read: save it with unsigned values, or more bits")
@@ -120,13 +120,13 @@ def _check_tags(compression: str, tags: Any) -> None:
 
 
 class EncodedImage:
-    """An image file of which only the header has been read: what is wanted of it is decoded when it is known.
+    """An image file of which only the header has been read; all of it or a crop is decoded later.
 
     Attributes:
         data: the file's content.
-        height, width: in pixels, the way a person sees it: its orientation applied.
-        format: Pillow's name of it.
-        remarks: after decoding, what is to be said of it by kind, of its "values" or "pages".
+        height, width: in pixels, with the orientation applied.
+        format: as Pillow names it.
+        warnings: after decoding, kind ("values", "pages") -> message.
 
     Raises:
         UnreadableImage: see :func:`open_image`.
@@ -139,39 +139,39 @@ class EncodedImage:
         self._opened = open_image(io.BytesIO(data), max_pixels)
         self._image, self._orientation, self.height, self.width = self._opened
         self.format = self._image.format
-        self.remarks: dict[str, str] = {}
+        self.warnings: dict[str, str] = {}
         self._is_jpeg = self.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
         if "progressive" in self._image.info and count_scans(data) > MAX_SCANS:
             raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans, each of which takes the time of an image")
 
     @property
     def is_upright_jpeg(self) -> bool:
-        """Whether it is a grey or RGB JPEG that is stored as it is seen."""
+        """Whether it is a grey or RGB JPEG without an orientation to apply."""
         return self._is_jpeg and self._orientation == 1
 
     def decode(self) -> Tensor:
-        """All of it, uint8 [3, height, width]; see :func:`decode_image`."""
+        """Decode the whole image, uint8 [3, height, width]; see :func:`decode_image`."""
         with reading():
             if self._is_jpeg:
                 encoded = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)  # a copy: bytes are read-only
                 pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=False)
                 return turn_tensor(pixels, self._orientation)
-            image, remark = _to_rgb(self._opened, self.data)
-            if remark is not None:
-                self.remarks["values"] = remark
+            image, warning = _to_rgb(self._opened, self.data)
+            if warning is not None:
+                self.warnings["values"] = warning
             if self.format == "TIFF" and has_pages(self.data):
-                self.remarks["pages"] = PAGES
+                self.warnings["pages"] = PAGES
             return _to_tensor(image)
 
     def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
-        """A part of it that is going to be resized to ``target``, (height, width).
+        """Decode a crop that will be resized to ``target``, (height, width).
 
-        A JPEG is decoded at the smallest scale, 1/2, 1/4 or 1/8, at which the part has twice the target's size both
-        ways, the margin of Pillow's thumbnails: the result differs from that of a full decoding as bicubic and bilinear
-        resizing differ. Its edges are moved to whole pixels of that scale.
+        A JPEG is decoded at the smallest scale, 1/2, 1/4 or 1/8, at which the crop has at least twice the target's
+        sides, as for Pillow's thumbnails. The result differs from that of a full decoding about as much as bicubic and
+        bilinear resizing differ. The crop's edges are rounded to pixels of that scale.
 
         Returns:
-            uint8 [3, height, width], or smaller by that scale; channels last in memory, for which resizing is quickest.
+            uint8 [3, height, width], or smaller by that scale; channels last in memory, for which resizing is fastest.
 
         Raises:
             UnreadableImage: damaged or cut off.
@@ -190,9 +190,9 @@ class EncodedImage:
             return _to_tensor(load_image(self._opened).crop((box[0], box[1], box[2], box[3])).convert("RGB"))
 
     def _decode_part(self, top: int, left: int, height: int, width: int) -> Tensor | None:
-        """A part of a JPEG without what is below it and most of what is beside it; None where that cannot be done.
+        """Decode a region of a JPEG, without the rows below and most of what is beside it; None if that is impossible.
 
-        The pixels are those of the whole image to the bit. Of a file that is cut off, parts that are there are decoded.
+        The pixels equal those of the whole image. In a truncated file, regions before the end can be decoded.
         """
         if not self.is_upright_jpeg:
             return None
@@ -209,7 +209,7 @@ class EncodedImage:
 
 @functools.cache
 def _find_codec(process: int) -> tuple[Any, Any]:
-    """nvImageCodec and a decoder of it, for each process its own, because threads do not survive a fork."""
+    """nvImageCodec and a decoder of it. Each process has its own, because threads do not survive a fork."""
     try:
         from nvidia import nvimgcodec as codec
 
@@ -217,36 +217,36 @@ def _find_codec(process: int) -> tuple[Any, Any]:
         return codec, codec.Decoder(
             device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends
         )
-    except Exception:  # not there (there are builds for Linux alone), or not for this machine
+    except Exception:  # not installed (it exists for Linux only), or not for this machine
         return None, None
 
 
 def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> Tensor:
-    """Decode an image file the way a person sees it.
+    """Decode an image file as a viewer shows it.
 
-    Its orientation is applied, ink (CMYK) and palette become RGB, more than 8 bits are scaled to 8 (see
-    `itpn.data.values.scale_values`), what is transparent is laid over white, and of an animation the first frame is
+    The orientation is applied; CMYK and palettes become RGB; more than 8 bits are scaled to 8 (see
+    `itpn.data.values.scale_values`); transparent pixels are composited over white; of an animation the first frame is
     taken.
 
     Returns:
-        uint8 [3, height, width], RGB; memory may be laid out channels last.
+        uint8 [3, height, width], RGB; possibly channels last in memory.
 
     Raises:
-        UnreadableImage: not an image, damaged, cut off, or of more than ``max_pixels``, which is found out
-            from the header before memory is set aside.
+        UnreadableImage: not an image, damaged, truncated, or of more than ``max_pixels``; the size is checked in the
+            header, before memory is allocated.
     """
     return EncodedImage(data, max_pixels).decode()
 
 
 def open_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> EncodedImage:
-    """What a reader gives, the bytes of a file or why they cannot be had, as an image to be decoded."""
+    """Open what a reader returns: the bytes of a file, or the error of reading it, which is raised."""
     if isinstance(data, UnreadableImage):
         raise data
     return EncodedImage(data, max_pixels)
 
 
 def decode_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """As :func:`open_sample`, decoded whole."""
+    """As :func:`open_sample`, and decode the whole image."""
     return open_sample(data, max_pixels).decode()
 
 
@@ -256,7 +256,7 @@ def decode_whole(image: EncodedImage | Tensor) -> Tensor:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Whatever decoders raise, a dozen types on damaged input, becomes :class:`UnreadableImage`."""
+    """Convert all errors of decoders, a dozen types on damaged input, to :class:`UnreadableImage`."""
     with _quiet():
         try:
             yield
@@ -271,7 +271,7 @@ def reading() -> Iterator[None]:
 
 
 def has_pages(tiff: bytes) -> bool:
-    """Whether there are others than the first, not counting smaller copies of it and masks (NewSubfileType)."""
+    """Whether a TIFF has more than one page, not counting reduced copies and masks (NewSubfileType)."""
     order = "<" if tiff[:2] == b"II" else ">"
     big = 43 in tiff[2:4]
     pointer, count, entry = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")  # an entry: tag, type, number, value
@@ -281,24 +281,24 @@ def has_pages(tiff: bytes) -> bool:
             (entries,) = struct.unpack_from(order + count, tiff, place)
             place += struct.calcsize(count)
             tag, form, _, kind = struct.unpack_from(order + entry, tiff, place)  # the tag is the lowest, so the first
-            if form == SHORT and order == ">":  # its value stands in the upper half
+            if form == SHORT and order == ">":  # its value is in the upper half
                 kind >>= 48 if big else 16
             if number and not ((tag == SUBFILE and kind & 5) or (tag == OLD_SUBFILE and kind & 0xFFFF == 2)):
                 return True
             (place,) = struct.unpack_from(order + pointer, tiff, place + entries * struct.calcsize("=" + entry))
             if not place:
                 return False
-    except struct.error:  # it is cut off
+    except struct.error:  # it is truncated
         pass
     return False
 
 
 def count_scans(data: bytes) -> int:
-    """Scans of a JPEG, not counting beyond `MAX_SCANS`: a few bytes make a decoder pass over all of the image again."""
+    """Count the scans of a JPEG, up to `MAX_SCANS` + 1: a few bytes make a decoder process the whole image again."""
     scans = place = 0
     while scans <= MAX_SCANS and (found := JPEG_MARKER.search(data, place)) is not None:
         place, marker = found.end(), found[1][0]
-        if marker == 0xD9:  # the end: whatever follows is another file
+        if marker == 0xD9:  # end of image: another file may follow
             break
         scans += marker == 0xDA
         if marker != 0xD8:
@@ -307,7 +307,7 @@ def count_scans(data: bytes) -> int:
 
 
 def find_lossy(image: Image.Image, data: bytes) -> str:
-    """The compression that has changed an image's pixels, whatever its file is called; empty where none has."""
+    """The lossy compression of an image, by its content; empty if there is none."""
     if image.format in ("JPEG", "MPO"):
         return "JPEG"
     if image.format == "TIFF":
@@ -322,29 +322,29 @@ def find_lossy(image: Image.Image, data: bytes) -> str:
 
 
 def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
-    """RGB the way a person sees it, and what is to be said of its values."""
-    image, stored, remark = load_image(opened), opened.image, None
+    """RGB the way a person sees it, and a warning about its values or None."""
+    image, stored, warning = load_image(opened), opened.image, None
     tags: Any = getattr(stored, "tag_v2", {})
     transparent = _read_transparent(stored, data)
     if image.mode[0] in "IF":
-        image, remark = scale_values(image, tags, transparent)
+        image, warning = scale_values(image, tags, transparent)
     elif (stored.format == "PNG" and data[24] == 16) or max(tags.get(258) or (8,)) == 16:
-        remark = remark_on_high_bytes(image, tags)
+        warning = check_high_bytes(image, tags)
     if image.mode == "CMYK" and stored.format == "JPEG" and "adobe" not in stored.info:
-        image = ImageChops.invert(image)  # Pillow takes every one for Adobe's, who store it inverted
+        image = ImageChops.invert(image)  # Pillow assumes Adobe's, which is stored inverted
     elif image.has_transparency_data and not (tags and 338 not in tags):  # a fourth band need not be alpha
         if transparent is not None:
             image = image.copy()
             image.info["transparency"] = transparent
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB"), remark
+    return image.convert("RGB"), warning
 
 
 def _read_transparent(stored: Image.Image, data: bytes) -> Any:
-    """The value, or the colour, that a PNG declares transparent, as Pillow's pixels have it; None where there is none.
+    """The value or colour that a PNG declares transparent, in the depth of Pillow's pixels; None if there is none.
 
-    Pillow leaves it as it stands in the file, but gives 2 and 4 bits as 8, and of colours of 16 bits the upper 8.
+    Pillow returns it in the file's depth, but scales pixels of 2 and 4 bits to 8, and keeps the upper 8 of 16 bits.
     """
     value = stored.info.get("transparency")
     if stored.format != "PNG" or not isinstance(value, int | tuple) or stored.mode not in ("L", "RGB", "I", "I;16"):
@@ -360,13 +360,13 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of a decoder's complaint, without the place in its source that torchvision puts before it."""
+    """The first line of a decoder's error, without the source location that torchvision puts before it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^.*\.cpp:\d+,?\s*", "", lines[0])
 
 
-# libjpeg and libtiff write their complaints about an odd file straight to file descriptor 2, in the middle of a
-# progress bar. They are turned away while an image is decoded, in whichever number of threads.
+# libjpeg and libtiff write their warnings to file descriptor 2, in the middle of a progress bar. It is redirected
+# while any thread decodes.
 _quiet_lock = threading.Lock()
 _quiet_depth = 0
 _saved_stderr = -1
@@ -375,7 +375,7 @@ _pillow_limit: int | None = None
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without output and without Pillow's own limit of pixels, in whose place is ours."""
+    """Suppress output and Pillow's own limit of pixels; :func:`open_image` has a limit of its own."""
     global _quiet_depth, _saved_stderr, _pillow_limit
     with _quiet_lock:
         _quiet_depth += 1

@@ -1,34 +1,33 @@
-"""Every image of a set exactly once, in batches that do not depend on how many processes share them."""
+"""Every image of a data set exactly once, in batches that do not depend on the number of processes."""
 
 import math
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itpn.data.augment import EvaluationTransform
+from itpn.data.collate import Batch, View, stack
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_sample, open_sample
-from itpn.data.loader import Batch, View, stack
 from itpn.data.readers import Reader
 from itpn.data.workers import WorkerLoader, beat
 from itpn.errors import UserError
 
-MakeView = Callable[[Tensor, Any], View]  # of an image and what is known of it
+MakeView = Callable[[Tensor, Any], View]  # of an image and its annotation
 
 
 def view_labelled(transform: EvaluationTransform, image: Tensor, label: int) -> View:
-    """A crop and its class."""
+    """A crop and its class index."""
     return {"image": transform(image), "label": torch.tensor(label)}
 
 
 def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[tuple[int, Tensor]]:
-    """Readable images from all over a set, with their numbers in it.
+    """Readable images, evenly spaced over a data set, with their indices.
 
     Raises:
-        UserError: not one can be read.
+        UserError: no image can be read.
     """
     found: list[tuple[int, Tensor]] = []
     reason = ""
@@ -46,11 +45,10 @@ def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[
 
 
 class EvaluationBatches(Dataset[dict[str, Any]]):
-    """Batch number -> what the views hold, collated, "index" int64 [n], "broken" [(name, reason)] and "remarks".
+    """Batch number -> collated views, "index" int64 [n], "corrupt" and "warnings", as of `TrainingLoader`.
 
-    "remarks" is (name, remark) by kind, of the first image that needs one of each kind (see `EncodedImage`).
-
-    n is ``batch_size``, less in the last batch and where images cannot be read; without any, "image" is None.
+    n is ``batch_size``, or less in the last batch and where images are corrupt. Where n is 0, there are no views:
+    neither "image" nor any other key of theirs.
     """
 
     def __init__(
@@ -66,23 +64,22 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
         return math.ceil(len(self.images) / self.batch_size)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        views, indices, broken = [], [], []
-        remarks: dict[str, tuple[str, str]] = {}
-        for place in range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.images))):
-            name, data, known = self.images[place]
+        views, indices, corrupt = [], [], []
+        warnings: dict[str, tuple[str, str]] = {}
+        for index in range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.images))):
+            name, data, annotation = self.images[index]
             beat()
             try:
                 image = open_sample(data, self.max_pixels)
-                views.append(self.view(image.decode(), known))
+                views.append(self.view(image.decode(), annotation))
             except UnreadableImage as error:
-                broken.append((name, str(error)))
+                corrupt.append((name, str(error)))
                 continue
-            indices.append(place)
-            for kind, remark in image.remarks.items():
-                remarks.setdefault(kind, (name, remark))
-        batch = self.collate(views) if views else {"image": None}
-        index = torch.tensor(np.array(indices, dtype=np.int64))
-        return {**batch, "index": index, "broken": broken, "remarks": remarks}
+            indices.append(index)
+            for kind, warning in image.warnings.items():
+                warnings.setdefault(kind, (name, warning))
+        batch = self.collate(views) if views else {}
+        return {**batch, "index": torch.tensor(indices, dtype=torch.int64), "corrupt": corrupt, "warnings": warnings}
 
 
 def make_evaluation_loader(
@@ -95,7 +92,7 @@ def make_evaluation_loader(
     max_pixels: int = MAX_PIXELS,
     collate: Callable[[list[View]], Batch] = stack,
 ) -> DataLoader[dict[str, Any]]:
-    """Whole batches are shared out in turn, so that an image meets the same others whoever computes it."""
+    """Ranks take whole batches in turn, so that the images of a batch do not depend on ``world_size``."""
     batches = EvaluationBatches(images, view, collate, batch_size, max_pixels)
     return WorkerLoader(
         batches,

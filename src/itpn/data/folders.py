@@ -1,4 +1,4 @@
-"""Folders that a command fills file by file: stopped at any moment, the same command goes on."""
+"""Output folders that a command fills file by file: if it is stopped, the same command resumes."""
 
 import os
 import re
@@ -10,12 +10,12 @@ from itpn.system.text import readable
 
 
 def name_output(folder: Path, number: int, name: str, ending: str) -> str:
-    """A file name for what is made of an image: ``0003-NAME.png``, as long as the file system allows.
+    """The output file name of an image: ``0003-NAME.png``, truncated to what the file system allows.
 
     Args:
-        number: of the image, which tells apart images of one name.
-        name: of the image: a path, or a shard and a member. Its folders and suffix are left out.
-        ending: what follows, with the suffix.
+        number: index of the image, by which images of one name differ.
+        name: of the image: a path, or a shard and a member. Its folders and suffix are dropped.
+        ending: of the file name, with the suffix.
     """
     try:
         most = os.pathconf(folder, "PC_NAME_MAX")
@@ -28,10 +28,10 @@ def name_output(folder: Path, number: int, name: str, ending: str) -> str:
 
 
 def check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:
-    """Refuse to go on in a folder that holds ``what`` of other settings, or of other "files".
+    """Refuse to resume in a folder that holds ``what`` of other settings, or of other "files".
 
     Raises:
-        UserError: naming the first that differs.
+        UserError: names the first setting that differs.
     """
     for key, value in now.items():
         if before.get(key) != value:

@@ -1,103 +1,108 @@
-"""Images that workers only read: they are decoded, cropped and augmented on the device, by nvJPEG on a GPU."""
+"""Decoding and augmentation on the GPU: worker processes read files, nvJPEG decodes them."""
 
 import io
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from itpn.data.augment import PretrainingTransform
+from itpn.data.augment import AugmentParams, PretrainingTransform
+from itpn.data.collate import Batch, View, stack
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_image, reason_of
-from itpn.data.loader import stack
 from itpn.errors import UserError
 
-AT_A_TIME = 32  # whole images are in the device's memory together
+DECODED_AT_ONCE = 32  # whole images that are in the device's memory together
 
 
-class DeferredTransform:
-    """In a worker: reads the header and draws random numbers, the same as ``transform`` does.
+class GpuTransform:
+    """``transform``, with decoding and augmentation of JPEGs left to the device.
 
-    What nvJPEG does not know (other formats, JPEGs in ink or turned by EXIF) is finished here.
+    A worker process calls it and :func:`collate_encoded`; the training process calls :meth:`finish_batch`. Random
+    parameters are those that ``transform`` draws. Files that nvJPEG cannot decode as needed (other formats, CMYK
+    JPEGs, JPEGs with an EXIF orientation) are decoded and augmented in the worker process.
     """
 
     def __init__(self, transform: PretrainingTransform) -> None:
         self.transform = transform
 
-    def __call__(self, image: EncodedImage, rng: random.Random) -> dict[str, Any]:
-        """A JPEG as "encoded", uint8 [bytes], and what is "drawn" for it; of other files the finished "views"."""
+    def __call__(self, image: EncodedImage, rng: random.Random) -> View:
+        """Of a JPEG "encoded" uint8 [bytes] and its "params"; of other files the "views"; what is missing is None."""
         if not image.is_upright_jpeg:
-            return {"encoded": None, "drawn": None, "views": self.transform(image, rng)}
+            return {"encoded": None, "params": None, "views": self.transform(image, rng)}
         encoded = torch.frombuffer(bytearray(image.data), dtype=torch.uint8)  # a copy: bytes are read-only
-        return {"encoded": encoded, "drawn": self.transform.draw(image.height, image.width, rng), "views": None}
+        return {"encoded": encoded, "params": self.transform.draw_params(image.height, image.width, rng), "views": None}
+
+    def finish_batch(self, batch: Batch, device: torch.device) -> Batch:
+        """Decode and augment a batch of :func:`collate_encoded` on the device.
+
+        The (name, reason) of a corrupt file is added to "corrupt". The image before it in the batch replaces it, or
+        the first readable one.
+
+        Returns:
+            The batch with "image" uint8 [B, 3, H, W], and "teacher_image" where ``transform`` makes one.
+
+        Raises:
+            UserError: no image of the batch can be read.
+        """
+        if device.type == "cuda":
+            # nvJPEG writes at once, on its own stream, into memory that this stream may still read
+            torch.cuda.current_stream(device).synchronize()
+        corrupt = list(batch["corrupt"])
+        views = list(self._make_views(batch, device, corrupt))
+        latest = next((view for view in views if view is not None), None)
+        if latest is None:
+            raise UserError(f"no image of a batch can be decoded; the first is {corrupt[0][0]}: {corrupt[0][1]}")
+        filled = []
+        for view in views:
+            latest = latest if view is None else view
+            filled.append(latest)
+        return {"key": batch["key"], "corrupt": corrupt, "warnings": batch["warnings"], **stack(filled)}
+
+    def _make_views(
+        self, batch: Batch, device: torch.device, corrupt: list[tuple[str, str]]
+    ) -> Iterator[dict[str, Tensor] | None]:
+        """The views of each image, None for a corrupt file, which is added to ``corrupt``."""
+        encoded = iter(batch["encoded"].split(batch["lengths"]))
+        ready = {name: views.to(device, non_blocking=True) for name, views in batch["views"].items()}
+        used = 0
+        for begin in range(0, len(batch["params"]), DECODED_AT_ONCE):
+            chunk: list[AugmentParams | None] = batch["params"][begin : begin + DECODED_AT_ONCE]
+            decoded = iter(_decode([next(encoded) for params in chunk if params is not None], device))
+            for key, params in zip(batch["key"][begin : begin + DECODED_AT_ONCE], chunk, strict=True):
+                if params is None:
+                    yield {name: own[used] for name, own in ready.items()}
+                    used += 1
+                    continue
+                image = next(decoded)
+                if isinstance(image, UnreadableImage):
+                    corrupt.append((key, str(image)))
+                    yield None
+                else:
+                    yield self.transform.make_views(params.crop(image), params)
 
 
-def collate_deferred(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch for :func:`finish`, in as few tensors as can be: each takes a file descriptor between processes.
+def collate_encoded(samples: list[View]) -> Batch:
+    """A batch for :meth:`GpuTransform.finish_batch`, in few tensors: each takes a file descriptor between processes.
 
     Returns:
-        "image" what is drawn for each image, or None; "encoded" all JPEGs in a row, uint8 [bytes], and their "lengths";
-        "ready" the finished views, stacked.
+        "params": the augmentation parameters of each image, None for one that is augmented already; "encoded": all
+        JPEGs in a row, uint8 [bytes], and their "lengths"; "views": those of images augmented already, stacked.
     """
     encoded = [sample["encoded"] for sample in samples if sample["encoded"] is not None]
-    ready = [sample["views"] for sample in samples if sample["views"] is not None]
+    views = [sample["views"] for sample in samples if sample["views"] is not None]
     return {
-        "image": [sample["drawn"] for sample in samples],
+        "params": [sample["params"] for sample in samples],
         "encoded": torch.cat(encoded) if encoded else torch.empty(0, dtype=torch.uint8),
         "lengths": [len(one) for one in encoded],
-        "ready": stack(ready) if ready else {},
+        "views": stack(views) if views else {},
     }
 
 
-def finish(batch: dict[str, Any], transform: PretrainingTransform, device: torch.device) -> dict[str, Any]:
-    """In the training process: the views of a batch of :func:`collate_deferred`, on the device.
-
-    A file that turns out to be broken is added to "broken", and the one before it (or after) takes its place.
-
-    Returns:
-        The batch with "image" uint8 [B, 3, H, W], and "teacher_image" where ``transform`` makes one.
-
-    Raises:
-        UserError: not one image of the batch can be read.
-    """
-    if device.type == "cuda":
-        # nvJPEG writes at once, on a stream of its own, into memory that this stream may still be reading
-        torch.cuda.current_stream(device).synchronize()
-    encoded = iter(batch["encoded"].split(batch["lengths"]))
-    ready = {name: views.to(device, non_blocking=True) for name, views in batch["ready"].items()}
-    done = 0
-    views: list[dict[str, Tensor] | None] = []
-    broken = list(batch["broken"])
-    for begin in range(0, len(batch["image"]), AT_A_TIME):
-        chunk = batch["image"][begin : begin + AT_A_TIME]
-        decoded = iter(_decode([next(encoded) for drawn in chunk if drawn is not None], device))
-        for key, drawn in zip(batch["key"][begin : begin + AT_A_TIME], chunk, strict=True):
-            if drawn is None:
-                views.append({name: own[done] for name, own in ready.items()})
-                done += 1
-                continue
-            image = next(decoded)
-            if isinstance(image, UnreadableImage):
-                broken.append((key, str(image)))
-                views.append(None)
-            else:
-                views.append(transform.make_views(drawn.cut(image), drawn))
-    readable = [view for view in views if view is not None]
-    if not readable:
-        raise UserError(f"no image of a batch can be decoded; the first is {broken[0][0]}: {broken[0][1]}")
-    latest = readable[0]
-    filled = []
-    for view in views:
-        latest = latest if view is None else view
-        filled.append(latest)
-    return {"key": batch["key"], "broken": broken, "remarks": batch["remarks"], **stack(filled)}
-
-
 def check_nvjpeg() -> None:
-    """Raise :class:`UserError` where torchvision cannot decode on the GPU."""
+    """Raise :class:`UserError` if torchvision cannot decode on the GPU."""
     file = io.BytesIO()
     Image.new("RGB", (16, 16)).save(file, "JPEG")
     try:
@@ -107,7 +112,7 @@ def check_nvjpeg() -> None:
 
 
 def _decode(encoded: Sequence[Tensor], device: torch.device) -> list[Tensor | UnreadableImage]:
-    """JPEGs to uint8 [3, height, width] on the device: together, or one by one where they do not go together."""
+    """Decode JPEGs to uint8 [3, height, width] on the device: together, or one by one if that fails."""
     if not encoded:
         return []
     try:
@@ -124,7 +129,7 @@ def _decode_one(encoded: Tensor, device: torch.device) -> Tensor | UnreadableIma
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        try:  # there are kinds that nvJPEG does not know
+        try:  # nvJPEG does not decode every kind of JPEG
             return decode_image(encoded.numpy().tobytes(), max_pixels=None).to(device)  # the worker has checked it
         except UnreadableImage:
             return UnreadableImage(reason_of(error))

@@ -1,48 +1,27 @@
-"""Images with classes: folders of classes, tar shards with .cls, parquet files; which are for training, which not."""
+"""Images with class labels: class folders, tar shards with .cls, parquet files; training and validation splits."""
 
 import os
-import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Literal, overload
 
 import numpy as np
 
+from itpn.data.class_names import are_numbers, join_names, read_class_names
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import (
-    CLASSES,
-    IMAGE_SUFFIXES,
-    SHRINK_INDEX,
-    check_root,
-    describe_file,
-    describe_unread,
-    find_division,
-    is_image,
-    is_shard,
-    is_table,
-    list_files,
-    list_folders,
-    list_images,
-)
+from itpn.data.file_types import CLASSES, IMAGE_SUFFIXES, describe_file, describe_unread, is_image, is_shard, is_table
+from itpn.data.files import check_root
 from itpn.data.members import list_endings, split_name
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
 from itpn.data.shards import index_shard
-from itpn.data.splits import Division, join
+from itpn.data.splits import Division
+from itpn.data.walk import find_division, list_files, list_folders, list_images
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
-from itpn.system.text import as_class, one_line, read_lines
+from itpn.system.text import as_class
 
-MAX_CLASSES = 10**6  # that numbers in shards may stand for
-# of files of classes: 0 cat; 0: cat; 0,cat; 0 - cat; and cat 0; cat,0
-NUMBER_BEFORE = re.compile(r"(?P<number>[0-9]{1,6})(?:\s*[.,:;)=-]+\s*|\s+)(?P<name>\S.*)")
-NUMBER_BEHIND = re.compile(r"(?P<name>.*[^\s,;:=])(?:\s*[,;:=]\s*|\s+)(?P<number>[0-9]{1,6})")
-NAME_WORDS = {"name", "names", "class", "classes", "label", "labels", "category", "categories"}
-HEADER_WORDS = {
-    *NAME_WORDS,
-    *("id", "ids", "index", "idx", "r", "g", "b", "red", "green", "blue", "color", "colour"),
-}
+MAX_CLASSES = 10**6  # class indices in shards are below this
 
 
 @dataclass(frozen=True)
@@ -51,9 +30,9 @@ class LabelledImages:
 
     Attributes:
         files: the encoded images.
-        labels: int64 [n], numbers of classes.
-        classes: their names.
-        notes: what was left out when they were looked for, or may be meant otherwise, a line each.
+        labels: class indices, int64 [n].
+        classes: names.
+        notes: what was left out or is ambiguous, a line each.
     """
 
     files: Reader
@@ -65,12 +44,12 @@ class LabelledImages:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage, int]:
-        """Name, encoded image or why it cannot be had, and class."""
+        """Name, encoded image or the error of reading it, and class index."""
         name, data = self.files[index]
         return name, data, int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Of an image, without the folders above its class."""
+        """The name of an image, without the folders above its class."""
         return f"{self.classes[self.labels[index]]}/{os.path.basename(self.files.name(index))}"
 
     def take(self, indices: np.ndarray) -> "LabelledImages":
@@ -78,48 +57,47 @@ class LabelledImages:
         return replace(self, files=Subset(self.files, indices), labels=self.labels[indices])
 
     def rename(self, classes: Sequence[str]) -> "LabelledImages":
-        """The same images with the numbers that another list of classes gives them.
+        """The same images with the class indices of another list of classes.
 
         Raises:
-            UserError: a class with images is not in it.
+            UserError: a class with images is not in the list.
         """
         if self.classes == tuple(classes):
             return self
-        numbers = {name: number for number, name in enumerate(classes)}
+        indices = {name: index for index, name in enumerate(classes)}
         present = [self.classes[label] for label in np.unique(self.labels)]
-        if unknown := [name for name in present if name not in numbers]:
+        if unknown := [name for name in present if name not in indices]:
             raise UserError(
                 f"{join_names(unknown)} among the classes of the images, but not of the model, whose are "
                 f"{join_names(classes)}{_hint(present)}"
             )
-        new = np.array([numbers.get(name, -1) for name in self.classes])
+        new = np.array([indices.get(name, -1) for name in self.classes])
         return replace(self, labels=new[self.labels], classes=tuple(classes))
 
 
 def find_labelled(
     roots: Sequence[str],
     val_roots: Sequence[str] | None = None,
-    val_share: float = 0.0,
+    val_fraction: float = 0.0,
     seed: int = 0,
     members: Sequence[str] = (),
 ) -> tuple[LabelledImages, LabelledImages | None]:
-    """Find the images to train on and those to evaluate on, with the same classes.
+    """Find the training and the validation images, with the same classes.
 
-    A root holds ``train`` and ``val``, or else ``test`` (by any name that `itpn.data.splits` knows), which are folders
-    of a folder for each class or of tar shards, or words in the names of shards or parquet files; or it holds class
-    folders alone.
+    A root has ``train`` and ``val``, or else ``test`` (by any name that `itpn.data.splits` knows): folders of class
+    folders or of tar shards, or words in the names of shards or parquet files. Or it has class folders only.
 
     Args:
-        members: endings of the images in shards, see `itpn.data.members.Choice`.
-        val_roots: where those to evaluate on are, if not beside the others.
-        val_share: where there are none, this share of each class is held out, the same by the same ``seed``.
+        members: suffixes of the images in shards, see `itpn.data.members.Choice`.
+        val_roots: roots of the validation images, if they are elsewhere.
+        val_fraction: if there are no validation images, this fraction of each class is held out; ``seed`` draws it.
 
     Returns:
-        The second is None where there are none, and none are held out.
+        The training images; the validation images, or None if there are none.
 
     Raises:
-        UserError: nothing of this kind, an empty class, fewer than two classes, or classes to evaluate on that there
-            are none of to train on.
+        UserError: no such data, an empty class, fewer than two classes, or a class that is in the validation images
+            alone.
     """
     train = read_split(roots, "train", members=members)
     counts = np.bincount(train.labels, minlength=len(train.classes))
@@ -134,9 +112,9 @@ def find_labelled(
         )
     val = read_split(val_roots or roots, "val", optional=val_roots is None, members=members)
     if val is None:
-        if not val_share:
+        if not val_fraction:
             return train, None
-        held_out = draw_share(train, val_share, seed)
+        held_out = draw_fraction(train, val_fraction, seed)
         held_out = held_out[counts[train.labels[held_out]] > 1]  # a class must not lose its only image
         if not len(held_out):
             raise UserError(f"{where} holds an image of each class: none can be held out; give --data.val-share 0")
@@ -166,10 +144,10 @@ def read_split(
 def read_split(
     roots: Sequence[str], split: str, optional: bool = False, members: Sequence[str] = ()
 ) -> LabelledImages | None:
-    """The images of one split of some roots, ``train`` or ``val``, or of roots that are one.
+    """The images of one split, ``train`` or ``val``, of some roots, or of roots without splits.
 
     Returns:
-        None where ``optional`` and there is no such split.
+        None if there is no such split and it is ``optional``.
     """
     for root in roots:
         _check_root(root)
@@ -181,7 +159,7 @@ def read_split(
             return None
         if split == "train" and (other := _find_split(roots, divisions, "val")) is not None:
             raise UserError(f"{other[0]} is to evaluate on, but there is nothing called train beside it to train on")
-        found = list(roots)  # class folders alone, or files of whatever name
+        found = list(roots)  # class folders, or files of any name
     folders = [path for path in found if os.path.isdir(path)]
     files = [path for path in found if os.path.isfile(path)]
     files += [path for folder in folders for path in list_files(folder)]
@@ -203,16 +181,16 @@ def _check_root(root: str) -> None:
     if not os.path.exists(root):
         raise UserError(f"{root} does not exist: {wanted}")
     if os.path.isdir(root):
-        check_root(root)  # what an unfinished `itpn shrink` left
+        check_root(root)  # refuses an incomplete output of `itpn shrink`
     elif not os.path.isfile(root) or not (is_shard(root) or is_table(root)):
         raise UserError(f"{root} is neither a folder, a tar shard nor a parquet file{describe_file(root)}")
 
 
 def _find_split(roots: Sequence[str], divisions: Sequence[Division], split: str) -> list[str] | None:
-    """Folders and files of a split; a test set is for the end, and only where there is nothing else to evaluate on.
+    """Folders and files of a split. The test set is taken for validation only if there is no validation set.
 
     Raises:
-        UserError: one root has images to train on and another has not.
+        UserError: one root has training images and another has not.
     """
     for name in (split, "test") if split == "val" else (split,):
         places = [division.places.get(name, []) for division in divisions]
@@ -227,7 +205,7 @@ def _find_split(roots: Sequence[str], divisions: Sequence[Division], split: str)
 
 
 def _read_folders(folders: Sequence[str]) -> LabelledImages:
-    """A folder for each class; its images may lie at any depth."""
+    """Read class folders, with images at any depth."""
     places: dict[str, list[str]] = {}  # by name of the class
     for folder in folders:
         for place in list_folders(folder):
@@ -262,7 +240,7 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
 
 
 def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequence[str]) -> LabelledImages:
-    """Pairs of an image and its class, ``NAME.jpg`` and ``NAME.cls``, as WebDataset has them."""
+    """Read pairs of an image and its class, ``NAME.jpg`` and ``NAME.cls``, as in WebDataset."""
     places, names, texts = [], [], []
     left, unread = Counter[str](), Counter[str]()
     for number, path in enumerate(shards):
@@ -270,7 +248,7 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
             if label is None:
                 key = os.path.basename(split_name(name)[0])
                 note = f"; {describe_unread(unread)}" if unread else ""  # it may be a link
-                raise UserError(f"{name} in {path} has no {key}.cls beside it: its class is not known{note}")
+                raise UserError(f"{name} in {path} has no {key}.cls beside it: its class is unknown{note}")
             if not label:
                 key = split_name(name)[0]
                 raise UserError(f"{key}.cls in {path} is empty: its image has no class")
@@ -303,91 +281,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
     return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), tuple(notes))
 
 
-def are_numbers(labels: Iterable[str]) -> bool:
-    """Whether labels are numbers of classes, and not their names."""
-    return all(label.removeprefix("-").isdecimal() for label in labels)
-
-
-def read_class_names(folders: Sequence[str], labels: Iterable[str]) -> list[str] | None:
-    """From a file beside the shards, or beside the folder that they are in; None where there is none.
-
-    Args:
-        labels: of the images. Where they are numbers, lines that begin with them are read without.
-
-    Raises:
-        UserError: an empty line, or a name that is there twice.
-    """
-    for folder in folders:
-        for place in (Path(folder), Path(folder).parent):
-            if (place / CLASSES).is_file():
-                # `itpn shrink` writes the names of folders as they are, with blanks and numbers
-                by_hand = not (place / SHRINK_INDEX).is_file()
-                names = [as_class(name) for name in read_lines(place / CLASSES, strip=by_hand)]
-                refuse_empty_line(names, place / CLASSES)
-                if by_hand and are_numbers(labels):
-                    names = drop_numbers(names, 0, place / CLASSES)
-                if twice := sorted(name for name, count in Counter(names).items() if count > 1):
-                    raise UserError(f"{place / CLASSES} names {twice[0]!r} twice: classes need names of their own")
-                return names
-    return None
-
-
-def drop_numbers(lines: Sequence[str], first: int, file: str | Path, hint: str = "") -> list[str]:
-    """Lines of a file of classes without a header and without the labels that they begin or end with.
-
-    Args:
-        first: the label of the first class.
-        hint: what else to do where they count from another number.
-
-    Raises:
-        UserError: a line is a comment, or the lines are numbered, but not by their labels.
-    """
-    comments = [line for line in lines if line.startswith("#")]
-    if 0 < len(comments) < len(lines):
-        raise UserError(
-            f"file of classes {file} has a comment ({one_line(comments[0][:40])}), which is no class: remove it"
-        )
-    words = set(re.split(r"[\s,;:_-]+", lines[0].lower())) if lines else set()
-    if max(len(lines), len(words)) > 1 and words <= HEADER_WORDS and words & NAME_WORDS:
-        lines = lines[1:]
-    for pattern in (NUMBER_BEFORE, NUMBER_BEHIND):
-        found = [pattern.fullmatch(line) for line in lines]
-        matches = [match for match in found if match is not None]
-        if len(matches) < max(2, len(found)) or any(_is_coloured(match["name"], pattern) for match in matches):
-            continue
-        numbers, names = [int(match["number"]) for match in matches], [match["name"] for match in matches]
-        if len(set(names)) < len(names) or sorted(numbers) not in ([*range(len(names))], [*range(1, len(names) + 1)]):
-            continue
-        if numbers != [*range(first, first + len(names))]:
-            sort = "" if numbers == sorted(numbers) else ", or sort the lines by label"
-            raise UserError(
-                f"file of classes {file} numbers its first class {numbers[0]}, which is label {first}: leave the "
-                f"numbers out{sort or hint}"
-            )
-        return names
-    return [*lines]
-
-
-def _is_coloured(rest: str, pattern: re.Pattern[str]) -> bool:
-    """Whether the number beside it is of a colour: 1 2 3 road, or road 1 2 3. Without a name, it is one itself."""
-    words = re.split(r"[\s,]+", rest)
-    if all(word.isdecimal() for word in words):
-        return True
-    if pattern is NUMBER_BEHIND:
-        return words[-1].isdecimal()
-    return [word.isdecimal() for word in words[:3]] == [True, True, False]
-
-
-def refuse_empty_line(names: Sequence[str], file: str | Path) -> None:
-    """Raise :class:`UserError` where a line of a file of classes is empty: those after it would get other labels."""
-    if "" in names:
-        raise UserError(
-            f"{file} has nothing in line {names.index('') + 1}: each line names a class, the first that of label 0"
-        )
-
-
 def _read_tables(files: Sequence[str]) -> LabelledImages:
-    """A data set of Hugging Face, as parquet files."""
+    """Read a data set of Hugging Face, as parquet files."""
     try:
         import datasets
     except ImportError as error:
@@ -395,7 +290,7 @@ def _read_tables(files: Sequence[str]) -> LabelledImages:
     datasets.disable_progress_bars()
     try:
         table = datasets.load_dataset("parquet", data_files=list(files), split="train")
-    except Exception as error:  # of whichever of its libraries
+    except Exception as error:  # its libraries raise many types
         raise UserError(f"{files[0]} cannot be read ({type(error).__name__}: {str(error)[:200]})") from error
     features = table.features
     images = [name for name, feature in features.items() if isinstance(feature, datasets.Image)]
@@ -407,7 +302,7 @@ def _read_tables(files: Sequence[str]) -> LabelledImages:
     values, feature = table[labels[0]], features[labels[0]]
     try:
         table = table.cast_column(images[0], datasets.Image(decode=False)).select_columns([images[0]])
-    except Exception as error:  # of whichever of its libraries
+    except Exception as error:  # its libraries raise many types
         raise UserError(f"column {images[0]} of {files[0]} holds no images ({type(error).__name__})") from error
     if any(value is None or (isinstance(value, int) and value < 0) for value in values):
         raise UserError(f"column {labels[0]} of {files[0]} lacks labels (as test sets' do): leave the file out")
@@ -422,17 +317,18 @@ def _read_tables(files: Sequence[str]) -> LabelledImages:
     return LabelledImages(TableReader(table, images[0]), np.array(numbers, dtype=np.int64), tuple(classes))
 
 
-def draw_share(images: LabelledImages, share: float, seed: int) -> np.ndarray:
-    """Indices of a share of each class, at least one image of each, ascending.
+def draw_fraction(images: LabelledImages, fraction: float, seed: int) -> np.ndarray:
+    """Draw a fraction of each class, at least one image of each; indices in ascending order.
 
-    An image is drawn by seed and name alone: where the images lie, and which others there are, changes little.
+    The draw depends on seed and name of each image: moving the folder or adding images changes it little.
     """
+    # "share" is part of the seed: another word would draw other images
     order = np.array([derive_seed(seed, "share", images.name(index)) for index in range(len(images))], dtype=np.uint64)
     chosen = []
     for label in range(len(images.classes)):
         own = np.flatnonzero(images.labels == label)
         if len(own):
-            chosen.append(own[np.argsort(order[own], kind="stable")][: max(1, round(share * len(own)))])
+            chosen.append(own[np.argsort(order[own], kind="stable")][: max(1, round(fraction * len(own)))])
     return np.sort(np.concatenate(chosen))
 
 
@@ -441,10 +337,5 @@ def _count(number: int, what: str) -> str:
 
 
 def _hint(names: Sequence[str]) -> str:
-    """Of names that are numbers."""
+    """A hint for classes that are named by numbers."""
     return f"; shards take names from a {CLASSES} beside them" if all(name.isdigit() for name in names) else ""
-
-
-def join_names(names: Sequence[str], most: int = 3) -> str:
-    """The first few, each set off from the sentence."""
-    return join([f"'{name}'" for name in names], most)

@@ -1,13 +1,9 @@
-"""Masks of classes: what their numbers or colours mean, and how they are read."""
+"""Masks: reading them, and the classes that their labels or colours stand for."""
 
-import csv
 import functools
 import io
-import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,111 +11,104 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from itpn.data.class_names import Colour, Names, join_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, find_lossy, load_image, open_image, reading
-from itpn.data.files import CLASS_FILES
-from itpn.data.labelled import drop_numbers, join_names, refuse_empty_line
 from itpn.data.readers import read_file
 from itpn.errors import UserError
-from itpn.system.text import read_lines
 
-IGNORED = 255  # of pixels in memory: of no class, or nobody knows which
+IGNORED = 255  # class index of ignored pixels in memory
 MAX_CLASSES = 254
-VOID = 1 << 24  # a packed colour that no picture has, and the numbers after it: of labels of no class in a palette
-WHITE = 255  # in masks of 8 bits
-MAX_LEVELS = 10  # shades that are recognized as evenly spaced: more are too close to class indices
-
-Colour = tuple[int, int, int]
-Names = Sequence[tuple[str, Colour | None]]  # of labels in turn, and their colours
+VOID = 1 << 24  # above all packed colours: VOID + label stands for an ignored label of a palette
 
 
 @dataclass(frozen=True)
 class LabelTable:
-    """What the numbers, or colours, in mask files mean.
+    """The classes that labels, or colours, in mask files stand for.
 
     Attributes:
         classes: names.
-        numbers: uint8 [256], number in a file -> class, `IGNORED`, or 254 where it means nothing.
-        colours: of the classes, where their file says them.
-        by_colour: masks may be pictures in those colours; colour -> class or `IGNORED`.
-        left_out: numbers that are of no class.
+        indices: uint8 [256], label in a file -> class index, `IGNORED`, or 254 for an unknown label.
+        colours: of the classes, if the file of classes has them.
+        by_colour: colour -> class index or `IGNORED`; None if masks cannot be in colour.
+        ignored: labels that are ignored.
     """
 
     classes: tuple[str, ...]
-    numbers: np.ndarray
+    indices: np.ndarray
     colours: tuple[Colour, ...] | None = None
     by_colour: dict[Colour, int] | None = None
-    left_out: tuple[int, ...] = ()
+    ignored: tuple[int, ...] = ()
 
     def read(self, path: str, max_pixels: int = MAX_PIXELS) -> Tensor:
-        """The classes of an image's pixels, uint8 [H, W].
+        """Read a mask as class indices, uint8 [H, W].
 
         Raises:
-            UnreadableImage: no mask, or of labels that no class has.
+            UnreadableImage: it is not a mask, or has unknown labels.
         """
         values = read_mask(path, max_pixels, self)
         if values.ndim == 3 and self.by_colour is not None:
-            colours, numbers = self._sorted_colours
+            colours, indices = self._sorted_colours
             packed = pack(values)
             places = np.searchsorted(colours, packed).clip(max=len(colours) - 1)
-            labels, known = numbers[places], colours[places] == packed
+            labels, known = indices[places], colours[places] == packed
         else:
             values = packed = ungrey(values)
-            labels = self.numbers[values.clip(max=255)]
+            labels = self.indices[values.clip(max=255)]
             known = labels != MAX_CLASSES
             if values.max(initial=0) > 255:
                 above = values > 255
                 labels[above] = IGNORED
-                known = np.where(above, np.isin(values, self.left_out), known)
+                known = np.where(above, np.isin(values, self.ignored), known)
         if not known.all():
             raise UnreadableImage(self.explain(int(packed[~known][0]), colour=values.ndim == 3))
         return torch.from_numpy(labels)
 
     @functools.cached_property
     def _sorted_colours(self) -> tuple[np.ndarray, np.ndarray]:
-        """Packed colours in order, and their classes: found once, for every mask needs them."""
-        void = {(256, 0, number): IGNORED for number in range(256)}
+        """Packed colours in ascending order, and their class indices."""
+        void = {(256, 0, label): IGNORED for label in range(256)}
         known = {**(self.by_colour or {}), **void}
-        packed, numbers = pack(np.array(list(known))), np.array(list(known.values()), dtype=np.uint8)
+        packed, indices = pack(np.array(list(known))), np.array(list(known.values()), dtype=np.uint8)
         order = packed.argsort()
-        return packed[order], numbers[order]
+        return packed[order], indices[order]
 
     def find(self, value: int, colour: bool) -> int | None:
-        """The class of a number in a file, or of a colour (see `pack`), or `IGNORED`; None where it means nothing."""
+        """The class index of a label, or of a packed colour (see `pack`), or `IGNORED`; None if it is unknown."""
         if colour:
             return IGNORED if value >= VOID else (self.by_colour or {}).get(unpack(value))
         if value > 255:
-            return IGNORED if value in self.left_out else None
-        return None if self.numbers[value] == MAX_CLASSES else int(self.numbers[value])
+            return IGNORED if value in self.ignored else None
+        return None if self.indices[value] == MAX_CLASSES else int(self.indices[value])
 
     def explain(self, value: int, colour: bool) -> str:
         return f"colour {unpack(value)}, which no class has" if colour else f"label {value}, which no class has"
 
     def read_greys(self, present: set[int]) -> "LabelTable | None":
-        """With shades of grey that are colours, not numbers: those of the file of classes, or black and white.
+        """The table for masks of grey levels that are colours: those of the file of classes, or black and white.
 
         Args:
-            present: all numbers in a set of masks.
+            present: all values in a set of masks.
 
         Returns:
-            None where they are numbers.
+            None if the values are labels.
         """
-        numbers = self.numbers.copy()
+        indices = self.indices.copy()
         if self.by_colour is not None:
             greys = {value: self.by_colour.get((value, value, value)) for value in present}
             if not present or max(present) < len(self.by_colour) or None in greys.values():
                 return None
-            numbers[list(greys)] = [number for number in greys.values() if number is not None]
-        elif present == {0, 255} and len(self.classes) == 2 and numbers[0] == 0 and numbers[255] >= MAX_CLASSES:
-            numbers[255] = 1
+            indices[list(greys)] = [index for index in greys.values() if index is not None]
+        elif present == {0, 255} and len(self.classes) == 2 and indices[0] == 0 and indices[255] >= MAX_CLASSES:
+            indices[255] = 1
         else:
             return None
-        return replace(self, numbers=numbers)
+        return replace(self, indices=indices)
 
     def rename(self, classes: Sequence[str]) -> "LabelTable":
-        """With the numbers that another list of classes gives them.
+        """The table with the class indices of another list of classes.
 
         Raises:
-            UserError: a class is not in it.
+            UserError: a class is not in the list.
         """
         if self.classes == tuple(classes):
             return self
@@ -131,15 +120,15 @@ class LabelTable:
                 f"{join_names(classes)}{hint}"
             )
         new = [list(classes).index(name) for name in self.classes]
-        numbers = self.numbers.copy()
-        for old, number in enumerate(new):
-            numbers[self.numbers == old] = number
+        indices = self.indices.copy()
+        for old, index in enumerate(new):
+            indices[self.indices == old] = index
         by_colour = self.by_colour and {c: n if n == IGNORED else new[n] for c, n in self.by_colour.items()}
-        return replace(self, classes=tuple(classes), numbers=numbers, colours=None, by_colour=by_colour)
+        return replace(self, classes=tuple(classes), indices=indices, colours=None, by_colour=by_colour)
 
 
 def pack(colours: np.ndarray) -> np.ndarray:
-    """Colours [..., 3] as numbers of 24 bits."""
+    """Colours [..., 3] as integers of 24 bits."""
     red, green, blue = (colours[..., i].astype(np.int32) for i in range(3))
     return red << 16 | green << 8 | blue
 
@@ -154,17 +143,17 @@ def read_mask(path: str, max_pixels: int = MAX_PIXELS, table: LabelTable | None 
 
 
 def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tuple[np.ndarray, str]:
-    """The numbers of a mask file, [H, W], or its colours, [H, W, 3], turned as an image would be.
+    """The values of a mask file, labels [H, W] or colours [H, W, 3], with its orientation applied.
 
     Args:
-        table: a palette of its colours alone is for colours, whatever its numbers are; so are shades of 1, 2 or 4
-            bits where all of its colours are shades.
+        table: if the palette of a mask has only colours of this table, the mask is read as colours, whatever its
+            indices are; so are masks of 1, 2 or 4 bits if all colours of the table are grey.
 
     Returns:
-        They, and the lossy compression that they have been through, see :func:`itpn.data.decode.find_lossy`.
+        The values, and the lossy compression that they have been through, see :func:`itpn.data.decode.find_lossy`.
 
     Raises:
-        UnreadableImage: it is not there, damaged, too large, or transparent, or its palette is of two minds.
+        UnreadableImage: it is missing, damaged, too large or transparent, or its palette and labels disagree.
     """
     try:
         data = read_file(path)
@@ -175,10 +164,10 @@ def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tup
         image, bits = load_image(opened), _count_bits(opened.image, data)
         lossy = find_lossy(opened.image, data)
         if image.mode in ("LA", "RGBA") and bits == 8 and image.getextrema()[-1] == (255, 255):
-            image = image.convert(image.mode[:-1])  # of more bits Pillow has the high ones alone
+            image = image.convert(image.mode[:-1])  # of 16 bits Pillow keeps the upper 8
         if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
             raise UnreadableImage(
-                f"a picture of mode {image.mode}, not of labels{': save it without alpha' * ('A' in image.mode)}"
+                f"an image of mode {image.mode}, not a mask of labels{': save it without alpha' * ('A' in image.mode)}"
             )
         values, palette = _find_palette(image, bits)
         colours = table.by_colour if table is not None else None
@@ -191,7 +180,7 @@ def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tup
 
 
 def _count_bits(image: Image.Image, data: bytes) -> int:
-    """Bits of a pixel that is stored, of formats that have fewer than 8 for shades of grey."""
+    """Bits of a stored pixel, of formats that allow fewer than 8 for grey."""
     if image.format == "PNG":
         return data[24]
     tags: Any = getattr(image, "tag_v2", {})
@@ -199,38 +188,38 @@ def _count_bits(image: Image.Image, data: bytes) -> int:
 
 
 def _find_palette(image: Image.Image, bits: int) -> tuple[np.ndarray, list[Colour]]:
-    """The numbers that are stored, and the colours that they stand for; none of 8 bits or more without a palette."""
+    """The stored values and the colours that they stand for; no colours for 8 bits or more without a palette."""
     if image.mode == "P":
         channels = iter(image.getpalette("RGB") or ())
         return np.asarray(image), list(zip(channels, channels, channels, strict=False))
     if image.mode == "1":
         image, bits = image.convert("L"), 1
     if image.mode == "L" and bits in (1, 2, 4):
-        step = 255 // (2**bits - 1)  # by which Pillow multiplies
+        step = 255 // (2**bits - 1)  # Pillow multiplies by this
         return np.asarray(image) // step, [(shade, shade, shade) for shade in range(0, 256, step)]
     return np.asarray(image), []
 
 
 def _use_palette(values: np.ndarray, palette: Sequence[Colour], table: LabelTable) -> np.ndarray:
-    """The colours of a mask where the file of classes has them all, or else its numbers.
+    """The colours of a mask if the table has all of them, or else its labels.
 
-    Labels of no class count only where their colour is a class's and no other label's, for many palettes are filled up
-    with black; what is left of them becomes `VOID`.
+    An ignored label is read by its colour only if the colour is that of a class and of no lower label, because many
+    palettes are filled up with black. Other ignored labels become `VOID` + label.
 
     Raises:
-        UnreadableImage: colours and numbers mean different classes, and not all of the colours are known.
+        UnreadableImage: colours and labels stand for different classes, and some colours are unknown.
     """
     known, colours = table.by_colour or {}, dict(enumerate(palette))
     used = np.bincount(values.ravel()).nonzero()[0].tolist()
     classes = {n: known[colours[n]] for n in used if colours.get(n) in known}
-    void = {n for n in used if n in table.left_out and (n not in classes or palette.index(colours[n]) < n)}
+    void = {n for n in used if n in table.ignored and (n not in classes or palette.index(colours[n]) < n)}
     unnamed = [n for n in used if n not in classes and n not in void]
     if not unnamed:
         painted = np.zeros((256, 3), dtype=np.int16 if void else np.uint8)
         for n in used:
             painted[n] = (256, 0, n) if n in void else colours[n]
         return painted[values]
-    if any(number != table.numbers[n] for n, number in classes.items() if n not in void):
+    if any(index != table.indices[n] for n, index in classes.items() if n not in void):
         n = unnamed[0]
         what = f"colour {colours[n]} of label {n}, which no class has" if n in colours else f"no colour for label {n}"
         raise UnreadableImage(what)
@@ -238,166 +227,51 @@ def _use_palette(values: np.ndarray, palette: Sequence[Colour], table: LabelTabl
 
 
 def ungrey(values: np.ndarray) -> np.ndarray:
-    """Numbers that were saved as shades of grey in three channels.
+    """Labels of a mask that was saved with three equal channels.
 
     Raises:
-        UnreadableImage: they are colours.
+        UnreadableImage: the channels differ.
     """
     if values.ndim == 2:
         return values
     if (values != values[..., :1]).any():
-        raise UnreadableImage("a picture in colours: --data.classes needs a file of `NAME R G B` lines")
+        raise UnreadableImage("an image in colours: --data.classes needs a file of `NAME R G B` lines")
     return values[..., 0]
-
-
-# --- shades of grey that are no class indices
-
-
-def explain_greys(counts: Mapping[int, int]) -> str | None:
-    """Whether the values of masks look like shades of grey instead of class indices.
-
-    Args:
-        counts: pixels of each value, over all masks.
-
-    Returns:
-        What they look like and what to do; None where they may be class indices, or are black and white alone. Gaps
-        between indices and 255 as an ignored label are no sign of shades.
-    """
-    values = sorted(counts)
-    if not values or values[-1] > WHITE or set(values) <= {0, WHITE}:
-        return None
-    if _are_levels(set(values)):
-        shown = ", ".join(map(str, values[:6])) + (", ..." if len(values) > 6 else "")
-        return (
-            f"values {shown} look like shades of grey, not class indices: give --data.classes FILE with a line "
-            "`NAME G G G` for each shade (or with a name for each index, if they are indices)"
-        )
-    if _are_blurred(counts):
-        return (
-            f"{len(values)} values from {values[0]} to {values[-1]}, most of a few pixels, look like anti-aliased "
-            "shades of grey, not class indices: save masks as PNG without interpolation (or give --data.classes FILE "
-            "with a name for each index, if they are indices)"
-        )
-    return None
-
-
-def _are_levels(values: set[int]) -> bool:
-    """Evenly spaced from black, at least half of the levels: 0, 127, 255; 0, 85, 170, 255; 0, 50, 100, 150."""
-    if values == {0, WHITE - 1}:
-        return True
-    inner = sorted(values - {0, WHITE})
-    for parts in range(2, MAX_LEVELS):
-        step = WHITE / parts
-        levels = {round(value / step) for value in values}
-        exact = all(abs(value - round(value / step) * step) < 1 for value in values)
-        enough = 2 * len(levels) > parts and (len(inner) > 1 or WHITE in values or (parts == 2 and 0 in values))
-        if exact and enough and round(inner[0] / step):
-            return True
-    step = math.gcd(*inner)
-    return len(inner) > 1 and step >= WHITE // MAX_LEVELS and 2 * len(inner) >= inner[-1] / step
-
-
-def _are_blurred(counts: Mapping[int, int]) -> bool:
-    """White, and values of few pixels each over the whole range, which have few pixels together."""
-    total = sum(counts.values())
-    rare = {value: n for value, n in counts.items() if 8 <= value < 248 and n < 0.1 * total}
-    spread = any(value < 128 for value in rare) and any(value >= 192 for value in rare)
-    return max(counts) >= 250 and spread and sum(rare.values()) < 0.4 * total
-
-
-def read_names(file: str | None, root: str, first: int = 0) -> Names | None:
-    """Names of classes, and their colours where the file says them.
-
-    Args:
-        first: the label of the first line.
-
-    Raises:
-        UserError: no such file, a line that is no class, or lines with numbers that are not their labels.
-    """
-    if file is None:
-        places = [place / name for place in (Path(root), Path(root).parent) for name in CLASS_FILES]
-        found = next((place for place in places if place.is_file()), None)
-        if found is None:
-            return None
-        file = str(found)
-    if not Path(file).exists():
-        raise UserError(f"file of classes {file} does not exist")
-    written = read_lines(file)
-    lines = [line for line in written if line]
-    if not lines:
-        raise UserError(f"file of classes {file} is empty: it needs a name, or `NAME R G B`, a line")
-    if lines[0].startswith("Idx\t"):  # ADE20K's: number, three shares, stuff or not, name
-        return [(line.split("\t")[-1].split(",")[0].strip(), None) for line in lines[1:]]
-    names: list[tuple[str, Colour | None]] = []
-    switch = "no-reduce-zero-label" if first else "reduce-zero-label"
-    hint = f", or give --data.{switch} if they are labels"
-    for row in _split_lines(drop_numbers(lines, first, file, hint), file):
-        words = [word.strip() for word in row]
-        for name, colour in ((words[:-3], words[-3:]), (words[3:], words[:3])):
-            if (
-                name
-                and len(colour) == 3
-                and all(re.fullmatch("[0-9]{1,3}", word) and int(word) < 256 for word in colour)
-            ):
-                red, green, blue = (int(word) for word in colour)
-                names.append((" ".join(name), (red, green, blue)))
-                break
-        else:
-            names.append((" ".join(words), None))
-    given: dict[str, list[Any]] = {"name": [n for n, _ in names], "colour": [c for _, c in names if c is not None]}
-    for what, values in given.items():
-        twice = [value for value in dict.fromkeys(values) if values.count(value) > 1]
-        if twice:
-            raise UserError(f"{file} has two classes of the {what} {twice[0]}")
-    if len({colour is None for _, colour in names}) > 1:
-        raise UserError(f"{file} has colours for some of the classes: give all or none")
-    if "" in written and any(colour is None for _, colour in names):  # is it a label without a name, or of no meaning?
-        refuse_empty_line(written, file)
-    return names
-
-
-def _split_lines(lines: list[str], file: str) -> list[list[str]]:
-    if not any("," in line for line in lines):
-        return [line.split() for line in lines]
-    try:
-        return [next(csv.reader([line])) for line in lines]  # one by one: a quote that is not closed ends with its line
-    except csv.Error as error:
-        raise UserError(f"file of classes {file} cannot be read: {error}") from None
 
 
 def name_labels(
     classes: Sequence[str], colours: Sequence[Colour] | None, reduce_zero_label: bool, ignore: Iterable[int]
 ) -> Names:
-    """The names that :func:`make_table` makes these classes of; of labels that are left out, their numbers."""
+    """The names from which :func:`make_table` makes these classes; an ignored label is its own name."""
     known: Sequence[Colour | None] = colours or [None] * len(classes)
-    rest, left_out = list(zip(classes, known, strict=True)), set(ignore)
+    rest, ignored = list(zip(classes, known, strict=True)), set(ignore)
     names: list[tuple[str, Colour | None]] = []
     for label in range(int(reduce_zero_label), IGNORED + len(classes)):
         if not rest:
             break
-        names.append((str(label), None) if label in left_out else rest.pop(0))
+        names.append((str(label), None) if label in ignored else rest.pop(0))
     return names
 
 
 def make_table(names: Names, reduce_zero_label: bool, ignore: Iterable[int]) -> LabelTable:
-    """What masks mean whose labels are lines of a file, from 0, or from 1 where label 0 is of no class.
+    """The table of labels that are lines of a file, from 0, or from 1 if label 0 is ignored.
 
     Raises:
         UserError: fewer than two classes, or more than 254.
     """
     first = int(reduce_zero_label)
-    left_out = {*ignore, *range(first)}
-    kept = [(first + line, name, colour) for line, (name, colour) in enumerate(names) if first + line not in left_out]
+    ignored = {*ignore, *range(first)}
+    kept = [(first + line, name, colour) for line, (name, colour) in enumerate(names) if first + line not in ignored]
     if not 2 <= len(kept) <= MAX_CLASSES:
         raise UserError(f"{len(kept)} classes of pixels: there must be from 2 to {MAX_CLASSES}")
-    numbers = np.full(256, MAX_CLASSES, dtype=np.uint8)
-    numbers[[number for number in left_out if number < 256]] = IGNORED
-    for row, (number, _, _) in enumerate(kept):
-        if number < 256:
-            numbers[number] = row
+    indices = np.full(256, MAX_CLASSES, dtype=np.uint8)
+    indices[[label for label in ignored if label < 256]] = IGNORED
+    for index, (label, _, _) in enumerate(kept):
+        if label < 256:
+            indices[label] = index
     by_colour = None
     if any(colour is not None for _, colour in names):
-        row_of = {number: row for row, (number, _, _) in enumerate(kept)}
-        by_colour = {c: row_of.get(first + line, IGNORED) for line, (_, c) in enumerate(names) if c is not None}
+        index_of = {label: index for index, (label, _, _) in enumerate(kept)}
+        by_colour = {c: index_of.get(first + line, IGNORED) for line, (_, c) in enumerate(names) if c is not None}
     colours = tuple(colour for _, _, colour in kept if colour is not None) or None
-    return LabelTable(tuple(name for _, name, _ in kept), numbers, colours, by_colour, tuple(left_out))
+    return LabelTable(tuple(name for _, name, _ in kept), indices, colours, by_colour, tuple(ignored))

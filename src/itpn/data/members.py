@@ -1,4 +1,4 @@
-"""Members of tar shards: which of them are images, and which belong to one sample."""
+"""Members of tar shards: images and labels, grouped by sample."""
 
 import itertools
 import os
@@ -8,13 +8,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from itpn.data.files import CLASS_FILES, IMAGE_SUFFIXES, LINK, SPECIAL, is_hidden, suffix_of
+from itpn.data.file_types import CLASS_FILES, IMAGE_SUFFIXES, LINK, SPECIAL, is_hidden, suffix_of
 from itpn.errors import UserError
 
 ALL = "all"
 MOST_OF_A_SAMPLE = 64  # images
 REMEDY = "--data.members says which to read, `all` for every one"
-# between the key and the suffix: what describes an image, and is none to train on
+# words between key and suffix of annotations that are images, but not to train on
 SECONDARY = {
     *("seg", "segmentation", "semantic", "instance", "panoptic", "mask", "masks", "label", "labels", "labelids"),
     *("depth", "disparity", "normal", "normals", "flow", "edge", "edges", "alpha", "matte", "saliency", "heatmap"),
@@ -27,8 +27,8 @@ class Member(NamedTuple):
 
     Attributes:
         key: of its sample.
-        ending: what follows, without the dot and in lower case: ``jpg``, ``seg.png``.
-        content: what the caller's function made of it.
+        ending: what follows the key, without the dot, in lower case: ``jpg``, ``seg.png``.
+        content: the result of the caller's function.
     """
 
     name: str
@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and ending of a member, as WebDataset has them: divided at the first dot after the last slash."""
+    """Key and ending of a member, as in WebDataset: divided at the first dot after the last slash."""
     folder, slash, base = name.rpartition("/")
     key, _, ending = base.partition(".")
     return folder + slash + key, ending.lower()
@@ -53,20 +53,20 @@ def is_label_ending(ending: str) -> bool:
 
 
 class Choice:
-    """Chooses the images of a shard, one after the other.
+    """Chooses the images of a shard that are read.
 
-    An image is plain if its ending is its suffix alone (``x.jpg``). Of each sample the plain images are taken, or else
-    its one other image (``x.rgb.png``), :data:`SECONDARY` ones not counted.
+    An image is plain if its ending is only its suffix (``x.jpg``). The plain images of a sample are read, or if there
+    are none its only other image (``x.rgb.png``), not counting :data:`SECONDARY` ones.
 
     Args:
-        endings: of the members to take instead; :data:`ALL` for every image.
+        endings: of the members to read instead; :data:`ALL` for every image.
 
     Raises:
-        UserError: an ending that no image has.
+        UserError: an ending that is not of an image.
 
     Attributes:
-        taken, left: count the endings of the images that are taken, and of those that are not.
-        problem: why some sample is not certain, or all of them; empty where there is none.
+        taken, left: numbers of images that are read and that are left out, by ending.
+        problem: why the choice is ambiguous for a sample; empty if it is not.
     """
 
     def __init__(self, endings: Sequence[str] = ()) -> None:
@@ -81,10 +81,10 @@ class Choice:
                 )
 
     def choose(self, images: Iterable[Member]) -> Iterator[Member]:
-        """Those of a shard's images that are to be read; none of a sample that is not certain, see ``problem``."""
+        """Yield the images of a shard that are read; none of an ambiguous sample, see ``problem``."""
         for _, sample in itertools.groupby(images, key=lambda image: image.name if self._endings else image.key):
             members = iter(sample)
-            # of one name with thousands of endings, not all are held in memory
+            # bounds the memory for a key with thousands of endings
             some = list(itertools.islice(members, MOST_OF_A_SAMPLE))
             self.left.update(image.ending for image in members)
             wanted = self._choose_of(some)
@@ -111,7 +111,7 @@ class Choice:
         return first
 
     def describe(self) -> str:
-        """What is read and what is not, where that may be meant otherwise; empty else."""
+        """What is read and what is not, if that may be unintended; empty otherwise."""
         if not self._endings and (others := Counter({e: n for e, n in self.taken.items() if "." in e})):
             read = f"read, for want of plain images, are {list_endings(others)}"
         else:
@@ -124,11 +124,11 @@ class Choice:
 def find_members(
     members: Iterable[tarfile.TarInfo], read: Callable[[tarfile.TarInfo], Any], unread: Counter[str] | None = None
 ) -> Iterator[Member]:
-    """All images among an archive's members, each with what ``read`` makes of it; hidden ones are passed over.
+    """Yield all images among an archive's members, without hidden ones, each with the result of ``read``.
 
     Args:
-        unread: counts what is neither an image nor a label by suffix, as the files of a folder are counted; and what is
-            called like one of them, but is a link or a pipe.
+        unread: counts members that are neither images nor labels by suffix, as files of a folder; and links and pipes
+            with the suffix of an image or label.
     """
     for member in members:
         if member.isdir() or is_hidden(member.name):
@@ -145,11 +145,11 @@ def find_members(
 
 
 def _is_secondary(ending: str) -> bool:
-    """Whether an ending names what describes an image, by itself or one of several: ``seg.png``, ``mask_1.png``."""
+    """Whether an ending names an annotation of an image, one or one of several: ``seg.png``, ``mask_1.png``."""
     return any(re.sub(r"[_-]?\d+$", "", word) in SECONDARY for word in ending.split(".")[:-1])
 
 
 def list_endings(endings: Counter[str]) -> str:
-    """The commonest endings and how many there are of each."""
+    """The most frequent endings, with their numbers."""
     some = ", ".join(f"{count:,} .{ending}" for ending, count in endings.most_common(4))
     return some + (f" and {len(endings) - 4} others" if len(endings) > 4 else "")

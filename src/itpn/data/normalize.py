@@ -1,4 +1,4 @@
-"""From the pixels of a file to the numbers that a network is given, and back."""
+"""From uint8 pixels to the normalized input of a network, and back."""
 
 from collections.abc import Sequence
 
@@ -20,7 +20,7 @@ class Normalize(nn.Module):
         self.mean: Tensor
         self.std: Tensor
         for name, values in {"mean": mean, "std": std}.items():
-            # a copy: processes cannot send one another a number that stands for all channels
+            # a copy: an expanded tensor cannot be sent between processes
             own = torch.tensor(values).expand(channels).reshape(-1, 1, 1).clone()
             self.register_buffer(name, own, persistent=False)
 

@@ -1,4 +1,4 @@
-"""Images with objects: boxes, classes and outlines as they are kept, and as a network is trained on them."""
+"""Images with objects: boxes, classes and masks, stored and as training targets."""
 
 import json
 import math
@@ -18,14 +18,14 @@ from torchvision.transforms.v2.functional import resize
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_whole
 from itpn.data.readers import PackedStrings, Reader, Subset
 from itpn.errors import UserError
-from itpn.models.detector import fit_sides
+from itpn.geometry import fit_sides
 
 CROP_SIDES = (0.5, 0.625, 0.75)  # of the size: 400, 500 and 600 of 800
 CROP_RANGE = (0.48, 0.75)  # 384 to 600
 SCALES = 11  # short sides: 480, 512, ... 800
-FAR = 10  # sides of the image: beyond, a polygon is a mistake
-MAX_PERIMETER = 2**24  # pixels of an object's edges, each of which takes 40 bytes when it is drawn
-MIN_SIDE = 1.0  # pixels: boxes that a crop leaves less of are no objects any more
+FAR = 10  # sides of the image: a polygon further outside is invalid
+MAX_PERIMETER = 2**24  # pixels of a polygon's edges: drawing takes 40 bytes for each
+MIN_SIDE = 1.0  # pixels: objects whose box is smaller after a crop are dropped
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class DetectionImages:
 
     Attributes:
         files: the encoded images.
-        objects: a JSON list for each, in COCO's form: "bbox" [x, y, width, height], "label" (the number of its class),
+        objects: a JSON list for each, in COCO's form: "bbox" [x, y, width, height], "label" (class index),
             "area", "iscrowd", and "segmentation" where it has one.
         sizes: int64 [n, 2], height and width.
-        ids: of the images in the annotations, int64 [n].
+        ids: ids of the images in the annotations, int64 [n].
         classes: names, in the order of their ids.
-        class_ids: of the classes in the annotations.
+        class_ids: ids of the classes in the annotations.
     """
 
     files: Reader
@@ -53,7 +53,7 @@ class DetectionImages:
         return len(self.ids)
 
     def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage, dict[str, Any]]:
-        """Name, encoded image or why it cannot be had, and what is known of it: "id", "size", "objects"."""
+        """Name, encoded image or the error of reading it, and annotation: "id", "size", "objects"."""
         name, data = self.files[index]
         height, width = self.sizes[index].tolist()
         return name, data, {"id": int(self.ids[index]), "size": (height, width), "objects": self.objects_of(index)}
@@ -66,7 +66,7 @@ class DetectionImages:
 
     @property
     def groups(self) -> np.ndarray:
-        """int64 [n], 1 for images that are wider than high: batches are of one kind, so that little is padded."""
+        """int64 [n], 1 for images that are wider than high; a batch has one group, so that little is padded."""
         return (self.sizes[:, 1] > self.sizes[:, 0]).astype(np.int64)
 
     def take(self, indices: np.ndarray) -> "DetectionImages":
@@ -76,73 +76,73 @@ class DetectionImages:
         return replace(self, files=files, objects=objects, sizes=self.sizes[indices], ids=self.ids[indices])
 
     def with_objects(self) -> "DetectionImages":
-        """The images that have objects to be found, crowds aside."""
+        """The images that have objects other than crowds."""
         full = [any(not o["iscrowd"] for o in self.objects_of(index)) for index in range(len(self))]
         return self.take(np.flatnonzero(full))
 
     @cached_property
-    def outlined(self) -> tuple[int, int]:
-        """How many objects have an outline, and how many have none."""
-        every = ["segmentation" in known for index in range(len(self)) for known in self.objects_of(index)]
+    def mask_counts(self) -> tuple[int, int]:
+        """The number of objects with a mask, and without one."""
+        every = ["segmentation" in one for index in range(len(self)) for one in self.objects_of(index)]
         return sum(every), len(every) - sum(every)
 
     @property
-    def has_outlines(self) -> bool:
-        """Whether there are outlines to learn masks from."""
-        return self.outlined[0] > 0
+    def has_masks(self) -> bool:
+        """Whether any object has a mask."""
+        return self.mask_counts[0] > 0
 
-    def with_outlines(self) -> "DetectionImages":
-        """The same images with those objects alone that have an outline."""
-        if not self.outlined[1]:
+    def with_masks(self) -> "DetectionImages":
+        """The same images with only the objects that have a mask."""
+        if not self.mask_counts[1]:
             return self
         kept = [[one for one in self.objects_of(index) if "segmentation" in one] for index in range(len(self))]
         return replace(self, objects=PackedStrings([json.dumps(objects) for objects in kept]))
 
     def rename(self, classes: Sequence[str]) -> "DetectionImages":
-        """The same images with the numbers that another list of classes gives them.
+        """The same images with the class indices of another list of classes.
 
         Raises:
-            UserError: a class with objects is not in it.
+            UserError: a class with objects is not in the list.
         """
         if self.classes == tuple(classes):
             return self
-        numbers = {name: number for number, name in enumerate(classes)}
+        indices = {name: index for index, name in enumerate(classes)}
         ids = dict(zip(self.classes, self.class_ids, strict=True))
         packed = []
         for index in range(len(self)):
             objects = self.objects_of(index)
-            for known in objects:
-                name = self.classes[known["label"]]
-                if name not in numbers:
+            for one in objects:
+                name = self.classes[one["label"]]
+                if name not in indices:
                     raise UserError(
-                        f"objects of class {name} in {self.name(index)}, which the model does not know; it knows "
+                        f"objects of class {name} in {self.name(index)}, which is not a class of the model: it has "
                         f"{', '.join(list(classes)[:5])}{' ...' if len(classes) > 5 else ''}"
                     )
-                known["label"] = numbers[name]
+                one["label"] = indices[name]
             packed.append(json.dumps(objects))
-        new_ids = tuple(ids.get(name, -1 - number) for number, name in enumerate(classes))
+        new_ids = tuple(ids.get(name, -1 - new) for new, name in enumerate(classes))
         return replace(self, objects=PackedStrings(packed), classes=tuple(classes), class_ids=new_ids)
 
 
-def encode_outline(outline: Any, height: int, width: int) -> dict[str, Any]:
+def encode_mask(segmentation: Any, height: int, width: int) -> dict[str, Any]:
     """COCO's polygons or run lengths, compressed or not, as compressed run lengths.
 
     Raises:
-        ValueError: it is none of these, or of another image size.
+        ValueError: it has none of these forms, or is of another image size.
     """
-    if isinstance(outline, dict):
-        if list(outline["size"]) != [height, width]:
-            raise ValueError(f"run lengths for {outline['size']}")
-        if isinstance(outline["counts"], str | bytes):
-            return outline
-        if min(outline["counts"]) < 0 or sum(outline["counts"]) != height * width:
+    if isinstance(segmentation, dict):
+        if list(segmentation["size"]) != [height, width]:
+            raise ValueError(f"run lengths for {segmentation['size']}")
+        if isinstance(segmentation["counts"], str | bytes):
+            return segmentation
+        if min(segmentation["counts"]) < 0 or sum(segmentation["counts"]) != height * width:
             raise ValueError("run lengths that are not the image's")
-        return rle.frPyObjects(outline, height, width)
-    polygons = [[float(value) for value in polygon] for polygon in outline]
+        return rle.frPyObjects(segmentation, height, width)
+    polygons = [[float(value) for value in polygon] for polygon in segmentation]
     if not polygons or any(len(p) < 6 or len(p) % 2 or not np.isfinite(p).all() for p in polygons):
         raise ValueError("not polygons of three points or more")
     if max(abs(value) for polygon in polygons for value in polygon) > FAR * max(height, width):
-        raise ValueError("polygons far outside their image")  # whose edges would take memory without end
+        raise ValueError("polygons far outside their image")  # drawing them would exhaust memory
     if sum(_perimeter(polygon) for polygon in polygons) > MAX_PERIMETER:
         raise ValueError(f"polygons with edges of more than {MAX_PERIMETER:,} pixels")
     return rle.merge(rle.frPyObjects(polygons, height, width))
@@ -153,32 +153,32 @@ def _perimeter(polygon: list[float]) -> float:
     return float(np.abs(points - np.roll(points, 1, axis=0)).max(axis=1).sum())
 
 
-def draw_outlines(objects: Sequence[dict[str, Any]], height: int, width: int) -> Tensor:
+def draw_masks(objects: Sequence[dict[str, Any]], height: int, width: int) -> Tensor:
     """Masks of objects, uint8 [n, height, width]."""
     if not objects:
         return torch.zeros(0, height, width, dtype=torch.uint8)
-    encoded = [encode_outline(known["segmentation"], height, width) for known in objects]
+    encoded = [encode_mask(one["segmentation"], height, width) for one in objects]
     return torch.from_numpy(np.ascontiguousarray(rle.decode(encoded).transpose(2, 0, 1)))
 
 
-def make_target(known: dict[str, Any], masks: bool) -> dict[str, Tensor]:
-    """The objects of an image as torchvision's detectors want them; crowds are left out.
+def make_target(annotation: dict[str, Any], masks: bool) -> dict[str, Tensor]:
+    """The objects of an image in the form of torchvision's detectors; crowds are left out.
 
     Args:
-        known: "objects" and "size", see :class:`DetectionImages`.
+        annotation: "objects" and "size", see :class:`DetectionImages`.
 
     Returns:
         "boxes" float32 [n, 4] as x0, y0, x1, y1, "labels" int64 [n] from 1, "masks" uint8 [n, H, W] if wanted.
     """
-    height, width = known["size"]
-    objects = [one for one in known["objects"] if not one["iscrowd"]]
+    height, width = annotation["size"]
+    objects = [one for one in annotation["objects"] if not one["iscrowd"]]
     boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     target = {"boxes": boxes, "labels": torch.tensor([1 + one["label"] for one in objects], dtype=torch.int64)}
-    return target | ({"masks": draw_outlines(objects, height, width)} if masks else {})
+    return target | ({"masks": draw_masks(objects, height, width)} if masks else {})
 
 
-# --- augmentation: boxes and masks go where the pixels go
+# --- augmentation of images together with their boxes and masks
 
 
 @dataclass(frozen=True)
@@ -188,11 +188,11 @@ class DetectionTransform:
     Args:
         size: largest short side in pixels.
         longest: longest side.
-        scales: smallest and largest short side, as shares of ``size``.
-        crop_prob: share of the images that are resized and cropped before.
+        scales: smallest and largest short side, as fractions of ``size``.
+        crop_prob: fraction of the images that are resized and cropped first.
         large_scale_jitter: instead, factors of a square of ``size`` to resize to before a crop of ``size`` (Ghiasi et
             al. 2021).
-        hflip: probability of a mirror image.
+        hflip: probability of a horizontal flip.
         interpolation: "bicubic" or "bilinear", always with antialiasing.
         masks: whether targets have masks.
     """
@@ -206,18 +206,18 @@ class DetectionTransform:
     interpolation: str = "bilinear"
     masks: bool = True
 
-    def __call__(self, image: EncodedImage | Tensor, rng: random.Random, known: dict[str, Any]) -> dict[str, Any]:
-        """Augment one image, encoded or uint8 [3, any, any], with what is known of it.
+    def __call__(self, image: EncodedImage | Tensor, rng: random.Random, annotation: dict[str, Any]) -> dict[str, Any]:
+        """Augment one image, encoded or uint8 [3, any, any], with its annotation.
 
         Returns:
-            "image" uint8 [3, any, any] and "target", see :func:`make_target`; objects that are cut away are left out.
+            "image" uint8 [3, any, any] and "target", see :func:`make_target`; objects outside the crop are left out.
 
         Raises:
-            UnreadableImage: the image has another size than the annotations say.
+            UnreadableImage: the image has another size than its annotation.
         """
         image = decode_whole(image)
-        check_size(image, known)
-        target = make_target(known, self.masks)
+        check_size(image, annotation)
+        target = make_target(annotation, self.masks)
         if self.large_scale_jitter is not None:
             height, width = image.shape[-2:]
             factor = rng.uniform(*self.large_scale_jitter) * self.size / max(height, width)
@@ -228,12 +228,14 @@ class DetectionTransform:
             if rng.random() < self.crop_prob:
                 side = rng.choice(CROP_SIDES) * self.size
                 image, target = self._resize(image, target, *fit_sides(image.shape[-2:], side, math.inf))
-                low, high = (round(share * self.size) for share in CROP_RANGE)
+                low, high = (round(fraction * self.size) for fraction in CROP_RANGE)
                 rows, cols = (rng.randint(min(whole, low), min(whole, high)) for whole in image.shape[-2:])
                 image, target = _crop(image, target, (rows, cols), rng)
             smallest, largest = self.scales
-            share = smallest + (largest - smallest) * rng.randrange(SCALES) / (SCALES - 1)
-            image, target = self._resize(image, target, *fit_sides(image.shape[-2:], share * self.size, self.longest))
+            fraction = smallest + (largest - smallest) * rng.randrange(SCALES) / (SCALES - 1)
+            image, target = self._resize(
+                image, target, *fit_sides(image.shape[-2:], fraction * self.size, self.longest)
+            )
         if rng.random() < self.hflip:
             width = image.shape[-1]
             image = image.flip(-1)
@@ -247,16 +249,16 @@ class DetectionTransform:
         return {"image": image.contiguous(), "target": _drop_lost(target)}
 
     def magnify(self, height: int, width: int) -> float:
-        """The largest factor that it may resize an image by."""
+        """The largest factor by which an image may be resized."""
         if self.large_scale_jitter is not None:
             return max(self.large_scale_jitter) * self.size / max(height, width)
         short, largest = min(height, width), self.scales[1]
         whole = min(largest * self.size / short, self.longest / max(height, width))
-        # a crop is resized before, and then once more
+        # a crop is resized twice: before and after
         return max(whole, CROP_SIDES[-1] * self.size / short * largest / CROP_RANGE[0]) if self.crop_prob else whole
 
     def count_lost(self, images: DetectionImages) -> int:
-        """How many objects it always drops, however it draws: of less than a pixel at the largest scale."""
+        """The number of objects that are always dropped: smaller than a pixel even at the largest scale."""
         lost = 0
         for index, (height, width) in enumerate(images.sizes.tolist()):
             smallest = MIN_SIDE / self.magnify(height, width)
@@ -279,12 +281,14 @@ class DetectionTransform:
         return image, target
 
 
-def check_size(image: Tensor, known: dict[str, Any]) -> None:
-    """Raise :class:`UnreadableImage` where the annotations mean another image."""
-    (height, width), (wanted_height, wanted_width) = image.shape[-2:], known["size"]
+def check_size(image: Tensor, annotation: dict[str, Any]) -> None:
+    """Raise :class:`UnreadableImage` if the annotation is of another image size."""
+    (height, width), (wanted_height, wanted_width) = image.shape[-2:], annotation["size"]
     if (height, width) != (wanted_height, wanted_width):
         swapped = (
-            "; if EXIF turns the image, they must be of the turned one" if (width, height) == known["size"] else ""
+            "; if EXIF rotates the image, they must be of the rotated one"
+            if (width, height) == annotation["size"]
+            else ""
         )
         raise UnreadableImage(
             f"{width}x{height} pixels, and {wanted_width}x{wanted_height} in the annotations{swapped}"
@@ -304,7 +308,7 @@ def _crop(
 
 
 def _drop_lost(target: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without objects of which nothing is left to be seen."""
+    """Drop objects of which no pixel is visible."""
     sides = target["boxes"][:, 2:] - target["boxes"][:, :2]
     keep = (sides >= MIN_SIDE).all(dim=1)
     if "masks" in target:

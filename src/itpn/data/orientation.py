@@ -1,6 +1,6 @@
-"""How an image is to be turned: the one reader of it, and turning.
+"""Orientation of images: the only place that reads and applies it.
 
-No decoder turns an image by itself: torchvision and nvImageCodec are told not to, Pillow's TIFF reader is kept from it.
+Decoders do not apply it: torchvision and nvImageCodec have an option, and in Pillow's TIFF reader the tag is reset.
 """
 
 import re
@@ -14,7 +14,7 @@ from torch import Tensor
 
 ORIENTATION = 274  # the tag, in TIFF and EXIF alike
 XMP = 700  # of TIFF
-MAX_METADATA = 2**24  # bytes: no metadata chunk is larger, and none is unpacked to more
+MAX_METADATA = 2**24  # bytes: larger metadata chunks are not read, nor unpacked
 SWAPPED = (5, 6, 7, 8)  # orientations that swap height and width
 INTEGERS = {1: "B", 3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's types: BYTE, SHORT, LONG and the signed ones
 TRANSPOSES = {
@@ -32,7 +32,7 @@ def read_orientation(image: Image.Image, file: IO[bytes]) -> int:
     """The orientation of an image of which Pillow has read the header, 1 to 8.
 
     Of TIFF it is tag 274, of other formats the first EXIF that has one, and without either XMP's `tiff:Orientation`.
-    Whatever is no number from 1 to 8 counts as 1, and so does an entry that is cut off.
+    Anything but a number from 1 to 8 counts as 1, and so does a truncated entry.
 
     Args:
         file: what ``image`` was opened from; its position is kept.
@@ -46,16 +46,16 @@ def read_orientation(image: Image.Image, file: IO[bytes]) -> int:
         value = next((found for exif in exifs if (found := _read_exif(exif)) is not None), None)
     if value is None:
         value = next((found for xmp in xmps if (found := _read_xmp(xmp)) is not None), 1)
-    return {known: known for known in range(1, 9)}.get(value, 1)
+    return {number: number for number in range(1, 9)}.get(value, 1)
 
 
 def turn_image(image: Image.Image, orientation: int) -> Image.Image:
-    """A decoded image the way a person sees it."""
+    """Apply an orientation to a decoded image."""
     return image if orientation == 1 else image.transpose(TRANSPOSES[orientation])
 
 
 def turn_tensor(pixels: Tensor, orientation: int) -> Tensor:
-    """Decoded pixels [..., height, width] the way a person sees them."""
+    """Apply an orientation to decoded pixels [..., height, width]."""
     if orientation in SWAPPED:
         pixels = pixels.transpose(-2, -1)
     sides = [-2] * (orientation in (3, 4, 7, 8)) + [-1] * (orientation in (2, 3, 6, 7))
@@ -83,7 +83,7 @@ def _sort_metadata(blocks: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
 
 
 def _read_exif(exif: bytes) -> int | None:
-    """The value of the tag, 0 where it is no single integer; None where there is no such entry, or not all of it."""
+    """The value of the tag, 0 if it is not a single integer; None if the entry is missing or truncated."""
     exif = re.sub(b"^(Exif\0.)+", b"", exif, flags=re.DOTALL)
     order = {b"II": "<", b"MM": ">"}.get(exif[:2])
     if order is None:
@@ -94,18 +94,18 @@ def _read_exif(exif: bytes) -> int | None:
         for place in range(start + 2, start + 2 + 12 * entries, 12):
             tag, kind, count, value = struct.unpack_from(f"{order}HHI4s", exif, place)
             if tag == ORIENTATION:
-                known = count == 1 and kind in INTEGERS
-                return int(struct.unpack_from(order + INTEGERS[kind], value)[0]) if known else 0
-    except struct.error:  # it is cut off
+                is_integer = count == 1 and kind in INTEGERS
+                return int(struct.unpack_from(order + INTEGERS[kind], value)[0]) if is_integer else 0
+    except struct.error:  # it is truncated
         pass
     return None
 
 
 def _read_xmp(xmp: Any) -> int | None:
-    """`tiff:Orientation` as an attribute or an element, under whatever prefix; None where there is none."""
+    """`tiff:Orientation`, an attribute or an element, with any prefix; None if there is none."""
     if not isinstance(xmp, bytes):
         return None
-    xmp = xmp.replace(b"\0", b"")  # of UTF-16, ASCII is left
+    xmp = xmp.replace(b"\0", b"")  # reduces UTF-16 to ASCII
     declared = re.search(rb"xmlns:([\w.-]+)\s*=\s*[\"']http://ns\.adobe\.com/tiff/1\.0/[\"']", xmp)
     prefix = declared[1] if declared else b"tiff"
     found = re.search(rb"[\s<]" + re.escape(prefix) + rb":Orientation\s*(?:=\s*[\"']|>)\s*(\d{1,9})\s*[\"'<]", xmp)
@@ -135,7 +135,7 @@ def _read_png(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unpack_text(name: bytes, keyword: bytes, text: bytes) -> bytes:
-    """What a text chunk of PNG holds; nothing where it is damaged."""
+    """The content of a text chunk of PNG; empty if it is damaged."""
     try:
         packed = name == b"zTXt"
         if name == b"iTXt":

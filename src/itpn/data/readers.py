@@ -1,4 +1,4 @@
-"""Encoded images by number, from files, tar archives and tables: what can be read in any order."""
+"""Encoded images by index, from files, tar archives and tables: random access."""
 
 import errno
 import gzip
@@ -16,14 +16,14 @@ from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
 from itpn.system.reading import read_bounded
 from itpn.system.text import one_line, readable
 
-MAX_FILE = 2**31  # bytes of an image's file: floating-point RGB of the most pixels that are decoded has 1.6 GB
-GZIP = b"\x1f\x8b"  # the first bytes
+MAX_FILE = 2**31  # bytes of an image file: float RGB of the largest image that is decoded has 1.6 GB
+GZIP = b"\x1f\x8b"  # magic bytes
 MAX_UNPACKED = 2**33  # bytes of compressed archives that are kept in memory
-RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds, in which a network mount may come back
+RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds, after which a network mount may be back
 
 
 class Reader(Protocol):
-    """``reader[i]`` is an image's name, its file's bytes or why they cannot be had, and what else is known of it."""
+    """``reader[i]`` is an image's name, its encoded bytes or the error of reading them, and its annotation if any."""
 
     def __len__(self) -> int: ...
 
@@ -33,9 +33,9 @@ class Reader(Protocol):
 
 
 class PackedStrings:
-    """Strings in two arrays. A list would be copied into every worker, as reading it touches reference counts.
+    """Strings in two arrays. A list would be copied into every worker process, as reading changes reference counts.
 
-    They come back the way the operating system takes file names, which only in a C locale makes a difference.
+    Strings are decoded like file names, which differs from UTF-8 only in a C locale.
     """
 
     def __init__(self, strings: Sequence[str]) -> None:
@@ -51,12 +51,12 @@ class PackedStrings:
 
 
 def read_file(path: str, start: int = 0, size: int = -1) -> bytes:
-    """A file's content, or ``size`` bytes of it; what may pass, as the silence of a network mount, is tried again.
+    """A file's content, or ``size`` bytes of it. Errors that may be temporary, as of a network mount, are retried.
 
     Raises:
-        MachineError: the file system does not give it.
-        OSError: the file is at fault: it is not there, or may not be read.
-        ValueError: it is no regular file, or larger than `MAX_FILE`.
+        MachineError: the file system fails.
+        OSError: the file is missing, or may not be read.
+        ValueError: it is not a regular file, or is larger than `MAX_FILE`.
     """
     for wait in (*RETRY_AFTER, None):
         try:
@@ -74,18 +74,18 @@ def read_file(path: str, start: int = 0, size: int = -1) -> bytes:
 
 
 def check_lost(path: str | Path, error: Exception) -> None:
-    """Raise :class:`MachineError` where it is the file system that fails, and not the file that is damaged."""
+    """Raise :class:`MachineError` if the file system fails; return if the file is damaged."""
     if isinstance(error, OSError) and error.errno in LOST:
         raise MachineError(f"{one_line(str(path))} cannot be read: {error.strerror}; {remedy(error)}") from error
 
 
 def remedy_of_loss(name: str, reason: str) -> str:
-    """What to do about a file that was found at the start and is not there any more, or must not be read.
+    """What to do about a file that existed at the start and is now missing, or must not be read.
 
-    Empty where the image is at fault.
+    Empty if the image itself is corrupt.
     """
     if reason == os.strerror(errno.ENOENT) and not os.path.lexists(name):
-        return remedy(OSError(errno.EIO, reason))  # of a mount that is lost
+        return remedy(OSError(errno.EIO, reason))  # the mount is lost
     number = next((number for number in FORBIDDEN if os.strerror(number) == reason), None)
     return "" if number is None else remedy(OSError(number, reason))
 
@@ -116,7 +116,7 @@ class Subset:
     """Some of a reader's images.
 
     Args:
-        rows: int64 [n], which.
+        rows: their indices, int64 [n].
     """
 
     def __init__(self, files: Reader, rows: np.ndarray) -> None:
@@ -133,11 +133,11 @@ class Subset:
 
 
 class TarReader:
-    """Members of tar archives, by their places in them; a compressed archive is unpacked into memory.
+    """Members of tar archives, by their positions; a compressed archive is unpacked into memory.
 
     Args:
         shards: the archives.
-        places: int64 [n, 3], the archive's number, the first byte and the number of bytes of each member.
+        places: index of the archive, first byte and number of bytes of each member, int64 [n, 3].
         names: of the members.
     """
 
@@ -206,7 +206,7 @@ def too_large(size: int) -> UnreadableImage:
 
 
 class TableReader:
-    """Rows of a data set of Hugging Face's ``datasets`` with the encoded images in a column."""
+    """Rows of a data set of Hugging Face's ``datasets``, with encoded images in a column."""
 
     def __init__(self, table: Any, column: str) -> None:
         self.table = table

@@ -1,4 +1,4 @@
-"""Images made small, in tar shards to train from (`itpn shrink`)."""
+"""Resized copies of images, in tar shards to train from (`itpn shrink`)."""
 
 import gzip
 import io
@@ -21,7 +21,8 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage
-from itpn.data.files import SHRINK_INDEX, ImageSource, is_shard
+from itpn.data.file_types import COPIES_INDEX, is_shard
+from itpn.data.files import ImageSource
 from itpn.data.readers import MAX_FILE, check_lost, is_compressed, read_file, too_large
 from itpn.data.shards import index_shard
 from itpn.data.workers import beat
@@ -34,54 +35,58 @@ LONGEST_JPEG = 65535
 
 
 class Original(NamedTuple):
-    """An image as it was found: a file, or a part of an archive."""
+    """An image to be copied: a file, or a member of an archive."""
 
-    key: str  # its path without root and suffix; no other image of the source has it
-    name: str  # as messages call it
+    key: str  # its path without root and suffix, unique in the source
+    name: str  # in messages
     path: str  # of the file or archive
     start: int = 0
-    size: int = -1  # bytes; -1 for all
-    label: str | None = None  # the folder that it is in below the root, or the text of its .cls
+    size: int = -1  # bytes; -1 for the whole file
+    label: str | None = None  # its top folder below the root, or the text of its .cls
 
 
-class ShrunkImage(NamedTuple):
-    """An original made small."""
+class ResizedCopy(NamedTuple):
+    """The resized copy of an original."""
 
     original: Original
-    content: bytes | UnreadableImage  # a JPEG, or why there is none
-    size: int = 0  # bytes that it had before
-    remarks: dict[str, str] | None = None  # see `EncodedImage`
+    content: bytes | UnreadableImage  # a JPEG, or why the original cannot be read
+    size: int = 0  # bytes of the original
+    warnings: dict[str, str] | None = None  # see `EncodedImage`
 
 
 @dataclass
-class ShrinkIndex:
-    """What a folder of shrunk images holds: the content of its ``itpn-shrink.json``."""
+class CopiesIndex:
+    """The content of a folder of resized copies, as ``itpn-shrink.json`` has it."""
 
     settings: dict[str, Any]
-    # of each complete shard: "images", "bytes" that they had before, and "broken", the reason for each left out
+    # of each complete shard: "images"; "bytes" of their originals; "corrupt", the reason for each image left out
     shards: dict[str, dict[str, Any]] = field(default_factory=dict)
     complete: bool = False
 
 
-def read_index(folder: Path) -> ShrinkIndex:
+def read_index(folder: Path) -> CopiesIndex:
     """Read the index; UserError if it is damaged."""
     try:
-        return ShrinkIndex(**json.loads(read_text(folder / SHRINK_INDEX)))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(f"{folder / SHRINK_INDEX} is damaged ({error}); remove {folder} and begin again") from error
+        index = CopiesIndex(**json.loads(read_text(folder / COPIES_INDEX)))
+        for record in index.shards.values():
+            if "broken" in record:  # as version 0.1 wrote it
+                record["corrupt"] = record.pop("broken")
+        return index
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"{folder / COPIES_INDEX} is damaged ({error}); remove {folder} and start again") from error
 
 
-def write_index(folder: Path, index: ShrinkIndex) -> None:
-    write_whole(folder / SHRINK_INDEX, (json.dumps(asdict(index), indent=2, sort_keys=True) + "\n").encode())
+def write_index(folder: Path, index: CopiesIndex) -> None:
+    write_whole(folder / COPIES_INDEX, (json.dumps(asdict(index), indent=2, sort_keys=True) + "\n").encode())
 
 
 def list_originals(
     source: ImageSource, left: Counter[str] | None = None, unread: Counter[str] | None = None
 ) -> list[Original]:
-    """The images of a source in the order in which they are written: files shuffled, those of shards as they are.
+    """The images of a source in the order in which they are written: files shuffled, images of shards in their order.
 
     Args:
-        left: counts the images of shards that are left out, by ending.
+        left: counts the images of shards that are left out, by suffix.
         unread: counts the members of shards that are neither images nor labels, by suffix.
 
     Raises:
@@ -98,10 +103,10 @@ def list_originals(
         shard = re.sub(r"\.(tar|tar\.gz|tgz)$", "", _below_roots(path, source.roots), flags=re.IGNORECASE)
         for name, start, size, label in index_shard(path, source.members, left, unread):
             inner = f"{shard}/{os.path.normpath('/' + os.path.splitext(name)[0]).strip('/')}"
-            called = readable(f"{os.path.basename(path)}/{name}")
-            originals.append(Original(_make_key(inner, taken), called, path, start, size, label))
+            shown = readable(f"{os.path.basename(path)}/{name}")
+            originals.append(Original(_make_key(inner, taken), shown, path, start, size, label))
     if source.images:
-        # neighbours in a folder are alike, and a shard is read from beginning to end
+        # images side by side in a folder are similar, and a shard is read in order
         random.Random(derive_seed(0, "shrink")).shuffle(originals)
     return originals
 
@@ -116,7 +121,7 @@ def _below_roots(path: str, roots: Iterable[str]) -> str:
 
 def _make_key(path: str, taken: set[str]) -> str:
     folder, name = os.path.split(path)
-    key = unique = os.path.join(folder, name.replace(".", "_"))  # to WebDataset a suffix begins at the first dot
+    key = unique = os.path.join(folder, name.replace(".", "_"))  # in WebDataset a suffix begins at the first dot
     number = 1
     while unique in taken:
         number += 1
@@ -126,8 +131,8 @@ def _make_key(path: str, taken: set[str]) -> str:
 
 
 @dataclass(frozen=True)
-class ShrunkImages(Dataset[ShrunkImage]):
-    """``images[original]`` is the original made small.
+class ResizedCopies(Dataset[ResizedCopy]):
+    """``copies[original]`` is the resized copy of an original.
 
     Args:
         max_pixels: larger originals are not read.
@@ -137,17 +142,17 @@ class ShrunkImages(Dataset[ShrunkImage]):
     quality: int
     max_pixels: int = MAX_PIXELS
 
-    def __getitem__(self, original: Original) -> ShrunkImage:
+    def __getitem__(self, original: Original) -> ResizedCopy:
         beat()
         try:
             encoded = EncodedImage(_read(original), self.max_pixels)
-            content = shrink_encoded(encoded, self.short_side, self.quality)
-            return ShrunkImage(original, content, len(encoded.data), encoded.remarks or None)
+            content = resize_encoded(encoded, self.short_side, self.quality)
+            return ResizedCopy(original, content, len(encoded.data), encoded.warnings or None)
         except UnreadableImage as error:
-            return ShrunkImage(original, error)
+            return ResizedCopy(original, error)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             check_lost(original.path, error)
-            return ShrunkImage(original, UnreadableImage(getattr(error, "strerror", None) or str(error)))
+            return ResizedCopy(original, UnreadableImage(getattr(error, "strerror", None) or str(error)))
 
 
 def _read(original: Original) -> bytes:
@@ -162,39 +167,39 @@ def _read(original: Original) -> bytes:
 
 @lru_cache(maxsize=1)
 def _open_compressed(path: str) -> gzip.GzipFile:
-    """Kept open, because it can only be read forwards."""
+    """An archive that stays open, because it can only be read forwards."""
     return gzip.open(path)
 
 
-def shrink_image(data: bytes, short_side: int, quality: int) -> bytes:
-    """An image file as JPEG, upright, its shorter side ``short_side`` pixels or as short as it was.
+def resize_file(data: bytes, short_side: int, quality: int) -> bytes:
+    """An image file as an upright JPEG whose short side has at most ``short_side`` pixels.
 
-    Upright JPEGs, grey or RGB, that are small enough are returned as they are.
+    Upright JPEGs, grey or RGB, that are small enough are returned unchanged.
 
     Raises:
-        UnreadableImage: it cannot be decoded, or is too long for a JPEG.
+        UnreadableImage: it cannot be decoded, or its long side exceeds that of a JPEG.
     """
-    return shrink_encoded(EncodedImage(data), short_side, quality)
+    return resize_encoded(EncodedImage(data), short_side, quality)
 
 
-def shrink_encoded(encoded: EncodedImage, short_side: int, quality: int) -> bytes:
-    """As :func:`shrink_image`."""
+def resize_encoded(encoded: EncodedImage, short_side: int, quality: int) -> bytes:
+    """As :func:`resize_file`, of an image that is opened already."""
     image = encoded.decode()  # uint8 [3, height, width]
     if min(image.shape[1:]) > short_side:
         image = resize(image, [short_side], InterpolationMode.BICUBIC, antialias=True)
-    elif encoded.is_upright_jpeg and encoded.format == "JPEG":  # and not of several pictures
+    elif encoded.is_upright_jpeg and encoded.format == "JPEG":  # not MPO, which holds several images
         return encoded.data
     if max(image.shape[1:]) > LONGEST_JPEG:
         raise UnreadableImage(f"longer than the {LONGEST_JPEG:,} pixels that a JPEG can have")
     file = io.BytesIO()
-    # Colours at full resolution: torchvision halves it, 3 dB worse at the same quality, 0.7 dB at the same bytes.
-    # Without `optimize`, which fails on noise.
+    # No chroma subsampling: torchvision's 4:2:0 loses 3 dB at the same quality, 0.7 dB at the same file size.
+    # No `optimize`: it fails on noise.
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling=0)
     return file.getvalue()
 
 
-def write_shard(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
-    """Write members (name, content) as a tar that depends on them alone; it appears only whole."""
+def write_tar(path: Path, members: Iterator[tuple[str, bytes]]) -> None:
+    """Write members (name, content) as a tar whose bytes depend on them alone; the file appears when complete."""
     with (
         open_whole(path) as file,
         tarfile.open(

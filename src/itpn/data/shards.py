@@ -1,4 +1,4 @@
-"""Images in tar shards, read from beginning to end as a disk or a network likes it."""
+"""Images in tar shards, read sequentially, which is fastest on a disk or a network."""
 
 import functools
 import itertools
@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.files import describe_unread, is_hidden
+from itpn.data.file_types import describe_unread, is_hidden
 from itpn.data.members import Choice, Member, find_members, is_label_ending, split_name
 from itpn.data.readers import GZIP, MAX_FILE, check_lost, read_head, too_large
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.system.text import decode_text, readable
 
-Sample = tuple[str, bytes | UnreadableImage]  # a name, and what its file holds or why that cannot be had
+Sample = tuple[str, bytes | UnreadableImage]  # name, and encoded image or the error of reading it
 TAR_ERRORS = (tarfile.TarError, OSError, EOFError, zlib.error)
-# what tarfile might unpack, depending on Python's version and build, but nothing reads at a place or within bounds
+# refused: tarfile may unpack these, depending on Python's version and build, but without random access or bounds
 COMPRESSIONS = {
     "xz": re.compile(rb"\xfd7zXZ\0"),
     "bzip2": re.compile(rb"BZh[1-9]1AY&SY"),  # a tar begins with its first member's name, which may start with BZh
@@ -32,15 +32,15 @@ COMPRESSIONS = {
 
 
 MAX_HEADER = 2**20  # bytes of a header of names and attributes
-MAX_RATIO = 100  # times its size that an archive may unpack to: images hardly shrink, zeros a thousand times
+MAX_RATIO = 100  # largest unpacked size, in sizes of the archive: images compress hardly, zeros a thousand times
 EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE)
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a header that is damaged or missing for the end; here only the end marker is one.
+    """A member of which a damaged header is an error. tarfile takes it for the end of the archive.
 
-    Headers that tarfile would read into memory whole are bounded, and there are no sparse members, whose zeros cost
-    the file nothing.
+    The size of headers that tarfile reads into memory is bounded. Sparse members are refused, because their zeros take
+    no space in the file.
     """
 
     @classmethod
@@ -63,8 +63,7 @@ class StrictTarInfo(tarfile.TarInfo):
 def read_shard(path: str | Path, members: Sequence[str] = ()) -> Iterator[Sample]:
     """Yield ("shard/member", the file's bytes) of each image, in the order of the tar, plain or compressed.
 
-    A shard that breaks off, or holds samples of which it is not certain what to read, ends with (shard,
-    UnreadableImage).
+    For a truncated shard, or one with ambiguous samples, the last item is (shard, UnreadableImage).
 
     Args:
         members: endings of the images to read, see :class:`itpn.data.members.Choice`.
@@ -94,7 +93,7 @@ def _open_members(
     errors: list[Exception],
     unread: Counter[str] | None = None,
 ) -> Iterator[Member]:
-    """The images of a shard up to its end, or to what is damaged, which goes to ``errors``."""
+    """Yield the images of a shard up to its end or its first damage, which is added to ``errors``."""
     try:
         with open_tar(path, mode) as tar:
             yield from find_members(check_members(tar, path), functools.partial(read, tar), unread)
@@ -104,15 +103,15 @@ def _open_members(
 
 
 def open_tar(path: str | Path, mode: Any) -> tarfile.TarFile:
-    """A tar archive, plain or gzipped, whatever it is called.
+    """Open a tar archive, plain or gzipped, by its content, not its name.
 
-    Names in it are UTF-8, whatever the locale is, and other bytes are kept as Python keeps them.
+    Member names are decoded as UTF-8 in any locale; other bytes become surrogates.
 
     Args:
-        mode: ``r:`` to go to any place in it, ``r|`` to read it from front to back.
+        mode: ``r:`` for random access, ``r|`` to read sequentially.
 
     Raises:
-        UserError: it is compressed with something else.
+        UserError: it has another compression.
     """
     head = read_head(path, 10)
     if found := next((name for name, magic in COMPRESSIONS.items() if magic.match(head)), None):
@@ -124,10 +123,10 @@ def open_tar(path: str | Path, mode: Any) -> tarfile.TarFile:
 def count_shard_images(
     shards: Sequence[str | Path], members: Sequence[str] = (), unread: Counter[str] | None = None
 ) -> int:
-    """How many images are read of some shards, from the headers alone; of a damaged one, as many as can be reached.
+    """Count the images that are read of some shards, from headers only; of a damaged shard, up to the damage.
 
     Args:
-        unread: counts the other members by suffix, but those of images that are left out.
+        unread: counts the other members by suffix, without images that are left out.
     """
     images = 0
     for path in shards:
@@ -137,10 +136,10 @@ def count_shard_images(
 
 
 def check_shards(shards: Sequence[str], members: Sequence[str] = ()) -> list[str]:
-    """What is left out of shards, as the headers of the first one show it, a line for each reason.
+    """What is left out of shards, judged by the headers of the first shard, a line for each reason.
 
     Raises:
-        UserError: it is not certain which of its images are meant, or ``members`` names none.
+        UserError: the choice of images is ambiguous, or ``members`` selects none.
     """
     choice, unread = Choice(members), Counter[str]()
     for _ in choice.choose(_open_members(shards[0], "r:", lambda tar, member: None, [], unread)):
@@ -152,7 +151,7 @@ def check_shards(shards: Sequence[str], members: Sequence[str] = ()) -> list[str
 
 
 class Place(NamedTuple):
-    """Where an image is in a shard: its first byte in the unpacked archive, its size, the text of its .cls or None."""
+    """The position of an image in a shard: first byte in the unpacked archive, size, and text of its .cls or None."""
 
     name: str
     start: int
@@ -170,12 +169,11 @@ def index_shard(
 
     Args:
         members: endings of the images, see :class:`itpn.data.members.Choice`.
-        left: counts those of the images that are left out.
+        left: counts the images that are left out, by ending.
         unread: counts the members that are neither images nor labels, by suffix or kind.
 
     Raises:
-        UserError: the shard is damaged, it is not certain which images are meant, a label is not text in UTF-8, or
-            there is another label of its name.
+        UserError: the shard is damaged, the choice of images is ambiguous, or a label is not UTF-8 or has a duplicate.
     """
     labels: dict[str, str] = {}
     unread = Counter() if unread is None else unread
@@ -184,7 +182,7 @@ def index_shard(
             found = find_members(
                 _take_labels(tar, path, labels), lambda member: (member.offset_data, member.size), unread
             )
-            images = list(found)  # each, also of one name: which comes last is not known where shards are streamed
+            images = list(found)  # duplicates included: streaming cannot know which comes last
     except TAR_ERRORS as error:
         check_lost(path, error)
         raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
@@ -202,17 +200,17 @@ def index_shard(
 
 
 def _take_labels(tar: tarfile.TarFile, path: str, labels: dict[str, str]) -> Iterator[tarfile.TarInfo]:
-    """The members of a shard; the text of each label goes to ``labels`` on the way."""
+    """Yield the members of a shard; the text of each label is added to ``labels``."""
     for member in check_members(tar, path):
         key, ending = split_name(member.name)
         if is_label_ending(ending) and member.isfile() and not is_hidden(member.name):
             file = tar.extractfile(member)
             assert file is not None
             text = decode_text(file.read(1000), f"{member.name} in {path}").strip()
-            known = labels.setdefault(key if ending == "cls" else member.name[: -len(".cls")], text)
-            if known != text:
+            first = labels.setdefault(key if ending == "cls" else member.name[: -len(".cls")], text)
+            if first != text:
                 raise UserError(
-                    f"{member.name} is in {path} twice, as {known!r} and as {text!r}: make it again with one"
+                    f"{member.name} is in {path} twice, as {first!r} and as {text!r}: make it again with one"
                 )
         yield member
 
@@ -226,11 +224,11 @@ def shard_samples(
     shuffle_buffer: int = 1000,
     members: Sequence[str] = (),
 ) -> Iterator[Sample]:
-    """One pass over the part of the shards that belongs to one of several streams, in an order of its own.
+    """One pass over the shards of one of several streams, in random order.
 
-    The order of the shards is drawn anew each epoch. Each stream takes every ``streams``-th shard; where there
-    are fewer shards than streams, several streams read one shard and take turns with its images. Images are
-    shuffled by keeping ``shuffle_buffer`` of them, undecoded, and handing out a random one.
+    Each epoch shuffles the shards. Each stream takes every ``streams``-th shard. If there are fewer shards than
+    streams, several streams read one shard and take its images in turn. A buffer of ``shuffle_buffer`` encoded images
+    shuffles images: a random one of them is yielded.
     """
     order = list(shards)
     random.Random(derive_seed(seed, epoch, "shards")).shuffle(order)
@@ -245,16 +243,16 @@ def shard_samples(
 
 
 def check_members(tar: tarfile.TarFile, path: str | Path) -> Iterator[tarfile.TarInfo]:
-    """Members in turn, checked before their content is read or passed over.
+    """Yield members, checked before their content is read.
 
     Raises:
-        tarfile.ReadError: a bomb.
+        tarfile.ReadError: a decompression bomb.
     """
     most = 2**26 + MAX_RATIO * os.path.getsize(path)
-    if tar.firstmember is None:  # type: ignore[attr-defined]  # empty: Python 3.10 would seek backwards for another
+    if tar.firstmember is None:  # type: ignore[attr-defined]  # empty: Python 3.10 would seek backwards
         return
     while (member := tar.next()) is not None:
-        tar.members.clear()  # type: ignore[attr-defined]  # tarfile remembers every header it has read
+        tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps every header in memory
         if member.issparse():
             raise tarfile.ReadError(f"{member.name} is a sparse member: pack it without --sparse")
         if member.size < 0 or member.offset_data + member.size > most:
@@ -283,4 +281,4 @@ def _shuffle(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterat
 
 def _reason(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return f"broken shard: {text.splitlines()[0]}"
+    return f"corrupt shard: {text.splitlines()[0]}"

@@ -1,4 +1,4 @@
-"""Which part of a data set a folder or shard is, by its name. Standard library only, so that it is quick."""
+"""Splits of a data set, recognized by names of folders and shards. Standard library only, so that it is quick."""
 
 import os
 import re
@@ -12,13 +12,13 @@ WORDS = {
     "val": ("val", "validation", "valid", "dev", "eval", "evaluation"),
     "test": ("test", "testing"),
 }
-# as annotations know them: a test set is for the end, and taken for evaluation only where there is nothing else
+# for annotations: the test set is taken for validation only if there is no validation set
 SPLITS = {"train": WORDS["train"], "val": (*WORDS["val"], *WORDS["test"])}
 
 _SPLIT_OF = {word: split for split, words in WORDS.items() for word in words}
 _ANY = "|".join(sorted(_SPLIT_OF, key=len, reverse=True))
 _WORD = re.compile(rf"(?<![a-z])({_ANY})(?![a-z])")
-# words that change nothing: train2017, train_images, images-train, training_set, val_256, trainA
+# other words in a split's name: train2017, train_images, images-train, training_set, val_256, trainA
 _PLAIN = re.compile(
     rf"(?:(?:images?|imgs?|photos?|data|dataset)[ ._-]*)?({_ANY})"
     r"(?:[ ._-]*(?:set|data|dataset|images?|imgs?|photos?|split|part|large|small|full|[ab]|v?\d+))*"
@@ -26,29 +26,29 @@ _PLAIN = re.compile(
 
 
 def split_word(name: str) -> str | None:
-    """The word of a split that is all that a folder's name says, as in :data:`WORDS`."""
+    """The word of :data:`WORDS` by which a folder is named, if its name has no other meaning."""
     found = _PLAIN.fullmatch(name.lower())
     return found and found[1]
 
 
 def split_of(name: str) -> str | None:
-    """``train``, ``val`` or ``test`` where that, or another word for it, is all that a folder's name says."""
+    """``train``, ``val`` or ``test``, if a folder's name is that, or another word for it."""
     word = split_word(name)
     return word and _SPLIT_OF[word]
 
 
 def split_of_file(name: str) -> str | None:
-    """The same of a shard's or table's name, which may say more: ``imagenet-train-0000.tar``."""
+    """The split of a shard or table, whose name may have other words: ``imagenet-train-0000.tar``."""
     stem = re.sub(r"\.(tar|tar\.gz|tgz|parquet)$", "", name.lower())
     found = _PLAIN.fullmatch(stem) or _WORD.search(stem)
     return found and _SPLIT_OF[found[1]]
 
 
 def split_folders(names: Iterable[str]) -> dict[str, str]:
-    """Which of some folders beside one another are splits: name to split.
+    """The splits among the folders of a folder: name -> split.
 
-    Beside plain names (:func:`split_of`) these are names that differ in the word alone, as ``cifar_train`` and
-    ``cifar_test`` do.
+    These are plain names (:func:`split_of`), and names that differ only in the word, as ``cifar_train`` and
+    ``cifar_test``.
     """
     names = list(names)
     found = {name: split for name in names if (split := split_of(name))}
@@ -65,12 +65,12 @@ def split_folders(names: Iterable[str]) -> dict[str, str]:
 
 @dataclass
 class Division:
-    """The splits that a folder is divided into.
+    """The splits into which a folder is divided.
 
     Attributes:
-        places: split to folders, shards or tables; empty where the names divide nothing.
-        left: names of folders beside them with images in them.
-        note: what a reader may take otherwise, in a line; empty where there is nothing to tell.
+        places: split -> folders, shards or tables; empty if the folder is not divided.
+        left: names of other folders with images.
+        note: what is ambiguous, in a line; empty if nothing is.
     """
 
     places: dict[str, list[str]] = field(default_factory=dict)
@@ -81,19 +81,18 @@ class Division:
 def divide(
     root: str, folders: Sequence[str], files: Sequence[str], holds_images: Callable[[str], bool], list_folders: Callable
 ) -> Division:
-    """Tell a root of splits from a root of classes, one of which may be called ``train``.
+    """Decide whether a root has splits or classes, one of which may be called ``train``.
 
-    ``train`` and a second split, or shards, are splits; so is a folder without a second split beside it, unless it
-    stands among other folders with images and has no year or the like in its name: then it is a class, if it is not
-    made of class folders itself.
+    ``train`` and a second split are splits, and so are shards. A single split is a split if its name has a year or the
+    like, if no other folder has images, or if it has class folders in it. Otherwise it is a class.
 
     Args:
         folders, files: paths of the root's folders, and of its shards and tables.
-        holds_images: whether there is an image or shard below a folder.
-        list_folders: the folders in a folder.
+        holds_images: whether a folder has an image or shard below it.
+        list_folders: lists the folders in a folder.
 
     Raises:
-        UserError: it may be either.
+        UserError: both are possible.
     """
     named = split_folders(os.path.basename(path) for path in folders)
     places: dict[str, list[str]] = {}
@@ -130,11 +129,11 @@ def divide(
 
 
 def _inner_folders(folder: str, holds_images: Callable[[str], bool], list_folders: Callable) -> list[str]:
-    """The folders with images in a folder, if there are two or more."""
+    """The folders with images in a folder, if there are at least two."""
     names = [os.path.basename(path) for path in list_folders(folder) if holds_images(path)]
     return names if len(names) > 1 else []
 
 
 def join(names: Sequence[str], most: int = 4) -> str:
-    """The first few."""
+    """The first few names, and the number of the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -1,4 +1,4 @@
-"""Worker processes that read, for every command alike: how they start, and what happens when one is lost."""
+"""Worker processes that read data, for all commands: their start, and errors when one is lost."""
 
 import atexit
 import contextlib
@@ -34,26 +34,26 @@ from itpn.system.shared_memory import (
     megabytes,
 )
 
-POLL = 5.0  # seconds after which the workers are checked while a batch is awaited
-PATIENCE = 600.0  # seconds in which no worker finishes a single image: a slow file system is not as slow as that
+POLL = 5.0  # seconds between checks of the worker processes while a batch is awaited
+PATIENCE = 600.0  # seconds without a single image read, after which worker processes count as hung
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
-MAX_SOCKET_FOLDER = 70  # bytes; the path of a socket has 107 at most, of which 33 are Python's names
+MAX_SOCKET_FOLDER = 70  # bytes; the path of a socket has at most 107, of which Python's names take 33
 
-_streams: list[Any] = []  # torch's iterators whose workers live
-_beats: Any = None  # in a worker: counts what all workers of a loader have read
+_streams: list[Any] = []  # torch's iterators with live worker processes
+_beats: Any = None  # in a worker process: number of images that all workers of the loader have read
 
 
 class WorkerLoader(DataLoader[Any]):
-    """What a data set makes, item after item, by worker processes that may die, hang or find no shared memory.
+    """A DataLoader of whole batches that reports worker processes that die, hang or lack shared memory.
 
     Args:
-        where: the data, in a message.
+        where: name of the data, for messages.
         dataset, sampler, num_workers, pin_memory: as of `DataLoader`; an item is a whole batch.
 
     Raises:
-        MachineError: while iterating: a worker is killed, no worker finishes an image for `PATIENCE` seconds (see
-            `beat`), or shared memory does not suffice, which is checked with the first batch.
-        UserError, OSError, MemoryError: while iterating: as the data set raises them in a worker.
+        MachineError: while iterating: a worker process is killed, none reads an image for `PATIENCE` seconds (see
+            `beat`), or shared memory is too small, which is checked with the first batch.
+        UserError, OSError, MemoryError: while iterating: as the data set raises them in a worker process.
     """
 
     def __init__(
@@ -61,16 +61,16 @@ class WorkerLoader(DataLoader[Any]):
     ) -> None:
         self._where = where
         self._beats = RawValue("Q") if num_workers else None
-        self._share = _ToSharedMemory(num_workers)
+        self._to_shared_memory = _ToSharedMemory(num_workers)
         super().__init__(
             dataset,
             sampler=sampler,
-            batch_size=None,  # the data set makes whole batches
-            collate_fn=self._share,
+            batch_size=None,  # items are whole batches
+            collate_fn=self._to_shared_memory,
             num_workers=num_workers,
             worker_init_fn=functools.partial(start_worker, self._beats, _is_main_thread()),
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # or else the loader draws a number from the global one
+            generator=torch.Generator(),  # or else the loader draws from the global one
             timeout=POLL if num_workers else 0,
         )
 
@@ -78,13 +78,13 @@ class WorkerLoader(DataLoader[Any]):
         if self._beats is None:
             yield from super().__iter__()
             return
-        self._share.free = free_shared_memory()
+        self._to_shared_memory.free = free_shared_memory()
         _make_folder()
         stream: Any = super().__iter__()
-        streams, kill = _streams, _kill  # a stream that is given up may be ended after this module's names have gone
+        streams, kill = _streams, _kill  # an abandoned stream may be closed after this module's globals are gone
         streams.append(stream)
         try:
-            seen, silence = self._beats.value, 0.0
+            count, silence = self._beats.value, 0.0
             while True:
                 try:
                     batch = next(stream)
@@ -95,24 +95,24 @@ class WorkerLoader(DataLoader[Any]):
                         raise _explain(error, stream._workers) from error
                     if not getattr(stream, "_pin_memory_thread", _Alive).is_alive():
                         raise MachineError("the thread that copies batches to pinned memory died") from None
-                    # in looks, not by the clock: a job that was suspended has not hung
-                    silence = silence + POLL if self._beats.value == seen else 0.0
-                    seen = self._beats.value
+                    # counted in checks, not by the clock: a suspended job is not hung
+                    silence = silence + POLL if self._beats.value == count else 0.0
+                    count = self._beats.value
                     if silence >= PATIENCE:
                         raise MachineError(
-                            f"no image of {self._where} was read for {silence:.0f} s, worker processes hang: look "
-                            "whether its disk or network mount still answers, then repeat the command"
+                            f"no image of {self._where} was read for {silence:.0f} s, worker processes hang: "
+                            "check that its disk or network mount still answers, then repeat the command"
                         ) from None
                     continue
-                seen, silence = self._beats.value, 0.0
+                count, silence = self._beats.value, 0.0
                 yield batch
         finally:
-            if stream in streams:  # else the end of the program came first
+            if stream in streams:  # or else the exit handler has ended it
                 kill(stream)
 
 
 def _make_folder() -> None:
-    """A folder for the sockets of all workers, which this process removes: killed, each would leave one of its own."""
+    """Make one folder for the sockets of all workers, which this process removes; killed workers would leave theirs."""
     directory = tempfile.gettempdir()
     try:
         if len(os.fsencode(directory)) > MAX_SOCKET_FOLDER:
@@ -120,7 +120,7 @@ def _make_folder() -> None:
         folder = multiprocessing.util.get_temp_dir()
     finally:
         tempfile.tempdir = directory
-    os.makedirs(folder, 0o700, exist_ok=True)  # who cleans up old files may have removed it
+    os.makedirs(folder, 0o700, exist_ok=True)  # a cleaner of temporary files may have removed it
 
 
 class _Alive:
@@ -130,19 +130,19 @@ class _Alive:
 
 
 def start_worker(beats: Any, by_main_thread: bool, worker: int) -> None:
-    """Prepare a worker process: signals, threads, and how its failures become known."""
+    """Prepare a worker process: signals, threads, and reports of its failures."""
     global _beats
     _beats = beats
-    if by_main_thread and sys.platform == "linux":  # Linux tells when the thread that started us ends
+    if by_main_thread and sys.platform == "linux":  # Linux kills us when the thread that started us ends
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    # A signal to stop often goes to all processes. The main one answers it: it needs us for the step it is in, and
-    # ends us itself. Only if it does not, an alarm does.
+    # A signal to stop often goes to all processes. The main process handles it: it needs our batches to finish its
+    # step, and then ends us. If it does not, an alarm ends us.
     for signum in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
     for signum in (signal.SIGBUS, signal.SIGSEGV):  # torch's handlers write a line of their own
         signal.signal(signum, signal.SIG_DFL)
-    # a batch that cannot be sent would be dropped with a traceback, and waited for in vain
+    # a batch that cannot be sent would be dropped with a traceback, and the main process would wait for it
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(  # type: ignore[attr-defined]
         lambda error, item: os._exit(CANNOT_SEND)
     )
@@ -154,20 +154,20 @@ def _is_main_thread() -> bool:
 
 
 def beat() -> None:
-    """Tell the main process that something was read: called for each image, so that slow is not taken for hung."""
+    """Report to the main process that an image was read, so that a slow worker does not count as hung."""
     if _beats is not None:
         _beats.value += 1
 
 
 class _ToSharedMemory:
-    """Moves the tensors of a worker's batch to shared memory, where a failure can still be told to the main process.
+    """Moves the tensors of a batch to shared memory in the worker process, which can still report a failure.
 
     Attributes:
-        free: bytes of shared memory before the workers started; None where they are not known.
+        free: bytes of shared memory before the worker processes started; None if unknown.
     """
 
     def __init__(self, num_workers: int) -> None:
-        # those that each worker makes ahead, and the one that is computed on
+        # those that each worker prefetches, and the current one
         self.in_flight = 2 * num_workers + 1
         self.free: int | None = None
 
@@ -182,7 +182,7 @@ class _ToSharedMemory:
                 f"shared memory {SHARED_MEMORY} is too small: {megabytes(self.free)} MB are free, and the batches of "
                 f"worker processes need about {megabytes(need)} MB: {MORE_SHARED_MEMORY}"
             )
-        self.free = None  # once is enough: it is compared with what was free at the start
+        self.free = None  # checked once, with the memory that was free at the start
         try:
             for tensor in tensors:
                 tensor.share_memory_()
@@ -192,12 +192,12 @@ class _ToSharedMemory:
 
 
 def _explain(error: Exception, workers: Sequence[Any] = ()) -> Exception:
-    """The error itself, or what it means: a worker's own error without its traceback, or the loss of a worker."""
+    """The error itself, or its cause: a worker's own error without traceback, or the loss of a worker."""
     text = str(error)
-    if workers and not text.startswith("Caught "):  # it may be a connection to one that is just ending
+    if workers and not text.startswith("Caught "):  # it may be a connection to a worker that is ending
         deadline = time.monotonic() + 1
         while time.monotonic() < deadline and not any(worker.exitcode for worker in workers):
-            with contextlib.suppress(RuntimeError):  # of torch's own handler, just now
+            with contextlib.suppress(RuntimeError):  # raised by torch's own signal handler
                 time.sleep(0.02)
         for worker in workers:
             if worker.exitcode:
@@ -222,13 +222,13 @@ def _explain(error: Exception, workers: Sequence[Any] = ()) -> Exception:
 
 
 def _kill(stream: Any) -> None:
-    """End workers at once. torch's own way waits for each, and for ever where one was killed while it sent a batch."""
+    """Kill the workers of a stream. torch waits for each, and hangs if one was killed while it sent a batch."""
     _streams.remove(stream)
     if stream._shutdown:
-        return  # all batches were made
+        return  # it has ended
     stream._shutdown = True
     if stream._worker_pids_set:
-        _remove_worker_pids(id(stream))  # or else their end is taken for an accident
+        _remove_worker_pids(id(stream))  # or else their end counts as a failure
         stream._worker_pids_set = False
     if hasattr(stream, "_pin_memory_thread_done_event"):
         stream._pin_memory_thread_done_event.set()
@@ -237,11 +237,11 @@ def _kill(stream: Any) -> None:
     deadline = time.monotonic() + 5
     for worker in stream._workers:
         worker.join(timeout=max(0.0, deadline - time.monotonic()))
-        if worker.is_alive():  # it waits for a lost disk, whatever it is sent; Python would wait for it at exit
+        if worker.is_alive():  # it waits for a lost disk and cannot be killed; Python would wait for it at exit
             multiprocessing.process._children.discard(worker)  # type: ignore[attr-defined]
 
 
-@atexit.register  # before multiprocessing, which waits for those that are busy
+@atexit.register  # before multiprocessing's handler, which waits for busy workers
 def _kill_all() -> None:
     for stream in [*_streams]:
         _kill(stream)

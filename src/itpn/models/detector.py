@@ -24,6 +24,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, generaliz
 from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.poolers import initLevelMapper
 
+from itpn.geometry import fit_sides
 from itpn.models.hivit import HiViT
 from itpn.models.layers import patches_to_map
 from itpn.models.pyramid import PyramidBackbone, TimmConventionsMixin
@@ -228,12 +229,6 @@ class Resize(GeneralizedRCNNTransform):
                     resized = F.interpolate(masks[None], after, mode="nearest-exact")[0]
                 target["masks"] = resized
         return image, target
-
-
-def fit_sides(sides: Sequence[int], short: float, longest: float) -> list[int]:
-    """Height and width after resizing the short side to ``short``, or less if the other would exceed ``longest``."""
-    factor = min(short / min(sides), longest / max(sides))
-    return [max(1, round(side * factor)) for side in sides]
 
 
 # --- heads

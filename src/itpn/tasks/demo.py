@@ -14,7 +14,8 @@ from torch import Tensor
 from itpn.checkpoints.load import load
 from itpn.data.decode import decode_image
 from itpn.data.normalize import Normalize
-from itpn.data.shapes import CLASSES, GROUNDS, ShapesFolders, write_shapes
+from itpn.data.scenes import CLASSES, GROUNDS
+from itpn.data.shapes import ShapesFolders, write_shapes
 from itpn.errors import RunStopped
 from itpn.system.console import Output
 from itpn.tasks.classification.config import ClassificationConfig

@@ -99,9 +99,9 @@ def evaluate(
     parts: list[list[Any]] = [[] for _ in networks]
     skipped: Skipped = []
     for batch in evaluator.batches(rank, world_size):
-        skipped += batch["broken"]
-        tell_remarks(batch["remarks"])
-        if batch["image"] is None:
+        skipped += batch["corrupt"]
+        tell_remarks(batch["warnings"])
+        if not len(batch["index"]):  # none of its images can be read
             continue
         for network, own in zip(networks, parts, strict=True):
             own.append(evaluator.compare(network, batch))

@@ -4,8 +4,9 @@ from typing import Any
 
 import torch
 
+from itpn.data.batches import Transform
 from itpn.data.files import ImageSource
-from itpn.data.loader import TrainingLoader, Transform
+from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
 from itpn.training.config import RunConfig
 

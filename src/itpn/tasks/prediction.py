@@ -92,7 +92,7 @@ def decode_images(
         except UnreadableImage as error:
             skipped(f"{name}: {error}")
             continue
-        tell_remarks({kind: (name, remark) for kind, remark in image.remarks.items()})
+        tell_remarks({kind: (name, remark) for kind, remark in image.warnings.items()})
         yield name, crop(pixels)
 
 

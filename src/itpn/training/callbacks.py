@@ -18,7 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from itpn.data.loader import SkippedImages, TrainingLoader
+from itpn.data.loader import TrainingLoader
+from itpn.data.skipped import SkippedImages
 from itpn.errors import NonFiniteLoss
 from itpn.models.modes import eval_mode
 from itpn.system.console import print_aside, tell_remarks
@@ -216,8 +217,8 @@ class Monitor(L.Callback):
         else:
             self.images += len(batch["image"]) * trainer.world_size
         self.images_seen += len(batch["image"]) * trainer.world_size
-        self._broken += batch["broken"]
-        self._remarks = {**batch["remarks"], **self._remarks}
+        self._broken += batch["corrupt"]
+        self._remarks = {**batch["warnings"], **self._remarks}
         if trainer.world_size == 1:
             self._count_skipped(trainer)
         for name, figure in outputs["figures"].items():

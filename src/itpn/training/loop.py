@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from itpn.checkpoints.io import hold_the_same
-from itpn.data.loader import SkippedImages
+from itpn.data.skipped import SkippedImages
 from itpn.errors import RunStopped, UserError
 from itpn.system.console import Output, make_table
 from itpn.system.text import one_line

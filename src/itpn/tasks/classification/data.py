@@ -3,7 +3,8 @@
 import numpy as np
 
 from itpn.data.augment import ClassificationTransform
-from itpn.data.labelled import LabelledImages, draw_share, find_labelled, join_names
+from itpn.data.class_names import join_names
+from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 from itpn.tasks.classification.config import ClassificationConfig
@@ -17,7 +18,7 @@ def find_data(config: ClassificationConfig) -> RunData:
     data = config.data
     train, val = find_labelled(data.root, data.val_root, data.val_share, config.seed, data.members)
     if data.label_share < 1:
-        train = train.take(draw_share(train, data.label_share, config.seed))
+        train = train.take(draw_fraction(train, data.label_share, config.seed))
     return RunData(train, val, tuple(describe_missing(train, val)))
 
 

@@ -107,9 +107,9 @@ def _collect(task: ClassificationTask, config: ClassificationConfig, images: Lab
     parts = []
     unread: Skipped = []
     for batch in make_batches(images, config):
-        unread += batch["broken"]
-        tell_remarks(batch["remarks"])
-        if batch["image"] is not None:
+        unread += batch["corrupt"]
+        tell_remarks(batch["warnings"])
+        if len(batch["index"]):  # or else none of its images can be read
             parts.append(compute_features(task.model, task.normalize, batch))
     if not parts:
         raise nothing_readable(unread)

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 
 from itpn.data.annotations import find_objects
-from itpn.data.loader import TrainingLoader, collect
+from itpn.data.collate import collect
+from itpn.data.loader import TrainingLoader
 from itpn.data.objects import DetectionImages, DetectionTransform
 from itpn.errors import UserError
 from itpn.system.console import print_aside
@@ -36,7 +37,7 @@ def find_data(config: DetectionConfig) -> DetectionData:
     tell = print_aside if is_main_process() else lambda line: None
     train, val = find_objects(data.root, data.val_root, data.mistakes, tell, data.max_pixels)
     train = train if data.empty_images else train.with_objects()
-    outlined, others = train.outlined
+    outlined, others = train.mask_counts
     masks = outlined > others if config.model.masks is None else config.model.masks
     if masks and not outlined:
         raise UserError(f"the annotations in {data.root} have no outlines: give --model.masks False")
@@ -48,7 +49,7 @@ def find_data(config: DetectionConfig) -> DetectionData:
         if data.mistakes == "error":
             raise UserError(f"{words} in {data.root}: --model.masks False learns boxes alone")
         notes.append(f"{words} are left out: --model.masks False learns all boxes")
-        train, val = train.with_outlines(), None if val is None else val.with_outlines()
+        train, val = train.with_masks(), None if val is None else val.with_masks()
         train = train if data.empty_images else train.with_objects()
     notes += note_lost(train, config, masks)
     if val is None or not len(val.with_objects()):

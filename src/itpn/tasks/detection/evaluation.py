@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.annotations import read_objects
+from itpn.data.collate import collect
 from itpn.data.evaluation import make_evaluation_loader
-from itpn.data.loader import collect
 from itpn.data.normalize import Normalize
 from itpn.data.objects import DetectionImages, check_size
 from itpn.errors import UserError
@@ -41,7 +41,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
         self.config = config
         self.images = images
         self.classes = images.classes
-        self.masks = masks and images.has_outlines
+        self.masks = masks and images.has_masks
         kinds = ("box", "mask") if self.masks else ("box",)
         self.names = tuple(f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75"))
         self.normalize = Normalize(3, (0.0,), (1.0,))  # the network subtracts mean and std itself
@@ -167,8 +167,8 @@ def find_evaluation_data(
         images = read_objects(where, "train", data.mistakes, tell, max_pixels=data.max_pixels)
         tell(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
-    if model.has_masks and images.has_outlines and images.outlined[1]:
-        tell(f"{images.outlined[1]:,} objects without an outline are left out")
-        images = images.with_outlines()
+    if model.has_masks and images.has_masks and images.mask_counts[1]:
+        tell(f"{images.mask_counts[1]:,} objects without an outline are left out")
+        images = images.with_masks()
     images = match_classes(images, found.metadata.get("classes"), model.num_classes - 1)
     return DetectionEvaluator(config, images, model.has_masks), where

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from itpn.checkpoints.files import Checkpoint
-from itpn.data.shapes import draw_scene
+from itpn.data.scenes import draw_scene
 from itpn.errors import UserError
 from itpn.models.detector import Detector
 from itpn.tasks.exporting import Exported, Size, check_difference, check_out, compare, open_exported, quiet, writing

@@ -12,9 +12,11 @@ from rich.progress import track
 from torch import Tensor
 
 from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, write_shard
-from itpn.data.files import CACHE_INDEX, ImageSource
+from itpn.data.file_types import CACHE_INDEX
+from itpn.data.files import ImageSource
 from itpn.data.folders import check_settings
-from itpn.data.loader import SkippedImages, TrainingLoader
+from itpn.data.loader import TrainingLoader
+from itpn.data.skipped import SkippedImages
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.console import Output, print_aside, tell_remarks
 from itpn.system.writing import writing_to
@@ -128,10 +130,10 @@ def _write_shard(
     dtype = torch.float16 if index.settings["half"] else torch.float32
     images, features, keys = [], [], []
     for views in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):
-        for message in skipped.update(item for sample in views for item in sample["broken"]):
+        for message in skipped.update(item for sample in views for item in sample["corrupt"]):
             print_aside(f"skipped {message}", Output())
         for sample in views:
-            tell_remarks(sample["remarks"], Output())
+            tell_remarks(sample["warnings"], Output())
         view = "teacher_image" if "teacher_image" in views[0] else "image"
         shown = torch.cat([sample[view] for sample in views])
         features.append(_run(teacher, shown, precision).to(dtype).cpu())

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from itpn.data.augment import PretrainingTransform, center_crop
 from itpn.data.cache import FeatureCache, read_index
+from itpn.data.collate import stack
 from itpn.data.files import ImageSource, find_training_images
-from itpn.data.gpu_decoding import DeferredTransform, check_nvjpeg, collate_deferred
-from itpn.data.labelled import LabelledImages, draw_share, find_labelled
-from itpn.data.loader import TrainingLoader, stack
+from itpn.data.gpu_decoding import GpuTransform, check_nvjpeg, collate_encoded
+from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
+from itpn.data.loader import TrainingLoader
 from itpn.data.shards import check_shards
 from itpn.errors import UserError
 from itpn.system.console import print_aside
@@ -83,10 +84,10 @@ def find_probe_sets(config: PretrainingConfig) -> tuple[LabelledImages, Labelled
     """Labelled images to learn from and to be asked about, evenly from those of the probe's root."""
     if config.probe.root is None:
         return None
-    train, val = find_labelled((config.probe.root,), val_share=0.2, seed=config.seed)
+    train, val = find_labelled((config.probe.root,), val_fraction=0.2, seed=config.seed)
     assert val is not None
     count = config.probe.max_images
-    first, second = (draw_share(images, min(1.0, count / len(images)), config.seed) for images in (train, val))
+    first, second = (draw_fraction(images, min(1.0, count / len(images)), config.seed) for images in (train, val))
     return train.take(first), val.take(second)
 
 
@@ -137,14 +138,15 @@ def make_loader(
         color_jitter=data.color_jitter,
         teacher_size=teacher_size,
     )
-    on_gpu = data.decode == "gpu"
+    on_gpu = GpuTransform(transform) if data.decode == "gpu" else None
     return make_training_loader(
         config,
         source,
-        DeferredTransform(transform) if on_gpu else transform,
+        on_gpu or transform,
         rank,
         world_size,
-        collate=collate_deferred if on_gpu else stack,
+        collate=collate_encoded if on_gpu else stack,
+        finish_batch=on_gpu and on_gpu.finish_batch,
         shuffle_buffer=data.shuffle_buffer,
         samples_per_epoch=data.samples_per_epoch,
     )

@@ -9,7 +9,6 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from itpn.checkpoints.files import read_checkpoint
-from itpn.data.gpu_decoding import DeferredTransform, finish
 from itpn.data.normalize import Normalize
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.targets import normalize_features
@@ -70,8 +69,7 @@ class PretrainingTask(TrainingTask):
             shard_network(self.model, self.device_mesh["data_parallel"], str(self.trainer.precision))
 
     def prepare_batch(self, batch: Any, device: torch.device) -> Any:
-        transform = self.loader.transform if self.loader is not None else None
-        return finish(batch, transform.transform, device) if isinstance(transform, DeferredTransform) else batch
+        return batch if self.loader is None else self.loader.finish(batch, device)
 
     def on_fit_start(self) -> None:
         for teacher in self._frozen:

@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from itpn.data.labelmaps import LabelMaps, MaskRules, SegmentationTransform, find_label_maps
+from itpn.data.labelmaps import find_label_maps
 from itpn.data.loader import TrainingLoader
+from itpn.data.mask_checks import LabelMaps, MaskRules
 from itpn.data.masks import LabelTable
+from itpn.data.segmentation_transform import SegmentationTransform
 from itpn.system.console import print_aside
 from itpn.system.environment import is_main_process
 from itpn.tasks.data import RunData
@@ -29,7 +31,7 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
     """Arguments of :func:`find_label_maps` and :func:`read_to_evaluate`."""
     data = config.data
     places = {"root": data.root, "masks": data.masks, "val_root": data.val_root, "val_masks": data.val_masks}
-    return {**places, "rules": make_rules(config), "val_share": data.val_share, "seed": config.seed}
+    return {**places, "rules": make_rules(config), "val_fraction": data.val_share, "seed": config.seed}
 
 
 def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
@@ -41,7 +43,7 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         data.img_size,
         data.short,
         scales=data.scales,
-        max_share=data.max_class_share,
+        max_fraction=data.max_class_share,
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
+from itpn.data.class_names import Names
+from itpn.data.collate import collect
 from itpn.data.evaluation import make_evaluation_loader
-from itpn.data.labelmaps import LabelMaps, read_to_evaluate, view_labels
-from itpn.data.loader import collect
-from itpn.data.masks import LabelTable, Names, name_labels
+from itpn.data.labelmaps import read_to_evaluate
+from itpn.data.mask_checks import LabelMaps
+from itpn.data.masks import LabelTable, name_labels
 from itpn.data.normalize import Normalize
+from itpn.data.segmentation_transform import view_labels
 from itpn.errors import UserError
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from itpn.data.normalize import Normalize
-from itpn.models.detector import fit_sides
+from itpn.geometry import fit_sides
 from itpn.tasks.segmentation.config import SegmentationConfig
 
 WINDOWS = 4  # that are segmented at a time

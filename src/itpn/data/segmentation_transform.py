@@ -1,0 +1,113 @@
+"""Augmentation of images with masks."""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+from torchvision.transforms.v2.functional import crop, pad, resize
+
+from itpn.data.class_names import Colour
+from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole
+from itpn.data.masks import IGNORED, LabelTable
+from itpn.geometry import fit_sides
+
+CROP_TRIES = 10
+
+
+class PhotometricDistort(v2.RandomPhotometricDistort):
+    """Random brightness, contrast, saturation and hue, without torchvision's permutation of channels."""
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        return {**super().make_params(flat_inputs), "channel_permutation": None}
+
+
+DISTORT = PhotometricDistort(hue=(-0.1, 0.1))
+
+
+@dataclass(frozen=True)
+class SegmentationTransform:
+    """Random scale, crop, flip and photometric distortion, as in mmsegmentation's recipes for ADE20K.
+
+    Args:
+        table: the meaning of labels.
+        size: side of the crops in pixels.
+        short: short side of an image of scale 1.
+        scales: smallest and largest scale.
+        max_fraction: largest fraction of a crop that one class may cover; after ten tries a crop is taken as it is.
+        hflip: probability of a horizontal flip.
+        photometric: change brightness, contrast, saturation and hue.
+        interpolation: "bicubic" or "bilinear", always with antialiasing.
+        fill: colour of the padding of images smaller than a crop.
+        max_pixels: of a mask.
+    """
+
+    table: LabelTable
+    size: int = 512
+    short: int = 512
+    scales: tuple[float, float] = (0.5, 2.0)
+    max_fraction: float = 0.75
+    hflip: float = 0.5
+    photometric: bool = True
+    interpolation: str = "bilinear"
+    fill: Colour = (124, 116, 104)
+    max_pixels: int = MAX_PIXELS
+
+    def __call__(self, image: EncodedImage | Tensor, rng: random.Random, mask: str) -> dict[str, Any]:
+        """Augment one image, encoded or uint8 [3, H, W], with its mask, given by its path.
+
+        Returns:
+            "image" uint8 [3, size, size] and "target" uint8 [size, size].
+
+        Raises:
+            UnreadableImage: the mask cannot be read, or is of another size.
+        """
+        image = decode_whole(image)
+        pixels, labels = self._resize(image, view_labels(image, self.table, mask, self.max_pixels), rng)
+        pixels, labels = self._crop(pixels, labels, rng)
+        right, below = self.size - labels.shape[-1], self.size - labels.shape[-2]
+        if rng.random() < self.hflip:
+            pixels, labels = pixels.flip(-1), labels.flip(-1)
+        if self.photometric:
+            # torchvision draws from the global generator, whose state is restored
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(rng.getrandbits(63))
+                pixels = DISTORT(pixels)
+        pixels = pad(pixels, [0, 0, right, below], fill=list(self.fill))
+        labels = pad(labels, [0, 0, right, below], fill=IGNORED)
+        return {"image": pixels.contiguous(), "target": labels[0]}
+
+    def _resize(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+        short = rng.uniform(*self.scales) * self.short
+        sides = fit_sides(image.shape[-2:], short, 4 * short)
+        mode = v2.InterpolationMode(self.interpolation)
+        # the pixel nearest to the centre; torchvision would take its neighbour for a Mask
+        nearest = resize(labels[None], sides, v2.InterpolationMode.NEAREST_EXACT)
+        return resize(image, sides, mode, antialias=True), nearest
+
+    def _crop(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
+        height, width = image.shape[-2:]
+        rows, columns = min(self.size, height), min(self.size, width)
+        for _ in range(CROP_TRIES if self.max_fraction < 1 else 1):
+            top, left = rng.randint(0, height - rows), rng.randint(0, width - columns)
+            part = crop(labels, top, left, rows, columns)
+            counts = part.flatten().bincount(minlength=IGNORED + 1)[:IGNORED]
+            if len(counts.nonzero()) > 1 and counts.max() < self.max_fraction * counts.sum():
+                break
+        return crop(image, top, left, rows, columns), part
+
+
+def view_labels(image: Tensor, table: LabelTable, mask: str, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """The mask of an image, uint8 [H, W].
+
+    Raises:
+        UnreadableImage: it cannot be read, or is of another size.
+    """
+    labels = table.read(mask, max_pixels)
+    if labels.shape != image.shape[-2:]:
+        raise UnreadableImage(
+            f"{image.shape[-1]}x{image.shape[-2]} pixels, and {labels.shape[1]}x{labels.shape[0]} in {mask}"
+        )
+    return labels
