@@ -99,6 +99,7 @@ def run_command(arguments: list[str]) -> int:
     if holding := next((argument for argument in arguments if "\0" in argument), None):
         raise UserError(f"{holding!r} holds a zero byte, which no name of a file can have")
     check_environment()
+    arguments = import_task(arguments)
     if len(arguments) > 1 and arguments[0] in WITH_CONFIG and not arguments[1].startswith("-"):
         return WITH_CONFIG[arguments[0]](arguments[1], arguments[2:])  # options come from the recipe's config
     if len(arguments) > 1 and arguments[0] in WITH_CONFIG and arguments[1] not in ("-h", "--help"):
@@ -114,6 +115,22 @@ def run_command(arguments: list[str]) -> int:
     if options.command not in ("list", "demo", "shrink"):
         load_installed_tasks()  # whose checkpoints may be named
     return COMMANDS[options.command](options)
+
+
+def import_task(arguments: list[str]) -> list[str]:
+    """Import the recipe file of a task of the user's own, `--recipe FILE`, which registers it.
+
+    Returns:
+        The other arguments.
+    """
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    _add_recipe(parser)
+    for index, argument in enumerate(arguments):
+        if argument.partition("=")[0] == "--recipe":
+            own, rest = parser.parse_known_args(arguments[index:])
+            read_recipe(own.recipe)
+            return [*arguments[:index], *rest]
+    return arguments
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -184,9 +201,11 @@ def make_parser() -> argparse.ArgumentParser:
     add.add_argument("--features", metavar="FILE", help="write features to this .safetensors or .npy file instead")
     _add_members(add)
     _add_max_pixels(add, "skipped (default: the checkpoint's setting)")
+    _add_recipe(add)
 
     add = commands.add_parser("inspect", help="what a checkpoint is, and what it can be used for")
     add.add_argument("checkpoint", help="a file of itpn, timm, the authors or mmpretrain, or hf-hub:OWNER/NAME")
+    _add_recipe(add)
 
     add = commands.add_parser("convert", help="a checkpoint from one code base's names to another's")
     add.add_argument("source", help="a checkpoint that itpn inspect knows")
@@ -216,6 +235,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add.add_argument("--dynamic-size", action="store_true", help="any height and width; the batch is always open")
     _add_heads(add)
+    _add_recipe(add)
 
     add = commands.add_parser("demo", help="the whole story on generated images: pre-train, classify, detect, segment")
     add.add_argument("--output-dir", default="runs/demo", help="where everything goes (default: %(default)s)")
@@ -245,6 +265,11 @@ def _check_max_pixels(options: argparse.Namespace) -> int | None:
 
 def _add_heads(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-heads", type=int, help="attention heads, where the file cannot tell them (itpn inspect)")
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    help = "the recipe file that registers the checkpoint's task, where that is one of your own"
+    parser.add_argument("--recipe", metavar="FILE", help=help)
 
 
 def _add_training_options(parser: argparse.ArgumentParser) -> None:

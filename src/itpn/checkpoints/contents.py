@@ -14,7 +14,7 @@ from itpn.checkpoints.adapters.ours import CLASSIFIER, name_levels, read_guesses
 from itpn.checkpoints.adapters.renaming import read_our_depths
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
-from itpn.models.heads import heads
+from itpn.models.heads import find_head, heads
 from itpn.models.hivit import HiViT
 from itpn.models.position import Grid, square
 from itpn.models.spec import TRAINING_ONLY, NetworkSpec, find_variant
@@ -62,7 +62,7 @@ class Contents:
         backbone = {key: value for key, value in self.backbone.items() if key != "global_pool"}
         if name == "pyramid":
             return NetworkSpec(backbone, self.pyramid or {}, self.levels)
-        head = heads()[name]
+        head = find_head(name)
         if not head.pyramid:
             return NetworkSpec(self.backbone, None, self.levels, name, self.heads.get(name, {}))
         return NetworkSpec(backbone, self.pyramid, self.levels, name, self.heads.get(name, {}))

@@ -14,7 +14,7 @@ from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.match import match
 from itpn.errors import UserError
 from itpn.models.build import build
-from itpn.models.heads import heads
+from itpn.models.heads import find_head, heads
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.spec import NetworkSpec
@@ -86,7 +86,7 @@ def find_spec(checkpoint: Checkpoint, task: str | None, overrides: Mapping[str, 
     """The network of a file for a task, with other arguments by name."""
     stored = checkpoint.spec
     if stored is not None and stored.head is not None and task in (None, stored.head) and checkpoint.settings:
-        spec = heads()[stored.head].from_settings(checkpoint.settings, dict(overrides))
+        spec = find_head(stored.head).from_settings(checkpoint.settings, dict(overrides))
         if spec is not None:
             return spec
     rest = dict(overrides)

@@ -183,7 +183,8 @@ def _differing_parts(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]
     spec = checkpoint.spec
     if spec is None or spec.head is None or read_guesses(checkpoint.metadata):
         return {}
-    return heads()[spec.head].differ(spec.options, model)
+    head = heads().get(spec.head)
+    return {} if head is None else head.differ(spec.options, model)
 
 
 def _describe_tables(changed: list[str], backbone: HiViT) -> list[Finding]:

@@ -85,7 +85,10 @@ class Report:
         made_for = {"pyramid": "backbone and pyramid of a detector or segmenter", "backbone": "a backbone"}.get(
             self.task
         )
-        made_for = made_for or heads()[self.task].summarize(self.contents.spec(self.task))
+        head = heads().get(self.task)
+        if made_for is None:
+            unknown = f"a network of the task {self.task!r}, which is not known here (see --recipe)"
+            made_for = unknown if head is None else head.summarize(self.contents.spec(self.task))
         names = ADAPTERS[self.format].title + (f", under {self.key!r}" if self.key else "")
         rows = {
             "what": f"{self.model or f'{family} of unknown name'}: {made_for}; {self.parameters:.2f} M parameters",
@@ -93,7 +96,7 @@ class Report:
             "backbone": (
                 f"{backbone['embed_dim']} channels, {'+'.join(map(str, backbone['depths']))} blocks, "
                 f"{_count(backbone['num_heads'], 'head')}, patches of {backbone['patch_size']} px, "
-                f"{_count(backbone['in_chans'], 'channel')} in, positions for {_size(backbone['img_size'])} px"
+                f"{_count(backbone.get('in_chans', 3), 'channel')} in, positions for {_size(backbone['img_size'])} px"
             ),
             "options": ", ".join(_describe_backbone(backbone)) or "plain",
         }

@@ -7,12 +7,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from itpn.errors import UserError
 from itpn.models.spec import NetworkSpec, Options
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Tensors = Mapping[str, Tensor]
+
+
+class UnknownTask(UserError):
+    """A task of another package, or of a recipe file, which has not been imported."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(
+            f"the task {name!r} is not known: install the package that registers it, or give the recipe file that does "
+            "as --recipe FILE"
+        )
 
 
 class Head(ABC):
@@ -99,5 +110,11 @@ def heads() -> dict[str, Head]:
 
 
 def find_head(name: str) -> Head:
-    """A head by name; KeyError for none."""
+    """A head by name.
+
+    Raises:
+        UnknownTask: none is registered by this name.
+    """
+    if name not in _HEADS:
+        raise UnknownTask(name)
     return _HEADS[name]()

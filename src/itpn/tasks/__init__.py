@@ -7,5 +7,5 @@ from itpn.tasks.segmentation import TASK as SEGMENTATION
 from itpn.tasks.spec import register_task
 
 # a file with tensors of several heads is taken for the first of these
-for spec in (PRETRAINING, SEGMENTATION, DETECTION, CLASSIFICATION):
-    register_task(spec)
+for task in (PRETRAINING, SEGMENTATION, DETECTION, CLASSIFICATION):
+    register_task(task)

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from itpn.errors import UserError
+from itpn.models.heads import UnknownTask
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml
 
@@ -96,6 +97,8 @@ def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
     """Of a config.yaml; where it is corrupt, of the checkpoint of the run that it belongs to."""
     try:
         return read_settings(path)
+    except UnknownTask:
+        raise
     except UserError:
         last = path.parent / "checkpoints" / "last.ckpt"
         if not last.exists():

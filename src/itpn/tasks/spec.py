@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
-from itpn.errors import UserError
+from itpn.models.heads import UnknownTask, register_head
 from itpn.training.config import RunConfig
 
 ENTRY_POINTS = "itpn.tasks"  # where installed packages name tasks of their own
@@ -87,8 +87,6 @@ def register_task(spec: TaskSpec) -> TaskSpec:
 
     An installed package may name a :class:`TaskSpec` as an entry point of the group ``itpn.tasks`` instead.
     """
-    from itpn.models.heads import register_head
-
     if spec.config.task != spec.name:
         raise ValueError(f"{spec.config.__name__}.task is {spec.config.task!r}, not {spec.name!r}")
     _TASKS[spec.name] = spec
@@ -121,14 +119,12 @@ def find_task(name: str) -> TaskSpec:
     """A task by name.
 
     Raises:
-        UserError: no such task is known.
+        UnknownTask: no such task is registered.
     """
     if name not in _TASKS:
         load_installed_tasks()
     if name not in _TASKS:
-        raise UserError(
-            f"the task {name!r} is not known: install the package that it is of, or give its recipe file as --recipe"
-        )
+        raise UnknownTask(name)
     return _TASKS[name]
 
 
