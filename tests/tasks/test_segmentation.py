@@ -42,7 +42,7 @@ from itpn.metrics.segmentation import PixelScores, compare
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.recipes import read_recipe
 from itpn.tasks.segmentation.module import Segmentation, enlarge_labels, pixel_loss
-from itpn.training.module import learning_rate
+from itpn.training.optimization import learning_rate
 
 NAMES = (*GROUNDS, *CLASSES)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -26,7 +26,7 @@ from itpn.config import write_yaml
 from itpn.data.loader import SkippedImages, nothing_readable
 from itpn.errors import MachineError, UserError
 from itpn.system.accidents import guard
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.training import loop
 
 SCRIPT = Path(__file__).with_name("misbehaving.py")
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -110,13 +110,13 @@ def kill_a_worker(monkeypatch, where) -> None:
 
 
 def test_training_with_a_killed_worker(photos, tmp_path, monkeypatch, capsys):
-    def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
-        if self.trainer.global_step == 3:
-            os.kill(self.loader._stream.gi_frame.f_locals["stream"]._workers[0].pid, signal.SIGKILL)
+    def take_pass(run, *args, original=loop.take_pass):
+        if run.step == 3:
+            os.kill(run.loader._stream.gi_frame.f_locals["stream"]._workers[0].pid, signal.SIGKILL)
             time.sleep(1)
-        return original(self, batch, batch_idx)
+        return original(run, *args)
 
-    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+    monkeypatch.setattr(loop, "take_pass", take_pass)
     command = ["train", "itpn-pixel_nano", "--data.root", str(photos), *OPTIONS, "--output-dir", str(tmp_path)]
     command += ["--trainer.max-steps", "100"]
     assert main([*command, "--trainer.checkpoint-every-n-steps", "2"]) == 1
@@ -296,9 +296,9 @@ def test_a_run_says_what_is_kept(settings, monkeypatch):
     """Where nothing is, nothing."""
     config = settings()
 
-    def training_step(self, batch, batch_idx):
+    def take_pass(*args):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+    monkeypatch.setattr(loop, "take_pass", take_pass)
     with pytest.raises(MachineError, match=r"^run folder \S+/test/first: Input/output error; [^;]*$"):
         train(replace(config, name="first"), "test")

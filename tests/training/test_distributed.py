@@ -16,10 +16,14 @@ from safetensors.torch import load_file
 from torchrun import run_command, run_script
 
 import itpn
-from itpn.config import ClassificationConfig, LabelledDataConfig, write_yaml
+from itpn.checkpoints.loading import build_from
+from itpn.config import ClassificationConfig, write_yaml
 from itpn.errors import UserError
+from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.teachers.ema import MovingAverageTeacher
 from itpn.training.launch import read_launch
-from itpn.training.loop import check_strategy
+from itpn.training.sharding import check_strategy
 
 SCRIPT = Path(__file__).with_name("gradient_of_a_step.py")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -78,10 +82,6 @@ def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path
     assert second == 3 * ["c10d::allreduce_"]  # two buckets of gradients, and the vote on stopping
 
 
-def fine_tune(config):
-    return ClassificationConfig(data=LabelledDataConfig(root=config.data.root), trainer=config.trainer)
-
-
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
@@ -90,13 +90,24 @@ def fine_tune(config):
         (lambda c: setattr(c.teacher, "name", "ema"), "keeps no moving average"),
         (lambda c: setattr(c.probe, "root", "photos"), "cannot probe"),
         (lambda c: setattr(c.trainer, "compile", True), "does not go with --trainer.compile"),
-        (fine_tune, "is for pre-training, not for classification"),
     ],
 )
 def test_what_cannot_be_sharded(settings, change, reason):
     config = settings(strategy="fsdp", devices=2, accelerator="cpu")
+    config.model.pyramid_weights = (1.0, 1.0, 1.0) if reason.startswith("keeps no moving") else (0.0, 0.0, 0.0)
+    change(config)
+    model = build_from(config)
+    task = PretrainingTask(model, config, "test", teacher=MovingAverageTeacher(model) if config.teacher.name else None)
     with pytest.raises(UserError, match=f"^--trainer.strategy fsdp {reason}"):
-        check_strategy(change(config) or config, read_launch())
+        check_strategy(config, read_launch(), task)
+
+
+def test_classifiers_cannot_be_sharded(settings):
+    config = ClassificationConfig(trainer=settings(strategy="fsdp", devices=2, accelerator="cpu").trainer)
+    config.data.mean, config.data.std = (0.5,), (0.25,)
+    task = ClassificationTask(build_from(settings()).backbone, config, "test", ("a", "b"))
+    with pytest.raises(UserError, match=r"^--trainer\.strategy fsdp is not for classification; without it"):
+        check_strategy(config, read_launch(), task)
 
 
 def run_on_two_machines(*arguments) -> None:

@@ -28,7 +28,7 @@ from itpn.data.loader import TrainingLoader
 from itpn.errors import NonFiniteLoss, UserError
 from itpn.tasks.pretraining import run as pretraining
 from itpn.tasks.pretraining.module import PretrainingTask
-from itpn.training import callbacks
+from itpn.training import progress
 from itpn.training.checkpointing import Checkpointing
 from itpn.training.launch import choose_precision, read_launch
 from itpn.training.run_folder import RunFolder
@@ -89,9 +89,9 @@ def test_speed_is_that_of_training(settings, photos, tmp_path, monkeypatch, caps
         return take_longer
 
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
-    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr(pretraining, "draw_predictions", slow(pretraining.draw_predictions))
-    monkeypatch.setattr(pretraining.FeatureProbe, "look", slow(pretraining.FeatureProbe.look))
+    monkeypatch.setattr(pretraining.FeatureProbe, "evaluate", slow(pretraining.FeatureProbe.evaluate))
     monkeypatch.setattr(Checkpointing, "save", slow(Checkpointing.save))
     for folder in ("train/ant", "train/bee", "val/ant", "val/bee"):
         shutil.copytree(photos, tmp_path / "probe" / folder)

@@ -28,7 +28,7 @@ from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
 from itpn.system.console import Output, print_aside
-from itpn.training.loop import make_table
+from itpn.training.summary import make_table
 
 Size = tuple[int, int]  # height, width in pixels
 Run = Callable[[Tensor], list[Tensor]]  # images to all outputs, in order

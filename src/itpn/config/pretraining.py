@@ -161,6 +161,7 @@ class Config(RunSettings):
     """Settings of a pre-training run."""
 
     task: ClassVar[str] = "pretraining"
+    visualizations: ClassVar[str] = "reconstructions"
     model: ModelConfig = field(default_factory=ModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -5,7 +5,7 @@ import re
 import typing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from itpn.errors import UserError
 
@@ -111,6 +111,7 @@ class TrainerConfig:
 class RunSettings:
     """What every run has, whatever is trained."""
 
+    visualizations: ClassVar[str] = "predictions"  # the folder of a run that they go to
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
     seed: int = 0
     """All randomness of the run follows from this."""

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from itpn.training.loop import make_table
+from itpn.training.summary import make_table
 
 NOT_HERE = "n/a: the trace has no GPU"
 

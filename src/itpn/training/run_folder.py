@@ -19,7 +19,7 @@ from itpn.system.console import print_aside
 from itpn.system.writing import open_whole, remove_partial_files
 from itpn.training.metrics_file import read_steps
 
-# what may differ when a run goes on; anything else would make it another run
+# what may differ when a run is resumed; anything else would make it another run
 FREE = {
     "model": {"checkpoint", "grad_checkpointing"},
     "teacher": {"checkpoint", "min_std"},
@@ -53,7 +53,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, recipe: str) -> None:
         self.path = Path(config.output_dir) / recipe / config.name
         self.checkpoints = self.path / "checkpoints"
-        self.pictures = self.path / ("reconstructions" if config.task == "pretraining" else "predictions")
+        self.visualizations = self.path / config.visualizations
         self.settings = self.path / "config.yaml"
         self.weights = self.path / "model.safetensors"
         self.metrics = self.path / "metrics.csv"
@@ -88,7 +88,7 @@ class RunFolder:
         self._list_checkpoints()  # a folder that cannot be read, or a link into nowhere, before anything is made
         self._check_kinds()
         try:
-            for folder in (self.checkpoints, self.pictures):
+            for folder in (self.checkpoints, self.visualizations):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)  # let go by the system, however this process ends
         except Timeout:
@@ -99,7 +99,7 @@ class RunFolder:
             raise refusal(f"run folder {self.path} (see --output-dir) cannot be written", error) from error
         try:
             with self.writing(self.path):
-                for folder in (self.path, self.checkpoints, self.pictures):
+                for folder in (self.path, self.checkpoints, self.visualizations):
                     remove_partial_files(folder)
             resumed, _ = self.newest_checkpoint(main=True)
             if resumed is None:
@@ -275,7 +275,7 @@ class RunFolder:
 
     def _check_kinds(self) -> None:
         """Raise UserError where a folder or a pipe, say, has the name of a file of the run, or a file of a folder."""
-        for path in (self.path, self.pictures, self.events):
+        for path in (self.path, self.visualizations, self.events):
             check_kind(path, folder=True)
         for path in (Path(self._lock.lock_file), self.settings, self.metrics, self.summary, self.weights):
             check_kind(path)

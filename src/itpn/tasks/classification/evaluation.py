@@ -37,8 +37,8 @@ from itpn.tasks.classification.module import classify
 from itpn.tasks.classification.run import find_sets, make_batches
 from itpn.tasks.starting import real_paths
 from itpn.training.launch import quieten_libraries, start_fabric
-from itpn.training.loop import make_table
 from itpn.training.run_folder import make_folder, writing_to
+from itpn.training.summary import make_table
 
 
 def evaluate(

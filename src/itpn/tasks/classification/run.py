@@ -27,10 +27,13 @@ from itpn.system.console import Output, print_aside
 from itpn.tasks.classification.module import ClassificationTask, classify
 from itpn.tasks.drawing import draw_titles
 from itpn.tasks.starting import read_start, scale_epochs, start_network
-from itpn.training.callbacks import Pictures, Watcher
+from itpn.training.data import describe_size, make_training_loader
+from itpn.training.evaluation import Evaluation
 from itpn.training.launch import choose_devices, describe_machine, read_launch, start_fabric
-from itpn.training.loop import Job, Run, describe_size, fit, make_table, make_training_loader, write_summary
+from itpn.training.loop import Run, fit
 from itpn.training.run_folder import RunFolder
+from itpn.training.state import Job
+from itpn.training.summary import make_table, write_summary
 
 Sets = tuple[LabelledImages, LabelledImages | None]
 
@@ -54,7 +57,7 @@ def note_unevaluated(train: LabelledImages, val: LabelledImages | None) -> list[
 
 
 def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | None = None, run: Run = fit) -> Path:
-    """Run, or go on with, a classifier's run; see :func:`itpn.training.loop.fit`.
+    """Start or resume a classifier's run; see :func:`itpn.training.loop.fit`.
 
     Args:
         sets: the images, where they have been looked for already.
@@ -79,7 +82,7 @@ def train_classifier(config: ClassificationConfig, recipe: str, sets: Sets | Non
         more = "" if val is None else f", {len(val):,} more to evaluate on"
         return Job(
             task,
-            lambda folder: Pictures(folder, lambda: draw_answers(task, *shown()), config.trainer.picture_every_n_steps),
+            lambda: draw_answers(task, *shown()),
             {"data": f"{len(train.classes)} classes{more}", "size": describe_size(image_size(config.data))},
             len(train),
             lambda path: save_classifier(path, task, validation),
@@ -142,7 +145,7 @@ def train_frozen(config: ClassificationConfig, recipe: str, sets: Sets | None = 
         summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True, "metrics": figures}
         summary |= {"epochs": 1, "steps": 0, "images_seen": len(features), "images_skipped": len(skipped)}
         summary |= {"images_per_second": len(features) / seconds, "duration_seconds": seconds, "saved": "weights"}
-        write_summary(folder, summary | describe_machine(device, 1, str(fabric._precision.precision)))
+        write_summary(folder, summary | describe_machine(device, 1, str(fabric.strategy.precision.precision)))
         Output().print(make_table(f"{recipe} / {config.name}", {**rows, "weights": str(folder.weights)}))
         return folder.path
     finally:
@@ -221,7 +224,7 @@ def draw_answers(task: ClassificationTask, images: Tensor, names: list[str]) -> 
     return draw_titles(images, titles)
 
 
-class Validation(Watcher):
+class Validation(Evaluation):
     """Evaluates the network, and the moving average of its weights where there is one."""
 
     def __init__(self, task: ClassificationTask, config: ClassificationConfig, images: LabelledImages) -> None:
@@ -233,22 +236,22 @@ class Validation(Watcher):
         self.config = config
         self.images = images
 
-    def look(self, trainer: L.Trainer) -> dict[str, float]:
+    def evaluate(self, fabric: L.Fabric) -> dict[str, float]:
         models: dict[str, Any] = {"": self.task.model}
         if self.task.ema is not None:
             models["ema_"] = self.task.ema.module
         skipped: list[tuple[str, str]] = []
-        with trainer.precision_plugin.forward_context():
+        with fabric.autocast():
             answers = collect_answers(
                 [functools.partial(classify, model, self.task.normalize) for model in models.values()],
-                make_batches(self.images, self.config, trainer.global_rank, trainer.world_size),
+                make_batches(self.images, self.config, fabric.global_rank, fabric.world_size),
                 self.task.device,
                 skipped,
             )
-        unread = self.say_skipped(trainer, skipped)
+        unread = self.name_skipped(fabric, skipped)
         figures = {}
         for prefix, own in zip(models, answers, strict=True):
-            gathered = gather(own, trainer.world_size)
+            gathered = gather(own, fabric.world_size)
             if not len(gathered.index):
                 raise nothing_readable(unread)
             scores = score(gathered, len(self.images.classes))
@@ -259,7 +262,7 @@ class Validation(Watcher):
         return figures
 
     def describe(self) -> dict[str, str]:
-        figures = self.figures
+        figures = self.metrics
         shown = f"{figures['val_top1']:.1%} top-1, {figures['val_top5']:.1%} top-5"
         if self.task.ema is not None:
             shown += f"; moving average {figures['ema_val_top1']:.1%} top-1, {figures['ema_val_top5']:.1%} top-5"
@@ -274,7 +277,7 @@ def save_classifier(path: Path, task: ClassificationTask, validation: Validation
     """
     model, which = task.model, "weights"
     if task.ema is not None and validation is not None:
-        average, own = validation.figures["ema_val_top1"], validation.figures["val_top1"]
+        average, own = validation.metrics["ema_val_top1"], validation.metrics["val_top1"]
         if average is not None and own is not None and average > own:
             model, which = task.ema.module, "moving average"
     write_classifier(path, model, {"recipe": task.recipe, **task.describe()})

@@ -26,8 +26,8 @@ from itpn.system.console import Output, print_aside
 from itpn.tasks.detection.module import detect
 from itpn.tasks.detection.run import make_batches
 from itpn.training.launch import quieten_libraries, read_launch, start_fabric
-from itpn.training.loop import make_table
 from itpn.training.run_folder import make_folder, writing_to
+from itpn.training.summary import make_table
 
 
 def evaluate_objects(

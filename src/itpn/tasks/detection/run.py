@@ -23,9 +23,11 @@ from itpn.system.console import print_aside
 from itpn.tasks.detection.module import DetectionTask, detect
 from itpn.tasks.drawing import draw_objects, join_pictures
 from itpn.tasks.starting import read_start, save_network, scale_epochs, start_network
-from itpn.training.callbacks import Pictures, Watcher
+from itpn.training.data import make_training_loader
+from itpn.training.evaluation import Evaluation
 from itpn.training.launch import choose_devices, read_launch
-from itpn.training.loop import Job, Run, fit, make_training_loader
+from itpn.training.loop import Run, fit
+from itpn.training.state import Job
 
 Sets = tuple[DetectionImages, DetectionImages | None]
 SHOWN, MIN_SCORE = 8, 0.3  # images in pictures, score of the boxes in them
@@ -40,7 +42,7 @@ def find_sets(config: DetectionConfig) -> Sets:
 
 
 def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = None, run: Run = fit) -> Path:
-    """Run, or go on with, a detector's run; see :func:`itpn.training.loop.fit`.
+    """Start or resume a detector's run; see :func:`itpn.training.loop.fit`.
 
     Args:
         sets: the images, where they have been looked for already.
@@ -83,7 +85,7 @@ def train_detector(config: DetectionConfig, recipe: str, sets: Sets | None = Non
         size = f"short side up to {config.data.img_size} px"
         return Job(
             task,
-            lambda folder: Pictures(folder, lambda: draw_found(task, shown()), config.trainer.picture_every_n_steps),
+            lambda: draw_found(task, shown()),
             {"data": f"{len(train.classes)} classes{more}", "size": size},
             len(train),
             lambda path: save_network(path, task),
@@ -162,7 +164,7 @@ def draw_found(task: DetectionTask, images: list[Tensor]) -> Image.Image:
     )
 
 
-class DetectionValidation(Watcher):
+class DetectionValidation(Evaluation):
     """COCO's figures of the network."""
 
     def __init__(self, task: DetectionTask, config: DetectionConfig, images: DetectionImages) -> None:
@@ -176,22 +178,22 @@ class DetectionValidation(Watcher):
         self.config = config
         self.images = images
 
-    def look(self, trainer: L.Trainer) -> dict[str, float]:
+    def evaluate(self, fabric: L.Fabric) -> dict[str, float]:
         skipped: list[tuple[str, str]] = []
-        with trainer.precision_plugin.forward_context():
+        with fabric.autocast():
             results, seen = collect_detections(
                 functools.partial(detect, self.task.model, self.task.normalize),
                 self.images,
-                make_batches(self.images, self.config, trainer.global_rank, trainer.world_size),
+                make_batches(self.images, self.config, fabric.global_rank, fabric.world_size),
                 self.task.device,
                 skipped,
             )
-        unread = self.say_skipped(trainer, skipped)
-        results, seen = gather_detections(results, seen, trainer.world_size)
+        unread = self.name_skipped(fabric, skipped)
+        results, seen = gather_detections(results, seen, fabric.world_size)
         if not seen:
             raise nothing_readable(unread)
         flat = score_detections(self.images, results, seen, self.masks).flat("val_")
-        figures = {name: 0.0 if math.isnan(flat[name]) else flat[name] for name in self.figures}
+        figures = {name: 0.0 if math.isnan(flat[name]) else flat[name] for name in self.metrics}
         self.score = figures["val_box_ap"]
         return figures
 
@@ -201,7 +203,7 @@ class DetectionValidation(Watcher):
             shown = [
                 f"{name.upper()} {100 * value:.1f}"
                 for name in ("ap", "ap50", "ap75")
-                if (value := self.figures.get(f"val_{kind}_{name}")) is not None
+                if (value := self.metrics.get(f"val_{kind}_{name}")) is not None
             ]
             if shown:
                 rows[title] = f"{', '.join(shown)} of {len(self.images):,} images"

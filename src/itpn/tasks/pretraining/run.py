@@ -28,13 +28,15 @@ from itpn.tasks.drawing import draw_predictions, read_whole_images
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.teachers.ema import MovingAverageTeacher
 from itpn.teachers.timm_teacher import FeatureTeacher, build_teacher
-from itpn.training.callbacks import Pictures, Watcher
+from itpn.training.data import describe_size, make_training_loader
+from itpn.training.evaluation import Evaluation
 from itpn.training.launch import choose_devices, read_launch
-from itpn.training.loop import Job, Run, describe_size, fit, make_training_loader
+from itpn.training.loop import Run, fit
+from itpn.training.state import Job
 
 
 def pretrain(config: Config, recipe: str, source: ImageSource | None = None, run: Run = fit) -> Path:
-    """Run, or go on with, a pre-training run; see :func:`itpn.training.loop.fit`.
+    """Start or resume a pre-training run; see :func:`itpn.training.loop.fit`.
 
     Args:
         source: the images, where they have been looked for already.
@@ -84,9 +86,7 @@ def pretrain(config: Config, recipe: str, source: ImageSource | None = None, run
         kind = "cached features" if images.cache else "shards" if images.shards else "files"
         return Job(
             task,
-            lambda folder: Pictures(
-                folder, lambda: draw_predictions(task, samples()), config.trainer.picture_every_n_steps
-            ),
+            lambda: draw_predictions(task, samples()),
             {
                 **({"teacher": describe_teacher(config, images)} if config.teacher.name else {}),
                 "data": kind,
@@ -123,7 +123,7 @@ def find_probe_sets(config: Config) -> tuple[LabelledImages, LabelledImages] | N
     return train.take(first), val.take(second)
 
 
-class FeatureProbe(Watcher):
+class FeatureProbe(Evaluation):
     """Asks nearest neighbours and a linear classifier of frozen features how far the backbone has come."""
 
     def __init__(self, task: PretrainingTask, config: Config, known: LabelledImages, asked: LabelledImages) -> None:
@@ -132,13 +132,13 @@ class FeatureProbe(Watcher):
         self.config = config
         self.sets = known, asked
 
-    def look(self, trainer: L.Trainer) -> dict[str, float]:
+    def evaluate(self, fabric: L.Fabric) -> dict[str, float]:
         data, task = self.config.data, self.task
         transform = EvaluationTransform(image_size(data), 1.0, data.interpolation)
         skipped: list[tuple[str, str]] = []
         columns: list[Tensor] = []
-        rank, processes = trainer.global_rank, trainer.world_size
-        with trainer.precision_plugin.forward_context():
+        rank, processes = fabric.global_rank, fabric.world_size
+        with fabric.autocast():
             for images in self.sets:
                 batches = make_evaluation_loader(
                     images,
@@ -152,7 +152,7 @@ class FeatureProbe(Watcher):
                 columns += collect_features(
                     task.model.backbone, task.normalize, batches, task.device, skipped, processes
                 )
-        self.say_skipped(trainer, skipped)
+        self.name_skipped(fabric, skipped)
         with torch.random.fork_rng(devices=[]):  # a new layer draws weights, of which training must not notice
             known, labels, asked, answers = columns
             return {
@@ -161,7 +161,7 @@ class FeatureProbe(Watcher):
             }
 
     def describe(self) -> dict[str, str]:
-        knn, linear = self.figures["probe_knn"], self.figures["probe_linear"]
+        knn, linear = self.metrics["probe_knn"], self.metrics["probe_linear"]
         return {"probe": f"{knn:.1%} by nearest neighbours, {linear:.1%} by a linear classifier"}
 
 

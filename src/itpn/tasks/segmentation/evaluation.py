@@ -21,8 +21,8 @@ from itpn.system.console import Output
 from itpn.tasks.segmentation.run import describe_sets, make_batches, make_segmentation
 from itpn.tasks.starting import real_paths
 from itpn.training.launch import quieten_libraries, start_fabric
-from itpn.training.loop import make_table
 from itpn.training.run_folder import make_folder, writing_to
+from itpn.training.summary import make_table
 
 
 def evaluate_pixels(

@@ -28,9 +28,11 @@ from itpn.system.console import print_aside
 from itpn.tasks.drawing import draw_labels, join_pictures
 from itpn.tasks.segmentation.module import Segmentation, SegmentationTask
 from itpn.tasks.starting import read_start, save_network, scale_epochs, start_network
-from itpn.training.callbacks import Pictures, Watcher
+from itpn.training.data import describe_size, make_training_loader
+from itpn.training.evaluation import Evaluation
 from itpn.training.launch import choose_devices, read_launch
-from itpn.training.loop import Job, Run, describe_size, fit, make_training_loader
+from itpn.training.loop import Run, fit
+from itpn.training.state import Job
 
 Sets = tuple[LabelMaps, LabelMaps | None]
 SHOWN = 6  # images in pictures
@@ -56,7 +58,7 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
 
 
 def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None = None, run: Run = fit) -> Path:
-    """Run, or go on with, a segmenter's run; see :func:`itpn.training.loop.fit`.
+    """Start or resume a segmenter's run; see :func:`itpn.training.loop.fit`.
 
     Args:
         sets: the images, where they have been looked for already.
@@ -91,9 +93,7 @@ def train_segmenter(config: SegmentationConfig, recipe: str, sets: Sets | None =
         size = (config.data.img_size, config.data.img_size)
         return Job(
             task,
-            lambda folder: Pictures(
-                folder, lambda: draw_scenes(task, config, shown()), config.trainer.picture_every_n_steps
-            ),
+            lambda: draw_scenes(task, config, shown()),
             {"data": f"{len(train.classes)} classes of pixels{more}", "size": describe_size(size)},
             len(train),
             lambda path: save_network(path, task),
@@ -162,7 +162,7 @@ def draw_scenes(task: SegmentationTask, config: SegmentationConfig, images: list
     )
 
 
-class SegmentationValidation(Watcher):
+class SegmentationValidation(Evaluation):
     """Figures of the network over all pixels of a set."""
 
     def __init__(self, task: SegmentationTask, config: SegmentationConfig, images: LabelMaps) -> None:
@@ -171,19 +171,19 @@ class SegmentationValidation(Watcher):
         self.config = config
         self.images = images
 
-    def look(self, trainer: L.Trainer) -> dict[str, float]:
+    def evaluate(self, fabric: L.Fabric) -> dict[str, float]:
         skipped: list[tuple[str, str]] = []
         segment = functools.partial(make_segmentation(self.config), self.task.model, self.task.normalize)
-        with trainer.precision_plugin.forward_context():
+        with fabric.autocast():
             scores = collect_confusion(
                 segment,
                 len(self.images.classes),
-                make_batches(self.images, self.config, trainer.global_rank, trainer.world_size),
+                make_batches(self.images, self.config, fabric.global_rank, fabric.world_size),
                 self.task.device,
                 skipped,
             )
-        unread = self.say_skipped(trainer, skipped)
-        scores = gather_confusion(scores, trainer.world_size)
+        unread = self.name_skipped(fabric, skipped)
+        scores = gather_confusion(scores, fabric.world_size)
         if not scores.images:
             raise nothing_readable(unread)
         figures = {f"val_{name}": value for name, value in scores.figures.items()}
@@ -191,7 +191,7 @@ class SegmentationValidation(Watcher):
         return figures
 
     def describe(self) -> dict[str, str]:
-        miou, mean, pixels = (self.figures[f"val_{name}"] for name in FIGURES)
+        miou, mean, pixels = (self.metrics[f"val_{name}"] for name in FIGURES)
         if miou is None or mean is None or pixels is None:
             return {}
         return {
