@@ -12,7 +12,7 @@ from itpn.tasks.configs import (
     TrainerConfig,
 )
 from itpn.tasks.run import train
-from itpn.training.checkpointing import Checkpointing
+from itpn.training.stopping import StopRequest
 
 
 @pytest.fixture
@@ -20,15 +20,15 @@ def train_until(monkeypatch):
     """Stops a run after a step, as Ctrl-C does."""
 
     def run(config: RunConfig, step: int) -> None:
-        on_train_batch_end = Checkpointing.on_train_batch_end
+        decide = StopRequest.decide
 
-        def stop(self, trainer, *args):
-            if trainer.global_step == step:
-                self._signum = 2
-            on_train_batch_end(self, trainer, *args)
+        def stop(self, training):
+            if training.step == step:
+                self.signum = 2
+            return decide(self, training)
 
         with monkeypatch.context() as patched:
-            patched.setattr(Checkpointing, "on_train_batch_end", stop)
+            patched.setattr(StopRequest, "decide", stop)
             with pytest.raises(RunStopped):
                 train(config, "test")
 

@@ -19,6 +19,12 @@ def test_links_resolve(page):
         assert target.startswith("http") or (page.parent / target).exists(), target
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda path: path.name)
+def test_files_of_the_repository_exist(page):
+    for name in re.findall(r"`((?:[a-z_]+/)+[a-z_*]+\.py)`", page.read_text()):
+        assert any(list(folder.glob(name)) for folder in (ROOT, ROOT / "src/itpn")), name
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_and_recipes_exist(page):
     text = page.read_text()

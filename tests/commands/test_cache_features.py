@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 from public import read_golden
+from resuming import assert_same_run, losses, run_straight_and_stopped
 from safetensors.torch import load_file
-from test_resume import assert_same_run, losses, run_straight_and_stopped
 
 import itpn
 from itpn.cli import main
@@ -172,7 +172,7 @@ def test_cached_features_give_the_loss_of_the_live_teacher(clip, tmp_path, capsy
 
 
 def test_caching_goes_on_where_it_stopped(clip, tmp_path, monkeypatch, capsys):
-    import itpn.commands.cache_features as caching
+    import itpn.tasks.pretraining.caching as caching
 
     monkeypatch.setattr(caching, "SHARD_SIZE", 8)
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"

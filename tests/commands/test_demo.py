@@ -64,7 +64,7 @@ def test_a_signal_stops_all_runs_and_the_same_call_goes_on(settings, tmp_path):
     train_side_by_side(plans, tmp_path / "logs", Console(quiet=True))
     assert all(folder.weights.exists() for folder in folders)
     log = "".join((tmp_path / "logs/one.log").read_text().split())  # lines are broken anywhere
-    assert f"goingonfrom{folders[0].last},step{steps[0]}" in log
+    assert f"resumingfrom{folders[0].last},step{steps[0]}" in log
 
 
 def test_a_process_that_was_killed_is_one_line(settings, tmp_path):

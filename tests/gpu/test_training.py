@@ -1,4 +1,4 @@
-"""Tasks as Lightning trains them: a few steps of each, resuming, and how a batch reaches the GPU."""
+"""Tasks as the loop trains them: a few steps of each, resuming, and how a batch reaches the GPU."""
 
 import io
 import random
@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import numpy as np
 import pytest
 import timm
 import torch
 from photos import draw_photo
+from PIL import Image
 
 from itpn.data.augment import PretrainingTransform
 from itpn.data.collate import collect, stack
 from itpn.data.files import find_training_images
 from itpn.data.loader import TrainingLoader
+from itpn.system.console import Output
 from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.configs import (
     ClassificationConfig,
@@ -39,10 +40,16 @@ from itpn.tasks.detection.module import DetectionTask
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.segmentation.module import SegmentationTask
-from itpn.teachers.ema import MovingAverageTeacher
+from itpn.teachers.ema import EMATeacher
 from itpn.teachers.timm_teacher import FeatureTeacher, FeatureTower
+from itpn.training.checkpointing import collect_state, restore_state
 from itpn.training.config import image_size
-from itpn.training.module import TrainingTask
+from itpn.training.data import copy_batch, read_batches
+from itpn.training.launch import read_launch
+from itpn.training.loop import set_up, take_step
+from itpn.training.module import TrainingModule
+from itpn.training.run_folder import RunFolder
+from itpn.training.state import Job, Training
 
 SMALL = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
 FEATURES = {
@@ -69,7 +76,7 @@ def pretraining(photos: Path, name: str = "itpn_nano", teacher: str | None = Non
     )
     torch.manual_seed(0)
     network = build_masked_model(config.model, image_size(config.data), config.teacher)
-    watching: Any = {None: lambda: None, "ema": lambda: MovingAverageTeacher(network), "vit": make_vit}[teacher]()
+    watching: Any = {None: lambda: None, "ema": lambda: EMATeacher(network), "vit": make_vit}[teacher]()
     source = find_training_images(config.data.root)
     transform = PretrainingTransform((32, 48), teacher_size=(64, 96) if teacher == "vit" else None)
     return PretrainingTask(network, config, "test", loader_of(source, transform), watching)
@@ -163,7 +170,7 @@ def segmentation(photos: Path) -> SegmentationTask:
     return SegmentationTask(network, config, "test", ("a", "b"), loader_of(Drawn(), View("segmentation")))
 
 
-TASKS: dict[str, Callable[[Path], TrainingTask]] = {
+TASKS: dict[str, Callable[[Path], TrainingModule]] = {
     "pixels": pretraining,
     "features": lambda photos: pretraining(photos, teacher="vit", **FEATURES),
     "mfm": lambda photos: pretraining(photos, teacher="ema", mask="block", pyramid_weights=(0.1, 0.2, 0.3)),
@@ -175,7 +182,7 @@ TASKS: dict[str, Callable[[Path], TrainingTask]] = {
 }
 
 
-class Observer(L.Callback):
+class Observer:
     """Keeps losses and the device; writes a checkpoint after a step."""
 
     def __init__(self, checkpoint: tuple[int, Path] | None = None) -> None:
@@ -183,31 +190,30 @@ class Observer(L.Callback):
         self.losses: list[float] = []
         self.devices: set[str] = set()
 
-    def on_train_batch_end(self, trainer: L.Trainer, task: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(float(outputs["figures"]["loss"]))
-        self.devices |= {p.device.type for p in task.parameters()}
-        if self.checkpoint is not None and trainer.global_step == self.checkpoint[0]:
-            trainer.save_checkpoint(self.checkpoint[1])
+    def after_pass(self, batch: dict[str, Any], metrics: dict[str, torch.Tensor]) -> None:
+        self.losses.append(float(metrics["loss"]))
+
+    def after_step(self, run: Training) -> None:
+        self.devices |= {p.device.type for p in run.task.parameters()}
+        if self.checkpoint is not None and run.step == self.checkpoint[0]:
+            torch.save(collect_state(run), self.checkpoint[1])
 
 
-def fit(task: TrainingTask, device: torch.device, steps: int, observer: Observer, resume: Path | None = None) -> None:
-    """As :func:`itpn.training.loop.fit` has Lightning do it, without a run's folder."""
-    trainer = L.Trainer(
-        accelerator="gpu" if device.type == "cuda" else "cpu",
-        devices=1,
-        precision="bf16-mixed" if device.type == "cuda" else "32-true",
-        max_steps=steps,
-        max_epochs=100,
-        gradient_clip_val=task.config.optimizer.clip_grad,
-        callbacks=[observer],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-    )
-    trainer.fit(task, ckpt_path=resume, weights_only=True if resume else None)
-    assert trainer.global_step == steps
+def fit(task: TrainingModule, device: torch.device, steps: int, observer: Observer, resume: Path | None = None) -> None:
+    """As :func:`itpn.training.loop.fit`, without a run's folder."""
+    trainer = task.config.trainer
+    trainer.accelerator = "gpu" if device.type == "cuda" else "cpu"
+    trainer.precision = "bf16-mixed" if device.type == "cuda" else "32-true"
+    trainer.devices, trainer.max_steps, trainer.max_epochs, trainer.compile = 1, steps, 100, False
+    job = Job(task, lambda: Image.new("RGB", (1, 1)), {}, None, lambda path: {})
+    run = set_up(task.config, read_launch(), Output(quiet=True), RunFolder(task.config, "test"), job)
+    if resume is not None:
+        restore_state(run, torch.load(resume, map_location="cpu", weights_only=True))
+    batches = read_batches(run)
+    while run.step < steps:
+        take_step(run, batches, observer.after_pass)
+        observer.after_step(run)
+    task.cpu()
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -270,22 +276,21 @@ def test_a_batch_is_copied_from_pinned_memory_beside_the_step(device, photos, nu
     batch = next(iter(task.loader))
     expected = batch["image"].clone()
     if device.type == "cpu":
-        assert torch.equal(task.transfer_batch_to_device(batch, device, 0)["image"], expected)
+        assert torch.equal(copy_batch(task, batch, device, None)["image"], expected)
         task.loader.close()
         return
     assert batch["image"].is_pinned()
-    task.transfer_batch_to_device(batch, device, 0)  # the first makes the stream, and takes memory
+    copies = torch.cuda.Stream(device)
+    copy_batch(task, batch, device, copies)  # the first takes memory
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(2_000_000_000)  # a step that takes a second
         computed = torch.cuda.current_stream().record_event()
-        copied = task.transfer_batch_to_device(batch, device, 0)["image"]
+        copied = copy_batch(task, batch, device, copies)["image"]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert task._copies is not None
-    assert task._copies != torch.cuda.current_stream()
-    task._copies.synchronize()
+    copies.synchronize()
     assert not computed.query()  # the batch is there, and the step before still computes
     assert torch.equal(copied.cpu(), expected)
     task.loader.close()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from security.attack import limited, refused
 
-from itpn.checkpoints import files
+from itpn.checkpoints import hub
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.torchscript import read_script
 from itpn.cli import main
@@ -257,7 +257,7 @@ def test_from_the_hub_only_safetensors_are_read(tmp_path, canary, monkeypatch):
         return str(tmp_path / filename)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setattr(files, "check_hub", lambda *_: None)
+    monkeypatch.setattr(hub, "check_hub", lambda *_: None)
     with pytest.raises(Exception, match=r"hf-hub:someone/model is damaged or no checkpoint"):
         read_checkpoint("hf-hub:someone/model")
     assert asked == ["config.json", "model.safetensors"]

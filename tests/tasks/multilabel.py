@@ -195,10 +195,9 @@ def build_recipe(config: MultiLabelConfig, num_classes: int | None = None, found
 class MultiLabelModule(FineTuningTask):
     """Binary cross-entropy of each class."""
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        self.seed_step()
+    def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         loss = F.binary_cross_entropy_with_logits(self.model(self.normalize(batch["image"])), batch["label"])
-        return {"loss": loss, "figures": {"loss": loss.detach()}}
+        return {"loss": loss, "metrics": {"loss": loss.detach()}}
 
     def describe(self) -> dict[str, Any]:
         data = self.config.data

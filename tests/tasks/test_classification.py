@@ -32,8 +32,8 @@ from itpn.tasks.configs import (
     TrainerConfig,
 )
 from itpn.tasks.run import train
-from itpn.training.checkpointing import Checkpointing
 from itpn.training.config import write_yaml
+from itpn.training.stopping import StopRequest
 
 COLOURS = {"blue": (40, 60, 200), "green": (40, 180, 60), "red": (200, 50, 40)}
 
@@ -139,13 +139,13 @@ def test_a_run_from_a_checkpoint_to_its_files(settings, tmp_path, coloured, caps
     assert all(torch.equal(tensor, own[f"backbone.{name}"]) for name, tensor in last.state_dict().items())
 
 
-class StopAt(Checkpointing):
+class StopAt(StopRequest):
     step = 0
 
-    def on_train_batch_end(self, trainer, *args):
-        if trainer.global_step == StopAt.step:
-            self._signum = 15
-        super().on_train_batch_end(trainer, *args)
+    def decide(self, run):
+        if run.step == StopAt.step:
+            self.signum = 15
+        return super().decide(run)
 
 
 @pytest.mark.parametrize(("step", "workers"), [(4, 0), (6, 2)])
@@ -155,7 +155,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, monkeypatch, step, wor
     config.data.num_workers = workers
     straight = train(replace(config, name="straight"), "test")
     with monkeypatch.context() as patch:
-        patch.setattr("itpn.training.loop.Checkpointing", StopAt)
+        patch.setattr("itpn.training.loop.StopRequest", StopAt)
         StopAt.step = step
         with pytest.raises(RunStopped):
             train(replace(config, name="stopped"), "test")
@@ -171,13 +171,13 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, monkeypatch, step, wor
 
 @pytest.mark.parametrize("better", ["weights", "EMA"])
 def test_the_better_of_weights_and_average_is_written(settings, monkeypatch, better):
-    def look(self, trainer):
+    def evaluate(self, fabric):
         self.score = 1.0
         return {"val_top1": 0.5, "val_top5": 1.0, "val_loss": 0.0, "ema_val_top5": 1.0, "ema_val_loss": 0.0} | {
             "ema_val_top1": 0.6 if better == "EMA" else 0.4
         }
 
-    monkeypatch.setattr("itpn.tasks.validation.Validation.look", look)
+    monkeypatch.setattr("itpn.tasks.validation.Validation.evaluate", evaluate)
     folder = train(settings(), "test")
     assert json.loads((folder / "summary.json").read_text())["saved"] == better
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]

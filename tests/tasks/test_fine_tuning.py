@@ -2,7 +2,6 @@
 
 import math
 import random
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,12 +9,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 
+from itpn.seeding import derive_seed
 from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.classification.network import build_recipe
 from itpn.tasks.configs import ClassificationConfig
 from itpn.tasks.finetuning.module import decay_per_layer
 from itpn.tasks.recipes import read_recipe
-from itpn.training.module import learning_rate
+from itpn.training.loop import seed_pass
+from itpn.training.optimization import learning_rate, measure_run, peak_lr
 
 PIXEL_B = "hivit-base-3324-p16_itpn-pixel-pre_8xb128-coslr-100e_in1k"
 PIXEL_L = "hivit-large-2240-p16_itpn-pixel-pre_8xb128-coslr-50e_in1k"
@@ -32,9 +33,6 @@ def make_task(recipe: str, init_values: float | None = None) -> ClassificationTa
     with torch.device("meta"):
         model = build_recipe(config, None, None)[0]
     task = ClassificationTask(model, config, name, tuple(map(str, range(1000))))
-    loader = SimpleNamespace(images=1_281_167, __len__=lambda: 0)
-    task.train_dataloader = lambda: loader  # type: ignore[assignment]
-    task._trainer = SimpleNamespace(world_size=8, accumulate_grad_batches=config.trainer.accumulate_grad_batches)
     return task
 
 
@@ -75,7 +73,8 @@ def make_task(recipe: str, init_values: float | None = None) -> ClassificationTa
 )
 def test_learning_rates_by_layer(recipe, peak, scales):
     task = make_task(recipe)
-    assert task.peak_lr() == pytest.approx(peak)
+    length = measure_run(task.config, images=1_281_167, passes_per_epoch=1, processes=8)
+    assert peak_lr(task.config.optimizer, length.global_batch) == pytest.approx(peak)
     groups = task.parameter_groups()
     names = {id(parameter): name for name, parameter in task.model.named_parameters()}
     found = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
@@ -149,10 +148,7 @@ def make_small_task(**data) -> ClassificationTask:
     config.data.img_size, config.data.mean, config.data.std = 32, (0.5,), (0.25,)
     for name, value in data.items():
         setattr(config.data, name, value)
-    task = ClassificationTask(build_recipe(config, 3)[0], config, "test", ("a", "b", "c")).eval()
-    fit_loop = SimpleNamespace(epoch_loop=SimpleNamespace(total_batch_idx=7))
-    task._trainer = SimpleNamespace(fit_loop=fit_loop, global_rank=0, strategy=SimpleNamespace(root_device="cpu"))
-    return task
+    return ClassificationTask(build_recipe(config, 3)[0], config, "test", ("a", "b", "c")).eval()
 
 
 def draw_batch() -> dict[str, torch.Tensor]:
@@ -166,15 +162,17 @@ def test_loss_is_that_of_smoothed_labels():
     logits = task.model(((batch["image"] / 255) - 0.5) / 0.25)
     targets = F.one_hot(batch["label"], 3) * 0.8 + 0.2 / 3
     expected = -(targets * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(task.training_step(batch, 0)["loss"], expected)
+    torch.testing.assert_close(task.training_step(batch)["loss"], expected)
 
 
 def test_loss_is_that_of_mixed_images():
     """timm's mixup after the step's own seed, whatever was drawn before."""
     task, batch = make_small_task(erase=0.0, mixup=0.8, cutmix=1.0), draw_batch()
     random.random(), np.random.rand(3), torch.rand(2)
-    loss = task.training_step(batch, 0)["loss"]
-    seed = task.seed_step()
+    seed_pass(0, number=7, rank=0)
+    loss = task.training_step(batch)["loss"]
+    seed = derive_seed(0, "step", 7, 0)
+    torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     images, targets = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=3)(
         ((batch["image"] / 255) - 0.5) / 0.25, batch["label"]

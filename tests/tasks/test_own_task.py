@@ -82,7 +82,7 @@ def test_training_learns(trained):
 
 def test_training_resumes_from_the_settings_of_the_run(trained, capsys):
     assert main(["train", str(trained[1] / "config.yaml"), "--recipe", RECIPE, "--trainer.max-epochs", "7"]) == 0
-    assert "going on from" in capsys.readouterr().out
+    assert "resuming from" in capsys.readouterr().out
 
 
 def test_predictions(trained, tmp_path):

@@ -45,7 +45,7 @@ from itpn.tasks.segmentation.inference import Segmentation, enlarge_labels
 from itpn.tasks.segmentation.module import pixel_loss
 from itpn.tasks.segmentation.network import build_model, resolve
 from itpn.training.config import write_yaml
-from itpn.training.module import learning_rate
+from itpn.training.optimization import learning_rate
 
 NAMES = (*GROUNDS, *CLASSES)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -17,9 +17,9 @@ from torch.profiler import ProfilerActivity, profile
 import itpn.masked.masked_model
 import itpn.tasks.pretraining.build
 import itpn.training.compilation
-from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.recipes import read_settings
 from itpn.tasks.run import train
+from itpn.training import loop
 
 
 def mask_of_content(images, mask_ratio):
@@ -32,30 +32,42 @@ def mask_of_content(images, mask_ratio):
     return torch.stack(masks)
 
 
-class Task(PretrainingTask):
-    def on_train_batch_start(self, batch, batch_idx):
-        if self.global_rank == 0:
-            self.end_pass()
-            self.profile = profile(activities=[ProfilerActivity.CPU])
-            self.profile.start()
+class Passes:
+    """The collective operations of each pass, from its beginning to the beginning of the next."""
 
-    def on_train_end(self):
-        if self.global_rank == 0:
-            self.end_pass()
-            path.with_suffix(".json").write_text(json.dumps(self.passes))
+    def __init__(self):
+        self.names, self.profile = [], None
 
-    def end_pass(self):
-        if not hasattr(self, "passes"):
-            self.passes = []
-            return
-        self.profile.stop()
-        self.passes.append([event.name for event in self.profile.events() if event.name.startswith("c10d::")])
+    def end(self):
+        if self.profile is not None:
+            self.profile.stop()
+            self.names.append([event.name for event in self.profile.events() if event.name.startswith("c10d::")])
 
-    def on_before_optimizer_step(self, optimizer):
-        if self.trainer.global_step == 0:
-            gradients = {name: whole(p.grad) for name, p in self.model.named_parameters() if p.grad is not None}
-            if self.global_rank == 0:
-                torch.save(gradients, path.with_suffix(".pt"))
+    def begin(self):
+        self.end()
+        self.profile = profile(activities=[ProfilerActivity.CPU])
+        self.profile.start()
+
+
+def take_pass(run, *args, original=loop.take_pass):
+    if run.fabric.global_rank == 0:
+        passes.begin()
+    return original(run, *args)
+
+
+def update(run, original=loop.update):
+    if run.step == 0:
+        gradients = {name: whole(p.grad) for name, p in run.task.model.named_parameters() if p.grad is not None}
+        if run.fabric.global_rank == 0:
+            torch.save(gradients, path.with_suffix(".pt"))
+    original(run)
+
+
+def train_on(*args, original=loop.train):
+    original(*args)
+    if args[0].fabric.global_rank == 0:
+        passes.end()
+        path.with_suffix(".json").write_text(json.dumps(passes.names))
 
 
 def whole(gradient):
@@ -66,7 +78,7 @@ forward = itpn.masked.masked_model.MaskedImageModel.forward
 itpn.masked.masked_model.MaskedImageModel.forward = lambda self, images, mask=None, target=None: forward(
     self, images, mask_of_content(images, 0.75) if mask is None else mask, target
 )
-itpn.tasks.pretraining.build.PretrainingTask = Task
+loop.take_pass, loop.update, loop.train = take_pass, update, train_on
 compile_network = torch.compile
 choose_devices = itpn.training.compilation.choose_devices
 
@@ -78,6 +90,7 @@ def fail_in_the_first_process(graph, inputs):
 
 
 for path in map(Path, sys.argv[1:]):
+    passes = Passes()
     recipe, config = read_settings(path)
     failing = path.stem.startswith("failing")
     # graphs as ever, without generating code

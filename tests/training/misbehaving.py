@@ -1,4 +1,4 @@
-"""`itpn`, of which a process does as MISBEHAVE says, "rank step action", in a training step."""
+"""`itpn`, of which a process does as MISBEHAVE says, "rank step action", before a pass."""
 
 import os
 import signal
@@ -7,14 +7,14 @@ import time
 
 from itpn.cli import main
 from itpn.errors import MachineError, UserError
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.training import loop
 
 RANK, STEP, ACTION = os.environ["MISBEHAVE"].split()
-training_step = PretrainingTask.training_step
+take_pass = loop.take_pass
 
 
-def misbehave(task, batch, batch_idx):
-    if task.trainer.global_step == int(STEP) and task.global_rank == int(RANK):
+def misbehave(run, *args):
+    if run.step == int(STEP) and run.fabric.global_rank == int(RANK):
         match ACTION:
             case "die":
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -26,10 +26,10 @@ def misbehave(task, batch, batch_idx):
                 raise KeyError("a bug of one process")
             case "hang":
                 time.sleep(1000)
-    return training_step(task, batch, batch_idx)
+    return take_pass(run, *args)
 
 
-PretrainingTask.training_step = misbehave
+loop.take_pass = misbehave
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,19 +13,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from itpn.commands.train import train
 from PIL import Image
 from safetensors import SafetensorError
 
-import itpn.commands.predict
 import itpn.data.evaluation
 import itpn.data.files
 import itpn.data.readers
+import itpn.tasks.prediction
+import itpn.tasks.pretraining.early
 from itpn.cli import main
 from itpn.data.skipped import SkippedImages, nothing_readable
 from itpn.errors import MachineError, UserError
 from itpn.system.accidents import guard
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.run import train
+from itpn.training import loop
 from itpn.training.config import write_yaml
 
 SCRIPT = Path(__file__).with_name("misbehaving.py")
@@ -110,13 +111,13 @@ def kill_a_worker(monkeypatch, where) -> None:
 
 
 def test_training_with_a_killed_worker(photos, tmp_path, monkeypatch, capsys):
-    def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
-        if self.trainer.global_step == 3:
-            os.kill(self.loader._stream.gi_frame.f_locals["stream"]._workers[0].pid, signal.SIGKILL)
+    def take_pass(run, *args, original=loop.take_pass):
+        if run.step == 3:
+            os.kill(run.loader._stream.gi_frame.f_locals["stream"]._workers[0].pid, signal.SIGKILL)
             time.sleep(1)
-        return original(self, batch, batch_idx)
+        return original(run, *args)
 
-    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+    monkeypatch.setattr(loop, "take_pass", take_pass)
     command = ["train", "itpn-pixel_nano", "--data.root", str(photos), *OPTIONS, "--output-dir", str(tmp_path)]
     command += ["--trainer.max-steps", "100"]
     assert main([*command, "--trainer.checkpoint-every-n-steps", "2"]) == 1
@@ -212,14 +213,14 @@ def test_files_that_vanished_are_not_corrupt(tmp_path):
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_prediction_and_evaluation_stop_with_a_line(classifier, tmp_path, monkeypatch, capsys, signum, code):
     images, weights = classifier
-    save_whole = itpn.commands.predict.save_whole
+    save_whole = itpn.tasks.prediction.save_whole
 
     def stop(*arguments):
         save_whole(*arguments)
         os.kill(os.getpid(), signum)
 
     before = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(itpn.commands.predict, "save_whole", stop)
+    monkeypatch.setattr(itpn.tasks.prediction, "save_whole", stop)
     assert main(["predict", str(weights), str(images), "--out", str(tmp_path / "out")]) == code
     assert line(capsys) == f"itpn: stopped by {signum.name}; files that were not complete are not kept\n"
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["prediction-0000.png"]
@@ -228,7 +229,7 @@ def test_prediction_and_evaluation_stop_with_a_line(classifier, tmp_path, monkey
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_stopped_before_it_begins_says_so(photos, tmp_path, monkeypatch, capsys, signum):
-    monkeypatch.setattr(itpn.data.files, "find_training_images", lambda *_: os.kill(os.getpid(), signum))
+    monkeypatch.setattr(itpn.tasks.pretraining.early, "find_training_images", lambda *_: os.kill(os.getpid(), signum))
     command = ["train", "itpn-pixel_nano", "--data.root", str(photos), *OPTIONS, "--output-dir", str(tmp_path)]
     assert main(command) == 128 + signum
     assert line(capsys) == f"itpn: stopped by {signum.name}; files that were not complete are not kept\n"
@@ -296,9 +297,9 @@ def test_a_run_says_what_is_kept(settings, monkeypatch):
     """Where nothing is, nothing."""
     config = settings()
 
-    def training_step(self, batch, batch_idx):
+    def take_pass(*args):
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+    monkeypatch.setattr(loop, "take_pass", take_pass)
     with pytest.raises(MachineError, match=r"^run folder \S+/test/first: Input/output error; [^;]*$"):
         train(replace(config, name="first"), "test")

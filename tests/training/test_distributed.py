@@ -20,7 +20,7 @@ from itpn.errors import UserError
 from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig
 from itpn.training.config import write_yaml
 from itpn.training.launch import read_launch
-from itpn.training.loop import check_strategy
+from itpn.training.sharding import check_strategy
 
 SCRIPT = Path(__file__).with_name("gradient_of_a_step.py")
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -88,7 +88,7 @@ def fine_tune(config):
     [
         (lambda c: setattr(c.trainer, "devices", 1), "needs several processes"),
         (lambda c: setattr(c.trainer, "precision", "fp16"), "has no loss scaling"),
-        (lambda c: setattr(c.teacher, "name", "ema"), "keeps no moving average"),
+        (lambda c: setattr(c.teacher, "name", "ema"), "keeps no EMA"),
         (lambda c: setattr(c.probe, "root", "photos"), "cannot probe"),
         (lambda c: setattr(c.trainer, "compile", True), "does not go with --trainer.compile"),
         (fine_tune, "is for pre-training, not for classification"),

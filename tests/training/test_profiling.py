@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment
 from PIL import Image
 
 from itpn.cli import main
@@ -25,7 +25,7 @@ from itpn.tasks.run import train
 from itpn.training import profiling
 from itpn.training.launch import Launch
 from itpn.training.profile_trace import read_device
-from itpn.training.profiling import Clock, Recorder, make_plan, profile
+from itpn.training.profiling import Clock, make_plan, profile
 
 FILES = {"trace.json.gz", "summary.txt", "summary.json"}
 
@@ -127,38 +127,32 @@ def test_warming_up_uses_what_workers_read_ahead(settings):
     assert make_plan(config, True).warmup == 18
 
 
-def test_a_part_inside_another_is_counted_once(monkeypatch):
+def test_parts_of_a_step_add_up(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(profiling.time, "perf_counter", lambda: now[0])
     clock = Clock()
-    for seconds, tell, action in (
-        (1, clock.start, "[LightningModule]Task.optimizer_step"),
-        (2, clock.start, "[Strategy]Single.training_step"),
-        (4, clock.start, "[Callback]Recorder.on_before_optimizer_step"),  # no part
-        (8, clock.stop, "[Callback]Recorder.on_before_optimizer_step"),
-        (16, clock.stop, "[Strategy]Single.training_step"),
-        (32, clock.stop, "[LightningModule]Task.optimizer_step"),
-    ):
-        now[0] += seconds
-        tell(action)
-    now[0] += 64
-    clock.charge()
-    assert clock.seconds["optimizer"] == 2 + 32
-    assert clock.seconds["forward"] == 4 + 8 + 16
-    assert clock.seconds["other"] == 1 + 64
-    assert sum(clock.seconds.values()) == 127
+    now[0] += 1
+    for seconds, part in ((2, "forward"), (4, "optimizer"), (8, "forward")):
+        with clock.part(part):
+            now[0] += seconds
+    now[0] += 16
+    seconds = clock.read()
+    assert seconds["forward"] == 2 + 8
+    assert seconds["optimizer"] == 4
+    assert seconds["other"] == 1 + 16
+    assert sum(seconds.values()) == 31
 
 
 @pytest.mark.parametrize("at", [2, 11])  # warming up, recording
 def test_a_signal_ends_it(settings, monkeypatch, at):
-    on_train_batch_end = Recorder.on_train_batch_end
+    take_step = profiling.take_step
 
-    def interrupt(self, trainer, *args):
-        on_train_batch_end(self, trainer, *args)
-        if trainer.global_step == at:
+    def interrupt(run, *args):
+        take_step(run, *args)
+        if run.step == at:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(Recorder, "on_train_batch_end", interrupt)
+    monkeypatch.setattr(profiling, "take_step", interrupt)
     before = signal.getsignal(signal.SIGINT)
     config = settings()
     with pytest.raises(RunStopped) as stopped:
@@ -187,13 +181,13 @@ def test_processes_beside_the_first_take_the_same_steps(settings):
     def run(config, recipe, load, make):
         def count():
             job = make()
-            job.task.on_train_end = lambda: steps.append(job.task.trainer.global_step)
+            job.task.after_step = lambda step, total_steps: steps.append(step)
             return job
 
         return profile(config, recipe, load, count, Launch(LightningEnvironment(), main=False))
 
     train(config, "test", run=run)
-    assert steps == [make_plan(config, False).total]
+    assert steps == [*range(make_plan(config, False).total)]
     assert not bytes_of(Path(config.output_dir))
 
 

@@ -8,53 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from lightning.fabric import Fabric
+from lightning.fabric.plugins import MixedPrecision
+from resuming import assert_same_run, losses, run_straight_and_stopped, stop_at
 
 from itpn.errors import MachineError, RunStopped, UserError
-from itpn.tasks.configs import PretrainingConfig
-from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.run import train
-from itpn.training.checkpointing import Checkpointing
-
-
-def stop_at(monkeypatch, step: int, signum: int = signal.SIGINT) -> None:
-    """Send this process a signal in the middle of a pass (counted over the whole run)."""
-    original = PretrainingTask.training_step
-
-    def training_step(self, batch, batch_idx):
-        if self.trainer.fit_loop.epoch_loop.total_batch_idx == step:
-            os.kill(os.getpid(), signum)
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    assert ours.keys() == theirs.keys()
-    for name, tensor in ours.items():
-        assert torch.equal(tensor, theirs[name]), name
-    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (one, other)]
-    moments = [state["optimizer_states"][0]["state"] for state in states]
-    for index, moment in moments[0].items():
-        assert torch.equal(moment["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
-    assert states[0]["global_step"] == states[1]["global_step"]
-    assert states[0]["callbacks"]["Monitor"] == states[1]["callbacks"]["Monitor"]
-
-
-def losses(run: Path) -> list[tuple[str, str, str]]:
-    with (run / "metrics.csv").open() as file:
-        return [(row["step"], row["loss"], row["lr"]) for row in csv.DictReader(file)]
-
-
-def run_straight_and_stopped(config: PretrainingConfig, monkeypatch, step: int) -> tuple[Path, Path]:
-    """The folders of two runs: one in one go, one stopped in mid-pass and taken up again."""
-    straight = train(replace(config, name="straight"), "test")
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        with pytest.raises(RunStopped):
-            train(replace(config, name="stopped"), "test")
-    return straight, train(replace(config, name="stopped"), "test")
+from itpn.training import checkpointing, loop
 
 
 @pytest.mark.parametrize(
@@ -83,7 +43,7 @@ def test_stopped_twice_and_with_other_workers(settings, monkeypatch):
     assert_same_run(straight, train(replace(config, name="stopped"), "test"))
 
 
-def test_a_killed_run_goes_on_from_its_last_checkpoint(settings, monkeypatch):
+def test_a_killed_run_resumes_from_its_last_checkpoint(settings, monkeypatch):
     """As after kill -9: what was done since the checkpoint is done again."""
     config = settings()
     config.trainer.checkpoint_every_n_steps = 4
@@ -92,13 +52,13 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(settings, monkeypatch):
     class Killed(BaseException):
         pass
 
-    def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
-        if self.trainer.global_step == 10:
+    def take_pass(run, *args, original=loop.take_pass):
+        if run.step == 10:
             raise Killed
-        return original(self, batch, batch_idx)
+        return original(run, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(PretrainingTask, "training_step", training_step)
+        patch.setattr(loop, "take_pass", take_pass)
         with pytest.raises(Killed):
             train(replace(config, name="killed"), "test")
     folder = Path(config.output_dir) / "test/killed"
@@ -154,11 +114,11 @@ def test_the_best_checkpoint_is_the_last_resort(settings, capsys):
 
 
 def test_a_second_interrupt_does_not_wait(settings, monkeypatch):
-    def training_step(self, batch, batch_idx):
+    def take_pass(*args):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+    monkeypatch.setattr(loop, "take_pass", take_pass)
     before = signal.getsignal(signal.SIGINT)  # in a shell's background it is ignored
     with pytest.raises(RunStopped):
         train(settings(), "test")
@@ -177,15 +137,14 @@ def test_the_last_checkpoint_only_appears_whole(settings, monkeypatch):
     """A crash while a checkpoint is written leaves the one before under its name."""
     config = settings()
     config.trainer.checkpoint_every_n_steps = 4
-    original = Checkpointing.save
 
-    def save(self, trainer, batch):
-        if trainer.global_step == 8:
-            trainer.save_checkpoint = lambda path: (_ for _ in ()).throw(OSError("disk full"))
-        original(self, trainer, batch)
+    def save_to(file, state, original=checkpointing.save_to):
+        original(file, state)
+        if state["global_step"] == 8:
+            raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpointing, "save", save)
+        patch.setattr(checkpointing, "save_to", save_to)
         with pytest.raises(MachineError, match="disk full"):
             train(config, "test")
     last = Path(config.output_dir) / "test/default/checkpoints/last.ckpt"
@@ -212,3 +171,28 @@ def test_a_run_is_prolonged_more_than_once(settings):
     assert [step for step, *_ in losses(folder)] == [str(step) for step in range(1, 31)]
     with (folder / "metrics.csv").open() as file:
         assert [int(row["epoch"]) for row in csv.DictReader(file)] == [step // 6 for step in range(30)]
+
+
+def test_scaled_losses_are_clipped_and_resumed(settings, monkeypatch):
+    """With fp16 gradients are unscaled before they are clipped, and the scale is part of the run's state."""
+
+    def launch_fabric(*args):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=2)
+        fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
+        fabric.launch()
+        return fabric
+
+    monkeypatch.setattr(loop, "launch_fabric", launch_fabric)
+    config = settings(max_steps=1)
+    config.optimizer.clip_grad, config.optimizer.betas = 0.01, (0.5, 0.95)
+    state = torch.load(train(config, "test") / "checkpoints/last.ckpt", weights_only=True)
+    assert state["MixedPrecision"]["scale"] == 2.0**6
+    moments = [own["exp_avg"].flatten() for own in state["optimizer_states"][0]["state"].values()]
+    assert float(torch.cat(moments).norm()) == pytest.approx(0.5 * 0.01, rel=1e-3)
+
+    config.trainer.max_steps = 6
+    straight, resumed = run_straight_and_stopped(config, monkeypatch, 3)
+    assert_same_run(straight, resumed)
+    one, two = (torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (straight, resumed))
+    assert one["MixedPrecision"] == two["MixedPrecision"]
+    assert one["MixedPrecision"]["scale"] == 2.0**9  # doubled every second step

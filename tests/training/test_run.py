@@ -28,7 +28,7 @@ from itpn.tasks.pretraining import probe, visualization
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.recipes import read_settings
 from itpn.tasks.run import train
-from itpn.training import callbacks
+from itpn.training import progress
 from itpn.training.checkpointing import Checkpointing
 from itpn.training.launch import choose_precision, read_launch
 from itpn.training.run_folder import RunFolder
@@ -95,7 +95,7 @@ def test_speed_is_that_of_training(settings, photos, tmp_path, monkeypatch, caps
         return take_longer
 
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
-    monkeypatch.setattr(callbacks, "time", clock)
+    monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr(visualization, "draw_predictions", slow(visualization.draw_predictions))
     monkeypatch.setattr(probe.ProbeEvaluator, "score", slow(probe.ProbeEvaluator.score))
     monkeypatch.setattr(Checkpointing, "save", slow(Checkpointing.save))

@@ -21,19 +21,16 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchrun import run_command
 
-import itpn
-import itpn.training.loop
-from itpn.checkpoints import run_state
 from itpn.cli import main
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.writing import remove_partial_files
 from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig
-from itpn.tasks.pretraining.module import PretrainingTask
-from itpn.tasks.recipes import read_settings
+from itpn.tasks.recipes import parse_settings, read_settings
 from itpn.tasks.run import train
 from itpn.tasks.validation import Validation
+from itpn.training import loop, run_state
 from itpn.training.checkpointing import Checkpointing
-from itpn.training.config import to_dict, write_yaml
+from itpn.training.config import StoredSettings, to_dict, write_yaml
 from itpn.training.metrics_file import append_row, complete_row, keep_rows, read_steps
 from itpn.training.run_folder import RunFolder
 from itpn.training.run_state import DamagedCheckpoint, find_settings, read_state
@@ -168,23 +165,23 @@ def test_a_signal_in_the_middle_of_a_checkpoint_is_no_full_disk(tmp_path, monkey
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_in_the_last_step_leaves_a_complete_run(short, monkeypatch, signum):
-    def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
-        if self.trainer.global_step == 1:
+    def take_pass(run, *args, original=loop.take_pass):
+        if run.step == 1:
             os.kill(os.getpid(), signum)
-        return original(self, batch, batch_idx)
+        return original(run, *args)
 
-    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+    monkeypatch.setattr(loop, "take_pass", take_pass)
     assert_complete(train(short(), "test"), 2)
 
 
 def test_a_run_outlives_its_terminal_where_it_is_asked_to(short, monkeypatch):
     """As under nohup."""
 
-    def training_step(self, batch, batch_idx, original=PretrainingTask.training_step):
+    def take_pass(*args, original=loop.take_pass):
         os.kill(os.getpid(), signal.SIGHUP)
-        return original(self, batch, batch_idx)
+        return original(*args)
 
-    monkeypatch.setattr(PretrainingTask, "training_step", training_step)
+    monkeypatch.setattr(loop, "take_pass", take_pass)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         assert_complete(train(short(), "test"), 2)
@@ -211,11 +208,11 @@ def test_a_closed_terminal_stops_a_run(settings, tmp_path):
 
 
 def test_a_signal_in_the_final_evaluation_leaves_a_complete_run(labelled, monkeypatch):
-    def look(self, trainer, original=Validation.look):
+    def evaluate(self, fabric, original=Validation.evaluate):
         os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, trainer)
+        return original(self, fabric)
 
-    monkeypatch.setattr(Validation, "look", look)
+    monkeypatch.setattr(Validation, "evaluate", evaluate)
     folder = train(labelled(), "test")
     assert "val_top1" in json.loads((folder / "summary.json").read_text())["metrics"]
     assert (folder / "model.safetensors").exists()
@@ -227,7 +224,7 @@ def test_a_run_killed_after_its_last_checkpoint_gets_its_files(request, monkeypa
     config = request.getfixturevalue(kind)()
     straight = train(replace(config, name="straight"), "test")
     with monkeypatch.context() as patch:
-        patch.setattr(itpn.training.loop, "finish", raise_killed)
+        patch.setattr(loop, "finish", raise_killed)
         with pytest.raises(Killed):
             train(config, "test")
     folder = folder_of(config)
@@ -260,7 +257,7 @@ def test_files_of_an_earlier_length_are_replaced(short, monkeypatch):
     folder = train(short(2), "test")
     earlier = (folder / "model.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(itpn.training.loop, "finish", raise_killed)
+        patch.setattr(loop, "finish", raise_killed)
         with pytest.raises(Killed):
             train(short(3), "test")
     assert (folder / "model.safetensors").read_bytes() == earlier
@@ -469,7 +466,6 @@ ODD = [
     ("lr_schedulers", [{}], "KeyError"),
     ("callbacks", {"Monitor": "x"}, "TypeError"),
     ("callbacks", {"Checkpointing": {"best_score": "x"}}, "ValueError"),
-    ("pytorch-lightning_version", "x", "InvalidVersion"),
     ("itpn", 3, "its settings are none"),
     ("itpn_loader", {"epoch": 0, "batch": []}, "TypeError"),
     ("itpn_processes", None, "was trained by None processes"),
@@ -498,16 +494,16 @@ def test_a_checkpoint_with_odd_keys_stops_the_run(short):
 
 def test_settings_of_odd_checkpoints(short):
     settings = {"recipe": "test", "task": "pretraining", "config": to_dict(short())}
-    assert find_settings({"itpn": settings}) == ("test", short())
+    assert find_settings({"itpn": settings}) == StoredSettings("test", "pretraining", to_dict(short()))
     assert find_settings({}) is None  # of another program, or of an early version
-    assert find_settings({"itpn": {**settings, "task": "other"}}) is None
-    for odd in (3, [], {**settings, "task": []}, {**settings, "config": []}, {**settings, "config": {"data": "x"}}):
+    for odd in (3, [], {**settings, "task": []}, {**settings, "config": [1]}):
         with pytest.raises(DamagedCheckpoint, match="its settings are none"):
             find_settings({"itpn": odd})
     with pytest.raises(DamagedCheckpoint, match="KeyError: 'recipe'"):
         find_settings({"itpn": {"task": "pretraining", "config": {}}})
-    with pytest.raises(UserError, match="unknown setting newer"):
-        find_settings({"itpn": {**settings, "config": {"newer": 1}}})
+    for wrong, reason in (({"data": "x"}, "last.ckpt is not a run's"), ({"newer": 1}, "unknown setting newer")):
+        with pytest.raises(UserError, match=reason):
+            parse_settings(Path("last.ckpt"), StoredSettings("test", "pretraining", wrong))
 
 
 @pytest.mark.parametrize("linked", ["checkpoints", "checkpoints/last.ckpt"])
@@ -854,14 +850,14 @@ def test_best_is_as_good_as_the_best_score(short, monkeypatch):
     """Whatever comes between a checkpoint and its second name."""
     config = short(2)
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpointing, "score", lambda self: float(self._step))
+        patch.setattr(Checkpointing, "score", lambda self: float(self.run.step))
         patch.setattr(RunFolder, "put_best", raise_killed)
         with pytest.raises(Killed):
             train(config, "test")
     best = folder_of(config) / "checkpoints/best.ckpt"
     assert not best.exists()
     with monkeypatch.context() as patch:
-        patch.setattr(Checkpointing, "score", lambda self: -float(self._step))
+        patch.setattr(Checkpointing, "score", lambda self: -float(self.run.step))
         train(config, "test")
     assert read_state(best)["global_step"] == 1
     for damaged in (False, True):

@@ -10,7 +10,6 @@ from pathlib import Path
 from types import ModuleType
 
 from itpn.errors import UserError
-from itpn.models.heads import UnknownTask
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml
 
@@ -97,8 +96,6 @@ def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
     """Of a config.yaml; where it is corrupt, of the checkpoint of the run that it belongs to."""
     try:
         return read_settings(path)
-    except UnknownTask:
-        raise
     except UserError:
         last = path.parent / "checkpoints" / "last.ckpt"
         if not last.exists():
@@ -111,8 +108,9 @@ def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
             found = None
         if found is None:
             raise
+        settings = parse_settings(last, found)
         print(f"{path} is corrupt: its settings are taken from {last}", file=sys.stderr)
-        return parse_settings(last, found)
+        return settings
 
 
 def nearest(name: str, names: list[str]) -> str:

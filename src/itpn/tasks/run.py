@@ -11,10 +11,10 @@ from itpn.seeding import derive_seed
 from itpn.system.accidents import guard
 from itpn.tasks.spec import TaskSpec, task_of
 from itpn.tasks.validation import Validation
-from itpn.training.callbacks import Pictures
 from itpn.training.config import RunConfig, freeze
-from itpn.training.loop import Job, Run, fit
+from itpn.training.loop import Run, fit
 from itpn.training.run_folder import RunFolder
+from itpn.training.state import Job
 
 
 def train(config: RunConfig, recipe: str, found_early: Any = None, run: Run = fit) -> Path:
@@ -68,10 +68,10 @@ def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: A
         rows["data"] += f", {len(evaluator):,} more to evaluate on"
     return Job(
         module,
-        None if draw is None else lambda folder: Pictures(folder, draw, config.trainer.picture_every_n_steps),
+        draw,
         rows,
         data.count,
-        lambda weights: module.save(weights, {} if validation is None else validation.figures),
+        lambda weights: module.save(weights, {} if validation is None else validation.metrics),
         validation,
         module.compiled(),
         module.compiled_by_default,

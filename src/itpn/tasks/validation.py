@@ -3,31 +3,31 @@
 import lightning as L
 
 from itpn.tasks.evaluation import Evaluator, evaluate
-from itpn.training.callbacks import Watcher
-from itpn.training.module import TrainingTask
+from itpn.training.evaluation import Evaluation
+from itpn.training.module import TrainingModule
 
 
-class Validation(Watcher):
+class Validation(Evaluation):
     """Evaluates a network, and the EMA of its weights where there is one.
 
     Args:
         prefix: of the metrics' names.
     """
 
-    def __init__(self, module: TrainingTask, evaluator: Evaluator, every_n_epochs: int, prefix: str = "val_") -> None:
+    def __init__(self, module: TrainingModule, evaluator: Evaluator, every_n_epochs: int, prefix: str = "val_") -> None:
         self.module = module
         self.evaluator = evaluator
         self.prefix = prefix
         networks = module.networks()
         super().__init__([f"{n}{prefix}{name}" for n in networks for name in evaluator.names], every_n_epochs)
 
-    def look(self, trainer: L.Trainer) -> dict[str, float]:
+    def evaluate(self, fabric: L.Fabric) -> dict[str, float]:
         networks = self.module.networks()
-        with trainer.precision_plugin.forward_context():
+        with fabric.autocast():
             scores, skipped = evaluate(
-                self.evaluator, list(networks.values()), self.module.device, trainer.global_rank, trainer.world_size
+                self.evaluator, list(networks.values()), fabric.device, fabric.global_rank, fabric.world_size
             )
-        self.say_skipped(trainer, skipped)
+        self.name_skipped(fabric, skipped)
         metrics = {
             f"{name}{self.prefix}{metric}": value
             for name, own in zip(networks, scores, strict=True)
@@ -40,4 +40,4 @@ class Validation(Watcher):
         return metrics
 
     def describe(self) -> dict[str, str]:
-        return self.evaluator.summarize({name.replace(self.prefix, ""): value for name, value in self.figures.items()})
+        return self.evaluator.summarize({name.replace(self.prefix, ""): value for name, value in self.metrics.items()})

@@ -1,226 +1,241 @@
-"""Checkpoints of a run, and how all its processes stop at the same step."""
+"""Checkpoints of a run: what one holds, how it is restored, and which is the best.
 
-import contextlib
-import signal
-import traceback
-from collections.abc import Callable, Iterator
+The keys are those that Lightning's Trainer wrote, so that runs that were begun by it are resumed.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
-from torch import Tensor
+from torch import nn
+from torch.distributed.checkpoint import state_dict as distributed
 
-from itpn.errors import MachineError, RunStopped, UserError
-from itpn.system.signals import SignalHandlers
+from itpn.errors import MachineError, UserError
 from itpn.system.text import one_line
-from itpn.training.callbacks import Aside, Monitor
-from itpn.training.run_folder import RunFolder
+from itpn.training.metrics_log import MetricsLog
 from itpn.training.run_state import DAMAGE, save_to
+from itpn.training.state import Training
+from itpn.training.visualization import Visualizations
 
-STATE = "Checkpointing"  # where a checkpoint holds what :class:`Checkpointing` keeps
+WHOLE = distributed.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-class CheckpointFiles(TorchCheckpointIO):
-    """Writes checkpoints in place; Lightning's own way is through a file in the folder of temporary files.
+class Checkpointing:
+    """Writes checkpoints, after a whole optimizer step alone, so that a resumed run equals an uninterrupted one.
 
     Attributes:
-        problem: why the last one could not be written; None where it was. It is raised once all processes know it.
+        best_score: of ``best.ckpt``, which is of ``best_step``.
+        restored: what the checkpoint that the run resumes from says of scores and of training.
     """
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
-        self.problem: str | None = None
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        self.problem = None
-        step = checkpoint["global_step"]
-        best = checkpoint["callbacks"].get(STATE, {}).get("best_step") == step
-        try:
-            with self.folder.writing(self.folder.last):
-                self.folder.put_checkpoint(lambda file: save_to(file, checkpoint), step, best)
-        except MachineError as error:
-            self.problem = str(error)
-
-    def load_checkpoint(self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
-        try:
-            return torch.load(path, map_location=map_location, weights_only=weights_only)
-        except (OSError, MemoryError, RuntimeError) as error:  # it was whole a moment ago
-            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
-            raise MachineError(f"checkpoint {path} cannot be read: {reason}; nothing was changed") from error
-
-
-@contextlib.contextmanager
-def restoring(checkpoint: Path | None) -> Iterator[None]:
-    """Raise UserError for what Lightning, or a callback that it asks, does not find in a checkpoint.
-
-    Its bytes are those that were written, but not by a run of this kind and version.
-    """
-    try:
-        yield
-    except Exception as error:
-        frames = traceback.walk_tb(error.__traceback__)
-        inside = any("checkpoint_connector" in frame.f_code.co_filename for frame, _ in frames)
-        if not inside or not (isinstance(error, DAMAGE) or "in loading state_dict" in str(error)):
-            raise
-        raise UserError(
-            f"checkpoint {checkpoint} is damaged: no run can be restored from it "
-            f"({one_line(f'{type(error).__name__}: {error}'.partition(chr(10))[0])}); nothing was changed: choose "
-            "another --name, or move it away to resume from the one before"
-        ) from error
-
-
-class Vote:
-    """Whether any process wants to stop; the answer of a step comes with the next, so that nobody waits for it.
-
-    To look at it at once would make the host wait for the device in every step, and the device then for the host.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        # beside the stream that computes, which must not wait for what the other processes say either
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._asked: tuple[Tensor, Callable[[], Any]] | None = None
-
-    def ask(self, stop: bool) -> bool:
-        """Vote, all processes together; returns what the vote before this one came to, False where there was none."""
-        before = self._asked
-        with torch.cuda.stream(self._stream):
-            flag = torch.full((), int(stop), device=self.device)
-            work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
-            assert work is not None
-            if self._stream is None:
-                self._asked = flag, work.wait
-            else:
-                work.wait()  # the stream does, not the host
-                answer = flag.to("cpu", non_blocking=True)
-                self._asked = answer, self._stream.record_event().synchronize
-        if before is None:
-            return False
-        flag, wait = before
-        wait()
-        return bool(flag)
-
-
-class Checkpointing(Aside):
-    """Writes a checkpoint every so many optimiser steps, at the last one, and when a signal asks to stop.
-
-    Only after a whole optimiser step, so that a resumed run equals an uninterrupted one. Several processes stop a step
-    after the one in which the signal came.
-    """
-
-    def __init__(self, folder: RunFolder, monitor: Monitor, every_n_steps: int) -> None:
-        self.folder = folder
-        self.monitor = monitor
-        self.every_n_steps = every_n_steps
-        self.score_of_step = float("-inf")
+    def __init__(self, log: MetricsLog) -> None:
+        self.log = log
+        self.run = log.run
         self.best_score = float("-inf")
         self.best_step = -1
         self.restored: dict[str, Any] = {}
-        self._signum: int | None = None
-        self.signals = SignalHandlers(self._ask_to_stop)
-
-    @property
-    def state_key(self) -> str:
-        return STATE
-
-    def state_dict(self) -> dict[str, Any]:
-        scores = {"score": self.score_of_step, "best_score": self.best_score, "best_step": self.best_step}
-        return {**scores, "training": self.monitor.describe()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.restored = state_dict
-        self.best_score = float(state_dict["best_score"])
-        self.best_step = int(state_dict.get("best_step", -1))
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._step = trainer.global_step
-        self._total = int(trainer.estimated_stepping_batches)
-        self._vote = Vote(pl_module.device) if trainer.world_size > 1 else None
-        self.signals.set()  # Lightning has just put handlers of its own in the place of ours
-        self.restore_best(trainer)
-
-    def restore_best(self, trainer: L.Trainer) -> None:
-        """Let ``best.ckpt`` be what the best score is of, all processes together."""
-        if self.restored:
-            self._step = trainer.global_step
-            if trainer.is_global_zero:
-                with self.folder.writing(self.folder.best):
-                    self._restore_best()
-            self.best_score, self.best_step = trainer.strategy.broadcast((self.best_score, self.best_step))
-
-    def _restore_best(self) -> None:
-        """Let ``best.ckpt`` be of the best step; a kill can come after a checkpoint and before its second name."""
-        best = self.folder.find_best(self.best_step)
-        if best is not None:
-            if best != self.folder.best:
-                self.folder.put_best(best)
-            return
-        scores = self.folder.read_scores(self.folder.best)
-        if scores is None and self.folder.resumed is not None:  # there is none, and nothing to make it from
-            scores = {**self.restored, "best_score": self.restored.get("score", self.best_score)}
-            scores["best_step"] = self._step
-            self.folder.put_best(self.folder.resumed)
-        # else it is of a step that is to be taken again, as the last checkpoint was damaged
-        self.best_score = (scores or {}).get("best_score", self.best_score)
-        self.best_step = (scores or {}).get("best_step", self.best_step)
-
-    def _ask_to_stop(self, signum: int, frame: FrameType | None) -> None:
-        if self._signum is not None and signum == signal.SIGINT:
-            raise RunStopped(signum)  # the second Ctrl-C does not wait for the step to end
-        self._signum = signum
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
-        if trainer.global_step == self._step:
-            return  # in the middle of an accumulated batch
-        self._step = trainer.global_step
-        # after the last step all that is left is to write the files; several processes stop at the same step
-        stop = self._signum is not None
-        if self._step == self._total:
-            stop = False
-        elif self._vote is not None:
-            stop = self._vote.ask(stop)
-        watcher = self.monitor.watcher
-        judged = watcher is not None and watcher.step == self._step and watcher.score is not None
-        better = judged and self.score() > self.best_score
-        if stop or better or self._step % self.every_n_steps == 0 or self._step == self._total:
-            with self.beside_training(pl_module.device):
-                self.save(trainer, batch)
-        if stop:
-            raise RunStopped(self._signum or signal.SIGTERM)
 
     def score(self) -> float:
-        """How good the network is at this step: the watcher's score at its steps, or else the loss with its sign."""
-        watcher = self.monitor.watcher
-        if watcher is not None and watcher.score is not None:
-            return watcher.score if watcher.step == self._step else float("-inf")
-        loss = self.monitor.metrics.get("loss")
+        """How good the network is at this step: the evaluation's score at its steps, or else the loss with its sign."""
+        evaluation = self.run.evaluation
+        if evaluation is not None and evaluation.score is not None:
+            return evaluation.score if evaluation.step == self.run.step else float("-inf")
+        loss = self.log.metrics.get("loss")
         return float("-inf") if loss is None else -loss
 
-    def save(self, trainer: L.Trainer, batch: dict[str, Any]) -> None:
+    @property
+    def due(self) -> bool:
+        """Whether this step has one, and be it because an evaluation has just found the best network so far."""
+        run, evaluation = self.run, self.run.evaluation
+        if run.at_end or run.step % run.config.trainer.checkpoint_every_n_steps == 0:
+            return True
+        evaluated = evaluation is not None and evaluation.step == run.step and evaluation.score is not None
+        return evaluated and self.score() > self.best_score
+
+    def save(self, batch: dict[str, Any]) -> None:
         """Write a checkpoint, all processes together.
 
         Raises:
             MachineError: it cannot be written; on every process.
         """
-        self.monitor.check_finite(trainer, batch, weights=True)
-        self.score_of_step = self.score()
-        if self.score_of_step > self.best_score:
-            self.best_score, self.best_step = self.score_of_step, trainer.global_step
-        problem = None
-        try:
-            if trainer.is_global_zero:
-                self.monitor.flush(trainer)
-        except MachineError as error:
-            problem = str(error)
-        trainer.save_checkpoint(self.folder.last)
-        files = trainer.strategy.checkpoint_io
-        if isinstance(files, CheckpointFiles):
-            problem = problem or files.problem
-        problem = trainer.strategy.broadcast(problem)  # nobody takes another step before it is written
+        run, folder, score, problem = self.run, self.run.folder, self.score(), None
+        self.log.check_finite(batch, weights=True)
+        if score > self.best_score:
+            self.best_score, self.best_step = score, run.step
+        state = {**collect_state(run), "callbacks": self.describe(score)}
+        if run.main:
+            try:
+                self.log.flush()
+                with folder.writing(folder.last):
+                    folder.put_checkpoint(lambda file: save_to(file, state), run.step, self.best_step == run.step)
+            except MachineError as error:
+                problem = str(error)
+        problem = run.fabric.broadcast(problem)  # nobody takes another step before it is written
         if problem is not None:
             raise MachineError(problem)
+
+    def describe(self, score: float) -> dict[str, Any]:
+        """What a checkpoint says of the run beside what is trained, under the names of Lightning's callbacks."""
+        scores = {"score": score, "best_score": self.best_score, "best_step": self.best_step}
+        evaluation = self.run.evaluation
+        return {
+            "Monitor": {"images_seen": self.log.images_seen, "skipped": self.log.corrupt.skipped.state_dict()},
+            "Checkpointing": {**scores, "training": self.log.state_dict()},
+            **({} if evaluation is None else {"Evaluation": evaluation.state_dict()}),
+        }
+
+    def restore(self, path: Path) -> None:
+        """Resume from a checkpoint.
+
+        Raises:
+            UserError: its bytes are those that were written, but not by a run of this kind and version; or another
+                number of processes or other data would make it another run.
+        """
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, MemoryError, RuntimeError) as error:  # it was whole a moment ago
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise MachineError(f"checkpoint {path} cannot be read: {reason}; nothing was changed") from error
+        try:
+            restore_state(self.run, state)
+            self._restore(state["callbacks"])
+        except (*DAMAGE, RuntimeError) as error:
+            if not isinstance(error, DAMAGE) and "in loading state_dict" not in str(error):
+                raise
+            raise UserError(
+                f"checkpoint {path} is damaged: no run can be restored from it "
+                f"({one_line(f'{type(error).__name__}: {error}'.partition(chr(10))[0])}); nothing was changed: choose "
+                "another --name, or move it away to resume from the one before"
+            ) from error
+
+    def _restore(self, records: dict[str, Any]) -> None:
+        if "Monitor" in records:
+            self.log.images_seen = int(records["Monitor"]["images_seen"])
+            self.log.corrupt.skipped.load_state_dict(records["Monitor"]["skipped"])
+        if "Checkpointing" in records:
+            self.restored = records["Checkpointing"]
+            self.best_score = float(self.restored["best_score"])
+            self.best_step = int(self.restored.get("best_step", -1))
+        evaluation, found = self.run.evaluation, find_evaluation(records)
+        if evaluation is not None and found is not None:
+            evaluation.load_state_dict(found)
+
+    def restore_best(self) -> None:
+        """Let ``best.ckpt`` be of the best step, all processes together; a kill can come after a checkpoint and before
+        its second name."""
+        if not self.restored:
+            return
+        folder = self.run.folder
+        if self.run.main:
+            with folder.writing(folder.best):
+                best = folder.find_best(self.best_step)
+                if best is None:
+                    self._restore_best()
+                elif best != folder.best:
+                    folder.put_best(best)
+        self.best_score, self.best_step = self.run.fabric.broadcast((self.best_score, self.best_step))
+
+    def _restore_best(self) -> None:
+        folder = self.run.folder
+        scores = folder.read_scores(folder.best)
+        if scores is None and folder.resumed is not None:  # there is none, and nothing to make it from
+            scores = {"best_score": self.restored.get("score", self.best_score), "best_step": self.run.step}
+            folder.put_best(folder.resumed)
+        # else it is of a step that is to be taken again, as the last checkpoint was damaged
+        self.best_score = (scores or {}).get("best_score", self.best_score)
+        self.best_step = (scores or {}).get("best_step", self.best_step)
+
+    def complete(self, visualizations: Visualizations) -> bool:
+        """Make up for what a run whose steps are all taken lacks: it was killed before it wrote its last files.
+
+        Returns:
+            Whether weights or summary are missing; they are left to be written.
+        """
+        run, folder, evaluation = self.run, self.run.folder, self.run.evaluation
+        self.log.load_state_dict(self.restored.get("training", {}))
+        self.restore_best()
+        missing: bool = run.fabric.broadcast(not folder.is_finished(run.step))
+        if missing and evaluation is not None and evaluation.step != run.step:
+            evaluation.update(run.fabric, run.task, run.step)
+            self.log.add_evaluation(evaluation.metrics)
+            if run.main and self.score() > self.best_score:
+                with folder.writing(folder.best):
+                    folder.put_best(folder.last)
+        if visualizations.due:
+            visualizations.latest = visualizations.path
+            if not visualizations.latest.exists():
+                visualizations.write()
+        return missing
+
+
+def collect_state(run: Training) -> dict[str, Any]:
+    """What is trained, and how far it has come; all processes together, where they hold parts of the network."""
+    task = run.task
+    scaler = run.fabric.strategy.precision.state_dict()
+    if run.sharded:
+        weights = distributed.get_model_state_dict(task, options=WHOLE)
+        moments = distributed.get_optimizer_state_dict(task, run.optimizer, options=WHOLE)
+    else:
+        weights, moments = task.state_dict(), run.optimizer.state_dict()
+    return {
+        "epoch": run.epoch,
+        "global_step": run.step,
+        "loops": {"passes": run.passes},
+        "state_dict": weights,
+        "optimizer_states": [moments],
+        "lr_schedulers": [run.schedule.state_dict()],
+        "itpn": {"recipe": task.recipe, **task.describe()},
+        "itpn_processes": run.processes,
+        "itpn_loader": run.loader.state_dict(),
+        **({"MixedPrecision": scaler} if scaler else {}),
+    }
+
+
+def restore_state(run: Training, state: dict[str, Any]) -> None:
+    """Undo :func:`collect_state`.
+
+    Raises:
+        UserError: another number of processes, or other data, would make it another run.
+    """
+    task, before = run.task, state["itpn_processes"]
+    if before != run.processes:
+        raise UserError(
+            f"this run was trained by {before} processes, not {run.processes}: start as many, or choose another --name "
+            "and begin from its weights with --model.checkpoint"
+        )
+    task.check_same_data(state["itpn"])
+    run.step, run.epoch, run.passes = state["global_step"], state["epoch"], count_passes(state["loops"])
+    run.loader.load_state_dict({name: int(state["itpn_loader"][name]) for name in ("epoch", "batch")})
+    if run.sharded:
+        distributed.set_model_state_dict(task, state["state_dict"], options=WHOLE)
+        named = name_parameters(task, state["optimizer_states"][0])
+        distributed.set_optimizer_state_dict(task, run.optimizer, named, options=WHOLE)
+    else:
+        task.load_state_dict(state["state_dict"])
+        run.optimizer.load_state_dict(state["optimizer_states"][0])
+    run.schedule.load_state_dict(state["lr_schedulers"][0])
+    if "MixedPrecision" in state:  # with fp16, the scale of the loss
+        run.fabric.strategy.precision.load_state_dict(state["MixedPrecision"])
+
+
+def count_passes(loops: Mapping[str, Any]) -> int:
+    """Forward and backward passes so far; Lightning's Trainer counted them among much else."""
+    if "passes" in loops:
+        return int(loops["passes"])
+    return int(loops["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"])
+
+
+def find_evaluation(records: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What the last evaluation found; earlier versions kept it under the name of the task's class, as "figures"."""
+    for record in records.values():
+        if "figures" in record:
+            return {"score": None, "step": -1, **record, "metrics": record["figures"]}
+    return records.get("Evaluation")
+
+
+def name_parameters(module: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """The state of an optimizer by names of parameters; Lightning's Trainer numbered those of a sharded module."""
+    names: dict[Any, str] = dict(enumerate(name for name, _ in module.named_parameters()))
+    groups = [{**group, "params": [names.get(n, n) for n in group["params"]]} for group in state["param_groups"]]
+    return {"state": {names.get(n, n): own for n, own in state["state"].items()}, "param_groups": groups}

@@ -1,8 +1,7 @@
 """torch.compile: which runs use it, and what happens where the compiler fails."""
 
 import traceback
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import lightning as L
 import torch
@@ -15,6 +14,7 @@ from itpn.training.config import TrainerConfig
 from itpn.training.launch import Launch, choose_devices
 
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
+BACKWARD = "backpropagate"  # the function of the loop in which the backward pass runs
 
 
 class Compilation:
@@ -36,51 +36,25 @@ class Compilation:
         self._console = console
         self.active = self.pending = bool(networks)
 
-    def guard(self, trainer: L.Trainer) -> None:
-        """Repeat a step of the trainer without the compiler where that fails, whatever it raises.
+    def gives_up(self, error: Exception, fabric: L.Fabric) -> bool:
+        """Whether the compiler made a pass fail; the networks are then taken back, and the pass can be repeated.
 
-        A step draws its random numbers anew from seed and step number, and begins by clearing the gradients, so that
-        the repeated step is that of a run which was never compiled.
-        """
-        if not self.active:
-            return
-        loop: Any = trainer.fit_loop.epoch_loop.automatic_optimization
-        run: Callable[..., Any] = loop.run
-
-        def run_or_repeat(*args: Any, **kwargs: Any) -> Any:
-            progress = loop.optim_progress.state_dict()
-            try:
-                result = run(*args, **kwargs)
-            except (UserError, MachineError, NonFiniteLoss):
-                raise
-            except Exception as error:  # of dozens of types, from the compiler's own to those of the operating system
-                if not self.active or not (self.pending or type(error).__module__.startswith(COMPILERS)):
-                    raise
-                self._give_up(error, trainer)
-                del error  # and with its frames the activations that they hold
-            else:
-                self.pending = False
-                return result
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            loop.optim_progress.load_state_dict(progress)
-            return run(*args, **kwargs)
-
-        loop.run = run_or_repeat
-
-    def _give_up(self, error: Exception, trainer: L.Trainer) -> None:
-        """Take the networks back.
+        Of a first pass anything is taken for it: what fails without the compiler as well fails again. A repeated pass
+        is that of a run which was never compiled: it draws the same random numbers.
 
         Raises:
             MachineError: compilation is required; or other processes wait for the rest of a backward pass, which
                 cannot begin again.
         """
+        # of dozens of types, from the compiler's own to those of the operating system
+        if isinstance(error, UserError | MachineError | NonFiniteLoss) or not self.active:
+            return False
+        if not (self.pending or type(error).__module__.startswith(COMPILERS)):
+            return False
         reason = describe_failure(error)
         if self._required:
             raise MachineError(f"--trainer.compile: torch.compile failed: {reason}") from None
-        if trainer.world_size > 1 and "backward_fn" in [
-            frame.name for frame in traceback.extract_tb(error.__traceback__)
-        ]:
+        if fabric.world_size > 1 and BACKWARD in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
             raise MachineError(f"torch.compile failed: {reason}; start again with --trainer.compile False") from None
         self.active = self.pending = False
         for network in self._networks:
@@ -88,9 +62,10 @@ class Compilation:
         torch.compiler.reset()
         message = f"torch.compile failed: {reason}; steps are not compiled from here on, and slower"
         if self._console is None:
-            print_aside(f"process {trainer.global_rank}: {message}")
+            print_aside(f"process {fabric.global_rank}: {message}")
         else:
             print_aside(message, self._console)
+        return True
 
 
 def describe_failure(error: Exception) -> str:

@@ -14,15 +14,14 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.strategies.launchers import subprocess_script as fabric_launcher
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.plugins.environments import (
+from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
     SLURMEnvironment,
     TorchElasticEnvironment,
 )
-from lightning.pytorch.strategies.launchers import subprocess_script as trainer_launcher
+from lightning.fabric.strategies.launchers import subprocess_script
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from itpn.errors import UserError
 from itpn.system.environment import check_environment
@@ -74,8 +73,7 @@ def _read_launch() -> Launch:
     own = LightningEnvironment()
     if own.local_rank() > 0:
         watch_parent()
-    for module in (fabric_launcher, trainer_launcher):
-        module._launch_process_observer = watch_children  # type: ignore[attr-defined]
+    subprocess_script._launch_process_observer = watch_children  # type: ignore[assignment]
     return Launch(own, own.local_rank() == 0 and own.node_rank() == 0)
 
 
@@ -103,6 +101,30 @@ def choose_devices(settings: TrainerConfig, launch: Launch) -> Devices:
     return Devices(count if processes > 1 or not cuda else (devices or "auto"), nodes, processes, cuda)
 
 
+def launch_fabric(settings: TrainerConfig, launch: Launch, strategy: Any) -> L.Fabric:
+    """Start or join the processes that compute together; ``strategy`` is how, where there are several.
+
+    Raises:
+        UserError: there are no such devices.
+    """
+    devices = choose_devices(settings, launch)
+    try:
+        fabric = L.Fabric(
+            accelerator=settings.accelerator,
+            devices=devices.count,
+            num_nodes=devices.nodes,
+            strategy=strategy if devices.several else "auto",
+            precision=choose_precision(settings.precision, devices.cuda),
+            plugins=[launch.environment] if devices.several else [],
+        )
+        fabric.launch()
+    except torch.distributed.DistError:
+        raise
+    except (RuntimeError, ValueError, MisconfigurationException) as error:
+        raise UserError(f"cannot compute on these devices: {str(error).splitlines()[0]}") from error
+    return fabric
+
+
 @contextmanager
 def start_fabric(settings: TrainerConfig, single: bool = False) -> Iterator[L.Fabric]:
     """The processes and devices that settings and whoever started this ask for, to compute without training.
@@ -114,22 +136,7 @@ def start_fabric(settings: TrainerConfig, single: bool = False) -> Iterator[L.Fa
         UserError: there are no such devices.
     """
     launch = Launch(LightningEnvironment(), True) if single else read_launch()
-    devices = choose_devices(replace(settings, devices=1, num_nodes=1) if single else settings, launch)
-    try:
-        fabric = L.Fabric(
-            accelerator=settings.accelerator,
-            devices=devices.count,
-            num_nodes=devices.nodes,
-            strategy="ddp" if devices.several else "auto",
-            precision=choose_precision(settings.precision, devices.cuda),
-            plugins=[launch.environment] if devices.several else [],
-        )
-        fabric.launch()
-    except torch.distributed.DistError:
-        raise
-    except (RuntimeError, ValueError, MisconfigurationException) as error:
-        raise UserError(f"cannot compute on these devices: {str(error).splitlines()[0]}") from error
-    yield fabric
+    yield launch_fabric(replace(settings, devices=1, num_nodes=1) if single else settings, launch, "ddp")
     # not after an error: the others may have ended, and would be waited for
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
@@ -145,16 +152,10 @@ def choose_precision(wanted: str, cuda: bool) -> Any:
 
 def quieten_libraries() -> None:
     """Remarks of libraries on what we decide on purpose."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+    for name in ("lightning.fabric", "lightning.pytorch.utilities.rank_zero"):  # what Fabric says goes to the second
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of torch.compile: there is no GPU
-    for message in (
-        ".*smaller than the logging interval.*",
-        ".*LeafSpec.*is deprecated.*",
-        ".*in eval mode at the start of training.*",  # the teacher is
-        ".*This DataLoader will create.*",  # as many workers as were asked for
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", message=".*This DataLoader will create.*")  # as many workers as were asked for
 
 
 def count_cores() -> int:

@@ -14,14 +14,7 @@ from torch.autograd.profiler_util import FunctionEvent
 Interval = tuple[float, float]  # begin, end
 Range = tuple[float, float, str]  # begin, end, what for
 
-# Lightning's names of what it does, without the class that does it
-PARTS = {
-    "train_dataloader_next": "data wait",
-    "batch_to_device": "copy to device",
-    "training_step": "forward",
-    "backward": "backward",
-    "optimizer_step": "optimizer",
-}
+PARTS = ("data wait", "copy to device", "forward", "backward", "optimizer")  # of a step of the loop
 OTHER = "other"
 MARK = "itpn: "  # begins the names of our ranges in a trace
 OURS = "profiler"  # the part in which we wait for the GPU ourselves
@@ -106,7 +99,7 @@ def read_device(events: Sequence[dict[str, Any]]) -> DeviceTime:
             operations.append(Operation(event["name"], part, event["dur"]))
     busy: dict[str, float] = {}
     all_work: list[Interval] = []
-    for part in [*PARTS.values(), OTHER]:
+    for part in [*PARTS, OTHER]:
         before = find_gaps(all_work, begin, end)
         all_work += work[part]
         busy[part] = length(before) - length(find_gaps(all_work, begin, end))
@@ -171,7 +164,7 @@ def length(intervals: Iterable[Interval]) -> float:
 
 def share_out(gaps: Sequence[Interval], parts: Sequence[Range]) -> dict[str, float]:
     """How much of the gaps falls into each part; both follow each other, in order."""
-    times: dict[str, float] = dict.fromkeys([*PARTS.values(), OTHER], 0.0)
+    times: dict[str, float] = dict.fromkeys([*PARTS, OTHER], 0.0)
     first = 0
     for begin, end in gaps:
         while first < len(parts) and parts[first][1] <= begin:

@@ -7,31 +7,24 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.profilers import Profiler
 from rich.console import Console
-from torch.profiler import ProfilerActivity, record_function, schedule
+from torch.profiler import ProfilerAction, ProfilerActivity, record_function, schedule
 
 from itpn.errors import RunStopped, refusal
 from itpn.system.console import Output
 from itpn.system.signals import SignalHandlers, stop_at_once
 from itpn.system.writing import open_whole, write_whole
-from itpn.training.compilation import compile_networks
 from itpn.training.config import RunConfig
-from itpn.training.launch import (
-    Launch,
-    count_cores,
-    describe_machine,
-    quieten_libraries,
-    read_launch,
-)
-from itpn.training.loop import Job, check_strategy, make_trainer
+from itpn.training.data import read_batches
+from itpn.training.launch import Launch, choose_devices, count_cores, describe_machine, quieten_libraries, read_launch
+from itpn.training.loop import set_up, take_step
 from itpn.training.profile_summary import advise, draw_summary
 from itpn.training.profile_trace import (
     MARK,
@@ -44,6 +37,8 @@ from itpn.training.profile_trace import (
     tell_operations,
 )
 from itpn.training.run_folder import RunFolder
+from itpn.training.sharding import check_strategy
+from itpn.training.state import Job, Training
 
 STEPS, SETTLE = 10, 2
 
@@ -88,190 +83,142 @@ def profile(
         RunStopped: a signal came; nothing is written.
     """
     launch = launch or read_launch()
-    check_strategy(config, launch)
     console = Output(quiet=not launch.main)
     quieten_libraries()
     folder = RunFolder(replace(config, name=f"{config.name}/profile"), recipe)
     load()  # how many boxes a detector proposes depends on its weights
+    job = make()
+    check_strategy(config, launch)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise refusal(f"folder {folder.path} (see --output-dir) cannot be written", error) from error
-    job = make()
-    compilation = compile_networks(job.compiled, config.trainer, launch, job.compile_by_default, console)
-    plan = make_plan(config, compilation.active)
-    length = replace(config.trainer, max_steps=plan.total, max_epochs=-1)
-    # the same work, and no step of these few at the peak learning rate that could diverge
-    still: Any = replace(config.optimizer, lr=0.0)
-    job.task.config = replace(config, optimizer=still)
-    recorder = Recorder(plan, console, launch.main)
-    trainer = make_trainer(replace(config, trainer=length), folder, launch, 0, [recorder], job.task.static_graph)
-    trainer.loggers = []
-    trainer.profiler = recorder.clock  # type: ignore[attr-defined]
-    console.print(
-        f"profiling {recipe} / {config.name}: {plan.warmup} steps to warm up, {plan.timed} timed, "
-        f"{plan.recorded} recorded; nothing is kept of them",
-        highlight=False,
-        soft_wrap=True,
-    )
-    compilation.guard(trainer)
-    recorder.signals.set()
+    signals = SignalHandlers(stop_at_once)  # there is nothing to be saved
+    signals.set()
     try:
-        trainer.fit(job.task)
+        # the same work, and no step of these few at the peak learning rate that could diverge
+        still: Any = replace(config.optimizer, lr=0.0)
+        job.task.config = replace(config, optimizer=still)
+        run = set_up(job.task.config, launch, console, folder, job)
+        plan = make_plan(config, run.compilation.active)
+        console.print(
+            f"profiling {recipe} / {config.name}: {plan.warmup} steps to warm up, {plan.timed} timed, "
+            f"{plan.recorded} recorded; nothing is kept of them",
+            highlight=False,
+            soft_wrap=True,
+        )
+        found = record(run, plan)
         if launch.main:
-            compiled = compilation.active
-            report(console, folder.path, figure_out(config, recipe, trainer, job, recorder, folder.path, compiled))
+            cores = count_cores() * choose_devices(config.trainer, launch).nodes // run.processes
+            report(console, folder.path, summarize(run, plan, found, max(1, cores)))
     except RunStopped as stop:
         console.print("stopped; nothing of the profile is kept")
         stop.told = True
         raise
     finally:
-        recorder.signals.restore()
-        recorder.stop()
+        signals.restore()
         if job.task.loader is not None:
             job.task.loader.close()
     return folder.path
 
 
-class Clock(Profiler):
-    """Is told by Lightning what it does, and keeps the host's seconds of each part; marks parts in a trace.
-
-    A part inside another is not counted twice, so that with what belongs to none they add up to the time that passed.
-    """
+class Clock:
+    """Keeps the host's seconds of each part of a step, and marks parts in a trace."""
 
     def __init__(self) -> None:
-        super().__init__()
-        self.reset()
-        self._open: list[tuple[str, record_function]] = []
+        self.begin()
 
-    def reset(self) -> None:
-        self.seconds = dict.fromkeys([*PARTS.values(), OTHER], 0.0)
-        self._mark = time.perf_counter()
+    def begin(self) -> None:
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._begin = time.perf_counter()
 
-    def charge(self) -> None:
-        """Book the time since the last booking on the part at hand."""
-        now = time.perf_counter()
-        self.seconds[self._open[-1][0] if self._open else OTHER] += now - self._mark
-        self._mark = now
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        with record_function(MARK + name):
+            yield
+        self._seconds[name] += time.perf_counter() - begin
 
-    def start(self, action_name: str) -> None:
-        part = PARTS.get(action_name.rpartition(".")[2])
-        if part is not None:
-            self.charge()
-            mark = record_function(MARK + part)
-            mark.__enter__()
-            self._open.append((part, mark))
-
-    def stop(self, action_name: str) -> None:
-        if action_name.rpartition(".")[2] in PARTS and self._open:
-            self.charge()
-            self._open.pop()[1].__exit__(None, None, None)
+    def read(self) -> dict[str, float]:
+        """The seconds of each part, and of what belongs to none."""
+        passed = time.perf_counter() - self._begin
+        return {**self._seconds, OTHER: passed - sum(self._seconds.values())}
 
 
-class Recorder(L.Callback):
-    """Times and records the steps of a plan.
+@dataclass
+class Record:
+    """What was found: the host's seconds of the timed steps by part, those of all recorded steps, and their trace."""
 
-    Args:
-        main: only this process records; the others take the same steps.
-
-    Attributes:
-        seconds: of all timed steps.
-        host: the same by part.
-        recorded_seconds: of all recorded steps.
-        trace: with the recorded steps, at the end.
-    """
-
-    def __init__(self, plan: Plan, console: Console, main: bool) -> None:
-        self.plan = plan
-        self.console = console
-        self.main = main
-        self.clock = Clock()
-        self.seconds = self.recorded_seconds = 0.0
-        self.host: dict[str, float] = {}
-        self.trace: torch.profiler.profile | None = None
-        self.device = torch.device("cpu")
-        self.signals = SignalHandlers(stop_at_once)  # there is nothing to be saved
-
-    def stop(self) -> None:
-        if self.trace is not None:
-            self.trace.stop()
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.signals.set()  # Lightning has just put handlers of its own in the place of ours
-        self._step = 0
-        self.device = pl_module.device  # afterwards, Lightning moves everything to the CPU
-        if self.main:
-            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its remarks are not for users
-            cuda = [ProfilerActivity.CUDA] if self.device.type == "cuda" else []
-            before = self.plan.warmup + self.plan.timed
-            when = schedule(skip_first=before, wait=0, warmup=SETTLE, active=self.plan.recorded, repeat=1)
-            self.trace = torch.profiler.profile(activities=[ProfilerActivity.CPU, *cuda], schedule=when)
-            self.trace.start()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: dict[str, Any], batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        if step == self._step or self.trace is None:
-            return  # in the middle of an accumulated batch, or not the process that records
-        self._step = step
-        plan = self.plan
-        ends = {
-            plan.warmup: "warmed up",
-            plan.warmup + plan.timed: "timed",
-            plan.record_from: None,
-            plan.total: "recorded",
-        }
-        if step not in ends:
-            self.trace.step()
-            return
-        if self.device.type == "cuda":
-            with record_function(MARK + OURS):
-                torch.cuda.synchronize(self.device)
-        self.clock.charge()
-        elapsed = sum(self.clock.seconds.values())
-        if step == plan.warmup + plan.timed:
-            self.seconds, self.host = elapsed, self.clock.seconds
-        elif step == plan.total:
-            self.recorded_seconds = elapsed
-        if ends[step]:
-            self.console.print(f"{ends[step]} at step {step}/{plan.total}", highlight=False)
-        self.trace.step()
-        self.clock.reset()
+    host: dict[str, float]
+    recorded_seconds: float
+    trace: torch.profiler.profile
 
 
-def figure_out(
-    config: RunConfig, recipe: str, trainer: L.Trainer, job: Job, recorder: Recorder, folder: Path, compiled: bool
-) -> dict[str, Any]:
+def record(run: Training, plan: Plan) -> Record:
+    """Take the steps of a plan; only the main process records, the others take the same steps."""
+    clock, batches = Clock(), read_batches(run)
+    run.mark = clock.part
+
+    def take(steps: int, what: str = "", trace: torch.profiler.profile | None = None) -> dict[str, float]:
+        """Take some steps; returns the host's seconds by part."""
+        clock.begin()
+        for left in reversed(range(steps)):
+            take_step(run, batches, lambda *_: None)
+            if not left:
+                if run.device.type == "cuda":
+                    with record_function(MARK + OURS):
+                        torch.cuda.synchronize(run.device)
+                seconds = clock.read()
+            if trace is not None:
+                trace.step()
+        if what:
+            run.console.print(f"{what} at step {run.step}/{plan.total}", highlight=False)
+        return seconds
+
+    take(plan.warmup, "warmed up")
+    host = take(plan.timed, "timed")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # its remarks are not for users
+    cuda = [ProfilerActivity.CUDA] if run.device.type == "cuda" else []
+    when = schedule(wait=0, warmup=SETTLE, active=plan.recorded, repeat=1) if run.main else record_nothing
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU, *cuda], schedule=when) as trace:
+        take(SETTLE, trace=trace)
+        recorded = take(plan.recorded, "recorded", trace)
+    return Record(host, sum(recorded.values()), trace)
+
+
+def record_nothing(step: int) -> ProfilerAction:
+    return ProfilerAction.NONE
+
+
+def summarize(run: Training, plan: Plan, found: Record, cores: int) -> dict[str, Any]:
     """Write the trace, and find what the summary says."""
-    trace, plan, task = recorder.trace, recorder.plan, job.task
-    assert trace is not None
-    write_trace(trace, folder / "trace.json.gz")
+    config, batch, path = run.config, run.length.global_batch, run.folder.path / "trace.json.gz"
+    write_trace(found.trace, path)
     device = None
-    if recorder.device.type == "cuda":
-        with gzip.open(folder / "trace.json.gz") as file:
+    if run.device.type == "cuda":
+        with gzip.open(path) as file:
             device = read_device(json.load(file)["traceEvents"])
         device = device if device.operations else None  # where the driver does not let itself be asked
-    operations = read_operators(trace.events() or ()) if device is None else device.operations
-    step = recorder.seconds / plan.timed
+    operations = read_operators(found.trace.events() or ()) if device is None else device.operations
+    step = sum(found.host.values()) / plan.timed
     return {
-        "recipe": recipe,
+        "recipe": run.task.recipe,
         "name": config.name,
         "task": config.task,
-        "batch": task.global_batch(),
+        "batch": batch,
         "steps": plan.timed,
-        "images_per_second": task.global_batch() / step,
+        "images_per_second": batch / step,
         "step_ms": 1e3 * step,
-        "recorded_step_ms": 1e3 * recorder.recorded_seconds / plan.recorded,
-        "host_ms": {part: 1e3 * seconds / plan.timed for part, seconds in recorder.host.items()},
+        "recorded_step_ms": 1e3 * found.recorded_seconds / plan.recorded,
+        "host_ms": {part: 1e3 * seconds / plan.timed for part, seconds in found.host.items()},
         **tell_device(device, 1e3 * step, plan.recorded),
         **tell_operations(operations, plan.recorded),
-        "compiled": compiled,
+        "compiled": run.compilation.active,
         "num_workers": config.data.num_workers,
-        "cores": max(1, count_cores() // trainer.num_devices),
+        "cores": cores,
         "threads": torch.get_num_threads(),
-        "gpu_memory_gb": None if device is None else torch.cuda.mem_get_info(recorder.device)[1] / 1e9,
-        **describe_machine(recorder.device, trainer.world_size, str(trainer.precision)),
+        "gpu_memory_gb": None if device is None else torch.cuda.mem_get_info(run.device)[1] / 1e9,
+        **describe_machine(run.device, run.processes, run.precision),
     }
 
 
@@ -287,13 +234,13 @@ def write_trace(trace: torch.profiler.profile, path: Path) -> None:
             left.unlink(missing_ok=True)
 
 
-def report(console: Console, folder: Path, figures: dict[str, Any]) -> None:
-    """Print the summary, and write it as text and as figures."""
-    advice = advise(figures)
-    shown = draw_summary(figures, advice, folder)
+def report(console: Console, folder: Path, metrics: dict[str, Any]) -> None:
+    """Print the summary, and write it as text and as JSON."""
+    advice = advise(metrics)
+    shown = draw_summary(metrics, advice, folder)
     page = io.StringIO()
     Console(file=page, width=100).print(shown)
     lines = "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
     write_whole(folder / "summary.txt", lines.encode())
-    write_whole(folder / "summary.json", (json.dumps({**figures, "advice": advice}, indent=2) + "\n").encode())
+    write_whole(folder / "summary.json", (json.dumps({**metrics, "advice": advice}, indent=2) + "\n").encode())
     console.print(shown)

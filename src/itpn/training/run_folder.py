@@ -31,7 +31,7 @@ class RunFolder:
     def __init__(self, config: RunConfig, recipe: str) -> None:
         self.path = Path(config.output_dir) / recipe / config.name
         self.checkpoints = self.path / "checkpoints"
-        self.pictures = self.path / config.visualizations
+        self.visualizations = self.path / config.visualizations
         self.settings = self.path / "config.yaml"
         self.weights = self.path / "model.safetensors"
         self.metrics = self.path / "metrics.csv"
@@ -66,7 +66,7 @@ class RunFolder:
         self._list_checkpoints()  # a folder that cannot be read, or a link into nowhere, before anything is made
         self._check_kinds()
         try:
-            for folder in (self.checkpoints, self.pictures):
+            for folder in (self.checkpoints, self.visualizations):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)  # let go by the system, however this process ends
         except Timeout:
@@ -77,7 +77,7 @@ class RunFolder:
             raise refusal(f"run folder {self.path} (see --output-dir) cannot be written", error) from error
         try:
             with self.writing(self.path):
-                for folder in (self.path, self.checkpoints, self.pictures):
+                for folder in (self.path, self.checkpoints, self.visualizations):
                     remove_partial_files(folder)
             resumed, _ = self.newest_checkpoint(main=True)
             if resumed is None:
@@ -253,7 +253,7 @@ class RunFolder:
 
     def _check_kinds(self) -> None:
         """Raise UserError where a folder or a pipe, say, has the name of a file of the run, or a file of a folder."""
-        for path in (self.path, self.pictures, self.events):
+        for path in (self.path, self.visualizations, self.events):
             check_kind(path, folder=True)
         for path in (Path(self._lock.lock_file), self.settings, self.metrics, self.summary, self.weights):
             check_kind(path)
@@ -267,9 +267,12 @@ class RunFolder:
         except UserError:
             if self._earlier is None:
                 raise
+            stored = None
+        if self._earlier is None:
+            return stored
+        if stored is None or stored.task != self._earlier.task:
             print_aside(f"{self.settings} is corrupt: its settings are taken from {self.resumed}")
-            return self._earlier
-        return stored if self._earlier is None else self._earlier
+        return self._earlier
 
     def _begin_again(self, config: RunConfig) -> None:
         """Start at step 0, unless the folder shows that there was a checkpoint.

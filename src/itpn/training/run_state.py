@@ -157,6 +157,10 @@ def find_settings(state: dict[str, Any]) -> StoredSettings | None:
     try:
         own = state.get("itpn", {})
         settings = own.get("settings", own.get("config"))
-        return None if settings is None else StoredSettings(own["recipe"], own["task"], dict(settings))
+        if settings is None:
+            return None
+        if not isinstance(own["task"], str):
+            raise TypeError(f"its task is a {type(own['task']).__name__}")
+        return StoredSettings(own["recipe"], own["task"], dict(settings))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedCheckpoint(f"its settings are none ({type(error).__name__}: {error})") from error

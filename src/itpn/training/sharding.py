@@ -1,11 +1,55 @@
-"""FSDP2: parameters, gradients and AdamW's averages in parts, one to each process (Zhao et al. 2023)."""
+"""How several processes share the work: each with a copy of everything (DDP), or each with a part (FSDP2)."""
 
+import inspect
+from typing import Any
+
+import lightning as L
 import torch
+from lightning.fabric.strategies import DDPStrategy
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
+from itpn.errors import UserError
 from itpn.models.layers import TransformerBlock
+from itpn.training.config import RunConfig
+from itpn.training.launch import Launch, choose_devices, choose_precision
+from itpn.training.module import TrainingModule
+
+
+def check_strategy(config: RunConfig, launch: Launch) -> None:
+    """Raise :class:`UserError` for what cannot be sharded."""
+    if config.trainer.strategy == "ddp":
+        return
+    devices = choose_devices(config.trainer, launch)
+    reason = config.sharding_problem()
+    if reason is None and not devices.several:
+        reason = "needs several processes, see --trainer.devices"
+    elif reason is None and choose_precision(config.trainer.precision, devices.cuda) == "16-mixed":
+        reason = "has no loss scaling: choose another --trainer.precision"
+    elif reason is None and config.trainer.compile:
+        reason = "does not go with --trainer.compile"
+    if reason is not None:
+        raise UserError(f"--trainer.strategy fsdp {reason}; without it each process holds a copy of everything")
+
+
+def make_strategy(static_graph: bool) -> DDPStrategy:
+    """DDP, which sums gradients while the backward pass still runs."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    # no buffer differs between processes: tables of positions never change, and batch norms sum over all
+    name = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    buffers: dict[str, Any] = {name: False}
+    return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=False, static_graph=static_graph, **buffers)
+
+
+def distribute(fabric: L.Fabric, task: TrainingModule, sharded: bool) -> nn.Module:
+    """Move a task to the device, and return what computes its training step."""
+    if sharded:
+        mesh = init_device_mesh(fabric.device.type, (fabric.world_size,))
+        task.shard(mesh, str(fabric.strategy.precision.precision))
+        return task.to(fabric.device)
+    return fabric.strategy.setup_module(task.to(fabric.device))
 
 
 def shard_network(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:

@@ -1,17 +1,17 @@
 """TensorBoard's event files of a run."""
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 
 from itpn.training.run_folder import RunFolder
 
 
-class EventFiles(TensorBoardLogger):
+class EventFiles:
     """Writes ``tensorboard/`` of a run.
 
     TensorBoard writes in a thread of its own; what goes wrong there is raised by the next call.
@@ -24,43 +24,50 @@ class EventFiles(TensorBoardLogger):
     """
 
     def __init__(self, folder: RunFolder, purge_step: int | None) -> None:
-        super().__init__(folder.path, name="", version="tensorboard", purge_step=purge_step)
-        self.folder = folder
+        self._folder = folder
+        self._purge_step = purge_step
+        self._writer: Any = None
 
-    @property
-    def experiment(self) -> Any:
-        with self.folder.writing(self.folder.events):
-            return super().experiment
+    def _write(self, method: str, *args: Any, **options: Any) -> None:
+        with self._folder.writing(self._folder.events):
+            if self._writer is None:
+                from torch.utils.tensorboard import SummaryWriter  # slow to import, and for the main process alone
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        with self.folder.writing(self.folder.events):
-            for name, value in metrics.items():
-                self.experiment.add_scalar(name, value, step)
+                self._writer = SummaryWriter(str(self._folder.events), purge_step=self._purge_step)
+            getattr(self._writer, method)(*args, **options)
+
+    def log_metrics(self, metrics: Mapping[str, float | None], step: int) -> None:
+        for name, value in metrics.items():
+            if value is not None:
+                self._write("add_scalar", name, value, step)
 
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
-        with self.folder.writing(self.folder.events):
-            self.experiment.add_image(name, np.asarray(image), step, dataformats="HWC")
+        self._write("add_image", name, np.asarray(image), step, dataformats="HWC")
 
-    def flush(self) -> None:
-        with self.folder.writing(self.folder.events):
-            self.experiment.flush()
-
-    def save(self) -> None:
-        """Nothing: Lightning would write its own file of settings here."""
-
-    def finalize(self, status: str) -> None:
-        if self._experiment is None:
-            return
-        try:
-            with self.folder.writing(self.folder.events):
-                self.experiment.flush()
-                self.experiment.close()
-        except Exception:
-            if status == "success":
-                raise  # else something else went wrong before, which is what is said
+    def flush(self, close: bool = False) -> None:
+        if self._writer is not None:
+            self._write("flush")
+            if close:
+                self._write("close")
 
 
-def leave_to_caller(arguments: threading.ExceptHookArgs) -> None:
-    """For ``threading.excepthook``: no traceback of TensorBoard's thread, whose error the next call raises."""
+@contextmanager
+def open_events(folder: RunFolder, purge_step: int | None) -> Iterator[EventFiles]:
+    """Event files for a while; what goes wrong in TensorBoard's thread is raised here, and nowhere else."""
+    events = EventFiles(folder, purge_step)
+    hook, threading.excepthook = threading.excepthook, _leave_to_caller
+    try:
+        yield events
+        events.flush(close=True)
+    except BaseException:
+        with suppress(Exception):  # something else went wrong before, which is what is said
+            events.flush(close=True)
+        raise
+    finally:
+        threading.excepthook = hook
+
+
+def _leave_to_caller(arguments: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's thread, whose error the next call raises."""
     if not type(arguments.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(arguments)

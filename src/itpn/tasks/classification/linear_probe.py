@@ -26,8 +26,9 @@ from itpn.tasks.run import train_composed
 from itpn.tasks.spec import task_of
 from itpn.training.config import freeze
 from itpn.training.launch import describe_machine, read_launch, start_fabric
-from itpn.training.loop import Run, fit, write_summary
+from itpn.training.loop import Run, fit
 from itpn.training.run_folder import RunFolder
+from itpn.training.summary import write_summary
 
 
 def train(config: ClassificationConfig, recipe: str, run: Run = fit) -> Path:

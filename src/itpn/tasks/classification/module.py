@@ -1,11 +1,10 @@
-"""Classification as Lightning runs it: augmented batches to loss, layer-wise learning rates, a moving average."""
+"""Classification as it is trained: augmented batches to loss, layer-wise learning rates, a moving average."""
 
-import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
@@ -54,14 +53,11 @@ class ClassificationTask(FineTuningTask):
         if data.mixup or data.cutmix:
             self.mix = Mixup(data.mixup, data.cutmix, label_smoothing=data.label_smoothing, num_classes=len(classes))
 
-    def on_fit_start(self) -> None:
+    def prepare(self, device: torch.device) -> None:
         erase = self.config.data.erase
-        self.erase = RandomErasing(erase, mode="pixel", device=self.device) if erase else None
+        self.erase = RandomErasing(erase, mode="pixel", device=device) if erase else None
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        seed = self.seed_step()
-        random.seed(seed)  # timm erases and mixes by these two
-        np.random.seed(seed % 2**32)
+    def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         images, labels = self.normalize(batch["image"]), batch["label"]
         if self.erase is not None:
             images = self.erase(images)
@@ -70,12 +66,11 @@ class ClassificationTask(FineTuningTask):
             loss = SoftTargetCrossEntropy()(self.model(images), targets)
         else:
             loss = F.cross_entropy(self.model(images), labels, label_smoothing=self.config.data.label_smoothing)
-        return {"loss": loss, "figures": {"loss": loss.detach()}}
+        return {"loss": loss, "metrics": {"loss": loss.detach()}}
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def after_step(self, step: int, total_steps: int) -> None:
         if self.ema is not None:
-            self.ema.update(self.model, step=self.trainer.global_step)
+            self.ema.update(self.model, step=step)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"": self.model} if self.ema is None else {"": self.model, "ema_": self.ema.module}

@@ -1,4 +1,4 @@
-"""Detection as Lightning runs it: images of any size and their objects to the losses of Mask R-CNN."""
+"""Detection as it is trained: images of any size and their objects to the losses of Mask R-CNN."""
 
 from typing import Any
 
@@ -35,12 +35,11 @@ class DetectionTask(FineTuningTask):
         self.model: Detector
         model.transform.in_training = False  # the data are of their sizes already
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        self.seed_step()  # which proposals are trained on, and stochastic depth
+    def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         images = [self.normalize(image) for image in batch["image"]]
         losses = self.model(images, batch["target"])
         loss = torch.stack(list(losses.values())).sum()
-        return {"loss": loss, "figures": {"loss": loss.detach(), **{n: part.detach() for n, part in losses.items()}}}
+        return {"loss": loss, "metrics": {"loss": loss.detach(), **{n: part.detach() for n, part in losses.items()}}}
 
     def compiled(self) -> list[nn.Module]:
         return [self.model.backbone]  # the heads see as many boxes as there are

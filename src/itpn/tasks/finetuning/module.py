@@ -14,15 +14,15 @@ from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.tasks.finetuning.config import FineTuningConfig
 from itpn.training.config import RunConfig
-from itpn.training.module import MakeLoader, TrainingTask
+from itpn.training.module import MakeLoader, TrainingModule
 
 
-class FineTuningTask(TrainingTask):
+class FineTuningTask(TrainingModule):
     """Trains a network to name things.
 
     Args:
         classes: names of the model's classes.
-        recipe, make_loader: as of :class:`TrainingTask`.
+        recipe, make_loader: as of :class:`TrainingModule`.
     """
 
     def __init__(
@@ -50,14 +50,9 @@ class FineTuningTask(TrainingTask):
         decay = decay_per_layer(find_backbone(model), settings.layer_decay, settings.layer_decay_over)
         return param_groups_layer_decay(model, settings.weight_decay, no_weight_decay_list=spared, layer_decay=decay)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from a checkpoint.
-
-        Raises:
-            UserError: as of :class:`TrainingTask`; or the data hold other classes now.
-        """
-        super().on_load_checkpoint(checkpoint)
-        before = checkpoint["itpn"]["classes"]
+    def check_same_data(self, earlier: dict[str, Any]) -> None:
+        """Raise :class:`UserError` where the data hold other classes now."""
+        before = earlier["classes"]
         if before != list(self.classes):
             different = sorted(set(before) ^ set(self.classes)) or ["their order"]
             raise UserError(

@@ -1,4 +1,4 @@
-"""Pre-training as Lightning runs it: batches to loss, optimiser and schedule."""
+"""The training step of pre-training."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from itpn.checkpoints.files import read_checkpoint
 from itpn.data.normalize import Normalize
@@ -17,15 +18,15 @@ from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.pretraining.start import describe_run, load_weights, save_weights
 from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import FeatureTeacher
-from itpn.training.module import MakeLoader, TrainingTask
+from itpn.training.module import MakeLoader, TrainingModule
 from itpn.training.sharding import shard_network
 
 
-class PretrainingTask(TrainingTask):
+class PretrainingTask(TrainingModule):
     """Trains a masked model on batches of uint8 images [B, 3, H, W].
 
     Args:
-        recipe, make_loader: as of :class:`TrainingTask`.
+        recipe, make_loader: as of :class:`TrainingModule`.
         teacher: gives the targets of losses on features, unless the batches bring them.
     """
 
@@ -52,28 +53,23 @@ class PretrainingTask(TrainingTask):
         """Height and width in pixels of the images for a teacher of its own size."""
         return self._frozen[0].img_size if self._frozen else None
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        self.seed_step()  # the mask and stochastic depth
+    def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         images = self.normalize(batch["image"])
         targets = self.make_targets(batch, images)
         output = self.model(images, target=targets)
-        figures = {"loss": output.loss.detach()}
+        metrics = {"loss": output.loss.detach()}
         if len(output.losses) > 1:
-            figures |= {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
+            metrics |= {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
         if self.average is not None:
-            figures |= {f"target_std_{name}": spread(target) for name, target in targets.items()}
-        return {"loss": output.loss, "figures": figures}
+            metrics |= {f"target_std_{name}": spread(target) for name, target in targets.items()}
+        return {"loss": output.loss, "metrics": metrics}
 
-    def configure_model(self) -> None:
-        if self.device_mesh is not None:  # where the strategy shards
-            shard_network(self.model, self.device_mesh["data_parallel"], str(self.trainer.precision))
+    def shard(self, mesh: DeviceMesh, precision: str) -> None:
+        shard_network(self.model, mesh, precision)
 
-    def prepare_batch(self, batch: Any, device: torch.device) -> Any:
-        return batch if self.loader is None else self.loader.finish(batch, device)
-
-    def on_fit_start(self) -> None:
+    def prepare(self, device: torch.device) -> None:
         for teacher in self._frozen:
-            teacher.to(self.device)
+            teacher.to(device)
 
     @torch.no_grad()
     def make_targets(self, batch: dict[str, Any], images: Tensor) -> dict[str, Tensor]:
@@ -96,14 +92,23 @@ class PretrainingTask(TrainingTask):
             features = normalize_features(features)
         return dict.fromkeys(self.model.feature_losses, features)
 
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def after_step(self, step: int, total_steps: int) -> None:
         if self.average is not None:
             settings = self.config.teacher
-            self.average.update(
-                self.model,
-                momentum_at(self.trainer.global_step, self.total_steps, settings.momentum, settings.momentum_end),
-            )
+            momentum = momentum_at(step, total_steps, settings.momentum, settings.momentum_end)
+            self.average.update(self.model, momentum)
+
+    def warning(self, metrics: dict[str, float | None], step: int) -> str | None:
+        """The targets of a moving average have become the same for all units of all images."""
+        least = self.config.teacher.min_std
+        for name, value in metrics.items():
+            if name.startswith("target_std_") and value is not None and value < least:
+                return (
+                    f"the teacher is collapsing: {name} is {value:.3f} at step {step}, below --teacher.min-std {least};"
+                    " try a higher --teacher.momentum, a lower --optimizer.lr or more weight on pixels, under another "
+                    "--name"
+                )
+        return None
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         return param_groups_weight_decay(

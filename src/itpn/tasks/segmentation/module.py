@@ -40,14 +40,13 @@ class SegmentationTask(FineTuningTask):
         self.model: Segmenter
         self.colours = colours
 
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> dict[str, Any]:
-        self.seed_step()  # dropout and stochastic depth
+    def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         target = batch["target"].long()
         logits = self.model(self.normalize(batch["image"]))
         losses = {f"loss_{name}": pixel_loss(own, target) for name, own in logits.items()}
         loss = losses["loss_out"] + self.config.model.auxiliary_weight * losses.get("loss_aux", 0.0)
-        figures = {"loss": loss, **losses} if len(losses) > 1 else {"loss": loss}
-        return {"loss": loss, "figures": {name: figure.detach() for name, figure in figures.items()}}
+        metrics = {"loss": loss, **losses} if len(losses) > 1 else {"loss": loss}
+        return {"loss": loss, "metrics": {name: value.detach() for name, value in metrics.items()}}
 
     def describe(self) -> dict[str, Any]:
         data = self.config.data

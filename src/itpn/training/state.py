@@ -1,0 +1,86 @@
+"""What is trained in a run, and how far it has come in this process."""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from PIL import Image
+from rich.console import Console
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from itpn.data.loader import TrainingLoader
+from itpn.training.compilation import Compilation
+from itpn.training.evaluation import Evaluation
+from itpn.training.module import TrainingModule
+from itpn.training.optimization import RunLength
+from itpn.training.run_folder import RunFolder
+
+
+@dataclass
+class Job:
+    """What one kind of run adds to what all kinds have.
+
+    Attributes:
+        task: what is trained.
+        draw: draws what the network predicts for sample images; None for nothing.
+        rows: of the table at the start, by title: "data", what the images are, "size", what is made of them, and more.
+        images: single files, of which only a fraction may be corrupt; None where that is not known beforehand.
+        save: writes ``model.safetensors``; returns what the summary says of it.
+        evaluation: evaluates the network now and then, and adds to its metrics.
+        compiled: what torch.compile may take, each as a graph of its own.
+        compile_by_default: whether it does so on a GPU unless it is told not to.
+    """
+
+    task: TrainingModule
+    draw: Callable[[], Image.Image] | None
+    rows: dict[str, str]
+    images: int | None
+    save: Callable[[Path], dict[str, Any]]
+    evaluation: Evaluation | None = None
+    compiled: Sequence[nn.Module] = ()
+    compile_by_default: bool = False
+
+
+@dataclass
+class Training:
+    """A run in this process.
+
+    Attributes:
+        model: computes the training step of ``task``: itself, or DDP around it.
+        step, passes: optimizer steps, and forward and backward passes, so far.
+        epoch: of the last batch.
+        copies: the stream on which batches come to a GPU.
+        mark: is told which part of a step follows, by ``--profile``.
+    """
+
+    job: Job
+    folder: RunFolder
+    console: Console
+    fabric: L.Fabric
+    loader: TrainingLoader
+    length: RunLength
+    model: nn.Module
+    optimizer: Optimizer
+    schedule: LambdaLR
+    compilation: Compilation
+    copies: torch.cuda.Stream | None
+    step: int = 0
+    passes: int = 0
+    epoch: int = 0
+    mark: Callable[[str], AbstractContextManager[Any]] = nullcontext
+
+    def __post_init__(self) -> None:
+        self.task, self.config, self.evaluation = self.job.task, self.job.task.config, self.job.evaluation
+        self.device, self.main, self.processes = self.fabric.device, self.fabric.is_global_zero, self.fabric.world_size
+        self.precision = str(self.fabric.strategy.precision.precision)
+        self.sharded: bool = self.config.trainer.strategy == "fsdp"
+
+    @property
+    def at_end(self) -> bool:
+        return self.step >= self.length.total_steps

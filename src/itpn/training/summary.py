@@ -1,0 +1,101 @@
+"""What a run says of itself at its start and at its end: tables, summary.json, model.safetensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from itpn.checkpoints.io import hold_the_same
+from itpn.system.console import make_table
+from itpn.system.writing import write_whole
+from itpn.training.launch import describe_machine, device_name
+from itpn.training.metrics_log import MetricsLog
+from itpn.training.optimization import peak_lr
+from itpn.training.run_folder import RunFolder
+from itpn.training.state import Training
+
+
+def print_start(run: Training) -> None:
+    """What is about to run, as a table."""
+    config, length, images, rows = run.config, run.length, run.loader.images, run.job.rows
+    name = config.model.name or "a network of its own sizes"
+    parameters = sum(p.numel() for p in run.task.model.parameters()) / 1e6
+    accumulate = config.trainer.accumulate_grad_batches
+    passes = f" x {accumulate} passes" if accumulate > 1 else ""
+    processes = f" x {run.processes} processes" if run.processes > 1 else ""
+    total = f" = {length.global_batch}" if processes or passes else ""
+    shown = {
+        "model": f"{name}, {parameters:.2f} M parameters, patch size {config.model.patch_size}",
+        **{title: row for title, row in rows.items() if title != "size"},
+        "data": f"{images:,} images ({rows['data']}), {rows['size']}",
+        "batch": f"{min(config.data.batch_size, images)}{processes}{passes}{total}",
+        "steps": f"{length.total_steps:,} ({length.steps_per_epoch:,} an epoch)",
+        "learning rate": f"{peak_lr(config.optimizer, length.global_batch):.3g} at its peak",
+        "device": f"{device_name(run.device)}, {run.precision}",
+        "folder": str(run.folder.path),
+    }
+    run.console.print(make_table(f"{run.task.recipe} / {config.name}", shown))
+
+
+def summarize(log: MetricsLog, finished: bool) -> dict[str, Any]:
+    run, config = log.run, log.run.config
+    return {
+        "recipe": run.task.recipe,
+        "name": config.name,
+        "task": config.task,
+        "finished": finished,
+        "epochs": run.step / run.length.steps_per_epoch,
+        "steps": run.step,
+        "images_seen": log.images_seen,
+        "images_skipped": log.corrupt.skipped.count,
+        "images_per_second": log.speed.images / log.speed.seconds if log.speed.seconds else 0.0,
+        "data_wait_fraction": log.speed.wait_fraction,
+        "duration_seconds": log.speed.duration,
+        "metrics": {name: value for name, value in log.metrics.items() if value is not None},
+        **describe_machine(run.device, run.processes, run.precision),
+    }
+
+
+def write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
+    with folder.writing(folder.summary):
+        write_whole(folder.summary, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def finish(log: MetricsLog, missing: bool | None, visualization: Path | None) -> None:
+    """Write weights and summary, and show them; of a complete run what is missing, or has other weights.
+
+    Args:
+        missing: whether a run that was complete already lacks files; None where steps were taken.
+        visualization: the last one.
+    """
+    run, job, folder, console = log.run, log.run.job, log.run.folder, log.run.console
+    if not run.sharded:
+        run.task.cpu()
+    fresh = folder.weights.with_name(f"{folder.weights.name}.tmp")
+    with folder.writing(folder.weights):
+        written = job.save(fresh)
+        same = missing is not None and hold_the_same(fresh, folder.weights)
+        fresh.unlink() if same else fresh.replace(folder.weights)
+    if missing is not None:
+        missing = missing or not same
+        line = (
+            f"{folder.path} is complete at step {run.step}; raise --trainer.max-epochs or max-steps to train longer, "
+        )
+        line += "or choose another --name" + ("; writing the weights and summary it lacked" if missing else "")
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        if not missing:
+            return
+    summary = {**summarize(log, finished=True), **written}
+    write_summary(folder, summary)
+    rows = {
+        "steps": f"{summary['steps']:,} ({summary['epochs']:.4g} epochs)",
+        "loss": f"{summary['metrics'].get('loss', float('nan')):.4f}",
+        **(job.evaluation.describe() if job.evaluation is not None else {}),
+        "images": f"{summary['images_seen']:,} seen, {summary['images_skipped']} files skipped",
+        "speed": f"{summary['images_per_second']:.1f} images/s, {summary['data_wait_fraction']:.1%} waiting for data",
+        "peak memory": f"{summary['peak_memory_gb']:.2f} GB",
+        "time": f"{summary['duration_seconds']:.0f} s",
+        "weights": str(folder.weights),
+        **({} if visualization is None else {"visualization": str(visualization)}),
+        "summary": str(folder.summary),
+    }
+    console.print(make_table("finished", rows))

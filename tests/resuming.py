@@ -1,0 +1,55 @@
+"""Runs that are stopped and resumed, and whether they end with the very bits of one that was not."""
+
+import csv
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from itpn.errors import RunStopped
+from itpn.tasks.configs import PretrainingConfig
+from itpn.tasks.run import train
+from itpn.training import loop
+
+
+def stop_at(monkeypatch, step: int, signum: int = signal.SIGINT) -> None:
+    """Send this process a signal in the middle of a pass (counted over the whole run)."""
+
+    def take_pass(run, *args, original=loop.take_pass):
+        if run.passes == step:
+            os.kill(os.getpid(), signum)
+        return original(run, *args)
+
+    monkeypatch.setattr(loop, "take_pass", take_pass)
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    ours, theirs = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True) for run in (one, other)]
+    moments = [state["optimizer_states"][0]["state"] for state in states]
+    for index, moment in moments[0].items():
+        assert torch.equal(moment["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
+    assert states[0]["global_step"] == states[1]["global_step"]
+    assert states[0]["callbacks"]["Monitor"] == states[1]["callbacks"]["Monitor"]
+
+
+def losses(run: Path) -> list[tuple[str, str, str]]:
+    with (run / "metrics.csv").open() as file:
+        return [(row["step"], row["loss"], row["lr"]) for row in csv.DictReader(file)]
+
+
+def run_straight_and_stopped(config: PretrainingConfig, monkeypatch, step: int) -> tuple[Path, Path]:
+    """The folders of two runs: one in one go, one stopped in mid-pass and resumed."""
+    straight = train(replace(config, name="straight"), "test")
+    with monkeypatch.context() as patch:
+        stop_at(patch, step)
+        with pytest.raises(RunStopped):
+            train(replace(config, name="stopped"), "test")
+    return straight, train(replace(config, name="stopped"), "test")
