@@ -38,7 +38,7 @@ def main() -> None:
     _, base = read_recipe("classifier_cifar")
     base.data.root, base.data.batch_size, base.data.num_workers = (str(options.data),), options.batch_size, 0
     base.trainer.max_epochs, base.trainer.max_steps = 10**6, options.steps
-    base.trainer.picture_every_n_steps = base.evaluation.every_n_epochs = 10**6  # both at the end
+    base.trainer.visualize_every_n_steps = base.evaluation.every_n_epochs = 10**6  # both at the end
     base.trainer.checkpoint_every_n_steps = 10**6
     base.output_dir = str(options.out)
     rows: list[dict] = []
@@ -46,7 +46,7 @@ def main() -> None:
     for seed in options.seeds:
         for share in options.shares:
             settings = copy.deepcopy(base)
-            settings.seed, settings.data.label_share = seed, share
+            settings.seed, settings.data.label_fraction = seed, share
             for arm in options.arms:
                 with failures.of(f"{arm}, {share:.0%} of the labels, seed {seed}"):
                     config = copy.deepcopy(settings)

@@ -24,8 +24,8 @@ from itpn.tasks.configs import DetectionConfig, SegmentationConfig
 from itpn.tasks.recipes import read_recipe
 from itpn.tasks.run import train
 
-# backbone and pyramid pre-trained; the backbone alone, with a fresh pyramid or feature pyramid network; nothing
-ARMS = ("pyramid", "fresh", "fpn", "scratch")
+# backbone and pyramid pre-trained; the backbone alone, with a random pyramid or feature pyramid network; nothing
+ARMS = ("pyramid", "random", "fpn", "scratch")
 FIGURES = {
     "detection": ("val_box_ap", "val_box_ap50", "val_mask_ap"),
     "segmentation": ("val_miou", "val_mean_accuracy", "val_pixel_accuracy"),
@@ -49,7 +49,7 @@ def main() -> None:
     assert isinstance(base, DetectionConfig | SegmentationConfig)
     base.data.num_workers, base.optimizer.layer_decay = 0, 0.9
     base.trainer.max_epochs, base.trainer.max_steps = 10**6, 400
-    base.trainer.picture_every_n_steps = base.evaluation.every_n_epochs = 10**6  # both at the end
+    base.trainer.visualize_every_n_steps = base.evaluation.every_n_epochs = 10**6  # both at the end
     base.trainer.checkpoint_every_n_steps = 10**6
     base.output_dir = str(options.out)
     base = parse_options(base, others, "necks.py")

@@ -53,12 +53,17 @@ def settings(photos, tmp_path):
     def make(**trainer) -> PretrainingConfig:
         return PretrainingConfig(
             model=PretrainingModelConfig(
-                name="itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2, drop_path_rate=0.1
+                name="itpn_nano",
+                patch_size=8,
+                decoder_embed_dim=32,
+                decoder_depth=1,
+                decoder_num_heads=2,
+                drop_path_rate=0.1,
             ),
             data=PretrainingDataConfig(root=(str(photos),), img_size=32, batch_size=4, num_workers=0),
             optimizer=OptimizerConfig(lr=1e-3),
             trainer=TrainerConfig(
-                max_epochs=3, log_every_n_steps=1, checkpoint_every_n_steps=100, picture_every_n_steps=100, **trainer
+                max_epochs=3, log_every_n_steps=1, checkpoint_every_n_steps=100, visualize_every_n_steps=100, **trainer
             ),
             output_dir=str(tmp_path / "runs"),
         )

@@ -14,8 +14,8 @@ OBJECTIVES = {
         "pixel_weight": 0.0,
         "feature_weight": 1.0,
         "auxiliary_weight": 1.0,
-        "feature_units": "all",
-        "hidden_units": "mask_token",
+        "feature_patches": "all",
+        "masked_patches": "mask_token",
         "mask": "block",
         "mask_ratio": 0.4,
         "decoder_depth": 0,
@@ -25,7 +25,7 @@ OBJECTIVES = {
     "feature of masked patches": {
         "pixel_weight": 0.0,
         "feature_weight": 1.0,
-        "hidden_units": "mask_token",
+        "masked_patches": "mask_token",
         "mask": "block",
         "decoder_depth": 0,
     },
@@ -36,7 +36,13 @@ OBJECTIVES = {
 
 def build(objective: str, **settings) -> MaskedImageModel:
     torch.manual_seed(0)
-    small = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
+    small = {
+        "patch_size": 8,
+        "decoder_embed_dim": 32,
+        "decoder_depth": 1,
+        "decoder_num_heads": 2,
+        "pyramid_head_width": 64,
+    }
     config = PretrainingModelConfig("itpn_nano", **{**small, **OBJECTIVES[objective], **settings})
     name = {"pixel": None, "mfm": "ema"}.get(objective, "outside")
     return build_masked_model(config, (32, 48), TeacherConfig(name, width=24 if name == "outside" else None))

@@ -65,7 +65,7 @@ def mistake(capsys, *arguments: str) -> str:
         (["train", "itpn-pixel_nano", "--data.img-size", "60"], "60x60 is not a multiple of --model.patch-size 8"),
         (["train", "itpn-pixel_nano", "--model.patch-size", "6"], "must be divisible by 4"),
         (["train", "itpn-pixel_nano", "--model.mask-ratio", "1"], "--model.mask-ratio 1.0 leaves no visible"),
-        (["train", "itpn-pixel_nano", "--model.mask-ratio", "0"], "leaves no visible or no hidden"),
+        (["train", "itpn-pixel_nano", "--model.mask-ratio", "0"], "leaves no visible or no masked"),
         (["train", "itpn-pixel_nano", "--data.batch-size", "0"], "--data.batch-size must be at least 1"),
         (["train", "itpn-pixel_nano", "--model.in-chans", "4"], "--model.in-chans must be 1 (grey) or 3"),
         (["train", "itpn-pixel_nano", "--data.mean", "1", "2"], "--data.mean needs one number"),
@@ -105,14 +105,15 @@ def test_a_recipe_file_with_a_mistake(capsys, tmp_path):
 
 def test_a_checkpoint_of_another_model(capsys, tmp_path, photos):
     arguments = ["--data.root", str(photos), "--data.num-workers", "0", "--output-dir", str(tmp_path)]
-    small = ["--model.decoder-width", "32", "--model.decoder-depth", "1", "--trainer.max-steps", "1"]
+    small = ["--model.decoder-embed-dim", "32", "--model.decoder-depth", "1", "--trainer.max-steps", "1"]
     assert main(["train", "itpn-pixel_nano", *arguments, *small]) == 0
     weights = tmp_path / "itpn-pixel_nano/default/model.safetensors"
     capsys.readouterr()
     answer = mistake(capsys, "train", "itpn-pixel_tiny", *arguments, "--model.checkpoint", str(weights))
     assert "holds another model: it has 4 attention heads, the model 6" in answer
     assert answer.strip().endswith(
-        "; it takes --model.name itpn_nano --model.decoder-width 32 --model.decoder-depth 1 --model.decoder-heads 4"
+        "; it takes --model.name itpn_nano --model.decoder-embed-dim 32 --model.decoder-depth 1 "
+        "--model.decoder-num-heads 4"
     )
     foreign = tmp_path / "other.safetensors"
     foreign.write_bytes(b"not safetensors at all")

@@ -69,7 +69,7 @@ def test_published_settings():
             _, config = read_recipe(f"itpn-pixel_hivit-{size}-p16_8xb512-amp-coslr-{epochs}e_in1k")
             model, data, optimizer = config.model, config.data, config.optimizer
             assert (model.name, model.mask_ratio, model.decoder_depth) == (f"itpn_{size}", 0.75, 6)
-            assert (model.decoder_width, model.decoder_heads, model.patch_size) == (512, 16, 16)
+            assert (model.decoder_embed_dim, model.decoder_num_heads, model.patch_size) == (512, 16, 16)
             assert (data.batch_size, data.img_size, data.crop_scale, data.hflip) == (512, 224, (0.2, 1.0), 0.5)
             assert (data.root, data.interpolation) == (("data/imagenet",), "bicubic")
             assert (optimizer.base_lr, optimizer.betas, optimizer.weight_decay) == (1.5e-4, (0.9, 0.95), 0.05)
@@ -88,10 +88,10 @@ def test_settings_of_mmpretrains_clip(epochs, beta, drop_path):
         drop_path,
         True,
     )
-    assert (model.mask, round(196 * model.mask_ratio), model.hidden_units) == ("block", 75, "mask_token")
-    assert (model.feature_loss, model.feature_units, model.hidden_laterals) == ("cosine", "hidden", True)
+    assert (model.mask, round(196 * model.mask_ratio), model.masked_patches) == ("block", 75, "mask_token")
+    assert (model.feature_loss, model.feature_patches, model.masked_laterals) == ("cosine", "masked", True)
     assert (model.pixel_weight, model.feature_weight, model.auxiliary_weight) == (0.0, 1.0, 0.0)
-    assert (model.decoder_width, model.decoder_depth, model.pyramid_depth) == (512, 0, None)
+    assert (model.decoder_embed_dim, model.decoder_depth, model.pyramid_depth) == (512, 0, None)
     assert (data.batch_size, data.color_jitter, data.crop_scale, data.hflip) == (256, 0.4, (0.2, 1.0), 0.5)
     assert optimizer.base_lr * 2048 / 256 == pytest.approx(1.5e-3)
     assert (optimizer.betas, optimizer.weight_decay, optimizer.clip_grad) == ((0.9, beta), 0.05, 3.0)
@@ -107,9 +107,9 @@ def test_settings_of_the_official_clip(teacher, model, width, drop_path, size):
     name = f"itpn-clip-{teacher}_hivit-{model}-p16_8xb256-amp-coslr-800e_in1k" + ("-256px" if size == 256 else "")
     _, config = read_recipe(name)
     assert config.model.name == f"itpn_{model.replace('-', '_')}"
-    assert (config.model.feature_loss, config.model.feature_units) == ("smooth_l1", "all")
+    assert (config.model.feature_loss, config.model.feature_patches) == ("smooth_l1", "all")
     assert (config.model.feature_weight, config.model.auxiliary_weight) == (1.0, 1.0)
-    assert (config.model.decoder_width, config.model.drop_path_rate) == (width, drop_path)
+    assert (config.model.decoder_embed_dim, config.model.drop_path_rate) == (width, drop_path)
     assert (config.model.pyramid_depth, config.data.img_size) == (1, size)
     assert config.teacher.normalize
     assert config.teacher.name.startswith(f"vit_{'base_patch16' if teacher == 'b' else 'large_patch14'}_clip")
@@ -133,9 +133,9 @@ def test_masked_feature_modelling_is_added_to_pixels():
         ({"pixel_weight": -1.0}, {}, "--model.pixel-weight must be at least 0"),
         ({"feature_weight": 1.0}, {}, "needs a teacher"),
         ({}, {"name": "ema"}, "has nothing to do"),
-        ({"hidden_laterals": True}, {}, "needs --model.hidden-units mask_token"),
-        ({"hidden_laterals": True, "hidden_units": "mask_token"}, {}, "shows the pixels"),
-        ({"decoder_depth": 0}, {}, "without a view of the others"),
+        ({"masked_laterals": True}, {}, "needs --model.masked-patches mask_token"),
+        ({"masked_laterals": True, "masked_patches": "mask_token"}, {}, "shows the pixels"),
+        ({"decoder_depth": 0}, {}, "without attention to the others"),
         (
             {"pyramid_weights": (1.0, 0.0, 0.0), "pyramid_head_depth": 0},
             {"name": "ema"},
@@ -178,7 +178,7 @@ def test_numbers_as_people_write_them_in_yaml(tmp_path):
         ("data", "hflip", 2.0),
         ("data", "crop_scale", (0.5, 0.2)),
         ("data", "crop_ratio", (0.0, 1.0)),
-        ("model", "decoder_heads", 0),
+        ("model", "decoder_num_heads", 0),
         ("model", "pyramid_width", 0),
         ("model", "drop_path_rate", 1.5),
         ("model", "pos_embed", "none"),

@@ -77,7 +77,13 @@ def test_ours_computes_what_the_public_file_does(tmp_path, case):
 @pytest.mark.parametrize("form", ["official", "mmpretrain"])
 @pytest.mark.parametrize("options", [{}, {"init_values": 0.1, "rel_pos_bias": True, "pyramid_depth": 2}])
 def test_ours_come_back_bit_by_bit(tmp_path, form, options):
-    settings = {"name": "itpn_tiny", "patch_size": 8, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
+    settings = {
+        "name": "itpn_tiny",
+        "patch_size": 8,
+        "decoder_embed_dim": 32,
+        "decoder_depth": 2,
+        "decoder_num_heads": 2,
+    }
     config = PretrainingConfig(
         model=PretrainingModelConfig(**settings, **options), data=PretrainingDataConfig(img_size=32)
     )
@@ -85,7 +91,7 @@ def test_ours_come_back_bit_by_bit(tmp_path, form, options):
     save_weights(tmp_path / "model.safetensors", model, "test", config)
     convert(tmp_path / "model.safetensors", tmp_path / "theirs.pth", form)
     convert(tmp_path / "theirs.pth", tmp_path / "again.safetensors")
-    again = itpn.load(tmp_path / "again.safetensors", decoder_heads=2)
+    again = itpn.load(tmp_path / "again.safetensors", decoder_num_heads=2)
     assert_same(again.state_dict(), model.state_dict())
 
 

@@ -23,7 +23,7 @@ from itpn.tasks.pretraining.start import load_weights, save_weights
 
 
 def model_config(**settings) -> PretrainingModelConfig:
-    own = {"name": "itpn_nano", "patch_size": 8, "decoder_width": 32, "decoder_depth": 2, "decoder_heads": 2}
+    own = {"name": "itpn_nano", "patch_size": 8, "decoder_embed_dim": 32, "decoder_depth": 2, "decoder_num_heads": 2}
     return PretrainingModelConfig(**{**own, **settings})
 
 
@@ -43,7 +43,7 @@ MFM = {"pyramid_weights": (0.1, 0.2, 0.3), "pyramid_head_width": 64}
 
 
 def test_what_is_predicted_may_change(tmp_path):
-    """From pixels to pixels and features, and back: what both have is kept, what is new starts fresh and is said."""
+    """From pixels to pixels and features, and back: what both have is kept, what is new is random and named."""
     teacher = TeacherConfig("ema")
     pixel = build_masked_model(model_config(), (32, 64))
     both = build_masked_model(model_config(**MFM), (32, 64), teacher)
@@ -52,7 +52,7 @@ def test_what_is_predicted_may_change(tmp_path):
         path, pixel, "test", PretrainingConfig(model=model_config(), data=PretrainingDataConfig(img_size=(32, 64)))
     )
     notes = load_weights(both, read_checkpoint(path))
-    assert notes == [f"{path} has no set of heads for pyramid levels: it starts fresh"]
+    assert notes == [f"{path} has no set of heads for pyramid levels: it is randomly initialized"]
     config = PretrainingConfig(
         model=model_config(**MFM), teacher=teacher, data=PretrainingDataConfig(img_size=(32, 64))
     )
@@ -63,9 +63,9 @@ def test_what_is_predicted_may_change(tmp_path):
         assert torch.equal(tensor, pixel.state_dict()[name]), name
     assert itpn.load(path).feature_losses == ["pyramid_1", "pyramid_2", "pyramid_3"]
     with pytest.raises(UserError, match=r"it has no mask token\. Pass strict=False"):
-        itpn.load(path, hidden_units="mask_token")
+        itpn.load(path, masked_patches="mask_token")
     with pytest.warns(UserWarning, match="has no") as said:
-        itpn.load(path, hidden_units="mask_token", strict=False)
+        itpn.load(path, masked_patches="mask_token", strict=False)
     assert [str(w.message).partition(" has no ")[2].partition(" (")[0] for w in said] == [
         "decoder that fits",
         "set of heads for pyramid levels that fits",
@@ -113,14 +113,14 @@ def test_another_backbone_or_pyramid_is_refused(tmp_path, there, here, names):
 
 
 @pytest.mark.parametrize(
-    "here", [{"decoder_depth": 1}, {"decoder_depth": 3}, {"decoder_width": 64}, {"decoder_heads": 4}]
+    "here", [{"decoder_depth": 1}, {"decoder_depth": 3}, {"decoder_embed_dim": 64}, {"decoder_num_heads": 4}]
 )
-def test_another_decoder_starts_fresh_and_is_said(tmp_path, here):
+def test_another_decoder_is_random_and_named(tmp_path, here):
     path = save(tmp_path)
     model, notes = load_into(path, **here)
     assert len(notes) == 1
     assert notes[0].startswith("FILE has no decoder that fits (")
-    assert notes[0].endswith("): it starts fresh")
+    assert notes[0].endswith("): it is randomly initialized")
     stored = read_checkpoint(path).tensors
     state = model.state_dict()
     assert torch.equal(state["backbone.stages.2.0.attn.qkv.weight"], stored["backbone.stages.2.0.attn.qkv.weight"])
@@ -236,7 +236,7 @@ def test_pretraining_goes_on_from_a_public_file(tmp_path, layout):
 
 
 def test_pretraining_goes_on_from_a_classifier(tmp_path):
-    """It has no pyramid and no decoder at all: both start fresh."""
+    """It has no pyramid and no decoder at all: both are random."""
     model = timm.create_model("fast_itpn_nano", img_size=32, patch_size=8, num_classes=5)
     torch.save(
         {"model": from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()}, "official_fast")[0]},
@@ -244,8 +244,8 @@ def test_pretraining_goes_on_from_a_classifier(tmp_path):
     )
     started, notes = load_into(tmp_path / "classifier.pth", (32, 32), name="fast_itpn_nano")
     assert [note.removeprefix("FILE ") for note in notes] == [
-        "has no decoder: it starts fresh",
-        "has no pyramid: it starts fresh",
+        "has no decoder: it is randomly initialized",
+        "has no pyramid: it is randomly initialized",
     ]
     assert torch.equal(started.backbone.stages[2][3].mlp.fc1.weight, model.stages[2][3].mlp.fc1.weight)
 
@@ -464,7 +464,7 @@ def test_a_folder_in_timms_layout_keeps_its_arguments(tmp_path):
 
 def test_a_teacher_of_another_width(tmp_path):
     """The complaint "size of tensor a (512) must match b (768)": the student of CLIP-L is told from that of CLIP-B."""
-    options = {"pixel_weight": 0.0, "feature_weight": 1.0, "hidden_units": "mask_token", "decoder_depth": 0}
+    options = {"pixel_weight": 0.0, "feature_weight": 1.0, "masked_patches": "mask_token", "decoder_depth": 0}
     settings = model_config(**options)
     wide = build_masked_model(settings, (32, 32), TeacherConfig("ema"))
     assert wide.decoder.heads["feature"].out_features == 128
@@ -483,7 +483,7 @@ def test_a_teacher_of_another_width(tmp_path):
     )
     (note,) = load_weights(narrow, read_checkpoint(tmp_path / "theirs.pth"))
     assert note.endswith(
-        "has no decoder that fits (decoder.heads.feature.bias is 768 there and 512 here): it starts fresh"
+        "has no decoder that fits (decoder.heads.feature.bias is 768 there and 512 here): it is randomly initialized"
     )
 
 

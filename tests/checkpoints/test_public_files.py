@@ -15,8 +15,8 @@ from itpn.models.pyramid import PyramidBackbone
 # heads of files that have no relative position table to tell them
 FOUR = {"num_heads": 4}
 HEADS = {
-    "mm_pixel": {**FOUR, "decoder_heads": 4},
-    "off_pixel_pretrain": {**FOUR, "decoder_heads": 4},
+    "mm_pixel": {**FOUR, "decoder_num_heads": 4},
+    "off_pixel_pretrain": {**FOUR, "decoder_num_heads": 4},
     "mm_hivit_features_nonsquare": FOUR,
     "off_det_pixel": FOUR,
     "off_fast_itpn": FOUR,

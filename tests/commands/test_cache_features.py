@@ -53,7 +53,7 @@ def ema(settings):
 def clip(settings, tower):
     """4x4 units of 8 px; a tower of patch 16 sees them in 64 px."""
     config = settings()
-    config.model = replace(config.model, mask="block", mask_ratio=0.5, hidden_units="mask_token", **ALL)
+    config.model = replace(config.model, mask="block", mask_ratio=0.5, masked_patches="mask_token", **ALL)
     config.teacher = TeacherConfig("clip", checkpoint=tower)
     config.data.color_jitter = 0.4
     return config
@@ -64,10 +64,10 @@ def rows(run: Path) -> list[dict[str, float]]:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize(("hidden_units", "accumulate", "stop"), [("dropped", 1, 8), ("mask_token", 2, 7)])
-def test_a_resumed_run_with_an_average_and_block_masks_is_the_same(ema, monkeypatch, hidden_units, accumulate, stop):
+@pytest.mark.parametrize(("masked_patches", "accumulate", "stop"), [("dropped", 1, 8), ("mask_token", 2, 7)])
+def test_a_resumed_run_with_an_average_and_block_masks_is_the_same(ema, monkeypatch, masked_patches, accumulate, stop):
     config = ema(accumulate_grad_batches=accumulate)
-    config.model.hidden_units = hidden_units
+    config.model.masked_patches = masked_patches
     straight, resumed = run_straight_and_stopped(config, monkeypatch, stop)
     assert_same_run(straight, resumed)
     assert losses(straight) == losses(resumed)
@@ -136,7 +136,7 @@ def test_a_tower_resumes_to_the_bit(clip, monkeypatch):
 def cache_arguments(config, out) -> list[str]:
     return [
         *("cache-features", "itpn-pixel_nano", "--out", str(out), "--data.root", *config.data.root),
-        *("--data.img-size", "32", "--model.hidden-units", "mask_token", "--model.mask-ratio", "0.5"),
+        *("--data.img-size", "32", "--model.masked-patches", "mask_token", "--model.mask-ratio", "0.5"),
         *("--model.feature-weight", "1", "--teacher.name", "clip", "--teacher.checkpoint", config.teacher.checkpoint),
         *("--data.color-jitter", "0.4", "--data.num-workers", "0", "--data.batch-size", "5"),
     ]
@@ -285,7 +285,7 @@ def test_caching_stops_at_too_many_broken_images(clip, tmp_path, capsys):
 
 def test_features_alone_in_bf16_and_their_pictures(clip, tmp_path, capsys):
     """The published CLIP objective through training, pictures and `itpn predict`, which has no teacher."""
-    published = {"mask_ratio": 75 / 196, "hidden_laterals": True, "decoder_depth": 0, "feature_loss": "cosine"}
+    published = {"mask_ratio": 75 / 196, "masked_laterals": True, "decoder_depth": 0, "feature_loss": "cosine"}
     weights = {"pixel_weight": 0.0, "feature_weight": 1.0, "auxiliary_weight": 0.0, "pyramid_weights": (0.0, 0.0, 0.0)}
     clip.model = replace(clip.model, **published, **weights)
     clip.trainer.precision = "bf16-mixed"

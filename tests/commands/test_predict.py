@@ -163,7 +163,7 @@ def test_inspect_is_a_report_that_a_person_understands(tmp_path, capsys):
         "the authors' code (Fast-iTPN), under 'model'",
         "layer scale in stage 3, SwiGLU and sub-LN",
         "num_heads=1 (64 channels each): not in the file, give them if they differ",
-        "it has no pyramid: starts fresh",
+        "it has no pyramid: randomly initialized",
         "everything is there",
         "task='classification')",
     ):

@@ -305,7 +305,7 @@ def test_splits_by_the_names_of_shards(large, whole, tmp_path):
 def test_training_from_them(whole, tmp_path):
     steps = ["--trainer.max-steps", "2", "--data.batch-size", "4", "--data.num-workers", "0"]
     common = ["--data.root", str(whole), *steps, "--output-dir", str(tmp_path)]
-    small = ["--data.img-size", "32", "--model.decoder-width", "32", "--model.decoder-depth", "1"]
+    small = ["--data.img-size", "32", "--model.decoder-embed-dim", "32", "--model.decoder-depth", "1"]
     assert main(["train", "itpn-pixel_nano", *common, *small]) == 0
     run = tmp_path / "itpn-pixel_nano/default"
     summary = json.loads((run / "summary.json").read_text())

@@ -128,10 +128,12 @@ def test_a_run(folder, tmp_path, monkeypatch):
     weights = []
     for decode in ("workers", "gpu"):
         config = PretrainingConfig(
-            model=PretrainingModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
+            model=PretrainingModelConfig(
+                "itpn_nano", patch_size=8, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
+            ),
             data=PretrainingDataConfig(root=(str(folder),), img_size=32, batch_size=4, num_workers=0, decode=decode),
             optimizer=OptimizerConfig(lr=1e-3),
-            trainer=TrainerConfig(max_steps=4, picture_every_n_steps=100),
+            trainer=TrainerConfig(max_steps=4, visualize_every_n_steps=100),
             output_dir=str(tmp_path / "runs"),
             name=decode,
         )

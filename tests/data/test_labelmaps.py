@@ -518,7 +518,7 @@ def test_each_invalid_annotation_is_found_named_and_left_out(root, kind):
     logged = []
     find(root, on_invalid="skip", log=logged.append)
     assert len(logged) == 1
-    assert "left out (--data.mistakes summary shows" in logged[0]
+    assert "left out (--data.invalid-annotations summary shows" in logged[0]
 
 
 def test_what_is_not_read_is_counted_by_suffix(root):

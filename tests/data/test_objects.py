@@ -339,7 +339,7 @@ def test_each_invalid_annotation_is_found_named_and_left_out(root, kind):
     logged = []
     read_objects(str(root), "train", "skip", logged.append)
     assert len(logged) == 1
-    assert "left out (--data.mistakes summary shows" in logged[0]
+    assert "left out (--data.invalid-annotations summary shows" in logged[0]
 
 
 @pytest.mark.parametrize(

@@ -614,10 +614,10 @@ def test_a_line_that_cannot_be_read_leaves_the_others(tmp_path, capsys, line, re
     assert logged[0].startswith(f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}")
     assert f", {place}/0.txt: line 4: {reason}" in logged[0]
     assert logged[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.txt: line 1: {reason}")
-    code, _, errors = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
+    code, _, errors = train(root, tmp_path / "runs", capsys, "--data.invalid-annotations", "error")
     assert code == 2
     assert f"objects that cannot be read: 2 ({place}/0.txt: line 1: {reason}" in errors
-    assert errors.endswith("--data.mistakes skip leaves these out")
+    assert errors.endswith("--data.invalid-annotations skip leaves these out")
     with pytest.raises(UserError, match="has no images that can be used: images whose annotations cannot be read: 1"):
         read(write_yolo(tmp_path / "b", line))
 
@@ -692,7 +692,7 @@ def test_an_object_that_cannot_be_read_leaves_the_others(tmp_path, capsys, reaso
     assert logged[0].startswith(f"objects that cannot be read: 1 ({place}/0.xml: {reason}")
     assert logged[1].startswith(f"images whose annotations cannot be read: 1 ({place}/1.xml: object 1")
     assert max(map(len, logged)) < 1000
-    code, _, errors = train(root, tmp_path / "runs", capsys, "--data.mistakes", "error")
+    code, _, errors = train(root, tmp_path / "runs", capsys, "--data.invalid-annotations", "error")
     assert code == 2
     assert f"objects that cannot be read: 1 ({place}/0.xml: {reason}" in errors
 

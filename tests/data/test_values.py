@@ -492,7 +492,7 @@ def test_one_warning_in_training_and_prediction(folder, tmp_path, capfd, workers
 
 
 def test_one_warning_in_evaluation(folder, tmp_path, capfd):
-    common = ("--data.root", folder, "--data.num-workers", 1, "--data.val-share", 0.5)
+    common = ("--data.root", folder, "--data.num-workers", 1, "--data.val-fraction", 0.5)
     options = ("--output-dir", tmp_path / "runs", "--name", "c", "--model.name", "itpn_nano", "--model.patch-size", 8)
     options += ("--model.scratch",)
     assert run("train", "classifier_small", *common, *TINY, *options) == 0

@@ -24,10 +24,12 @@ GPU = pytest.mark.gpu
 )
 def test_a_run(photos, tmp_path, capsys, accelerator, decode):
     config = PretrainingConfig(
-        model=PretrainingModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        model=PretrainingModelConfig(
+            "itpn_nano", patch_size=8, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
+        ),
         data=PretrainingDataConfig(root=(str(photos),), img_size=32, batch_size=8, num_workers=0, decode=decode),
         optimizer=OptimizerConfig(lr=1e-3),
-        trainer=TrainerConfig(max_steps=6, log_every_n_steps=2, picture_every_n_steps=3, accelerator=accelerator),
+        trainer=TrainerConfig(max_steps=6, log_every_n_steps=2, visualize_every_n_steps=3, accelerator=accelerator),
         output_dir=str(tmp_path),
     )
     run = train(config, "test")

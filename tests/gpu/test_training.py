@@ -51,13 +51,13 @@ from itpn.training.module import TrainingModule
 from itpn.training.run_folder import RunFolder
 from itpn.training.state import Job, Training
 
-SMALL = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
+SMALL = {"patch_size": 8, "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "pyramid_head_width": 64}
 FEATURES = {
     "pixel_weight": 0.0,
     "feature_weight": 1.0,
     "auxiliary_weight": 1.0,
-    "feature_units": "all",
-    "hidden_units": "mask_token",
+    "feature_patches": "all",
+    "masked_patches": "mask_token",
     "mask": "block",
     "mask_ratio": 0.4,
     "rel_pos_bias": True,

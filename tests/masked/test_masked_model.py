@@ -16,7 +16,7 @@ from itpn.tasks.pretraining.network import build_masked_model
 def small(img_size=(32, 48), **settings):
     torch.manual_seed(0)
     config = PretrainingModelConfig(
-        "itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2, **settings
+        "itpn_nano", patch_size=8, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2, **settings
     )
     return build_masked_model(config, img_size)
 

@@ -17,7 +17,13 @@ WEIGHTS = {"pixel": 1.0, "feature": 0.5, "auxiliary": 0.25, "pyramid_1": 0.1, "p
 
 def build(teacher="ema", img_size=(32, 48), **settings) -> MaskedImageModel:
     torch.manual_seed(0)
-    own = {"patch_size": 8, "decoder_width": 32, "decoder_depth": 1, "decoder_heads": 2, "pyramid_head_width": 64}
+    own = {
+        "patch_size": 8,
+        "decoder_embed_dim": 32,
+        "decoder_depth": 1,
+        "decoder_num_heads": 2,
+        "pyramid_head_width": 64,
+    }
     config = PretrainingModelConfig("itpn_nano", **{**own, **settings})
     return build_masked_model(config, img_size, TeacherConfig(teacher, width=None if teacher == "ema" else 24))
 
@@ -31,12 +37,12 @@ def images():
     return torch.randn(3, 3, 32, 48, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("hidden_units", ["dropped", "mask_token"])
+@pytest.mark.parametrize("masked_patches", ["dropped", "mask_token"])
 @pytest.mark.parametrize("mask", ["random", "block"])
-@pytest.mark.parametrize("units", ["all", "hidden"])
-def test_any_combination(images, hidden_units, mask, units):
+@pytest.mark.parametrize("units", ["all", "masked"])
+def test_any_combination(images, masked_patches, mask, units):
     """All six losses at once, their weighted sum, and a gradient for everything that is trained."""
-    model = build(hidden_units=hidden_units, mask=mask, mask_ratio=0.5, feature_units=units, **ALL)
+    model = build(masked_patches=masked_patches, mask=mask, mask_ratio=0.5, feature_patches=units, **ALL)
     output = model.train()(images, target=features(model, images))
     assert list(output.losses) == list(WEIGHTS)
     by_hand = sum(WEIGHTS[name] * loss for name, loss in output.losses.items())
@@ -46,17 +52,17 @@ def test_any_combination(images, hidden_units, mask, units):
     assert idle == []
 
 
-@pytest.mark.parametrize("hidden_units", ["dropped", "mask_token"])
-@pytest.mark.parametrize("units", ["all", "hidden"])
+@pytest.mark.parametrize("masked_patches", ["dropped", "mask_token"])
+@pytest.mark.parametrize("units", ["all", "masked"])
 @pytest.mark.parametrize("loss", ["smooth_l1", "cosine", "cross_entropy"])
-def test_losses_by_hand(images, hidden_units, units, loss):
-    model = build(hidden_units=hidden_units, feature_units=units, feature_loss=loss, **ALL)
+def test_losses_by_hand(images, masked_patches, units, loss):
+    model = build(masked_patches=masked_patches, feature_patches=units, feature_loss=loss, **ALL)
     mask, target = draw_random_mask(3, 24, 0.75), features(model, images)
     outputs = [model.train(mode)(images, mask, target) for mode in (True, False)]
     for name in WEIGHTS:  # training predicts fewer patches, with the same losses
         torch.testing.assert_close(outputs[0].losses[name], outputs[1].losses[name])
     split = None
-    if hidden_units == "dropped":
+    if masked_patches == "dropped":
         _, split = model._make_mask(images, mask, (4, 6))
     model.eval()
     for name, tokens, head in model._decode(images, mask, split, (4, 6)):
@@ -73,10 +79,10 @@ def test_losses_by_hand(images, hidden_units, units, loss):
         torch.testing.assert_close(outputs[1].losses[name], by_hand)
 
 
-@pytest.mark.parametrize("hidden_units", ["dropped", "mask_token"])
-def test_no_prediction_depends_on_masked_pixels(images, hidden_units):
+@pytest.mark.parametrize("masked_patches", ["dropped", "mask_token"])
+def test_no_prediction_depends_on_masked_pixels(images, masked_patches):
     """Of any head; with mask tokens, stages 1 and 2 of masked patches are computed but kept out of the pyramid."""
-    model = build(hidden_units=hidden_units, **ALL).eval()
+    model = build(masked_patches=masked_patches, **ALL).eval()
     mask = draw_random_mask(3, 24, 0.75)
     changed = images.clone()
     row, col = divmod(int(mask[0].nonzero()[0]), 6)
@@ -90,7 +96,7 @@ def test_no_prediction_depends_on_masked_pixels(images, hidden_units):
 
 def test_mask_tokens_replace_masked_patches(images):
     """Stage 3 gets the mask token and the position of a masked patch, whatever the image."""
-    model = build(hidden_units="mask_token", **ALL).eval()
+    model = build(masked_patches="mask_token", **ALL).eval()
     mask = torch.ones(3, 24, dtype=torch.bool)
     mask[:, 0] = False
     others = images.clone()
@@ -103,7 +109,7 @@ def test_mask_tokens_replace_masked_patches(images):
 
 def test_masks_with_different_counts_in_each_image(images):
     """With mask tokens, counts may differ; every masked patch has the same weight."""
-    model = build(hidden_units="mask_token", **ALL)
+    model = build(masked_patches="mask_token", **ALL)
     mask = torch.zeros(3, 24, dtype=torch.bool)
     mask[0, :3], mask[1, 5:17], mask[2, 9] = True, True, True
     output = model.train()(images, mask, features(model, images))
@@ -197,7 +203,7 @@ def test_momentum():
 def test_training_computes_the_pyramid_of_masked_patches_only(images, laterals, auxiliary):
     """Where no head has blocks; here the number of masked patches differs between images."""
     weights = {"pixel_weight": 0.0, "feature_weight": 0.5, "auxiliary_weight": auxiliary}
-    model = build(decoder_depth=0, hidden_units="mask_token", mask="block", hidden_laterals=laterals, **weights)
+    model = build(decoder_depth=0, masked_patches="mask_token", mask="block", masked_laterals=laterals, **weights)
     mask = torch.zeros(3, 24, dtype=torch.bool)
     mask[0, 3:9] = mask[1, [0, 20]] = mask[2, 10:14] = True
     counts, outputs, gradients = [], [], []

@@ -74,7 +74,7 @@ def settings(coloured, tmp_path):
             ),
             optimizer=FineTuningConfig(lr=2e-3, layer_decay=0.8),
             trainer=TrainerConfig(
-                max_epochs=3, log_every_n_steps=1, checkpoint_every_n_steps=100, picture_every_n_steps=100
+                max_epochs=3, log_every_n_steps=1, checkpoint_every_n_steps=100, visualize_every_n_steps=100
             ),
             evaluation=ClassificationEvaluationConfig(batch_size=5),
             output_dir=str(tmp_path / "runs"),
@@ -113,7 +113,7 @@ def test_a_run_from_a_checkpoint_to_its_files(settings, tmp_path, coloured, caps
     config.trainer.max_epochs = 8
     folder = train(config, "test")
     said = " ".join(capsys.readouterr().out.split())
-    assert "has no classifier: it starts fresh" in said
+    assert "has no classifier: it is randomly initialized" in said
     assert "24 images (3 classes, 12 more to evaluate on)" in said
     assert "64x64 px" in said
     summary = json.loads((folder / "summary.json").read_text())
@@ -195,7 +195,7 @@ def test_a_classifier_of_the_same_classes_is_kept(settings, tmp_path, coloured, 
     kept.optimizer.lr, kept.name = 0.0, "kept"
     capsys.readouterr()
     second = train(kept, "test")
-    assert "starts fresh" not in capsys.readouterr().out
+    assert "randomly initialized" not in capsys.readouterr().out
     one, two = (load_file(folder / "model.safetensors") for folder in (first, second))
     assert all(torch.equal(one[name], two[name]) for name in one)
     # other names: as many classes, but not these
@@ -207,7 +207,10 @@ def test_a_classifier_of_the_same_classes_is_kept(settings, tmp_path, coloured, 
     kept.data.root, kept.name = (str(tmp_path / "renamed"),), "renamed"
     train(kept, "test")
     said = " ".join(capsys.readouterr().out.split())
-    assert "names 3 classes (blue, green, red), and the images have others: what names them starts fresh" in said
+    assert (
+        "names 3 classes (blue, green, red), and the images have others: the layers that predict classes are randomly "
+        "initialized" in said
+    )
     assert "has no classifier" not in said
 
 
@@ -276,7 +279,7 @@ PAIRS = [
 
 @pytest.mark.parametrize(("pretraining", "finetuning"), PAIRS)
 def test_recipes_take_the_checkpoints_that_they_are_named_after(pretraining, finetuning, tmp_path):
-    """Whole sizes; only the classifier starts fresh, and all of the backbone arrives."""
+    """Whole sizes; only the classifier is random, and all of the backbone arrives."""
     from itpn.tasks.pretraining.network import build_masked_model
     from itpn.tasks.recipes import read_recipe
 
@@ -285,7 +288,7 @@ def test_recipes_take_the_checkpoints_that_they_are_named_after(pretraining, fin
     path = tmp_path / "pretrained.pth"
     source = build_masked_model(config.model, (224, 224), config.teacher)
     torch.save(source.backbone.state_dict(), path)
-    with pytest.warns(UserWarning, match="has no classifier: it starts fresh") as said:
+    with pytest.warns(UserWarning, match="has no classifier: it is randomly initialized") as said:
         model = itpn.get_model(finetuning, pretrained=path, num_classes=7)
     assert all("no classifier" in str(w.message) or "another image size" in str(w.message) for w in said)
     own = source.backbone.state_dict()
@@ -341,7 +344,7 @@ def test_names_with_markup(settings, tmp_path, coloured, capsys):
 def test_evaluating_one_set_of_class_folders(settings, tmp_path, coloured, capsys):
     """A test set as a whole; the folder that the run was trained on, but for what the run held out."""
     config = settings(ema_decay=None)
-    config.data.root, config.data.val_share, config.seed = (str(coloured / "train"),), 0.25, 5
+    config.data.root, config.data.val_fraction, config.seed = (str(coloured / "train"),), 0.25, 5
     config.trainer.max_epochs = 1
     folder = train(config, "test")
     found = json.loads((folder / "summary.json").read_text())["metrics"]
@@ -379,7 +382,7 @@ def test_evaluate_writes_what_the_run_found(settings, tmp_path, capsys):
     assert np.trace(counts) == round(12 * figures["top1"])
     assert Image.open(tmp_path / "e" / "confusion.png").size[0] > 300
     capsys.readouterr()
-    assert main([*command, "--out", str(tmp_path / "k"), "--knn", "--evaluation.neighbours", "3"]) == 0
+    assert main([*command, "--out", str(tmp_path / "k"), "--knn", "--evaluation.knn-k", "3"]) == 0
     assert "by 3 nearest neighbours" in " ".join(capsys.readouterr().out.split())
     assert json.loads((tmp_path / "k" / "evaluation.json").read_text())["top1"] > 0.9
     # other sizes of the images
@@ -480,7 +483,7 @@ def test_two_processes_train_and_validate(settings, tmp_path):
         (["--model.scratch"], "both --model.scratch and --model.checkpoint: choose one"),
         (["--optimizer.layer-decay", "0"], "--optimizer.layer-decay must be above 0"),
         (["--data.root", "nowhere"], "nowhere does not exist"),
-        (["--data.label-share", "1.5"], "--data.label-share must lie between 0 and 1"),
+        (["--data.label-fraction", "1.5"], "--data.label-fraction must lie between 0 and 1"),
     ],
 )
 def test_mistakes_are_one_line(settings, tmp_path, coloured, capsys, options, words):

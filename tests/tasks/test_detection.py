@@ -63,8 +63,8 @@ def settings(shapes, tmp_path):
                 scratch=True,
                 patch_size=16,
                 head_width=16,
-                proposals=40,
-                samples=16,
+                rpn_post_nms_top_n_train=40,
+                box_batch_size_per_image=16,
                 drop_path_rate=0.1,
             ),
             data=DetectionDataConfig(root=str(shapes), img_size=64, batch_size=4, num_workers=0),
@@ -180,7 +180,7 @@ def test_no_detections_at_all(shapes):
 def test_a_run_from_pretraining_to_its_files(settings, tmp_path, shapes, capsys):
     pretraining = PretrainingConfig(
         model=PretrainingModelConfig(
-            name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2
+            name="itpn_nano", patch_size=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
         ),
         data=PretrainingDataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
     )
@@ -191,7 +191,7 @@ def test_a_run_from_pretraining_to_its_files(settings, tmp_path, shapes, capsys)
     config.model.scratch, config.model.checkpoint = False, str(tmp_path / "pretrained.safetensors")
     folder = train(config, "test")
     said = " ".join(capsys.readouterr().out.split())
-    assert "has no set of detection heads: it starts fresh" in said
+    assert "has no set of detection heads: it is randomly initialized" in said
     assert "12 images (6 classes, 7 more to evaluate on)" in said
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["task"], summary["steps"]) == ("detection", 6)
@@ -258,7 +258,7 @@ def test_boxes_beside_outlines(settings, tmp_path, shapes, capsys):
             del one["segmentation"]
         file.write_text(json.dumps(content))
     config = settings(max_steps=1)
-    config.data.root, config.model.masks, config.data.mistakes = str(root), True, "error"
+    config.data.root, config.model.masks, config.data.invalid_annotations = str(root), True, "error"
     with pytest.raises(UserError, match=r"objects without an outline in .*: --model.masks False learns boxes alone"):
         train(config, "test")
     objects = len(json.loads((root / "annotations" / "instances_val2017.json").read_text())["annotations"])
@@ -314,7 +314,7 @@ def test_three_starts(settings, tmp_path):
     """The pre-trained pyramid; on the pre-trained backbone a fresh pyramid, and a feature pyramid network."""
     pretraining = PretrainingConfig(
         model=PretrainingModelConfig(
-            name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2
+            name="itpn_nano", patch_size=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
         ),
         data=PretrainingDataConfig(img_size=64),
     )
@@ -323,7 +323,7 @@ def test_three_starts(settings, tmp_path):
     found = itpn.checkpoints.files.read_checkpoint(tmp_path / "pretrained.safetensors")
     theirs = pretrained.state_dict()
     random = {}
-    for neck in ("pyramid", "fresh", "fpn"):
+    for neck in ("pyramid", "random", "fpn"):
         config = settings()
         config.model.neck, config.model.scratch, config.model.checkpoint = neck, False, "set"
         config, _ = resolve(config, found)
@@ -333,7 +333,7 @@ def test_three_starts(settings, tmp_path):
         assert any("feature pyramid network" in note for note in notes) == (neck == "fpn")
         assert not any("has no pyramid" in note for note in notes)
     heads = {"rpn", "roi_heads"}
-    assert random == {"pyramid": heads, "fresh": {"pyramid", *heads}, "fpn": {"fpn", *heads}}
+    assert random == {"pyramid": heads, "random": {"pyramid", *heads}, "fpn": {"fpn", *heads}}
 
 
 @pytest.mark.parametrize(("masks", "width"), [(False, 16), (True, 24)])
@@ -349,7 +349,7 @@ def test_heads_of_a_detector_go_on(settings, trained, masks, width):
     fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
     predictors = {"roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"}
     assert fresh == predictors | ({"roi_heads.mask_predictor.mask_fcn_logits"} if masks else set())
-    assert any("what names them starts fresh" in note for note in notes)
+    assert any("the layers that predict classes are randomly initialized" in note for note in notes)
     assert any("heads are of 16 channels" in note for note in notes) == (width == 24)
     assert config.model.head_width == 16  # as config.yaml will say
 
@@ -364,14 +364,14 @@ def test_heads_that_are_not_there_are_named(settings, tmp_path, shapes):
     config, _ = resolve(config, found)
     _, notes = build_model(config, CLASSES, True, found)
     for part in ("mask head", "predictor of masks"):
-        assert f"{found.source} has no {part}: it starts fresh" in notes
+        assert f"{found.source} has no {part}: it is randomly initialized" in notes
     assert len(notes) == 2
 
 
 def test_a_fresh_detector_sees_images_as_its_backbone_did(tmp_path):
     config = PretrainingConfig(
         model=PretrainingModelConfig(
-            name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2
+            name="itpn_nano", patch_size=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
         ),
         data=PretrainingDataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2,)),
     )
@@ -475,7 +475,7 @@ def test_hostile_annotations(shapes, tmp_path, damage, mistakes, capsys):
     root = Path(shutil.copytree(shapes, tmp_path / "coco"))
     words = damage(root)
     command = ["train", "detector_nano", "--data.root", str(root), "--output-dir", str(tmp_path / "runs")]
-    command += ["--model.scratch", "--model.name", "itpn_nano", "--data.mistakes", mistakes]
+    command += ["--model.scratch", "--model.name", "itpn_nano", "--data.invalid-annotations", mistakes]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert words in error
@@ -495,7 +495,10 @@ def test_hostile_annotations(shapes, tmp_path, damage, mistakes, capsys):
             "--data.max-size must be at least --data.img-size",
         ),
         ("--model.scratch --model.name itpn_nano --data.scales 2 1", "--data.scales needs two factors above 0"),
-        ("--model.scratch --model.name itpn_nano --model.samples 0", "--model.samples must be at least 1"),
+        (
+            "--model.scratch --model.name itpn_nano --model.box-batch-size-per-image 0",
+            "--model.box-batch-size-per-image must be at least 1",
+        ),
         ("--model.scratch --model.name itpn_nano --optimizer.milestones 0.9 0.2", "must be rising shares of the run"),
     ],
 )
@@ -582,7 +585,7 @@ def test_published_settings(name, model, drop_path, decay):
     assert optimizer.layer_decay_over is None
     assert (data.batch_size * 16, data.img_size, data.longest, data.crop_prob) == (32, 800, 1333, 0.5)
     assert (data.scales, data.large_scale_jitter, data.hflip) == ((0.6, 1.0), None, 0.5)
-    assert (config.model.head_width, config.model.samples, config.model.neck) == (256, 512, "pyramid")
+    assert (config.model.head_width, config.model.box_batch_size_per_image, config.model.neck) == (256, 512, "pyramid")
 
 
 def test_a_handful_of_images_is_learned_by_heart(settings, tmp_path):
@@ -593,7 +596,7 @@ def test_a_handful_of_images_is_learned_by_heart(settings, tmp_path):
     shutil.copy(annotations / "instances_train2017.json", annotations / "instances_val2017.json")
     config = settings(max_epochs=150, log_every_n_steps=50)
     config.model.patch_size, config.model.head_width, config.model.drop_path_rate = 8, 32, 0.0
-    config.model.proposals, config.model.samples = 40, 24
+    config.model.rpn_post_nms_top_n_train, config.model.box_batch_size_per_image = 40, 24
     config.data.root, config.data.batch_size = str(root), 6
     config.data.crop_prob, config.data.scales, config.data.hflip = 0.0, (1.0, 1.0), 0.0
     config.optimizer = FineTuningConfig(lr=2e-3, warmup_epochs=10, clip_grad=1.0)

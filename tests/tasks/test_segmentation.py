@@ -89,7 +89,7 @@ def trained(settings):
 def pretrained(tmp_path):
     config = PretrainingConfig(
         model=PretrainingModelConfig(
-            name="itpn_nano", patch_size=16, decoder_width=32, decoder_depth=1, decoder_heads=2
+            name="itpn_nano", patch_size=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
         ),
         data=PretrainingDataConfig(img_size=64, mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)),
     )
@@ -264,7 +264,7 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
     config.model.scratch, config.model.checkpoint = False, str(pretrained)
     folder = train(config, "test")
     said = " ".join(capsys.readouterr().out.split())
-    assert "has no segmentation head: it starts fresh" in said
+    assert "has no segmentation head: it is randomly initialized" in said
     assert "12 images (10 classes of pixels, 7 more to evaluate on)" in said
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["task"], summary["steps"]) == ("segmentation", 6)
@@ -320,10 +320,10 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, train_until):
 
 
 def test_three_starts(settings, pretrained):
-    """The pre-trained pyramid, a fresh one on the pre-trained backbone."""
+    """The pre-trained pyramid, a random one on the pre-trained backbone."""
     found = read_checkpoint(pretrained)
     random = {}
-    for neck in ("pyramid", "fresh"):
+    for neck in ("pyramid", "random"):
         config = settings()
         config.model.neck, config.model.scratch, config.model.checkpoint = neck, False, "set"
         config, _ = resolve(config, found)
@@ -335,7 +335,7 @@ def test_three_starts(settings, pretrained):
             if n not in found.tensors or not torch.equal(t, found.tensors[n])
         }
     heads = {"upernet", "classifier", "aux_classifier"}
-    assert random == {"pyramid": heads, "fresh": {*heads, "pyramid"}}
+    assert random == {"pyramid": heads, "random": {*heads, "pyramid"}}
 
 
 def test_a_segmenter_of_other_classes_goes_on(settings, trained):
@@ -348,7 +348,7 @@ def test_a_segmenter_of_other_classes_goes_on(settings, trained):
     own = named_tensors(model)
     fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
     assert fresh == {"classifier", "aux_classifier.4"}
-    assert any("what names them starts fresh" in note for note in notes)
+    assert any("the layers that predict classes are randomly initialized" in note for note in notes)
     assert any("the head is of 16 channels" in note for note in notes)
 
 
@@ -394,7 +394,7 @@ def test_what_was_held_out_is_evaluated(settings, shapes, tmp_path, capsys):
             shutil.copytree(shapes / part / "training", root / name)
         shutil.copy(shapes / "classes.txt", root)
     config = settings(max_steps=1)
-    config.data.root, config.data.val_share, config.seed = str(roots[0]), 0.25, 5
+    config.data.root, config.data.val_fraction, config.seed = str(roots[0]), 0.25, 5
     folder = train(config, "test")
     summary = json.loads((folder / "summary.json").read_text())["metrics"]
     for root, count in zip(roots, (3, 12), strict=True):
@@ -428,7 +428,7 @@ def test_published_settings(name, model, size):
     assert (optimizer.lr, optimizer.weight_decay, optimizer.layer_decay) == (3e-5, 0.05, 0.9)
     assert optimizer.layer_decay_over is None
     assert (data.batch_size * 8, data.img_size, data.short, data.scales) == (16, size, size, (0.5, 2.0))
-    assert (data.max_class_share, data.photometric, data.hflip) == (0.75, True, 0.5)
+    assert (data.max_class_fraction, data.photometric, data.hflip) == (0.75, True, 0.5)
     assert (data.reduce_zero_label, config.trainer.max_steps) == (True, 160_000)
     assert int(config.evaluation.stride * 512) == 341
     share = learning_rate(optimizer, 3e-5, 160_000, 1263)
@@ -482,7 +482,14 @@ def test_hostile_masks(shapes, tmp_path, damage, capsys):
     root = Path(shutil.copytree(shapes, tmp_path / "ade20k"))
     words = damage(root)
     command = ["train", "segmenter_nano", "--data.root", str(root), "--output-dir", str(tmp_path / "runs")]
-    command += ["--data.reduce-zero-label", "--model.scratch", "--model.name", "itpn_nano", "--data.mistakes", "error"]
+    command += [
+        "--data.reduce-zero-label",
+        "--model.scratch",
+        "--model.name",
+        "itpn_nano",
+        "--data.invalid-annotations",
+        "error",
+    ]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert words in error

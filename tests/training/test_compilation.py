@@ -35,7 +35,7 @@ def quick_compiler(monkeypatch):
 
 def test_a_whole_run_compiles_once(settings, quick_compiler, capsys):
     config = settings(compile=True)
-    config.trainer.picture_every_n_steps = 2
+    config.trainer.visualize_every_n_steps = 2
     config.teacher.name = "ema"
     config.model.pyramid_weights = (1.0, 1.0, 1.0)
     run = train(config, "small")

@@ -46,10 +46,12 @@ def finished(photos, tmp_path_factory):
     )
 
     config = PretrainingConfig(
-        model=PretrainingModelConfig("itpn_nano", patch_size=8, decoder_width=32, decoder_depth=1, decoder_heads=2),
+        model=PretrainingModelConfig(
+            "itpn_nano", patch_size=8, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
+        ),
         data=PretrainingDataConfig(root=(str(photos),), img_size=32, batch_size=8, num_workers=0),
         optimizer=OptimizerConfig(lr=2e-3),
-        trainer=TrainerConfig(max_epochs=20, log_every_n_steps=5, picture_every_n_steps=20),
+        trainer=TrainerConfig(max_epochs=20, log_every_n_steps=5, visualize_every_n_steps=20),
         output_dir=str(tmp_path_factory.mktemp("finished")),
     )
     return train(config, "small"), config
@@ -102,7 +104,7 @@ def test_speed_is_that_of_training(settings, photos, tmp_path, monkeypatch, caps
     for folder in ("train/ant", "train/bee", "val/ant", "val/bee"):
         shutil.copytree(photos, tmp_path / "probe" / folder)
     config = settings()
-    config.trainer.picture_every_n_steps = config.trainer.checkpoint_every_n_steps = 1
+    config.trainer.visualize_every_n_steps = config.trainer.checkpoint_every_n_steps = 1
     config.probe.root, config.probe.every_n_epochs = str(tmp_path / "probe"), 1
     run = train(config, "small")
     assert late >= 18 * 1000 + 18 * 1000 + 3 * 1000
@@ -181,7 +183,7 @@ def test_starting_from_weights(finished, settings, capsys):
     capsys.readouterr()
     other = itpn.load(train(replace(config, name="other"), "again") / "model.safetensors").state_dict()
     said = " ".join(capsys.readouterr().out.split())
-    assert "it starts fresh" in said
+    assert "it is randomly initialized" in said
     assert "is made for another image size: backbone.pos_embed resampled to 8x8 units" in said
     for name, tensor in theirs.items():
         if not name.startswith("decoder.") and name != "backbone.pos_embed":
@@ -252,7 +254,7 @@ def test_broken_images_are_skipped_and_counted(settings, photos, tmp_path, capsy
     assert summary["images_skipped"] == 2
     out = capsys.readouterr().out
     assert out.count("00-text.jpg") == out.count("00-cut.png") == 1
-    config.data.max_broken = 0.03
+    config.data.max_corrupt = 0.03
     with pytest.raises(UserError, match="2 of 54 images cannot be read"):
         train(replace(config, name="strict"), "test")
 
@@ -381,7 +383,7 @@ def test_what_pre_training_reads(tmp_path, settings, photos, capsys):
     with open(os.path.join(os.fsencode(root), b"Train", b"bad\n\xff[red].png"), "wb") as file:
         file.write(b"none")
     config = settings(max_steps=2)
-    config.data = replace(config.data, root=(str(root),), max_broken=0.5, batch_size=3)
+    config.data = replace(config.data, root=(str(root),), max_corrupt=0.5, batch_size=3)
     folder = train(config, "names")
     printed = capsys.readouterr()
     assert printed.err == f"{root}: for training: Train; left out: Val, extra\nnot read: 1 .heic\n"

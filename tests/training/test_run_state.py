@@ -70,7 +70,7 @@ def labelled(photos, tmp_path):
     def make(steps: int = 2) -> ClassificationConfig:
         config = ClassificationConfig(output_dir=str(tmp_path / "runs"))
         config.model.name, config.model.scratch, config.model.patch_size = "itpn_nano", True, 8
-        config.data = ClassificationDataConfig(root=(str(tmp_path / "labelled"),), val_share=0.3, img_size=32)
+        config.data = ClassificationDataConfig(root=(str(tmp_path / "labelled"),), val_fraction=0.3, img_size=32)
         config.data.batch_size, config.data.num_workers, config.data.mixup, config.data.cutmix = 4, 0, 0.0, 0.0
         config.trainer.max_steps, config.trainer.max_epochs = steps, 100
         config.trainer.checkpoint_every_n_steps = config.trainer.log_every_n_steps = 1

@@ -86,32 +86,34 @@ def all_names() -> list[str]:
     return [*heads(), *HEADLESS]
 
 
-def read_contents(checkpoint: Checkpoint, num_heads: int | None = None, decoder_heads: int | None = None) -> Contents:
+def read_contents(
+    checkpoint: Checkpoint, num_heads: int | None = None, decoder_num_heads: int | None = None
+) -> Contents:
     """Read widths, depths, heads and options from what a file says, or from its tensors.
 
     Args:
         num_heads: of stage 3; by default those that the file says, of the relative position table, of the registered
             model with these sizes, or one for each 64 channels.
-        decoder_heads: of the decoder; by default one for each 32 channels, as in the published ones.
+        decoder_num_heads: of the decoder; by default one for each 32 channels, as in the published ones.
 
     Raises:
         UserError: tensors without which the network cannot be told, or damaged metadata.
     """
-    for name, number in {"num_heads": num_heads, "decoder_heads": decoder_heads}.items():
+    for name, number in {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}.items():
         check_type(number, int | None, name)
         if number is not None and number < 1:
             raise UserError(f"{name} must be above 0, not {number}")
     spec = checkpoint.spec
     try:
-        found = _read(checkpoint, num_heads, decoder_heads) if spec is None else _read_spec(checkpoint, spec)
+        found = _read(checkpoint, num_heads, decoder_num_heads) if spec is None else _read_spec(checkpoint, spec)
     except (KeyError, IndexError, ValueError) as error:
         raise UserError(
             f"checkpoint {checkpoint.source} is not complete: its architecture cannot be read ({error})"
         ) from error
     if num_heads is not None:
         found.backbone["num_heads"] = num_heads
-    if decoder_heads is not None and found.decoder is not None:
-        found.decoder["num_heads"] = decoder_heads
+    if decoder_num_heads is not None and found.decoder is not None:
+        found.decoder["num_heads"] = decoder_num_heads
     return found
 
 
@@ -123,7 +125,7 @@ def _read_spec(checkpoint: Checkpoint, spec: NetworkSpec) -> Contents:
     return Contents(backbone, pyramid, own, spec.levels, read_guesses(checkpoint.metadata))
 
 
-def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_heads: int | None) -> Contents:
+def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_num_heads: int | None) -> Contents:
     tensors = checkpoint.tensors
     backbone = read_backbone(tensors, num_heads, checkpoint.grid)
     found = Contents(backbone, read_pyramid(tensors), levels=_read_levels(checkpoint))
@@ -131,8 +133,8 @@ def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_heads: int | No
     told = any("rel_pos" in name or "relative_position" in name for name in tensors)
     if num_heads is None and not told and find_variant(backbone) is None:
         found.guessed.append(f"num_heads={backbone['num_heads']} (64 channels each)")
-    if found.decoder is not None and found.decoder["depth"] and decoder_heads is None:
-        found.guessed.append(f"decoder_heads={found.decoder['num_heads']} (32 channels each)")
+    if found.decoder is not None and found.decoder["depth"] and decoder_num_heads is None:
+        found.guessed.append(f"decoder_num_heads={found.decoder['num_heads']} (32 channels each)")
     ADAPTERS[checkpoint.layout].complete(found)
     if arguments := checkpoint.metadata.get("model_args"):
         found.levels = name_levels(arguments.get("levels", found.levels))

@@ -166,7 +166,7 @@ def from_pretrained(source: str | Path, **overrides: Any) -> nn.Module:
         source: a folder of :func:`save_pretrained`, or ``hf-hub:OWNER/NAME``.
         overrides: arguments of ``timm.create_model`` that differ from the stored ones. Position tables are resampled
             to another ``img_size``, the first layer adapted to other ``in_chans``, and a classifier of another
-            ``num_classes`` starts fresh.
+            ``num_classes`` is randomly initialized.
 
     Raises:
         UserError: not there, damaged, not a repository in timm's layout, or its weights do not fit the overrides.

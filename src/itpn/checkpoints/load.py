@@ -41,7 +41,7 @@ def load(
         ema: take the EMA of the weights (``model_ema``) where the file has one beside them.
         overrides: settings that differ from the file's: arguments of HiViT (``img_size``, ``in_chans``,
             ``num_classes``, ``drop_path_rate``, ...), of the head, ``levels`` of a pyramid; ``num_heads`` and
-            ``decoder_heads`` where the file cannot tell them; for pre-training files of ours the model settings of
+            ``decoder_num_heads`` where the file cannot tell them; for pre-training files of ours the model settings of
             their recipe.
 
     Raises:
@@ -90,7 +90,7 @@ def find_spec(checkpoint: Checkpoint, task: str | None, overrides: Mapping[str, 
         if spec is not None:
             return spec
     rest = dict(overrides)
-    contents = read_contents(checkpoint, rest.pop("num_heads", None), rest.pop("decoder_heads", None))
+    contents = read_contents(checkpoint, rest.pop("num_heads", None), rest.pop("decoder_num_heads", None))
     name = task or contents.names[0]
     spec = contents.spec(name)
     if name in heads() and name not in contents.heads:

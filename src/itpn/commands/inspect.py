@@ -7,7 +7,7 @@ from itpn.checkpoints.match import Finding
 from itpn.checkpoints.report import inspect
 from itpn.system.console import Answer
 
-MISSING = {"random": "starts fresh", "harmful": "does not fit"}
+MISSING = {"random": "randomly initialized", "harmful": "does not fit"}
 
 
 def print_report(checkpoint: str) -> None:

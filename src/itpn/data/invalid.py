@@ -68,7 +68,7 @@ class InvalidAnnotations:
             return
         lines = self.lines()
         if on_invalid == "error":
-            raise UserError(f"{source}: {'; '.join(lines)}; --data.mistakes skip leaves these out")
+            raise UserError(f"{source}: {'; '.join(lines)}; --data.invalid-annotations skip leaves these out")
         if on_invalid == "summary":
             log(f"{source}: invalid annotations, left out or corrected:")
             for line in lines:
@@ -76,4 +76,4 @@ class InvalidAnnotations:
         else:
             count = sum(self.counts.values())
             what = f"invalid annotation{'s' * (count != 1)} left out"
-            log(f"{source}: {count:,} {what} (--data.mistakes summary shows which)")
+            log(f"{source}: {count:,} {what} (--data.invalid-annotations summary shows which)")

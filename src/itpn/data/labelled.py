@@ -117,7 +117,7 @@ def find_labelled(
         held_out = draw_fraction(train, val_fraction, seed)
         held_out = held_out[counts[train.labels[held_out]] > 1]  # a class must not lose its only image
         if not len(held_out):
-            raise UserError(f"{where} holds an image of each class: none can be held out; give --data.val-share 0")
+            raise UserError(f"{where} holds an image of each class: none can be held out; give --data.val-fraction 0")
         rest = np.setdiff1d(np.arange(len(train)), held_out)
         return train.take(rest), train.take(held_out)
     unknown = [val.classes[label] for label in np.unique(val.labels) if val.classes[label] not in train.classes]

@@ -58,7 +58,7 @@ class Objective:
     mask_ratio: float = 0.75
     masked_patches: Literal["dropped", "mask_token"] = "dropped"
     masked_laterals: bool = False
-    normalize_target: bool = True
+    norm_pix_loss: bool = True
     feature_loss: str = "smooth_l1"
     feature_patches: Literal["all", "masked"] = "masked"
 
@@ -254,7 +254,7 @@ class MaskedImageModel(nn.Module):
         if name != "pixel":
             return None
         pixels = patchify(images, self.backbone.patch_size, picked)
-        return normalize_patches(pixels)[0] if self.objective.normalize_target else pixels.float()
+        return normalize_patches(pixels)[0] if self.objective.norm_pix_loss else pixels.float()
 
     def _error(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
         """Error of each patch, [B, N] or [B, M]: the mean over its values."""
@@ -279,7 +279,7 @@ class MaskedImageModel(nn.Module):
         output = self.forward_eval(images, mask)
         patch_size, grid = self.backbone.patch_size, self.backbone.grid_of(images.shape[-2:])
         pixels = output.prediction.float()
-        if self.objective.normalize_target:
+        if self.objective.norm_pix_loss:
             _, mean, std = normalize_patches(patchify(images, patch_size))
             pixels = pixels * std + mean
         predicted = unpatchify(pixels, grid, patch_size)  # [B, C, H, W]

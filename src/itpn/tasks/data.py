@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+NO_IMAGES = "give --data.val-root or --data.val-fraction"
+
 
 @dataclass(frozen=True)
 class RunData:

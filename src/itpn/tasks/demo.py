@@ -85,7 +85,7 @@ def detector(folders: ShapesFolders) -> tuple[str, Any]:
     config.data.root = str(folders.coco)
     # many small steps of boxes alone: the most to be seen in a minute
     config.data.batch_size, config.data.scales, config.model.masks = 4, (1.0, 1.0), False
-    config.model.head_width, config.model.proposals, config.model.samples = 32, 100, 32
+    config.model.head_width, config.model.rpn_post_nms_top_n_train, config.model.box_batch_size_per_image = 32, 100, 32
     config.evaluation.batch_size = 10
     return recipe, config
 

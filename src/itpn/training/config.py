@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
+from itpn.checkpoints.older_settings import update_settings
 from itpn.errors import UserError
 from itpn.system.checks import check_type
 from itpn.system.writing import write_whole
@@ -53,8 +54,8 @@ class ImagesConfig(Settings):
     """How images are resized."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
-    max_broken: float = 0.05
-    """Share of unreadable images above which the run stops."""
+    max_corrupt: float = 0.05
+    """Fraction of corrupt images above which the run stops."""
     max_pixels: int = 2**27  # as itpn.data.decode.MAX_PIXELS
     """Images that declare more pixels than this are refused as decompression bombs."""
 
@@ -64,7 +65,7 @@ class CropsConfig(ImagesConfig):
     """Random crops of one size."""
 
     crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of a random crop as a share of the image."""
+    """Area of a random crop as a fraction of the image's."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     """Aspect ratio (width over height) of a random crop."""
     color_jitter: float = 0.0
@@ -80,22 +81,22 @@ class OptimizerConfig(Settings):
     lr: float | None = None
     """Peak learning rate as it is; overrides --optimizer.base-lr."""
     betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of AdamW's averages."""
+    """AdamW's beta 1 and beta 2."""
     weight_decay: float = 0.05
     """Decay of everything but norms, biases, position embeddings and mask tokens."""
     warmup_epochs: float = 40
     """Epochs of linear warm-up."""
     max_warmup: float = 0.1
-    """Largest share of the run that the warm-up may take, so that short runs get somewhere."""
+    """Largest fraction of the run that the warm-up may take, for short runs."""
     warmup_steps: int | None = None
     """Steps of linear warm-up; overrides --optimizer.warmup-epochs."""
     warmup_start: float = 1e-4
-    """Share of the peak learning rate at the first step."""
+    """Learning rate of the first step, as a fraction of the peak."""
     schedule: Literal["cosine", "linear", "step"] = "cosine"
     """After the warm-up: half a cosine or a line down to --optimizer.min-lr, or a tenth at each of
     --optimizer.milestones."""
     milestones: tuple[float, ...] = (9 / 12, 11 / 12)
-    """Shares of the run after which the step schedule lowers the learning rate to a tenth."""
+    """Fractions of the run after which the step schedule lowers the learning rate to a tenth."""
     min_lr: float = 0.0
     """Learning rate at the end of the cosine or the line."""
     clip_grad: float | None = None
@@ -109,7 +110,7 @@ class TrainerConfig(Settings):
     max_epochs: int = 800
     """Passes over the images; 0 in fine-tuning for as many as their number asks for."""
     max_steps: int | None = None
-    """Optimiser steps at which the run ends, if epochs do not end it before; the schedule follows."""
+    """Optimizer steps at which the run ends, if epochs do not end it before; the schedule follows."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, 32 bits on a CPU."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
@@ -120,20 +121,20 @@ class TrainerConfig(Settings):
     """Machines; None for what torchrun or Slurm started, else one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What several processes hold: ddp a copy of everything each, fsdp each a part of parameters, gradients and AdamW's
-    averages (pre-training alone, without pictures)."""
+    averages (pre-training alone, without visualizations)."""
     accumulate_grad_batches: int = 1
-    """Forward passes per optimiser step; the global batch grows with it."""
+    """Forward passes per optimizer step; the global batch grows with it."""
     compile: bool | None = None
-    """Compile the network, and its moving average, with torch.compile: a minute or more at the start, faster steps.
+    """Compile the network, and the EMA of its weights, with torch.compile: a minute or more at the start, faster steps.
     None compiles on a GPU, for pre-training."""
     checkpoint_every_n_steps: int = 500
-    """Optimiser steps between checkpoints: what a crash loses at most."""
+    """Optimizer steps between checkpoints: what a crash loses at most."""
     keep_checkpoints: int = 3
     """Newest checkpoints kept, beside the best."""
     log_every_n_steps: int = 10
-    """Optimiser steps between entries of metrics.csv and TensorBoard."""
-    picture_every_n_steps: int | None = None
-    """Optimiser steps between pictures of predictions; None for ten in a run."""
+    """Optimizer steps between entries of metrics.csv and TensorBoard."""
+    visualize_every_n_steps: int | None = None
+    """Optimizer steps between visualizations of predictions; None for ten in a run."""
 
 
 @dataclass
@@ -144,23 +145,21 @@ class RunConfig(Settings):
         task: name of the task.
         visualizations: folder of a run that sample images go to.
         free: settings, by section, that may differ when a run resumes; any other would make it another run.
-        renamed: what settings were called in older files, as "section.name", by their names today.
     """
 
     task: ClassVar[str]
     visualizations: ClassVar[str] = "predictions"
     free: ClassVar[Mapping[str, frozenset[str]]] = {
         "model": frozenset({"checkpoint", "grad_checkpointing"}),
-        "data": frozenset({"num_workers", "max_broken"}),
-        "evaluation": frozenset({"every_n_epochs", "batch_size", "neighbours"}),
+        "data": frozenset({"num_workers", "max_corrupt"}),
+        "evaluation": frozenset({"every_n_epochs", "batch_size", "knn_k"}),
         "trainer": frozenset(
             {
                 *("max_epochs", "max_steps", "precision", "accelerator", "devices", "num_nodes", "compile"),
-                *("checkpoint_every_n_steps", "keep_checkpoints", "log_every_n_steps", "picture_every_n_steps"),
+                *("checkpoint_every_n_steps", "keep_checkpoints", "log_every_n_steps", "visualize_every_n_steps"),
             }
         ),
     }
-    renamed: ClassVar[Mapping[str, str]] = {}
 
     model: Any
     data: Any
@@ -169,7 +168,7 @@ class RunConfig(Settings):
     seed: int = 0
     """All randomness of the run follows from this."""
     name: str = "default"
-    """Name of the run; the same name goes on where it was stopped."""
+    """Name of the run; the same name resumes it."""
     output_dir: str = "runs"
     """The run is written to OUTPUT_DIR/RECIPE/NAME."""
 
@@ -272,7 +271,7 @@ def check_training(
             "--trainer.checkpoint-every-n-steps": trainer.checkpoint_every_n_steps,
             "--trainer.keep-checkpoints": trainer.keep_checkpoints,
             "--trainer.log-every-n-steps": trainer.log_every_n_steps,
-            "--trainer.picture-every-n-steps": trainer.picture_every_n_steps,
+            "--trainer.visualize-every-n-steps": trainer.visualize_every_n_steps,
         }
     )
     check_amounts(
@@ -293,7 +292,7 @@ def check_training(
     check_shares(
         {
             "--data.hflip": data.hflip,
-            "--data.max-broken": data.max_broken,
+            "--data.max-corrupt": data.max_corrupt,
             "--optimizer.max-warmup": optimizer.max_warmup,
         }
     )
@@ -317,7 +316,7 @@ def check_crops(data: CropsConfig) -> None:
 
 
 def check_images(mean: tuple[float, ...], std: tuple[float, ...], in_chans: int) -> None:
-    """Raise :class:`UserError` for channels that images do not have, or numbers that do not normalise them."""
+    """Raise :class:`UserError` for channels that images do not have, or numbers that do not normalize them."""
     if in_chans not in (1, 3):
         raise UserError(f"--model.in-chans must be 1 (grey) or 3 (colour) to train on images, not {in_chans}")
     for option, values in {"--data.mean": mean, "--data.std": std}.items():
@@ -345,7 +344,6 @@ def from_dict(settings: Mapping[str, Any], cls: Any) -> Any:
         known = {field.name for field in dataclasses.fields(cls)}
         kwargs = {}
         for key, value in values.items():
-            key = renamed.get(f"{path}{key}", key)
             if key not in known:
                 raise UserError(f"unknown setting {path}{key}")
             if dataclasses.is_dataclass(types[key]):
@@ -355,7 +353,6 @@ def from_dict(settings: Mapping[str, Any], cls: Any) -> Any:
             kwargs[key] = tuple(value) if isinstance(value, list) else value
         return cls(**kwargs)
 
-    renamed = getattr(cls, "renamed", {})
     return build(cls, settings, "")
 
 
@@ -376,7 +373,7 @@ def read_yaml(path: Path) -> StoredSettings:
     """
     try:
         values = load_yaml(path)
-        return StoredSettings(values.pop("recipe"), values.pop("task", ""), values)
+        return StoredSettings(values.pop("recipe"), values.pop("task", ""), update_settings(values))
     except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise not_settings(path, error) from error
 

@@ -19,7 +19,7 @@ class CorruptFiles:
     """Counts files that could not be read, over all processes, and names each once."""
 
     def __init__(self, run: Training) -> None:
-        self.skipped = SkippedImages(run.job.images, run.config.data.max_broken)
+        self.skipped = SkippedImages(run.job.images, run.config.data.max_corrupt)
         self._run = run
         self._new: list[tuple[str, str]] = []
         self._remarks: dict[str, tuple[str, str]] = {}

@@ -11,6 +11,7 @@ from typing import IO, Any
 import torch
 
 from itpn.checkpoints.io import is_compressed
+from itpn.checkpoints.older_settings import update_settings
 from itpn.errors import MachineError, RunStopped
 from itpn.training.config import StoredSettings
 
@@ -161,6 +162,6 @@ def find_settings(state: dict[str, Any]) -> StoredSettings | None:
             return None
         if not isinstance(own["task"], str):
             raise TypeError(f"its task is a {type(own['task']).__name__}")
-        return StoredSettings(own["recipe"], own["task"], dict(settings))
+        return StoredSettings(own["recipe"], own["task"], update_settings(dict(settings)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DamagedCheckpoint(f"its settings are none ({type(error).__name__}: {error})") from error

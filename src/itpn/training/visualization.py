@@ -24,7 +24,7 @@ class Visualizations:
         self._run = run
         self._draw = run.job.draw if run.main and not run.sharded else None
         self._events = events
-        self._every = run.config.trainer.picture_every_n_steps or math.ceil(run.length.total_steps / 10)
+        self._every = run.config.trainer.visualize_every_n_steps or math.ceil(run.length.total_steps / 10)
 
     @property
     def due(self) -> bool:

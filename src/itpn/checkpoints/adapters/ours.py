@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from itpn.checkpoints.older_settings import update_settings
 from itpn.errors import UserError
 from itpn.models.heads import heads
 from itpn.models.spec import NetworkSpec
@@ -60,6 +61,8 @@ def check_metadata(metadata: dict[str, Any], what: str) -> dict[str, Any]:
             raise UserError(f"{what} has damaged metadata (the {name} of its preprocessing is no list of numbers)")
     if "config" in metadata:  # of pre-training, before all tasks called it so
         metadata["settings"] = metadata.pop("config")
+    if metadata.get("settings"):
+        metadata["settings"] = update_settings(metadata["settings"])
     return metadata
 
 

@@ -19,7 +19,7 @@ TASK = TaskSpec(
     describe_data=lazy(f"{HERE}.build:describe_data"),
     describe=lazy(f"{HERE}.info:describe"),
     evaluation_options=(
-        *("--data.root", "--data.members", "--data.val-root", "--data.val-share", "--data.label-share"),
+        *("--data.root", "--data.members", "--data.val-root", "--data.val-fraction", "--data.label-fraction"),
         *("--data.test-size", "--data.crop-pct", "--data.interpolation", "--data.mean", "--data.std"),
     ),
     resolve_evaluation=lazy(f"{HERE}.evaluation:resolve_evaluation"),

@@ -32,14 +32,13 @@ class ClassificationModelConfig(NetworkConfig):
     drop_rate: float = 0.0
     """Dropout before the classifier."""
     migrate_ratio: float | None = None
-    """Share of the units that skip the last blocks of stage 3 (token migration): faster, for a little accuracy. None
-    for the checkpoint's, or none."""
+    """Fraction of the tokens that skip the last blocks of stage 3 (token migration): faster, for a little accuracy.
+    None for the checkpoint's, or none."""
     gather_window: int | None = None
-    """Units of a side of the windows that attention stays in, with a gathering token each; 0 for global attention,
-    None for the checkpoint's, or global."""
+    """Side of the windows that attention stays in, in tokens, with a gathering token each; 0 for global attention, None
+    for the checkpoint's, or global."""
     ema_decay: float | None = None
-    """Share of a moving average of the weights that is kept at each step; the average is evaluated as well, and
-    written if it is better. None for no average."""
+    """Decay of an EMA of the weights; the EMA is evaluated as well, and written if it is better. None for no EMA."""
 
 
 @dataclass
@@ -54,21 +53,21 @@ class ClassificationDataConfig(CropsConfig):
     members: tuple[str, ...] = ()
     """Tar shards: endings of the images to read, as `jpg` or `rgb.png`, or `all`; by default the plain one of each
     sample (`x.jpg`), not what describes it (`x.seg.png`)."""
-    val_share: float = 0.1
-    """Where there is no val set: share of the images of each class that is held out as one."""
-    label_share: float = 1.0
-    """Share of the training images of each class that is used, at least one."""
+    val_fraction: float = 0.1
+    """Where there is no val set: fraction of the images of each class that is held out as one."""
+    label_fraction: float = 1.0
+    """Fraction of the training images of each class that is used, at least one."""
     img_size: int | tuple[int, int] | None = None
     """Pixels of a side, or height and width; None for the checkpoint's, or 224."""
     test_size: int | tuple[int, int] | None = None
     """Pixels of the images that are evaluated; None for --data.img-size."""
     crop_pct: float | None = None
-    """Evaluation: the centre crop's side as a share of the resized image's, as timm does it; None for the
+    """Evaluation: the centre crop's side as a fraction of the resized image's, as timm does it; None for the
     checkpoint's, or 0.875."""
     mean: tuple[float, ...] | None = None
     """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
     std: tuple[float, ...] | None = None
-    """Deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with deviation 0.5."""
     erase: float = 0.25
@@ -78,19 +77,19 @@ class ClassificationDataConfig(CropsConfig):
     cutmix: float = 1.0
     """The same for pasting a rectangle of one image into another; with mixup, each batch draws one of the two."""
     label_smoothing: float = 0.1
-    """Share of the target that is spread over all classes."""
+    """Label smoothing."""
 
 
 @dataclass
 class ClassificationEvaluationConfig(Settings):
-    """When the network is evaluated while it is trained, and how a file is."""
+    """Evaluation, of a network in training and of a checkpoint."""
 
     every_n_epochs: int = 1
     """Epochs between evaluations; there is one at the end as well."""
     batch_size: int = 256
     """Images per process and forward pass."""
-    neighbours: int = 20
-    """`itpn evaluate --knn`: training images that are asked."""
+    knn_k: int = 20
+    """`itpn evaluate --knn`: number of nearest neighbours, k."""
 
 
 @dataclass
@@ -117,7 +116,7 @@ class ClassificationConfig(RunConfig):
             {
                 "--evaluation.every-n-epochs": self.evaluation.every_n_epochs,
                 "--evaluation.batch-size": self.evaluation.batch_size,
-                "--evaluation.neighbours": self.evaluation.neighbours,
+                "--evaluation.knn-k": self.evaluation.knn_k,
             }
         )
         check_amounts(
@@ -131,18 +130,18 @@ class ClassificationConfig(RunConfig):
             {
                 "--model.drop-rate": model.drop_rate,
                 "--model.ema-decay": model.ema_decay or 0.0,
-                "--data.val-share": data.val_share,
-                "--data.label-share": data.label_share,
+                "--data.val-fraction": data.val_fraction,
+                "--data.label-fraction": data.label_fraction,
                 "--data.crop-pct": 1.0 if data.crop_pct is None else data.crop_pct,
                 "--data.erase": data.erase,
                 "--data.label-smoothing": data.label_smoothing,
             }
         )
-        for option, share in {"--data.label-share": data.label_share, "--data.crop-pct": data.crop_pct}.items():
+        for option, share in {"--data.label-fraction": data.label_fraction, "--data.crop-pct": data.crop_pct}.items():
             if share == 0:
                 raise UserError(f"{option} must be above 0")
-        if data.val_share == 1:
-            raise UserError("--data.val-share must be below 1: nothing would be left to train on")
+        if data.val_fraction == 1:
+            raise UserError("--data.val-fraction must be below 1: nothing would be left to train on")
         if data.color_jitter and data.auto_augment is not None:
             raise UserError(
                 "--data.color-jitter has no effect beside --data.auto-augment, which changes colours itself: give "

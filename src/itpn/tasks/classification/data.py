@@ -8,17 +8,17 @@ from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 from itpn.tasks.classification.config import ClassificationConfig
-from itpn.tasks.data import RunData
+from itpn.tasks.data import NO_IMAGES, RunData
 from itpn.tasks.loading import make_training_loader
 from itpn.training.config import image_size
 
 
 def find_data(config: ClassificationConfig) -> RunData:
-    """The images to train on, as many as ``label_share`` says, and those to evaluate on."""
+    """The images to train on, as many as ``label_fraction`` says, and those to evaluate on."""
     data = config.data
-    train, val = find_labelled(data.root, data.val_root, data.val_share, config.seed, data.members)
-    if data.label_share < 1:
-        train = train.take(draw_fraction(train, data.label_share, config.seed))
+    train, val = find_labelled(data.root, data.val_root, data.val_fraction, config.seed, data.members)
+    if data.label_fraction < 1:
+        train = train.take(draw_fraction(train, data.label_fraction, config.seed))
     return RunData(train, val, tuple(describe_missing(train, val)))
 
 
@@ -26,7 +26,7 @@ def describe_missing(train: LabelledImages, val: LabelledImages | None) -> list[
     """What was left out of the images, and what the accuracies will not say, a line each."""
     notes = [*dict.fromkeys((*train.notes, *(() if val is None else val.notes)))]
     if val is None:
-        return [*notes, "there are no images to evaluate on: give --data.val-root or --data.val-share"]
+        return [*notes, f"there are no images to evaluate on: {NO_IMAGES}"]
     lost = sorted({train.classes[label] for label in np.setdiff1d(train.labels, val.labels)})
     return [*notes, f"there are no images of {join_names(lost)} to evaluate on"] if lost else notes
 

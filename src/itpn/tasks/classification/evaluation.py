@@ -111,7 +111,7 @@ class KnnEvaluator(ClassificationEvaluator):
 
     def __init__(self, config: ClassificationConfig, images: LabelledImages, known: LabelledImages) -> None:
         super().__init__(config, images)
-        self.about = {"by": f"{config.evaluation.neighbours} nearest neighbours"}
+        self.about = {"by": f"{config.evaluation.knn_k} nearest neighbours"}
         self.known = known
 
     def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
@@ -133,7 +133,7 @@ class KnnEvaluator(ClassificationEvaluator):
             train_labels.to(device),
             test.to(device),
             len(self.classes),
-            self.config.evaluation.neighbours,
+            self.config.evaluation.knn_k,
         )
         return score(judge(index, labels, votes.log().cpu()), len(self.classes))
 
@@ -199,8 +199,8 @@ def resolve_evaluation(
     in_chans = found.tensors["backbone.patch_embed.proj.weight"].shape[1]
     model = replace(config.model, name=None, patch_size=None, in_chans=in_chans)
     seed = config.seed
-    if trained_on(config, found) and "val_share" not in given:
-        data, seed = replace(data, val_share=found.settings["data"]["val_share"]), found.settings["seed"]
+    if trained_on(config, found) and "val_fraction" not in given:
+        data, seed = replace(data, val_fraction=found.settings["data"]["val_fraction"]), found.settings["seed"]
     return resolve(replace(config, model=model, data=data, seed=seed), found), {}
 
 
@@ -223,16 +223,18 @@ def find_evaluation_data(
         found_data = find_data(config)
         if found_data.val is None:
             roots = ", ".join(data.root)
-            raise UserError(f"there are no images to evaluate on in {roots}: give --data.val-root or --data.val-share")
+            raise UserError(
+                f"there are no images to evaluate on in {roots}: give --data.val-root or --data.val-fraction"
+            )
         return KnnEvaluator(config, found_data.val, found_data.train), which
     own = read_split(data.val_root or data.root, "val", optional=data.val_root is None, members=data.members)
     if own is None:
         own = read_split(data.root, "train", members=data.members)
         # a folder of classes alone: a test set, unless the network was trained on it
-        if trained_on(config, found) or "val_share" in given:
-            _, held_out = find_labelled(data.root, None, data.val_share, config.seed, data.members)
+        if trained_on(config, found) or "val_fraction" in given:
+            _, held_out = find_labelled(data.root, None, data.val_fraction, config.seed, data.members)
             if held_out is not None:
-                own, which = held_out, f"{data.val_share:.0%} held out {which}"
+                own, which = held_out, f"{data.val_fraction:.0%} held out {which}"
     names = found.metadata.get("classes")
     if names is not None and set(names) == set(own.classes) and list(names) != list(own.classes):
         print_aside("the classes of the images come in another order than the model's: they are matched by name")

@@ -41,7 +41,7 @@ class ClassifierHead(Head):
             raise UserError(
                 "a classifier needs num_classes above 0; task='backbone' gives the network without one"
                 if "num_classes" in spec.options
-                else "there is no classifier to build: itpn.load with num_classes=N and strict=False starts a fresh one"
+                else "there is no classifier to build: itpn.load with num_classes=N and strict=False makes a random one"
             )
         return build_backbone(spec, **spec.options)
 

@@ -18,7 +18,9 @@ TASK = TaskSpec(
     build_evaluator=lazy(f"{HERE}.build:build_evaluator"),
     describe_data=lazy(f"{HERE}.build:describe_data"),
     describe=lazy(f"{HERE}.info:describe"),
-    evaluation_options=(*("--data.root", "--data.val-root", "--data.mistakes", "--data.img-size", "--data.max-size"),),
+    evaluation_options=(
+        *("--data.root", "--data.val-root", "--data.invalid-annotations", "--data.img-size", "--data.max-size"),
+    ),
     resolve_evaluation=lazy(f"{HERE}.evaluation:resolve_evaluation"),
     find_evaluation_data=lazy(f"{HERE}.evaluation:find_evaluation_data"),
     predict=lazy(f"{HERE}.prediction:predict"),

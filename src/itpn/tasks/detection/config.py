@@ -21,17 +21,17 @@ from itpn.training.config import (
 class DetectionModelConfig(NetworkConfig):
     """The network: torchvision's Mask R-CNN on the pre-trained pyramid."""
 
-    neck: Literal["pyramid", "fresh", "fpn"] = "pyramid"
-    """The pre-trained pyramid; one that starts from nothing, to compare with; or a feature pyramid network that does,
-    for backbones without one."""
+    neck: Literal["pyramid", "random", "fpn"] = "pyramid"
+    """The pre-trained pyramid; the same pyramid randomly initialized, to compare with; or a randomly initialized FPN,
+    for backbones without a pyramid."""
     masks: bool | None = None
     """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where most objects have an outline."""
     head_width: int = 256
     """Channels of the heads."""
-    proposals: int = 2000
-    """Boxes that the first stage proposes while training; half as many in evaluation."""
-    samples: int = 512
-    """Proposals of an image that the second stage is trained on."""
+    rpn_post_nms_top_n_train: int = 2000
+    """Proposals of the RPN for an image in training; half as many in evaluation."""
+    box_batch_size_per_image: int = 512
+    """Proposals of an image that the heads are trained on."""
 
 
 @dataclass
@@ -44,8 +44,8 @@ class DetectionDataConfig(ImagesConfig):
     JSON file of COCO's form."""
     val_root: str | None = None
     """Where the images to evaluate on are, if they are not below --data.root: a folder or a JSON file likewise."""
-    mistakes: Literal["summary", "skip", "error"] = "summary"
-    """Annotations that cannot be right are left out: with a summary of all kinds, or in a line. Or the first is an
+    invalid_annotations: Literal["summary", "skip", "error"] = "summary"
+    """Invalid annotations are left out, with a summary of every kind or a line that counts them; or they are an
     error."""
     empty_images: bool = False
     """Train on images without objects as well; COCO's are left out as is usual."""
@@ -54,17 +54,17 @@ class DetectionDataConfig(ImagesConfig):
     max_size: int | None = None
     """Longest side; None for 5/3 of --data.img-size (1333 of 800)."""
     scales: tuple[float, float] = (0.6, 1.0)
-    """Short sides in training, as shares of --data.img-size, of which there are eleven (480, 512, ... 800)."""
+    """Short sides in training, as fractions of --data.img-size, of which there are eleven (480, 512, ... 800)."""
     crop_prob: float = 0.5
-    """Share of the training images that are cropped before: resized to 1/2, 5/8 or 3/4 of --data.img-size, of which a
-    crop with sides of 0.48 to 0.75 is taken (384 to 600 px of 800)."""
+    """Fraction of the training images that are cropped before: resized to 1/2, 5/8 or 3/4 of --data.img-size, of which
+    a crop with sides of 0.48 to 0.75 is taken (384 to 600 px of 800)."""
     large_scale_jitter: tuple[float, float] | None = None
     """Instead of scales and crops, resize by a factor between these of a square of --data.img-size, and crop to it
     (Ghiasi et al. 2021: 0.1 2.0, of 1024 px)."""
     mean: tuple[float, ...] | None = None
     """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
     std: tuple[float, ...] | None = None
-    """Deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
 
     @property
     def longest(self) -> int:
@@ -74,7 +74,7 @@ class DetectionDataConfig(ImagesConfig):
 
 @dataclass
 class DetectionEvaluationConfig(Settings):
-    """When the network is evaluated while it is trained, and how a file is."""
+    """Evaluation, of a network in training and of a checkpoint."""
 
     every_n_epochs: int = 1
     """Epochs between evaluations; there is one at the end as well."""
@@ -104,8 +104,8 @@ class DetectionConfig(RunConfig):
         check_counts(
             {
                 "--model.head-width": model.head_width,
-                "--model.proposals": model.proposals,
-                "--model.samples": model.samples,
+                "--model.rpn-post-nms-top-n-train": model.rpn_post_nms_top_n_train,
+                "--model.box-batch-size-per-image": model.box_batch_size_per_image,
                 "--data.img-size": data.img_size,
                 "--data.max-size": data.max_size,
                 "--evaluation.every-n-epochs": self.evaluation.every_n_epochs,

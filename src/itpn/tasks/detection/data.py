@@ -35,7 +35,7 @@ def find_data(config: DetectionConfig) -> DetectionData:
     """
     data = config.data
     tell = print_aside if is_main_process() else lambda line: None
-    train, val = find_objects(data.root, data.val_root, data.mistakes, tell, data.max_pixels)
+    train, val = find_objects(data.root, data.val_root, data.invalid_annotations, tell, data.max_pixels)
     train = train if data.empty_images else train.with_objects()
     outlined, others = train.mask_counts
     masks = outlined > others if config.model.masks is None else config.model.masks
@@ -46,7 +46,7 @@ def find_data(config: DetectionConfig) -> DetectionData:
         notes.append(f"masks are not learned, for {others:,} of {outlined + others:,} objects have no outline")
     if masks and others:
         words = f"{others:,} objects without an outline"
-        if data.mistakes == "error":
+        if data.invalid_annotations == "error":
             raise UserError(f"{words} in {data.root}: --model.masks False learns boxes alone")
         notes.append(f"{words} are left out: --model.masks False learns all boxes")
         train, val = train.with_masks(), None if val is None else val.with_masks()

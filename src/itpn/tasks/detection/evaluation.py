@@ -162,9 +162,9 @@ def find_evaluation_data(
     data = config.data
     tell = print_aside if is_main_process() else lambda line: None
     where = data.val_root or data.root
-    images = read_objects(where, "val", data.mistakes, tell, True, data.max_pixels)
+    images = read_objects(where, "val", data.invalid_annotations, tell, True, data.max_pixels)
     if images is None:  # a folder with one set alone: that
-        images = read_objects(where, "train", data.mistakes, tell, max_pixels=data.max_pixels)
+        images = read_objects(where, "train", data.invalid_annotations, tell, max_pixels=data.max_pixels)
         tell(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
     if model.has_masks and images.has_masks and images.mask_counts[1]:

@@ -51,8 +51,8 @@ class DetectorHead(Head):
         options: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in spec.options.items()}
         if "num_classes" not in options:
             raise UserError(
-                "there is no detector to build: itpn.load with task='detection', num_classes=N and strict=False starts "
-                "a fresh one; N counts the background"
+                "there is no detector to build: itpn.load with task='detection', num_classes=N and strict=False makes "
+                "a random one; N counts the background"
             )
         width = options.pop("fpn_width", None)
         kind = MaskDetector if options.pop("masks", True) else Detector
@@ -135,9 +135,9 @@ def build_model(
         "image_std": data.std,
         "interpolation": data.interpolation,
         "head_width": model.head_width,
-        "rpn_post_nms_top_n_train": model.proposals,
-        "rpn_post_nms_top_n_test": max(1, model.proposals // 2),
-        "box_batch_size_per_image": model.samples,
+        "rpn_post_nms_top_n_train": model.rpn_post_nms_top_n_train,
+        "rpn_post_nms_top_n_test": max(1, model.rpn_post_nms_top_n_train // 2),
+        "box_batch_size_per_image": model.box_batch_size_per_image,
     }
     contents = _find(config, found)
     theirs = contents.heads.get(config.task)

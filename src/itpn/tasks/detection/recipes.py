@@ -59,7 +59,7 @@ def small_detection() -> DetectionConfig:
 def nano_detection() -> DetectionConfig:
     """Small images of few objects, as of the generated sample set, on a laptop: narrow heads, few proposals."""
     config = small_detection()
-    config.model.head_width, config.model.proposals, config.model.samples = 64, 200, 64
+    config.model.head_width, config.model.rpn_post_nms_top_n_train, config.model.box_batch_size_per_image = 64, 200, 64
     config.data.img_size, config.data.crop_prob, config.data.batch_size = 96, 0.0, 8
     config.data.scales = (0.8, 1.2)
     config.optimizer.lr, config.model.drop_path_rate = 1e-3, 0.0

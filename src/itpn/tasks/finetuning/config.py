@@ -21,7 +21,7 @@ class NetworkConfig(Settings):
     num_heads: int | None = None
     """Attention heads, where the checkpoint cannot tell them."""
     patch_size: int | None = None
-    """Side of a unit in pixels, divisible by 4; None for the checkpoint's, or 16."""
+    """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
     pos_embed: Literal["fixed", "learned"] = "learned"
     """Keep the position table as it is, or train it."""
     rel_pos_bias: bool | None = None

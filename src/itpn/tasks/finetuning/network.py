@@ -113,7 +113,7 @@ def _start_from(network: nn.Module, found: Checkpoint, tensors: dict[str, Tensor
     network.load_state_dict(state, strict=False)
     unwanted = set(found.tensors) - set(tensors)  # which is reported already
     missing = [f for f in findings if f.kind == "random" and not set(f.names) & unwanted]
-    notes = [f"{found.source} {f.text}: it starts fresh" for f in missing]
+    notes = [f"{found.source} {f.text}: it is randomly initialized" for f in missing]
     return notes + [f"{found.source} {f.text}" for f in findings if f.kind == "converted"]
 
 
@@ -132,7 +132,8 @@ def keep_predictor(found: Checkpoint | None, ours: tuple[str, ...], theirs: int 
         return True, []
     some = "" if names is None else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     kinds = f"{theirs} class{'es' * (theirs != 1)}{some}"
-    return False, [f"{found.source} names {kinds}, and the images have others: what names them starts fresh"]
+    why = f"{found.source} names {kinds}, and the images have others"
+    return False, [f"{why}: the layers that predict classes are randomly initialized"]
 
 
 def name_classes(found: Checkpoint | None, count: int) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
     _open_folder(out, index)
     cuda = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu")
     teacher.to("cuda" if cuda else "cpu")
-    skipped = SkippedImages(len(source.images) or None, config.data.max_broken)
+    skipped = SkippedImages(len(source.images) or None, config.data.max_corrupt)
     precision = choose_precision(config.trainer.precision, cuda)
     numbers = [n for n in range(index.shards) if not shard_path(out, n).exists()]
     if len(numbers) < index.shards:

@@ -31,10 +31,10 @@ class PretrainingModelConfig(Settings):
     name: str = "itpn_base"
     """Backbone, one of the models of `itpn list`."""
     checkpoint: str | None = None
-    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME; what it lacks starts
-    fresh and is said."""
+    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
+    initialized, and named."""
     patch_size: int = 16
-    """Side of a unit in pixels, divisible by 4."""
+    """Side of a patch in pixels, divisible by 4."""
     in_chans: int = 3
     """Channels of the images: 3 for colour, 1 for grey."""
     pos_embed: Literal["fixed", "learned"] = "fixed"
@@ -44,15 +44,16 @@ class PretrainingModelConfig(Settings):
     weight_init: Literal["xavier", "trunc_normal"] = "xavier"
     """Initial weights: Xavier uniform, or normal of deviation 0.02 with smaller ones in deep blocks."""
     mask: Literal["random", "block"] = "random"
-    """Hide units one by one, or in rectangular blocks."""
+    """Mask single patches, or rectangular blocks of them."""
     mask_ratio: float = 0.75
-    """Share of units hidden in each image."""
-    hidden_units: Literal["dropped", "mask_token"] = "dropped"
-    """Leave hidden units out of the backbone, or compute all with a mask token in their place from stage 3 on."""
-    hidden_laterals: bool = False
-    """With mask tokens: let stages 1 and 2 of hidden units, which see them, into the pyramid (published for CLIP)."""
+    """Fraction of the patches of an image that are masked."""
+    masked_patches: Literal["dropped", "mask_token"] = "dropped"
+    """Drop masked patches from the backbone, or compute all, with a mask token in their place from stage 3 on."""
+    masked_laterals: bool = False
+    """With mask tokens: the pyramid takes stages 1 and 2 of masked patches too, although these see them (published for
+    CLIP)."""
     pixel_weight: float = 1.0
-    """Weight of the loss on hidden pixels; 0 leaves it out, as with every weight."""
+    """Weight of the loss on masked pixels; 0 leaves it out, as with every weight."""
     feature_weight: float = 0.0
     """Weight of the loss on the teacher's features, predicted from all pyramid levels together."""
     auxiliary_weight: float = 0.0
@@ -61,32 +62,32 @@ class PretrainingModelConfig(Settings):
     """Weights of masked feature modelling, a head of its own for each pyramid level, finest first."""
     feature_loss: Literal["smooth_l1", "cosine", "cross_entropy"] = "smooth_l1"
     """Measure of the error in features; cross_entropy repeats a published setting and is not recommended."""
-    feature_units: Literal["all", "hidden"] = "hidden"
-    """Units whose features are compared."""
-    normalize_target: bool = True
-    """Predict pixels normalised by the mean and deviation of their unit."""
+    feature_patches: Literal["all", "masked"] = "masked"
+    """Patches whose features are compared."""
+    norm_pix_loss: bool = True
+    """Predict pixels normalized by the mean and standard deviation of their patch (He et al. 2022)."""
     drop_path_rate: float = 0.0
     """Stochastic depth of the last backbone block; it grows from 0 block by block."""
     init_values: float | None = None
     """Initial layer scale of the backbone; None for no layer scale."""
     migrate_ratio: float = 0.0
-    """Share of the units that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
+    """Fraction of the tokens that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
     migrate_from: int | None = None
     """First block that they skip, counted from 0; None for the middle of stage 3."""
     gather_window: int = 0
-    """Units of a side of the windows that attention stays in, with gathering tokens between them; 0 for global
-    attention, which is also what there is where hidden units are dropped."""
+    """Side of the windows that attention stays in, in tokens, with gathering tokens between windows. 0 for global
+    attention, which is also used where masked patches are dropped."""
     gather_side: int = 1
     """Gathering tokens of a window's side; a divisor of --model.gather-window."""
     pyramid_width: int | None = None
     """Channels of the pyramid; None for the model's own."""
     pyramid_depth: int | None = None
     """Blocks per pyramid level; None for the model's own."""
-    decoder_width: int = 512
+    decoder_embed_dim: int = 512
     """Channels of the decoder, divisible by 16 and by its heads."""
     decoder_depth: int = 6
     """Transformer blocks of the decoder."""
-    decoder_heads: int = 16
+    decoder_num_heads: int = 16
     """Attention heads of the decoder."""
     pyramid_head_width: int = 256
     """Channels of the heads of single pyramid levels, divisible by 64."""
@@ -103,19 +104,19 @@ class TeacherConfig(Settings):
 
     name: str | None = None
     """A timm model, e.g. vit_base_patch16_clip_quickgelu_224.openai; `clip` for a CLIP tower of whatever size in
-    --teacher.checkpoint; `ema` for a moving average of the network itself; None for no teacher."""
+    --teacher.checkpoint; `ema` for an EMA of the network itself; None for no teacher."""
     checkpoint: str | None = None
     """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
     width: int | None = None
-    """Numbers of a unit's feature: read from the teacher, and kept for when it is not there."""
+    """Channels of the teacher's features: read from the teacher, and kept for when it is not there."""
     normalize: bool = True
-    """Normalise each feature by its own mean and deviation."""
+    """Normalize each feature by its own mean and standard deviation."""
     momentum: float = 0.996
-    """ema: share of the average that is kept at each step, less in the first thousands."""
+    """ema: momentum of the EMA, lower in the first thousands of steps."""
     momentum_end: float = 1.0
-    """ema: the same at the end of the run, reached by half a cosine."""
+    """ema: momentum at the end of the run, reached along half a cosine."""
     min_std: float = 0.05
-    """Warn of a collapse when the deviation of the targets over a batch is smaller."""
+    """Warn of a collapse when the standard deviation of the targets over a batch is smaller."""
 
 
 @dataclass
@@ -133,7 +134,7 @@ class PretrainingDataConfig(CropsConfig):
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     """Mean subtracted from each channel, of pixels in [0, 1]."""
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Deviation that each channel is divided by."""
+    """Standard deviation that each channel is divided by."""
     decode: Literal["workers", "gpu"] = "workers"
     """Where JPEGs are decoded, cropped and augmented: in the workers, or on the GPU by nvJPEG, for machines with few
     cores for each GPU."""
@@ -145,14 +146,14 @@ class PretrainingDataConfig(CropsConfig):
 
 @dataclass
 class ProbeConfig(Settings):
-    """How good the features are so far: asked of labelled images while the run goes on."""
+    """Evaluation of the features on labelled images during the run: k-NN and a linear classifier."""
 
     root: str | None = None
     """Labelled images as of a classifier's run, with a train and a val set; None for no probe."""
     every_n_epochs: int = 10
     """Epochs between probes; there is one at the end as well."""
     max_images: int = 5000
-    """Images of either set that are looked at, evenly from all classes; at least one of each."""
+    """Images used of either set, evenly from all classes; at least one of each."""
 
 
 @dataclass
@@ -199,8 +200,8 @@ class PretrainingConfig(RunConfig):
                 "--data.samples-per-epoch": data.samples_per_epoch,
                 "--model.patch-size": model.patch_size,
                 "--model.pyramid-width": model.pyramid_width,
-                "--model.decoder-width": model.decoder_width,
-                "--model.decoder-heads": model.decoder_heads,
+                "--model.decoder-embed-dim": model.decoder_embed_dim,
+                "--model.decoder-num-heads": model.decoder_num_heads,
                 "--teacher.width": self.teacher.width,
                 "--probe.every-n-epochs": self.probe.every_n_epochs,
                 "--probe.max-images": self.probe.max_images,
@@ -225,16 +226,16 @@ class PretrainingConfig(RunConfig):
         check_images(data.mean, data.std, model.in_chans)
         height, width = image_size(data)
         check_size((height, width), model.patch_size)
-        units = (height // model.patch_size) * (width // model.patch_size)
-        if not 0 < int(units * (1 - model.mask_ratio)) < units:
+        patches = (height // model.patch_size) * (width // model.patch_size)
+        if not 0 < int(patches * (1 - model.mask_ratio)) < patches:
             raise UserError(
-                f"--model.mask-ratio {model.mask_ratio} leaves no visible or no hidden unit of the {units} of an "
-                "image; choose one between 0 and 1, a larger --data.img-size or a smaller --model.patch-size"
+                f"--model.mask-ratio {model.mask_ratio} leaves no visible or no masked patch of the {patches} "
+                "of an image; choose one between 0 and 1, a larger --data.img-size or a smaller --model.patch-size"
             )
-        if model.decoder_width % 16 or (model.decoder_depth and model.decoder_width % model.decoder_heads):
+        if model.decoder_embed_dim % 16 or (model.decoder_depth and model.decoder_embed_dim % model.decoder_num_heads):
             raise UserError(
-                f"--model.decoder-width must be divisible by 16 and by --model.decoder-heads {model.decoder_heads}, "
-                f"not {model.decoder_width}"
+                "--model.decoder-embed-dim must be divisible by 16 and by --model.decoder-num-heads "
+                f"{model.decoder_num_heads}, not {model.decoder_embed_dim}"
             )
         if model.checkpoint is not None:
             check_file(model.checkpoint, "--model.checkpoint")
@@ -276,24 +277,24 @@ def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
         raise UserError(
             f"teacher {teacher.name} has nothing to do: set --model.feature-weight or --model.pyramid-weights above 0"
         )
-    if model.hidden_units == "dropped":
-        if model.hidden_laterals:
-            raise UserError("--model.hidden-laterals needs --model.hidden-units mask_token")
+    if model.masked_patches == "dropped":
+        if model.masked_laterals:
+            raise UserError("--model.masked-laterals needs --model.masked-patches mask_token")
         if (model.pixel_weight or model.feature_weight) and not model.decoder_depth:
             raise UserError(
-                "--model.decoder-depth 0 leaves dropped units without a view of the others; give it a block or more, "
-                "or --model.hidden-units mask_token"
+                "--model.decoder-depth 0 leaves masked patches without attention to the others; give it a block or "
+                "more, or --model.masked-patches mask_token"
             )
         if any(model.pyramid_weights) and not model.pyramid_head_depth:
             raise UserError(
-                "--model.pyramid-head-depth 0 leaves dropped units without a view of the others; give it a block or "
-                "more, or --model.hidden-units mask_token"
+                "--model.pyramid-head-depth 0 leaves masked patches without attention to the others; give it a block "
+                "or more, or --model.masked-patches mask_token"
             )
-    elif model.hidden_laterals and model.pixel_weight:
-        raise UserError("--model.hidden-laterals shows the pixels that --model.pixel-weight has predicted: use one")
+    elif model.masked_laterals and model.pixel_weight:
+        raise UserError("--model.masked-laterals shows the pixels that --model.pixel-weight has predicted: use one")
     if teacher.checkpoint is not None:
         if teacher.name == "ema":
-            raise UserError("--teacher.checkpoint has no meaning for the teacher `ema`, an average of the network")
+            raise UserError("--teacher.checkpoint has no meaning for the teacher `ema`, an EMA of the network")
         if not Path(teacher.checkpoint).is_file():
             raise UserError(f"--teacher.checkpoint {teacher.checkpoint} does not exist")
     if not 0 <= teacher.momentum <= teacher.momentum_end <= 1:

@@ -69,7 +69,7 @@ def make_spec(
 
 def _head_options(config: PretrainingModelConfig, objective: Objective, widths: dict[str, int]) -> dict[str, Any]:
     decoded = {name: width for name, width in widths.items() if name in ("pixel", "feature")}
-    decoder = {"width": config.decoder_width, "depth": config.decoder_depth, "num_heads": config.decoder_heads}
+    decoder = {"width": config.decoder_embed_dim, "depth": config.decoder_depth, "num_heads": config.decoder_num_heads}
     single = {
         "width": config.pyramid_head_width,
         "depth": config.pyramid_head_depth,
@@ -110,11 +110,11 @@ def make_objective(config: PretrainingModelConfig) -> Objective:
         weights={name: weight for name, weight in weights.items() if weight},
         mask=config.mask,
         mask_ratio=config.mask_ratio,
-        masked_patches=config.hidden_units,
-        masked_laterals=config.hidden_laterals,
-        normalize_target=config.normalize_target,
+        masked_patches=config.masked_patches,
+        masked_laterals=config.masked_laterals,
+        norm_pix_loss=config.norm_pix_loss,
         feature_loss=config.feature_loss,
-        feature_patches="masked" if config.feature_units == "hidden" else "all",
+        feature_patches=config.feature_patches,
     )
 
 
@@ -179,7 +179,7 @@ class MaskedHead(Head):
         if spec.pyramid is None or not (options.get("decoder") or options.get("pyramid_heads")):
             raise UserError(
                 "no pre-training network can be built: there is no decoder; `itpn train RECIPE --model.checkpoint "
-                "FILE` starts from the weights with a fresh one"
+                "FILE` starts from the weights with a random one"
             )
         how = {name: spec.backbone[name] for name in ("weight_init",) if name in spec.backbone}
         backbone = build_backbone(spec)
@@ -268,6 +268,7 @@ OLD_NAMES = {
     "hidden_units": "masked_patches",
     "hidden_laterals": "masked_laterals",
     "feature_units": "feature_patches",
+    "normalize_target": "norm_pix_loss",
 }
 
 

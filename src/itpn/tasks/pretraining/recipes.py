@@ -34,7 +34,7 @@ def small_pixel_pretraining(
     width, depth, heads = decoder
     return PretrainingConfig(
         model=PretrainingModelConfig(
-            name=model, patch_size=8, decoder_width=width, decoder_depth=depth, decoder_heads=heads
+            name=model, patch_size=8, decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads
         ),
         data=PretrainingDataConfig(root=("data/images",), img_size=img_size, batch_size=64, num_workers=2),
         # small batches bear a larger step per image than the published 4096
@@ -59,12 +59,12 @@ def clip_pretraining(model: str, max_epochs: int, teacher: str = CLIP_B) -> Pret
             drop_path_rate=0.1 if long else 0.0,
             mask="block",
             mask_ratio=75 / 196,
-            hidden_units="mask_token",
-            hidden_laterals=True,
+            masked_patches="mask_token",
+            masked_laterals=True,
             pixel_weight=0.0,
             feature_weight=1.0,
             feature_loss="cosine",
-            decoder_width=BACKBONES[model]["embed_dim"],
+            decoder_embed_dim=BACKBONES[model]["embed_dim"],
             decoder_depth=0,  # a norm and a linear layer
         ),
         teacher=TeacherConfig(name=teacher, normalize=False),
@@ -83,7 +83,7 @@ def clip_pretraining(model: str, max_epochs: int, teacher: str = CLIP_B) -> Pret
 def official_clip_pretraining(model: str, teacher: str, max_epochs: int, img_size: int = 224) -> PretrainingConfig:
     """CLIP supervision as in the authors' code: smooth L1 to normalised features of all units, and a second head."""
     config = clip_pretraining(model, max_epochs, teacher)
-    config.model.feature_loss, config.model.feature_units = "smooth_l1", "all"
+    config.model.feature_loss, config.model.feature_patches = "smooth_l1", "all"
     config.model.auxiliary_weight = 1.0
     config.model.pyramid_depth = 1
     if "large" in model:

@@ -47,7 +47,7 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
         raise UserError(f"checkpoint {source} holds another model: it {problems[0]}{hint}")
     check_finite(checkpoint)
     model.load_state_dict(state, strict=False)
-    notes = [f"{source} {f.text}: it starts fresh" for f in findings if f.kind == "random"]
+    notes = [f"{source} {f.text}: it is randomly initialized" for f in findings if f.kind == "random"]
     return notes + [f"{source} {f.text}" for f in findings if f.kind == "converted"]
 
 
@@ -79,7 +79,7 @@ def describe_options(contents: Contents, model: MaskedImageModel) -> str:
 def _options(contents: Contents) -> dict[str, str | int | None]:
     """Options of `itpn train` that build the networks of a file."""
     backbone, pyramid, decoder = contents.backbone, contents.pyramid or {}, contents.decoder or {}
-    guessed = any(guess.startswith("decoder_heads") for guess in contents.guessed)
+    guessed = any(guess.startswith("decoder_num_heads") for guess in contents.guessed)
     return {
         "name": contents.variant,
         "patch-size": backbone["patch_size"],

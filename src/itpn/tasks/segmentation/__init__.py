@@ -20,7 +20,7 @@ TASK = TaskSpec(
     describe=lazy(f"{HERE}.info:describe"),
     evaluation_options=(
         *("--data.root", "--data.masks", "--data.val-root", "--data.val-masks", "--data.classes"),
-        *("--data.reduce-zero-label", "--data.no-reduce-zero-label", "--data.ignore", "--data.mistakes"),
+        *("--data.reduce-zero-label", "--data.no-reduce-zero-label", "--data.ignore", "--data.invalid-annotations"),
         *("--data.img-size", "--data.short-side", "--data.interpolation", "--data.mean", "--data.std"),
     ),
     resolve_evaluation=lazy(f"{HERE}.evaluation:resolve_evaluation"),

@@ -22,8 +22,8 @@ from itpn.training.config import (
 class SegmentationModelConfig(NetworkConfig):
     """The network: UPerNet on the pre-trained pyramid."""
 
-    neck: Literal["pyramid", "fresh"] = "pyramid"
-    """The pre-trained pyramid, or one that starts from nothing, to compare with."""
+    neck: Literal["pyramid", "random"] = "pyramid"
+    """The pre-trained pyramid, or the same pyramid randomly initialized, to compare with."""
     head_width: int | None = None
     """Channels of the head; None for as many as its coarsest map has (768 for base, 1024 for large)."""
     auxiliary_weight: float = 0.4
@@ -52,10 +52,10 @@ class SegmentationDataConfig(ImagesConfig):
     """Label 0 is of no class, and the first class is 1, as in ADE20K."""
     ignore: tuple[int, ...] = (255,)
     """Labels that are of no class: neither trained nor counted."""
-    val_share: float = 0.0
-    """Share of the images that is held out where there are none to evaluate on."""
-    mistakes: Literal["summary", "skip", "error"] = "summary"
-    """Images whose masks cannot be right are left out: with a summary of all kinds, or in a line. Or the first is an
+    val_fraction: float = 0.0
+    """Fraction of the images that is held out where there are none to evaluate on."""
+    invalid_annotations: Literal["summary", "skip", "error"] = "summary"
+    """Images with invalid masks are left out, with a summary of every kind or a line that counts them; or they are an
     error."""
     img_size: int = 512
     """Side of the crops in training, and of the windows that slide in evaluation, in pixels."""
@@ -63,14 +63,14 @@ class SegmentationDataConfig(ImagesConfig):
     """Short side of an image of scale 1, in training and evaluation; None for --data.img-size."""
     scales: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest scale in training."""
-    max_class_share: float = 0.75
-    """Share of a crop that may be of one class; after ten tries it may be more."""
+    max_class_fraction: float = 0.75
+    """Largest fraction of a crop that is of one class; a crop is drawn ten times at most to find one."""
     photometric: bool = True
     """Change brightness, contrast, saturation and hue."""
     mean: tuple[float, ...] | None = None
     """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
     std: tuple[float, ...] | None = None
-    """Deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
 
     @property
     def short(self) -> int:
@@ -80,7 +80,7 @@ class SegmentationDataConfig(ImagesConfig):
 
 @dataclass
 class SegmentationEvaluationConfig(Settings):
-    """When the network is evaluated while it is trained, and how a file is."""
+    """Evaluation, of a network in training and of a checkpoint."""
 
     every_n_epochs: int = 1
     """Epochs between evaluations; there is one at the end as well."""
@@ -89,7 +89,7 @@ class SegmentationEvaluationConfig(Settings):
     mode: Literal["whole", "slide"] = "slide"
     """The image as a whole, or windows of --data.img-size that slide over it."""
     stride: float = 2 / 3
-    """Step of the windows as a share of their side: 341 of 512 px."""
+    """Stride of the windows as a fraction of their side: 341 of 512 px."""
     scales: tuple[float, ...] = (1.0,)
     """Scales whose probabilities are averaged."""
     flip: bool = False
@@ -128,8 +128,8 @@ class SegmentationConfig(RunConfig):
         check_shares(
             {
                 "--model.head-drop-rate": model.head_drop_rate,
-                "--data.val-share": data.val_share,
-                "--data.max-class-share": data.max_class_share,
+                "--data.val-fraction": data.val_fraction,
+                "--data.max-class-fraction": data.max_class_fraction,
                 "--evaluation.stride": evaluation.stride,
             }
         )

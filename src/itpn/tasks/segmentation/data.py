@@ -17,13 +17,15 @@ from itpn.tasks.segmentation.config import SegmentationConfig
 def make_rules(config: SegmentationConfig) -> MaskRules:
     data = config.data
     tell = print_aside if is_main_process() else lambda line: None
-    return MaskRules(data.classes, data.reduce_zero_label, data.ignore, data.mistakes, tell, data.max_pixels)
+    return MaskRules(data.classes, data.reduce_zero_label, data.ignore, data.invalid_annotations, tell, data.max_pixels)
 
 
 def find_data(config: SegmentationConfig) -> RunData:
     """The images to train on, and those to evaluate on."""
     train, val = find_label_maps(**describe_sets(config))
-    notes = () if val is not None else ("there are no images to evaluate on: give --data.val-root or --data.val-share",)
+    notes = (
+        () if val is not None else ("there are no images to evaluate on: give --data.val-root or --data.val-fraction",)
+    )
     return RunData(train, val, notes)
 
 
@@ -31,7 +33,7 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
     """Arguments of :func:`find_label_maps` and :func:`read_to_evaluate`."""
     data = config.data
     places = {"root": data.root, "masks": data.masks, "val_root": data.val_root, "val_masks": data.val_masks}
-    return {**places, "rules": make_rules(config), "val_fraction": data.val_share, "seed": config.seed}
+    return {**places, "rules": make_rules(config), "val_fraction": data.val_fraction, "seed": config.seed}
 
 
 def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
@@ -43,7 +45,7 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         data.img_size,
         data.short,
         scales=data.scales,
-        max_fraction=data.max_class_share,
+        max_fraction=data.max_class_fraction,
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,

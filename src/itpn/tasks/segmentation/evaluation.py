@@ -142,7 +142,7 @@ def resolve_evaluation(
         values["ignore"] = tuple(trained["ignore"])
     same = real_paths(trained.get("root"), trained.get("masks")) == real_paths(data.root, data.masks)
     if same:
-        values |= {name: trained[name] for name in ("val_share", "val_root", "val_masks")}
+        values |= {name: trained[name] for name in ("val_fraction", "val_root", "val_masks")}
         seed = found.settings["seed"]
     if "size" in own:
         values["img_size"] = own["size"][0]
@@ -150,7 +150,7 @@ def resolve_evaluation(
         values["interpolation"] = own["interpolation"]
     values = {name: value for name, value in values.items() if name not in given}
     if not same:
-        values["val_share"] = 0.0  # another folder of one set is for evaluation as a whole
+        values["val_fraction"] = 0.0  # another folder of one set is for evaluation as a whole
     model = replace(config.model, name=None, patch_size=None)
     config = replace(config, model=model, data=replace(data, **values), seed=seed)
     return resolve(config, found)[0], {}
@@ -167,7 +167,7 @@ def find_evaluation_data(
     data = config.data
     own, held_out = read_to_evaluate(**describe_sets(config), names=_names(config, found))
     images = match_classes(own, found.metadata.get("classes"), model.num_classes, "masks")
-    which = f"{data.val_share:.0%} held out of " * held_out + (data.val_root or data.root)
+    which = f"{data.val_fraction:.0%} held out of " * held_out + (data.val_root or data.root)
     return SegmentationEvaluator(config, images, own.left_out), which
 
 

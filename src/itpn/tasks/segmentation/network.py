@@ -45,7 +45,7 @@ class SegmenterHead(Head):
         if "num_classes" not in spec.options:
             raise UserError(
                 "there is no segmenter to build: itpn.load with task='segmentation', num_classes=N and strict=False "
-                "starts a fresh one"
+                "makes a random one"
             )
         return Segmenter(build_pyramid(replace(spec, pyramid=spec.pyramid or {}), self.levels), **spec.options)
 
@@ -115,7 +115,7 @@ def build_model(
     }
     spec = replace(contents.complete(config.task), options=options).with_backbone(**backbone_options(model))
     kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"])
-    unwanted = (*(() if kept else SegmenterHead.classes), *(("pyramid.",) if model.neck == "fresh" else ()))
+    unwanted = (*(() if kept else SegmenterHead.classes), *(("pyramid.",) if model.neck == "random" else ()))
     new_tables = found is not None and bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
     network, more = build_network(spec, found, unwanted, new_tables)
     assert isinstance(network, Segmenter)

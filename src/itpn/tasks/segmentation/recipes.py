@@ -47,7 +47,7 @@ def small_segmentation() -> SegmentationConfig:
     return SegmentationConfig(
         model=SegmentationModelConfig(drop_path_rate=0.1),
         data=SegmentationDataConfig(
-            root="data/scenes", batch_size=4, num_workers=2, interpolation="bilinear", val_share=0.1
+            root="data/scenes", batch_size=4, num_workers=2, interpolation="bilinear", val_fraction=0.1
         ),
         optimizer=small_dense_optimizer(),
         trainer=TrainerConfig(max_epochs=0, checkpoint_every_n_steps=200),
