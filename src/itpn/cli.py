@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
+from itpn.checkpoints.older_settings import NAMES
 from itpn.checkpoints.paths import HUB, check_file
 from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
 from itpn.system.accidents import guard
@@ -460,10 +461,17 @@ def _unknown_option(option: str, known: list[str]) -> str:
     # "--batch-size" is meant as often as "--data.batchsize": compare whole names and last parts
     by_last = {name.rpartition(".")[2].removeprefix("--"): name for name in known}
     last = option.rpartition(".")[2].removeprefix("--").replace("_", "-")
-    near = difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.8)
+    near = [name for name in known if name == _rename(option)]
+    near = near or difflib.get_close_matches(option.replace("_", "-"), known, n=1, cutoff=0.8)
     near = near or [by_last[match] for match in difflib.get_close_matches(last, by_last, n=1, cutoff=0.6)]
     near = near or difflib.get_close_matches(option, known, n=1, cutoff=0.4)
     return f"unknown option {option}" + (f"; did you mean {near[0]}?" if near else "; see --help")
+
+
+def _rename(option: str) -> str:
+    """An option of an older version, under today's name."""
+    section, _, name = option.removeprefix("--").replace("-", "_").partition(".")
+    return f"--{section}.{NAMES.get(section, {}).get(name, name)}".replace("_", "-")
 
 
 def check_early(config: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from itpn.checkpoints.older_settings import NAMES, VALUES, update_settings
+from itpn.cli import main
 from itpn.tasks.recipes import read_settings
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import from_dict, to_dict
@@ -63,3 +64,16 @@ def test_runs_of_older_versions(tmp_path):
 @pytest.mark.parametrize("odd", [{"model": 3}, {"model": {"neck": ["fresh"]}}, {3: {}}, {"model": {3: 4}}])
 def test_damaged_settings_stay_as_they_are(odd):
     assert update_settings(odd) == odd
+
+
+def test_older_options_and_recipes_are_told_the_new_name(tmp_path, capsys):
+    renamed = {"--data.max-broken": "--data.max-corrupt", "--model.hidden_units": "--model.masked-patches"}
+    for option, new in renamed.items():
+        assert main(["train", "itpn-pixel_nano", option, "0"]) == 2
+        assert f"unknown option {option}; did you mean {new}?" in capsys.readouterr().err
+    recipe = tmp_path / "old.py"
+    code = "from itpn.tasks.pretraining.recipes import pixel_pretraining as p\nconfig = p('itpn_nano', max_epochs=1)\n"
+    for line, hint in {"data.max_broken": "max_corrupt", "model.mask_ration": "mask_ratio"}.items():
+        recipe.write_text(f"{code}config.{line} = 0.5\n")
+        assert main(["train", str(recipe)]) == 2
+        assert f"there is no setting {line.partition('.')[2]}; did you mean {hint}?" in capsys.readouterr().err

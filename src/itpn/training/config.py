@@ -4,6 +4,7 @@ Nothing here imports torch, so that a mistake in an option is answered at once.
 """
 
 import dataclasses
+import difflib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 
-from itpn.checkpoints.older_settings import update_settings
+from itpn.checkpoints.older_settings import NAMES, update_settings
 from itpn.errors import UserError
 from itpn.system.checks import check_type
 from itpn.system.writing import write_whole
@@ -27,6 +28,11 @@ class Settings:
     def __setattr__(self, name: str, value: Any) -> None:
         if self._frozen:
             raise dataclasses.FrozenInstanceError(f"{name} cannot be changed: settings are resolved once")
+        known = list(self.__dataclass_fields__)  # type: ignore[attr-defined]
+        if name not in known:  # a recipe file may assign anything
+            near = [names[name] for names in NAMES.values() if names.get(name) in known]
+            near = near or difflib.get_close_matches(name, known, n=1)
+            raise AttributeError(f"there is no setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
         super().__setattr__(name, value)
 
 

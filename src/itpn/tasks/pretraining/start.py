@@ -79,7 +79,7 @@ def describe_options(contents: Contents, model: MaskedImageModel) -> str:
 def _options(contents: Contents) -> dict[str, str | int | None]:
     """Options of `itpn train` that build the networks of a file."""
     backbone, pyramid, decoder = contents.backbone, contents.pyramid or {}, contents.decoder or {}
-    guessed = any(guess.startswith("decoder_num_heads") for guess in contents.guessed)
+    guessed = any(guess.startswith(("decoder_num_heads", "decoder_heads")) for guess in contents.guessed)
     return {
         "name": contents.variant,
         "patch-size": backbone["patch_size"],
@@ -87,9 +87,9 @@ def _options(contents: Contents) -> dict[str, str | int | None]:
         "init-values": "0.1" if backbone.get("init_values") else "None",
         "pyramid-width": pyramid.get("width"),
         "pyramid-depth": pyramid.get("depth"),
-        "decoder-width": decoder.get("width"),
+        "decoder-embed-dim": decoder.get("width"),
         "decoder-depth": decoder.get("depth"),
-        "decoder-heads": decoder.get("num_heads") if decoder.get("depth") and not guessed else None,
+        "decoder-num-heads": decoder.get("num_heads") if decoder.get("depth") and not guessed else None,
     }
 
 
