@@ -26,7 +26,7 @@ from itpn.tasks.run import train
 
 # backbone and pyramid pre-trained; the backbone alone, with a random pyramid or feature pyramid network; nothing
 ARMS = ("pyramid", "random", "fpn", "scratch")
-FIGURES = {
+METRICS = {
     "detection": ("val_box_ap", "val_box_ap50", "val_mask_ap"),
     "segmentation": ("val_miou", "val_mean_accuracy", "val_pixel_accuracy"),
 }
@@ -54,7 +54,7 @@ def main() -> None:
     base.output_dir = str(options.out)
     base = parse_options(base, others, "necks.py")
     arms = options.arms or [arm for arm in ARMS if arm != "fpn" or base.task == "detection"]
-    figures = FIGURES[base.task]
+    figures = METRICS[base.task]
     rows: list[dict] = []
     failures = Failures()
     for seed in options.seeds:

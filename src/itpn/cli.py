@@ -29,10 +29,10 @@ DESCRIPTION = "Pre-train a hierarchical vision transformer together with its fea
 
 CACHE_DESCRIPTION = (
     "Worth it where the teacher costs more than the student and the disk holds its features: several runs or many "
-    "epochs over a set that is not large, a large teacher, hidden units dropped. Training then sees the crops drawn "
+    "epochs over a set that is not large, a large teacher, masked patches dropped. Training then sees the crops drawn "
     "here and no others, a view an epoch, so give several --views; for a long run over millions of images the live "
     "teacher with its fresh crops is better. A crop takes a byte for each value of its pixels and 4 (--half: 2) for "
-    "each number of its features: 0.55 MB at 224 px with CLIP-B. Stopped in the middle, the same command goes on."
+    "each value of its features: 0.55 MB at 224 px with CLIP-B. Stopped in the middle, the same command resumes."
 )
 
 PROFILE = "take a few steps only, keep nothing of them, and say where their time goes: a summary and a trace"
@@ -41,7 +41,7 @@ SHRINK_DESCRIPTION = (
     "Worth it where decoding is what training waits for: photographs of many megapixels. 512 px suit "
     "--data.img-size 224: the smallest random crops, a fifth of the area, are then about as large. Nothing is "
     "enlarged, and upright JPEGs that are small already stay as they are. Class folders and .cls in shards are kept "
-    "as labels, train and val apart. Stopped in the middle, the same command goes on."
+    "as labels, train and val apart. Stopped in the middle, the same command resumes."
 )
 
 
@@ -186,7 +186,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser(
         "evaluate",
-        help="figures of a classifier or detector on labelled images",
+        help="metrics of a classifier, detector or segmenter on labelled images",
         usage="itpn evaluate RECIPE|FILE.py --checkpoint CKPT [--out DIR] [--knn] [options of itpn train]",
         description="The recipe says where the images are (--data.root); sizes and normalisation are the checkpoint's.",
     )
@@ -196,8 +196,8 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("predict", help="reconstruct, classify or detect, or write features")
     add.add_argument("checkpoint", help="a checkpoint of iTPN, Fast-iTPN or HiViT, see itpn inspect")
     add.add_argument("images", nargs="+", help="image files, tar shards or folders of either")
-    add.add_argument("--out", default="predictions", help="folder for the pictures (default: %(default)s)")
-    add.add_argument("--seed", type=int, default=0, help="which units are hidden (default: %(default)s)")
+    add.add_argument("--out", default="predictions", help="folder for the visualizations (default: %(default)s)")
+    add.add_argument("--seed", type=int, default=0, help="of the masks of a pre-training model (default: %(default)s)")
     add.add_argument("--min-score", type=float, default=0.5, help="of objects, above 0.05 (default: %(default)s)")
     add.add_argument("--features", metavar="FILE", help="write features to this .safetensors or .npy file instead")
     _add_members(add)
@@ -285,8 +285,8 @@ def _add_cache_options(parser: argparse.ArgumentParser) -> None:
 
 def _add_evaluation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", required=True, help="a checkpoint that `itpn inspect` knows")
-    parser.add_argument("--out", help="folder for figures and pictures (default: `evaluation` beside the checkpoint)")
-    parser.add_argument("--knn", action="store_true", help="ask nearest neighbours among the training images instead")
+    parser.add_argument("--out", help="folder for metrics and plots (default: `evaluation` beside the checkpoint)")
+    parser.add_argument("--knn", action="store_true", help="evaluate features by k-NN among the training images")
 
 
 # what evaluation goes by, beside the checkpoint and what a task adds

@@ -88,7 +88,7 @@ class ExportFailed(Exception):
 class RunStopped(BaseException):
     """A signal asked the run to stop, and its checkpoint is written. Exit code 128 + signal.
 
-    No :class:`Exception`: a decoder on the way would take it for a broken image.
+    No :class:`Exception`: a decoder on the way would take it for a corrupt image.
 
     Attributes:
         told: it has been printed how far the command came.

@@ -147,7 +147,7 @@ def test_position_tables_of_another_grid_are_resampled(tmp_path, img_size):
 def test_relative_position_tables_of_another_grid_are_resampled(tmp_path):
     path = save(tmp_path, name="hivit_tiny")
     model, notes = load_into(path, (64, 64), name="hivit_tiny")
-    assert notes[0].endswith("resampled to 8x8 units, 10 relative position tables to 8x8")
+    assert notes[0].endswith("resampled to 8x8 patches, 10 relative position tables to 8x8")
     assert model.backbone.stages[2][0].attn.relative_position_bias_table.shape == (15 * 15, 6)
 
 
@@ -194,7 +194,7 @@ def test_the_words_of_the_complaints(tmp_path):
 def test_other_sizes_channels_and_classes(tmp_path):
     path = save_public(tmp_path, "off_pixel_finetune")
     golden = read_golden("off_pixel_finetune")[0]["param"]
-    with pytest.warns(UserWarning, match="resampled to 6x6 units, 2 relative position tables to 6x6"):
+    with pytest.warns(UserWarning, match="resampled to 6x6 patches, 2 relative position tables to 6x6"):
         large = itpn.load(path, img_size=96)
     assert large(torch.zeros(1, 3, 96, 96)).shape == (1, 10)
     with pytest.warns(UserWarning, match="has 3 channels: its first layer was adapted to 1"):
@@ -224,7 +224,7 @@ def test_pretraining_goes_on_from_a_public_file(tmp_path, layout):
     other, notes = load_into(target, (48, 64), name="itpn_tiny", in_chans=1)
     assert [note.removeprefix("FILE ") for note in notes] == [
         "has 3 channels: its first layer was adapted to 1, and so was its prediction of pixels",
-        "is made for another image size: backbone.pos_embed, decoder.pos_embed resampled to 6x8 units",
+        "is made for another image size: backbone.pos_embed, decoder.pos_embed resampled to 6x8 patches",
     ]
     # the same answer to the same image: grey in all three channels, and the mean of the three predictions
     grey, mask = torch.randn(2, 1, 48, 64), other.draw_mask(2, (6, 8))

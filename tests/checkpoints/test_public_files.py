@@ -288,7 +288,7 @@ def test_fast_itpn_inside_another_network(tmp_path, prefix):
 def test_another_size_given_is_as_another_image(tmp_path):
     """Tables resampled while loading, or for each image: the public code's way either way."""
     path, images = save_public(tmp_path, "off_det_pixel"), torch.randn(1, 3, 96, 128)
-    with pytest.warns(UserWarning, match="resampled to 6x8 units"):
+    with pytest.warns(UserWarning, match="resampled to 6x8 patches"):
         sized = itpn.load(path, img_size=(96, 128), num_heads=4)
     with torch.no_grad():
         for one, other in zip(sized(images).values(), itpn.load(path, num_heads=4)(images).values(), strict=True):

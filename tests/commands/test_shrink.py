@@ -221,12 +221,12 @@ def test_broken_images(large, tmp_path, capsys):
     done = capsys.readouterr()
     assert done.err.count("skipped") == 1
     assert f"skipped {folder}/c/broken.jpg: " in done.err
-    assert "24 images (1 broken ones left out), " in done.out
+    assert "24 images (1 corrupt ones left out), " in done.out
     assert len(members(out)) == 48
     assert shrink(folder, out) == 0
     done = capsys.readouterr()
     assert done.err == ""
-    assert "24 images (1 broken ones left out), " in done.out
+    assert "24 images (1 corrupt ones left out), " in done.out
 
 
 def test_too_many_broken_images(large, tmp_path, capsys):

@@ -107,7 +107,7 @@ def test_ids_of_annotations_are_not_needed(tmp_path, ids):
     ]
     scores = score_detections(images, found, images.ids.tolist(), masks=False)
     assert scores.objects == 4
-    assert scores.figures["box"]["ap"] == 1.0
+    assert scores.metrics["box"]["ap"] == 1.0
 
 
 def test_ids_in_other_forms(tmp_path):

@@ -24,7 +24,7 @@ from itpn.data.annotations import read_objects
 from itpn.data.scenes import CLASSES
 from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
-from itpn.metrics.detection import FIGURES, score_detections, write_detection_scores
+from itpn.metrics.detection import METRICS, score_detections, write_detection_scores
 from itpn.models.detector import Detector
 from itpn.tasks.configs import (
     DetectionConfig,
@@ -137,10 +137,10 @@ def test_figures_are_pycocotools(shapes, source):
     file = root / "annotations" / "instances_val2017.json"
     for kind, theirs in {"box": "bbox", "mask": "segm"}.items():
         stats, precision = pycocotools_figures(file, results, theirs, images.ids.tolist())
-        for name, value in zip(FIGURES, stats, strict=True):
-            ours = scores.figures[kind][name]
+        for name, value in zip(METRICS, stats, strict=True):
+            ours = scores.metrics[kind][name]
             assert (math.isnan(ours) and value == -1) or ours == pytest.approx(value, abs=1e-9), name
-        assert 0.05 < scores.figures[kind]["ap"] < 0.95
+        assert 0.05 < scores.metrics[kind]["ap"] < 0.95
         for row, ours in enumerate(scores.per_class[kind]):
             own = precision[:, :, row, 0, -1]
             own = own[own > -1]
@@ -170,7 +170,7 @@ def test_results_name_no_class_that_the_annotations_do_not_have(shapes, tmp_path
 def test_no_detections_at_all(shapes):
     images = read_objects(str(shapes), "val")
     scores = score_detections(images, [], images.ids.tolist(), masks=True)
-    assert scores.figures["box"]["ap"] == scores.figures["mask"]["ap"] == 0
+    assert scores.metrics["box"]["ap"] == scores.metrics["mask"]["ap"] == 0
     assert len(scores.per_class["box"]) == len(CLASSES)
 
 

@@ -142,7 +142,7 @@ def test_figures_are_those_of_an_obvious_reference(seed):
         targets.append(torch.from_numpy(target))
     confusion = sum(compare(a, t, 6) for a, t in zip(answers, targets, strict=True))
     scores = PixelScores(confusion, 3)
-    assert scores.figures == pytest.approx(slow_figures(answers, targets, 6))
+    assert scores.metrics == pytest.approx(slow_figures(answers, targets, 6))
     assert scores.iou.isnan().tolist() == [False] * 5 + [True]
     assert scores.recall.isnan().tolist() == [False, False, False, True, False, True]
     assert int(confusion.sum()) == sum(int((t != IGNORED).sum()) for t in targets)

@@ -184,7 +184,7 @@ def test_starting_from_weights(finished, settings, capsys):
     other = itpn.load(train(replace(config, name="other"), "again") / "model.safetensors").state_dict()
     said = " ".join(capsys.readouterr().out.split())
     assert "it is randomly initialized" in said
-    assert "is made for another image size: backbone.pos_embed resampled to 8x8 units" in said
+    assert "is made for another image size: backbone.pos_embed resampled to 8x8 patches" in said
     for name, tensor in theirs.items():
         if not name.startswith("decoder.") and name != "backbone.pos_embed":
             assert torch.equal(other[name], tensor), name

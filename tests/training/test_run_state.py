@@ -312,7 +312,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(short, tmp_path, monkeyp
         assert main(["train", str(tmp_path / "run.yaml")]) == 0
     assert_complete(folder_of(short()), 2)
     assert capsys.readouterr().err == (
-        "nobody reads standard output any more: the command goes on, and its files tell how it goes\n"
+        "nobody reads standard output any more: the command continues; see its files for the results\n"
     )
 
 
@@ -324,8 +324,8 @@ def test_a_run_goes_on_when_its_log_is_full(short, tmp_path, monkeypatch, capsys
         assert main(["train", str(tmp_path / "run.yaml")]) == 0
     assert_complete(folder_of(short()), 2)
     assert capsys.readouterr().err == (
-        "standard output cannot be written (No space left on device): the command goes on, and its files tell how it "
-        "goes\n"
+        "standard output cannot be written (No space left on device): the command continues; see its files for the "
+        "results\n"
     )
 
 

@@ -160,7 +160,7 @@ def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding
         changed = [name]
         for name in ("decoder.heads.pixel.weight", "decoder.heads.pixel.bias"):
             if name in tensors and name in own:
-                # a unit's numbers are (row, col, channel): each channel is predicted as their mean was
+                # a patch's values are (row, col, channel): each channel is predicted as their mean was
                 mean = tensors[name].unflatten(0, (-1, there.shape[1])).mean(dim=1, keepdim=True)
                 tensors[name] = mean.expand(-1, here.shape[1], *mean.shape[2:]).flatten(0, 1)
                 changed.append(name)
@@ -191,14 +191,14 @@ def _describe_tables(changed: list[str], backbone: HiViT) -> list[Finding]:
     """Position tables that were resampled, in one sentence."""
     tables = sorted(name for name in changed if name.endswith("pos_embed"))
     relative = len(changed) - len(tables)
-    parts = [f"{_join(tables)} resampled to {_units(backbone.grid_size)} units"] if tables else []
+    parts = [f"{_join(tables)} resampled to {_sides(backbone.grid_size)} patches"] if tables else []
     if relative and backbone.rel_pos_grid is not None:
-        parts.append(f"{relative} relative position tables to {_units(backbone.rel_pos_grid)}")
+        parts.append(f"{relative} relative position tables to {_sides(backbone.rel_pos_grid)}")
     text = f"is made for another image size: {', '.join(parts)}"
     return [Finding("converted", sorted(changed), text)] if parts else []
 
 
-def _units(grid: Grid) -> str:
+def _sides(grid: Grid) -> str:
     return f"{grid[0]}x{grid[1]}"
 
 

@@ -32,8 +32,8 @@ def print_report(checkpoint: str) -> None:
     console.print(table, highlight=False)
 
 
-def _judge(findings: list[Finding], broken: bool) -> Text:
+def _judge(findings: list[Finding], nonfinite: bool) -> Text:
     problems = [f"it {finding.text}: {MISSING[finding.kind]}" for finding in findings if finding.kind in MISSING]
-    if broken:
-        problems.append("it has broken numbers: of no use")
+    if nonfinite:
+        problems.append("it has NaN or infinite values: of no use")
     return Text("\n".join(problems), style="yellow") if problems else Text("everything is there", style="green")

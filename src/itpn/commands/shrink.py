@@ -59,7 +59,7 @@ def shrink(
         max_pixels: larger images are left out.
 
     Raises:
-        UserError: nothing to read, the folder cannot be written or holds something else, too many broken images.
+        UserError: nothing to read, the folder cannot be written or holds something else, too many corrupt images.
         RunStopped: by a signal.
     """
     console = Output()
@@ -96,9 +96,9 @@ def shrink(
         write_index(out, index)
         size = sum((out / name).stat().st_size for name in shards)
     images, before = (sum(record[name] for record in index.shards.values()) for name in ("images", "bytes"))
-    broken = sum(len(record["corrupt"]) for record in index.shards.values())
+    corrupt = sum(len(record["corrupt"]) for record in index.shards.values())
     console.print(
-        f"{images:,} images{f' ({broken:,} broken ones left out)' if broken else ''}, {decimal(before)} before, "
+        f"{images:,} images{f' ({corrupt:,} corrupt ones left out)' if corrupt else ''}, {decimal(before)} before, "
         f"{decimal(size)} after; train from them with --data.root {out}",
         markup=False,
         highlight=False,
@@ -208,7 +208,7 @@ def _members(
     record: dict[str, Any],
     skipped: SkippedImages,
 ) -> Iterator[tuple[str, bytes]]:
-    """The files of a shard; tells of the broken ones, and counts in ``record``."""
+    """The files of a shard; tells of the corrupt ones, and counts in ``record``."""
     for original, content, size, remarks in results:
         tell_remarks({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
         if isinstance(content, UnreadableImage):

@@ -46,7 +46,7 @@ class Answers:
 
 @dataclass
 class Scores:
-    """Figures of a classifier on a set.
+    """Metrics of a classifier on a set.
 
     Attributes:
         top1, top5: shares of images whose class is the likeliest, or among the five likeliest.
@@ -81,7 +81,7 @@ def join(parts: Sequence[Answers]) -> Answers:
 
 
 def score(answers: Answers, classes: int) -> Scores:
-    """Figures of answers about a whole set."""
+    """Metrics of predictions for a whole set."""
     best, label = answers.top[:, 0], answers.label
     right = best == label
     per_class = multiclass_accuracy(best, label, classes, average="none").double()
@@ -111,10 +111,10 @@ def warn_of_other_order(scores: Scores) -> None:
 
 def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: Mapping[str, Any]) -> None:
     """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
-    figures = {name: getattr(scores, name) for name in ("images", "top1", "top5", "loss", "calibration_error")}
+    metrics = {name: getattr(scores, name) for name in ("images", "top1", "top5", "loss", "calibration_error")}
     if not math.isfinite(scores.loss):  # of neighbours, none of whom has the class
-        figures["loss"] = None
-    write_whole(folder / "evaluation.json", (json.dumps({**about, **figures}, indent=2) + "\n").encode())
+        metrics["loss"] = None
+    write_whole(folder / "evaluation.json", (json.dumps({**about, **metrics}, indent=2) + "\n").encode())
     counts = scores.confusion.sum(dim=1).tolist()
     with open_whole_text(folder / "classes.csv") as file:
         writer = csv.writer(file)
@@ -124,16 +124,16 @@ def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: 
     write_confusion(scores.confusion, classes, folder)
 
 
-def write_confusion(confusion: Tensor, classes: tuple[str, ...], folder: Path, unit: str = "images") -> None:
+def write_confusion(confusion: Tensor, classes: tuple[str, ...], folder: Path, what: str = "images") -> None:
     """Write ``confusion.csv`` and ``confusion.png``."""
     with open_whole_text(folder / "confusion.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["class \\ answer", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
-    draw_confusion(confusion, classes, folder / "confusion.png", unit)
+    draw_confusion(confusion, classes, folder / "confusion.png", what)
 
 
-def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, unit: str = "images") -> None:
+def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, what: str = "images") -> None:
     """Shares of each class's images, or pixels, by answer; numbers and names where there is room for them."""
     count = len(classes)
     shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
@@ -142,7 +142,7 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, unit
         figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
         axes = figure.add_subplot()
         image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
-        figure.colorbar(image, ax=axes, label=f"share of the class's {unit}", fraction=0.046)
+        figure.colorbar(image, ax=axes, label=f"fraction of the class's {what}", fraction=0.046)
         axes.set_xlabel("answer")
         axes.set_ylabel("class")
         if count <= 40:
@@ -155,16 +155,16 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, unit
                     if confusion[row, column]:
                         shade = "white" if shares[row, column] > 0.5 else "black"
                         share = float(shares[row, column])
-                        text = f"{int(confusion[row, column])}" if unit == "images" else f"{100 * share:.0f}"
+                        text = f"{int(confusion[row, column])}" if what == "images" else f"{100 * share:.0f}"
                         axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
         with open_whole(path) as file:
             figure.savefig(file, format="png")
 
 
-def rank_classes(figures: dict[str, float]) -> dict[str, str]:
-    """Rows with the classes of the lowest and of the highest figures; of few classes, with all of them."""
-    ranked = sorted(figures, key=lambda name: figures[name])
-    shown = {name: f"{name} {figures[name]:.0%}" for name in ranked}
+def rank_classes(values: dict[str, float]) -> dict[str, str]:
+    """Rows with the classes with the lowest and the highest values; of few classes, with all of them."""
+    ranked = sorted(values, key=lambda name: values[name])
+    shown = {name: f"{name} {values[name]:.0%}" for name in ranked}
     if len(ranked) <= 6:
         return {"classes": ", ".join(shown[name] for name in ranked[::-1])}
     return {

@@ -1,4 +1,4 @@
-"""COCO's figures for detections: average precision and recall of boxes and masks, as its API computes them."""
+"""COCO's metrics for detections: average precision and recall of boxes and masks, as its API computes them."""
 
 import contextlib
 import copy
@@ -21,7 +21,7 @@ from itpn.system.writing import open_whole_text, write_whole
 Results = list[dict[str, Any]]  # detections in COCO's form: image_id, category_id, bbox, score, segmentation
 
 # as COCO's API gives its twelve numbers
-FIGURES = (
+METRICS = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
 )
@@ -30,22 +30,22 @@ KINDS = {"box": "bbox", "mask": "segm"}
 
 @dataclass
 class DetectionScores:
-    """Figures of a detector on a set.
+    """Metrics of a detector on a set.
 
     Attributes:
-        figures: by "box" or "mask", then by name (`FIGURES`), from 0 to 1; NaN where there is nothing of the kind.
+        metrics: by "box" or "mask", then by name (`METRICS`), from 0 to 1; NaN where there is nothing of the kind.
         per_class: by "box" or "mask", average precision of each class, NaN where there is nothing of it.
         images, objects: how many there were, crowds aside.
     """
 
-    figures: dict[str, dict[str, float]]
+    metrics: dict[str, dict[str, float]]
     per_class: dict[str, list[float]]
     images: int
     objects: int
 
     def flat(self, prefix: str = "") -> dict[str, float]:
         """One name each, e.g. "box_ap50"."""
-        return {f"{prefix}{kind}_{n}": v for kind, own in self.figures.items() for n, v in own.items()}
+        return {f"{prefix}{kind}_{n}": v for kind, own in self.metrics.items() for n, v in own.items()}
 
 
 def to_results(found: dict[str, Tensor], image_id: int, class_ids: tuple[int, ...]) -> Results:
@@ -68,7 +68,7 @@ def to_results(found: dict[str, Tensor], image_id: int, class_ids: tuple[int, ..
 
 
 def score_detections(images: DetectionImages, results: Results, seen: list[int], masks: bool) -> DetectionScores:
-    """COCO's figures of detections in some images.
+    """COCO's metrics of detections in some images.
 
     Args:
         results: in COCO's form.
@@ -90,11 +90,11 @@ def score_detections(images: DetectionImages, results: Results, seen: list[int],
                 judged.summarize()
         if judged is None:
             present = {one["category_id"] for one in truth["annotations"] if not one["iscrowd"]}
-            scores.figures[kind] = dict.fromkeys(FIGURES, 0.0 if present else float("nan"))
+            scores.metrics[kind] = dict.fromkeys(METRICS, 0.0 if present else float("nan"))
             scores.per_class[kind] = [0.0 if id_ in present else float("nan") for id_ in images.class_ids]
             continue
-        stats = [float(value) for value in judged.stats[: len(FIGURES)]]
-        scores.figures[kind] = {n: _known(v) for n, v in zip(FIGURES, stats, strict=True)}
+        stats = [float(value) for value in judged.stats[: len(METRICS)]]
+        scores.metrics[kind] = {n: _known(v) for n, v in zip(METRICS, stats, strict=True)}
         precision = judged.eval["precision"]  # [thresholds, recalls, classes, areas, detections]
         order = {id_: row for row, id_ in enumerate(judged.params.catIds)}
         scores.per_class[kind] = [
@@ -134,9 +134,9 @@ def write_detection_scores(
     scores: DetectionScores, classes: tuple[str, ...], results: Results, folder: Path, about: Mapping[str, Any]
 ) -> None:
     """Write ``evaluation.json``, ``classes.csv`` and ``results.json``, the latter as COCO's test server takes it."""
-    figures = {name: None if np.isnan(value) else value for name, value in scores.flat().items()}
+    metrics = {name: None if np.isnan(value) else value for name, value in scores.flat().items()}
     about = {**about, "images": scores.images, "objects": scores.objects}
-    write_whole(folder / "evaluation.json", (json.dumps({**about, **figures}, indent=2) + "\n").encode())
+    write_whole(folder / "evaluation.json", (json.dumps({**about, **metrics}, indent=2) + "\n").encode())
     with open_whole_text(folder / "classes.csv") as file:
         writer = csv.writer(file)
         writer.writerow(["class", *(f"{kind}_ap" for kind in scores.per_class)])

@@ -1,4 +1,4 @@
-"""Figures of segmentation, from one confusion matrix over all pixels of a set."""
+"""Metrics of segmentation, from one confusion matrix over all pixels of a set."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ PIXELS = 2**20  # that are compared at a time
 
 @dataclass
 class PixelScores:
-    """Figures of a segmenter on a set, from 0 to 1.
+    """Metrics of a segmenter on a set, from 0 to 1.
 
     Attributes:
         confusion: pixels by class (rows) and answer (columns), int64 [classes, classes].
@@ -42,7 +42,7 @@ class PixelScores:
         return self.confusion.diag().double() / self.confusion.sum(dim=1)
 
     @property
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Means over the classes that there are, and the share of all pixels that are right."""
         return {
             "miou": float(self.iou.nanmean()),
@@ -64,7 +64,7 @@ def compare(labels: Tensor, target: Tensor, classes: int) -> Tensor:
 
 def write_pixel_scores(scores: PixelScores, classes: tuple[str, ...], folder: Path, about: Mapping[str, Any]) -> None:
     """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
-    content = json.dumps({**about, "images": scores.images, **scores.figures}, indent=2) + "\n"
+    content = json.dumps({**about, "images": scores.images, **scores.metrics}, indent=2) + "\n"
     write_whole(folder / "evaluation.json", content.encode())
     with open_whole_text(folder / "classes.csv") as file:
         writer = csv.writer(file)
@@ -72,4 +72,4 @@ def write_pixel_scores(scores: PixelScores, classes: tuple[str, ...], folder: Pa
         pixels = scores.confusion.sum(dim=1).tolist()
         for row in zip(classes, scores.iou.tolist(), scores.recall.tolist(), pixels, strict=True):
             writer.writerow(["" if value != value else value for value in row])  # NaN is unlike itself
-    write_confusion(scores.confusion, classes, folder, unit="pixels")
+    write_confusion(scores.confusion, classes, folder, what="pixels")

@@ -16,7 +16,7 @@ from itpn.system.text import one_line, readable
 
 
 class Output(Console):
-    """For commands that write files: they go on when nobody reads what is printed, or it cannot be written.
+    """For commands that write files: they continue when nobody reads what is printed, or it cannot be written.
 
     As when `head` has ended, a terminal was closed, or the disk of a log is full.
     """
@@ -38,7 +38,7 @@ class Output(Console):
             what = "nobody reads standard output any more"
             if not isinstance(error, BrokenPipeError):
                 what = f"standard output cannot be written ({error.strerror})"
-            print_aside(f"{what}: the command goes on, and its files tell how it goes")
+            print_aside(f"{what}: the command continues; see its files for the results")
 
 
 class Answer(Output):

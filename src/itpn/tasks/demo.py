@@ -109,7 +109,7 @@ def demo(output_dir: Path) -> None:
 
     Raises:
         UserError: the folder cannot be written.
-        RunStopped: as :func:`itpn.tasks.run.train`; the same command goes on.
+        RunStopped: as :func:`itpn.tasks.run.train`; the same command resumes.
     """
     console = Output()
     folders = write_shapes(output_dir / "shapes", train=1200, val=150, img_size=IMG_SIZE)
@@ -124,13 +124,13 @@ def demo(output_dir: Path) -> None:
     try:
         train_side_by_side(plans, output_dir / "logs", console)
     except RunStopped as stop:
-        console.print("stopped; the same command goes on")
+        console.print("stopped; the same command resumes")
         stop.told = True
         raise
-    table = Table("task", "steps", "figure", "from scratch", "pre-trained", title="what pre-training is worth")
+    table = Table("task", "steps", "metric", "from scratch", "pre-trained", title="what pre-training is worth")
     for task in TASKS:
-        figures = [read_figure(plans[title], task.figure) for title in (f"{task.verb} from scratch", task.verb)]
-        table.add_row(task.verb, str(task.steps), task.title, *(f"{figure:.1%}" for figure in figures))
+        metrics = [read_figure(plans[title], task.figure) for title in (f"{task.verb} from scratch", task.verb)]
+        table.add_row(task.verb, str(task.steps), task.title, *(f"{figure:.1%}" for figure in metrics))
     console.print(table)
     console.print("learned in minutes from 2,400 images: benchmarks/RESULTS.md has more")
     networks = {title: plan.folder.weights for title, plan in plans.items() if "scratch" not in title}
@@ -179,8 +179,8 @@ def settle(config: AnyConfig, steps: int, output_dir: Path) -> AnyConfig:
 
 
 def read_figure(plan: Plan, name: str) -> float:
-    figures = json.loads((plan.folder.path / "summary.json").read_bytes())["metrics"]
-    return float(figures[name])
+    metrics = json.loads((plan.folder.path / "summary.json").read_bytes())["metrics"]
+    return float(metrics[name])
 
 
 @torch.no_grad()
@@ -212,7 +212,7 @@ def draw_story(networks: dict[str, Path], folders: ShapesFolders) -> Image.Image
             draw_objects(scene, found, CLASSES, 0.2),
             draw_labels(scene, segment(models["segment"], normalize, scene), GROUNDS + CLASSES, COLOURS),
         ]
-    titles = ("pre-train: three of four units are hidden", "and filled in", "classify", "detect", "segment")
+    titles = ("pre-train: three of four patches are masked", "and predicted", "classify", "detect", "segment")
     return join_pictures(pictures, len(titles), titles)
 
 

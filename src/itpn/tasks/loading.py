@@ -1,4 +1,4 @@
-"""The training loader that the settings of any run ask for."""
+"""The training loader of any run."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def make_training_loader(
     batch_size: int | None = None,
     **own: Any,
 ) -> TrainingLoader:
-    """The loader that the settings of any run ask for.
+    """The training loader of any run.
 
     Args:
         batch_size: None for that of the settings.

@@ -47,7 +47,7 @@ def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, lan
     Raises:
         UserError: a run's process was killed.
         Exception: of the first run that fails, as of :func:`itpn.tasks.run.train`; the others stop.
-        RunStopped: a signal stopped the runs; the same call goes on.
+        RunStopped: a signal stopped the runs; the same call resumes.
     """
     logs.mkdir(parents=True, exist_ok=True)
     left, done, bars = list(plans), set[str](), dict[str, TaskID]()
@@ -137,7 +137,7 @@ def _lost(log: Path) -> MachineError:
 
 
 def _last_step(metrics: Path) -> int:
-    """The step of the last row of a run's figures; 0 where there is none yet."""
+    """The step of the last row of a run's metrics; 0 where there is none yet."""
     try:
         return int(metrics.read_text(encoding="utf-8").splitlines()[-1].partition(",")[0])
     except (OSError, ValueError, IndexError):

@@ -25,7 +25,7 @@ ROWS = 20  # images in the table
 
 @dataclass(frozen=True)
 class PredictionOptions:
-    """What is asked of a prediction.
+    """Options of `itpn predict`.
 
     Attributes:
         out: folder of the images, and of ``predictions.csv`` and ``predictions.json`` of what has classes.

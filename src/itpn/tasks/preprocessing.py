@@ -23,7 +23,7 @@ def read_preprocessing(found: Checkpoint, model: nn.Module) -> tuple[Crop, Norma
     """
     own, (channels, height, width) = found.preprocessing, find_backbone(model).image_shape
     if channels not in (1, 3):
-        raise UserError(f"checkpoint {found.source} is of images with {channels} channels, not of pictures")
+        raise UserError(f"checkpoint {found.source} is of images with {channels} channels, not of photographs")
     usual = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     mean, std = (values if channels == 3 else (sum(values) / 3,) for values in usual)
     normalize = Normalize(channels, tuple(own.get("mean", mean)), tuple(own.get("std", std)))

@@ -333,7 +333,7 @@ def check_images(mean: tuple[float, ...], std: tuple[float, ...], in_chans: int)
 
 
 def check_size(size: tuple[int, int], patch: int, option: str = "--data.img-size") -> None:
-    """Raise :class:`UserError` for images that are not whole units."""
+    """Raise :class:`UserError` for images that are not whole patches."""
     height, width = size
     if height < patch or width < patch or height % patch or width % patch:
         raise UserError(

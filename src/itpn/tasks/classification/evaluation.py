@@ -190,7 +190,7 @@ def resolve_evaluation(
     """
     if not knn and "backbone.head.weight" not in found.tensors:
         raise UserError(
-            f"checkpoint {found.source} has no classifier: give --knn to ask its features, or fine-tune it first"
+            f"checkpoint {found.source} has no classifier: give --knn to evaluate its features, or fine-tune it first"
         )
     preprocessing = found.preprocessing
     stored = {name for name in ("mean", "std", "crop_pct", "interpolation") if name in preprocessing} - {*given}

@@ -1,4 +1,4 @@
-"""Classification as it is trained: augmented batches to loss, layer-wise learning rates, a moving average."""
+"""Classification as it is trained: augmented batches to loss, layer-wise learning rates, an EMA of the weights."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,7 +27,7 @@ class ClassificationTask(FineTuningTask):
     """Trains a classifier on batches of uint8 images [B, 3, H, W] and labels [B].
 
     Args:
-        config: with size, mean and deviation of the images settled.
+        config: with size, mean and standard deviation of the images resolved.
         recipe, classes, make_loader: as of :class:`FineTuningTask`.
     """
 

@@ -88,7 +88,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
     def rows(self, scores: DetectionScores, about: Mapping[str, Any]) -> dict[str, str]:
         counts = f"{scores.images:,} with {scores.objects:,} objects of {len(self.classes)} classes"
         rows = {"images": f"{counts}, {about['images_skipped']} skipped"}
-        for kind, own in scores.figures.items():
+        for kind, own in scores.metrics.items():
             first, then = [
                 "  ".join(f"{name.upper().replace('_', ' ')} {_percent(own[name])}" for name in names)
                 for names in (list(own)[:6], list(own)[6:])

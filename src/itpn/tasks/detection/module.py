@@ -30,7 +30,7 @@ class DetectionTask(FineTuningTask):
         classes: tuple[str, ...],
         make_loader: MakeLoader | None = None,
     ) -> None:
-        # the network subtracts mean and deviation itself, as torchvision's do
+        # the network normalizes images itself, as torchvision's do
         super().__init__(model, config, recipe, classes, Normalize(3, (0.0,), (1.0,)), make_loader)
         self.model: Detector
         model.transform.in_training = False  # the data are of their sizes already

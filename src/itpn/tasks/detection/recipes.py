@@ -39,7 +39,7 @@ def detection(model: str, epochs: int) -> DetectionConfig:
 
 
 def clip_detection(model: str, epochs: int) -> DetectionConfig:
-    """From CLIP supervision, whose relative positions make attention's memory grow with the square of the units."""
+    """From CLIP supervision, whose relative positions make attention's memory grow with the square of the patches."""
     config = detection(model, epochs)
     config.model.grad_checkpointing = True
     return config

@@ -74,7 +74,7 @@ def find_network(model: NetworkConfig, found: Checkpoint | None, img_size: tuple
 
 
 def backbone_options(model: NetworkConfig) -> dict[str, Any]:
-    """Arguments of a backbone that settings ask for."""
+    """Arguments of a backbone that the settings override."""
     options: dict[str, Any] = {"pos_embed": model.pos_embed, "drop_path_rate": model.drop_path_rate}
     return options | ({} if model.rel_pos_bias is None else {"rel_pos_bias": model.rel_pos_bias})
 

@@ -81,7 +81,7 @@ def tell_what_is_left_out(source: ImageSource) -> None:
 
 
 def find_probe_sets(config: PretrainingConfig) -> tuple[LabelledImages, LabelledImages] | None:
-    """Labelled images to learn from and to be asked about, evenly from those of the probe's root."""
+    """Labelled images to learn from and to evaluate on, evenly from those of the probe's root."""
     if config.probe.root is None:
         return None
     train, val = find_labelled((config.probe.root,), val_fraction=0.2, seed=config.seed)
@@ -95,7 +95,7 @@ def make_frozen_teacher(config: PretrainingConfig) -> FeatureTeacher | None:
     """The outside teacher that a run needs, if any, with its weights.
 
     Raises:
-        UserError: its weights cannot be had, or its units cannot match the student's.
+        UserError: its weights cannot be had, or its patches cannot match the student's.
     """
     name = config.teacher.name
     if name is None or name == "ema":
@@ -110,12 +110,12 @@ def make_frozen_teacher(config: PretrainingConfig) -> FeatureTeacher | None:
 def check_cache(config: PretrainingConfig, folder: str) -> None:
     """Refuse cached crops and features that are not what the settings ask for."""
     index = read_index(folder)
-    asked = {"--data.img-size": image_size(config.data), "--model.patch-size": config.model.patch_size}
+    wanted = {"--data.img-size": image_size(config.data), "--model.patch-size": config.model.patch_size}
     held = {"--data.img-size": index.img_size, "--model.patch-size": index.patch_size}
     if config.teacher.name not in (None, "ema"):
         # not the file of its weights, which need not be there any more
-        asked["--teacher.name"], held["--teacher.name"] = config.teacher.name, index.teacher
-    for option, value in asked.items():
+        wanted["--teacher.name"], held["--teacher.name"] = config.teacher.name, index.teacher
+    for option, value in wanted.items():
         if value != held[option]:
             raise UserError(f"{folder} holds features for {option} {held[option]}, not {value}")
 
@@ -153,7 +153,7 @@ def make_loader(
 
 
 def read_samples(source: ImageSource, config: PretrainingConfig) -> Tensor:
-    """The images of the pictures: readable ones from all over the data, uint8 [n, 3, H, W]."""
+    """The images of visualizations: readable ones from all over the data, uint8 [n, 3, H, W]."""
     if source.cache:
         return FeatureCache(source.cache).first(SAMPLES)
     if source.images:

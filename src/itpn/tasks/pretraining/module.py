@@ -78,7 +78,7 @@ class PretrainingTask(TrainingModule):
         Args:
             batch: "image" and, where the teacher wants another size, "teacher_image", uint8; or "feature", its work
                 done before.
-            images: the normalised images, which the moving average is shown.
+            images: the normalized images, which the EMA teacher sees.
         """
         if self.average is not None:
             return self.average(images)
@@ -99,7 +99,7 @@ class PretrainingTask(TrainingModule):
             self.average.update(self.model, momentum)
 
     def warning(self, metrics: dict[str, float | None], step: int) -> str | None:
-        """The targets of a moving average have become the same for all units of all images."""
+        """The targets of the EMA teacher have become the same for all patches of all images."""
         least = self.config.teacher.min_std
         for name, value in metrics.items():
             if name.startswith("target_std_") and value is not None and value < least:
@@ -131,9 +131,9 @@ class PretrainingTask(TrainingModule):
 
 
 def spread(target: Tensor) -> Tensor:
-    """Deviation of targets [B, N, D] over images, the mean over N and D: near 0 when the teacher has collapsed.
+    """Standard deviation of targets [B, N, D] over images, its mean over N and D: near 0 for a collapsed teacher.
 
-    Not over units: targets that tell nothing but the position have collapsed as well. Of a single image, though, there
-    are only its units.
+    Not over patches: targets that depend on the position alone have collapsed as well. A batch of a single image has
+    only its patches.
     """
     return target.std(dim=1 if len(target) == 1 else 0).mean()

@@ -172,7 +172,7 @@ class MaskedHead(Head):
         "pyramid_heads.": "set of heads for pyramid levels",
         "mask_token": "mask token",
     }
-    purpose = "going on with pre-training"
+    purpose = "continued pre-training"
 
     def build(self, spec: NetworkSpec) -> MaskedImageModel:
         options = spec.options

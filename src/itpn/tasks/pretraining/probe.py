@@ -98,22 +98,22 @@ class Accuracy:
 
 
 def probe(config: PretrainingConfig, weights: Path | None, sets: list[tuple[Tensor, Tensor]]) -> Accuracy:
-    """Ask nearest neighbours and a linear classifier, of the backbone's features and of the pyramid's.
+    """Accuracy of k-NN and of a linear classifier, on the backbone's features and on the pyramid's.
 
     Args:
         weights: of a run with these settings; None for those that it began with.
-        sets: to learn from and to be asked about: uint8 images [n, 3, H, W] and int64 labels [n].
+        sets: to learn from and to evaluate on: uint8 images [n, 3, H, W] and int64 labels [n].
     """
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model = build_from(config)
     if weights is not None:
         load_weights(model, read_checkpoint(weights))
     task = PretrainingTask(model, config, "probe")
-    (known, labels), (asked, answers) = [(mean_features(task, x.split(128)), labels) for x, labels in sets]
-    figures = [
-        f(x, labels, y, answers) for x, y in zip(known, asked, strict=True) for f in (knn_accuracy, linear_accuracy)
+    (known, labels), (unknown, answers) = [(mean_features(task, x.split(128)), labels) for x, labels in sets]
+    metrics = [
+        f(x, labels, y, answers) for x, y in zip(known, unknown, strict=True) for f in (knn_accuracy, linear_accuracy)
     ]
-    return Accuracy(*figures)
+    return Accuracy(*metrics)
 
 
 @torch.no_grad()

@@ -44,7 +44,7 @@ def small_pixel_pretraining(
 
 
 def clip_pretraining(model: str, max_epochs: int, teacher: str = CLIP_B) -> PretrainingConfig:
-    """CLIP supervision as in mmpretrain: 2048 images a step on 8 GPUs, cosine to the features of hidden units.
+    """CLIP supervision as in mmpretrain: 2048 images a step on 8 GPUs, cosine to the features of masked patches.
 
     Its position table, frozen at random initial values there, is trained here, and its weight decay spares biases.
     """
@@ -81,7 +81,7 @@ def clip_pretraining(model: str, max_epochs: int, teacher: str = CLIP_B) -> Pret
 
 
 def official_clip_pretraining(model: str, teacher: str, max_epochs: int, img_size: int = 224) -> PretrainingConfig:
-    """CLIP supervision as in the authors' code: smooth L1 to normalised features of all units, and a second head."""
+    """CLIP supervision as in the authors' code: smooth L1 to normalized features of all patches, and a second head."""
     config = clip_pretraining(model, max_epochs, teacher)
     config.model.feature_loss, config.model.feature_patches = "smooth_l1", "all"
     config.model.auxiliary_weight = 1.0
@@ -111,7 +111,7 @@ def with_layer_scale(config: PretrainingConfig) -> PretrainingConfig:
 
 
 def masked_feature_modelling(config: PretrainingConfig, head_width: int) -> PretrainingConfig:
-    """Add to a recipe a loss on each pyramid level, with a moving average of the network as the teacher.
+    """Add to a recipe a loss on each pyramid level, with an EMA of the network as the teacher.
 
     Args:
         head_width: channels of the level's heads.

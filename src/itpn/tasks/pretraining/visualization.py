@@ -26,7 +26,7 @@ def build_visualization(
 
 
 def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Image.Image:
-    """Rows of original, masked and predicted images, the latter with the visible units kept; of features instead of
+    """Rows of original, masked and predicted images, the latter with the visible patches kept; of features instead of
     pixels, the teacher's (where there is one) and the prediction, three principal components as colours.
 
     Args:
@@ -48,7 +48,7 @@ def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Im
 def hide_and_predict(task: PretrainingTask, images: Tensor) -> dict[str, Tensor]:
     """The columns of :func:`draw_predictions` by title, uint8 [n, 3, H, W] each.
 
-    The same images get the same masks, so that pictures of a run can be compared.
+    The same images get the same masks, so that visualizations of a run can be compared.
     """
     images = images.to(task.device)
     x = task.normalize(images)
@@ -65,7 +65,7 @@ def hide_and_predict(task: PretrainingTask, images: Tensor) -> dict[str, Tensor]
 def _draw_features(
     task: PretrainingTask, images: Tensor, x: Tensor, mask: Tensor, grid: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Feature maps as pictures, uint8 [n, 3, H, W]."""
+    """Feature maps as images, uint8 [n, 3, H, W]."""
     batch = {"image": images}
     if task.teacher_size is not None:
         batch["teacher_image"] = resize(images, list(task.teacher_size), InterpolationMode.BICUBIC, antialias=True)
@@ -77,7 +77,7 @@ def _draw_features(
     with torch.random.fork_rng(devices=[]):  # the decomposition starts from random numbers
         torch.manual_seed(0)
         _, _, axes = torch.pca_lowrank((flat - mean).cpu(), q=min(6, *flat.shape), center=False)
-    axes = F.pad(axes[:, :3], (0, max(0, 3 - axes.shape[1]))).to(x.device)  # one unit alone has but one
+    axes = F.pad(axes[:, :3], (0, max(0, 3 - axes.shape[1]))).to(x.device)  # a single patch has one
     spread = (2 * ((flat - mean) @ axes).std(dim=0)).clamp(min=1e-6)  # two deviations span the range of a colour
     columns = {"predicted features": prediction}
     if output.target is not None:
@@ -86,7 +86,7 @@ def _draw_features(
     def paint(features: Tensor) -> Tensor:
         colours = (((features - mean) @ axes) / spread * 0.5 + 0.5).clamp(0, 1) * 255  # [n, N, 3]
         maps = colours.round().to(torch.uint8).transpose(1, 2).unflatten(2, grid)
-        unit = task.model.backbone.patch_size
-        return maps.repeat_interleave(unit, 2).repeat_interleave(unit, 3)
+        side = task.model.backbone.patch_size
+        return maps.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
     return {title: paint(features) for title, features in columns.items()}

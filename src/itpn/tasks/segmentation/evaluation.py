@@ -80,19 +80,19 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
         return PixelScores(torch.stack([own.confusion for own in parts]).sum(dim=0), sum(own.images for own in parts))
 
     def metrics(self, scores: PixelScores) -> dict[str, float]:
-        return scores.figures
+        return scores.metrics
 
     def write(self, scores: PixelScores, folder: Path, about: Mapping[str, Any]) -> None:
         write_pixel_scores(scores, self.classes, folder, about)
 
     def rows(self, scores: PixelScores, about: Mapping[str, Any]) -> dict[str, str]:
-        figures = {name: f"{100 * value:.1f} %" for name, value in scores.figures.items()}
+        metrics = {name: f"{100 * value:.1f} %" for name, value in scores.metrics.items()}
         pixels = int(scores.confusion.sum())
         rows = {
             "images": f"{scores.images:,} with {pixels:,} labelled pixels, {about['images_skipped']} skipped; of "
             f"{about['data']}",
-            "mIoU": figures["miou"],
-            "accuracy": f"{figures['pixel_accuracy']} of the pixels, {figures['mean_accuracy']} of the mean class's",
+            "mIoU": metrics["miou"],
+            "accuracy": f"{metrics['pixel_accuracy']} of the pixels, {metrics['mean_accuracy']} of the mean class's",
         }
         known = {name: v for name, v in zip(self.classes, scores.iou.tolist(), strict=True) if v == v}
         return rows | rank_classes(known)
