@@ -17,6 +17,9 @@ from itpn.data.augment import PretrainingTransform
 from itpn.data.collate import collect, stack
 from itpn.data.files import find_training_images
 from itpn.data.loader import TrainingLoader
+from itpn.models.build import build
+from itpn.models.spec import NetworkSpec
+from itpn.models.variants import BACKBONES
 from itpn.system.console import Output
 from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.configs import (
@@ -138,7 +141,8 @@ def classification(photos: Path, name: str = "itpn_nano") -> ClassificationTask:
         data=ClassificationDataConfig(img_size=64, crop_pct=0.9, batch_size=4, **STATISTICS),
         optimizer=FineTuningConfig(**LEARNING),
     )
-    network: Any = timm.create_model(name, img_size=64, num_classes=3, drop_path_rate=0.1)
+    backbone = {**BACKBONES[name], "img_size": 64, "drop_path_rate": 0.1}
+    network: Any = build(NetworkSpec(backbone, head="classification", options={"num_classes": 3}))
     return ClassificationTask(network, config, "test", ("a", "b", "c"), loader_of(Drawn(), View("classification")))
 
 
@@ -276,18 +280,18 @@ def test_a_batch_is_copied_from_pinned_memory_beside_the_step(device, photos, nu
     batch = next(iter(task.loader))
     expected = batch["image"].clone()
     if device.type == "cpu":
-        assert torch.equal(copy_batch(task, batch, device, None)["image"], expected)
+        assert torch.equal(copy_batch(task.loader, batch, device, None)["image"], expected)
         task.loader.close()
         return
     assert batch["image"].is_pinned()
     copies = torch.cuda.Stream(device)
-    copy_batch(task, batch, device, copies)  # the first takes memory
+    copy_batch(task.loader, batch, device, copies)  # the first takes memory
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(2_000_000_000)  # a step that takes a second
         computed = torch.cuda.current_stream().record_event()
-        copied = copy_batch(task, batch, device, copies)["image"]
+        copied = copy_batch(task.loader, batch, device, copies)["image"]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     copies.synchronize()
