@@ -183,7 +183,7 @@ def build_with(config: MultiLabelConfig, classes: tuple[str, ...], found: Any) -
     kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"])
     backbone = {**contents.backbone, "img_size": size, **backbone_options(config.model)}
     spec = NetworkSpec(backbone, head=config.task, options={"num_classes": len(classes)})
-    network, more = build_network(spec, found, () if kept else MultiLabelHead.classes, new_tables=False)
+    network, more = build_network(spec, config.model, contents, found, () if kept else MultiLabelHead.classes)
     return network, notes + more
 
 

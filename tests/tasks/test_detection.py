@@ -36,7 +36,8 @@ from itpn.tasks.configs import (
     PretrainingModelConfig,
     TrainerConfig,
 )
-from itpn.tasks.detection.network import build_model, resolve
+from itpn.tasks.detection.network import build_model
+from itpn.tasks.finetuning.network import resolve_with_head
 from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.pretraining.start import save_weights
 from itpn.tasks.run import train
@@ -326,7 +327,7 @@ def test_three_starts(settings, tmp_path):
     for neck in ("pyramid", "random", "fpn"):
         config = settings()
         config.model.neck, config.model.scratch, config.model.checkpoint = neck, False, "set"
-        config, _ = resolve(config, found)
+        config, _ = resolve_with_head(config, found)
         model, notes = build_model(config, CLASSES, True, found)
         own = itpn.checkpoints.files.named_tensors(model)
         random[neck] = {n.partition(".")[0] for n, t in own.items() if n not in theirs or not torch.equal(t, theirs[n])}
@@ -342,7 +343,7 @@ def test_heads_of_a_detector_go_on(settings, trained, masks, width):
     found = itpn.checkpoints.files.read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", width
-    config, notes = resolve(config, found)
+    config, notes = resolve_with_head(config, found)
     model, more = build_model(config, ("a", "b"), masks, found)
     notes += more
     own = itpn.checkpoints.files.named_tensors(model)
@@ -350,7 +351,7 @@ def test_heads_of_a_detector_go_on(settings, trained, masks, width):
     predictors = {"roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"}
     assert fresh == predictors | ({"roi_heads.mask_predictor.mask_fcn_logits"} if masks else set())
     assert any("the layers that predict classes are randomly initialized" in note for note in notes)
-    assert any("heads are of 16 channels" in note for note in notes) == (width == 24)
+    assert any("the head has 16 channels" in note for note in notes) == (width == 24)
     assert config.model.head_width == 16  # as config.yaml will say
 
 
@@ -361,7 +362,7 @@ def test_heads_that_are_not_there_are_named(settings, tmp_path, shapes):
     folder = train(replace(config, trainer=TrainerConfig(max_epochs=1, max_steps=1)), "test")
     found = itpn.checkpoints.files.read_checkpoint(folder / "model.safetensors")
     config.model.scratch, config.model.checkpoint = False, "set"
-    config, _ = resolve(config, found)
+    config, _ = resolve_with_head(config, found)
     _, notes = build_model(config, CLASSES, True, found)
     for part in ("mask head", "predictor of masks"):
         assert f"{found.source} has no {part}: it is randomly initialized" in notes
@@ -385,7 +386,7 @@ def test_a_fresh_detector_sees_images_as_its_backbone_did(tmp_path):
 def test_relative_positions_from_scratch(settings):
     config = settings()
     config.model.name = "hivit_tiny"  # has them
-    config, _ = resolve(config, None)
+    config, _ = resolve_with_head(config, None)
     model, _ = build_model(config, CLASSES, True, None)
     assert any("relative_position_bias_table" in name for name in model.state_dict())
     config.model.rel_pos_bias = False

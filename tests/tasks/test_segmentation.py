@@ -37,13 +37,14 @@ from itpn.tasks.configs import (
     SegmentationModelConfig,
     TrainerConfig,
 )
+from itpn.tasks.finetuning.network import resolve_with_head
 from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.pretraining.start import save_weights
 from itpn.tasks.recipes import read_recipe
 from itpn.tasks.run import train
 from itpn.tasks.segmentation.inference import Segmentation, enlarge_labels
 from itpn.tasks.segmentation.module import pixel_loss
-from itpn.tasks.segmentation.network import build_model, resolve
+from itpn.tasks.segmentation.network import build_model
 from itpn.training.config import write_yaml
 from itpn.training.optimization import learning_rate
 
@@ -326,7 +327,7 @@ def test_three_starts(settings, pretrained):
     for neck in ("pyramid", "random"):
         config = settings()
         config.model.neck, config.model.scratch, config.model.checkpoint = neck, False, "set"
-        config, _ = resolve(config, found)
+        config, _ = resolve_with_head(config, found)
         model, _ = build_model(config, NAMES, found)
         own = named_tensors(model)
         random[neck] = {
@@ -342,14 +343,14 @@ def test_a_segmenter_of_other_classes_goes_on(settings, trained):
     found = read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", 24
-    config, notes = resolve(config, found)
+    config, notes = resolve_with_head(config, found)
     model, more = build_model(config, ("a", "b", "c"), found)
     notes += more
     own = named_tensors(model)
     fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
     assert fresh == {"classifier", "aux_classifier.4"}
     assert any("the layers that predict classes are randomly initialized" in note for note in notes)
-    assert any("the head is of 16 channels" in note for note in notes)
+    assert any("the head has 16 channels" in note for note in notes)
 
 
 @pytest.mark.parametrize("processes", [2])

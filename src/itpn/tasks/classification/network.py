@@ -106,10 +106,8 @@ def build_model(
     if found is not None and {**contents.backbone, **arguments}.get("rel_pos_bias"):
         arguments["rel_pos_size"] = None  # the tables follow the images
     spec = NetworkSpec({**contents.backbone, **arguments}, head=config.task, options=options)
-    new_tables = found is not None and bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
-    network, more = build_network(spec, found, () if kept else ClassifierHead.classes, new_tables)
+    network, more = build_network(spec, model, contents, found, () if kept else ClassifierHead.classes)
     assert isinstance(network, HiViT)
-    network.set_grad_checkpointing(model.grad_checkpointing)
     return network, notes + more
 
 

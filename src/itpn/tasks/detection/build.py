@@ -10,13 +10,14 @@ from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData, make_loader
 from itpn.tasks.detection.evaluation import DetectionEvaluator
 from itpn.tasks.detection.module import DetectionTask
+from itpn.tasks.finetuning.network import resolve_with_head
 from itpn.tasks.finetuning.start import scale_epochs
 
 
 def resolve(
     config: DetectionConfig, found: Checkpoint | None, data: DetectionData
 ) -> tuple[DetectionConfig, Sequence[str]]:
-    config, notes = network.resolve(config, found)
+    config, notes = resolve_with_head(config, found)
     return scale_epochs(config, len(data.train)), notes
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from itpn.checkpoints.contents import Contents
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
 from itpn.models.build import build_pyramid
@@ -19,10 +18,10 @@ from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.finetuning.network import (
     backbone_options,
     build_network,
-    find_network,
+    find_square_network,
     keep_predictor,
     name_classes,
-    resolve_network,
+    resolve_with_head,
 )
 
 
@@ -86,37 +85,13 @@ class DetectorHead(Head):
         return stored.get("detector")
 
 
-def resolve(config: DetectionConfig, found: Checkpoint | None) -> tuple[DetectionConfig, list[str]]:
-    """Settings with what they leave to the checkpoint: network, mean and std, the width of heads that it has.
-
-    Returns:
-        The settings, and what is remarkable about them, a sentence each.
-
-    Raises:
-        UserError: the checkpoint is of another network than the settings name.
-    """
-    config = resolve_network(config, found)
-    theirs = _find(config, found).heads.get(config.task)
-    width = config.model.head_width if theirs is None else theirs.get("head_width", config.model.head_width)
-    notes = []
-    if found is not None and width != config.model.head_width:
-        notes.append(f"the heads are of {width} channels, as in {found.source}")
-    return replace(config, model=replace(config.model, head_width=width)), notes
-
-
-def _find(config: DetectionConfig, found: Checkpoint | None) -> Contents:
-    model = config.model
-    side = max(1, round(config.data.img_size / (model.patch_size or 16))) * (model.patch_size or 16)
-    return find_network(model, found, (side, side))
-
-
 def build_model(
     config: DetectionConfig, classes: tuple[str, ...], masks: bool, found: Checkpoint | None
 ) -> tuple[Detector, list[str]]:
     """Build a detector, with a checkpoint's weights where there is one.
 
     Args:
-        config: as :func:`resolve` returns it.
+        config: as :func:`resolve_with_head` returns it.
         masks: predict masks as well.
 
     Returns:
@@ -139,7 +114,7 @@ def build_model(
         "rpn_post_nms_top_n_test": max(1, model.rpn_post_nms_top_n_train // 2),
         "box_batch_size_per_image": model.box_batch_size_per_image,
     }
-    contents = _find(config, found)
+    contents = find_square_network(config, found)
     theirs = contents.heads.get(config.task)
     width = (contents.pyramid or PYRAMIDS.get(model.name or "", PUBLISHED_PYRAMID))["width"]
     if model.neck == "fpn":
@@ -150,10 +125,8 @@ def build_model(
     spec = spec.with_backbone(**backbone_options(model))
     kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"] - 1)
     unwanted = (*(() if kept else DetectorHead.classes), "fpn." if model.neck == "pyramid" else "pyramid.")
-    new_tables = found is not None and bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
-    network, more = build_network(spec, found, unwanted, new_tables)
+    network, more = build_network(spec, model, contents, found, unwanted)
     assert isinstance(network, Detector)
-    network.set_grad_checkpointing(model.grad_checkpointing)
     return network, notes + more
 
 
@@ -165,7 +138,7 @@ def build_recipe(
     Args:
         num_classes: None for the checkpoint's own, or COCO's 80.
     """
-    config, _ = resolve(config, found)
-    theirs = _find(config, found).heads.get(config.task) or {"num_classes": 81, "masks": True}
+    config, _ = resolve_with_head(config, found)
+    theirs = find_square_network(config, found).heads.get(config.task) or {"num_classes": 81, "masks": True}
     masks = theirs["masks"] if config.model.masks is None else config.model.masks
     return build_model(config, name_classes(found, num_classes or theirs["num_classes"] - 1), masks, found)

@@ -73,6 +73,30 @@ def find_network(model: NetworkConfig, found: Checkpoint | None, img_size: tuple
     return Contents({**own, "init_values": model.init_values}, None)
 
 
+def find_square_network(config: Any, found: Checkpoint | None) -> Contents:
+    """As :func:`find_network`, for square images of about the size of the settings, in whole patches."""
+    patch = config.model.patch_size or 16
+    side = max(1, round(config.data.img_size / patch)) * patch
+    return find_network(config.model, found, (side, side))
+
+
+def resolve_with_head(config: AnyConfig, found: Checkpoint | None) -> tuple[AnyConfig, list[str]]:
+    """As :func:`resolve_network`, with the width of the checkpoint's head where it has one.
+
+    Returns:
+        The settings, and what is remarkable about them, a sentence each.
+
+    Raises:
+        UserError: the checkpoint is of another network than the settings name.
+    """
+    config = resolve_network(config, found)
+    wanted = config.model.head_width
+    theirs = find_square_network(config, found).heads.get(config.task) or {}
+    width = theirs.get("head_width", wanted)
+    notes = [] if found is None or wanted in (None, width) else [f"the head has {width} channels, as in {found.source}"]
+    return replace(config, model=replace(config.model, head_width=width)), notes
+
+
 def backbone_options(model: NetworkConfig) -> dict[str, Any]:
     """Arguments of a backbone that the settings override."""
     options: dict[str, Any] = {"pos_embed": model.pos_embed, "drop_path_rate": model.drop_path_rate}
@@ -80,13 +104,13 @@ def backbone_options(model: NetworkConfig) -> dict[str, Any]:
 
 
 def build_network(
-    spec: NetworkSpec, found: Checkpoint | None, unwanted: tuple[str, ...], new_tables: bool
+    spec: NetworkSpec, model: NetworkConfig, contents: Contents, found: Checkpoint | None, unwanted: tuple[str, ...]
 ) -> tuple[nn.Module, list[str]]:
     """Build a network, with a checkpoint's weights where there is one.
 
     Args:
+        contents: the networks of the checkpoint, of :func:`find_network`.
         unwanted: beginnings of names of the file's tensors that are left out.
-        new_tables: the network has relative positions, which the file has not: they begin at zero.
 
     Returns:
         The network, and what is not as in the checkpoint, a sentence each.
@@ -94,9 +118,12 @@ def build_network(
     Raises:
         UserError: the weights do not fit.
     """
-    network = build_checked(spec)
+    network: Any = build_checked(spec)
+    network.set_grad_checkpointing(model.grad_checkpointing)
     if found is None:
         return network, []
+    # relative positions that the file has not begin at zero
+    new_tables = bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
     tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(unwanted)}
     return network, _start_from(network, found, tensors, new_tables)
 

@@ -7,6 +7,7 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.data import RunData
+from itpn.tasks.finetuning.network import resolve_with_head
 from itpn.tasks.finetuning.start import scale_epochs
 from itpn.tasks.segmentation import network
 from itpn.tasks.segmentation.config import SegmentationConfig
@@ -26,7 +27,7 @@ def resolve(
             "batch norm needs two images at a time: give "
             + ("--data.batch-size 2 or more" if len(data.train) > 1 else f"more images than one in {config.data.root}")
         )
-    config, notes = network.resolve(config, found)
+    config, notes = resolve_with_head(config, found)
     return scale_epochs(config, len(data.train), processes), notes
 
 

@@ -23,10 +23,10 @@ from itpn.metrics.classification import rank_classes
 from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.evaluation import Evaluator, match_classes, real_paths
+from itpn.tasks.finetuning.network import resolve_with_head
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import describe_sets
 from itpn.tasks.segmentation.inference import make_segmentation
-from itpn.tasks.segmentation.network import resolve
 
 
 class SegmentationEvaluator(Evaluator[PixelScores]):
@@ -153,7 +153,7 @@ def resolve_evaluation(
         values["val_fraction"] = 0.0  # another folder of one set is for evaluation as a whole
     model = replace(config.model, name=None, patch_size=None)
     config = replace(config, model=model, data=replace(data, **values), seed=seed)
-    return resolve(config, found)[0], {}
+    return resolve_with_head(config, found)[0], {}
 
 
 def find_evaluation_data(

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from itpn.checkpoints.contents import Contents
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
 from itpn.models.build import build_pyramid
@@ -17,10 +16,10 @@ from itpn.models.spec import NetworkSpec
 from itpn.tasks.finetuning.network import (
     backbone_options,
     build_network,
-    find_network,
+    find_square_network,
     keep_predictor,
     name_classes,
-    resolve_network,
+    resolve_with_head,
 )
 from itpn.tasks.segmentation.config import SegmentationConfig
 
@@ -66,37 +65,13 @@ class SegmenterHead(Head):
         return stored.get("segmenter")
 
 
-def resolve(config: SegmentationConfig, found: Checkpoint | None) -> tuple[SegmentationConfig, list[str]]:
-    """Settings with what they leave to the checkpoint: network, mean and std, the width of a head that it has.
-
-    Returns:
-        The settings, and what is remarkable about them, a sentence each.
-
-    Raises:
-        UserError: the checkpoint is of another network than the settings name.
-    """
-    config = resolve_network(config, found)
-    theirs = _find(config, found).heads.get(config.task)
-    width = config.model.head_width if theirs is None else theirs.get("head_width", config.model.head_width)
-    notes = []
-    if found is not None and config.model.head_width not in (None, width):
-        notes.append(f"the head is of {width} channels, as in {found.source}")
-    return replace(config, model=replace(config.model, head_width=width)), notes
-
-
-def _find(config: SegmentationConfig, found: Checkpoint | None) -> Contents:
-    model = config.model
-    side = max(1, round(config.data.img_size / (model.patch_size or 16))) * (model.patch_size or 16)
-    return find_network(model, found, (side, side))
-
-
 def build_model(
     config: SegmentationConfig, classes: tuple[str, ...], found: Checkpoint | None
 ) -> tuple[Segmenter, list[str]]:
     """Build a segmenter, with a checkpoint's weights where there is one.
 
     Args:
-        config: as :func:`resolve` returns it.
+        config: as :func:`resolve_with_head` returns it.
 
     Returns:
         The network, and what is not as in the checkpoint, a sentence each.
@@ -105,7 +80,7 @@ def build_model(
         UserError: the weights do not fit.
     """
     model = config.model
-    contents = _find(config, found)
+    contents = find_square_network(config, found)
     theirs = contents.heads.get(config.task)
     options: dict[str, Any] = {
         "num_classes": len(classes),
@@ -116,10 +91,8 @@ def build_model(
     spec = replace(contents.complete(config.task), options=options).with_backbone(**backbone_options(model))
     kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"])
     unwanted = (*(() if kept else SegmenterHead.classes), *(("pyramid.",) if model.neck == "random" else ()))
-    new_tables = found is not None and bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
-    network, more = build_network(spec, found, unwanted, new_tables)
+    network, more = build_network(spec, model, contents, found, unwanted)
     assert isinstance(network, Segmenter)
-    network.set_grad_checkpointing(model.grad_checkpointing)
     return network, notes + more
 
 
@@ -131,6 +104,6 @@ def build_recipe(
     Args:
         num_classes: None for the checkpoint's own, or ADE20K's 150.
     """
-    config, _ = resolve(config, found)
-    theirs = _find(config, found).heads.get(config.task) or {"num_classes": 150}
+    config, _ = resolve_with_head(config, found)
+    theirs = find_square_network(config, found).heads.get(config.task) or {"num_classes": 150}
     return build_model(config, name_classes(found, num_classes or theirs["num_classes"]), found)
