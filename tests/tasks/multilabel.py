@@ -27,12 +27,12 @@ from itpn.errors import UserError
 from itpn.models.build import build_backbone
 from itpn.models.heads import Head
 from itpn.models.hivit import HiViT, find_backbone
-from itpn.models.spec import NetworkSpec, spec_of
+from itpn.models.spec import NetworkSpec
 from itpn.system.writing import write_whole
 from itpn.tasks.data import RunData
 from itpn.tasks.describing import count_parameters, describe_backbone
 from itpn.tasks.evaluation import Evaluator
-from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, check_fine_tuning
+from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
 from itpn.tasks.finetuning.module import FineTuningTask
 from itpn.tasks.finetuning.network import (
     backbone_options,
@@ -45,7 +45,7 @@ from itpn.tasks.finetuning.network import (
 from itpn.tasks.loading import make_training_loader
 from itpn.tasks.prediction import read_batches
 from itpn.tasks.preprocessing import read_preprocessing
-from itpn.training.config import CropsConfig, RunConfig, Settings, check_training, check_types, to_dict
+from itpn.training.config import CropsConfig, RunConfig, check_training, check_types
 
 # --- settings
 
@@ -65,14 +65,6 @@ class MultiLabelDataConfig(CropsConfig):
 
 
 @dataclass
-class MultiLabelEvaluationConfig(Settings):
-    """Evaluation while the network is trained."""
-
-    every_n_epochs: int = 1
-    """Epochs between evaluations."""
-
-
-@dataclass
 class MultiLabelConfig(RunConfig):
     """Settings of a run of multi-label classification."""
 
@@ -80,12 +72,12 @@ class MultiLabelConfig(RunConfig):
     model: NetworkConfig = field(default_factory=NetworkConfig)
     data: MultiLabelDataConfig = field(default_factory=MultiLabelDataConfig)
     optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)
-    evaluation: MultiLabelEvaluationConfig = field(default_factory=MultiLabelEvaluationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def check(self) -> None:
         check_types(self)
         check_training(self.data, self.optimizer, self.trainer, self.seed, self.name)
-        check_fine_tuning(self.model, self.optimizer)
+        check_fine_tuning(self.model, self.optimizer, self.evaluation)
 
 
 # --- data
@@ -199,15 +191,9 @@ class MultiLabelModule(FineTuningTask):
         loss = F.binary_cross_entropy_with_logits(self.model(self.normalize(batch["image"])), batch["label"])
         return {"loss": loss, "metrics": {"loss": loss.detach()}}
 
-    def describe(self) -> dict[str, Any]:
+    def preprocessing(self) -> dict[str, Any]:
         data = self.config.data
-        return {
-            "task": self.config.task,
-            "settings": to_dict(self.config),
-            "network": spec_of(self.model).to_dict(),
-            "preprocessing": {"mean": data.mean, "std": data.std, "size": [data.img_size] * 2},
-            "classes": list(self.classes),
-        }
+        return {"mean": data.mean, "std": data.std, "size": [data.img_size] * 2}
 
 
 def build_module(model: nn.Module, config: MultiLabelConfig, recipe: str, data: RunData) -> MultiLabelModule:

@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from itpn.errors import UserError
-from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, check_fine_tuning
+from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
 from itpn.training.config import (
     CropsConfig,
     RunConfig,
-    Settings,
     check_amounts,
     check_counts,
     check_crops,
@@ -81,11 +80,9 @@ class ClassificationDataConfig(CropsConfig):
 
 
 @dataclass
-class ClassificationEvaluationConfig(Settings):
+class ClassificationEvaluationConfig(EvaluationConfig):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    every_n_epochs: int = 1
-    """Epochs between evaluations; there is one at the end as well."""
     batch_size: int = 256
     """Images per process and forward pass."""
     knn_k: int = 20
@@ -114,8 +111,6 @@ class ClassificationConfig(RunConfig):
         check_crops(data)
         check_counts(
             {
-                "--evaluation.every-n-epochs": self.evaluation.every_n_epochs,
-                "--evaluation.batch-size": self.evaluation.batch_size,
                 "--evaluation.knn-k": self.evaluation.knn_k,
             }
         )
@@ -155,7 +150,7 @@ class ClassificationConfig(RunConfig):
         if model.migrate_ratio is not None and not 0 <= model.migrate_ratio < 1:
             raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
         check_images(data.mean or (0.0,), data.std or (1.0,), model.in_chans)
-        check_fine_tuning(model, self.optimizer)
+        check_fine_tuning(model, self.optimizer, self.evaluation)
 
     def check_sizes(self) -> None:
         """What :meth:`check` can only see once the checkpoint's patches and size are known."""

@@ -16,10 +16,9 @@ from itpn.checkpoints.files import named_tensors
 from itpn.checkpoints.io import write_safetensors
 from itpn.data.normalize import Normalize
 from itpn.models.hivit import HiViT
-from itpn.models.spec import spec_of
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.finetuning.module import FineTuningTask
-from itpn.training.config import image_size, to_dict
+from itpn.training.config import image_size
 from itpn.training.module import MakeLoader
 
 
@@ -86,14 +85,7 @@ class ClassificationTask(FineTuningTask):
         write_safetensors(path, named_tensors(self.ema.module), {"recipe": self.recipe, **self.describe()})
         return {"saved": "EMA"}
 
-    def describe(self) -> dict[str, Any]:
+    def preprocessing(self) -> dict[str, Any]:
         data = self.config.data
-        preprocessing = {"mean": data.mean, "std": data.std, "size": image_size(data), "crop_pct": data.crop_pct}
-        preprocessing["interpolation"] = data.interpolation
-        return {
-            "task": self.config.task,
-            "settings": to_dict(self.config),
-            "network": spec_of(self.model).to_dict(),
-            "preprocessing": preprocessing,
-            "classes": list(self.classes),
-        }
+        own = {"mean": data.mean, "std": data.std, "size": image_size(data), "crop_pct": data.crop_pct}
+        return own | {"interpolation": data.interpolation}

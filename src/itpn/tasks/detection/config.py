@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, check_fine_tuning
+from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
 from itpn.training.config import (
     ImagesConfig,
     RunConfig,
-    Settings,
     check_counts,
     check_images,
     check_shares,
@@ -73,13 +72,8 @@ class DetectionDataConfig(ImagesConfig):
 
 
 @dataclass
-class DetectionEvaluationConfig(Settings):
+class DetectionEvaluationConfig(EvaluationConfig):
     """Evaluation, of a network in training and of a checkpoint."""
-
-    every_n_epochs: int = 1
-    """Epochs between evaluations; there is one at the end as well."""
-    batch_size: int = 1
-    """Images per process and forward pass."""
 
 
 @dataclass
@@ -108,8 +102,6 @@ class DetectionConfig(RunConfig):
                 "--model.box-batch-size-per-image": model.box_batch_size_per_image,
                 "--data.img-size": data.img_size,
                 "--data.max-size": data.max_size,
-                "--evaluation.every-n-epochs": self.evaluation.every_n_epochs,
-                "--evaluation.batch-size": self.evaluation.batch_size,
             }
         )
         check_shares({"--data.crop-prob": data.crop_prob})
@@ -119,4 +111,4 @@ class DetectionConfig(RunConfig):
             if factors is not None and not 0 < factors[0] <= factors[1]:
                 raise UserError(f"--data.{option} needs two factors above 0, from small to large, not {factors}")
         check_images(data.mean or (0.0,), data.std or (1.0,), in_chans=3)
-        check_fine_tuning(model, self.optimizer)
+        check_fine_tuning(model, self.optimizer, self.evaluation)

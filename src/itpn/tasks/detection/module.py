@@ -7,10 +7,8 @@ from torch import nn
 
 from itpn.data.normalize import Normalize
 from itpn.models.detector import Detector
-from itpn.models.spec import spec_of
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.finetuning.module import FineTuningTask
-from itpn.training.config import to_dict
 from itpn.training.module import MakeLoader
 
 
@@ -44,13 +42,6 @@ class DetectionTask(FineTuningTask):
     def compiled(self) -> list[nn.Module]:
         return [self.model.backbone]  # the heads see as many boxes as there are
 
-    def describe(self) -> dict[str, Any]:
+    def preprocessing(self) -> dict[str, Any]:
         data = self.config.data
-        preprocessing = {"mean": data.mean, "std": data.std, "min_size": data.img_size, "max_size": data.longest}
-        return {
-            "task": self.config.task,
-            "settings": to_dict(self.config),
-            "network": spec_of(self.model).to_dict(),
-            "preprocessing": preprocessing,
-            "classes": list(self.classes),
-        }
+        return {"mean": data.mean, "std": data.std, "min_size": data.img_size, "max_size": data.longest}

@@ -47,13 +47,30 @@ class FineTuningConfig(OptimizerConfig):
     official code does. None takes it as it is."""
 
 
-def check_fine_tuning(model: NetworkConfig, optimizer: FineTuningConfig) -> None:
+@dataclass
+class EvaluationConfig(Settings):
+    """Evaluation, of a network in training and of a checkpoint."""
+
+    every_n_epochs: int = 1
+    """Epochs between evaluations; there is one at the end as well."""
+    batch_size: int = 1
+    """Images per process and forward pass."""
+
+
+def check_fine_tuning(model: NetworkConfig, optimizer: FineTuningConfig, evaluation: EvaluationConfig) -> None:
     """Find impossible settings among those that all fine-tuning has.
 
     Raises:
         UserError: the first that is found, with what to do.
     """
-    check_counts({"--model.patch-size": model.patch_size, "--model.num-heads": model.num_heads})
+    check_counts(
+        {
+            "--model.patch-size": model.patch_size,
+            "--model.num-heads": model.num_heads,
+            "--evaluation.every-n-epochs": evaluation.every_n_epochs,
+            "--evaluation.batch-size": evaluation.batch_size,
+        }
+    )
     check_amounts({"--model.init-values": model.init_values})
     decay = optimizer.layer_decay
     check_shares(

@@ -1,5 +1,6 @@
 """What all fine-tuning tasks share: classes that stay, learning rates by layer."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from itpn.checkpoints.io import write_safetensors
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
+from itpn.models.spec import spec_of
 from itpn.tasks.finetuning.config import FineTuningConfig
-from itpn.training.config import RunConfig
+from itpn.training.config import RunConfig, to_dict
 from itpn.training.module import MakeLoader, TrainingModule
 
 
@@ -36,6 +38,19 @@ class FineTuningTask(TrainingModule):
     ) -> None:
         super().__init__(model, config, recipe, normalize, make_loader)
         self.classes = classes
+
+    @abstractmethod
+    def preprocessing(self) -> dict[str, Any]:
+        """How images are prepared: mean, std, sizes and the like."""
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "task": self.config.task,
+            "settings": to_dict(self.config),
+            "network": spec_of(self.model).to_dict(),
+            "preprocessing": self.preprocessing(),
+            "classes": list(self.classes),
+        }
 
     def save(self, path: Path, metrics: Mapping[str, float | None]) -> dict[str, str]:
         write_safetensors(path, named_tensors(self.model), {"recipe": self.recipe, **self.describe()})

@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, check_fine_tuning
+from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
 from itpn.training.config import (
     ImagesConfig,
     RunConfig,
-    Settings,
     check_amounts,
     check_counts,
     check_images,
@@ -79,11 +78,9 @@ class SegmentationDataConfig(ImagesConfig):
 
 
 @dataclass
-class SegmentationEvaluationConfig(Settings):
+class SegmentationEvaluationConfig(EvaluationConfig):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    every_n_epochs: int = 1
-    """Epochs between evaluations; there is one at the end as well."""
     batch_size: int = 1
     """Images that a process reads at a time; each is segmented by itself."""
     mode: Literal["whole", "slide"] = "slide"
@@ -142,4 +139,4 @@ class SegmentationConfig(RunConfig):
         if (data.val_masks is not None) and data.val_root is None:
             raise UserError("--data.val-masks needs --data.val-root, the folder of their images")
         check_images(data.mean or (0.0,), data.std or (1.0,), in_chans=3)
-        check_fine_tuning(model, self.optimizer)
+        check_fine_tuning(model, self.optimizer, self.evaluation)

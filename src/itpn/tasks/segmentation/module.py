@@ -8,11 +8,9 @@ from torch import Tensor
 from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
 from itpn.models.segmenter import Segmenter
-from itpn.models.spec import spec_of
 from itpn.models.synced import batch_fractions
 from itpn.tasks.finetuning.module import FineTuningTask
 from itpn.tasks.segmentation.config import SegmentationConfig
-from itpn.training.config import to_dict
 from itpn.training.module import MakeLoader
 
 
@@ -48,17 +46,14 @@ class SegmentationTask(FineTuningTask):
         metrics = {"loss": loss, **losses} if len(losses) > 1 else {"loss": loss}
         return {"loss": loss, "metrics": {name: value.detach() for name, value in metrics.items()}}
 
-    def describe(self) -> dict[str, Any]:
+    def preprocessing(self) -> dict[str, Any]:
         data = self.config.data
         size = {"size": [data.img_size, data.img_size], "short_side": data.short}
-        return {
-            "task": self.config.task,
-            "settings": to_dict(self.config),
-            "network": spec_of(self.model).to_dict(),
-            "preprocessing": {"mean": data.mean, "std": data.std, "interpolation": data.interpolation, **size},
-            "classes": list(self.classes),
-            "colours": None if self.colours is None else [list(colour) for colour in self.colours],
-        }
+        return {"mean": data.mean, "std": data.std, "interpolation": data.interpolation, **size}
+
+    def describe(self) -> dict[str, Any]:
+        colours = None if self.colours is None else [list(colour) for colour in self.colours]
+        return {**super().describe(), "colours": colours}
 
 
 def pixel_loss(logits: Tensor, target: Tensor) -> Tensor:
