@@ -256,7 +256,7 @@ def test_info_of_the_published_recipes(capsys, size, parameters, flops):
     assert main(["info", f"itpn-pixel_hivit-{size}-p16_8xb512-amp-coslr-800e_in1k"]) == 0
     out = capsys.readouterr().out
     assert f"{parameters} M" in out
-    printed = next(line for line in out.splitlines() if "FLOPs" in line).split("│")[2].split()[0]
+    printed = next(line for line in out.splitlines() if "MACs" in line).split("│")[2].split()[0]
     assert float(printed) == pytest.approx(flops, rel=0.005)
 
 

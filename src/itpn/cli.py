@@ -146,7 +146,7 @@ def make_parser() -> argparse.ArgumentParser:
         "pattern", nargs="?", default="*", help="a part of the name, or a shell pattern, e.g. '*base*800e*'"
     )
 
-    add = commands.add_parser("info", help="parameters, FLOPs and shapes of a recipe or model")
+    add = commands.add_parser("info", help="parameters, MACs and shapes of a recipe or model")
     add.add_argument("name", help="a name of `itpn list`, or a recipe file")
     add.add_argument("--checkpoint", help="gives the network of a recipe that takes it from one")
 

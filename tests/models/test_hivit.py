@@ -19,7 +19,7 @@ from itpn.models.position import (
 PUBLISHED = {"hivit_tiny": (19.18, 4.60), "hivit_small": (37.53, 9.07), "hivit_base": (79.05, 18.47)}
 
 
-def count_flops(model: HiViT, visible: torch.Tensor | None = None) -> dict[str, float]:
+def count_macs(model: HiViT, visible: torch.Tensor | None = None) -> dict[str, float]:
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model.eval().forward_stages(torch.zeros(1, 3, 224, 224, device="meta"), visible)
     counts = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
@@ -33,7 +33,7 @@ def test_published_sizes(name):
         model = timm.create_model(name)
     parameters, flops = PUBLISHED[name]
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(parameters, abs=0.005)
-    assert sum(count_flops(model).values()) == pytest.approx(flops, rel=0.005)
+    assert sum(count_macs(model).values()) == pytest.approx(flops, rel=0.005)
 
 
 @pytest.mark.parametrize("name", ["itpn_base", "hivit_tiny"])
@@ -41,7 +41,7 @@ def test_a_masked_encoder_costs_a_quarter(name):
     with torch.device("meta"):
         model = timm.create_model(name, num_classes=0)
         visible = split_mask(draw_random_mask(1, 196, 0.75), 49).visible
-    whole, masked = count_flops(model), count_flops(model, visible)
+    whole, masked = count_macs(model), count_macs(model, visible)
     assert whole["attention"] > 0
     assert masked["other"] == pytest.approx(whole["other"] / 4, rel=0.02)
 

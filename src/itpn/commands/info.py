@@ -16,7 +16,7 @@ from itpn.training.config import RunConfig
 
 
 def print_info(name: str, config: RunConfig | None, checkpoint: str | None = None) -> None:
-    """Print parameters, FLOPs and shapes of a recipe's network, or of a model when there is no config.
+    """Print parameters, MACs and shapes of a recipe's network, or of a model when there is no config.
 
     Args:
         checkpoint: gives the network of a recipe that takes it from one.

@@ -1,4 +1,4 @@
-"""What `itpn info` says of a network: parameters, FLOPs, shapes."""
+"""What `itpn info` says of a network: parameters, MACs, shapes."""
 
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +19,8 @@ def count_parameters(module: nn.Module) -> float:
 
 
 @torch.no_grad()
-def count_flops(forward: Callable[..., object], *inputs: Tensor) -> float:
-    """Billions of multiply-adds of a forward pass: matrix products and attention."""
+def count_macs(forward: Callable[..., object], *inputs: Tensor) -> float:
+    """Billions of MACs of a forward pass: matrix products and attention."""
     # older versions of torch do not count its fused attention on a CPU
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         forward(*inputs)
@@ -34,10 +34,10 @@ def make_images(backbone: HiViT, size: tuple[int, int]) -> Tensor:
 
 
 def describe_backbone(backbone: HiViT, size: tuple[int, int]) -> Rows:
-    """FLOPs of a backbone, all patches computed, and the shapes of its stages."""
+    """MACs of a backbone, all patches computed, and the shapes of its stages."""
     images = make_images(backbone, size)
-    gflops = count_flops(backbone.eval().forward_features, images)
-    return [("FLOPs", f"{gflops:.2f} G multiply-adds, backbone at {size[0]}x{size[1]} px, all patches")]
+    gmacs = count_macs(backbone.eval().forward_features, images)
+    return [("MACs", f"{gmacs:.2f} G, backbone at {size[0]}x{size[1]} px, all patches")]
 
 
 def describe_stages(backbone: HiViT, size: tuple[int, int]) -> Rows:
@@ -64,10 +64,10 @@ def describe_headed(model: Any, classes: int, size: tuple[int, int]) -> Rows:
     heads = f"pyramid {neck:.2f}, heads for {classes} classes {whole - trunk - neck:.2f}"
     backbone = model.backbone.eval().to("meta")
     images = torch.zeros(1, 3, *size, device="meta")
-    gflops = count_flops(backbone, images)
+    gmacs = count_macs(backbone, images)
     return [
         ("parameters", f"{whole:.2f} M: backbone {trunk:.2f}, {heads}"),
-        ("FLOPs", f"{gflops:.2f} G multiply-adds, backbone and pyramid at {size[0]}x{size[1]} px"),
+        ("MACs", f"{gmacs:.2f} G, backbone and pyramid at {size[0]}x{size[1]} px"),
         ("", ""),
         *describe_maps("level", backbone(images).values(), backbone),
     ]

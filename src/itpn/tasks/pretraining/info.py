@@ -5,7 +5,7 @@ import torch
 from itpn.checkpoints.files import Checkpoint
 from itpn.tasks.describing import (
     Rows,
-    count_flops,
+    count_macs,
     count_parameters,
     describe_backbone,
     describe_maps,
@@ -29,9 +29,9 @@ def describe(name: str, config: PretrainingConfig, found: Checkpoint | None) -> 
     rows += [("" if i else "teacher", line) for i, line in enumerate(_teacher_lines(config, whole))]
     rows += describe_backbone(backbone, size)
     masked = f"{model.objective.mask_ratio:.0%} masked"
-    rows.append(("", f"{count_flops(model.train(), images):.2f} G for a forward pass in training, {masked}"))
+    rows.append(("", f"{count_macs(model.train(), images):.2f} G for a forward pass in training, {masked}"))
     if config.teacher.name == "ema":
-        ema = count_flops(model.eval().extract_pyramid, images)
+        ema = count_macs(model.eval().extract_pyramid, images)
         rows.append(("", f"{ema:.2f} G for that of the EMA teacher, nothing masked"))
     elif config.teacher.name is not None:
         rows.append(("", "and that of the teacher"))
