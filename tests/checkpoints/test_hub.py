@@ -82,7 +82,7 @@ def test_labels_and_preprocessing_are_kept(tmp_path):
 def test_loading_adapts_as_timm_does(tmp_path):
     model = timm.create_model("itpn_nano", img_size=(64, 32), patch_size=8, num_classes=4).eval()
     save_pretrained(model, tmp_path)
-    # 8x4 units to 4x8: as many entries, and not the same table
+    # 8x4 patches to 4x8: as many entries, and not the same table
     turned = from_pretrained(tmp_path, img_size=(32, 64))
     torch.testing.assert_close(turned.pos_embed, resample_position_table(model.pos_embed, (8, 4), (4, 8)))
     images = torch.randn(1, 3, 64, 32)

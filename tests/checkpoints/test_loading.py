@@ -133,13 +133,13 @@ def test_another_decoder_is_random_and_named(tmp_path, here):
 
 @pytest.mark.parametrize(
     "img_size", [(64, 64), (64, 32)]
-)  # the second has as many units as the file's, on another grid
+)  # the second has as many patches as the file's, on another grid
 def test_position_tables_of_another_grid_are_resampled(tmp_path, img_size):
     path = save(tmp_path)
     model, notes = load_into(path, img_size)
     grid = (img_size[0] // 8, img_size[1] // 8)
     tables = "backbone.pos_embed, decoder.pos_embed"
-    assert notes == [f"FILE is made for another image size: {tables} resampled to {grid[0]}x{grid[1]} units"]
+    assert notes == [f"FILE is made for another image size: {tables} resampled to {grid[0]}x{grid[1]} patches"]
     stored = read_checkpoint(path).tensors["backbone.pos_embed"]
     assert torch.equal(model.backbone.pos_embed, resample_position_table(stored, (4, 8), grid))
 

@@ -51,7 +51,7 @@ def ema(settings):
 
 @pytest.fixture
 def clip(settings, tower):
-    """4x4 units of 8 px; a tower of patch 16 sees them in 64 px."""
+    """4x4 patches of 8 px; a tower of patch 16 sees them in 64 px."""
     config = settings()
     config.model = replace(config.model, mask="block", mask_ratio=0.5, masked_patches="mask_token", **ALL)
     config.teacher = TeacherConfig("clip", checkpoint=tower)
