@@ -209,7 +209,7 @@ def fit(task: TrainingModule, device: torch.device, steps: int, observer: Observ
     trainer.accelerator = "gpu" if device.type == "cuda" else "cpu"
     trainer.precision = "bf16-mixed" if device.type == "cuda" else "32-true"
     trainer.devices, trainer.max_steps, trainer.max_epochs, trainer.compile = 1, steps, 100, False
-    job = Job(task, lambda: Image.new("RGB", (1, 1)), {}, None, lambda path: {})
+    job = Job(task, lambda: Image.new("RGB", (1, 1)), {}, None)
     run = set_up(task.config, read_launch(), Output(quiet=True), RunFolder(task.config, "test"), job)
     if resume is not None:
         restore_state(run, torch.load(resume, map_location="cpu", weights_only=True))

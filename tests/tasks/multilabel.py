@@ -45,7 +45,7 @@ from itpn.tasks.finetuning.network import (
 from itpn.tasks.loading import make_training_loader
 from itpn.tasks.prediction import read_batches
 from itpn.tasks.preprocessing import read_preprocessing
-from itpn.training.config import CropsConfig, RunConfig, check_training, check_types
+from itpn.training.config import CropsConfig, RunConfig
 
 # --- settings
 
@@ -75,8 +75,7 @@ class MultiLabelConfig(RunConfig):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def check(self) -> None:
-        check_types(self)
-        check_training(self.data, self.optimizer, self.trainer, self.seed, self.name)
+        super().check()
         check_fine_tuning(self.model, self.optimizer, self.evaluation)
 
 

@@ -2,7 +2,7 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -70,13 +70,12 @@ class Evaluator(ABC, Generic[Scores]):
     def warn(self, scores: Scores) -> None:
         """Warn of scores that something must be wrong with."""
 
-    @abstractmethod
-    def write(self, scores: Scores, folder: Path, about: Mapping[str, Any]) -> None:
+    def write(self, scores: Scores, folder: Path, about: Mapping[str, Any]) -> None:  # there are no files by default
         """Write :attr:`files`, what the scores are of among them."""
 
-    @abstractmethod
     def rows(self, scores: Scores, about: Mapping[str, Any]) -> dict[str, str]:
         """Rows of the table of `itpn evaluate`."""
+        return self.summarize(self.metrics(scores))
 
     @abstractmethod
     def summarize(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
@@ -98,11 +97,7 @@ def evaluate(
     evaluator.to(device)
     parts: list[list[Any]] = [[] for _ in networks]
     skipped: Skipped = []
-    for batch in evaluator.batches(rank, world_size):
-        skipped += batch["corrupt"]
-        tell_remarks(batch["warnings"])
-        if not len(batch["index"]):  # none of its images can be read
-            continue
+    for batch in read_batches(evaluator.batches(rank, world_size), skipped):
         for network, own in zip(networks, parts, strict=True):
             own.append(evaluator.compare(network, batch))
     unread = sorted({item for own in gather(skipped, world_size) for item in own})
@@ -113,6 +108,15 @@ def evaluate(
             raise nothing_readable(unread)
         scores.append(evaluator.score(joined))
     return scores, unread
+
+
+def read_batches(batches: Iterable[dict[str, Any]], skipped: Skipped) -> Iterator[dict[str, Any]]:
+    """Batches with at least one image. Corrupt images are added to ``skipped``, warnings are printed."""
+    for batch in batches:
+        skipped += batch["corrupt"]
+        tell_remarks(batch["warnings"])
+        if len(batch["index"]):
+            yield batch
 
 
 def nothing_readable(skipped: Sequence[tuple[str, str]]) -> UserError:

@@ -71,8 +71,5 @@ def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: A
         draw,
         rows,
         data.count,
-        lambda weights: module.save(weights, {} if validation is None else validation.metrics),
         validation,
-        module.compiled(),
-        module.compiled_by_default,
     )

@@ -184,7 +184,8 @@ class RunConfig(Settings):
         Raises:
             UserError: the first that is found, with what to do.
         """
-        raise NotImplementedError
+        check_types(self)
+        check_training(self.data, self.optimizer, self.trainer, self.seed, self.name)
 
     @property
     def evaluation_interval(self) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from itpn.data.skipped import SkippedImages
+from itpn.distributed import gather
 from itpn.errors import NonFiniteLoss
 from itpn.system.console import print_aside, tell_remarks
 from itpn.system.writing import open_whole
@@ -34,10 +35,7 @@ class CorruptFiles:
         Raises:
             UserError: there are too many; on every process.
         """
-        found: list[Any] = [(self._new, self._remarks)]
-        if self._run.processes > 1:
-            found = [None] * self._run.processes
-            torch.distributed.all_gather_object(found, (self._new, self._remarks))
+        found = gather((self._new, self._remarks), self._run.processes)
         self._new, self._remarks = [], {}
         for message in self.skipped.update(item for new, _ in found for item in new):
             print_aside(f"skipped {message}", self._run.console)

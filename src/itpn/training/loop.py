@@ -102,7 +102,7 @@ def run_job(config: RunConfig, launch: Launch, console: Output, folder: RunFolde
 def set_up(config: RunConfig, launch: Launch, console: Output, folder: RunFolder, job: Job) -> Training:
     """Processes and devices, data, model and optimizer."""
     settings, task = config.trainer, job.task
-    compilation = compile_networks(job.compiled, settings, launch, job.compile_by_default, console)
+    compilation = compile_networks(task.compiled(), settings, launch, task.compiled_by_default, console)
     # with accumulation torch's reducer fails: it counts uses in the first pass, which is not to be synchronized
     strategy = make_strategy(static_graph=task.static_graph and settings.accumulate_grad_batches == 1)
     fabric = launch_fabric(settings, launch, strategy)

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from itpn.data.loader import TrainingLoader
 from itpn.data.normalize import Normalize
@@ -85,10 +84,6 @@ class TrainingModule(nn.Module, ABC):
     def warning(self, metrics: dict[str, float | None], step: int) -> str | None:
         """What is suspicious about logged metrics; said once in a run."""
         return None
-
-    def shard(self, mesh: DeviceMesh, precision: str) -> None:
-        """Divide the model over the processes of a mesh, in place (FSDP2)."""
-        raise NotImplementedError
 
     def check_same_data(self, earlier: dict[str, Any]) -> None:
         """Raise :class:`UserError` where the checkpoint to resume from describes other data; see :meth:`describe`."""

@@ -47,7 +47,7 @@ def distribute(fabric: L.Fabric, task: TrainingModule, sharded: bool) -> nn.Modu
     """Move a task to the device, and return what computes its training step."""
     if sharded:
         mesh = init_device_mesh(fabric.device.type, (fabric.world_size,))
-        task.shard(mesh, str(fabric.strategy.precision.precision))
+        shard_network(task.model, mesh, str(fabric.strategy.precision.precision))
         return task.to(fabric.device)
     return fabric.strategy.setup_module(task.to(fabric.device))
 

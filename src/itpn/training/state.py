@@ -1,9 +1,8 @@
 """What is trained in a run, and how far it has come in this process."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -31,20 +30,14 @@ class Job:
         draw: draws what the network predicts for sample images; None for nothing.
         rows: of the table at the start, by title: "data", what the images are, "size", what is made of them, and more.
         images: single files, of which only a fraction may be corrupt; None where that is not known beforehand.
-        save: writes ``model.safetensors``; returns what the summary says of it.
         evaluation: evaluates the network now and then, and adds to its metrics.
-        compiled: what torch.compile may take, each as a graph of its own.
-        compile_by_default: whether it does so on a GPU unless it is told not to.
     """
 
     task: TrainingModule
     draw: Callable[[], Image.Image] | None
     rows: dict[str, str]
     images: int | None
-    save: Callable[[Path], dict[str, Any]]
     evaluation: Evaluation | None = None
-    compiled: Sequence[nn.Module] = ()
-    compile_by_default: bool = False
 
 
 @dataclass

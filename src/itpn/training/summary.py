@@ -72,7 +72,7 @@ def finish(log: MetricsLog, missing: bool | None, visualization: Path | None) ->
         run.task.cpu()
     fresh = folder.weights.with_name(f"{folder.weights.name}.tmp")
     with folder.writing(folder.weights):
-        written = job.save(fresh)
+        written = run.task.save(fresh, {} if job.evaluation is None else job.evaluation.metrics)
         same = missing is not None and hold_the_same(fresh, folder.weights)
         fresh.unlink() if same else fresh.replace(folder.weights)
     if missing is not None:

@@ -14,8 +14,6 @@ from itpn.training.config import (
     check_images,
     check_shares,
     check_size,
-    check_training,
-    check_types,
     image_size,
 )
 
@@ -105,15 +103,10 @@ class ClassificationConfig(RunConfig):
         Raises:
             UserError: the first that is found, with what to do.
         """
-        check_types(self)
+        super().check()
         model, data = self.model, self.data
-        check_training(data, self.optimizer, self.trainer, self.seed, self.name)
         check_crops(data)
-        check_counts(
-            {
-                "--evaluation.knn-k": self.evaluation.knn_k,
-            }
-        )
+        check_counts({"--evaluation.knn-k": self.evaluation.knn_k})
         check_amounts(
             {
                 "--model.gather-window": model.gather_window,

@@ -14,13 +14,13 @@ from itpn.metrics.classification import judge, score
 from itpn.metrics.features import WEIGHT_DECAYS, choose_weight_decay, fit_linear
 from itpn.models.spec import spec_of
 from itpn.seeding import derive_seed
-from itpn.system.console import Output, make_table, print_aside, tell_remarks
+from itpn.system.console import Output, make_table, print_aside
 from itpn.tasks.classification import network
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
 from itpn.tasks.classification.evaluation import make_batches
 from itpn.tasks.classification.module import ClassificationTask
-from itpn.tasks.evaluation import Skipped, nothing_readable
+from itpn.tasks.evaluation import Skipped, nothing_readable, read_batches
 from itpn.tasks.features import Features, compute_features, join_features
 from itpn.tasks.run import train_composed
 from itpn.tasks.spec import task_of
@@ -105,13 +105,9 @@ def _origin(found: Checkpoint | None) -> list[str]:
 
 def _collect(task: ClassificationTask, config: ClassificationConfig, images: LabelledImages, skipped: Any) -> Features:
     """Features of all images of a set."""
-    parts = []
     unread: Skipped = []
-    for batch in make_batches(images, config):
-        unread += batch["corrupt"]
-        tell_remarks(batch["warnings"])
-        if len(batch["index"]):  # or else none of its images can be read
-            parts.append(compute_features(task.model, task.normalize, batch))
+    batches = read_batches(make_batches(images, config), unread)
+    parts = [compute_features(task.model, task.normalize, batch) for batch in batches]
     if not parts:
         raise nothing_readable(unread)
     skipped += unread

@@ -11,8 +11,6 @@ from itpn.training.config import (
     check_counts,
     check_images,
     check_shares,
-    check_training,
-    check_types,
 )
 
 
@@ -92,9 +90,8 @@ class DetectionConfig(RunConfig):
         Raises:
             UserError: the first that is found, with what to do.
         """
-        check_types(self)
+        super().check()
         model, data = self.model, self.data
-        check_training(data, self.optimizer, self.trainer, self.seed, self.name)
         check_counts(
             {
                 "--model.head-width": model.head_width,

@@ -18,7 +18,6 @@ from itpn.training.config import (
     check_images,
     check_shares,
     check_size,
-    check_training,
     check_types,
     image_size,
 )
@@ -188,10 +187,9 @@ class PretrainingConfig(RunConfig):
         Raises:
             UserError: the first that is found, with what to do.
         """
-        check_types(self)
+        super().check()
         check_model(self.model, self.teacher)
         model, data = self.model, self.data
-        check_training(data, self.optimizer, self.trainer, self.seed, self.name)
         check_crops(data)
         check_counts(
             {

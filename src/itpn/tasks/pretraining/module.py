@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from itpn.checkpoints.files import read_checkpoint
 from itpn.data.normalize import Normalize
@@ -19,7 +18,6 @@ from itpn.tasks.pretraining.start import describe_run, load_weights, save_weight
 from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import FeatureTeacher
 from itpn.training.module import MakeLoader, TrainingModule
-from itpn.training.sharding import shard_network
 
 
 class PretrainingTask(TrainingModule):
@@ -63,9 +61,6 @@ class PretrainingTask(TrainingModule):
         if self.average is not None:
             metrics |= {f"target_std_{name}": spread(target) for name, target in targets.items()}
         return {"loss": output.loss, "metrics": metrics}
-
-    def shard(self, mesh: DeviceMesh, precision: str) -> None:
-        shard_network(self.model, mesh, precision)
 
     def prepare(self, device: torch.device) -> None:
         for teacher in self._frozen:

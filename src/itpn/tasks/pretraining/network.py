@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.contents import Contents, count_blocks
 from itpn.checkpoints.files import Checkpoint
+from itpn.checkpoints.older_settings import update_settings
 from itpn.errors import UserError
 from itpn.masked.decoder import AuxiliaryHead, Decoder
 from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
@@ -262,18 +263,7 @@ class MaskedHead(Head):
         return {**{name: own and _rename_old(own) for name, own in parts.items()}, "pyramid_heads": {}}
 
 
-# what arguments were called in older files
-OLD_NAMES = {
-    "fill_hidden": "add_mask_tokens",
-    "hidden_units": "masked_patches",
-    "hidden_laterals": "masked_laterals",
-    "feature_units": "feature_patches",
-    "normalize_target": "norm_pix_loss",
-}
-
-
 def _rename_old(arguments: dict[str, Any]) -> dict[str, Any]:
-    renamed = {OLD_NAMES.get(name, name): value for name, value in arguments.items()}
-    if renamed.get("feature_patches") == "hidden":
-        renamed["feature_patches"] = "masked"
-    return renamed
+    """Options of a decoder or objective in older files, whose names were those of settings, but for one."""
+    renamed = update_settings({"model": arguments})["model"]
+    return {"add_mask_tokens" if name == "fill_hidden" else name: value for name, value in renamed.items()}

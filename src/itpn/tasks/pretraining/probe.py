@@ -77,12 +77,6 @@ class ProbeEvaluator(Evaluator[dict[str, float]]):
     def metrics(self, scores: dict[str, float]) -> dict[str, float]:
         return scores
 
-    def write(self, scores: dict[str, float], folder: Path, about: Mapping[str, Any]) -> None:
-        raise NotImplementedError("a probe is logged, not written")
-
-    def rows(self, scores: dict[str, float], about: Mapping[str, Any]) -> dict[str, str]:
-        return self.summarize(scores)
-
     def summarize(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
         return {"probe": f"{metrics['knn']:.1%} by k-NN, {metrics['linear']:.1%} by a linear classifier"}
 

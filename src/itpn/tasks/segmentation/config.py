@@ -12,8 +12,6 @@ from itpn.training.config import (
     check_counts,
     check_images,
     check_shares,
-    check_training,
-    check_types,
 )
 
 
@@ -109,16 +107,13 @@ class SegmentationConfig(RunConfig):
         Raises:
             UserError: the first that is found, with what to do.
         """
-        check_types(self)
+        super().check()
         model, data, evaluation = self.model, self.data, self.evaluation
-        check_training(data, self.optimizer, self.trainer, self.seed, self.name)
         check_counts(
             {
                 "--model.head-width": model.head_width,
                 "--data.img-size": data.img_size,
                 "--data.short-side": data.short_side,
-                "--evaluation.every-n-epochs": evaluation.every_n_epochs,
-                "--evaluation.batch-size": evaluation.batch_size,
             }
         )
         check_amounts({"--model.auxiliary-weight": model.auxiliary_weight})
@@ -139,4 +134,4 @@ class SegmentationConfig(RunConfig):
         if (data.val_masks is not None) and data.val_root is None:
             raise UserError("--data.val-masks needs --data.val-root, the folder of their images")
         check_images(data.mean or (0.0,), data.std or (1.0,), in_chans=3)
-        check_fine_tuning(model, self.optimizer, self.evaluation)
+        check_fine_tuning(model, self.optimizer, evaluation)
