@@ -1,4 +1,4 @@
-"""Fast-iTPN-B, pixels and masked feature modelling with its own moving average, 800 epochs of ImageNet-1K on 8 GPUs.
+"""Fast-iTPN-B, pixels and masked feature modelling with an EMA teacher, 800 epochs of ImageNet-1K on 8 GPUs.
 
 Fast-iTPN's pre-training was never published: these are our settings, those of iTPN with Fast-iTPN's layer scale.
 """

@@ -1,4 +1,4 @@
-"""iTPN-B, pixels and masked feature modelling with its own moving average, 800 epochs of ImageNet-1K on 8 GPUs."""
+"""iTPN-B, pixels and masked feature modelling with an EMA teacher, 800 epochs of ImageNet-1K on 8 GPUs."""
 
 from itpn.tasks.pretraining.recipes import masked_feature_modelling, pixel_pretraining
 

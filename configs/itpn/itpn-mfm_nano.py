@@ -1,4 +1,4 @@
-"""iTPN-nano, pixels and masked feature modelling with its own moving average, 64 px."""
+"""iTPN-nano, pixels and masked feature modelling with an EMA teacher, 64 px."""
 
 from itpn.tasks.pretraining.recipes import masked_feature_modelling, small_pixel_pretraining
 

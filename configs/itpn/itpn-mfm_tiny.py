@@ -1,4 +1,4 @@
-"""iTPN-tiny, pixels and masked feature modelling with its own moving average, 96 px."""
+"""iTPN-tiny, pixels and masked feature modelling with an EMA teacher, 96 px."""
 
 from itpn.tasks.pretraining.recipes import masked_feature_modelling, small_pixel_pretraining
 
