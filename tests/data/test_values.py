@@ -398,6 +398,13 @@ def test_pages_of_large_and_of_damaged_tiffs():
         joined[end : end + 4] = struct.pack("<I", place)
         assert has_pages(bytes(joined)) is want
     assert not has_pages(b"II*\0")
+    for kind in ((2, b"1"), (3, [1, 1])):  # text, and two numbers
+        assert not has_pages(join_tiffs(page(), tiff(GREY, tags={254: kind})))
+    large = bytearray(file.getvalue())
+    end = 16 + 8 + 20 * struct.unpack_from("<Q", large, 16)[0]
+    assert large[end : end + 8] == bytes(8)
+    large[end : end + 8] = struct.pack("<Q", 2**64 - 1)
+    assert not has_pages(bytes(large))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -172,6 +172,7 @@ class CachedBatches(Dataset[AnyBatch]):
         return {**views, "key": list(keys), "corrupt": [], "warnings": {}}
 
 
+@dataclass
 class ShardBatches(IterableDataset[AnyBatch]):
     """The batches of one worker process, from tar shards, starting at any batch number.
 
@@ -179,14 +180,11 @@ class ShardBatches(IterableDataset[AnyBatch]):
     samples batch ``number`` has. It is the same in an uninterrupted and in a resumed run, though the process differs.
     """
 
-    def __init__(
-        self, shards: tuple[str, ...], plan: BatchPlan, shuffle_buffer: int, members: tuple[str, ...] = ()
-    ) -> None:
-        self.shards = shards
-        self.members = members
-        self.plan = plan
-        self.shuffle_buffer = shuffle_buffer
-        self.start = 0
+    shards: tuple[str, ...]
+    plan: BatchPlan
+    shuffle_buffer: int
+    members: tuple[str, ...] = ()
+    start: int = 0
 
     def __iter__(self) -> Iterator[AnyBatch]:
         info = get_worker_info()

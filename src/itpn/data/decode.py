@@ -4,7 +4,6 @@ import functools
 import io
 import os
 import re
-import struct
 import threading
 import warnings
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageChops, UnidentifiedImageError
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
@@ -31,7 +31,6 @@ MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
 PAGES = "it has several pages, of which the first is read; save each as a file to use them all"
 SUBFILE = 254  # the tag of TIFF: 1 for a smaller copy, 4 for a mask
 OLD_SUBFILE = 255  # its forerunner: 2 for a smaller copy
-SHORT = 3  # type of a tag of 16 bits
 MAX_COPIES = 64  # reduced copies of a TIFF's page, each half as wide as the one before; more are a cycle
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # without those inside a scan's data
 
@@ -245,11 +244,6 @@ def open_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> 
     return EncodedImage(data, max_pixels)
 
 
-def decode_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """As :func:`open_sample`, and decode the whole image."""
-    return open_sample(data, max_pixels).decode()
-
-
 def decode_whole(image: EncodedImage | Tensor) -> Tensor:
     return image if isinstance(image, Tensor) else image.decode()
 
@@ -272,24 +266,19 @@ def reading() -> Iterator[None]:
 
 def has_pages(tiff: bytes) -> bool:
     """Whether a TIFF has more than one page, not counting reduced copies and masks (NewSubfileType)."""
-    order = "<" if tiff[:2] == b"II" else ">"
-    big = 43 in tiff[2:4]
-    pointer, count, entry = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")  # an entry: tag, type, number, value
-    try:
-        (place,) = struct.unpack_from(order + pointer, tiff, 8 if big else 4)
+    file = io.BytesIO(tiff)
+    with suppress(Exception):  # Pillow raises many types on a damaged directory
+        tags = ImageFileDirectory_v2(tiff[: 16 if 43 in tiff[2:4] else 8])  # of 64 or of 32 bits
         for number in range(MAX_COPIES):
-            (entries,) = struct.unpack_from(order + count, tiff, place)
-            place += struct.calcsize(count)
-            tag, form, _, kind = struct.unpack_from(order + entry, tiff, place)  # the tag is the lowest, so the first
-            if form == SHORT and order == ">":  # its value is in the upper half
-                kind >>= 48 if big else 16
-            if number and not ((tag == SUBFILE and kind & 5) or (tag == OLD_SUBFILE and kind & 0xFFFF == 2)):
-                return True
-            (place,) = struct.unpack_from(order + pointer, tiff, place + entries * struct.calcsize("=" + entry))
-            if not place:
+            file.seek(tags.next)
+            tags.load(file)
+            kind, old_kind = tags.get(SUBFILE, 0), tags.get(OLD_SUBFILE, 0)
+            if not tags:  # it is truncated, or of no page
                 return False
-    except struct.error:  # it is truncated
-        pass
+            if number and not (kind & 5 or old_kind == 2):
+                return True
+            if not tags.next:
+                return False
     return False
 
 
@@ -360,8 +349,8 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of a decoder's error, without the source location that torchvision puts before it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """The operating system's reason of an error, or a decoder's first line without torchvision's source location."""
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^.*\.cpp:\d+,?\s*", "", lines[0])
 
 
@@ -399,11 +388,6 @@ def _quiet() -> Iterator[None]:
                     _saved_stderr = -1
 
 
-_devnull_descriptor = -1
-
-
+@functools.cache
 def _devnull() -> int:
-    global _devnull_descriptor
-    if _devnull_descriptor < 0:
-        _devnull_descriptor = os.open(os.devnull, os.O_WRONLY)
-    return _devnull_descriptor
+    return os.open(os.devnull, os.O_WRONLY)

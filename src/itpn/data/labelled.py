@@ -10,13 +10,12 @@ import numpy as np
 
 from itpn.data.class_names import are_numbers, join_names, read_class_names
 from itpn.data.decode import UnreadableImage
-from itpn.data.file_types import CLASSES, IMAGE_SUFFIXES, describe_file, describe_unread, is_image, is_shard, is_table
+from itpn.data.file_types import CLASSES, IMAGE_SUFFIXES, describe_unread, is_image, is_shard, is_table
 from itpn.data.files import check_root
 from itpn.data.members import list_endings, split_name
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
 from itpn.data.shards import index_shard
-from itpn.data.splits import Division
-from itpn.data.walk import find_division, list_files, list_folders, list_images
+from itpn.data.walk import Division, find_division, list_files, list_folders, list_images
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.system.text import as_class
@@ -150,7 +149,8 @@ def read_split(
         None if there is no such split and it is ``optional``.
     """
     for root in roots:
-        _check_root(root)
+        wanted = "a folder of class folders, tar shards or parquet files"
+        check_root(root, wanted, "a tar shard nor a parquet file", lambda root: is_shard(root) or is_table(root))
     divisions = [find_division(root) for root in roots]
     notes = tuple(division.note for division in divisions if division.note and split == "train")
     found = _find_split(roots, divisions, split)
@@ -172,18 +172,6 @@ def read_split(
     else:
         images = _read_folders(folders)
     return replace(images, notes=(*notes, *images.notes))
-
-
-def _check_root(root: str) -> None:
-    wanted = "give a folder of class folders, tar shards or parquet files"
-    if not root:
-        raise UserError(f"a data root is an empty name: {wanted}")
-    if not os.path.exists(root):
-        raise UserError(f"{root} does not exist: {wanted}")
-    if os.path.isdir(root):
-        check_root(root)  # refuses an incomplete output of `itpn shrink`
-    elif not os.path.isfile(root) or not (is_shard(root) or is_table(root)):
-        raise UserError(f"{root} is neither a folder, a tar shard nor a parquet file{describe_file(root)}")
 
 
 def _find_split(roots: Sequence[str], divisions: Sequence[Division], split: str) -> list[str] | None:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from itpn.data.class_names import Colour, Names, join_names
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, find_lossy, load_image, open_image, reading
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, find_lossy, load_image, open_image, reading, reason_of
 from itpn.data.readers import read_file
 from itpn.errors import UserError
 
@@ -158,7 +158,7 @@ def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tup
     try:
         data = read_file(path)
     except (OSError, ValueError) as error:
-        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from None
+        raise UnreadableImage(reason_of(error)) from None
     with reading():
         opened = open_image(io.BytesIO(data), max_pixels)
         image, bits = load_image(opened), _count_bits(opened.image, data)
