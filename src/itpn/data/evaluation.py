@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itpn.data.augment import EvaluationTransform
-from itpn.data.collate import Batch, View, stack
+from itpn.data.batches import Batch, View, stack
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_sample
 from itpn.data.readers import Reader
 from itpn.data.workers import WorkerLoader, beat

@@ -71,19 +71,17 @@ class _Found:
                 f"both images ({next(iter(self.images))}) and tar shards ({next(iter(self.shards))}) were given: "
                 "choose one kind"
             )
-        unread = describe_unread(self.unread)
         if not self.images and not self.shards:
             where = ", ".join(self.places) or "an empty list of data roots"
             raise UserError(
                 f"no images in {where} (looked for {' '.join(IMAGE_SUFFIXES)} and .tar shards)"
-                f"{f'; {unread}' if unread else ''}"
+                f"{describe_unread(self.unread, '; ')}"
             )
-        lines = [*notes, *([unread] if unread else [])]
         return ImageSource(
             images=tuple(self.images),
             shards=tuple(self.shards),
             roots=tuple(self.places),
-            notes=tuple(lines),
+            notes=tuple(filter(None, (*notes, describe_unread(self.unread)))),
             members=self.members,
         )
 
@@ -187,7 +185,7 @@ def _find_cache(names: Sequence[str]) -> ImageSource | None:
 def check_root(
     root: str,
     wanted: str = "a folder of images, or tar shards",
-    kinds: str = "an image nor a tar shard",
+    kinds: str = ", an image nor a tar shard",
     is_read: Callable[[str], bool] = lambda root: is_image(root) or is_shard(root),
 ) -> None:
     """Refuse a root that is not a folder or file of ``kinds``, or is an incomplete output of `itpn shrink` or in one.
@@ -204,7 +202,7 @@ def check_root(
         if not os.path.isfile(root):
             raise UserError(f"{root} is neither a folder nor a regular file: give {wanted}")
         if not is_read(root):
-            raise UserError(f"{root} is neither a folder, {kinds}{describe_file(root)}")
+            raise UserError(f"{root} is neither a folder{kinds}{describe_file(root)}")
         return
     for folder in (root, os.path.dirname(os.path.abspath(root))):
         try:

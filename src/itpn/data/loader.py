@@ -15,15 +15,17 @@ import torch
 
 from itpn.data.batches import (
     AnyBatch,
+    Batch,
     BatchPlan,
     CachedBatches,
     FileBatches,
     ShardBatches,
     Transform,
     UnreadableBatch,
+    View,
+    stack,
 )
 from itpn.data.cache import FeatureCache
-from itpn.data.collate import Batch, View, stack
 from itpn.data.decode import MAX_PIXELS
 from itpn.data.file_types import describe_unread
 from itpn.data.files import ImageSource

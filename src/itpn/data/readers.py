@@ -14,8 +14,7 @@ import numpy as np
 
 from itpn.data.decode import UnreadableImage, reason_of
 from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
-from itpn.system.reading import read_bounded
-from itpn.system.text import one_line, readable
+from itpn.system.text import one_line, read_bounded, readable
 
 MAX_FILE = 2**31  # bytes of an image file: float RGB of the largest image that is decoded has 1.6 GB
 GZIP = b"\x1f\x8b"  # magic bytes

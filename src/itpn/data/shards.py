@@ -151,7 +151,7 @@ def _choose_images(path: str | Path, members: Sequence[str], unread: Counter[str
 
 def _refuse_ambiguous(path: str, choice: Choice, unread: Counter[str]) -> None:
     if choice.problem:
-        raise UserError("; ".join(filter(None, [f"shard {path} {choice.problem}", describe_unread(unread)])))
+        raise UserError(f"shard {path} {choice.problem}{describe_unread(unread, '; ')}")
 
 
 class Place(NamedTuple):
