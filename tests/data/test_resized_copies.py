@@ -169,7 +169,7 @@ def test_images_of_shards(tmp_path, suffix):
     assert decode_image(copies["in/a/x/1_5"][1]).shape == (3, 20, 30)
 
 
-def test_missing_and_broken_files(tmp_path):
+def test_missing_and_corrupt_files(tmp_path):
     touch(tmp_path, "a.jpg", "b.jpg")
     found = list_originals(find_images([tmp_path]))
     (tmp_path / "b.jpg").unlink()

@@ -422,7 +422,7 @@ def test_one_warning_of_pages_beside_one_of_values(folder, tmp_path, capfd, work
         lines = [line for line in expected.splitlines() if "several pages" in line]
         assert len(lines) == 1
         assert lines[0].startswith("warning: ")
-        assert lines[0].endswith(f"page.tif: {PAGES} (told once, others may be alike)")
+        assert lines[0].endswith(f"page.tif: {PAGES} (shown once, other images may have it too)")
 
 
 # --- the limit of pixels

@@ -33,7 +33,7 @@ from itpn.data.skipped import SkippedImages
 from itpn.data.walk import walk
 from itpn.data.workers import WorkerLoader
 from itpn.errors import MachineError, RunStopped, UserError, refusal
-from itpn.system.console import Output, print_aside, tell_remarks
+from itpn.system.console import Output, print_aside, print_warnings
 from itpn.system.signals import stopped_by_signals
 from itpn.system.writing import check_settings, write_whole, writing_to
 from itpn.training.launch import count_cores
@@ -208,7 +208,7 @@ def _members(
 ) -> Iterator[tuple[str, bytes]]:
     """The files of a shard; tells of the corrupt ones, and counts in ``record``."""
     for original, content, size, remarks in results:
-        tell_remarks({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
+        print_warnings({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
         if isinstance(content, UnreadableImage):
             record["corrupt"][original.name] = str(content)
             for message in skipped.update([(original.name, str(content))]):

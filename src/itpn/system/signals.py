@@ -1,4 +1,4 @@
-"""Who answers the signals that ask to stop."""
+"""Handlers of the signals that stop a command."""
 
 import contextlib
 import signal
@@ -41,7 +41,7 @@ class SignalHandlers:
 
 def stop_at_once(signum: int, frame: FrameType | None) -> None:
     if several() and isinstance(sys.exc_info()[1], Exception):
-        return  # of several processes one has failed, and torchrun ends the others: what failed is still to be said
+        return  # of several processes one has failed, and torchrun ends the others: the failure is still to be reported
     raise RunStopped(signum)
 
 
@@ -54,7 +54,7 @@ class _Stop:
 
     def __init__(self, entered: FrameType) -> None:
         self._entered = entered
-        self.asked: int | None = None  # the signal that is yet to stop the command
+        self.pending: int | None = None  # the signal that is yet to stop the command
         self._looks = 0
         self._waiting = False
         self._alarm = SignalHandlers(self.answer, (signal.SIGALRM,))
@@ -64,20 +64,20 @@ class _Stop:
         if signum == signal.SIGALRM:
             self._waiting = False
         else:
-            self.asked = signum
-        if self.asked is None:
+            self.pending = signum
+        if self.pending is None:
             return
         if self._looks < MOST_LOOKS and self._is_import(frame):
             self._looks += 1
             self._come_again()
             return
-        stop_at_once(self.asked, frame)
-        self.asked = None  # it was passed over
+        stop_at_once(self.pending, frame)
+        self.pending = None  # it was passed over
 
     def pass_on(self, lost: "sys.UnraisableHookArgs") -> None:
         """For sys.unraisablehook: what was raised in what runs at a fork, or when an object goes."""
         if isinstance(lost.exc_value, RunStopped):
-            self.asked = lost.exc_value.signum
+            self.pending = lost.exc_value.signum
             self._come_again()
         else:
             self._before(lost)
@@ -116,9 +116,9 @@ def stopped_by_signals() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if stop.asked is None or isinstance(error, UserError | MachineError):
+        if stop.pending is None or isinstance(error, UserError | MachineError):
             raise
-        raise RunStopped(stop.asked) from error  # what an import, say, made of a RunStopped in it
+        raise RunStopped(stop.pending) from error  # what an import, say, made of a RunStopped in it
     finally:
         sys.unraisablehook = before
         stop.restore()

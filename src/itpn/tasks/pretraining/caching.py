@@ -17,7 +17,7 @@ from itpn.data.files import ImageSource
 from itpn.data.loader import TrainingLoader
 from itpn.data.skipped import SkippedImages
 from itpn.errors import MachineError, RunStopped, UserError
-from itpn.system.console import Output, print_aside, tell_remarks
+from itpn.system.console import Output, print_aside, print_warnings
 from itpn.system.writing import check_settings, writing_to
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, tell_what_is_left_out
@@ -132,7 +132,7 @@ def _write_shard(
         for message in skipped.update(item for sample in views for item in sample["corrupt"]):
             print_aside(f"skipped {message}", Output())
         for sample in views:
-            tell_remarks(sample["warnings"], Output())
+            print_warnings(sample["warnings"], Output())
         view = "teacher_image" if "teacher_image" in views[0] else "image"
         shown = torch.cat([sample[view] for sample in views])
         features.append(_run(teacher, shown, precision).to(dtype).cpu())
