@@ -75,7 +75,7 @@ class TrainingLoader:
         wait_seconds: how long the caller has waited for batches so far.
     """
 
-    def __init__(
+    def __init__(  # more than eight parameters: those of the data, of torch's DataLoader and of the processes
         self,
         source: ImageSource | Reader,
         transform: Transform,
