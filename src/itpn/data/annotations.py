@@ -110,7 +110,7 @@ def read_objects(
     lacking = "images" if not len(images) else "objects" if annotated and not len(images.with_objects()) else ""
     if lacking:
         raise invalid.explain_lack(source, lacking)
-    invalid.report(source, on_invalid, log, set() if logged is None else logged)
+    invalid.report(source, on_invalid, log, logged)
     return images
 
 

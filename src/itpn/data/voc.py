@@ -50,9 +50,8 @@ def read_voc(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: in
     names = [name for name in list_images(str(images), unread) if wanted is None or Path(name).stem in wanted]
     for image, size in measure_images(names, invalid, max_pixels):
         seen.add(image.stem)
-        path = notes / f"{image.stem}.xml"
-        if not path.is_file():
-            path = next((p for p in [path.with_suffix(".XML")] if p.is_file()), path)
+        paths = [notes / f"{image.stem}{suffix}" for suffix in (".xml", ".XML")]
+        path = next(filter(Path.is_file, paths), paths[0])
         append_image(coco, image, size, path, parse, invalid)
     invalid.note_unread(str(images), unread)
     for name in sorted((wanted or set()) - seen):
