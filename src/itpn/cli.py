@@ -56,9 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when done, 1 for a run that went wrong, 2 for a mistake of the user's, 128 and its number after a signal.
     """
-    from itpn.system.console import complain, finish_output, forget_remarks, silence
+    from itpn.system.console import complain, finish_output, forget_warnings, silence
 
-    forget_remarks()
+    forget_warnings()
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)

@@ -22,10 +22,10 @@ from itpn.checkpoints.convert import convert
 from itpn.cli import main
 from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
-from itpn.data.folders import name_output
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
 from itpn.system.text import readable
+from itpn.system.writing import name_output
 from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig
 from itpn.tasks.detection.prediction import predict_objects
 from itpn.tasks.pretraining.network import build_masked_model

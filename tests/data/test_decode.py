@@ -142,7 +142,7 @@ CORRUPT = {
 
 
 @pytest.mark.parametrize("kind", CORRUPT)
-def test_broken_is_refused(kind: str) -> None:
+def test_corrupt_is_refused(kind: str) -> None:
     with pytest.raises(UnreadableImage) as refusal:
         decode_image(CORRUPT[kind])
     reason = str(refusal.value)

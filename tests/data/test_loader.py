@@ -130,7 +130,7 @@ def test_fewer_files_than_a_batch(tmp_path: Path, count: int, batch_size: int) -
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_broken_files_are_replaced_and_named(tmp_path: Path) -> None:
+def test_corrupt_files_are_replaced_and_named(tmp_path: Path) -> None:
     corrupt = {f"{number:03d}.jpg" for number in (0, 5, 6)}
     source = make_files(tmp_path, 20, corrupt=(0, 5, 6))
     (tmp_path / "000.jpg").unlink()  # gone since it was found
@@ -202,7 +202,7 @@ def test_more_streams_than_images(tmp_path: Path) -> None:
         assert [len(batch["image"]) for batch in run(make_loader(source, 2, rank=rank, world_size=3), 4)] == [1] * 4
 
 
-def test_broken_members_are_replaced_and_named(tmp_path: Path) -> None:
+def test_corrupt_members_are_replaced_and_named(tmp_path: Path) -> None:
     source = make_shards(tmp_path, [10, 10], corrupt=(2, 13, 14))
     shard = tmp_path / "1.tar"
     shard.write_bytes(shard.read_bytes()[:-10_500])  # the end marker is padded to 10240 bytes: cuts the last image
@@ -218,7 +218,7 @@ def test_broken_members_are_replaced_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["files", "few files", "shards", "few shards"])
-def test_resuming_anywhere_equals_going_on(tmp_path: Path, kind: str) -> None:
+def test_resuming_anywhere_equals_an_uninterrupted_run(tmp_path: Path, kind: str) -> None:
     """At every position of three epochs without workers; with two, at the ends of epochs and within."""
     source = {
         "files": lambda: make_files(tmp_path, 21, corrupt=(2, 9, 10)),

@@ -16,7 +16,7 @@ from pycocotools import mask as theirs
 from pycocotools.coco import COCO
 
 from itpn.data.annotations import find_objects, read_objects
-from itpn.data.collate import collect
+from itpn.data.batches import collect
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.loader import TrainingLoader
 from itpn.data.objects import DetectionTransform, draw_masks, encode_mask, make_target
@@ -278,7 +278,7 @@ def test_names_of_sets_in_other_spellings(shapes, tmp_path):
 
 def test_formats_need_their_package(shapes, tmp_path, monkeypatch):
     write_voc(shapes, tmp_path)
-    monkeypatch.setitem(__import__("sys").modules, "supervision.dataset.formats.yolo", None)
+    monkeypatch.setitem(__import__("sys").modules, "supervision.dataset.formats.pascal_voc", None)
     with pytest.raises(UserError, match=r"needs supervision: pip install 'itpn\[formats\]'"):
         find_objects(str(tmp_path))
 

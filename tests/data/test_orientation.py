@@ -26,7 +26,7 @@ from itpn.data.augment import PretrainingTransform
 from itpn.data.decode import EncodedImage, decode_image, read_size
 from itpn.data.gpu_decoding import GpuTransform, collate_encoded
 from itpn.data.masks import read_mask
-from itpn.data.resized_copies import resize_file
+from itpn.data.resized_copies import resize_image
 
 HEIGHT, WIDTH = 480, 640
 # orientation -> the transposition that it undoes
@@ -154,10 +154,10 @@ def test_all_paths_agree(monkeypatch, tmp_path, container, orientation):
             corner = EncodedImage(data).decode_crop(0, 320, 240, 320, target=(side // 2, side // 2)).float()
             assert (corner.mean(dim=(1, 2)) - whole[:, 120, 480]).abs().max() < 14  # top right
 
-    small = decode_image(resize_file(data, 48, 95))
+    small = decode_image(resize_image(EncodedImage(data), 48, 95))
     assert small.shape == (3, 48, 64)
     assert_picture(small, container, tolerance=20)
-    assert decode_image(resize_file(data, HEIGHT, 95)).shape == whole.shape  # and not turned once more
+    assert decode_image(resize_image(EncodedImage(data), HEIGHT, 95)).shape == whole.shape  # and not turned once more
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -12,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.decode import EncodedImage, UnreadableImage, decode_image
 from itpn.data.file_types import COPIES_INDEX
 from itpn.data.files import find_images
-from itpn.data.resized_copies import CopiesIndex, ResizedCopies, list_originals, read_index, resize_file, write_tar
+from itpn.data.resized_copies import CopiesIndex, ResizedCopies, list_originals, read_index, resize_image, write_tar
 from itpn.data.shards import read_shard
 from itpn.system.writing import open_whole
 
@@ -30,6 +30,10 @@ def encode(image: Image.Image, format: str = "JPEG", **options) -> bytes:
     file = io.BytesIO()
     image.save(file, format, **options)
     return file.getvalue()
+
+
+def resize_file(data: bytes, short_side: int, quality: int) -> bytes:
+    return resize_image(EncodedImage(data), short_side, quality)
 
 
 def rotated(orientation: int) -> Image.Exif:
@@ -165,7 +169,7 @@ def test_images_of_shards(tmp_path, suffix):
     assert decode_image(copies["in/a/x/1_5"][1]).shape == (3, 20, 30)
 
 
-def test_missing_and_broken_files(tmp_path):
+def test_missing_and_corrupt_files(tmp_path):
     touch(tmp_path, "a.jpg", "b.jpg")
     found = list_originals(find_images([tmp_path]))
     (tmp_path / "b.jpg").unlink()

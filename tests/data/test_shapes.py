@@ -198,7 +198,7 @@ def test_a_complete_set_is_kept_and_an_incomplete_one_mended(tmp_path):
     assert hashes(tmp_path) == whole
 
 
-def test_a_broken_off_run_goes_on(tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(tmp_path, monkeypatch):
     calls = []
 
     def break_off(*args, **kwargs):

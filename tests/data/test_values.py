@@ -15,7 +15,8 @@ from PIL import Image
 from samples import deep_png, encode, exif, join_tiffs, png, quarters, tiff, with_chunks
 
 from itpn.cli import main
-from itpn.data.decode import PAGES, EncodedImage, UnreadableImage, decode_image, has_pages, read_size
+from itpn.data.decode import PAGES, EncodedImage, UnreadableImage, decode_image, read_size
+from itpn.data.headers import has_pages
 from itpn.data.masks import read_mask
 
 RAMP = np.linspace(0, 1, 48, dtype=np.float64)[None].repeat(48, 0)
@@ -398,6 +399,13 @@ def test_pages_of_large_and_of_damaged_tiffs():
         joined[end : end + 4] = struct.pack("<I", place)
         assert has_pages(bytes(joined)) is want
     assert not has_pages(b"II*\0")
+    for kind in ((2, b"1"), (3, [1, 1])):  # text, and two numbers
+        assert not has_pages(join_tiffs(page(), tiff(GREY, tags={254: kind})))
+    large = bytearray(file.getvalue())
+    end = 16 + 8 + 20 * struct.unpack_from("<Q", large, 16)[0]
+    assert large[end : end + 8] == bytes(8)
+    large[end : end + 8] = struct.pack("<Q", 2**64 - 1)
+    assert not has_pages(bytes(large))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -415,7 +423,7 @@ def test_one_warning_of_pages_beside_one_of_values(folder, tmp_path, capfd, work
         lines = [line for line in expected.splitlines() if "several pages" in line]
         assert len(lines) == 1
         assert lines[0].startswith("warning: ")
-        assert lines[0].endswith(f"page.tif: {PAGES} (told once, others may be alike)")
+        assert lines[0].endswith(f"page.tif: {PAGES} (shown once, other images may have it too)")
 
 
 # --- the limit of pixels

@@ -14,7 +14,7 @@ from photos import draw_photo
 from PIL import Image
 
 from itpn.data.augment import PretrainingTransform
-from itpn.data.collate import collect, stack
+from itpn.data.batches import collect, stack
 from itpn.data.files import find_training_images
 from itpn.data.loader import TrainingLoader
 from itpn.models.build import build

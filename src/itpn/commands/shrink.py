@@ -18,7 +18,6 @@ from itpn.data.class_names import read_class_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage
 from itpn.data.file_types import CACHE_INDEX, CLASSES, COPIES_INDEX, describe_unread
 from itpn.data.files import ImageSource
-from itpn.data.folders import check_settings
 from itpn.data.members import list_endings
 from itpn.data.resized_copies import (
     CopiesIndex,
@@ -34,9 +33,9 @@ from itpn.data.skipped import SkippedImages
 from itpn.data.walk import walk
 from itpn.data.workers import WorkerLoader
 from itpn.errors import MachineError, RunStopped, UserError, refusal
-from itpn.system.console import Output, print_aside, tell_remarks
+from itpn.system.console import Output, print_aside, print_warnings
 from itpn.system.signals import stopped_by_signals
-from itpn.system.writing import write_whole, writing_to
+from itpn.system.writing import check_settings, write_whole, writing_to
 from itpn.training.launch import count_cores
 
 LOCK_SECONDS = 15  # the workers of a process that was killed notice within 5, and the lock is theirs as well
@@ -110,8 +109,7 @@ def _list_some(source: ImageSource, left: Counter[str], unread: Counter[str]) ->
     if source.cache:
         raise UserError(f"{source.cache} holds cached features: give the images that they were made of")
     if not (originals := list_originals(source, left, unread)):
-        note = describe_unread(unread)
-        raise UserError(f"no images in the shards ({source.shards[0]} ...){f'; {note}' if note else ''}")
+        raise UserError(f"no images in the shards ({source.shards[0]} ...){describe_unread(unread, '; ')}")
     return originals
 
 
@@ -210,7 +208,7 @@ def _members(
 ) -> Iterator[tuple[str, bytes]]:
     """The files of a shard; tells of the corrupt ones, and counts in ``record``."""
     for original, content, size, remarks in results:
-        tell_remarks({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
+        print_warnings({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
         if isinstance(content, UnreadableImage):
             record["corrupt"][original.name] = str(content)
             for message in skipped.update([(original.name, str(content))]):

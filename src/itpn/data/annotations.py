@@ -10,7 +10,7 @@ import numpy as np
 
 from itpn.data.coco import read_coco
 from itpn.data.decode import MAX_PIXELS
-from itpn.data.file_types import describe_file
+from itpn.data.files import check_root
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.layouts import Coco
 from itpn.data.numbers import is_int64, read_image_id, read_number, read_whole
@@ -88,15 +88,8 @@ def read_objects(
     Raises:
         UserError: no annotations or images, no usable object, or no object to train on.
     """
-    if not root:
-        raise UserError(f"--data.root is an empty name: give a folder of {LAYOUTS}")
+    check_root(root, f"a folder of {LAYOUTS}", " nor a JSON file", lambda root: root.lower().endswith(".json"))
     folder = Path(root)
-    if not folder.is_dir() and not (folder.is_file() and folder.suffix.lower() == ".json"):
-        raise UserError(
-            f"{root} is neither a folder nor a JSON file{describe_file(root)}"
-            if folder.exists()
-            else f"{root} does not exist: give a folder of {LAYOUTS}"
-        )
     invalid = InvalidAnnotations()
     for read in (read_coco, read_yolo, read_voc) if folder.is_dir() else (read_coco,):
         parts = read(folder, split, invalid, max_pixels)
@@ -117,7 +110,7 @@ def read_objects(
     lacking = "images" if not len(images) else "objects" if annotated and not len(images.with_objects()) else ""
     if lacking:
         raise invalid.explain_lack(source, lacking)
-    invalid.report(source, on_invalid, log, set() if logged is None else logged)
+    invalid.report(source, on_invalid, log, logged)
     return images
 
 

@@ -12,7 +12,6 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from itpn.data.cache import FeatureCache
-from itpn.data.collate import Batch, View
 from itpn.data.decode import UnreadableImage, open_sample
 from itpn.data.readers import Reader
 from itpn.data.shards import Sample, shard_samples
@@ -20,8 +19,20 @@ from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 
+View = dict[str, Any]  # what a transform makes of an image
+Batch = dict[str, Any]
 Transform = Callable[..., View]  # of an image, its random generator, and its annotation if it has one
 MAX_SPARES = 1000  # corrupt files in a row that are replaced: more, and the data root is probably wrong
+
+
+def stack(views: list[View]) -> Batch:
+    """Stack tensors of one size along a new first axis."""
+    return {name: torch.stack([view[name] for view in views]) for name in views[0]}
+
+
+def collect(views: list[View]) -> Batch:
+    """Collect tensors of different sizes in lists."""
+    return {name: [view[name] for view in views] for name in views[0]}
 
 
 @dataclass(frozen=True)
@@ -93,38 +104,38 @@ class BatchPlan:
         return {**self.collate(views), "key": keys, "corrupt": corrupt, "warnings": warnings}
 
 
+@dataclass
 class EpochOrder:
     """The random order of the samples in an epoch.
 
-    Args:
+    Attributes:
         groups: int64 [samples]; a batch of ``batch`` samples has one group, except for the rest of each group, which
             comes at the end of the epoch.
     """
 
-    def __init__(self, samples: int, seed: int, groups: np.ndarray | None = None, batch: int = 1) -> None:
-        self._samples = samples
-        self._seed = seed
-        self._groups = groups
-        self._batch = batch
-        self._order = np.empty(0, dtype=np.int64)
-        self._epoch = -1
+    samples: int
+    seed: int
+    groups: np.ndarray | None = None
+    batch: int = 1
+    _order: np.ndarray = field(init=False)
+    _epoch: int = field(default=-1, init=False)
 
     def __call__(self, epoch: int) -> np.ndarray:
         if epoch != self._epoch:
-            rng = np.random.default_rng(derive_seed(self._seed, epoch, "order"))
-            self._order = rng.permutation(self._samples)
-            if self._groups is not None:
+            rng = np.random.default_rng(derive_seed(self.seed, epoch, "order"))
+            self._order = rng.permutation(self.samples)
+            if self.groups is not None:
                 self._order = self._sort(self._order, rng)
             self._epoch = epoch
         return self._order
 
     def _sort(self, order: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        assert self._groups is not None
+        assert self.groups is not None
         whole, left = [], []
-        for group in np.unique(self._groups):
-            members = order[self._groups[order] == group]
-            end = len(members) // self._batch * self._batch
-            whole += np.split(members[:end], end // self._batch) if end else []
+        for group in np.unique(self.groups):
+            members = order[self.groups[order] == group]
+            end = len(members) // self.batch * self.batch
+            whole += np.split(members[:end], end // self.batch) if end else []
             left.append(members[end:])
         return np.concatenate([*(whole[i] for i in rng.permutation(len(whole))), *left])
 
@@ -172,6 +183,7 @@ class CachedBatches(Dataset[AnyBatch]):
         return {**views, "key": list(keys), "corrupt": [], "warnings": {}}
 
 
+@dataclass
 class ShardBatches(IterableDataset[AnyBatch]):
     """The batches of one worker process, from tar shards, starting at any batch number.
 
@@ -179,14 +191,11 @@ class ShardBatches(IterableDataset[AnyBatch]):
     samples batch ``number`` has. It is the same in an uninterrupted and in a resumed run, though the process differs.
     """
 
-    def __init__(
-        self, shards: tuple[str, ...], plan: BatchPlan, shuffle_buffer: int, members: tuple[str, ...] = ()
-    ) -> None:
-        self.shards = shards
-        self.members = members
-        self.plan = plan
-        self.shuffle_buffer = shuffle_buffer
-        self.start = 0
+    shards: tuple[str, ...]
+    plan: BatchPlan
+    shuffle_buffer: int
+    members: tuple[str, ...] = ()
+    start: int = 0
 
     def __iter__(self) -> Iterator[AnyBatch]:
         info = get_worker_info()

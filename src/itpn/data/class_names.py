@@ -158,9 +158,8 @@ def read_names(file: str | None, root: str, first: int = 0) -> Names | None:
             raise UserError(f"{file} has two classes of the {what} {twice[0]}")
     if len({colour is None for _, colour in names}) > 1:
         raise UserError(f"{file} has colours for some of the classes: give all or none")
-    if "" in written and any(
-        colour is None for _, colour in names
-    ):  # ambiguous: a label without a name, or a blank line
+    # ambiguous: a label without a name, or a blank line
+    if "" in written and any(colour is None for _, colour in names):
         refuse_empty_line(written, file)
     return names
 

@@ -10,8 +10,7 @@ from itpn.data.layouts import Coco, Parts, search_folders
 from itpn.data.splits import SPLITS
 from itpn.data.walk import split_places
 from itpn.errors import UserError
-from itpn.system.reading import read_bounded
-from itpn.system.text import decode_text
+from itpn.system.text import decode_text, read_bounded
 
 MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
 

@@ -4,11 +4,8 @@ import functools
 import io
 import os
 import re
-import struct
-import threading
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import IO, Any, NamedTuple
 
 import numpy as np
@@ -17,7 +14,9 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from itpn.data.headers import MAX_SCANS, count_scans, has_pages
 from itpn.data.orientation import ORIENTATION, SWAPPED, read_orientation, turn_image, turn_tensor
+from itpn.data.quiet import quiet
 from itpn.data.values import check_high_bytes, scale_values
 from itpn.errors import LOST
 
@@ -25,15 +24,7 @@ from itpn.errors import LOST
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less than most bombs
-
-
-MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
 PAGES = "it has several pages, of which the first is read; save each as a file to use them all"
-SUBFILE = 254  # the tag of TIFF: 1 for a smaller copy, 4 for a mask
-OLD_SUBFILE = 255  # its forerunner: 2 for a smaller copy
-SHORT = 3  # type of a tag of 16 bits
-MAX_COPIES = 64  # reduced copies of a TIFF's page, each half as wide as the one before; more are a cycle
-JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # without those inside a scan's data
 
 
 class UnreadableImage(Exception):
@@ -196,7 +187,7 @@ class EncodedImage:
         """
         if not self.is_upright_jpeg:
             return None
-        with _quiet():
+        with quiet():
             codec, decoder = _find_codec(os.getpid())
         if decoder is None:
             return None
@@ -245,11 +236,6 @@ def open_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> 
     return EncodedImage(data, max_pixels)
 
 
-def decode_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """As :func:`open_sample`, and decode the whole image."""
-    return open_sample(data, max_pixels).decode()
-
-
 def decode_whole(image: EncodedImage | Tensor) -> Tensor:
     return image if isinstance(image, Tensor) else image.decode()
 
@@ -257,7 +243,7 @@ def decode_whole(image: EncodedImage | Tensor) -> Tensor:
 @contextmanager
 def reading() -> Iterator[None]:
     """Convert all errors of decoders, a dozen types on damaged input, to :class:`UnreadableImage`."""
-    with _quiet():
+    with quiet():
         try:
             yield
         except UnreadableImage:
@@ -268,57 +254,6 @@ def reading() -> Iterator[None]:
             if isinstance(error, OSError) and error.errno in LOST:  # the disk fails, not the image
                 raise
             raise UnreadableImage(reason_of(error)) from None
-
-
-def has_pages(tiff: bytes) -> bool:
-    """Whether a TIFF has more than one page, not counting reduced copies and masks (NewSubfileType)."""
-    order = "<" if tiff[:2] == b"II" else ">"
-    big = 43 in tiff[2:4]
-    pointer, count, entry = ("Q", "Q", "HHQQ") if big else ("I", "H", "HHII")  # an entry: tag, type, number, value
-    try:
-        (place,) = struct.unpack_from(order + pointer, tiff, 8 if big else 4)
-        for number in range(MAX_COPIES):
-            (entries,) = struct.unpack_from(order + count, tiff, place)
-            place += struct.calcsize(count)
-            tag, form, _, kind = struct.unpack_from(order + entry, tiff, place)  # the tag is the lowest, so the first
-            if form == SHORT and order == ">":  # its value is in the upper half
-                kind >>= 48 if big else 16
-            if number and not ((tag == SUBFILE and kind & 5) or (tag == OLD_SUBFILE and kind & 0xFFFF == 2)):
-                return True
-            (place,) = struct.unpack_from(order + pointer, tiff, place + entries * struct.calcsize("=" + entry))
-            if not place:
-                return False
-    except struct.error:  # it is truncated
-        pass
-    return False
-
-
-def count_scans(data: bytes) -> int:
-    """Count the scans of a JPEG, up to `MAX_SCANS` + 1: a few bytes make a decoder process the whole image again."""
-    scans = place = 0
-    while scans <= MAX_SCANS and (found := JPEG_MARKER.search(data, place)) is not None:
-        place, marker = found.end(), found[1][0]
-        if marker == 0xD9:  # end of image: another file may follow
-            break
-        scans += marker == 0xDA
-        if marker != 0xD8:
-            place += int.from_bytes(data[place : place + 2], "big")  # a segment with its length
-    return scans
-
-
-def find_lossy(image: Image.Image, data: bytes) -> str:
-    """The lossy compression of an image, by its content; empty if there is none."""
-    if image.format in ("JPEG", "MPO"):
-        return "JPEG"
-    if image.format == "TIFF":
-        return "JPEG" if image.info.get("compression") in ("jpeg", "tiff_jpeg") else ""
-    place = 12  # after RIFF, a length and WEBP
-    while image.format == "WEBP" and place + 8 <= len(data):
-        name, size = data[place : place + 4], int.from_bytes(data[place + 4 : place + 8], "little")
-        if name in (b"VP8 ", b"VP8L"):
-            return "lossy WebP" if name == b"VP8 " else ""
-        place += 8 + (16 if name == b"ANMF" else size + size % 2)  # a frame holds chunks of its own
-    return ""
 
 
 def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
@@ -360,50 +295,6 @@ def _to_tensor(image: Image.Image) -> Tensor:
 
 
 def reason_of(error: Exception) -> str:
-    """The first line of a decoder's error, without the source location that torchvision puts before it."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    """The operating system's reason of an error, or a decoder's first line without torchvision's source location."""
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines() or [type(error).__name__]
     return re.sub(r"^.*\.cpp:\d+,?\s*", "", lines[0])
-
-
-# libjpeg and libtiff write their warnings to file descriptor 2, in the middle of a progress bar. It is redirected
-# while any thread decodes.
-_quiet_lock = threading.Lock()
-_quiet_depth = 0
-_saved_stderr = -1
-_pillow_limit: int | None = None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress output and Pillow's own limit of pixels; :func:`open_image` has a limit of its own."""
-    global _quiet_depth, _saved_stderr, _pillow_limit
-    with _quiet_lock:
-        _quiet_depth += 1
-        if _quiet_depth == 1:
-            _pillow_limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            with suppress(OSError):  # a process may run without stderr
-                _saved_stderr = os.dup(2)
-                os.dup2(_devnull(), 2)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        with _quiet_lock:
-            _quiet_depth -= 1
-            if _quiet_depth == 0:
-                Image.MAX_IMAGE_PIXELS = _pillow_limit
-                if _saved_stderr >= 0:
-                    os.dup2(_saved_stderr, 2)
-                    os.close(_saved_stderr)
-                    _saved_stderr = -1
-
-
-_devnull_descriptor = -1
-
-
-def _devnull() -> int:
-    global _devnull_descriptor
-    if _devnull_descriptor < 0:
-        _devnull_descriptor = os.open(os.devnull, os.O_WRONLY)
-    return _devnull_descriptor

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,8 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from itpn.data.augment import EvaluationTransform
-from itpn.data.collate import Batch, View, stack
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, decode_sample, open_sample
+from itpn.data.batches import Batch, View, stack
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_sample
 from itpn.data.readers import Reader
 from itpn.data.workers import WorkerLoader, beat
 from itpn.errors import UserError
@@ -36,7 +37,7 @@ def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[
         if len(found) == count:
             break
         try:
-            found.append((index, decode_sample(images[index][1], max_pixels)))
+            found.append((index, open_sample(images[index][1], max_pixels).decode()))
         except UnreadableImage as error:
             reason = reason or f"; the first is {images.name(index)}: {error}"
     if not found:
@@ -44,6 +45,7 @@ def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[
     return found
 
 
+@dataclass(frozen=True)
 class EvaluationBatches(Dataset[dict[str, Any]]):
     """Batch number -> collated views, "index" int64 [n], "corrupt" and "warnings", as of `TrainingLoader`.
 
@@ -51,14 +53,11 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
     neither "image" nor any other key of theirs.
     """
 
-    def __init__(
-        self, images: Reader, view: MakeView, collate: Callable[[list[View]], Batch], batch_size: int, max_pixels: int
-    ) -> None:
-        self.images = images
-        self.view = view
-        self.collate = collate
-        self.batch_size = batch_size
-        self.max_pixels = max_pixels
+    images: Reader
+    view: MakeView
+    collate: Callable[[list[View]], Batch]
+    batch_size: int
+    max_pixels: int
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)

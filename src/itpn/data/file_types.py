@@ -39,8 +39,8 @@ def describe_file(path: str) -> str:
     return f", but a {suffix} file" if suffix else ""
 
 
-def describe_unread(unread: Counter[str]) -> str:
-    """Unread files by suffix or kind, the most frequent first, in a line; empty if there are none."""
+def describe_unread(unread: Counter[str], before: str = "") -> str:
+    """Unread files by suffix or kind, the most frequent first, after ``before``; empty if there are none."""
     if not unread:
         return ""
     ranked = sorted(unread.items(), key=lambda pair: (-pair[1], pair[0]))
@@ -50,7 +50,7 @@ def describe_unread(unread: Counter[str]) -> str:
     ]
     if rest := ranked[MOST_SUFFIXES:]:
         shown.append(f"{sum(count for _, count in rest):,} of {len(rest)} other suffixes")
-    return f"not read: {', '.join(shown)}"
+    return f"{before}not read: {', '.join(shown)}"
 
 
 def is_image(name: str) -> bool:

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from itpn.data.file_types import (
     suffix_of,
 )
 from itpn.data.splits import split_of_file
-from itpn.data.walk import TreeSplits, walk, walk_splits
+from itpn.data.walk import TreeSplits, walk_splits
 from itpn.errors import UserError
 from itpn.system.text import read_text
 
@@ -71,19 +71,17 @@ class _Found:
                 f"both images ({next(iter(self.images))}) and tar shards ({next(iter(self.shards))}) were given: "
                 "choose one kind"
             )
-        unread = describe_unread(self.unread)
         if not self.images and not self.shards:
             where = ", ".join(self.places) or "an empty list of data roots"
             raise UserError(
                 f"no images in {where} (looked for {' '.join(IMAGE_SUFFIXES)} and .tar shards)"
-                f"{f'; {unread}' if unread else ''}"
+                f"{describe_unread(self.unread, '; ')}"
             )
-        lines = [*notes, *([unread] if unread else [])]
         return ImageSource(
             images=tuple(self.images),
             shards=tuple(self.shards),
             roots=tuple(self.places),
-            notes=tuple(lines),
+            notes=tuple(filter(None, (*notes, describe_unread(self.unread)))),
             members=self.members,
         )
 
@@ -101,45 +99,38 @@ def find_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> Ima
     Raises:
         UserError: a root is missing, unreadable or has no images, or some roots have images and others shards.
     """
-    names = [os.fspath(root) for root in roots]
-    if cache := _find_cache(names):
-        return cache
-    found = _Found(tuple(members))
-    for root in names:
-        check_root(root)
-        found.add(root, list(walk(root, found.unread)) if os.path.isdir(root) else [root])
-    return found.source()
+    return _find(roots, members, divided=False)
 
 
 def find_training_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> ImageSource:
     """As `find_images`, but without validation and test splits, if names divide a folder at any depth into splits.
 
     The notes list what is left out.
-
-    Args:
-        members: as of `find_images`.
     """
+    return _find(roots, members, divided=True)
+
+
+def _find(roots: Sequence[Path | str], members: Sequence[str], divided: bool) -> ImageSource:
     names = [os.fspath(root) for root in roots]
     if cache := _find_cache(names):
         return cache
-    found, notes = _Found(tuple(members)), []
+    found, notes = _Found(tuple(members)), list[str]()
     for root in names:
-        check_root(root)
-        if not os.path.isdir(root):
-            found.add(root, [root])
-            continue
-        parts = TreeSplits(root)
-        own = [path for split, path in walk_splits(root, found.unread, parts) if split in ("", "train")]
-        found.add(root, own)
-        notes += parts.notes()
+        parts = TreeSplits(root) if divided else None
+        pairs = _list_root(root, found.unread, parts)
+        found.add(root, [path for split, path in pairs if split in ("", "train")])
+        notes += parts.notes() if parts else []
     return found.source(notes)
+
+
+def _list_root(root: str, unread: Counter[str], parts: TreeSplits | None) -> list[tuple[str, str]]:
+    """The images and shards below a root, as (split, path), or the root itself, which is one."""
+    check_root(root)
+    return list(walk_splits(root, unread, parts)) if os.path.isdir(root) else [("", root)]
 
 
 def find_splits(roots: Sequence[str], members: Sequence[str] = ()) -> dict[str, ImageSource]:
     """As `find_images`, but separately for each split, if names divide the roots into splits.
-
-    Args:
-        members: as of `find_images`.
 
     Returns:
         A source for each of ``train``, ``val`` and ``test`` that the roots have; what lies beside splits is left out.
@@ -153,19 +144,17 @@ def find_splits(roots: Sequence[str], members: Sequence[str] = ()) -> dict[str, 
         return {"": cache}
     found: dict[str, _Found] = {}
     notes: list[str] = []
-    divided: dict[str, bool] = {}
+    undivided: list[str] = []
     unread: Counter[str] = Counter()
     for root in names:
-        check_root(root)
         parts = TreeSplits(root, keep=True)
-        if os.path.isdir(root):
-            pairs = list(walk_splits(root, unread, parts))
-        else:
-            pairs = [(split_of_file(os.path.basename(root)) or "", root)]
         own: dict[str, list[str]] = {}
-        for split, path in pairs:
+        for split, path in _list_root(root, unread, parts):
             own.setdefault(split, []).append(path)
-        divided[root] = own.keys() != {""}
+        if os.path.isfile(root):
+            own = {split_of_file(os.path.basename(root)) or "": [root]}
+        if own.keys() == {""}:
+            undivided.append(root)
         if "train" in own and "" in own:  # images outside of divided folders
             own["train"] = own.pop("") + own["train"]
         for split, paths in own.items():
@@ -176,9 +165,8 @@ def find_splits(roots: Sequence[str], members: Sequence[str] = ()) -> dict[str, 
         notes += parts.notes()
     if "train" not in found:
         return {"": find_training_images(names, members)}
-    for root, is_divided in divided.items():
-        if not is_divided:
-            raise UserError(f"{root} has nothing called train, unlike another folder: give folders of one kind")
+    if undivided:
+        raise UserError(f"{undivided[0]} has nothing called train, unlike another folder: give folders of one kind")
     found["train"].unread += unread
     order: list[str] = [split for split in ("train", "val", "test") if split in found]
     sources = {split: found[split].source(notes if split == "train" else ()) for split in order}
@@ -194,17 +182,27 @@ def _find_cache(names: Sequence[str]) -> ImageSource | None:
     return ImageSource(cache=caches[0], roots=tuple(names)) if caches else None
 
 
-def check_root(root: str) -> None:
-    """Refuse a root that is not a folder, image or shard, or is an incomplete output of `itpn shrink` or in one."""
+def check_root(
+    root: str,
+    wanted: str = "a folder of images, or tar shards",
+    kinds: str = ", an image nor a tar shard",
+    is_read: Callable[[str], bool] = lambda root: is_image(root) or is_shard(root),
+) -> None:
+    """Refuse a root that is not a folder or file of ``kinds``, or is an incomplete output of `itpn shrink` or in one.
+
+    Args:
+        wanted: what to give instead.
+        is_read: whether a file of this name is read.
+    """
     if not root:
-        raise UserError("a data root is an empty name: give a folder of images, or tar shards")
+        raise UserError(f"a data root is an empty name: give {wanted}")
     if not os.path.exists(root):
-        raise UserError(f"{root} does not exist: give a folder of images, or tar shards")
+        raise UserError(f"{root} does not exist: give {wanted}")
     if not os.path.isdir(root):
         if not os.path.isfile(root):
-            raise UserError(f"{root} is neither a folder nor a regular file: give a folder of images, or tar shards")
-        if not is_image(root) and not is_shard(root):
-            raise UserError(f"{root} is neither a folder, an image nor a tar shard{describe_file(root)}")
+            raise UserError(f"{root} is neither a folder nor a regular file: give {wanted}")
+        if not is_read(root):
+            raise UserError(f"{root} is neither a folder{kinds}{describe_file(root)}")
         return
     for folder in (root, os.path.dirname(os.path.abspath(root))):
         try:

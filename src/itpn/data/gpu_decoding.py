@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from itpn.data.augment import AugmentParams, PretrainingTransform
-from itpn.data.collate import Batch, View, stack
+from itpn.data.batches import Batch, View, stack
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_image, reason_of
 from itpn.errors import UserError
 

@@ -29,8 +29,8 @@ class InvalidAnnotations:
         """Add a note on the files below a folder that are not read; ``read``: files that are read, though counted."""
         below = os.path.join(os.path.abspath(folder), "")
         unread = unread - Counter(suffix_of(str(path)) for path in read if os.path.abspath(path).startswith(below))
-        if line := describe_unread(unread):
-            self.notes.append(f"{line} in {folder}")
+        if unread:
+            self.notes.append(f"{describe_unread(unread)} in {folder}")
 
     def lines(self) -> list[str]:
         """A line for each kind, the most frequent first."""

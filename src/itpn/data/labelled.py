@@ -4,19 +4,17 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, overload
 
 import numpy as np
 
 from itpn.data.class_names import are_numbers, join_names, read_class_names
 from itpn.data.decode import UnreadableImage
-from itpn.data.file_types import CLASSES, IMAGE_SUFFIXES, describe_file, describe_unread, is_image, is_shard, is_table
+from itpn.data.file_types import CLASSES, IMAGE_SUFFIXES, describe_unread, is_image, is_shard, is_table
 from itpn.data.files import check_root
 from itpn.data.members import list_endings, split_name
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
 from itpn.data.shards import index_shard
-from itpn.data.splits import Division
-from itpn.data.walk import find_division, list_files, list_folders, list_images
+from itpn.data.walk import Division, find_division, list_files, list_folders, list_images
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.system.text import as_class
@@ -100,6 +98,7 @@ def find_labelled(
             alone.
     """
     train = read_split(roots, "train", members=members)
+    assert train is not None  # which is not optional
     counts = np.bincount(train.labels, minlength=len(train.classes))
     where = ", ".join(roots)
     if len(train) and 0 in counts:
@@ -129,18 +128,6 @@ def find_labelled(
     return train, val.rename(train.classes)
 
 
-@overload
-def read_split(
-    roots: Sequence[str], split: str, optional: Literal[False] = False, members: Sequence[str] = ()
-) -> LabelledImages: ...
-
-
-@overload
-def read_split(
-    roots: Sequence[str], split: str, optional: bool, members: Sequence[str] = ()
-) -> LabelledImages | None: ...
-
-
 def read_split(
     roots: Sequence[str], split: str, optional: bool = False, members: Sequence[str] = ()
 ) -> LabelledImages | None:
@@ -150,7 +137,8 @@ def read_split(
         None if there is no such split and it is ``optional``.
     """
     for root in roots:
-        _check_root(root)
+        wanted = "a folder of class folders, tar shards or parquet files"
+        check_root(root, wanted, ", a tar shard nor a parquet file", lambda root: is_shard(root) or is_table(root))
     divisions = [find_division(root) for root in roots]
     notes = tuple(division.note for division in divisions if division.note and split == "train")
     found = _find_split(roots, divisions, split)
@@ -172,18 +160,6 @@ def read_split(
     else:
         images = _read_folders(folders)
     return replace(images, notes=(*notes, *images.notes))
-
-
-def _check_root(root: str) -> None:
-    wanted = "give a folder of class folders, tar shards or parquet files"
-    if not root:
-        raise UserError(f"a data root is an empty name: {wanted}")
-    if not os.path.exists(root):
-        raise UserError(f"{root} does not exist: {wanted}")
-    if os.path.isdir(root):
-        check_root(root)  # refuses an incomplete output of `itpn shrink`
-    elif not os.path.isfile(root) or not (is_shard(root) or is_table(root)):
-        raise UserError(f"{root} is neither a folder, a tar shard nor a parquet file{describe_file(root)}")
 
 
 def _find_split(roots: Sequence[str], divisions: Sequence[Division], split: str) -> list[str] | None:
@@ -231,11 +207,10 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
             raise UserError(f"{folder} holds images ({os.path.basename(loose[0])}), but no folder for each class")
         if loose and classes:
             raise UserError(f"{loose[0]} is in no class folder; {folder} holds a folder for each class")
-    note = describe_unread(unread)
     if not paths:
         hint = f" of images ({' '.join(IMAGE_SUFFIXES)})" if classes else ", tar shards with .cls or parquet files"
-        raise UserError(f"{where} holds no class folders{hint}{f'; {note}' if note else ''}")
-    notes = (f"{where}: {note}",) if note else ()
+        raise UserError(f"{where} holds no class folders{hint}{describe_unread(unread, '; ')}")
+    notes = tuple(filter(None, [describe_unread(unread, f"{where}: ")]))
     return LabelledImages(FileReader(paths), np.array(labels, dtype=np.int64), tuple(classes), notes)
 
 
@@ -247,7 +222,7 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
         for name, start, size, label in index_shard(path, members, left, unread):
             if label is None:
                 key = os.path.basename(split_name(name)[0])
-                note = f"; {describe_unread(unread)}" if unread else ""  # it may be a link
+                note = describe_unread(unread, "; ")  # it may be a link
                 raise UserError(f"{name} in {path} has no {key}.cls beside it: its class is unknown{note}")
             if not label:
                 key = split_name(name)[0]
@@ -256,8 +231,7 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
             names.append(f"{os.path.basename(path)}/{name}")
             texts.append(as_class(label))
     if not places:
-        note = describe_unread(unread)
-        raise UserError(f"no images with .cls in the shards ({shards[0]} ...){f'; {note}' if note else ''}")
+        raise UserError(f"no images with .cls in the shards ({shards[0]} ...){describe_unread(unread, '; ')}")
     classes = read_class_names(folders, texts)
     if are_numbers(texts):
         if negative := next((text for text in texts if text.startswith("-")), None):
@@ -277,8 +251,8 @@ def _read_shards(shards: Sequence[str], folders: Sequence[str], members: Sequenc
         numbers = [places_of[text] for text in texts]
     reader = TarReader(shards, np.array(places, dtype=np.int64), names)
     notes = [f"not read of the shards: {list_endings(left)} (see --data.members)"] if left else []
-    notes += [f"shards ({shards[0]} ...): {note}"] if (note := describe_unread(unread)) else []
-    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), tuple(notes))
+    notes.append(describe_unread(unread, f"shards ({shards[0]} ...): "))
+    return LabelledImages(reader, np.array(numbers, dtype=np.int64), tuple(classes), tuple(filter(None, notes)))
 
 
 def _read_tables(files: Sequence[str]) -> LabelledImages:
@@ -311,9 +285,8 @@ def _read_tables(files: Sequence[str]) -> LabelledImages:
     elif all(isinstance(value, int) for value in values) and max(values) < 10 * len(values):
         classes, numbers = [str(number) for number in range(max(values) + 1)], list(values)
     else:
-        classes = sorted({str(value) for value in values})
-        places = {name: number for number, name in enumerate(classes)}
-        numbers = [places[str(value)] for value in values]
+        names, indices = np.unique([str(value) for value in values], return_inverse=True)
+        classes, numbers = names.tolist(), indices.tolist()
     return LabelledImages(TableReader(table, images[0]), np.array(numbers, dtype=np.int64), tuple(classes))
 
 

@@ -45,14 +45,12 @@ def search_folders(places: list[Path]) -> Callable[[str], Path]:
     return path_of
 
 
-def import_supervision() -> Any:
-    """The supervision library's readers of annotation files, by layout."""
+def import_supervision(layout: str) -> Any:
+    """The supervision library's reader of annotation files of a layout, a module."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # supervision warns if OpenCV is missing
-            return {
-                name: importlib.import_module(f"supervision.dataset.formats.{name}") for name in ("yolo", "pascal_voc")
-            }
+            return importlib.import_module(f"supervision.dataset.formats.{layout}")
     except ImportError as error:
         raise UserError(
             "reading YOLO's and Pascal VOC's layouts needs supervision: pip install 'itpn[formats]'"
@@ -64,12 +62,8 @@ def from_supervision(detections: Any) -> Iterator[dict[str, Any]]:
         one = {"bbox": [x0, y0, x1 - x0, y1 - y0], "category_id": 1 + int(detections.class_id[row])}
         if detections.mask is not None:
             encoded = rle.encode(np.asfortranarray(np.asarray(detections.mask[row]), dtype=np.uint8))
-            one["segmentation"] = {"size": encoded["size"], "counts": _text(encoded["counts"])}
+            one["segmentation"] = {"size": encoded["size"], "counts": encoded["counts"].decode()}
         yield one
-
-
-def _text(counts: Any) -> Any:
-    return counts.decode() if isinstance(counts, bytes) else counts
 
 
 def measure_images(names: Iterable[str], invalid: InvalidAnnotations, max_pixels: int) -> Iterator[tuple[Path, Size]]:
@@ -111,4 +105,4 @@ def append_image(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse,
     number = 1 + len(coco["images"])
     coco["images"].append({"id": number, "file_name": str(image), "height": size[0], "width": size[1]})
     for one in objects:
-        coco["annotations"].append({"id": 1 + len(coco["annotations"]), "image_id": number, **one})
+        coco["annotations"].append({"image_id": number, **one})

@@ -15,15 +15,17 @@ import torch
 
 from itpn.data.batches import (
     AnyBatch,
+    Batch,
     BatchPlan,
     CachedBatches,
     FileBatches,
     ShardBatches,
     Transform,
     UnreadableBatch,
+    View,
+    stack,
 )
 from itpn.data.cache import FeatureCache
-from itpn.data.collate import Batch, View, stack
 from itpn.data.decode import MAX_PIXELS
 from itpn.data.file_types import describe_unread
 from itpn.data.files import ImageSource
@@ -73,7 +75,7 @@ class TrainingLoader:
         wait_seconds: how long the caller has waited for batches so far.
     """
 
-    def __init__(
+    def __init__(  # more than eight parameters: those of the data, of torch's DataLoader and of the processes
         self,
         source: ImageSource | Reader,
         transform: Transform,

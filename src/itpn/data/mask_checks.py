@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from itpn.data.class_names import Names, join_names
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_image, read_size, reason_of
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_image, reason_of
 from itpn.data.file_types import JPEG_SUFFIXES
 from itpn.data.grey_masks import explain_greys
 from itpn.data.invalid import InvalidAnnotations
@@ -326,7 +326,8 @@ def _find_problem(
 ) -> tuple[str, str] | None:
     """The kind of problem and an example of it; None for a valid mask."""
     try:
-        size = read_size(image)
+        with open(image, "rb") as file:
+            opened = open_image(file, max_pixels=None)
     except Exception as error:  # Pillow raises many types
         check_lost(image, error)
         return "images that cannot be read", f"{image}: {reason_of(error)}"
@@ -334,18 +335,13 @@ def _find_problem(
     if unknown:
         kind = "masks of labels that are neither classes (--data.classes) nor ignored (--data.ignore)"
         return kind, f"{mask}: {table.explain(min(unknown), content.coloured)}"
-    height, width = size
+    height, width = opened.height, opened.width
     if content.size != (height, width):
-        swap = f": {_explain_swap(image)}" if content.size == (width, height) else ""
+        swap = ": height and width are swapped" * (content.size == (width, height))
+        if swap and opened.orientation in SWAPPED:
+            swap += f", because EXIF rotates the image (orientation {opened.orientation})"
         return (
             "masks of another size than their image",
             f"{mask}: {content.size[1]}x{content.size[0]}, the image {width}x{height}{swap}",
         )
     return None
-
-
-def _explain_swap(image: str) -> str:
-    with open(image, "rb") as file:
-        orientation = open_image(file, max_pixels=None).orientation
-    rotated = f", because EXIF rotates the image (orientation {orientation})" if orientation in SWAPPED else ""
-    return f"height and width are swapped{rotated}"

@@ -12,7 +12,8 @@ from PIL import Image
 from torch import Tensor
 
 from itpn.data.class_names import Colour, Names, join_names
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, find_lossy, load_image, open_image, reading
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading, reason_of
+from itpn.data.headers import find_lossy
 from itpn.data.readers import read_file
 from itpn.errors import UserError
 
@@ -150,7 +151,7 @@ def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tup
             indices are; so are masks of 1, 2 or 4 bits if all colours of the table are grey.
 
     Returns:
-        The values, and the lossy compression that they have been through, see :func:`itpn.data.decode.find_lossy`.
+        The values, and the lossy compression that they have been through, see :func:`itpn.data.headers.find_lossy`.
 
     Raises:
         UnreadableImage: it is missing, damaged, too large or transparent, or its palette and labels disagree.
@@ -158,7 +159,7 @@ def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tup
     try:
         data = read_file(path)
     except (OSError, ValueError) as error:
-        raise UnreadableImage(getattr(error, "strerror", None) or str(error)) from None
+        raise UnreadableImage(reason_of(error)) from None
     with reading():
         opened = open_image(io.BytesIO(data), max_pixels)
         image, bits = load_image(opened), _count_bits(opened.image, data)

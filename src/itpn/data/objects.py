@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from faster_coco_eval.core import mask as rle
 from torch import Tensor
+from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -239,11 +240,7 @@ class DetectionTransform:
         if rng.random() < self.hflip:
             width = image.shape[-1]
             image = image.flip(-1)
-            target["boxes"] = (
-                target["boxes"][:, [2, 1, 0, 3]]
-                .mul(torch.tensor([-1.0, 1, -1, 1]))
-                .add(torch.tensor([float(width), 0, width, 0]))
-            )
+            target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
             if self.masks:
                 target["masks"] = target["masks"].flip(-1)
         return {"image": image.contiguous(), "target": _drop_lost(target)}
@@ -272,27 +269,16 @@ class DetectionTransform:
         image = resize(image, [height, width], InterpolationMode(self.interpolation), antialias=True)
         target = {**target, "boxes": target["boxes"] * scale}
         if self.masks:
-            masks = target["masks"]
-            target["masks"] = (
-                resize(masks, [height, width], InterpolationMode.NEAREST_EXACT)
-                if len(masks)
-                else masks.new_zeros(0, height, width)
-            )
+            target["masks"] = resize(target["masks"], [height, width], InterpolationMode.NEAREST_EXACT)
         return image, target
 
 
 def check_size(image: Tensor, annotation: dict[str, Any]) -> None:
     """Raise :class:`UnreadableImage` if the annotation is of another image size."""
-    (height, width), (wanted_height, wanted_width) = image.shape[-2:], annotation["size"]
-    if (height, width) != (wanted_height, wanted_width):
-        swapped = (
-            "; if EXIF rotates the image, they must be of the rotated one"
-            if (width, height) == annotation["size"]
-            else ""
-        )
-        raise UnreadableImage(
-            f"{width}x{height} pixels, and {wanted_width}x{wanted_height} in the annotations{swapped}"
-        )
+    (height, width), stated = image.shape[-2:], annotation["size"]
+    if (height, width) != stated:
+        hint = "; if EXIF rotates the image, they must be of the rotated one" * ((width, height) == stated)
+        raise UnreadableImage(f"{width}x{height} pixels, and {stated[1]}x{stated[0]} in the annotations{hint}")
 
 
 def _crop(
@@ -301,7 +287,7 @@ def _crop(
     top, left = (rng.randint(0, whole - side) for whole, side in zip(image.shape[-2:], sides, strict=True))
     height, width = sides
     boxes = target["boxes"] - torch.tensor([float(left), top, left, top])
-    target = {**target, "boxes": boxes.clamp(min=0).minimum(torch.tensor([float(width), height, width, height]))}
+    target = {**target, "boxes": clip_boxes_to_image(boxes, sides)}
     if "masks" in target:
         target["masks"] = target["masks"][:, top : top + height, left : left + width]
     return image[:, top : top + height, left : left + width], target

@@ -14,6 +14,7 @@ from torch import Tensor
 
 ORIENTATION = 274  # the tag, in TIFF and EXIF alike
 XMP = 700  # of TIFF
+EXIF_STARTS = (b"Exif\0", b"II", b"MM")
 MAX_METADATA = 2**24  # bytes: larger metadata chunks are not read, nor unpacked
 SWAPPED = (5, 6, 7, 8)  # orientations that swap height and width
 INTEGERS = {1: "B", 3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's types: BYTE, SHORT, LONG and the signed ones
@@ -40,12 +41,12 @@ def read_orientation(image: Image.Image, file: IO[bytes]) -> int:
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
         value, packet = tags.get(ORIENTATION), tags.get(XMP)
-        xmps = packet if isinstance(packet, tuple) else [packet]
+        blocks = packet if isinstance(packet, tuple) else [packet]
     else:
-        exifs, xmps = _find_metadata(image, file)
-        value = next((found for exif in exifs if (found := _read_exif(exif)) is not None), None)
+        blocks = [*_find_metadata(image, file)]
+        value = next((found for exif in blocks if (found := _read_exif(exif)) is not None), None)
     if value is None:
-        value = next((found for xmp in xmps if (found := _read_xmp(xmp)) is not None), 1)
+        value = next((found for xmp in blocks if (found := _read_xmp(xmp)) is not None), 1)
     return {number: number for number in range(1, 9)}.get(value, 1)
 
 
@@ -62,24 +63,14 @@ def turn_tensor(pixels: Tensor, orientation: int) -> Tensor:
     return pixels.flip(sides) if sides else pixels
 
 
-def _find_metadata(image: Image.Image, file: IO[bytes]) -> tuple[list[bytes], list[bytes]]:
+def _find_metadata(image: Image.Image, file: IO[bytes]) -> Iterable[bytes]:
     """Blocks of EXIF and of XMP, in their order in the file."""
     if image.format == "PNG":
-        return _sort_metadata(_read_png(file))
+        return _read_png(file)
     if image.format in ("JPEG", "MPO"):
         # Pillow joins several segments of EXIF into one
-        segments = [data for name, data in image.applist if name == "APP1"]  # type: ignore[attr-defined]
-        return _sort_metadata(segments)
-    return ([image.info["exif"]] if "exif" in image.info else []), [image.info.get("xmp") or b""]
-
-
-def _sort_metadata(blocks: Iterable[bytes]) -> tuple[list[bytes], list[bytes]]:
-    exifs: list[bytes] = []
-    xmps: list[bytes] = []
-    for block in blocks:
-        is_exif = block.startswith((b"Exif\0", b"II", b"MM"))
-        (exifs if is_exif else xmps).append(block)
-    return exifs, xmps
+        return [data for name, data in image.applist if name == "APP1"]  # type: ignore[attr-defined]
+    return [image.info[name] for name in ("exif", "xmp") if name in image.info]
 
 
 def _read_exif(exif: bytes) -> int | None:
@@ -103,7 +94,7 @@ def _read_exif(exif: bytes) -> int | None:
 
 def _read_xmp(xmp: Any) -> int | None:
     """`tiff:Orientation`, an attribute or an element, with any prefix; None if there is none."""
-    if not isinstance(xmp, bytes):
+    if not isinstance(xmp, bytes) or xmp.startswith(EXIF_STARTS):
         return None
     xmp = xmp.replace(b"\0", b"")  # reduces UTF-16 to ASCII
     declared = re.search(rb"xmlns:([\w.-]+)\s*=\s*[\"']http://ns\.adobe\.com/tiff/1\.0/[\"']", xmp)

@@ -6,15 +6,15 @@ import os
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from itpn.data.decode import UnreadableImage
+from itpn.data.decode import UnreadableImage, reason_of
 from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
-from itpn.system.reading import read_bounded
-from itpn.system.text import one_line, readable
+from itpn.system.text import one_line, read_bounded, readable
 
 MAX_FILE = 2**31  # bytes of an image file: float RGB of the largest image that is decoded has 1.6 GB
 GZIP = b"\x1f\x8b"  # magic bytes
@@ -106,21 +106,20 @@ class FileReader:
         path = self.names[index]
         try:
             return readable(path), read_file(path)
-        except OSError as error:
-            return readable(path), UnreadableImage(error.strerror or str(error))
-        except ValueError as error:
-            return readable(path), UnreadableImage(str(error))
+        except (OSError, ValueError) as error:
+            return readable(path), UnreadableImage(reason_of(error))
 
 
+@dataclass(frozen=True)
 class Subset:
     """Some of a reader's images.
 
-    Args:
+    Attributes:
         rows: their indices, int64 [n].
     """
 
-    def __init__(self, files: Reader, rows: np.ndarray) -> None:
-        self.files, self.rows = files, rows
+    files: Reader
+    rows: np.ndarray
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -168,7 +167,7 @@ class TarReader:
         try:
             return name, read_file(self.shards[number], start, size)
         except OSError as error:
-            return name, UnreadableImage(error.strerror or str(error))
+            return name, UnreadableImage(reason_of(error))
 
 
 def is_compressed(path: str) -> bool:
@@ -205,12 +204,12 @@ def too_large(size: int) -> UnreadableImage:
     return UnreadableImage(f"{size:,} bytes, more than the {MAX_FILE:,} that are read")
 
 
+@dataclass(frozen=True)
 class TableReader:
     """Rows of a data set of Hugging Face's ``datasets``, with encoded images in a column."""
 
-    def __init__(self, table: Any, column: str) -> None:
-        self.table = table
-        self.column = column
+    table: Any
+    column: str
 
     def __len__(self) -> int:
         return len(self.table)

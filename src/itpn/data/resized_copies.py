@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
-from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage
+from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, reason_of
 from itpn.data.file_types import COPIES_INDEX, is_shard
 from itpn.data.files import ImageSource
 from itpn.data.readers import MAX_FILE, check_lost, is_compressed, read_file, too_large
@@ -146,13 +146,13 @@ class ResizedCopies(Dataset[ResizedCopy]):
         beat()
         try:
             encoded = EncodedImage(_read(original), self.max_pixels)
-            content = resize_encoded(encoded, self.short_side, self.quality)
+            content = resize_image(encoded, self.short_side, self.quality)
             return ResizedCopy(original, content, len(encoded.data), encoded.warnings or None)
         except UnreadableImage as error:
             return ResizedCopy(original, error)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             check_lost(original.path, error)
-            return ResizedCopy(original, UnreadableImage(getattr(error, "strerror", None) or str(error)))
+            return ResizedCopy(original, UnreadableImage(reason_of(error)))
 
 
 def _read(original: Original) -> bytes:
@@ -171,7 +171,7 @@ def _open_compressed(path: str) -> gzip.GzipFile:
     return gzip.open(path)
 
 
-def resize_file(data: bytes, short_side: int, quality: int) -> bytes:
+def resize_image(encoded: EncodedImage, short_side: int, quality: int) -> bytes:
     """An image file as an upright JPEG whose short side has at most ``short_side`` pixels.
 
     Upright JPEGs, grey or RGB, that are small enough are returned unchanged.
@@ -179,11 +179,6 @@ def resize_file(data: bytes, short_side: int, quality: int) -> bytes:
     Raises:
         UnreadableImage: it cannot be decoded, or its long side exceeds that of a JPEG.
     """
-    return resize_encoded(EncodedImage(data), short_side, quality)
-
-
-def resize_encoded(encoded: EncodedImage, short_side: int, quality: int) -> bytes:
-    """As :func:`resize_file`, of an image that is opened already."""
     image = encoded.decode()  # uint8 [3, height, width]
     if min(image.shape[1:]) > short_side:
         image = resize(image, [short_side], InterpolationMode.BICUBIC, antialias=True)

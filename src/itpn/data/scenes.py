@@ -50,7 +50,6 @@ class Scene:
         return labels
 
 
-# over 60 lines: the order of the random draws determines the images
 def draw_scene(
     seed: int, split: str, index: int, *, img_size: int | tuple[int, int] = 96, category: str | None = None
 ) -> Scene:
@@ -82,16 +81,9 @@ def draw_scene(
     for number in range(1 if category else rng.integers(1, 6)):
         name = category or (CLASSES[index % len(CLASSES)] if number == 0 else str(rng.choice(CLASSES)))
         for _ in range(4):  # tries to find a position that leaves enough of every earlier shape visible
-            radius = rng.uniform(0.2, 0.4) if category else rng.uniform(0.12, 0.28)
-            centre = [rng.uniform(0.75 * radius, n * pixel - 0.75 * radius) for n in (width, height)]
-            axis, stretch = _draw_direction(rng), rng.uniform(0.85, 1.0)
-            columns, rows = (  # a window that holds the shape and its shadow
-                slice(max(int((c - 1.4 * radius) / pixel), 0), int((c + 1.4 * radius) / pixel) + 2) for c in centre
-            )
-            dx, dy = x[rows, columns] - centre[0], y[rows, columns] - centre[1]
-            distance = _distance(name, dx, dy, radius, axis, stretch)
+            shape = _draw_shape(rng, name, x, y, pixel, (0.2, 0.4) if category else (0.12, 0.28))
             mask = np.zeros((height, width), bool)
-            mask[rows, columns] = distance < 0
+            mask[shape.window] = shape.distance() < 0
             if all((m & ~mask).sum() > 0.4 * area for m, area in zip(masks, areas, strict=True)):
                 break
         else:
@@ -99,23 +91,62 @@ def draw_scene(
         masks = [m & ~mask for m in masks] + [mask]
         areas.append(int(mask.sum()))
         names.append(name)
-
-        window = canvas[rows, columns]
-        reach = 0.16 * radius * light
-        shadow = _distance(name, dx + reach[0], dy + reach[1], radius, axis, stretch)
-        window *= 1 - 0.5 * _smoothstep(0.4 - shadow / (0.35 * radius))[..., None]
-        texture = _draw_texture(str(rng.choice(["plain", "gradient", *GROUNDS])), rng, dx, dy, pixel, radius)
-        # A hue unlike the grounds', so that the shape stands out.
-        first, second = _draw_colours(rng, hue + rng.uniform(0.2, 0.8), saturation=(0.5, 0.95), value=(0.45, 1))
-        bevel = 0.72 + 0.28 * _smoothstep(-distance / (0.25 * radius))
-        shade = bevel * (1 + 0.22 * (dx * light[0] + dy * light[1]) / radius)
-        colour = (first + (second - first) * texture[..., None]) * shade[..., None]
-        window += (colour - window) * np.clip(0.5 - distance / pixel, 0, 1)[..., None]
+        _paint_shape(rng, canvas[shape.window], shape, light, pixel, hue)
 
     canvas *= (0.95 + 0.25 * ((x - x.mean()) * light[0] + (y - y.mean()) * light[1]))[..., None]
     canvas += 0.01 * rng.standard_normal((height, width, 1), dtype=np.float32)  # grain
     image = (np.clip(canvas, 0, 1) * 255 + 0.5).astype(np.uint8)
     return Scene(image, ground, [Instance(n, m, _box(m)) for n, m in zip(names, masks, strict=True)])
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """A shape at its place: the window of the image that holds it and its shadow, and positions from its centre."""
+
+    name: str
+    radius: float
+    axis: Array
+    stretch: float
+    window: tuple[slice, slice]
+    dx: Array
+    dy: Array
+
+    def distance(self, shift: tuple[float, float] = (0, 0)) -> Array:
+        """Signed distance from the contour of the shape, turned to ``axis`` and narrowed across it."""
+        dx, dy, axis = self.dx + shift[0], self.dy + shift[1], self.axis
+        along, across = dx * axis[0] + dy * axis[1], dy * axis[0] - dx * axis[1]
+        narrow = self.radius * self.stretch
+        return _DISTANCES[self.name](along / self.radius, across / narrow) * narrow
+
+
+def _draw_shape(
+    rng: np.random.Generator, name: str, x: Array, y: Array, pixel: float, radii: tuple[float, float]
+) -> _Shape:
+    radius = rng.uniform(*radii)
+    centre = [rng.uniform(0.75 * radius, n * pixel - 0.75 * radius) for n in reversed(x.shape)]
+    axis, stretch = _draw_direction(rng), rng.uniform(0.85, 1.0)
+    columns, rows = (
+        slice(max(int((c - 1.4 * radius) / pixel), 0), int((c + 1.4 * radius) / pixel) + 2) for c in centre
+    )
+    dx, dy = x[rows, columns] - centre[0], y[rows, columns] - centre[1]
+    return _Shape(name, radius, axis, stretch, (rows, columns), dx, dy)
+
+
+def _paint_shape(
+    rng: np.random.Generator, window: Array, shape: _Shape, light: Array, pixel: float, hue: float
+) -> None:
+    """Paint a shape and its shadow into its window of the canvas, float32 [h, w, 3]."""
+    dx, dy, radius, distance = shape.dx, shape.dy, shape.radius, shape.distance()
+    reach = 0.16 * radius * light
+    shadow = shape.distance((reach[0], reach[1]))
+    window *= 1 - 0.5 * _smoothstep(0.4 - shadow / (0.35 * radius))[..., None]
+    texture = _draw_texture(str(rng.choice(["plain", "gradient", *GROUNDS])), rng, dx, dy, pixel, radius)
+    # A hue unlike the grounds', so that the shape stands out.
+    first, second = _draw_colours(rng, hue + rng.uniform(0.2, 0.8), saturation=(0.5, 0.95), value=(0.45, 1))
+    bevel = 0.72 + 0.28 * _smoothstep(-distance / (0.25 * radius))
+    shade = bevel * (1 + 0.22 * (dx * light[0] + dy * light[1]) / radius)
+    colour = (first + (second - first) * texture[..., None]) * shade[..., None]
+    window += (colour - window) * np.clip(0.5 - distance / pixel, 0, 1)[..., None]
 
 
 def check_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
@@ -148,12 +179,6 @@ _DISTANCES: dict[str, Callable[[Array, Array], Array]] = {  # signed distances, 
     "star": lambda x, y: _star(x, y, 5, 0.45),
     "cross": _cross,
 }
-
-
-def _distance(name: str, dx: Array, dy: Array, radius: float, axis: Array, stretch: float) -> Array:
-    """Signed distance from the contour of a shape at the origin, turned to ``axis`` and narrowed across it."""
-    along, across = dx * axis[0] + dy * axis[1], dy * axis[0] - dx * axis[1]
-    return _DISTANCES[name](along / radius, across / (radius * stretch)) * (radius * stretch)
 
 
 def _draw_grounds(rng: np.random.Generator, x: Array, y: Array, pixel: float) -> tuple[Array, Array, float]:

@@ -103,9 +103,6 @@ def _write_scenes(
     return annotated
 
 
-# Drawing
-
-
 def _scene_paths(folders: ShapesFolders, split: str, index: int) -> ScenePaths:
     """The files of an index: image of one shape; scene for COCO; scene and labels for ADE20K."""
     ade_split, ade_name = {"train": "training", "val": "validation"}[split], f"ADE_{split}_{index + 1:08d}"

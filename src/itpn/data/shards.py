@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from itpn.data.decode import UnreadableImage
+from itpn.data.decode import UnreadableImage, reason_of
 from itpn.data.file_types import describe_unread, is_hidden
 from itpn.data.members import Choice, Member, find_members, is_label_ending, split_name
 from itpn.data.readers import GZIP, MAX_FILE, check_lost, read_head, too_large
@@ -72,10 +72,8 @@ def read_shard(path: str | Path, members: Sequence[str] = ()) -> Iterator[Sample
     choice, errors = Choice(members), list[Exception]()
     for member in choice.choose(_open_members(path, "r|", _read_member, errors)):
         yield f"{shard}/{readable(member.name)}", member.content
-    if errors:
-        yield readable(str(path)), UnreadableImage(_reason(errors[0]))
-    elif choice.problem:
-        yield readable(str(path)), UnreadableImage(choice.problem)
+    if reason := f"corrupt shard: {reason_of(errors[0])}" if errors else choice.problem:
+        yield readable(str(path)), UnreadableImage(reason)
 
 
 def _read_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | UnreadableImage:
@@ -128,11 +126,7 @@ def count_shard_images(
     Args:
         unread: counts the other members by suffix, without images that are left out.
     """
-    images = 0
-    for path in shards:
-        choice = Choice(members)
-        images += sum(1 for _ in choice.choose(_open_members(path, "r:", lambda tar, member: None, [], unread)))
-    return images
+    return sum(_choose_images(path, members, unread).taken.total() for path in shards)
 
 
 def check_shards(shards: Sequence[str], members: Sequence[str] = ()) -> list[str]:
@@ -141,13 +135,23 @@ def check_shards(shards: Sequence[str], members: Sequence[str] = ()) -> list[str
     Raises:
         UserError: the choice of images is ambiguous, or ``members`` selects none.
     """
-    choice, unread = Choice(members), Counter[str]()
-    for _ in choice.choose(_open_members(shards[0], "r:", lambda tar, member: None, [], unread)):
+    unread = Counter[str]()
+    choice = _choose_images(shards[0], members, unread)
+    _refuse_ambiguous(shards[0], choice, unread)
+    return [f"{shards[0]}: {one}" for one in (choice.describe(), describe_unread(unread)) if one]
+
+
+def _choose_images(path: str | Path, members: Sequence[str], unread: Counter[str] | None) -> Choice:
+    """The choice of images in a shard, from its headers."""
+    choice = Choice(members)
+    for _ in choice.choose(_open_members(path, "r:", lambda tar, member: None, [], unread)):
         pass
-    note = describe_unread(unread)
+    return choice
+
+
+def _refuse_ambiguous(path: str, choice: Choice, unread: Counter[str]) -> None:
     if choice.problem:
-        raise UserError(f"shard {shards[0]} {choice.problem}{f'; {note}' if note else ''}")
-    return [f"{shards[0]}: {one}" for one in (choice.describe(), note) if one]
+        raise UserError(f"shard {path} {choice.problem}{describe_unread(unread, '; ')}")
 
 
 class Place(NamedTuple):
@@ -179,24 +183,22 @@ def index_shard(
     unread = Counter() if unread is None else unread
     try:
         with open_tar(path, "r:") as tar:
-            found = find_members(
-                _take_labels(tar, path, labels), lambda member: (member.offset_data, member.size), unread
-            )
-            images = list(found)  # duplicates included: streaming cannot know which comes last
+            headers = _take_labels(tar, path, labels)
+            # duplicates included: streaming cannot know which comes last
+            images = list(find_members(headers, lambda member: (member.offset_data, member.size), unread))
     except TAR_ERRORS as error:
         check_lost(path, error)
         raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
     choice = Choice(members)
     chosen = list(choice.choose(images))
-    if choice.problem:
-        note = describe_unread(unread)
-        raise UserError(f"shard {path} {choice.problem}{f'; {note}' if note else ''}")
+    _refuse_ambiguous(path, choice, unread)
     if left is not None:
         left += choice.left
-    return [
-        Place(one.name, start, size, labels.get(one.key, labels.get(one.name.rpartition(".")[0])))
-        for one, (start, size) in ((one, one.content) for one in chosen)
-    ]
+    places = []
+    for one in chosen:
+        start, size = one.content
+        places.append(Place(one.name, start, size, labels.get(one.key, labels.get(one.name.rpartition(".")[0]))))
+    return places
 
 
 def _take_labels(tar: tarfile.TarFile, path: str, labels: dict[str, str]) -> Iterator[tarfile.TarInfo]:
@@ -277,8 +279,3 @@ def _shuffle(samples: Iterator[Sample], size: int, rng: random.Random) -> Iterat
             buffer[place] = sample
     rng.shuffle(buffer)
     yield from buffer
-
-
-def _reason(error: Exception) -> str:
-    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return f"corrupt shard: {text.splitlines()[0]}"

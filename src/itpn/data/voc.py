@@ -28,8 +28,7 @@ from itpn.data.layouts import (
 from itpn.data.numbers import read_whole
 from itpn.data.splits import SPLITS
 from itpn.data.walk import list_images
-from itpn.system.reading import MAX_TEXT, read_bounded
-from itpn.system.text import as_file_name, read_lines
+from itpn.system.text import MAX_TEXT, as_file_name, read_bounded, read_lines
 
 
 def read_voc(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS) -> Parts | None:
@@ -51,9 +50,8 @@ def read_voc(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: in
     names = [name for name in list_images(str(images), unread) if wanted is None or Path(name).stem in wanted]
     for image, size in measure_images(names, invalid, max_pixels):
         seen.add(image.stem)
-        path = notes / f"{image.stem}.xml"
-        if not path.is_file():
-            path = next((p for p in [path.with_suffix(".XML")] if p.is_file()), path)
+        paths = [notes / f"{image.stem}{suffix}" for suffix in (".xml", ".XML")]
+        path = next(filter(Path.is_file, paths), paths[0])
         append_image(coco, image, size, path, parse, invalid)
     invalid.note_unread(str(images), unread)
     for name in sorted((wanted or set()) - seen):
@@ -75,7 +73,7 @@ def _listed_name(line: str, notes: Path) -> str:
 
 def _voc_parser(classes: list[str], invalid: InvalidAnnotations) -> Parse:
     """A reader of XML files that adds new class names to ``classes``."""
-    read = import_supervision()["pascal_voc"].detections_from_xml_obj
+    read = import_supervision("pascal_voc").detections_from_xml_obj
     parse_xml = importlib.import_module("defusedxml.ElementTree").fromstring  # a dependency of supervision
 
     def parse_object(one: Any, size: Size, where: str) -> dict[str, Any]:
@@ -113,9 +111,8 @@ def _voc_parser(classes: list[str], invalid: InvalidAnnotations) -> Parse:
         if all(sides) and tuple(sides) != size:
             raise ValueError(f"is of {sides[1]}x{sides[0]} pixels, the image of {size[1]}x{size[0]}")
         objects = element.findall("object")
-        if (
-            not objects and element.tag != "annotation"
-        ):  # for example with a namespace; it is not an image without objects
+        # for example with a namespace: it is not an image without objects
+        if not objects and element.tag != "annotation":
             raise ValueError(f"is of <{element.tag}>, not of <annotation>")
         for number, one in enumerate(objects, start=1):
             try:

@@ -18,13 +18,28 @@ from itpn.data.file_types import (
     is_table,
     suffix_of,
 )
-from itpn.data.splits import Division, divide, join, split_of_file, split_word
-from itpn.errors import MachineError
+from itpn.data.splits import SPLIT_OF, join, split_folders, split_of_file, split_word
+from itpn.errors import MachineError, UserError
 
 IMAGE_FOLDERS = {"images", "jpegimages", "leftimg8bit", "imgs", "img"}
 MASK_FOLDERS = ("annotations", "masks", "labels")  # searched for masks
 # those, and folders of masks that are read only when named
 ALL_MASK_FOLDERS = {*MASK_FOLDERS, "segmentationclass", "segmentationobject", "gtfine", "gtcoarse"}
+
+
+@dataclass
+class Division:
+    """The splits into which a folder is divided.
+
+    Attributes:
+        places: split -> folders, shards or tables; empty if the folder is not divided.
+        left: names of other folders with images.
+        note: what is ambiguous, in a line; empty if nothing is.
+    """
+
+    places: dict[str, list[str]] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+    note: str = ""
 
 
 def find_division(root: str) -> Division:
@@ -40,9 +55,61 @@ def find_division(root: str) -> Division:
 
 
 def _divide(root: str, entries: Sequence[os.DirEntry[str]]) -> Division:
-    folders = [entry.path for entry in entries if entry.is_dir()]
-    files = [entry.path for entry in entries if (is_shard(entry.name) or is_table(entry.name)) and entry.is_file()]
-    return divide(root, folders, files, lambda path: next(walk(path), None) is not None, list_folders)
+    """Decide whether a root has splits or classes, one of which may be called ``train``.
+
+    ``train`` and a second split are splits, and so are shards. A single split is a split if its name has a year or the
+    like, if no other folder has images, or if it has class folders in it. Otherwise it is a class.
+
+    Raises:
+        UserError: both are possible.
+    """
+    folders = [entry for entry in entries if entry.is_dir()]
+    files = [entry for entry in entries if (is_shard(entry.name) or is_table(entry.name)) and entry.is_file()]
+    named, places = _find_splits(folders, files)
+    if not places:
+        return Division()
+    others = [folder for folder in folders if folder.name not in named and _holds_images(folder.path)]
+    beside = [folder.name for folder in others]
+    bare = all(name.lower() in SPLIT_OF for name in named)  # which a shard's name is not
+    several = "train" in places and len(places) > 1
+    if several or not bare or not others:
+        return Division(places, [*beside, *(file.name for file in files if file.name not in named)])
+    own = [path for paths in places.values() for path in paths]
+    names = join([os.path.basename(path) for path in own])
+    if "train" in places and (inside := _inner_folders(own[0])):
+        alike = [_inner_folders(folder.path) for folder in others]
+        if not any(alike):
+            return Division(places, beside)
+        if len(others) == 1 or not all(alike):
+            raise UserError(
+                f"{root} holds {names}, with folders {join(inside)} in it, beside {join(beside)}: a training set or a "
+                f"class? Give {own[0]} for the first, rename it for the second"
+            )
+    what = "is taken for a class" if len(own) == 1 else "are taken for classes"
+    return Division(note=f"{root}: {names} {what}, beside {join(beside)}; nothing is left out")
+
+
+def _find_splits(
+    folders: Sequence[os.DirEntry[str]], files: Sequence[os.DirEntry[str]]
+) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """Name -> split, and split -> paths, of the entries of a folder whose names are those of splits."""
+    named = split_folders(folder.name for folder in folders)
+    named |= {file.name: split for file in files if (split := split_of_file(file.name))}
+    places: dict[str, list[str]] = {}
+    for entry in (*folders, *files):
+        if split := named.get(entry.name):
+            places.setdefault(split, []).append(entry.path)
+    return named, places
+
+
+def _holds_images(folder: str) -> bool:
+    return next(walk(folder), None) is not None
+
+
+def _inner_folders(folder: str) -> list[str]:
+    """The folders with images in a folder, if there are at least two."""
+    names = [os.path.basename(path) for path in list_folders(folder) if _holds_images(path)]
+    return names if len(names) > 1 else []
 
 
 def list_folders(folder: str) -> list[str]:
@@ -79,7 +146,7 @@ class TreeSplits:
 
         Below the root, a folder is divided only if it has a second split beside that for training.
         """
-        division = _divide(folder, entries) if folder == self.root else _divide_inner(folder, entries)
+        division = _divide(folder, entries) if folder == self.root else self._divide_below(entries)
         if division.note:
             self.decisions.append(division.note)
         if division.places and "train" not in division.places and folder == self.root and not self.keep:
@@ -101,13 +168,19 @@ class TreeSplits:
                 self.left.append(os.path.relpath(entry.path, self.root))
         return found
 
+    def _divide_below(self, entries: Sequence[os.DirEntry[str]]) -> Division:
+        """As `_divide`, by names only, without looking into folders."""
+        folders = [entry for entry in entries if entry.is_dir()]
+        _, places = _find_splits(folders, [e for e in entries if is_shard(e.name) and e.is_file()])
+        return Division(places if len(places) > 1 else {})
+
     def leave_masks(self, entries: Sequence[os.DirEntry[str]], split: str = "") -> dict[str, str] | None:
         """All entries except folders of masks beside those of images, as in ADE20K's and Cityscapes' layouts."""
         names = {entry.name.lower() for entry in entries if entry.is_dir()}
         if not names & IMAGE_FOLDERS or not names & ALL_MASK_FOLDERS:
             return None
         masks = [entry for entry in entries if entry.is_dir() and entry.name.lower() in ALL_MASK_FOLDERS]
-        self.masks += [os.path.relpath(entry.path, self.root) for entry in masks if next(walk(entry.path), None)]
+        self.masks += [os.path.relpath(entry.path, self.root) for entry in masks if _holds_images(entry.path)]
         return {entry.path: split for entry in entries if entry not in masks}
 
     def notes(self) -> list[str]:
@@ -118,14 +191,6 @@ class TreeSplits:
             taken = [os.path.relpath(path, self.root) for path in self.places.get("train", [])]
             self.decisions.append(f"{self.root}: for training: {join(taken) or 'nothing'}; left out: {join(self.left)}")
         return self.decisions
-
-
-def _divide_inner(folder: str, entries: Sequence[os.DirEntry[str]]) -> Division:
-    """As `_divide`, by names only, without looking into folders."""
-    folders = [entry.path for entry in entries if entry.is_dir()]
-    files = [entry.path for entry in entries if is_shard(entry.name) and entry.is_file()]
-    division = divide(folder, folders, files, lambda path: False, lambda path: [])
-    return division if len(division.places) > 1 else Division()
 
 
 def split_places(folder: Path, word: str) -> list[Path]:

@@ -68,7 +68,9 @@ class WorkerLoader(DataLoader[Any]):
             batch_size=None,  # items are whole batches
             collate_fn=self._to_shared_memory,
             num_workers=num_workers,
-            worker_init_fn=functools.partial(start_worker, self._beats, _is_main_thread()),
+            worker_init_fn=functools.partial(
+                start_worker, self._beats, threading.current_thread() is threading.main_thread()
+            ),
             pin_memory=pin_memory,
             generator=torch.Generator(),  # or else the loader draws from the global one
             timeout=POLL if num_workers else 0,
@@ -93,7 +95,8 @@ class WorkerLoader(DataLoader[Any]):
                 except Exception as error:
                     if not str(error).startswith("DataLoader timed out"):
                         raise _explain(error, stream._workers) from error
-                    if not getattr(stream, "_pin_memory_thread", _Alive).is_alive():
+                    pinning = getattr(stream, "_pin_memory_thread", None)
+                    if pinning is not None and not pinning.is_alive():
                         raise MachineError("the thread that copies batches to pinned memory died") from None
                     # counted in checks, not by the clock: a suspended job is not hung
                     silence = silence + POLL if self._beats.value == count else 0.0
@@ -123,12 +126,6 @@ def _make_folder() -> None:
     os.makedirs(folder, 0o700, exist_ok=True)  # a cleaner of temporary files may have removed it
 
 
-class _Alive:
-    @staticmethod
-    def is_alive() -> bool:
-        return True
-
-
 def start_worker(beats: Any, by_main_thread: bool, worker: int) -> None:
     """Prepare a worker process: signals, threads, and reports of its failures."""
     global _beats
@@ -147,10 +144,6 @@ def start_worker(beats: Any, by_main_thread: bool, worker: int) -> None:
         lambda error, item: os._exit(CANNOT_SEND)
     )
     torch.set_num_threads(1)
-
-
-def _is_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()
 
 
 def beat() -> None:

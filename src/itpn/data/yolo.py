@@ -135,12 +135,6 @@ class _Text(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
-def _name_of(key: Any, name: Any) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"the name of class {key} is a {type(name).__name__}, not text")
-    return name.strip()
-
-
 def _read_settings(file: Path) -> dict[str, Any]:
     """Read a ``data.yaml``, every value as text: a class may be called ``no``, ``1.0`` or ``null``."""
     try:
@@ -151,8 +145,10 @@ def _read_settings(file: Path) -> dict[str, Any]:
         names = settings["names"]
         if not isinstance(names, dict | list):
             raise TypeError("names are no list")
-        pairs = names.items() if isinstance(names, dict) else enumerate(names)
-        named = {int(key): _name_of(key, name) for key, name in pairs}
+        pairs = [*(names.items() if isinstance(names, dict) else enumerate(names))]
+        if odd := [(key, type(name).__name__) for key, name in pairs if not isinstance(name, str)]:
+            raise TypeError(f"the name of class {odd[0][0]} is a {odd[0][1]}, not text")
+        named = {int(key): name.strip() for key, name in pairs}
     except (yaml.YAMLError, KeyError, TypeError, ValueError, RecursionError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"{file} is not YOLO's: it needs names, train and val ({reason})") from error
@@ -178,7 +174,7 @@ def _read_keypoints(shape: Any, file: Path) -> int:
 
 
 def _yolo_parser(keypoints: int, invalid: InvalidAnnotations) -> Parse:
-    read = import_supervision()["yolo"].yolo_annotations_to_detections
+    read = import_supervision("yolo").yolo_annotations_to_detections
 
     def parse_line(line: str, size: Size) -> dict[str, Any]:
         if max(map(len, line.split())) > LONGEST_NUMBER:

@@ -40,7 +40,7 @@ def guard(subject: str = "", kept: Callable[[], str] | None = None) -> Iterator[
             raise
         raise _finish(error, str(error), kept) from error
     except UserError as error:
-        # found where a mistake was expected
+        # an accident where an invalid value was expected
         cause = error.__cause__ or error.__context__
         forbidden = isinstance(cause, OSError) and cause.errno in FORBIDDEN
         if cause is None or not (forbidden or _accident_behind(cause)):

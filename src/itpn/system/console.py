@@ -1,4 +1,4 @@
-"""What the terminal is told beside results."""
+"""Messages on the terminal, beside results."""
 
 import contextlib
 import os
@@ -49,7 +49,7 @@ class Answer(Output):
 
 
 def lost_answer(error: OSError) -> OSError | MachineError:
-    """What to raise where standard output cannot be written; of a broken pipe nothing needs to be said."""
+    """What to raise where standard output cannot be written; for a broken pipe no message is needed."""
     if isinstance(error, BrokenPipeError):
         return error
     silence(sys.stdout)
@@ -91,25 +91,20 @@ def print_aside(message: str, console: Console | None = None) -> None:
     console.print(one_line(message), style="yellow", markup=False, highlight=False, soft_wrap=True)
 
 
-_told: set[str] = set()  # kinds of remarks
+_warned: set[str] = set()  # kinds of warnings
 
 
-def tell_remarks(remarks: Mapping[str, tuple[str, str]], console: Console | None = None) -> None:
-    """Tell what is to be said of images, (name, remark) by kind, of each kind the first alone in a whole command.
-
-    Only the main one of several processes tells.
-    """
-    for kind, (name, remark) in remarks.items():
-        if kind in _told:
-            continue
-        _told.add(kind)
-        if is_main_process():
-            print_aside(f"warning: {name}: {remark} (told once, others may be alike)", console)
+def print_warnings(warnings: Mapping[str, tuple[str, str]], console: Console | None = None) -> None:
+    """Print warnings about images, (name, warning) by kind: the first of a kind in a command, on the main process."""
+    for kind, (name, warning) in warnings.items():
+        if kind not in _warned and is_main_process():
+            print_aside(f"warning: {name}: {warning} (shown once, other images may have it too)", console)
+        _warned.add(kind)
 
 
-def forget_remarks() -> None:
+def forget_warnings() -> None:
     """A new command begins."""
-    _told.clear()
+    _warned.clear()
 
 
 def make_table(title: str, rows: dict[str, str]) -> Table:

@@ -1,12 +1,12 @@
-"""What those who start several processes say in the environment. Without Lightning, which reads it at its import."""
+"""Environment variables of torchrun and Slurm. Without Lightning, which reads them at its import."""
 
 import os
 
 from itpn.errors import UserError
 
-# what torchrun, Slurm or the first process tell the others, as numbers
+# numbers that torchrun, Slurm or the first process set for the others
 COUNTS = ("WORLD_SIZE", "LOCAL_WORLD_SIZE", "SLURM_NTASKS", "SLURM_NNODES")
-TOLD = (
+NUMBERS = (
     *(*COUNTS, "RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "MASTER_PORT"),
     *("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
 )
@@ -14,7 +14,7 @@ TOLD = (
 
 def check_environment() -> None:
     """Raise :class:`UserError` for a variable of torchrun or Slurm that is no number."""
-    for name in TOLD:
+    for name in NUMBERS:
         value = os.environ.get(name, "1")
         if not value.isdecimal() or len(value) > 9 or (name in COUNTS and not int(value)):
             raise UserError(

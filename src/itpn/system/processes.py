@@ -1,4 +1,4 @@
-"""The processes of one run: when one ends, all end, and one of them says why. Without torch, which may not be there."""
+"""The processes of one run: when one ends, all end, and one prints the reason. Without torch, which may be missing."""
 
 import contextlib
 import os
@@ -46,7 +46,7 @@ def watch_parent() -> None:
 
 
 def conclude(error: Exception) -> int:
-    """Say why the command ends, unless another process of the run has, and end the processes that this one started.
+    """Print why the command ends, unless another process of the run has, and end the processes that this one started.
 
     Returns:
         The exit code.
@@ -62,7 +62,7 @@ def conclude(error: Exception) -> int:
 
 
 def disconnect() -> None:
-    """Close the connections to the other processes, once all have said what they had to.
+    """Close the connections to the other processes, once all have sent what they had to.
 
     A thread of torch's that still holds one while the interpreter ends aborts the process now and then (SIGABRT), and
     torchrun reports a complete run as failed.
@@ -85,7 +85,7 @@ def end_children(patience: float) -> None:
 
 
 def _blame() -> tuple[str, int]:
-    """Which child has ended, "" where it has said so itself; and the exit code that follows."""
+    """Which child has ended, "" where it has printed that itself; and the exit code that follows."""
     deadline = time.monotonic() + GRACE
     while time.monotonic() < deadline:
         for rank, child in enumerate(_children, start=1):
@@ -105,7 +105,7 @@ def _end_with_children() -> None:
         if all(code == 0 for code in codes):
             return
         if any(code is not None and code != 0 and code not in STOPPED for code in codes):
-            time.sleep(GRACE)  # the main thread learns of it, and says what is kept; unless it waits for a GPU
+            time.sleep(GRACE)  # the main thread learns of it, and prints what is kept; unless it waits for a GPU
             os._exit(conclude(PeerLost(f"{LOST_PEER}; the same command resumes")))
 
 
@@ -117,7 +117,7 @@ def _end_with_parent(parent: int) -> None:
 
 
 def is_first() -> bool:
-    """Whether no other process of the run has said yet why it ends; they agree through the run's own server."""
+    """Whether no other process of the run has printed yet why it ends; they agree through the run's own server."""
     host, port = os.environ.get("MASTER_ADDR"), read_number("MASTER_PORT", default=0)
     if not several():
         return True

@@ -53,12 +53,9 @@ def describe_lost_worker(text: str) -> str | None:
             "a worker process cannot send what it has read: memory, shared memory or open files are exhausted; "
             "lower --data.num-workers, or raise the limits (ulimit -n, docker run --shm-size)"
         )
-    if found := re.search(r"killed by signal: ([^.]+)", text):
-        return (
-            f"a worker process that reads was killed ({found[1]}), for want of memory perhaps: lower "
-            "--data.num-workers or --data.batch-size, or give the job more memory, then repeat the command"
-        )
+    killed = re.search(r"killed by signal: ([^.]+)", text)
+    how = f"was killed ({killed[1]}), for want" if killed else "ended unexpectedly, killed for want"
     return (
-        "a worker process that reads ended unexpectedly, killed for want of memory perhaps: lower --data.num-workers "
-        "or --data.batch-size, or give the job more memory, then repeat the command"
+        f"a worker process that reads {how} of memory perhaps: lower --data.num-workers or --data.batch-size, or give "
+        "the job more memory, then repeat the command"
     )

@@ -1,4 +1,4 @@
-"""Who answers the signals that ask to stop."""
+"""Handlers of the signals that stop a command."""
 
 import contextlib
 import signal
@@ -11,7 +11,7 @@ from typing import Any
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.processes import STOPPING, several
 
-LOOK, MOST_LOOKS = 0.05, 100  # seconds after which a signal comes again that came in vain, and how often in an import
+RETRY_AFTER, MAX_RETRIES = 0.05, 100  # seconds after which a signal without effect is repeated; how often in an import
 
 
 class SignalHandlers:
@@ -41,7 +41,7 @@ class SignalHandlers:
 
 def stop_at_once(signum: int, frame: FrameType | None) -> None:
     if several() and isinstance(sys.exc_info()[1], Exception):
-        return  # of several processes one has failed, and torchrun ends the others: what failed is still to be said
+        return  # of several processes one has failed, and torchrun ends the others: the failure is still to be reported
     raise RunStopped(signum)
 
 
@@ -49,13 +49,13 @@ class _Stop:
     """Raises RunStopped for a signal, after the import at hand; once more where Python can raise nothing.
 
     Args:
-        entered: the frame from which imports are looked for.
+        entered: the frame below which an import counts.
     """
 
     def __init__(self, entered: FrameType) -> None:
         self._entered = entered
-        self.asked: int | None = None  # the signal that is yet to stop the command
-        self._looks = 0
+        self.pending: int | None = None  # the signal that is yet to stop the command
+        self._retries = 0
         self._waiting = False
         self._alarm = SignalHandlers(self.answer, (signal.SIGALRM,))
         self._before = sys.unraisablehook
@@ -64,21 +64,21 @@ class _Stop:
         if signum == signal.SIGALRM:
             self._waiting = False
         else:
-            self.asked = signum
-        if self.asked is None:
+            self.pending = signum
+        if self.pending is None:
             return
-        if self._looks < MOST_LOOKS and self._is_import(frame):
-            self._looks += 1
-            self._come_again()
+        if self._retries < MAX_RETRIES and self._is_import(frame):
+            self._retries += 1
+            self._repeat()
             return
-        stop_at_once(self.asked, frame)
-        self.asked = None  # it was passed over
+        stop_at_once(self.pending, frame)
+        self.pending = None  # it was passed over
 
     def pass_on(self, lost: "sys.UnraisableHookArgs") -> None:
         """For sys.unraisablehook: what was raised in what runs at a fork, or when an object goes."""
         if isinstance(lost.exc_value, RunStopped):
-            self.asked = lost.exc_value.signum
-            self._come_again()
+            self.pending = lost.exc_value.signum
+            self._repeat()
         else:
             self._before(lost)
 
@@ -87,10 +87,10 @@ class _Stop:
             signal.setitimer(signal.ITIMER_REAL, 0)
         self._alarm.restore()
 
-    def _come_again(self) -> None:
+    def _repeat(self) -> None:
         self._alarm.set()
         self._waiting = True
-        signal.setitimer(signal.ITIMER_REAL, LOOK)  # no thread: its start could wait for a lock that we hold
+        signal.setitimer(signal.ITIMER_REAL, RETRY_AFTER)  # no thread: its start could wait for a lock that we hold
 
     def _is_import(self, frame: FrameType | None) -> bool:
         while frame is not None and frame is not self._entered:
@@ -116,9 +116,9 @@ def stopped_by_signals() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if stop.asked is None or isinstance(error, UserError | MachineError):
+        if stop.pending is None or isinstance(error, UserError | MachineError):
             raise
-        raise RunStopped(stop.asked) from error  # what an import, say, made of a RunStopped in it
+        raise RunStopped(stop.pending) from error  # what an import, say, made of a RunStopped in it
     finally:
         sys.unraisablehook = before
         stop.restore()

@@ -1,13 +1,15 @@
-"""Files that appear under their name when they are complete, or not at all."""
+"""Output: files that appear under their name when they are complete, or not at all, and the folders that hold them."""
 
 import contextlib
 import io
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from itpn.errors import refusal
+from itpn.errors import UserError, refusal
+from itpn.system.text import readable
 
 
 @contextlib.contextmanager
@@ -79,3 +81,33 @@ def writing_to(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise refusal(f"--out {out} cannot be written", error) from error
+
+
+def name_output(folder: Path, number: int, name: str, ending: str) -> str:
+    """The output file name of an image: ``0003-NAME.png``, truncated to what the file system allows.
+
+    Args:
+        number: index of the image, by which images of one name differ.
+        name: of the image: a path, or a shard and a member. Its folders and suffix are dropped.
+        ending: of the file name, with the suffix.
+    """
+    try:
+        most = os.pathconf(folder, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # not on Windows, nor on every file system
+        most = 255
+    start = f"{number:04d}-"
+    stem = re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029/\\:*?"<>|]', "_", Path(readable(name)).stem)
+    room = most - len(start) - len(ending)
+    return start + stem.encode()[:room].decode(errors="ignore") + ending
+
+
+def check_settings(folder: Path, before: dict[str, Any], now: dict[str, Any], what: str) -> None:
+    """Refuse to resume in a folder that holds ``what`` of other settings, or of other "files".
+
+    Raises:
+        UserError: names the first setting that differs.
+    """
+    for key, value in now.items():
+        if before.get(key) != value:
+            difference = "of other images" if key == "files" else f"with {key} {before.get(key)}, not {value}"
+            raise UserError(f"{folder} holds {what} {difference}; choose another --out")

@@ -11,7 +11,7 @@ from torch import nn
 
 from itpn.distributed import gather
 from itpn.errors import UserError
-from itpn.system.console import tell_remarks
+from itpn.system.console import print_warnings
 
 Scores = TypeVar("Scores")
 Skipped = list[tuple[str, str]]  # names of images that cannot be read, and why
@@ -114,7 +114,7 @@ def read_batches(batches: Iterable[dict[str, Any]], skipped: Skipped) -> Iterato
     """Batches with at least one image. Corrupt images are added to ``skipped``, warnings are printed."""
     for batch in batches:
         skipped += batch["corrupt"]
-        tell_remarks(batch["warnings"])
+        print_warnings(batch["warnings"])
         if len(batch["index"]):
             yield batch
 

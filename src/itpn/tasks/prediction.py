@@ -15,7 +15,7 @@ from itpn.data.files import ImageSource
 from itpn.data.readers import FileReader
 from itpn.data.shards import read_shard
 from itpn.errors import UserError
-from itpn.system.console import Output, print_aside, tell_remarks
+from itpn.system.console import Output, print_aside, print_warnings
 from itpn.tasks.drawing import save_whole
 from itpn.tasks.preprocessing import Crop
 
@@ -92,7 +92,7 @@ def decode_images(
         except UnreadableImage as error:
             skipped(f"{name}: {error}")
             continue
-        tell_remarks({kind: (name, remark) for kind, remark in image.warnings.items()})
+        print_warnings({kind: (name, remark) for kind, remark in image.warnings.items()})
         yield name, crop(pixels)
 
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from itpn.data.skipped import SkippedImages
 from itpn.distributed import gather
 from itpn.errors import NonFiniteLoss
-from itpn.system.console import print_aside, tell_remarks
+from itpn.system.console import print_aside, print_warnings
 from itpn.system.writing import open_whole
 from itpn.training.run_state import save_to
 from itpn.training.state import Training
@@ -40,7 +40,7 @@ class CorruptFiles:
         for message in self.skipped.update(item for new, _ in found for item in new):
             print_aside(f"skipped {message}", self._run.console)
         for _, remarks in found:
-            tell_remarks(remarks, self._run.console)
+            print_warnings(remarks, self._run.console)
         images = self._run.loader.images
         self.skipped.check(min(images_seen, images), epoch_ended=images_seen >= images)
 

@@ -230,6 +230,7 @@ def find_evaluation_data(
     own = read_split(data.val_root or data.root, "val", optional=data.val_root is None, members=data.members)
     if own is None:
         own = read_split(data.root, "train", members=data.members)
+        assert own is not None  # which is not optional
         # a folder of classes alone: a test set, unless the network was trained on it
         if trained_on(config, found) or "val_fraction" in given:
             _, held_out = find_labelled(data.root, None, data.val_fraction, config.seed, data.members)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from itpn.data.annotations import find_objects
-from itpn.data.collate import collect
+from itpn.data.batches import collect
 from itpn.data.loader import TrainingLoader
 from itpn.data.objects import DetectionImages, DetectionTransform
 from itpn.errors import UserError

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.annotations import read_objects
-from itpn.data.collate import collect
+from itpn.data.batches import collect
 from itpn.data.evaluation import make_evaluation_loader
 from itpn.data.normalize import Normalize
 from itpn.data.objects import DetectionImages, check_size

@@ -12,12 +12,11 @@ from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
-from itpn.data.folders import name_output
 from itpn.data.normalize import Normalize
 from itpn.metrics.detection import to_results
 from itpn.models.detector import Detector
 from itpn.system.text import as_file_name, one_line
-from itpn.system.writing import open_whole_text, write_whole
+from itpn.system.writing import name_output, open_whole_text, write_whole
 from itpn.tasks.detection.evaluation import detect
 from itpn.tasks.drawing import draw_objects, save_whole
 from itpn.tasks.prediction import ROWS, PredictionOptions, print_answers, read_as_they_are

@@ -14,12 +14,11 @@ from torch import Tensor
 from itpn.data.cache import CacheIndex, read_index, shard_path, write_index, write_shard
 from itpn.data.file_types import CACHE_INDEX
 from itpn.data.files import ImageSource
-from itpn.data.folders import check_settings
 from itpn.data.loader import TrainingLoader
 from itpn.data.skipped import SkippedImages
 from itpn.errors import MachineError, RunStopped, UserError
-from itpn.system.console import Output, print_aside, tell_remarks
-from itpn.system.writing import writing_to
+from itpn.system.console import Output, print_aside, print_warnings
+from itpn.system.writing import check_settings, writing_to
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, tell_what_is_left_out
 from itpn.teachers.timm_teacher import FeatureTeacher
@@ -133,7 +132,7 @@ def _write_shard(
         for message in skipped.update(item for sample in views for item in sample["corrupt"]):
             print_aside(f"skipped {message}", Output())
         for sample in views:
-            tell_remarks(sample["warnings"], Output())
+            print_warnings(sample["warnings"], Output())
         view = "teacher_image" if "teacher_image" in views[0] else "image"
         shown = torch.cat([sample[view] for sample in views])
         features.append(_run(teacher, shown, precision).to(dtype).cpu())

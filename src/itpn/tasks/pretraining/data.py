@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from itpn.data.augment import PretrainingTransform, center_crop
+from itpn.data.batches import stack
 from itpn.data.cache import FeatureCache, read_index
-from itpn.data.collate import stack
 from itpn.data.files import ImageSource, find_training_images
 from itpn.data.gpu_decoding import GpuTransform, check_nvjpeg, collate_encoded
 from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
+from itpn.data.batches import collect
 from itpn.data.class_names import Names
-from itpn.data.collate import collect
 from itpn.data.evaluation import make_evaluation_loader
 from itpn.data.labelmaps import read_to_evaluate
 from itpn.data.mask_checks import LabelMaps

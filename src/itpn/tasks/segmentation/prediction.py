@@ -12,10 +12,9 @@ from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
-from itpn.data.folders import name_output
 from itpn.models.segmenter import Segmenter
 from itpn.system.text import as_file_name, one_line
-from itpn.system.writing import open_whole_text, write_whole
+from itpn.system.writing import name_output, open_whole_text, write_whole
 from itpn.tasks.drawing import draw_labels, save_labels, save_whole
 from itpn.tasks.prediction import ROWS, PredictionOptions, print_answers, read_as_they_are
 from itpn.tasks.segmentation.config import SegmentationConfig
