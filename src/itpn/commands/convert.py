@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from tyro.conf import DisallowNone, Positional, arg
 
 from itpn.checkpoints.paths import check_file
-from itpn.commands.options import NumHeads, shown
+from itpn.commands.options import NumHeads, TaskFile, shown
 from itpn.system.console import Output
 
 
@@ -25,6 +25,7 @@ class Convert:
     ] = None
     """Whose names; a .safetensors has itpn's."""
     num_heads: NumHeads = None
+    task_file: TaskFile = None
 
     def run(self) -> None:
         check_file(self.source)
