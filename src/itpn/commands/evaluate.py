@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from itpn.checkpoints.paths import HUB, check_file
 from itpn.commands.options import Flag, RecipeCommand, shown
@@ -48,8 +48,7 @@ class Evaluate(RecipeCommand):
         config = replace(self.config, model=replace(self.config.model, checkpoint=self.checkpoint, scratch=False))
         config.check()
         given = {option.removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in self.given}
-        out = self.out or find_folder(self.checkpoint, self.knn)
-        evaluate(task, config, self.recipe, self.checkpoint, out, given, self.knn)
+        self._evaluate(task, config, given)
 
     def _check_given(self, known: tuple[str, ...]) -> None:
         for option in self.given:
@@ -59,6 +58,44 @@ class Evaluate(RecipeCommand):
                 raise UserError("images are evaluated at the checkpoint's size: give --data.test-size for another")
             if not option.startswith(known):
                 raise UserError(f"{option} has no meaning here: the network is the checkpoint's, and it is not trained")
+
+    def _evaluate(self, task: TaskSpec, config: RunConfig, given: Collection[str]) -> None:
+        """Evaluate on the images that the settings name; settings of data in ``given`` are not the checkpoint's."""
+        from itpn.checkpoints.files import read_checkpoint
+        from itpn.checkpoints.load import check_finite, load_found
+        from itpn.tasks.evaluation import evaluate
+        from itpn.training.launch import quieten_libraries, start_fabric
+
+        assert task.resolve_evaluation is not None
+        assert task.find_evaluation_data is not None
+        found = read_checkpoint(self.checkpoint)
+        check_finite(found)
+        config, arguments = task.resolve_evaluation(config, found, given, self.knn)
+        config = freeze(config)
+        if config.model.num_heads is not None:
+            arguments["num_heads"] = config.model.num_heads
+        model, notes = load_found(found, "backbone" if self.knn else task.name, **arguments)
+        evaluator, which = task.find_evaluation_data(config, found, model, given, self.knn)
+        out = self.out or find_folder(self.checkpoint, self.knn)
+        make_folder(out)
+        quieten_libraries()
+        with start_fabric(config.trainer) as fabric:
+            model.to(fabric.device).eval()
+            with fabric.autocast():
+                rank, world_size = fabric.global_rank, fabric.world_size
+                (scores,), skipped = evaluate(evaluator, [model], fabric.device, rank, world_size)
+            if not fabric.is_global_zero:
+                return
+            for note in [*evaluator.notes, *notes, *(f"skipped {name}: {reason}" for name, reason in skipped)]:
+                print_aside(note)
+            evaluator.warn(scores)
+            about = {"checkpoint": self.checkpoint, "recipe": self.recipe, "data": which}
+            about |= {"images_skipped": len(skipped) + evaluator.left_out, **evaluator.about}
+            with writing_to(out):
+                evaluator.write(scores, out, about)
+            rows = {**evaluator.rows(scores, about), "files": f"{out}/{', '.join(evaluator.files)}"}
+            title = f"{self.checkpoint} by {about['by']}" if "by" in about else self.checkpoint
+            Output().print(make_table(title, rows))
 
 
 def find_folder(checkpoint: str, knn: bool) -> Path:
@@ -70,64 +107,3 @@ def find_folder(checkpoint: str, knn: bool) -> Path:
     if path.is_dir():
         return path / "-".join(words)
     return path.parent / "-".join([*([] if path.name == "model.safetensors" else [path.stem]), *words])
-
-
-def evaluate(
-    task: TaskSpec,
-    config: RunConfig,
-    recipe: str,
-    checkpoint: str,
-    out: Path,
-    given: Collection[str] = (),
-    knn: bool = False,
-) -> Any:
-    """Evaluate a checkpoint on the images that the settings name, and write the metrics.
-
-    Args:
-        out: folder of the files that the task's evaluator writes.
-        given: settings of the data that were given, and are not taken from the checkpoint.
-        knn: evaluate the backbone's features by k-NN among the training images.
-
-    Returns:
-        The scores, of the task's own kind.
-
-    Raises:
-        UserError: no such checkpoint, one without the task's head, images of other classes than it knows.
-    """
-    from itpn.checkpoints.files import read_checkpoint
-    from itpn.checkpoints.load import check_finite, load_found
-    from itpn.tasks.evaluation import evaluate as evaluate_networks
-    from itpn.training.launch import quieten_libraries, start_fabric
-
-    assert task.resolve_evaluation is not None
-    assert task.find_evaluation_data is not None
-    found = read_checkpoint(checkpoint)
-    check_finite(found)
-    config, arguments = task.resolve_evaluation(config, found, given, knn)
-    config = freeze(config)
-    if config.model.num_heads is not None:
-        arguments["num_heads"] = config.model.num_heads
-    model, notes = load_found(found, "backbone" if knn else task.name, **arguments)
-    evaluator, which = task.find_evaluation_data(config, found, model, given, knn)
-    make_folder(out)
-    quieten_libraries()
-    with start_fabric(config.trainer) as fabric:
-        model.to(fabric.device).eval()
-        with fabric.autocast():
-            (scores,), skipped = evaluate_networks(
-                evaluator, [model], fabric.device, fabric.global_rank, fabric.world_size
-            )
-        if fabric.is_global_zero:
-            for note in [*evaluator.notes, *notes]:
-                print_aside(note)
-            for name, reason in skipped:
-                print_aside(f"skipped {name}: {reason}")
-            evaluator.warn(scores)
-            about = {"checkpoint": checkpoint, "recipe": recipe, "data": which}
-            about |= {"images_skipped": len(skipped) + evaluator.left_out, **evaluator.about}
-            with writing_to(out):
-                evaluator.write(scores, out, about)
-            rows = {**evaluator.rows(scores, about), "files": f"{out}/{', '.join(evaluator.files)}"}
-            title = f"{checkpoint} by {about['by']}" if "by" in about else checkpoint
-            Output().print(make_table(title, rows))
-    return scores

@@ -12,12 +12,7 @@ from itpn.tasks.spec import task_of
 
 
 def shown(metavar: str, hint: str | None = None) -> Any:
-    """How an option is shown.
-
-    Args:
-        metavar: stands for its value.
-        hint: is said in the place of "(default: ...)".
-    """
+    """How an option is shown: what stands for its value, and what to say instead of its default as it is."""
     return arg(metavar=metavar, help_behavior_hint=hint)
 
 

@@ -7,6 +7,7 @@ import inspect
 import io
 import itertools
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
@@ -51,7 +52,7 @@ def parse_with_recipe(cls: type[AnyRecipeCommand], words: Sequence[str], prog: s
     ]
     whole = dataclasses.make_dataclass(cls.__name__, known, bases=(cls,), frozen=True, kw_only=True)
     whole.__doc__ = cls.__doc__
-    return parse(whole, words[1:], f"{prog} {words[0]}")
+    return parse(whole, words[1:], f"{prog} {shlex.quote(words[0])}")
 
 
 def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | None = None) -> Parsed:
