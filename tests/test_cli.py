@@ -126,7 +126,11 @@ def test_a_checkpoint_of_another_model(capsys, tmp_path, photos):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["list"], ["train", "itpn-pixel_nan"], ["train", "itpn-pixel_nano", "--lr", "1"]]
+    "arguments",
+    [
+        *(["--help"], ["list"], ["predict", "--help"], ["evaluate", "classifier_small", "--help"]),
+        *(["train", "itpn-pixel_nan"], ["train", "itpn-pixel_nano", "--lr", "1"], ["export", "a", "--ou", "b"]),
+    ],
 )
 def test_answers_come_at_once(arguments):
     """None of them waits for the import of torch, which takes seconds."""

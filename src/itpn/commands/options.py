@@ -16,11 +16,6 @@ def shown(metavar: str, hint: str | None = None) -> Any:
     return arg(metavar=metavar, help_behavior_hint=hint)
 
 
-def shown_several(metavar: str) -> Any:
-    """How words by position are shown, of which there must be one."""
-    return arg(metavar=f"{metavar} [{metavar} ...]", help_behavior_hint="(required)")
-
-
 def of_data(name: str, metavar: str, default: str, help: str) -> Any:
     """An option that also has the name by which messages speak of it, that of a setting of training."""
     hint = f"(default: {default})"

@@ -7,7 +7,7 @@ from typing import Annotated
 from tyro.conf import Positional
 
 from itpn.checkpoints.paths import check_file
-from itpn.commands.options import Checkpoint, Members, TaskFile, of_data, shown, shown_several
+from itpn.commands.options import Checkpoint, Members, TaskFile, of_data, shown
 from itpn.data.files import find_images
 from itpn.errors import UserError
 from itpn.system.console import print_aside
@@ -22,7 +22,7 @@ class Predict:
 
     checkpoint: Checkpoint
     """A checkpoint of iTPN, Fast-iTPN or HiViT, see itpn inspect."""
-    images: Annotated[Positional[tuple[str, ...]], shown_several("IMAGE")]
+    images: Annotated[Positional[tuple[str, ...]], shown("IMAGE [IMAGE ...]", "(required)")]
     """Image files, tar shards or folders of either."""
     out: Annotated[Path, shown("DIR")] = Path("predictions")
     """Folder for the visualizations."""

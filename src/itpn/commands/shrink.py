@@ -7,7 +7,7 @@ from typing import Annotated
 
 from tyro.conf import Positional
 
-from itpn.commands.options import Members, of_data, shown, shown_several
+from itpn.commands.options import Members, of_data, shown
 from itpn.data.files import find_splits
 from itpn.errors import UserError
 from itpn.training.config import check_amounts, check_counts
@@ -23,7 +23,7 @@ class Shrink:
     Stopped in the middle, the same command resumes.
     """
 
-    images: Annotated[Positional[tuple[str, ...]], shown_several("DIR")]
+    images: Annotated[Positional[tuple[str, ...]], shown("DIR [DIR ...]", "(required)")]
     """Folders of images, or of tar shards."""
     out: Annotated[str, shown("DIR")]
     """Folder for the shards: the --data.root of training."""
