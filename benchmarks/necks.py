@@ -19,7 +19,7 @@ from rich.table import Table
 
 from itpn.checkpoints.contents import read_contents
 from itpn.checkpoints.files import read_checkpoint
-from itpn.cli import parse_options
+from itpn.commands.parsing import parse
 from itpn.tasks.configs import DetectionConfig, SegmentationConfig
 from itpn.tasks.recipes import read_recipe
 from itpn.tasks.run import train
@@ -52,7 +52,7 @@ def main() -> None:
     base.trainer.visualize_every_n_steps = base.evaluation.every_n_epochs = 10**6  # both at the end
     base.trainer.checkpoint_every_n_steps = 10**6
     base.output_dir = str(options.out)
-    base = parse_options(base, others, "necks.py")
+    base = parse(type(base), others, "necks.py", base)
     arms = options.arms or [arm for arm in ARMS if arm != "fpn" or base.task == "detection"]
     figures = METRICS[base.task]
     rows: list[dict] = []

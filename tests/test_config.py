@@ -3,6 +3,7 @@
 import pytest
 
 from itpn.cli import main
+from itpn.commands.parsing import read_fields
 from itpn.errors import UserError
 from itpn.tasks.configs import (
     DetectionConfig,
@@ -12,7 +13,7 @@ from itpn.tasks.configs import (
     TeacherConfig,
 )
 from itpn.tasks.recipes import list_recipes, read_recipe, read_settings
-from itpn.training.config import from_dict, option_types, to_dict, write_yaml
+from itpn.training.config import from_dict, to_dict, write_yaml
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -200,7 +201,7 @@ def test_impossible_settings(section, field, value):
 
 
 def test_everything_is_an_option():
-    options = option_types(PretrainingConfig)
+    options = [field.options[0] for field in read_fields(PretrainingConfig)]
     assert len(options) == len(set(options))
     flat = sum(len(v) if isinstance(v, dict) else 1 for v in to_dict(PretrainingConfig()).values())
     assert len(options) == flat

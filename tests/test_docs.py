@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from itpn.commands.parsing import read_fields
 from itpn.tasks.recipes import list_recipes
 from itpn.tasks.spec import all_tasks
-from itpn.training.config import option_types
 
 ROOT = Path(__file__).parents[1]
 PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/*.md")]
@@ -28,7 +28,7 @@ def test_files_of_the_repository_exist(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_options_and_recipes_exist(page):
     text = page.read_text()
-    known = {name for task in all_tasks() for name in option_types(task.config)} | {"--data.no-reduce-zero-label"}
+    known = {option for task in all_tasks() for field in read_fields(task.config) for option in field.options}
     for option in re.findall(r"--(?:model|teacher|data|optimizer|trainer|probe|evaluation)\.[a-z-]+", text):
         assert option in known, option
     for recipe in re.findall(r"(?<![\w-])(?:fast-)?itpn-[a-z]+_[\w-]*\w", text):

@@ -213,7 +213,7 @@ def test_convert(tmp_path, capsys):
         (["inspect", ""], "checkpoint '' does not exist"),
         (["inspect", "{text}"], "damaged or no checkpoint"),
         (["convert", "{det}", "a.zip"], "say which names a.zip gets"),
-        (["convert", "{det}", "a.pth", "--to", "keras"], "invalid choice: 'keras'"),
+        (["convert", "{det}", "a.pth", "--to", "keras"], "invalid choice 'keras' for --to: choose from itpn, "),
         (
             ["predict", "{det}", "{photos}"],
             "has neither decoder, classifier, detector nor segmenter: it gives --features",

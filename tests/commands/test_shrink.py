@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 from PIL import Image
 
-import itpn.commands.shrink
+import itpn.data.shrinking
 from itpn.cli import main
 from itpn.data.files import find_images, find_training_images
 from itpn.data.labelled import find_labelled
@@ -116,7 +116,7 @@ def test_killed_and_gone_on_with(tmp_path, capsys):
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stopped_and_gone_on_with(large, whole, tmp_path, capsys, monkeypatch, signum, code, workers):
-    write_tar = itpn.commands.shrink.write_tar
+    write_tar = itpn.data.shrinking.write_tar
 
     def stop(path, members):
         if path.name == "images-00002.tar":
@@ -125,7 +125,7 @@ def test_stopped_and_gone_on_with(large, whole, tmp_path, capsys, monkeypatch, s
         write_tar(path, members)
 
     with monkeypatch.context() as patched:
-        patched.setattr(itpn.commands.shrink, "write_tar", stop)
+        patched.setattr(itpn.data.shrinking, "write_tar", stop)
         assert shrink(large, tmp_path / "out", workers=workers) == code
     assert capsys.readouterr().err == "stopped with 2 of 5 shards done; the same command resumes\n"
     assert shrink(large, tmp_path / "out") == 0
@@ -180,7 +180,7 @@ def test_folders_of_others_are_left_alone(large, tmp_path, capsys, monkeypatch):
     assert shrink(large, tmp_path / "mine") == 2
     assert "holds images, shards or features already" in mistake(capsys)
     assert list(contents(tmp_path / "mine")) == ["deep/1.png"]
-    monkeypatch.setattr(itpn.commands.shrink, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(itpn.data.shrinking, "LOCK_SECONDS", 0)
     (tmp_path / "out").mkdir()
     with FileLock(tmp_path / "out/.lock"):
         assert shrink(large, tmp_path / "out") == 2
@@ -388,7 +388,7 @@ def test_what_is_not_complete_is_not_trained_from(large, tmp_path, capsys, monke
         os.kill(os.getpid(), signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        patched.setattr(itpn.commands.shrink.SkippedImages, "check", stop)  # after the first shard
+        patched.setattr(itpn.data.shrinking.SkippedImages, "check", stop)  # after the first shard
         assert shrink(large, tmp_path / "out") == 130
     assert len(list((tmp_path / "out").glob("*.tar"))) == 1
     assert main(["train", "itpn-pixel_nano", "--data.root", str(tmp_path / "out")]) == 2

@@ -104,6 +104,12 @@ def test_info_and_inspect(trained, capsys):
     assert "multi-label classification │ everything is there" in out
 
 
+def test_conversion(trained, tmp_path):
+    command = ["convert", str(trained[1] / "model.safetensors"), str(tmp_path / "again.safetensors")]
+    assert main([*command, "--recipe", RECIPE]) == 0
+    assert itpn.load(tmp_path / "again.safetensors", task="multi_label").num_classes == 3
+
+
 def test_its_weights_are_loaded_whole(trained):
     read_recipe(RECIPE)
     model = itpn.load(trained[1] / "model.safetensors")

@@ -1,70 +1,109 @@
 """`itpn evaluate`: a checkpoint and labelled images, in metrics."""
 
 from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from itpn.checkpoints.files import read_checkpoint
-from itpn.checkpoints.load import check_finite, load_found
+from itpn.checkpoints.paths import HUB, check_file
+from itpn.commands.options import Flag, RecipeCommand, shown
+from itpn.errors import UserError
 from itpn.system.console import Output, make_table, print_aside
 from itpn.system.writing import make_folder, writing_to
-from itpn.tasks.evaluation import evaluate as evaluate_networks
-from itpn.tasks.spec import TaskSpec
+from itpn.tasks.spec import TaskSpec, task_of
 from itpn.training.config import RunConfig, freeze
-from itpn.training.launch import quieten_libraries, start_fabric
+
+# settings that evaluation goes by, beside what a task adds
+SETTINGS = (
+    *("--evaluation.", "--data.num-workers", "--data.max-pixels", "--seed"),
+    *("--trainer.precision", "--trainer.accelerator", "--trainer.devices", "--trainer.num-nodes", "--model.num-heads"),
+)
 
 
-def evaluate(
-    task: TaskSpec,
-    config: RunConfig,
-    recipe: str,
-    checkpoint: str,
-    out: Path,
-    given: Collection[str] = (),
-    knn: bool = False,
-) -> Any:
-    """Evaluate a checkpoint on the images that the settings name, and write the metrics.
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(RecipeCommand):
+    """Metrics of a classifier, detector or segmenter on labelled images.
 
-    Args:
-        out: folder of the files that the task's evaluator writes.
-        given: settings of the data that were given, and are not taken from the checkpoint.
-        knn: evaluate the backbone's features by k-NN among the training images.
-
-    Returns:
-        The scores, of the task's own kind.
-
-    Raises:
-        UserError: no such checkpoint, one without the task's head, images of other classes than it knows.
+    The recipe says where the images are (--data.root); sizes and normalisation are the checkpoint's.
+    Settings of the network and of training have no meaning here.
     """
-    assert task.resolve_evaluation is not None
-    assert task.find_evaluation_data is not None
-    found = read_checkpoint(checkpoint)
-    check_finite(found)
-    config, arguments = task.resolve_evaluation(config, found, given, knn)
-    config = freeze(config)
-    if config.model.num_heads is not None:
-        arguments["num_heads"] = config.model.num_heads
-    model, notes = load_found(found, "backbone" if knn else task.name, **arguments)
-    evaluator, which = task.find_evaluation_data(config, found, model, given, knn)
-    make_folder(out)
-    quieten_libraries()
-    with start_fabric(config.trainer) as fabric:
-        model.to(fabric.device).eval()
-        with fabric.autocast():
-            (scores,), skipped = evaluate_networks(
-                evaluator, [model], fabric.device, fabric.global_rank, fabric.world_size
+
+    checkpoint: Annotated[str, shown("CKPT")]
+    """A checkpoint that `itpn inspect` knows."""
+    out: Annotated[Path | None, shown("DIR", "(default: `evaluation` beside the checkpoint)")] = None
+    """Folder for metrics and plots."""
+    knn: Flag = False
+    """Evaluate features by k-NN among the training images."""
+
+    def run(self) -> None:
+        task = task_of(self.config)
+        if task.resolve_evaluation is None:
+            raise UserError(
+                f"{self.recipe} is a recipe of {task.name}: give one of a classifier, detector or segmenter"
             )
-        if fabric.is_global_zero:
-            for note in [*evaluator.notes, *notes]:
+        if self.knn and not task.knn:
+            raise UserError("--knn is for classes of images: give a recipe of a classifier")
+        self._check_given((*SETTINGS, *task.evaluation_options))
+        check_file(self.checkpoint)
+        config = replace(self.config, model=replace(self.config.model, checkpoint=self.checkpoint, scratch=False))
+        config.check()
+        given = {option.removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in self.given}
+        self._evaluate(task, config, given)
+
+    def _check_given(self, known: tuple[str, ...]) -> None:
+        for option in self.given:
+            if option == "--model.checkpoint":
+                raise UserError("give the checkpoint as --checkpoint, not as --model.checkpoint")
+            if option == "--data.img-size" and "--data.test-size" in known:
+                raise UserError("images are evaluated at the checkpoint's size: give --data.test-size for another")
+            if not option.startswith(known):
+                raise UserError(f"{option} has no meaning here: the network is the checkpoint's, and it is not trained")
+
+    def _evaluate(self, task: TaskSpec, config: RunConfig, given: Collection[str]) -> None:
+        """Evaluate on the images that the settings name; settings of data in ``given`` are not the checkpoint's."""
+        from itpn.checkpoints.files import read_checkpoint
+        from itpn.checkpoints.load import check_finite, load_found
+        from itpn.tasks.evaluation import evaluate
+        from itpn.training.launch import quieten_libraries, start_fabric
+
+        assert task.resolve_evaluation is not None
+        assert task.find_evaluation_data is not None
+        found = read_checkpoint(self.checkpoint)
+        check_finite(found)
+        config, arguments = task.resolve_evaluation(config, found, given, self.knn)
+        config = freeze(config)
+        if config.model.num_heads is not None:
+            arguments["num_heads"] = config.model.num_heads
+        model, notes = load_found(found, "backbone" if self.knn else task.name, **arguments)
+        evaluator, which = task.find_evaluation_data(config, found, model, given, self.knn)
+        out = self.out or find_folder(self.checkpoint, self.knn)
+        make_folder(out)
+        quieten_libraries()
+        with start_fabric(config.trainer) as fabric:
+            model.to(fabric.device).eval()
+            with fabric.autocast():
+                rank, world_size = fabric.global_rank, fabric.world_size
+                (scores,), skipped = evaluate(evaluator, [model], fabric.device, rank, world_size)
+            if not fabric.is_global_zero:
+                return
+            for note in [*evaluator.notes, *notes, *(f"skipped {name}: {reason}" for name, reason in skipped)]:
                 print_aside(note)
-            for name, reason in skipped:
-                print_aside(f"skipped {name}: {reason}")
             evaluator.warn(scores)
-            about = {"checkpoint": checkpoint, "recipe": recipe, "data": which}
+            about = {"checkpoint": self.checkpoint, "recipe": self.recipe, "data": which}
             about |= {"images_skipped": len(skipped) + evaluator.left_out, **evaluator.about}
             with writing_to(out):
                 evaluator.write(scores, out, about)
             rows = {**evaluator.rows(scores, about), "files": f"{out}/{', '.join(evaluator.files)}"}
-            title = f"{checkpoint} by {about['by']}" if "by" in about else checkpoint
+            title = f"{self.checkpoint} by {about['by']}" if "by" in about else self.checkpoint
             Output().print(make_table(title, rows))
-    return scores
+
+
+def find_folder(checkpoint: str, knn: bool) -> Path:
+    """Beside the checkpoint, so that evaluations of two do not overwrite each other."""
+    path = Path(checkpoint)
+    words = ["evaluation", *(["knn"] if knn else [])]
+    if checkpoint.startswith(HUB):
+        return Path("-".join([checkpoint.removeprefix(HUB).replace("/", "-"), *words]))
+    if path.is_dir():
+        return path / "-".join(words)
+    return path.parent / "-".join([*([] if path.name == "model.safetensors" else [path.stem]), *words])

@@ -1,43 +1,67 @@
 """`itpn export`: what a checkpoint holds, as a file that runs without this package."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from itpn.checkpoints.contents import HEADLESS, read_contents
-from itpn.checkpoints.files import read_checkpoint
-from itpn.checkpoints.load import load_found
-from itpn.models.hivit import find_backbone
+from tyro.conf import DisallowNone, arg
+
+from itpn.checkpoints.paths import check_file
+from itpn.commands.options import Checkpoint, Flag, NumHeads, TaskFile, shown
+from itpn.errors import UserError
 from itpn.system.console import print_aside
-from itpn.tasks.exporting import Size, export_model, print_exported
 from itpn.tasks.spec import find_task
 
 
-def export_checkpoint(
-    checkpoint: str, out: Path, name: str | None, size: Size | None, dynamic_size: bool, **overrides: Any
-) -> None:
-    """Export a network of a checkpoint, with its preprocessing in the file, and print what was written.
+@dataclass(frozen=True)
+class Export:
+    """A network as a file that runs without itpn: ONNX or torch.export."""
 
-    Args:
-        name: a task, "pyramid" or "backbone"; None for the first that the file has everything for and that can be
-            exported.
-        size: of the images; None for what the file's position table is made for.
+    checkpoint: Checkpoint
+    """A checkpoint that itpn inspect knows."""
+    out: Annotated[Path, shown("FILE")]
+    """The file to write: .onnx, or .pt2 for torch.export."""
+    task: Annotated[str | None, shown("TASK", "(default: the first that the file has and that can be exported)")] = None
+    """A task, whose outputs are computed, `pyramid` or `backbone`, for maps."""
+    levels: Annotated[
+        DisallowNone[Literal["pyramid", "pooled", "joined"] | None], arg(help_behavior_hint="(optional)")
+    ] = None
+    """Maps of a pyramid: strides 4 to 16, 4 to 64 for a detector, or joined with the stages, 4 to 32."""
+    img_size: Annotated[int | tuple[int, int] | None, shown("PX [PX]", "(default: the file's)")] = None
+    """Side of the images, or height and width."""
+    dynamic_size: Flag = False
+    """Any height and width; the batch is always open."""
+    num_heads: NumHeads = None
+    task_file: TaskFile = None
 
-    Raises:
-        UserError: see :func:`itpn.load` and :func:`itpn.tasks.exporting.export_model`.
-    """
-    found = read_checkpoint(checkpoint)
-    if name is None:
-        names = read_contents(found).names
-        name = next(name for name in names if name in HEADLESS or find_task(name).export is not None)
-    model, notes = load_found(found, name, **overrides)
-    for note in notes:
-        print_aside(note)
-    metadata = {"source": Path(checkpoint).name, "task": name}
-    metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
-    export = None if name in HEADLESS else find_task(name).export
-    if export is not None:
-        print_exported(export(model, found, out, size, dynamic_size, metadata))
-        return
-    own = find_backbone(model).image_shape[1:]
-    print_exported(export_model(model, out, size or (own[0], own[1]), dynamic_size, metadata))
+    def run(self) -> None:
+        """Export a network, with its preprocessing in the file, and print what was written."""
+        check_file(self.checkpoint)
+        if self.levels and self.task not in (None, "pyramid"):
+            raise UserError(f"--levels is for --task pyramid, not {self.task}")
+        from itpn.checkpoints.contents import HEADLESS, read_contents
+        from itpn.checkpoints.files import read_checkpoint
+        from itpn.checkpoints.load import load_found
+        from itpn.models.hivit import find_backbone
+        from itpn.tasks.exporting import check_out, export_model, print_exported
+
+        check_out(self.out)
+        found = read_checkpoint(self.checkpoint)
+        name = "pyramid" if self.levels else self.task
+        if name is None:
+            names = read_contents(found).names
+            name = next(name for name in names if name in HEADLESS or find_task(name).export is not None)
+        overrides: dict[str, Any] = {"levels": self.levels, "num_heads": self.num_heads}
+        model, notes = load_found(found, name, **{key: value for key, value in overrides.items() if value is not None})
+        for note in notes:
+            print_aside(note)
+        metadata = {"source": Path(self.checkpoint).name, "task": name}
+        metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
+        size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+        export = None if name in HEADLESS else find_task(name).export
+        if export is not None:
+            print_exported(export(model, found, self.out, size, self.dynamic_size, metadata))
+            return
+        height, width = find_backbone(model).image_shape[1:]
+        print_exported(export_model(model, self.out, size or (height, width), self.dynamic_size, metadata))

@@ -1,221 +1,61 @@
-"""`itpn shrink`: large images, decoded once, into shards of small ones."""
+"""`itpn shrink`: large images, once into shards of resized copies."""
 
-import hashlib
 import os
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from filelock import FileLock, Timeout
-from rich.console import Console
-from rich.filesize import decimal
-from rich.progress import track
+from tyro.conf import Positional
 
-from itpn.data.class_names import read_class_names
-from itpn.data.decode import MAX_PIXELS, UnreadableImage
-from itpn.data.file_types import CACHE_INDEX, CLASSES, COPIES_INDEX, describe_unread
-from itpn.data.files import ImageSource
-from itpn.data.members import list_endings
-from itpn.data.resized_copies import (
-    CopiesIndex,
-    Original,
-    ResizedCopies,
-    ResizedCopy,
-    list_originals,
-    read_index,
-    write_index,
-    write_tar,
-)
-from itpn.data.skipped import SkippedImages
-from itpn.data.walk import walk
-from itpn.data.workers import WorkerLoader
-from itpn.errors import MachineError, RunStopped, UserError, refusal
-from itpn.system.console import Output, print_aside, print_warnings
-from itpn.system.signals import stopped_by_signals
-from itpn.system.writing import check_settings, write_whole, writing_to
-from itpn.training.launch import count_cores
-
-LOCK_SECONDS = 15  # the workers of a process that was killed notice within 5, and the lock is theirs as well
+from itpn.commands.options import Members, of_data, shown
+from itpn.data.files import find_splits
+from itpn.errors import UserError
+from itpn.training.config import check_amounts, check_counts
 
 
-def shrink(
-    splits: dict[str, ImageSource],
-    out: Path,
-    short_side: int,
-    quality: int,
-    shard_size: int,
-    num_workers: int | None,
-    max_pixels: int = MAX_PIXELS,
-) -> None:
-    """Write the images of each split to shards in a folder of its name; shards that are there already are kept.
+@dataclass(frozen=True)
+class Shrink:
+    """Images far larger than needed, once into shards of small ones to train from.
 
-    Args:
-        splits: from `find_splits`.
-        num_workers: processes that shrink, None for one a core; what is written does not depend on it.
-        max_pixels: larger images are left out.
-
-    Raises:
-        UserError: nothing to read, the folder cannot be written or holds something else, too many corrupt images.
-        RunStopped: by a signal.
+    Worth it where decoding is what training waits for: photographs of many megapixels. 512 px suit --data.img-size 224:
+    the smallest random crops, a fifth of the area, are then about as large. Nothing is enlarged, and upright JPEGs that
+    are small already stay as they are. Class folders and .cls in shards are kept as labels, train and val apart.
+    Stopped in the middle, the same command resumes.
     """
-    console = Output()
-    left, unread = Counter[str](), Counter[str]()
-    originals = {split: _list_some(source, left, unread) for split, source in splits.items()}
-    for note in [note for source in splits.values() for note in source.notes]:
-        print_aside(note)
-    if left:
-        print_aside(f"not written of the shards: {list_endings(left)} (see --data.members)")
-    if note := describe_unread(unread):
-        print_aside(f"shards: {note}")
-    classes = _label(splits, originals)
-    shards = {
-        os.path.join(split, f"images-{begin // shard_size:05d}.tar"): found[begin : begin + shard_size]
-        for split, found in originals.items()
-        for begin in range(0, len(found), shard_size)
-    }
-    settings = {"short side": short_side, "quality": quality, "shard size": shard_size, "files": _hash(originals)}
-    with writing_to(out), _open_folder(out, settings) as index:
-        if classes is not None:
-            write_whole(out / CLASSES, "".join(f"{name}\n" for name in classes).encode())
-        try:
-            with stopped_by_signals():
-                _write_shards(out, index, shards, num_workers, max_pixels, console)
-        except RunStopped as stop:
-            print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command resumes")
-            stop.told = True
-            raise
-        except (MachineError, OSError) as error:
-            end = refusal(f"--out {out} cannot be written", error) if isinstance(error, OSError) else error
-            done = f"{len(index.shards)} of {len(shards)} shards are done, the same command resumes"
-            raise type(end)(f"{end} ({done})".replace("--data.num-workers", "--num-workers")) from error
-        index.complete = True
-        write_index(out, index)
-        size = sum((out / name).stat().st_size for name in shards)
-    images, before = (sum(record[name] for record in index.shards.values()) for name in ("images", "bytes"))
-    corrupt = sum(len(record["corrupt"]) for record in index.shards.values())
-    console.print(
-        f"{images:,} images{f' ({corrupt:,} corrupt ones left out)' if corrupt else ''}, {decimal(before)} before, "
-        f"{decimal(size)} after; train from them with --data.root {out}",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
-    )
 
+    images: Annotated[Positional[tuple[str, ...]], shown("DIR [DIR ...]", "(required)")]
+    """Folders of images, or of tar shards."""
+    out: Annotated[str, shown("DIR")]
+    """Folder for the shards: the --data.root of training."""
+    short_side: Annotated[int, shown("PX")] = 512
+    """Height or width, the shorter."""
+    quality: Annotated[int, shown("N")] = 95
+    """Of the JPEGs, 1 to 100."""
+    shard_size: Annotated[int, shown("N")] = 512
+    """Images in each."""
+    num_workers: Annotated[int | None, shown("N", "(default: one for each core)")] = None
+    """Processes that shrink."""
+    members: Members = ()
+    max_pixels: Annotated[int | None, of_data("max-pixels", "N", "2**27", "Images of more pixels are left out.")] = None
 
-def _list_some(source: ImageSource, left: Counter[str], unread: Counter[str]) -> list[Original]:
-    if source.cache:
-        raise UserError(f"{source.cache} holds cached features: give the images that they were made of")
-    if not (originals := list_originals(source, left, unread)):
-        raise UserError(f"no images in the shards ({source.shards[0]} ...){describe_unread(unread, '; ')}")
-    return originals
+    def run(self) -> None:
+        sides = {"--short-side": self.short_side, "--shard-size": self.shard_size, "--max-pixels": self.max_pixels}
+        check_counts(sides)
+        check_amounts({"--num-workers": self.num_workers})
+        if not 1 <= self.quality <= 100:
+            raise UserError(f"--quality must be between 1 and 100, not {self.quality}")
+        if not self.out or not all(self.images):
+            raise UserError("a folder's name is empty: give the images as DIR and the folder for the shards as --out")
+        out = Path(os.path.realpath(self.out))
+        for root in self.images:
+            place = Path(os.path.realpath(root))
+            if place == out or out in place.parents or place in out.parents:
+                raise UserError(f"--out {self.out} and {root} overlap: choose an --out beside it")
+        splits = find_splits(self.images, self.members)
+        from itpn.data.decode import MAX_PIXELS
+        from itpn.data.shrinking import shrink
+        from itpn.training.launch import count_cores
 
-
-def _label(splits: dict[str, ImageSource], originals: dict[str, list[Original]]) -> list[str] | None:
-    """Put numbers of classes in the place of folders, where these are those of a classifier.
-
-    That is so where each image to train on is in one of two or more, and others are in the same.
-
-    Returns:
-        Names of the classes; None if there are none.
-    """
-    roots = [root for source in splits.values() for root in source.roots]
-    if any(source.shards for source in splits.values()):  # which have labels already
-        folders = [root if os.path.isdir(root) else os.path.dirname(root) for root in roots]
-        return read_class_names(folders, (one.label or "" for found in originals.values() for one in found))
-    labels = {split: {one.label for one in found} for split, found in originals.items()}
-    train = next(iter(labels.values()))
-    classes = sorted(folder for folder in train if folder is not None) if len(train) > 1 and None not in train else []
-    numbers = {name: str(number) for number, name in enumerate(classes)}
-    for split, found in originals.items():
-        known = labels[split] <= numbers.keys()
-        originals[split] = [one._replace(label=numbers[one.label] if known and one.label else None) for one in found]
-    return classes or None
-
-
-def _hash(originals: dict[str, list[Original]]) -> str:
-    digest = hashlib.sha256()
-    for split, found in originals.items():
-        for one in found:
-            digest.update(repr((split, one.key, os.path.abspath(one.path), one.start, one.size, one.label)).encode())
-    return digest.hexdigest()
-
-
-@contextmanager
-def _open_folder(out: Path, settings: dict[str, Any]) -> Iterator[CopiesIndex]:
-    """Take the folder for this process; the index tells which shards are done."""
-    begun = (out / COPIES_INDEX).exists()
-    if not begun and out.is_dir() and ((out / CACHE_INDEX).exists() or next(walk(str(out)), None)):
-        raise UserError(f"{out} holds images, shards or features already; choose another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(out / ".lock")
-    try:
-        taken = lock.acquire(timeout=LOCK_SECONDS)
-    except Timeout:
-        raise UserError(f"{out} is in use by another process; wait for it, or choose another --out") from None
-    with taken:
-        index = read_index(out) if begun else CopiesIndex(settings)
-        check_settings(out, index.settings, settings, "shards")
-        index.shards = {name: record for name, record in index.shards.items() if (out / name).exists()}
-        index.complete = False
-        write_index(out, index)
-        yield index
-
-
-def _write_shards(
-    out: Path,
-    index: CopiesIndex,
-    shards: dict[str, list[Original]],
-    num_workers: int | None,
-    max_pixels: int,
-    console: Console,
-) -> None:
-    todo = [name for name in shards if name not in index.shards]
-    if len(todo) < len(shards):
-        console.print(f"{len(shards) - len(todo)} of {len(shards)} shards are there already", highlight=False)
-    skipped = SkippedImages(sum(map(len, shards.values())))
-    for done in index.shards.values():
-        skipped.update(done["corrupt"].items())
-    originals = [one for name in todo for one in shards[name]]
-    images = WorkerLoader(
-        ResizedCopies(index.settings["short side"], index.settings["quality"], max_pixels),
-        originals,
-        count_cores() if num_workers is None else num_workers,
-        f"those to shrink ({originals[0].path}, ...)" if originals else "those to shrink",
-    )
-    results = iter(track(images, "images", total=len(originals), console=console, disable=not console.is_terminal))
-    for name in todo:
-        record: dict[str, Any] = {"images": 0, "bytes": 0, "corrupt": {}}
-        (out / name).parent.mkdir(exist_ok=True)
-        write_tar(out / name, _members(islice(results, len(shards[name])), record, skipped))
-        index.shards[name] = record
-        try:
-            skipped.check(0)
-        except UserError:
-            # they will be mended: look at them again then
-            index.shards = {name: done for name, done in index.shards.items() if not done["corrupt"]}
-            raise
-        finally:
-            write_index(out, index)
-
-
-def _members(
-    results: Iterator[ResizedCopy],
-    record: dict[str, Any],
-    skipped: SkippedImages,
-) -> Iterator[tuple[str, bytes]]:
-    """The files of a shard; tells of the corrupt ones, and counts in ``record``."""
-    for original, content, size, remarks in results:
-        print_warnings({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
-        if isinstance(content, UnreadableImage):
-            record["corrupt"][original.name] = str(content)
-            for message in skipped.update([(original.name, str(content))]):
-                print_aside(f"skipped {message}")
-            continue
-        record["images"] += 1
-        record["bytes"] += size
-        if original.label is not None:
-            yield f"{original.key}.cls", original.label.encode()
-        yield f"{original.key}.jpg", content
+        workers = count_cores() if self.num_workers is None else self.num_workers
+        sizes = self.short_side, self.quality, self.shard_size
+        shrink(splits, Path(self.out), *sizes, workers, self.max_pixels or MAX_PIXELS)

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from timm import create_model
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from itpn.models.build import build
 from itpn.models.hivit import HiViT
+from itpn.models.spec import NetworkSpec
+from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
 
 Rows = list[tuple[str, str]]  # titles and texts; a row of two empty ones divides
 
@@ -50,6 +54,28 @@ def describe_maps(name: str, maps: Any, network: Any) -> Rows:
     """The shapes of maps, finest first."""
     strides = [info["reduction"] for info in network.feature_info]
     return [(f"{name} {i}", _shape(x, strides[i - 1])) for i, x in enumerate(maps, start=1)]
+
+
+def describe_model(name: str) -> Rows:
+    """Of a model that timm knows: a backbone, with its pyramid where there is one."""
+    base = next((plain for plain, whole in WITH_PYRAMID.items() if whole == name), name)
+    with torch.device("meta"):  # shapes without values
+        backbone = create_model(base)
+    assert isinstance(backbone, HiViT)
+    size = (224, 224)
+    aside = ", pyramid aside," if base != name else ""
+    rows = [
+        ("parameters", f"{count_parameters(backbone):.2f} M{aside} with a classifier of 1000 classes"),
+        *describe_backbone(backbone, size),
+        ("", ""),
+        *describe_stages(backbone, size),
+    ]
+    if base in WITH_PYRAMID:
+        with torch.device("meta"):
+            whole = build(NetworkSpec(BACKBONES[base], PYRAMIDS.get(base, PUBLISHED_PYRAMID)))
+        maps = whole.eval()(make_images(backbone, size)).values()
+        rows += describe_maps("pyramid", maps, whole)
+    return rows
 
 
 def describe_headed(model: Any, classes: int, size: tuple[int, int]) -> Rows:

@@ -1,21 +1,29 @@
-"""What `itpn predict` shares between tasks: reading images, and telling what was written."""
+"""What `itpn predict` shares between tasks: reading images, features of any network, telling what was written."""
 
 import itertools
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from rich.table import Table
-from torch import Tensor
+from safetensors.torch import save
+from torch import Tensor, nn
 
 from itpn.data.decode import UnreadableImage, open_sample
 from itpn.data.files import ImageSource
+from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
 from itpn.data.shards import read_shard
-from itpn.errors import UserError
+from itpn.errors import UserError, refusal
+from itpn.models.hivit import find_backbone
+from itpn.models.pyramid import find_pyramid
 from itpn.system.console import Output, print_aside, print_warnings
+from itpn.system.text import one_line
+from itpn.system.writing import open_whole, open_whole_text, write_whole
 from itpn.tasks.drawing import save_whole
 from itpn.tasks.preprocessing import Crop
 
@@ -94,6 +102,48 @@ def decode_images(
             continue
         print_warnings({kind: (name, remark) for kind, remark in image.warnings.items()})
         yield name, crop(pixels)
+
+
+def write_features(
+    model: nn.Module, normalize: Normalize, batches: Iterator[tuple[list[str], Tensor]], path: Path
+) -> None:
+    """Write :func:`mean_features` of all images, a row each, and the images' names.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    names: list[str] = []
+    rows: list[dict[str, Tensor]] = []
+    for batch, images in batches:
+        names += batch
+        rows.append(mean_features(model, normalize(images)))
+    columns = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            with open_whole(path) as file:
+                np.save(file, columns["features"].numpy())
+            with open_whole_text(path.with_name(f"{path.name}.txt")) as text:
+                text.writelines(f"{one_line(name)}\n" for name in names)
+        else:
+            write_whole(path, save(columns, {"images": json.dumps(names)}))
+    except OSError as error:
+        raise refusal(f"--features {path} cannot be written", error) from error
+    shapes = ", ".join(f"{name} {list(column.shape)}" for name, column in columns.items())
+    Output().print(f"{path}: {shapes}", markup=False, highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def mean_features(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Means over an image: ``features`` of the last stage [n, C], ``pyramid_1`` (finest) to 3 [n, width]."""
+    backbone = find_backbone(model)
+    stages = backbone.forward_stages(x)
+    means = {"features": stages[-1].mean(dim=(1, 2, 3))}
+    pyramid = find_pyramid(model)
+    if pyramid is not None:
+        levels = pyramid(stages)
+        means |= {f"pyramid_{i}": level.mean(dim=(1, 2, 3)) for i, level in enumerate(levels, start=1)}
+    return means
 
 
 def save_picture(picture: Image.Image, out: Path, number: int) -> None:

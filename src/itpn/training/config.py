@@ -221,16 +221,6 @@ def check_types(settings: Any, path: str = "") -> None:
                 raise UserError(f"{path}{field.name} holds a zero byte: {value!r}")
 
 
-def option_types(cls: Any, prefix: str = "") -> dict[str, Any]:
-    """The type of every setting, by its name on the command line, e.g. ``--data.batch-size``."""
-    hints = typing.get_type_hints(cls)
-    types: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        option, kind = f"{prefix}{field.name.replace('_', '-')}", hints[field.name]
-        types |= option_types(kind, f"{option}.") if dataclasses.is_dataclass(kind) else {f"--{option}": kind}
-    return types
-
-
 def image_size(config: Any) -> tuple[int, int]:
     """Height and width of the images that settings of data ask for."""
     return config.img_size if isinstance(config.img_size, tuple) else (config.img_size, config.img_size)

@@ -1,0 +1,64 @@
+"""What several commands have in common: how options look in the help, and commands that begin with a recipe."""
+
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
+
+from itpn.errors import UserError
+from itpn.models.variants import BACKBONES
+from itpn.tasks.recipes import nearest
+from itpn.tasks.spec import task_of
+
+
+def shown(metavar: str, hint: str | None = None) -> Any:
+    """How an option is shown: what stands for its value, and what to say instead of its default as it is."""
+    return arg(metavar=metavar, help_behavior_hint=hint)
+
+
+def of_data(name: str, metavar: str, default: str, help: str) -> Any:
+    """An option that also has the name by which messages speak of it, that of a setting of training."""
+    hint = f"(default: {default})"
+    return arg(name=f"data.{name}", aliases=(f"--{name}",), metavar=metavar, help_behavior_hint=hint, help=help)
+
+
+Flag = FlagCreatePairsOff[bool]
+Checkpoint = Annotated[Positional[str], arg(metavar="CKPT")]
+MEMBERS = "Of tar shards, endings of the images to read, as jpg or seg.png, or all."
+Members = Annotated[tuple[str, ...], of_data("members", "ENDING [ENDING ...]", "a sample's plain image", MEMBERS)]
+NUM_HEADS = "Attention heads, where the file cannot tell them (see itpn inspect)."
+NumHeads = Annotated[int | None, arg(metavar="N", help_behavior_hint="(optional)", help=NUM_HEADS)]
+TASK_FILE = "The recipe file that registers the task, where that is one of your own."
+TaskFile = Annotated[str | None, arg(name="recipe", metavar="FILE", help_behavior_hint="(optional)", help=TASK_FILE)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeCommand:
+    """A command whose first word is a recipe, and whose options are its own and the settings of that recipe.
+
+    Attributes:
+        config: the settings of the recipe, with those that were given.
+        given: options of these settings that were given.
+    """
+
+    recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
+    """A name of `itpn list`, a recipe file or a run's config.yaml; its settings are options, see RECIPE --help."""
+    config: Suppress[Any] = None
+    given: Suppress[tuple[str, ...]] = ()
+    task_file: TaskFile = None
+
+    def check(self) -> Any:
+        """What can be found wrong before torch is imported.
+
+        Returns:
+            What the task's ``check_data`` found.
+
+        Raises:
+            UserError: impossible settings, an unknown model, a folder that is missing or without images.
+        """
+        self.config.check()
+        name = self.config.model.name
+        if name is not None and name not in BACKBONES:
+            raise UserError(f"no model {name!r}{nearest(name, list(BACKBONES))}; see `itpn list`")
+        check = task_of(self.config).check_data
+        return None if check is None else check(self.config)
