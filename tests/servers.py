@@ -5,7 +5,12 @@ import multiprocessing
 # what an import would take of the memory that tests/security allows
 PRELOAD = [
     *("itpn.cli", "itpn.data.annotations", "itpn.data.labelled", "itpn.data.labelmaps", "itpn.checkpoints.load"),
-    *("itpn.tasks.run", "itpn.tasks.classification.build", "itpn.tasks.detection.build", "itpn.commands.shrink"),
+    *(
+        "itpn.tasks.run",
+        "itpn.tasks.classification.prediction",
+        "itpn.tasks.detection.prediction",
+        "itpn.commands.shrink",
+    ),
     *("supervision.dataset.formats.yolo", "supervision.dataset.formats.pascal_voc", "defusedxml.ElementTree"),
 ]
 servers = multiprocessing.get_context("forkserver")

@@ -196,7 +196,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = commands.add_parser("predict", help="reconstruct, classify or detect, or write features")
     add.add_argument("checkpoint", help="a checkpoint of iTPN, Fast-iTPN or HiViT, see itpn inspect")
     add.add_argument("images", nargs="+", help="image files, tar shards or folders of either")
-    add.add_argument("--out", default="predictions", help="folder for the visualizations (default: %(default)s)")
+    add.add_argument("--out", help="folder for the results (default: the first new of predictions, predictions-2, ...)")
     add.add_argument("--seed", type=int, default=0, help="of the masks of a pre-training model (default: %(default)s)")
     add.add_argument("--min-score", type=float, default=0.5, help="of objects, above 0.05 (default: %(default)s)")
     add.add_argument("--features", metavar="FILE", help="write features to this .safetensors or .npy file instead")
@@ -559,7 +559,7 @@ def run_predict(options: argparse.Namespace) -> int:
         raise UserError(f"--features {features} must end in .safetensors or .npy")
     from itpn.commands.predict import predict
 
-    out = Path(options.out)
+    out = None if options.out is None else Path(options.out)
     predict(options.checkpoint, source, out, options.seed, features, options.min_score, _check_max_pixels(options))
     return 0
 
@@ -599,7 +599,7 @@ def run_export(options: argparse.Namespace) -> int:
     if options.levels and options.task not in (None, "pyramid"):
         raise UserError(f"--levels is for --task pyramid, not {options.task}")
     from itpn.commands.export import export_checkpoint
-    from itpn.tasks.exporting import check_out
+    from itpn.tasks.export import check_out
 
     out = Path(options.out)
     check_out(out)

@@ -7,9 +7,8 @@ from typing import Any
 from itpn.checkpoints.contents import HEADLESS, read_contents
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.load import load_found
-from itpn.models.hivit import find_backbone
 from itpn.system.console import print_aside
-from itpn.tasks.exporting import Size, export_model, print_exported
+from itpn.tasks.export import Size, export, print_exported
 from itpn.tasks.spec import find_task
 
 
@@ -24,7 +23,7 @@ def export_checkpoint(
         size: of the images; None for what the file's position table is made for.
 
     Raises:
-        UserError: see :func:`itpn.load` and :func:`itpn.tasks.exporting.export_model`.
+        UserError: see :func:`itpn.load` and :func:`itpn.tasks.export.export_model`.
     """
     found = read_checkpoint(checkpoint)
     if name is None:
@@ -35,9 +34,5 @@ def export_checkpoint(
         print_aside(note)
     metadata = {"source": Path(checkpoint).name, "task": name}
     metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
-    export = None if name in HEADLESS else find_task(name).export
-    if export is not None:
-        print_exported(export(model, found, out, size, dynamic_size, metadata))
-        return
-    own = find_backbone(model).image_shape[1:]
-    print_exported(export_model(model, out, size or (own[0], own[1]), dynamic_size, metadata))
+    write = (None if name in HEADLESS else find_task(name).export) or export
+    print_exported(write(model, found, out, size, dynamic_size, metadata))

@@ -10,7 +10,7 @@ from itpn.models.hivit import HiViT
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
 from itpn.system.console import Answer
-from itpn.tasks.describing import Rows, count_parameters, describe_backbone, describe_maps, describe_stages, make_images
+from itpn.tasks.info import Rows, count_parameters, describe_backbone, describe_maps, describe_stages, make_images
 from itpn.tasks.spec import task_of
 from itpn.training.config import RunConfig
 

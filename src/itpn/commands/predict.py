@@ -1,6 +1,8 @@
 """`itpn predict`: what a checkpoint predicts for images, by its task, or features of any checkpoint."""
 
+import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,15 +24,14 @@ from itpn.models.spec import spec_of
 from itpn.system.console import Output, print_aside
 from itpn.system.text import one_line
 from itpn.system.writing import make_folder, open_whole, open_whole_text, write_whole, writing_to
-from itpn.tasks.prediction import PredictionOptions, read_batches
-from itpn.tasks.preprocessing import read_preprocessing
+from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing
 from itpn.tasks.spec import find_task
 
 
 def predict(
     checkpoint: str,
     source: ImageSource,
-    out: Path,
+    out: Path | None,
     seed: int = 0,
     features: Path | None = None,
     min_score: float = 0.5,
@@ -39,7 +40,8 @@ def predict(
     """Write what a checkpoint predicts for images; unreadable ones are named and skipped.
 
     Args:
-        out, seed, min_score: as of :class:`itpn.tasks.prediction.PredictionOptions`.
+        out, seed, min_score: as of :class:`itpn.tasks.prediction.PredictionOptions`; without ``out``, the first of
+            ``predictions``, ``predictions-2``, ... that is new or empty, so that those of two checkpoints do not mix.
         features: a ``.safetensors`` or ``.npy`` file to be written instead: see :func:`compute_features`.
         max_pixels: larger images are skipped; None for the checkpoint's own limit.
 
@@ -65,9 +67,16 @@ def predict(
             "FILE only"
         )
     task = find_task(head)
+    out = out or _find_folder("predictions")
     make_folder(out)
     with writing_to(out):
         task.predict(model, found, source, PredictionOptions(out, seed, min_score, max_pixels))
+
+
+def _find_folder(name: str) -> Path:
+    """The first of NAME, NAME-2, NAME-3 ... that is not there, or empty."""
+    paths = (Path(name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path) or (path.is_dir() and not os.listdir(path)))
 
 
 def write_features(

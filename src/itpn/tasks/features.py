@@ -1,6 +1,6 @@
-"""Features of frozen backbones, to be judged by nearest neighbours and linear classifiers."""
+"""Features of frozen backbones, to be judged by k-NN and linear classifiers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,13 @@ from itpn.models.hivit import find_backbone
 from itpn.tasks.evaluation import nothing_readable
 
 Features = tuple[Tensor, Tensor, Tensor]  # image index int64 [n], label int64 [n], features float32 [n, C]
+
+
+def number_sets(loaders: Iterable[Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The batches of several sets, with the number of their set."""
+    for number, loader in enumerate(loaders):
+        for batch in loader:
+            yield {**batch, "set": number}
 
 
 def compute_features(network: nn.Module, normalize: Normalize, batch: dict[str, Any]) -> Features:
@@ -27,3 +34,9 @@ def join_features(parts: Sequence[Features]) -> Features:
     index, label, features = (torch.cat(column) for column in zip(*parts, strict=True))
     order = index.argsort()
     return index[order], label[order], features[order]
+
+
+def join_sets(parts: Sequence[tuple[int, Features]]) -> tuple[Features, Features]:
+    """The features of two sets, those of the first to learn from."""
+    first, second = (join_features([own for number, own in parts if number == which]) for which in (0, 1))
+    return first, second

@@ -11,8 +11,8 @@ from itpn.training.config import (
     check_amounts,
     check_counts,
     check_crops,
+    check_fractions,
     check_images,
-    check_shares,
     check_size,
     image_size,
 )
@@ -66,7 +66,7 @@ class ClassificationDataConfig(CropsConfig):
     std: tuple[float, ...] | None = None
     """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with deviation 0.5."""
+    """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with std 0.5."""
     erase: float = 0.25
     """Probability that a rectangle of an image is replaced by noise."""
     mixup: float = 0.8
@@ -84,7 +84,7 @@ class ClassificationEvaluationConfig(EvaluationConfig):
     batch_size: int = 256
     """Images per process and forward pass."""
     knn_k: int = 20
-    """`itpn evaluate --knn`: number of nearest neighbours, k."""
+    """`itpn evaluate --knn`: k, the number of nearest neighbours."""
 
 
 @dataclass
@@ -114,7 +114,7 @@ class ClassificationConfig(RunConfig):
                 "--data.cutmix": data.cutmix,
             }
         )
-        check_shares(
+        check_fractions(
             {
                 "--model.drop-rate": model.drop_rate,
                 "--model.ema-decay": model.ema_decay or 0.0,
@@ -125,8 +125,11 @@ class ClassificationConfig(RunConfig):
                 "--data.label-smoothing": data.label_smoothing,
             }
         )
-        for option, share in {"--data.label-fraction": data.label_fraction, "--data.crop-pct": data.crop_pct}.items():
-            if share == 0:
+        for option, fraction in {
+            "--data.label-fraction": data.label_fraction,
+            "--data.crop-pct": data.crop_pct,
+        }.items():
+            if fraction == 0:
                 raise UserError(f"{option} must be above 0")
         if data.val_fraction == 1:
             raise UserError("--data.val-fraction must be below 1: nothing would be left to train on")

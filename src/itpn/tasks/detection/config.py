@@ -9,8 +9,8 @@ from itpn.training.config import (
     ImagesConfig,
     RunConfig,
     check_counts,
+    check_fractions,
     check_images,
-    check_shares,
 )
 
 
@@ -70,11 +70,6 @@ class DetectionDataConfig(ImagesConfig):
 
 
 @dataclass
-class DetectionEvaluationConfig(EvaluationConfig):
-    """Evaluation, of a network in training and of a checkpoint."""
-
-
-@dataclass
 class DetectionConfig(RunConfig):
     """Settings of a detector's run."""
 
@@ -82,7 +77,7 @@ class DetectionConfig(RunConfig):
     model: DetectionModelConfig = field(default_factory=DetectionModelConfig)
     data: DetectionDataConfig = field(default_factory=DetectionDataConfig)
     optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)
-    evaluation: DetectionEvaluationConfig = field(default_factory=DetectionEvaluationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def check(self) -> None:
         """Find impossible settings before anything heavy starts.
@@ -101,7 +96,7 @@ class DetectionConfig(RunConfig):
                 "--data.max-size": data.max_size,
             }
         )
-        check_shares({"--data.crop-prob": data.crop_prob})
+        check_fractions({"--data.crop-prob": data.crop_prob})
         if data.longest < data.img_size:
             raise UserError(f"--data.max-size must be at least --data.img-size {data.img_size}, not {data.max_size}")
         for option, factors in {"scales": data.scales, "large-scale-jitter": data.large_scale_jitter}.items():

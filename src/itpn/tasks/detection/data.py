@@ -3,15 +3,12 @@
 from dataclasses import dataclass
 
 from itpn.data.annotations import find_objects
-from itpn.data.collate import collect
-from itpn.data.loader import TrainingLoader
 from itpn.data.objects import DetectionImages, DetectionTransform
 from itpn.errors import UserError
 from itpn.system.console import print_aside
 from itpn.system.environment import is_main_process
 from itpn.tasks.data import RunData
 from itpn.tasks.detection.config import DetectionConfig
-from itpn.tasks.loading import make_training_loader
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,5 @@ def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
     )
 
 
-def make_loader(
-    config: DetectionConfig, images: DetectionImages, masks: bool, rank: int, world_size: int
-) -> TrainingLoader:
-    return make_training_loader(config, images, make_transform(config, masks), rank, world_size, collate=collect)
+def describe_data(config: DetectionConfig, data: DetectionData) -> dict[str, str]:
+    return {"data": f"{len(data.train.classes)} classes", "size": f"short side up to {config.data.img_size} px"}

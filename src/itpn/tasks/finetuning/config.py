@@ -5,7 +5,7 @@ from typing import Literal
 
 from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
-from itpn.training.config import OptimizerConfig, Settings, check_amounts, check_counts, check_shares
+from itpn.training.config import OptimizerConfig, Settings, check_amounts, check_counts, check_fractions
 
 
 @dataclass
@@ -47,6 +47,19 @@ class FineTuningConfig(OptimizerConfig):
     official code does. None takes it as it is."""
 
 
+def small_dense_optimizer() -> FineTuningConfig:
+    """For objects and pixels of one's own."""
+    return FineTuningConfig(
+        lr=2e-4,
+        betas=(0.9, 0.999),
+        warmup_epochs=5,
+        min_lr=1e-6,
+        clip_grad=1.0,
+        layer_decay=0.9,
+        layer_decay_over=None,
+    )
+
+
 @dataclass
 class EvaluationConfig(Settings):
     """Evaluation, of a network in training and of a checkpoint."""
@@ -73,7 +86,7 @@ def check_fine_tuning(model: NetworkConfig, optimizer: FineTuningConfig, evaluat
     )
     check_amounts({"--model.init-values": model.init_values})
     decay = optimizer.layer_decay
-    check_shares(
+    check_fractions(
         {
             "--model.drop-path-rate": model.drop_path_rate,
             "--optimizer.layer-decay": 1.0 if decay is None else decay,

@@ -10,8 +10,8 @@ from itpn.training.config import (
     RunConfig,
     check_amounts,
     check_counts,
+    check_fractions,
     check_images,
-    check_shares,
 )
 
 
@@ -117,7 +117,7 @@ class SegmentationConfig(RunConfig):
             }
         )
         check_amounts({"--model.auxiliary-weight": model.auxiliary_weight})
-        check_shares(
+        check_fractions(
             {
                 "--model.head-drop-rate": model.head_drop_rate,
                 "--data.val-fraction": data.val_fraction,
