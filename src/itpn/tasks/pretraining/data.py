@@ -21,7 +21,7 @@ from itpn.system.environment import is_main_process
 from itpn.tasks.data import RunData, make_training_loader
 from itpn.tasks.prediction import decode_images
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.teachers.timm_teacher import FeatureTeacher, build_teacher
+from itpn.teachers.timm_teacher import TEACHERS, FeatureTeacher, build_teacher
 from itpn.training.config import describe_crops, image_size
 from itpn.training.launch import choose_devices, read_launch
 
@@ -79,7 +79,9 @@ def describe_teacher(config: PretrainingConfig, data: PretrainingData) -> str:
     if config.teacher.name == "ema":
         return f"EMA of the network, momentum {config.teacher.momentum} to {config.teacher.momentum_end}"
     cache = data.train.cache
-    where = f"features in {cache}" if cache else config.teacher.checkpoint or "weights of timm's hub"
+    where = f"features in {cache}" if cache else config.teacher.checkpoint
+    if where is None:
+        where = "from the recipe file" if config.teacher.name in TEACHERS else "weights of timm's hub"
     return f"{config.teacher.name}, {where}"
 
 

@@ -16,6 +16,7 @@ from itpn.data.cache import read_index
 from itpn.errors import UserError
 from itpn.masked.decoder import AuxiliaryHead, Decoder
 from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
+from itpn.masked.targets import IMAGE_TARGETS
 from itpn.models.build import build, build_backbone
 from itpn.models.heads import Head
 from itpn.models.pyramid import FeaturePyramid
@@ -26,6 +27,7 @@ from itpn.tasks.pretraining.data import PretrainingData
 from itpn.training.config import from_dict, image_size, override_model
 
 TASK = PretrainingConfig.task
+LEVELS = ("_1", "_2", "_3")  # ends of the names of losses on single pyramid levels, finest first
 
 
 def resolve(
@@ -105,11 +107,11 @@ def _head_options(config: PretrainingModelConfig, objective: Objective, widths: 
             name: {
                 "heads": {name: widths[name]},
                 **single,
-                "levels": (level,),
+                "levels": (LEVELS.index(name[-2:]),),
                 "add_mask_tokens": objective.drops_patches,
             }
-            for level, name in enumerate(PYRAMID_LOSSES)
-            if name in widths
+            for name in widths
+            if name.endswith(LEVELS)
         },
         "objective": dataclasses.asdict(objective),
     }
@@ -144,7 +146,7 @@ def target_widths(
         # the EMA teacher has the student's own shape: its stage 3, and all tokens of a patch at each level
         widths |= dict.fromkeys(("feature", "auxiliary"), BACKBONES[config.name]["embed_dim"])
         widths |= {name: tokens * pyramid_width for name, tokens in zip(PYRAMID_LOSSES, (16, 4, 1), strict=True)}
-    elif any(name != "pixel" for name in objective.weights):
+    elif objective.weights.keys() - IMAGE_TARGETS.keys():
         from itpn.teachers.timm_teacher import teacher_width
 
         assert teacher.name is not None
