@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight", type=float, help="of each pyramid level (default: the recipe's)")
-    parser.add_argument("--momentum", type=float, help="of the moving average at the start (default: the recipe's)")
+    parser.add_argument("--momentum", type=float, help="of the EMA at the start (default: the recipe's)")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     options = parser.parse_args()
     train_shard, test_shard = (sorted(options.data.glob(f"{split}-*.tar*"))[0] for split in ("train", "test"))

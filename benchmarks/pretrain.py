@@ -8,7 +8,7 @@ Arms take steps in turns, and between them goes the best large matrix product in
 hold on a machine whose speed varies: "fraction" and "to the first" are medians over rounds. A row for each arm with
 batches that lie in memory and, with --data, one for real files through the reader: means over steps in a row of the
 first arm, when what workers have read ahead is used up. An arm that fails is named and left out, and makes the exit
-code 1. A moving average is part of the step; an outside teacher is
+code 1. An EMA is part of the step; an outside teacher is
 not, random numbers stand for its features. For the memory of an arm give it alone.
 """
 

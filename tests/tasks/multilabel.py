@@ -74,7 +74,7 @@ class MultiLabelConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        check_fine_tuning(self.model, self.optimizer, self.evaluation)
+        check_fine_tuning(self)
 
 
 # --- data

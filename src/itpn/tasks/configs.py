@@ -8,11 +8,7 @@ from itpn.tasks.classification.config import (
     ClassificationEvaluationConfig,
     ClassificationModelConfig,
 )
-from itpn.tasks.detection.config import (
-    DetectionConfig,
-    DetectionDataConfig,
-    DetectionModelConfig,
-)
+from itpn.tasks.detection.config import DetectionConfig, DetectionDataConfig, DetectionModelConfig
 from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,

@@ -9,6 +9,8 @@ from itpn.data.batches import Transform
 from itpn.data.files import ImageSource
 from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
+from itpn.system.console import print_aside
+from itpn.system.environment import is_main_process
 from itpn.training.config import RunConfig
 
 NO_IMAGES = "there are no images to evaluate on: give --data.val-root or --data.val-fraction"
@@ -36,6 +38,12 @@ class RunData:
     def samples(self) -> Any:
         """The set that sample images are taken from."""
         return self.train if self.val is None else self.val
+
+
+def tell(line: str) -> None:
+    """Print a line beside the results, once for all processes."""
+    if is_main_process():
+        print_aside(line)
 
 
 def make_training_loader(

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image, ImageFont
@@ -21,15 +21,7 @@ from itpn.system.console import Output
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.evaluation import detect
-from itpn.tasks.drawing import (
-    LARGE,
-    add_legend,
-    draw_labels,
-    draw_objects,
-    name_colour,
-    show,
-    tile_images,
-)
+from itpn.tasks.drawing import LARGE, add_legend, draw_labels, draw_objects, name_colour, show, tile_images
 from itpn.tasks.parallel_runs import Plan, train_side_by_side
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.module import PretrainingTask
@@ -37,7 +29,7 @@ from itpn.tasks.pretraining.prediction import mask_and_predict
 from itpn.tasks.recipes import read_recipe
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.inference import make_segmentation
-from itpn.training.config import freeze
+from itpn.training.config import AnyConfig, freeze
 
 IMG_SIZE, ROWS = 48, 4  # pixels of the images; and rows of demo.png
 PRETRAINING_STEPS = 2000
@@ -47,10 +39,6 @@ COLOURS = [  # of segmentation; shapes have those that they have in detection
     *map(name_colour, range(FIRST_GROUND, FIRST_GROUND + len(GROUNDS))),
     *map(name_colour, range(1, FIRST_GROUND)),
 ]
-
-
-AnyConfig = TypeVar("AnyConfig", bound=Any)
-Configure = Callable[[ShapesFolders], tuple[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -64,7 +52,7 @@ class Task:
     """
 
     verb: str
-    configure: Configure
+    configure: Callable[[ShapesFolders], tuple[str, Any]]
     steps: int
     metric: str
     title: str

@@ -84,46 +84,33 @@ def read_batches(source: ImageSource, crop: Crop, max_pixels: int) -> Iterator[t
         yield [name for name, _ in batch], torch.stack([image for _, image in batch])
 
 
-def read_images(source: ImageSource, max_pixels: int, crop: Crop | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Names and uint8 images [3, height, width], see :func:`decode_images`; unreadable ones are named.
-
-    Raises:
-        UserError: none of the images can be read.
-    """
-    empty, reason = True, ""
-
-    def skip(text: str) -> None:
-        nonlocal reason
-        reason = reason or f"; the first is {text}"
-        print_aside(f"skipped {text}")
-
-    for named in decode_images(source, max_pixels, skip, crop):
-        empty = False
-        yield named
-    if empty:
-        raise UserError(f"none of the images in {', '.join(source.roots)} can be read{reason}")
-
-
-def decode_images(
-    source: ImageSource, max_pixels: int, skipped: Callable[[str], None], crop: Crop | None = None
+def read_images(
+    source: ImageSource, max_pixels: int, crop: Crop | None = None, tell: Callable[[str], object] = print_aside
 ) -> Iterator[tuple[str, Tensor]]:
     """Decode images one after the other: name and uint8 [3, height, width]. Warnings of their values are printed.
 
     Args:
-        skipped: told "name: reason" of an unreadable one.
         crop: None for whole images.
+        tell: is told which images are skipped, and why.
+
+    Raises:
+        UserError: none of the images can be read.
     """
-    files = FileReader(source.images)
+    files, empty, reason = FileReader(source.images), True, ""
     shards = (read_shard(shard, source.members) for shard in source.shards)
     for name, data in itertools.chain((files[number] for number in range(len(files))), *shards):
         try:
             image = open_sample(data, max_pixels)
             pixels = image.decode()
         except UnreadableImage as error:
-            skipped(f"{name}: {error}")
+            reason = reason or f"; the first is {name}: {error}"
+            tell(f"skipped {name}: {error}")
             continue
         tell_remarks({kind: (name, remark) for kind, remark in image.warnings.items()})
+        empty = False
         yield name, pixels if crop is None else crop(pixels)
+    if empty:
+        raise UserError(f"none of the images in {', '.join(source.roots)} can be read{reason}")
 
 
 def save_image(image: Image.Image, out: Path, number: int) -> None:

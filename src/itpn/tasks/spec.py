@@ -90,11 +90,7 @@ PARTS = {
 
 
 def parts_in(folder: str) -> dict[str, Any]:
-    """The parts of a task whose folder has the usual files, which :class:`TaskSpec` takes by name.
-
-    Args:
-        folder: the package.
-    """
+    """The parts of a task whose package has the usual files: arguments of :class:`TaskSpec`."""
     return {name: lazy(f"{folder}.{file}:{name}") for file, names in PARTS.items() for name in names}
 
 

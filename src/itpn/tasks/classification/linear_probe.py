@@ -5,8 +5,7 @@ from pathlib import Path
 
 import torch
 
-from itpn.checkpoints.files import Checkpoint, named_tensors, read_checkpoint
-from itpn.checkpoints.io import write_safetensors
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.errors import UserError
 from itpn.metrics.classification import judge
 from itpn.metrics.features import WEIGHT_DECAYS, choose_weight_decay, fit_linear
@@ -82,7 +81,7 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
         model.cpu()
         model.spec = spec_of(model).with_options(fc_norm=False)  # type: ignore[assignment]
         with folder.writing(folder.weights):
-            write_safetensors(folder.weights, named_tensors(model), {"recipe": recipe, **task.describe()})
+            task.save(folder.weights, metrics)
         seconds = time.perf_counter() - began
         summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True, "metrics": metrics}
         summary |= {"epochs": 1, "steps": 0, "images_seen": len(features), "images_skipped": len(skipped)}

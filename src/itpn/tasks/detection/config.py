@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
-from itpn.training.config import (
-    ImagesConfig,
-    RunConfig,
-    check_counts,
-    check_fractions,
-    check_images,
+from itpn.tasks.finetuning.config import (
+    EvaluationConfig,
+    FineTuningConfig,
+    NetworkConfig,
+    NormalizationConfig,
+    check_fine_tuning,
 )
+from itpn.training.config import ImagesConfig, RunConfig, check_counts, check_fractions
 
 
 @dataclass
@@ -32,7 +32,7 @@ class DetectionModelConfig(NetworkConfig):
 
 
 @dataclass
-class DetectionDataConfig(ImagesConfig):
+class DetectionDataConfig(NormalizationConfig, ImagesConfig):
     """Images with boxes, classes and outlines of objects."""
 
     root: str = "data/coco"
@@ -58,10 +58,6 @@ class DetectionDataConfig(ImagesConfig):
     large_scale_jitter: tuple[float, float] | None = None
     """Instead of scales and crops, resize by a factor between these of a square of --data.img-size, and crop to it
     (Ghiasi et al. 2021: 0.1 2.0, of 1024 px)."""
-    mean: tuple[float, ...] | None = None
-    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
-    std: tuple[float, ...] | None = None
-    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
 
     @property
     def longest(self) -> int:
@@ -80,11 +76,6 @@ class DetectionConfig(RunConfig):
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def check(self) -> None:
-        """Find impossible settings before anything heavy starts.
-
-        Raises:
-            UserError: the first that is found, with what to do.
-        """
         super().check()
         model, data = self.model, self.data
         check_counts(
@@ -102,5 +93,4 @@ class DetectionConfig(RunConfig):
         for option, factors in {"scales": data.scales, "large-scale-jitter": data.large_scale_jitter}.items():
             if factors is not None and not 0 < factors[0] <= factors[1]:
                 raise UserError(f"--data.{option} needs two factors above 0, from small to large, not {factors}")
-        check_images(data.mean or (0.0,), data.std or (1.0,), in_chans=3)
-        check_fine_tuning(model, self.optimizer, self.evaluation)
+        check_fine_tuning(self)

@@ -5,9 +5,7 @@ from dataclasses import dataclass
 from itpn.data.annotations import find_objects
 from itpn.data.objects import DetectionImages, DetectionTransform
 from itpn.errors import UserError
-from itpn.system.console import print_aside
-from itpn.system.environment import is_main_process
-from itpn.tasks.data import RunData
+from itpn.tasks.data import RunData, tell
 from itpn.tasks.detection.config import DetectionConfig
 
 
@@ -31,7 +29,6 @@ def find_data(config: DetectionConfig) -> DetectionData:
         UserError: none, or masks are wanted of objects that have none.
     """
     data = config.data
-    tell = print_aside if is_main_process() else lambda line: None
     train, val = find_objects(data.root, data.val_root, data.invalid_annotations, tell, data.max_pixels)
     train = train if data.empty_images else train.with_objects()
     outlined, others = train.mask_counts

@@ -17,8 +17,7 @@ from itpn.errors import UserError
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.detection import DetectionScores, Results, score_detections, to_results, write_detection_scores
 from itpn.models.detector import Detector
-from itpn.system.console import print_aside
-from itpn.system.environment import is_main_process
+from itpn.tasks.data import tell
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.evaluation import Evaluator, match_classes
@@ -144,7 +143,6 @@ def find_evaluation_data(
         UserError: no images, or objects of classes that the model does not know.
     """
     data = config.data
-    tell = print_aside if is_main_process() else lambda line: None
     where = data.val_root or data.root
     images = read_objects(where, "val", data.invalid_annotations, tell, True, data.max_pixels)
     if images is None:  # a folder with one set alone: that

@@ -1,11 +1,11 @@
 """What all fine-tuning has: a network that comes from a checkpoint, learning rates by layer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
-from itpn.training.config import OptimizerConfig, Settings, check_amounts, check_counts, check_fractions
+from itpn.training.config import OptimizerConfig, Settings, check_amounts, check_counts, check_fractions, check_images
 
 
 @dataclass
@@ -34,6 +34,16 @@ class NetworkConfig(Settings):
     grad_checkpointing: bool | Literal["selective"] = False
     """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
     norms and activation functions of feed-forward layers, while results of matrix products are kept."""
+
+
+@dataclass
+class NormalizationConfig(Settings):
+    """How the pixels of images become inputs of the network."""
+
+    mean: tuple[float, ...] | None = None
+    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
 
 
 @dataclass
@@ -70,12 +80,14 @@ class EvaluationConfig(Settings):
     """Images per process and forward pass."""
 
 
-def check_fine_tuning(model: NetworkConfig, optimizer: FineTuningConfig, evaluation: EvaluationConfig) -> None:
-    """Find impossible settings among those that all fine-tuning has.
+def check_fine_tuning(config: Any) -> None:
+    """Find impossible settings among those that all runs of fine-tuning have.
 
     Raises:
         UserError: the first that is found, with what to do.
     """
+    model, data, evaluation, decay = config.model, config.data, config.evaluation, config.optimizer.layer_decay
+    check_images(data.mean or (0.0,), data.std or (1.0,), getattr(model, "in_chans", 3))
     check_counts(
         {
             "--model.patch-size": model.patch_size,
@@ -85,7 +97,6 @@ def check_fine_tuning(model: NetworkConfig, optimizer: FineTuningConfig, evaluat
         }
     )
     check_amounts({"--model.init-values": model.init_values})
-    decay = optimizer.layer_decay
     check_fractions(
         {
             "--model.drop-path-rate": model.drop_path_rate,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from itpn.errors import UserError
 from itpn.models.spec import NetworkSpec, find_variant, same_sizes
 from itpn.models.variants import BACKBONES
 from itpn.tasks.finetuning.config import NetworkConfig
+from itpn.training.config import AnyConfig
 from itpn.training.launch import choose_devices, read_launch
 
 NO_NETWORK = (
@@ -23,7 +24,6 @@ NO_NETWORK = (
     "`itpn info` or pretrained= of itpn.get_model"
 )
 STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its images: so many steps, within these epochs
-AnyConfig = TypeVar("AnyConfig", bound=Any)
 
 
 def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int = 3) -> AnyConfig:

@@ -182,11 +182,6 @@ class PretrainingConfig(RunConfig):
         return "cannot probe: leave out --probe.root" if self.probe.root is not None else None
 
     def check(self) -> None:
-        """Find impossible settings before anything heavy starts.
-
-        Raises:
-            UserError: the first that is found, with what to do.
-        """
         super().check()
         check_model(self.model, self.teacher)
         model, data = self.model, self.data

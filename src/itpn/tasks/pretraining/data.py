@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,10 +16,8 @@ from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.data.shards import check_shards
 from itpn.errors import UserError
-from itpn.system.console import print_aside
-from itpn.system.environment import is_main_process
-from itpn.tasks.data import RunData, make_training_loader
-from itpn.tasks.prediction import decode_images
+from itpn.tasks.data import RunData, make_training_loader, tell
+from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.teachers.timm_teacher import TEACHERS, FeatureTeacher, build_teacher
 from itpn.training.config import describe_crops, image_size
@@ -90,9 +88,8 @@ def tell_what_is_left_out(source: ImageSource) -> None:
     notes = list(source.notes)
     if source.shards:
         notes += check_shards(source.shards, source.members)
-    if is_main_process():
-        for note in notes:
-            print_aside(note)
+    for note in notes:
+        tell(note)
 
 
 def find_probe_sets(config: PretrainingConfig) -> tuple[LabelledImages, LabelledImages] | None:
@@ -173,12 +170,7 @@ def read_samples(source: ImageSource, config: PretrainingConfig) -> Tensor:
         return FeatureCache(source.cache).first(SAMPLES)
     if source.images:
         stride = max(1, len(source.images) // SAMPLES)
-        source = ImageSource(images=source.images[::stride] + source.images)
-    reasons: list[str] = []
+        source = replace(source, images=source.images[::stride] + source.images)
     crop = functools.partial(center_crop, img_size=image_size(config.data))
-    images = decode_images(source, config.data.max_pixels, reasons.append, crop)
-    chosen = [image for _, image in itertools.islice(images, SAMPLES)]
-    if not chosen:
-        first = f"; the first is {reasons[0]}" if reasons else ""
-        raise UserError(f"none of the images in {', '.join(config.data.root)} can be read{first}")
-    return torch.stack(chosen)
+    images = read_images(replace(source, roots=config.data.root), config.data.max_pixels, crop, lambda line: None)
+    return torch.stack([image for _, image in itertools.islice(images, SAMPLES)])

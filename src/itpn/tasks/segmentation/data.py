@@ -6,16 +6,13 @@ from itpn.data.labelmaps import find_label_maps
 from itpn.data.mask_checks import MaskRules
 from itpn.data.masks import LabelTable
 from itpn.data.segmentation_transform import SegmentationTransform
-from itpn.system.console import print_aside
-from itpn.system.environment import is_main_process
-from itpn.tasks.data import NO_IMAGES, RunData
+from itpn.tasks.data import NO_IMAGES, RunData, tell
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.config import describe_crops
 
 
 def make_rules(config: SegmentationConfig) -> MaskRules:
     data = config.data
-    tell = print_aside if is_main_process() else lambda line: None
     return MaskRules(data.classes, data.reduce_zero_label, data.ignore, data.invalid_annotations, tell, data.max_pixels)
 
 
