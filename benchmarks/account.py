@@ -108,8 +108,8 @@ def draw_targets(model: MaskedImageModel, images: torch.Tensor) -> dict[str, tor
     widths = {name: head.out_features for name, head in (model.decoder.heads.items() if model.decoder else ())}
     widths |= {"auxiliary": model.auxiliary.head.out_features} if model.auxiliary else {}
     widths |= {name: head.heads[name].out_features for name, head in model.pyramid_heads.items()}  # type: ignore[union-attr,index]
-    units = model.backbone.grid_of(images.shape[-2:])
-    shape = len(images), units[0] * units[1]
+    patches = model.backbone.grid_of(images.shape[-2:])
+    shape = len(images), patches[0] * patches[1]
     return {name: torch.zeros(*shape, widths[name], device=images.device) for name in model.feature_losses}
 
 
@@ -144,7 +144,7 @@ def main() -> None:
     account, kept = take_account(model, images)
 
     total = sum(account.macs.values())
-    columns = ("multiply-adds (M)", "share", "products (MB)", "others (MB)", "kept (MB)")
+    columns = ("MACs (M)", "fraction", "products (MB)", "others (MB)", "kept (MB)")
     table = Table("part", *columns, title=f"{recipe}, forward pass of an image, float32")
     for part in [*PARTS, ELSE, "all"]:
         parts = [*PARTS, ELSE] if part == "all" else [part]

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("folder", help="any tree of images")
     parser.add_argument("--img-size", type=int, default=224, help="height and width of the crops in pixels")
     parser.add_argument("--rounds", type=int, default=5, help="how often each pipeline goes through the folder")
-    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--json", type=Path, help="also write the metrics to this file")
     args = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -63,8 +63,8 @@ def main() -> None:
     console.print(table)
     console.print(f"itpn / Pillow: {ratio:.2f}")
     if args.json:
-        figures = {"images": len(paths), "img_size": args.img_size, "images_per_second": medians, "ratio": ratio}
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+        metrics = {"images": len(paths), "img_size": args.img_size, "images_per_second": medians, "ratio": ratio}
+        args.json.write_text(json.dumps(metrics, indent=2) + "\n")
 
 
 def is_readable(read: Callable[[str], Tensor], path: str) -> bool:

@@ -52,8 +52,8 @@ def main() -> None:
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        figures = f"loss {loss.item():.2f}, {time.perf_counter() - begin:.1f} s, peak {peak_memory_gb(device):.2f} GB"
-        Console().print(f"step {step}: {figures}, {device_name(device)}")
+        cells = f"loss {loss.item():.2f}, {time.perf_counter() - begin:.1f} s, peak {peak_memory_gb(device):.2f} GB"
+        Console().print(f"step {step}: {cells}, {device_name(device)}")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder of train-*.tar and test-*.tar with .cls members")
     parser.add_argument("--checkpoint", required=True, help="of a pre-training run on the images of the training set")
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.01, 0.1, 1.0], help="of the labels")
+    parser.add_argument("--fractions", nargs="+", type=float, default=[0.01, 0.1, 1.0], help="of the labels")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--steps", type=int, default=400)
@@ -44,13 +44,13 @@ def main() -> None:
     rows: list[dict] = []
     failures = Failures()
     for seed in options.seeds:
-        for share in options.shares:
+        for fraction in options.fractions:
             settings = copy.deepcopy(base)
-            settings.seed, settings.data.label_fraction = seed, share
+            settings.seed, settings.data.label_fraction = seed, fraction
             for arm in options.arms:
-                with failures.of(f"{arm}, {share:.0%} of the labels, seed {seed}"):
+                with failures.of(f"{arm}, {fraction:.0%} of the labels, seed {seed}"):
                     config = copy.deepcopy(settings)
-                    config.name = f"{arm}-{share}-{seed}"
+                    config.name = f"{arm}-{fraction}-{seed}"
                     config.optimizer.lr = options.lr[ARMS.index(arm)]
                     if arm == "scratch":
                         config.model.name, config.model.scratch = options.model[0], True
@@ -59,7 +59,7 @@ def main() -> None:
                         config.model.checkpoint = options.checkpoint
                     summary = json.loads((train(config, "labels") / "summary.json").read_text())
                     metrics = summary["metrics"]
-                    rows.append({"arm": arm, "share": share, "seed": seed, "top1": metrics["val_top1"]})
+                    rows.append({"arm": arm, "fraction": fraction, "seed": seed, "top1": metrics["val_top1"]})
                     rows[-1] |= {"ema_top1": metrics["ema_val_top1"], "seconds": summary["duration_seconds"]}
                     Console().print(rows[-1])
                     options.out.mkdir(parents=True, exist_ok=True)
@@ -74,12 +74,16 @@ def main() -> None:
 
 
 def show(rows: list[dict], steps: int) -> None:
-    shares = sorted({row["share"] for row in rows})
-    table = Table("arm", *(f"{share:.0%} of the labels" for share in shares), title=f"top-1 in %, {steps} steps")
+    fractions = sorted({row["fraction"] for row in rows})
+    table = Table(
+        "arm", *(f"{fraction:.0%} of the labels" for fraction in fractions), title=f"top-1 in %, {steps} steps"
+    )
     for arm in ARMS:
         cells = []
-        for share in shares:
-            values = torch.tensor([100 * row["top1"] for row in rows if (row["arm"], row["share"]) == (arm, share)])
+        for fraction in fractions:
+            values = torch.tensor(
+                [100 * row["top1"] for row in rows if (row["arm"], row["fraction"]) == (arm, fraction)]
+            )
             spread = f" \u00b1 {values.std():.1f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.1f}{spread}" if len(values) else "failed")
         table.add_row(arm, *cells)

@@ -54,7 +54,7 @@ def main() -> None:
     base.output_dir = str(options.out)
     base = parse(type(base), others, "necks.py", base)
     arms = options.arms or [arm for arm in ARMS if arm != "fpn" or base.task == "detection"]
-    figures = METRICS[base.task]
+    metrics = METRICS[base.task]
     rows: list[dict] = []
     failures = Failures()
     for seed in options.seeds:
@@ -70,7 +70,7 @@ def main() -> None:
                     config.model.checkpoint = options.checkpoint
                     config.model.neck = arm
                 metrics = json.loads((train(config, recipe) / "summary.json").read_text())["metrics"]
-                rows.append({"arm": arm, "seed": seed, **{name: metrics[name] for name in figures}})
+                rows.append({"arm": arm, "seed": seed, **{name: metrics[name] for name in metrics}})
                 Console().print(rows[-1])
                 options.out.mkdir(parents=True, exist_ok=True)
                 name = f"{recipe}-{'-'.join(arms)}-{'-'.join(map(str, options.seeds))}.csv"
@@ -79,11 +79,11 @@ def main() -> None:
                     writer.writeheader()
                     writer.writerows(rows)
     title = f"in %, {base.trainer.max_steps} steps of {base.data.batch_size}"
-    table = Table("arm", *figures, title=title)
+    table = Table("arm", *metrics, title=title)
     for arm in arms:
         cells = []
-        for figure in figures:
-            values = torch.tensor([100 * row[figure] for row in rows if row["arm"] == arm])
+        for metric in metrics:
+            values = torch.tensor([100 * row[metric] for row in rows if row["arm"] == arm])
             spread = f" \u00b1 {values.std():.1f}" if len(values) > 1 else ""
             cells.append(f"{values.mean():.1f}{spread}" if len(values) else "failed")
         table.add_row(arm, *cells)

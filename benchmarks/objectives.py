@@ -2,9 +2,9 @@
 
     python benchmarks/objectives.py SHARDS_OF_CIFAR --images 16000 --seeds 0 1 2
 
-Each arm trains the same small network on the training shards without their labels. Then nearest neighbours and a
-linear classifier on its frozen features (learned from 5,000 labelled images) are asked about the test shard, beside the
-same network with random weights. Figures go to OUT/objectives.csv, losses to each run's metrics.csv.
+Each arm trains the same small network on the training shards without their labels. Then k-NN and a
+linear classifier on its frozen features (with 5,000 labelled images) are evaluated on the test shard, beside the
+same network with random initialization. Metrics go to OUT/objectives.csv, losses to each run's metrics.csv.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 from arms import Failures
+from probing import probe
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -23,7 +24,6 @@ from torch import Tensor
 from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
 from itpn.tasks.configs import PretrainingConfig
-from itpn.tasks.pretraining.probe import probe
 from itpn.tasks.recipes import read_recipe
 from itpn.tasks.run import train
 
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder of train-*.tar* and test-*.tar* with .jpg and .cls members")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--images", type=int, default=16_000, help="seen in training (default: %(default)s)")
+    parser.add_argument("--images", type=int, default=16_000, help="trained on (default: %(default)s)")
     parser.add_argument(
         "--labels", type=int, default=5_000, help="labelled images to learn from (default: %(default)s)"
     )
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, default=0)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--weight", type=float, help="of each pyramid level (default: the recipe's)")
-    parser.add_argument("--momentum", type=float, help="of the moving average at the start (default: the recipe's)")
+    parser.add_argument("--momentum", type=float, help="of the EMA at the start (default: the recipe's)")
     parser.add_argument("--out", type=Path, default=Path("runs/objectives"))
     options = parser.parse_args()
     train_shard, test_shard = (sorted(options.data.glob(f"{split}-*.tar*"))[0] for split in ("train", "test"))

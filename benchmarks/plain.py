@@ -1,7 +1,7 @@
 """The plain composition: the masked model as it is usually written, to be compared with (see pretrain.py).
 
-The same weights and the same loss, without what our own leaves out: all units are embedded before the hidden ones are
-dropped, attention is written out, the decoder computes and predicts all units and the loss forgets the visible ones.
+The same weights and the same loss, without what our own leaves out: all patches are embedded before the masked ones are
+dropped, attention is written out, the decoder computes and predicts all patches and the loss forgets the visible ones.
 """
 
 from collections.abc import Collection
@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.layers import Attention, PatchEmbed
 
-SAVINGS = ("visible units embedded", "fused attention", "hidden units predicted", "fused optimizer")
+SAVINGS = ("visible patches embedded", "fused attention", "masked patches predicted", "fused optimizer")
 
 
 def make_plain(model: MaskedImageModel, without: Collection[str] = SAVINGS) -> MaskedImageModel:
     """Take savings out of a model, in place; the optimiser's are not the model's."""
-    if "hidden units predicted" in without:
+    if "masked patches predicted" in without:
         model._pick = lambda split, *names: None  # type: ignore[method-assign]
     for module in model.modules():
         if isinstance(module, Attention) and "fused attention" in without:
             module.forward = MethodType(attend, module)  # type: ignore[method-assign]
-        elif isinstance(module, PatchEmbed) and "visible units embedded" in without:
+        elif isinstance(module, PatchEmbed) and "visible patches embedded" in without:
             module.forward = MethodType(embed, module)  # type: ignore[method-assign]
     return model
 

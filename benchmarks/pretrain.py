@@ -8,8 +8,8 @@ Arms take steps in turns, and between them goes the best large matrix product in
 hold on a machine whose speed varies: "fraction" and "to the first" are medians over rounds. A row for each arm with
 batches that lie in memory and, with --data, one for real files through the reader: means over steps in a row of the
 first arm, when what workers have read ahead is used up. An arm that fails is named and left out, and makes the exit
-code 1. A moving average is part of the step; an outside teacher is
-not, numbers drawn at random stand for its features. For the memory of an arm give it alone.
+code 1. An EMA is part of the step; an outside teacher is
+not, random numbers stand for its features. For the memory of an arm give it alone.
 """
 
 import argparse
@@ -43,9 +43,9 @@ DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 ARMS = {
     "eager": "as it is",
     "compiled": "by torch.compile",
-    "selective": "products kept, the rest recomputed",
+    "selective": "results of matrix products kept, norms and activation functions recomputed",
     "checkpointed": "all activations recomputed",
-    "compiled selective": "both",
+    "compiled selective": "compiled, and selective",
     "plain": "the same network without our savings, see plain.py",
     **{f"no {saving}": "eager without this one" for saving in SAVINGS},
 }
@@ -57,7 +57,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class BestProduct:
-    """The largest rate of square matrix products, which is timed again whenever it is asked for."""
+    """The largest rate of square matrix products, which is timed again at every call."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self.device = device
@@ -154,9 +154,9 @@ def time_files(arm: Arm, batches: Iterator[torch.Tensor], warmup: int, steps: in
     synchronize(arm.device)
     wait, begin = 0.0, time.perf_counter()
     for _ in range(steps):
-        asked = time.perf_counter()
+        since = time.perf_counter()
         images = next(batches)
-        wait += time.perf_counter() - asked
+        wait += time.perf_counter() - since
         arm.step(images)
     synchronize(arm.device)
     return (time.perf_counter() - begin) / steps, wait / steps
@@ -174,7 +174,7 @@ def main() -> None:
     parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics there as well")
     options = parser.parse_args()
 
     recipe, config = read_recipe(options.recipe)

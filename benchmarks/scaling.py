@@ -20,7 +20,7 @@ from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.recipes import read_recipe
 from itpn.training.config import image_size
 
-PEAK, SHARE = 989e12, 0.4  # bf16 FLOP/s of an H100 without sparsity, and what of it is assumed to be reached
+PEAK, FRACTION = 989e12, 0.4  # bf16 FLOP/s of an H100 without sparsity, and what of it is assumed to be reached
 # bytes a second each way: between the GPUs of a machine, or out of a machine in all
 LINKS = {"NVLink": 450e9, "8x400 Gb/s": 400e9, "PCIe 5": 64e9, "400 Gb/s": 50e9, "100 Gb/s": 12.5e9, "25 Gb/s": 3.1e9}
 BUCKET = 25 * 2**20  # bytes of gradients that DDP sends at once: the last ones find no backward pass to hide behind
@@ -41,14 +41,14 @@ def main() -> None:
             parser.error(f"{name} is a recipe of {config.task}, not of pre-training")
         trained, flops, activations = count(config)
         batch, gradients = config.data.batch_size, 4 * trained
-        step = batch * flops / (PEAK * SHARE)
+        step = batch * flops / (PEAK * FRACTION)
         cells = []
         for speed in LINKS.values():
             sent, last = 2 * gradients / speed, 2 * BUCKET / speed  # a ring of many: each sends all twice
             seen = max(sent - step * 2 / 3, last)  # two thirds of a step are the backward pass
             cells.append(f"{1000 * sent:.0f} ms, {step / (step + seen):.0%}")
-        figures = [f"{trained / 1e6:.2f}", f"{gradients / 1e9:.2f}", f"{flops / 1e9:.1f}", f"{activations / 1e6:.0f}"]
-        table.add_row(name, *figures, str(batch), f"{1000 * step:.0f}", *cells)
+        numbers = [f"{trained / 1e6:.2f}", f"{gradients / 1e9:.2f}", f"{flops / 1e9:.1f}", f"{activations / 1e6:.0f}"]
+        table.add_row(name, *numbers, str(batch), f"{1000 * step:.0f}", *cells)
     Console(width=220).print(table)
 
 
@@ -60,8 +60,8 @@ def count(config: PretrainingConfig) -> tuple[int, float, float]:
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = build_from(config).to(torch.bfloat16).train()
         images = torch.zeros(IMAGES, config.model.in_chans, *image_size(config.data), dtype=torch.bfloat16)
-        units = model.backbone.grid_size[0] * model.backbone.grid_size[1]
-        targets = {n: torch.zeros(IMAGES, units, config.teacher.width or 512) for n in model.feature_losses}
+        patches = model.backbone.grid_size[0] * model.backbone.grid_size[1]
+        targets = {n: torch.zeros(IMAGES, patches, config.teacher.width or 512) for n in model.feature_losses}
         if config.teacher.name is not None:
             with torch.no_grad():
                 create_model(config.teacher.name)(torch.zeros(IMAGES, 3, 224, 224))

@@ -4,7 +4,7 @@
     python benchmarks/tokens.py --run runs/fast-itpn-pixel_nano/cifar --shards data/cifar10 --gather 4,1 4,2
 
 Without --run: time and change of the output for a large network, of RANDOM weights, as no trained ones can be had here;
-the change says little then. With --run: for a run's own weights, with what neighbours and a linear classifier make of
+the change says little then. With --run: for a run's own weights, with the accuracy of k-NN and a linear classifier on
 frozen features of labelled images (see objectives.py). Times are of the processor with one thread, two networks by
 turns, each time over that of the same round without.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from objectives import read_labelled
+from probing import probe
 from rich.console import Console
 from rich.table import Table
 from timm import create_model
@@ -25,14 +26,13 @@ from torch import Tensor
 
 import itpn  # noqa: F401  # its models become timm's
 from itpn.models.hivit import HiViT
-from itpn.tasks.pretraining.probe import probe
 from itpn.tasks.recipes import read_settings
 
 OFF = {"migrate_ratio": 0.0, "gather_window": 0, "gather_side": 1}
 
 
 def combinations(ratios: list[float], gather: list[tuple[int, int]]) -> dict[str, dict]:
-    """Each alone, and the largest share with each kind of windows."""
+    """Each alone, and the largest fraction with each kind of windows."""
     migrate = {f"migrate {ratio:g}": {"migrate_ratio": ratio} for ratio in ratios}
     windows = {f"gather {w}, {s * s} a window": {"gather_window": w, "gather_side": s} for w, s in gather}
     both = {f"migrate {max(ratios):g}, {name}": {"migrate_ratio": max(ratios), **own} for name, own in windows.items()}
@@ -85,7 +85,9 @@ def compare_speed(options: argparse.Namespace) -> Table:
 def compare_accuracy(options: argparse.Namespace) -> Table:
     recipe, config = read_settings(options.run / "config.yaml")
     shards = [sorted(options.shards.glob(f"{split}-*.tar*"))[0] for split in ("train", "test")]
-    sets = [read_labelled(shard, count) for shard, count in zip(shards, (options.labels, options.asked), strict=True)]
+    sets = [
+        read_labelled(shard, count) for shard, count in zip(shards, (options.labels, options.test_images), strict=True)
+    ]
     table = Table("setting", "knn", "linear", "pyramid_knn", "pyramid_linear", title=f"{recipe}, accuracy in %")
     for name, settings in {"off": OFF, **combinations(options.ratios, options.gather)}.items():
         own = dataclasses.replace(config, model=dataclasses.replace(config.model, **settings))
@@ -110,7 +112,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="folder of a finished run")
     parser.add_argument("--shards", type=Path, help="folder of train-*.tar* and test-*.tar* with .jpg and .cls members")
     parser.add_argument("--labels", type=int, default=5_000, help="labelled images to learn from")
-    parser.add_argument("--asked", type=int, default=5_000, help="test images")
+    parser.add_argument("--test-images", type=int, default=5_000, help="test images")
     options = parser.parse_args()
     torch.set_num_threads(1)
     Console(width=120).print(compare_accuracy(options) if options.run else compare_speed(options))

@@ -18,7 +18,7 @@ from itpn.cli import main
 from itpn.data.shapes import ShapesFolders
 from itpn.errors import NonFiniteLoss, RunStopped, UserError
 from itpn.system.signals import stopped_by_signals
-from itpn.tasks.pretraining.start import save_weights
+from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.recipes import read_recipe
 
 ROOT = Path(__file__).parents[1]

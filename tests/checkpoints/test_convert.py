@@ -17,8 +17,8 @@ from itpn.checkpoints.convert import convert
 from itpn.checkpoints.files import read_checkpoint
 from itpn.errors import MachineError, UserError
 from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, TeacherConfig
+from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.tasks.pretraining.start import save_weights
 
 CASES = {
     "official": [

@@ -32,7 +32,7 @@ ALL = {"feature_weight": 0.5, "auxiliary_weight": 0.5, "pyramid_weights": (0.1, 
 
 @pytest.fixture(scope="session")
 def tower(tmp_path_factory) -> str:
-    """A tiny random CLIP in OpenAI's form: patch 16, 24 numbers a unit."""
+    """A tiny random CLIP in OpenAI's form: patch 16, 24 numbers a patch."""
     path = tmp_path_factory.mktemp("tower") / "clip.pt"
     torch.save(read_golden("off_clip_teacher")[0]["param"], path)
     return str(path)
@@ -65,7 +65,7 @@ def rows(run: Path) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize(("masked_patches", "accumulate", "stop"), [("dropped", 1, 8), ("mask_token", 2, 7)])
-def test_a_resumed_run_with_an_average_and_block_masks_is_the_same(ema, monkeypatch, masked_patches, accumulate, stop):
+def test_a_resumed_run_with_an_ema_and_block_masks_is_the_same(ema, monkeypatch, masked_patches, accumulate, stop):
     config = ema(accumulate_grad_batches=accumulate)
     config.model.masked_patches = masked_patches
     straight, resumed = run_straight_and_stopped(config, monkeypatch, stop)
@@ -78,7 +78,7 @@ def test_a_resumed_run_with_an_average_and_block_masks_is_the_same(ema, monkeypa
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_average_moves_once_a_step(ema, monkeypatch, accumulate):
+def test_the_ema_moves_once_a_step(ema, monkeypatch, accumulate):
     """By hand from the weights after each step; and the weights that are written know nothing of it."""
     name, seen = "backbone.stages.2.0.attn.qkv.weight", []
 
@@ -101,7 +101,7 @@ def test_the_average_moves_once_a_step(ema, monkeypatch, accumulate):
     assert len(state["optimizer_states"][0]["state"]) == len(trained)
 
 
-def test_figures_of_every_loss_and_level(ema):
+def test_metrics_of_every_loss_and_level(ema):
     config = ema()
     run = train(config, "test")
     row = rows(run)[-1]
@@ -171,7 +171,7 @@ def test_cached_features_give_the_loss_of_the_live_teacher(clip, tmp_path, capsy
     assert rows(run)[-1]["loss_feature"] < rows(run)[0]["loss_feature"]
 
 
-def test_caching_goes_on_where_it_stopped(clip, tmp_path, monkeypatch, capsys):
+def test_caching_resumes_where_it_stopped(clip, tmp_path, monkeypatch, capsys):
     import itpn.tasks.pretraining.caching as caching
 
     monkeypatch.setattr(caching, "SHARD_SIZE", 8)
@@ -277,23 +277,23 @@ def test_caching_stops_at_too_many_broken_images(clip, tmp_path, capsys):
     folder = tmp_path / "photos"
     shutil.copytree(clip.data.root[0], folder)
     for i in range(5):
-        (folder / f"broken-{i}.png").write_bytes(b"no image")
+        (folder / f"corrupt-{i}.png").write_bytes(b"no image")
     clip.data.root = (str(folder),)
     assert main(cache_arguments(clip, tmp_path / "cache")) == 2
     assert "5 of 31 images cannot be read" in capsys.readouterr().err
 
 
-def test_features_alone_in_bf16_and_their_pictures(clip, tmp_path, capsys):
-    """The published CLIP objective through training, pictures and `itpn predict`, which has no teacher."""
+def test_features_alone_in_bf16_and_their_visualizations(clip, tmp_path, capsys):
+    """The published CLIP objective through training, visualizations and `itpn predict`, which has no teacher."""
     published = {"mask_ratio": 75 / 196, "masked_laterals": True, "decoder_depth": 0, "feature_loss": "cosine"}
     weights = {"pixel_weight": 0.0, "feature_weight": 1.0, "auxiliary_weight": 0.0, "pyramid_weights": (0.0, 0.0, 0.0)}
     clip.model = replace(clip.model, **published, **weights)
     clip.trainer.precision = "bf16-mixed"
     run = train(clip, "test")
     assert -1 < rows(run)[-1]["loss"] < rows(run)[0]["loss"] < 1
-    picture = Image.open(run / "reconstructions/step-00000018.png")
-    assert picture.size == (8 * (224 + 4) + 4, 4 * (224 + 4) + 4 + 20)  # two sets of four columns
-    out = tmp_path / "pictures"
+    image = Image.open(run / "reconstructions/step-00000018.png")
+    assert image.size == (8 * (224 + 4) + 4, 4 * (224 + 4) + 4 + 20)  # two sets of four columns
+    out = tmp_path / "drawn"
     assert main(["predict", str(run / "model.safetensors"), *clip.data.root, "--out", str(out)]) == 0
     assert Image.open(out / "prediction-0000.png").size[0] == 6 * (224 + 4) + 4  # three: nobody knows the features
     assert "prediction-0000.png" in capsys.readouterr().out

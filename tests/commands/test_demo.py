@@ -34,13 +34,13 @@ def test_the_whole_story(monkeypatch, tmp_path, capsys):
         (weights,) = [line.split()[1] for line in lines if line.startswith(f"{task}:")]
         assert (tmp_path / weights).is_file()
         assert weights.endswith("pre-trained/model.safetensors")
-    with Image.open(tmp_path / "demo.png") as picture:
-        assert picture.width > 5 * 288  # 48 px, six times
-        assert picture.height > 4 * 288
-        assert len(picture.getcolors(2**24)) > 1000
+    with Image.open(tmp_path / "demo.png") as image:
+        assert image.width > 5 * 288  # 48 px, six times
+        assert image.height > 4 * 288
+        assert len(image.getcolors(2**24)) > 1000
 
 
-def test_a_signal_stops_all_runs_and_the_same_call_goes_on(settings, tmp_path):
+def test_a_signal_stops_all_runs_and_the_same_call_resumes(settings, tmp_path):
     plans = {}
     for title in ("one", "other"):
         config = dataclasses.replace(settings(max_steps=100), name=title)
@@ -79,7 +79,7 @@ def test_a_process_that_was_killed_is_one_line(settings, tmp_path):
 
     threading.Thread(target=kill, daemon=True).start()
     with pytest.raises(MachineError, match=r"killed.*one\.log"):
-        train_side_by_side({"one": plan}, tmp_path / "logs", Console(quiet=True), lanes=1)
+        train_side_by_side({"one": plan}, tmp_path / "logs", Console(quiet=True), workers=1)
 
 
 def test_what_fails_is_told_and_nothing_follows(settings, tmp_path):
@@ -87,6 +87,6 @@ def test_what_fails_is_told_and_nothing_follows(settings, tmp_path):
     bad.data = dataclasses.replace(bad.data, root=(str(tmp_path / "nowhere"),))
     plans = {"bad": Plan("test", bad), "good": Plan("test", good, after="bad")}
     with pytest.raises(UserError, match="nowhere"):
-        train_side_by_side(plans, tmp_path / "logs", Console(quiet=True), lanes=1)
+        train_side_by_side(plans, tmp_path / "logs", Console(quiet=True), workers=1)
     assert not multiprocessing.active_children()
     assert not (tmp_path / "logs/good.log").exists()

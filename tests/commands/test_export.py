@@ -12,7 +12,7 @@ from itpn.models.detector import MaskDetector
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.detection.export import export_detector
-from itpn.tasks.exporting import check_out, export_model, print_exported
+from itpn.tasks.export import check_out, export_model, print_exported
 from itpn.tasks.segmentation.export import name_logits
 
 SMALL = {"depths": (1, 1, 1), "img_size": 32, "patch_size": 8}
@@ -114,7 +114,7 @@ def test_migration_and_gathering(tmp_path):
 
 
 def test_a_wrong_file_is_not_left(tmp_path, monkeypatch):
-    monkeypatch.setattr("itpn.tasks.exporting.open_exported", lambda path: lambda images: [torch.zeros(len(images), 7)])
+    monkeypatch.setattr("itpn.tasks.export.open_exported", lambda path: lambda images: [torch.zeros(len(images), 7)])
     with pytest.raises(ExportFailed, match=r"a\.pt2 is not written, for it differs"):
         export_model(make("itpn_nano", num_classes=7), tmp_path / "a.pt2", (32, 32))
     assert not list(tmp_path.iterdir())

@@ -28,13 +28,13 @@ from itpn.system.text import readable
 from itpn.system.writing import name_output
 from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig
 from itpn.tasks.detection.prediction import predict_objects
+from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.tasks.pretraining.start import save_weights
 from itpn.tasks.run import train
 
 
 def test_a_classifier_of_others(tmp_path, photos, capsys):
-    """The table, the file and the pictures say what the network says."""
+    """The table, the file and the images tell the likeliest classes."""
     model = timm.create_model("hivit_tiny", img_size=64, num_classes=7).eval()
     state = from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()}, "official", (4, 4))[0]
     torch.save({"model": state}, tmp_path / "theirs.pth")
@@ -55,6 +55,18 @@ def test_a_classifier_of_others(tmp_path, photos, capsys):
     assert float(first["probability"]) == pytest.approx(probability.item(), abs=1e-5)
 
 
+def test_predictions_of_two_commands_do_not_mix(tmp_path, photos, monkeypatch, capsys):
+    """Without --out each command has a folder of its own."""
+    model = timm.create_model("hivit_tiny", img_size=64, num_classes=7)
+    torch.save({"model": {f"backbone.{n}": t for n, t in model.state_dict().items()}}, tmp_path / "model.pth")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "predictions").mkdir()  # empty
+    for name in ("predictions", "predictions-2", "predictions-3"):
+        assert main(["predict", "model.pth", str(photos / "03.png")]) == 0
+        assert f"{name}/predictions.csv" in capsys.readouterr().out
+        assert len(list((tmp_path / name).iterdir())) == 3
+
+
 def test_names_of_outputs_fit_the_file_system(tmp_path):
     """Cut at whole characters, apart by their numbers; a path is no part of a name."""
     for number, (name, ending, want) in enumerate(
@@ -72,7 +84,7 @@ def test_names_of_outputs_fit_the_file_system(tmp_path):
     assert name_output(tmp_path / "not there", 7, "a" * 300, ".png") == "0007-" + "a" * 246 + ".png"
 
 
-def test_pictures_of_images_of_long_or_equal_names(tmp_path, monkeypatch, capsys):
+def test_drawings_of_images_of_long_or_equal_names(tmp_path, monkeypatch, capsys):
     found = {"boxes": torch.tensor([[1.0, 2, 8, 9]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
     monkeypatch.setattr(itpn.tasks.detection.prediction, "detect", lambda model, normalize, images: [found])
     names = ["a/x.jpg", "b/x.jpg", "y" * 250 + "1.jpg", "y" * 250 + "2.jpg", readable(os.fsdecode(b"\xff[red]\n.jpg"))]
@@ -233,7 +245,7 @@ def test_mistakes_are_one_line(tmp_path, photos, capsys, monkeypatch, arguments,
     assert not (tmp_path / "predictions").exists()
 
 
-def test_training_goes_on_from_a_public_file(tmp_path, settings, capsys):
+def test_training_starts_from_a_public_file(tmp_path, settings, capsys):
     """A run from a file in the authors' names is the run from our own file, number by number; what differs is said."""
 
     def run(name: str, checkpoint: Path | None, **model) -> list[str]:

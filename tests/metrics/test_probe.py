@@ -21,7 +21,7 @@ def test_clusters(probe):
     assert probe(x, shuffled, *clusters(2000, 0.05, 1)) < 0.6  # nothing to learn
 
 
-def test_nearest_neighbours_by_hand():
+def test_knn_by_hand():
     """The nearer of two weighs more than one alone further away: exp(similarity / temperature)."""
     train = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, -0.8], [-0.6, 0.0]])  # of mean zero
     labels = torch.tensor([0, 1, 1, 1])

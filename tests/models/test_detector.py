@@ -19,8 +19,8 @@ from itpn.errors import UserError
 from itpn.models.detector import Detector, FPNBackbone, MaskDetector
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.synced import SyncedBatchNorm2d
+from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.pretraining.network import build_from
-from itpn.tasks.pretraining.start import save_weights
 
 # few boxes and narrow heads, for speed
 LIGHT = {"head_width": 32, "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 32, "box_detections_per_img": 8}

@@ -14,8 +14,8 @@ from itpn.errors import UserError
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
 from itpn.models.synced import SyncedBatchNorm2d
+from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.pretraining.network import build_from
-from itpn.tasks.pretraining.start import save_weights
 
 NANO = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depths": (1, 1, 2), "num_heads": 4}
 

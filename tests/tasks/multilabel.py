@@ -29,8 +29,7 @@ from itpn.models.heads import Head
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.spec import NetworkSpec
 from itpn.system.writing import write_whole
-from itpn.tasks.data import RunData
-from itpn.tasks.describing import count_parameters, describe_backbone
+from itpn.tasks.data import RunData, make_training_loader
 from itpn.tasks.evaluation import Evaluator
 from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
 from itpn.tasks.finetuning.module import FineTuningTask
@@ -42,9 +41,8 @@ from itpn.tasks.finetuning.network import (
     name_classes,
     resolve_network,
 )
-from itpn.tasks.loading import make_training_loader
-from itpn.tasks.prediction import read_batches
-from itpn.tasks.preprocessing import read_preprocessing
+from itpn.tasks.info import count_parameters, describe_backbone
+from itpn.tasks.prediction import read_batches, read_preprocessing
 from itpn.training.config import CropsConfig, RunConfig
 
 # --- settings
@@ -76,7 +74,7 @@ class MultiLabelConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        check_fine_tuning(self.model, self.optimizer, self.evaluation)
+        check_fine_tuning(self)
 
 
 # --- data
@@ -197,8 +195,7 @@ class MultiLabelModule(FineTuningTask):
 
 def build_module(model: nn.Module, config: MultiLabelConfig, recipe: str, data: RunData) -> MultiLabelModule:
     make_loader = functools.partial(make_training_loader, config, data.train, TrainingTransform(config))
-    normalize = Normalize(3, config.data.mean, config.data.std)
-    return MultiLabelModule(model, config, recipe, data.train.classes, normalize, make_loader)
+    return MultiLabelModule(model, config, recipe, data.train.classes, make_loader)
 
 
 def describe_data(config: MultiLabelConfig, data: RunData) -> dict[str, str]:

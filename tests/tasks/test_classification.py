@@ -1,4 +1,4 @@
-"""Runs of classifiers: from a checkpoint to figures, stopped and resumed, on one process and on two."""
+"""Runs of classifiers: from a checkpoint to metrics, stopped and resumed, on one process and on two."""
 
 import csv
 import json
@@ -22,7 +22,7 @@ from torchrun import run_command
 import itpn
 from itpn.cli import main
 from itpn.errors import RunStopped, UserError
-from itpn.metrics.classification import judge, score
+from itpn.metrics.classification import judge, score, write_scores
 from itpn.tasks.configs import (
     ClassificationConfig,
     ClassificationDataConfig,
@@ -149,8 +149,8 @@ class StopAt(StopRequest):
 
 
 @pytest.mark.parametrize(("step", "workers"), [(4, 0), (6, 2)])
-def test_a_stopped_run_goes_on_as_if_it_had_not(settings, monkeypatch, step, workers):
-    """Weights, average and figures, with everything random switched on."""
+def test_a_stopped_run_resumes_as_if_it_had_not(settings, monkeypatch, step, workers):
+    """Weights, EMA and metrics, with everything random switched on."""
     config = settings()
     config.data.num_workers = workers
     straight = train(replace(config, name="straight"), "test")
@@ -170,14 +170,14 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(settings, monkeypatch, step, wor
 
 
 @pytest.mark.parametrize("better", ["weights", "EMA"])
-def test_the_better_of_weights_and_average_is_written(settings, monkeypatch, better):
+def test_the_better_of_weights_and_ema_is_written(settings, monkeypatch, better):
     def evaluate(self, fabric):
         self.score = 1.0
         return {"val_top1": 0.5, "val_top5": 1.0, "val_loss": 0.0, "ema_val_top5": 1.0, "ema_val_loss": 0.0} | {
             "ema_val_top1": 0.6 if better == "EMA" else 0.4
         }
 
-    monkeypatch.setattr("itpn.tasks.validation.Validation.evaluate", evaluate)
+    monkeypatch.setattr("itpn.tasks.evaluation.Validation.evaluate", evaluate)
     folder = train(settings(), "test")
     assert json.loads((folder / "summary.json").read_text())["saved"] == better
     state = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
@@ -300,20 +300,20 @@ def test_recipes_take_the_checkpoints_that_they_are_named_after(pretraining, fin
 
 
 def test_linear_probe(settings, tmp_path):
-    """The layer that is written gives the very figures that the run found."""
+    """The layer that is written gives the very metrics that the run found."""
     first = train(settings(), "test")
     config = settings(scratch=False, checkpoint=str(first / "model.safetensors"), freeze=True, ema_decay=None)
     folder = train(replace(config, name="probe"), "test")
-    figures = json.loads((folder / "summary.json").read_text())["metrics"]
-    assert figures["val_top1"] == 1.0
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    assert metrics["val_top1"] == 1.0
     before, after = itpn.load(first / "model.safetensors"), itpn.load(folder / "model.safetensors")
     assert torch.equal(before.stages[2][3].mlp.fc1.weight, after.stages[2][3].mlp.fc1.weight)
     out = tmp_path / "evaluation"
     command = ["evaluate", str(folder / "config.yaml"), "--checkpoint", str(folder / "model.safetensors")]
     assert main([*command, "--out", str(out)]) == 0
     evaluated = json.loads((out / "evaluation.json").read_text())
-    assert evaluated["loss"] == pytest.approx(figures["val_loss"], abs=1e-6)
-    assert evaluated["top1"] == figures["val_top1"]
+    assert evaluated["loss"] == pytest.approx(metrics["val_loss"], abs=1e-6)
+    assert evaluated["top1"] == metrics["val_top1"]
 
 
 def test_a_probe_of_random_weights(settings):
@@ -351,9 +351,13 @@ def test_evaluating_one_set_of_class_folders(settings, tmp_path, coloured, capsy
     common = ["evaluate", "classifier_small", "--checkpoint", str(folder / "model.safetensors"), "--out", str(tmp_path)]
     common += ["--data.num-workers", "0", "--data.root"]
     assert main([*common, str(coloured / "train")]) == 0
-    figures = json.loads((tmp_path / "evaluation.json").read_text())
-    assert (figures["images"], figures["loss"]) == (6, found["val_loss"])
-    assert figures["data"].startswith("25% held out of ")
+    metrics = json.loads((tmp_path / "evaluation.json").read_text())
+    assert (metrics["images"], metrics["loss"]) == (6, found["val_loss"])
+    assert metrics["data"].startswith("25% held out of ")
+    capsys.readouterr()
+    assert main([*common, str(coloured / "train"), "--knn", "--data.label-fraction", "0.5"]) == 0
+    assert "25% held out of " in capsys.readouterr().out
+    assert json.loads((tmp_path / "evaluation.json").read_text())["images"] == 6
     assert main([*common, str(coloured / "val")]) == 0
     assert json.loads((tmp_path / "evaluation.json").read_text())["images"] == 12
     assert main([*common, "nowhere", "--data.val-root", str(coloured / "val")]) == 0
@@ -373,13 +377,15 @@ def test_evaluate_writes_what_the_run_found(settings, tmp_path, capsys):
         assert main([*command, "--out", str(tmp_path / "e"), option, "64"]) == 2
         assert words in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "e")]) == 0
-    figures = json.loads((tmp_path / "e" / "evaluation.json").read_text())
-    assert (figures["images"], figures["top1"], figures["loss"]) == (12, found["val_top1"], found["val_loss"])
+    metrics = json.loads((tmp_path / "e" / "evaluation.json").read_text())
+    assert (metrics["images"], metrics["top1"], metrics["loss"]) == (12, found["val_top1"], found["val_loss"])
+    assert not {"val_top5", "ema_val_top5"} & set(found)  # of three classes, it is always among the five likeliest
+    assert "top5" not in metrics
     rows = list(csv.reader((tmp_path / "e" / "confusion.csv").open()))
     assert rows[0] == ["class \\ answer", *COLOURS]
     counts = np.array([row[1:] for row in rows[1:]], dtype=int)
     assert counts.sum(axis=1).tolist() == [4, 4, 4]
-    assert np.trace(counts) == round(12 * figures["top1"])
+    assert np.trace(counts) == round(12 * metrics["top1"])
     assert Image.open(tmp_path / "e" / "confusion.png").size[0] > 300
     capsys.readouterr()
     assert main([*command, "--out", str(tmp_path / "k"), "--knn", "--evaluation.knn-k", "3"]) == 0
@@ -387,7 +393,7 @@ def test_evaluate_writes_what_the_run_found(settings, tmp_path, capsys):
     assert json.loads((tmp_path / "k" / "evaluation.json").read_text())["top1"] > 0.9
     # other sizes of the images
     assert main([*command, "--out", str(tmp_path / "t"), "--data.test-size", "48"]) == 0
-    assert json.loads((tmp_path / "t" / "evaluation.json").read_text())["loss"] != figures["loss"]
+    assert json.loads((tmp_path / "t" / "evaluation.json").read_text())["loss"] != metrics["loss"]
 
 
 def test_scores_by_hand():
@@ -401,6 +407,13 @@ def test_scores_by_hand():
     # each answer is alone in its bin: 0.3 and 0.4 too careful, 0.5 and 0.9 too bold
     assert scores.calibration_error == pytest.approx((0.3 + 0.4 + 0.5 + 0.9) / 4)
     assert scores.loss == pytest.approx(-np.log([0.7, 0.6, 0.3, 0.1]).mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_is_of_more_than_five_classes(tmp_path, classes):
+    scores = score(judge(torch.arange(4), torch.arange(4), torch.eye(classes)[:4].log_softmax(dim=1)), classes)
+    write_scores(scores, tuple(map(str, range(classes))), tmp_path, {})
+    assert ("top5" in json.loads((tmp_path / "evaluation.json").read_text())) == (classes > 5)
 
 
 def test_classes_in_another_order(settings, tmp_path, coloured, capsys):
@@ -429,7 +442,7 @@ def test_classes_in_another_order(settings, tmp_path, coloured, capsys):
 
 
 def test_two_processes_evaluate_as_one(settings, tmp_path):
-    """5,003 images, to the last bit of every figure."""
+    """5,003 images, to the last bit of every metric."""
     rng = np.random.default_rng(0)
     for name in COLOURS:
         (tmp_path / "many" / "val" / name).mkdir(parents=True)
@@ -445,12 +458,12 @@ def test_two_processes_evaluate_as_one(settings, tmp_path):
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "itpn"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *launcher, *command, tmp_path / "2"], check=True, env=env, capture_output=True)
-    figures = [
+    metrics = [
         [(tmp_path / processes / name).read_bytes() for name in ("evaluation.json", "classes.csv", "confusion.csv")]
         for processes in ("1", "2")
     ]
-    assert figures[0] == figures[1]
-    assert json.loads(figures[0][0])["images"] == 5003
+    assert metrics[0] == metrics[1]
+    assert json.loads(metrics[0][0])["images"] == 5003
 
 
 def test_two_processes_train_and_validate(settings, tmp_path):
@@ -516,7 +529,7 @@ def test_evaluating_what_has_no_classifier(tmp_path, coloured, capsys):
 
 
 def test_epochs_scale_with_the_images(settings):
-    from itpn.tasks.finetuning.start import scale_epochs
+    from itpn.tasks.finetuning.network import scale_epochs
 
     config = settings()
     for images, processes, epochs in ((24, 1, 200), (6 * 100, 1, 20), (6 * 100, 8, 167), (6 * 10_000, 1, 10)):
@@ -527,7 +540,7 @@ def test_epochs_scale_with_the_images(settings):
 def test_relative_positions_begin_at_zero(settings, tmp_path):
     """As the published fine-tuning adds them to pixel pre-training: the network computes what it did."""
     from itpn.checkpoints.files import read_checkpoint
-    from itpn.tasks.classification.network import build_model, resolve
+    from itpn.tasks.classification.network import build_classifier, resolve
 
     path = save_public(tmp_path, "off_pixel_pretrain")
     models = []
@@ -535,9 +548,9 @@ def test_relative_positions_begin_at_zero(settings, tmp_path):
         config = settings(name=None, patch_size=None, scratch=False, checkpoint=str(path), rel_pos_bias=biased)
         config.data.img_size = None
         found = read_checkpoint(path)
-        config = resolve(config, found)
+        config, _ = resolve(config, found)
         torch.manual_seed(0)
-        models.append(build_model(config, tuple(COLOURS), found)[0].eval())
+        models.append(build_classifier(config, tuple(COLOURS), found)[0].eval())
     plain, biased = models
     assert not any(p.any() for n, p in biased.named_parameters() if n.endswith("relative_position_bias_table"))
     assert sum(n.endswith("relative_position_bias_table") for n, _ in biased.named_parameters()) == 2
@@ -546,14 +559,14 @@ def test_relative_positions_begin_at_zero(settings, tmp_path):
 
 
 def test_a_pretraining_run_is_probed(coloured, tmp_path, capsys):
-    """Columns from the first row on, figures from the first probe on; training itself does not notice."""
+    """Columns from the first row on, metrics from the first probe on; training itself does not notice."""
     common = [*pretrain_command(coloured, tmp_path), "--trainer.max-epochs", "2"]
     assert main([*common, "--name", "plain"]) == 0
     probed = ["--name", "probed", "--probe.root", str(coloured), "--probe.every-n-epochs", "1"]
     assert main([*common, *probed]) == 0
     plain, rows = (read_rows(tmp_path / "itpn-pixel_nano" / name) for name in ("plain", "probed"))
     assert [row["loss"] for row in rows] == [row["loss"] for row in plain]
-    # figures stand at the steps that they were found at, the ends of the two epochs
+    # metrics stand at the steps that they were found at, the ends of the two epochs
     assert [row["probe_knn"] == "" for row in rows] == [True, True, False, True, True, False]
     assert float(rows[-1]["probe_linear"]) > 0.9
     assert "by k-NN" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""A detector's run from its checkpoint to its files; COCO's figures; what users get wrong."""
+"""A detector's run from its checkpoint to its files; COCO's metrics; what users get wrong."""
 
 import contextlib
 import csv
@@ -36,10 +36,10 @@ from itpn.tasks.configs import (
     PretrainingModelConfig,
     TrainerConfig,
 )
-from itpn.tasks.detection.network import build_model
+from itpn.tasks.detection.network import build_detector
 from itpn.tasks.finetuning.network import resolve_with_head
+from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.pretraining.network import build_from
-from itpn.tasks.pretraining.start import save_weights
 from itpn.tasks.run import train
 from itpn.training.config import write_yaml
 
@@ -84,7 +84,7 @@ def trained(settings):
     return train(settings(), "test")
 
 
-# --- figures
+# --- metrics
 
 
 def make_results(images, seed: int, masks: bool) -> list:
@@ -128,7 +128,7 @@ def pycocotools_figures(file: Path, results: list, kind: str, ids: list[int]) ->
 
 
 @pytest.mark.parametrize("source", ["shapes", "coco_mini"])
-def test_figures_are_pycocotools(shapes, source):
+def test_metrics_are_pycocotools(shapes, source):
     if source == "coco_mini" and not MINI.is_dir():
         pytest.skip("shared/data/coco_mini is not here")
     root = shapes if source == "shapes" else MINI
@@ -213,9 +213,9 @@ def test_a_run_from_pretraining_to_its_files(settings, tmp_path, shapes, capsys)
 
     command = ["evaluate", str(folder / "config.yaml"), "--checkpoint", str(folder / "model.safetensors")]
     assert main(command) == 0
-    figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    metrics = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     for name in ("box_ap", "box_ap50", "mask_ap", "mask_ap75"):
-        assert figures[name] == pytest.approx(summary["metrics"][f"val_{name}"], abs=1e-6)
+        assert metrics[name] == pytest.approx(summary["metrics"][f"val_{name}"], abs=1e-6)
     results = json.loads((folder / "evaluation" / "results.json").read_text())
     assert set(results[0]) == {"image_id", "category_id", "bbox", "score", "segmentation"}
     classes = list(csv.reader((folder / "evaluation" / "classes.csv").open()))
@@ -231,6 +231,9 @@ def test_a_run_from_pretraining_to_its_files(settings, tmp_path, shapes, capsys)
     assert answer["objects"][0]["class"] in CLASSES
     assert set(answer["objects"][0]) == {"class", "score", "box", "mask"}
     assert (out / f"0000-{photo.stem}.png").exists()
+    capsys.readouterr()
+    assert main(["predict", model_file, str(photo), "--out", str(out), "--min-score", "1"]) == 0
+    assert "no object has a score of at least 1: a lower --min-score shows more" in capsys.readouterr().err
 
 
 def test_boxes_alone(settings, tmp_path, shapes):
@@ -296,7 +299,7 @@ def test_info_of_a_detector(trained, capsys):
     assert f"{count:.2f} M" in text
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(settings, train_until):
+def test_a_stopped_run_resumes_as_if_it_had_not(settings, train_until):
     straight = train(replace(settings(), name="straight"), "test")
     config = replace(settings(), name="stopped")
     train_until(config, 4)
@@ -328,7 +331,7 @@ def test_three_starts(settings, tmp_path):
         config = settings()
         config.model.neck, config.model.scratch, config.model.checkpoint = neck, False, "set"
         config, _ = resolve_with_head(config, found)
-        model, notes = build_model(config, CLASSES, True, found)
+        model, notes = build_detector(config, CLASSES, True, found)
         own = itpn.checkpoints.files.named_tensors(model)
         random[neck] = {n.partition(".")[0] for n, t in own.items() if n not in theirs or not torch.equal(t, theirs[n])}
         assert any("feature pyramid network" in note for note in notes) == (neck == "fpn")
@@ -338,13 +341,13 @@ def test_three_starts(settings, tmp_path):
 
 
 @pytest.mark.parametrize(("masks", "width"), [(False, 16), (True, 24)])
-def test_heads_of_a_detector_go_on(settings, trained, masks, width):
+def test_heads_of_a_detector_are_kept(settings, trained, masks, width):
     """Into one of other classes, without masks, of a recipe of another width: only what names classes is fresh."""
     found = itpn.checkpoints.files.read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", width
     config, notes = resolve_with_head(config, found)
-    model, more = build_model(config, ("a", "b"), masks, found)
+    model, more = build_detector(config, ("a", "b"), masks, found)
     notes += more
     own = itpn.checkpoints.files.named_tensors(model)
     fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
@@ -363,7 +366,7 @@ def test_heads_that_are_not_there_are_named(settings, tmp_path, shapes):
     found = itpn.checkpoints.files.read_checkpoint(folder / "model.safetensors")
     config.model.scratch, config.model.checkpoint = False, "set"
     config, _ = resolve_with_head(config, found)
-    _, notes = build_model(config, CLASSES, True, found)
+    _, notes = build_detector(config, CLASSES, True, found)
     for part in ("mask head", "predictor of masks"):
         assert f"{found.source} has no {part}: it is randomly initialized" in notes
     assert len(notes) == 2
@@ -387,16 +390,16 @@ def test_relative_positions_from_scratch(settings):
     config = settings()
     config.model.name = "hivit_tiny"  # has them
     config, _ = resolve_with_head(config, None)
-    model, _ = build_model(config, CLASSES, True, None)
+    model, _ = build_detector(config, CLASSES, True, None)
     assert any("relative_position_bias_table" in name for name in model.state_dict())
     config.model.rel_pos_bias = False
-    model, _ = build_model(config, CLASSES, True, None)
+    model, _ = build_detector(config, CLASSES, True, None)
     assert not any("relative_position_bias_table" in name for name in model.state_dict())
 
 
 @pytest.mark.parametrize("processes", [2])
 def test_two_processes_evaluate_as_one(settings, trained, tmp_path, processes):
-    """Seven images on two processes: each once, the same figures and detections."""
+    """Seven images on two processes: each once, the same metrics and detections."""
     command = ["evaluate", str(trained / "config.yaml"), "--checkpoint", str(trained / "model.safetensors"), "--out"]
     assert main([*command, str(tmp_path / "1")]) == 0
     run_command(*command, tmp_path / str(processes), folder=tmp_path, processes=processes)
@@ -421,9 +424,9 @@ def test_two_processes_train_and_validate(settings, tmp_path):
     folder = Path(config.output_dir) / "test" / "default"
     command = ["evaluate", str(folder / "config.yaml"), "--checkpoint", str(folder / "model.safetensors")]
     assert main(command) == 0  # in one process
-    figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    metrics = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     for name in ("box_ap", "mask_ap"):
-        assert figures[name] == pytest.approx(summary["metrics"][f"val_{name}"], abs=1e-6)
+        assert metrics[name] == pytest.approx(summary["metrics"][f"val_{name}"], abs=1e-6)
 
 
 # --- what users get wrong
@@ -500,7 +503,10 @@ def test_hostile_annotations(shapes, tmp_path, damage, mistakes, capsys):
             "--model.scratch --model.name itpn_nano --model.box-batch-size-per-image 0",
             "--model.box-batch-size-per-image must be at least 1",
         ),
-        ("--model.scratch --model.name itpn_nano --optimizer.milestones 0.9 0.2", "must be rising shares of the run"),
+        (
+            "--model.scratch --model.name itpn_nano --optimizer.milestones 0.9 0.2",
+            "must be rising fractions of the run",
+        ),
     ],
 )
 def test_impossible_settings(shapes, options, words, capsys, tmp_path):
@@ -544,8 +550,8 @@ def test_other_sizes_in_evaluation(shapes, trained, tmp_path):
     ]
     assert main([*command, "--out", str(tmp_path / "a"), "--data.img-size", "96"]) == 0
     assert main([*command, "--out", str(tmp_path / "b")]) == 0
-    figures = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
-    assert figures[0] != figures[1]
+    metrics = [json.loads((tmp_path / name / "results.json").read_text()) for name in "ab"]
+    assert metrics[0] != metrics[1]
 
 
 def test_schedule_of_the_published_recipe():
@@ -556,14 +562,14 @@ def test_schedule_of_the_published_recipe():
     for name, epochs in (("1x", 12), ("3x", 36)):
         _, config = read_recipe(f"mask-rcnn_itpn-pixel-base_{name}_coco")
         steps = 3665  # of COCO's 117,266 images with objects, 32 a step
-        share = learning_rate(config.optimizer, 2e-4, epochs * steps, steps)
+        factor = learning_rate(config.optimizer, 2e-4, epochs * steps, steps)
         assert config.trainer.max_epochs == epochs
-        assert share(0) == pytest.approx(1e-3)
-        assert share(250) == pytest.approx(1e-3 + 0.999 / 2)
-        assert share(500) == share(epochs * steps * 3 // 4 - 1) == 1
-        assert share(epochs * steps * 3 // 4) == pytest.approx(0.1)
-        assert share(epochs // 12 * 11 * steps - 1) == pytest.approx(0.1)
-        assert share(epochs // 12 * 11 * steps) == pytest.approx(0.01)
+        assert factor(0) == pytest.approx(1e-3)
+        assert factor(250) == pytest.approx(1e-3 + 0.999 / 2)
+        assert factor(500) == factor(epochs * steps * 3 // 4 - 1) == 1
+        assert factor(epochs * steps * 3 // 4) == pytest.approx(0.1)
+        assert factor(epochs // 12 * 11 * steps - 1) == pytest.approx(0.1)
+        assert factor(epochs // 12 * 11 * steps) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(
@@ -589,7 +595,7 @@ def test_published_settings(name, model, drop_path, decay):
     assert (config.model.head_width, config.model.box_batch_size_per_image, config.model.neck) == (256, 512, "pyramid")
 
 
-def test_a_handful_of_images_is_learned_by_heart(settings, tmp_path):
+def test_a_handful_of_images_is_overfitted(settings, tmp_path):
     root = write_shapes(tmp_path / "six", train=6, val=6, img_size=64).coco
     shutil.rmtree(root / "val2017")
     shutil.copytree(root / "train2017", root / "val2017")

@@ -118,14 +118,14 @@ def test_published_settings(recipe, epochs, warmup, drop_path, batch):
     assert (data.auto_augment, optimizer.weight_decay) == ("rand-m9-mstd0.5-inc1", 0.05)
     steps = 1_281_167 // batch
     assert steps == {1024: 1251, 512: 2502}[batch]
-    share = learning_rate(optimizer, 1e-3, epochs * steps, steps)
+    factor = learning_rate(optimizer, 1e-3, epochs * steps, steps)
     first = warmup * steps  # not cut short, 20 of 100 epochs neither
-    assert share(0) == pytest.approx(1e-4)
-    assert share(first // 2) == pytest.approx(1e-4 + 0.9999 * (first // 2) / first)
-    assert share(first) == 1.0
+    assert factor(0) == pytest.approx(1e-4)
+    assert factor(first // 2) == pytest.approx(1e-4 + 0.9999 * (first // 2) / first)
+    assert factor(first) == 1.0
     half = first + (epochs * steps - first) // 2
-    assert share(half) == pytest.approx(0.5 * (1 + 1e-3), abs=1e-4)  # halfway down to 1e-6 of 1e-3
-    assert share(epochs * steps) == pytest.approx(1e-3)
+    assert factor(half) == pytest.approx(0.5 * (1 + 1e-3), abs=1e-4)  # halfway down to 1e-6 of 1e-3
+    assert factor(epochs * steps) == pytest.approx(1e-3)
 
 
 def test_layer_decay_as_it_is():

@@ -54,19 +54,19 @@ def test_schedule_of_800_epochs():
     length = measure(config, world_size=8)
     assert length.steps_per_epoch == 1_281_167 // 4096 == 312
     assert length.total_steps == 800 * 312
-    share = learning_rate(config.optimizer, 2.4e-3, 800 * 312, 312)
-    assert share(0) == pytest.approx(1e-4)
-    assert share(20 * 312) == pytest.approx(0.50005)
-    assert share(40 * 312) == 1.0
-    assert share(420 * 312) == pytest.approx(0.5)  # halfway down
-    assert share(610 * 312) == pytest.approx(0.1464466, abs=1e-6)  # three quarters: (1 + cos(3 pi / 4)) / 2
-    assert share(800 * 312) == pytest.approx(0.0, abs=1e-12)
+    factor = learning_rate(config.optimizer, 2.4e-3, 800 * 312, 312)
+    assert factor(0) == pytest.approx(1e-4)
+    assert factor(20 * 312) == pytest.approx(0.50005)
+    assert factor(40 * 312) == 1.0
+    assert factor(420 * 312) == pytest.approx(0.5)  # halfway down
+    assert factor(610 * 312) == pytest.approx(0.1464466, abs=1e-6)  # three quarters: (1 + cos(3 pi / 4)) / 2
+    assert factor(800 * 312) == pytest.approx(0.0, abs=1e-12)
 
 
 def test_short_runs_warm_up_for_a_tenth():
-    share = learning_rate(OptimizerConfig(warmup_epochs=40), 1.0, 100, 10)
-    assert share(9) < 1
-    assert share(10) == 1
+    factor = learning_rate(OptimizerConfig(warmup_epochs=40), 1.0, 100, 10)
+    assert factor(9) < 1
+    assert factor(10) == 1
     assert learning_rate(OptimizerConfig(), 1.0, 1, 1)(0) == 1  # a single step is not wasted on warming up
     assert learning_rate(OptimizerConfig(min_lr=0.1), 0.5, 100, 10)(100) == pytest.approx(0.2)
 

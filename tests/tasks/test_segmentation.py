@@ -1,4 +1,4 @@
-"""A segmenter's run from its checkpoint to its files; figures; images of any size; what users get wrong."""
+"""A segmenter's run from its checkpoint to its files; metrics; images of any size; what users get wrong."""
 
 import csv
 import json
@@ -38,13 +38,13 @@ from itpn.tasks.configs import (
     TrainerConfig,
 )
 from itpn.tasks.finetuning.network import resolve_with_head
+from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.pretraining.network import build_from
-from itpn.tasks.pretraining.start import save_weights
 from itpn.tasks.recipes import read_recipe
 from itpn.tasks.run import train
 from itpn.tasks.segmentation.inference import Segmentation, enlarge_labels
 from itpn.tasks.segmentation.module import pixel_loss
-from itpn.tasks.segmentation.network import build_model
+from itpn.tasks.segmentation.network import build_segmenter
 from itpn.training.config import write_yaml
 from itpn.training.optimization import learning_rate
 
@@ -98,10 +98,10 @@ def pretrained(tmp_path):
     return tmp_path / "pretrained.safetensors"
 
 
-# --- figures
+# --- metrics
 
 
-def slow_figures(answers: list, targets: list, classes: int) -> dict[str, float]:
+def slow_metrics(answers: list, targets: list, classes: int) -> dict[str, float]:
     """Pixel by pixel, class by class."""
     ious, recalls, right, seen = [], [], 0, 0
     for number in range(classes):
@@ -128,8 +128,8 @@ def slow_figures(answers: list, targets: list, classes: int) -> dict[str, float]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_figures_are_those_of_an_obvious_reference(seed):
-    """Of images of any size, with pixels of no class, a class that is only seen and one that is only there."""
+def test_metrics_are_those_of_an_obvious_reference(seed):
+    """Of images of any size, with pixels of no class, a class that is only predicted and one that is only there."""
     rng = np.random.default_rng(seed)
     answers, targets = [], []
     for _ in range(3):
@@ -143,7 +143,7 @@ def test_figures_are_those_of_an_obvious_reference(seed):
         targets.append(torch.from_numpy(target))
     confusion = sum(compare(a, t, 6) for a, t in zip(answers, targets, strict=True))
     scores = PixelScores(confusion, 3)
-    assert scores.metrics == pytest.approx(slow_figures(answers, targets, 6))
+    assert scores.metrics == pytest.approx(slow_metrics(answers, targets, 6))
     assert scores.iou.isnan().tolist() == [False] * 5 + [True]
     assert scores.recall.isnan().tolist() == [False, False, False, True, False, True]
     assert int(confusion.sum()) == sum(int((t != IGNORED).sum()) for t in targets)
@@ -166,7 +166,7 @@ def test_the_loss_is_the_mean_over_labelled_pixels():
 
 
 class Local(nn.Module):
-    """Logits that depend on a pixel and its neighbours, and on where the window begins."""
+    """Logits that depend on a pixel and those around it, and on where the window begins."""
 
     num_classes = 5
 
@@ -276,7 +276,7 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
         assert float(row["loss"]) == pytest.approx(float(row["loss_out"]) + 0.4 * float(row["loss_aux"]), rel=1e-5)
     model = itpn.load(folder / "model.safetensors")
     assert isinstance(model, Segmenter)
-    narrow = Segmentation(64, 48)(model, PLAIN, torch.zeros(3, 5, 70, dtype=torch.uint8))  # less than two units high
+    narrow = Segmentation(64, 48)(model, PLAIN, torch.zeros(3, 5, 70, dtype=torch.uint8))  # less than two patches high
     assert narrow.shape == (5, 70)
     assert itpn.inspect(folder / "model.safetensors").classes == NAMES
     last = itpn.load(folder / "checkpoints" / "last.ckpt")
@@ -286,9 +286,9 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
 
     command = ["evaluate", "segmenter_nano", "--data.root", str(shapes), "--data.num-workers", "0", "--checkpoint"]
     assert main([*command, str(folder / "model.safetensors")]) == 0
-    figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    metrics = json.loads((folder / "evaluation" / "evaluation.json").read_text())
     for name in ("miou", "mean_accuracy", "pixel_accuracy"):
-        assert figures[name] == pytest.approx(summary["metrics"][f"val_{name}"], abs=1e-6)
+        assert metrics[name] == pytest.approx(summary["metrics"][f"val_{name}"], abs=1e-6)
     classes = list(csv.reader((folder / "evaluation" / "classes.csv").open()))
     assert [row[0] for row in classes] == ["class", *NAMES]
     assert {"confusion.csv", "confusion.png"} <= {path.name for path in (folder / "evaluation").iterdir()}
@@ -300,7 +300,7 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
     with Image.open(out / answer["labels"]) as labels:
         assert (labels.mode, labels.size) == ("P", (64, 64))
         numbers = np.asarray(labels)
-    assert answer["shares"] == {
+    assert answer["fractions"] == {
         NAMES[n]: pytest.approx((numbers == n).mean()) for n in range(10) if (numbers == n).any()
     }
     # the same as in evaluation
@@ -311,7 +311,7 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
     assert (out / f"0000-{photo.stem}.png").exists()
 
 
-def test_a_stopped_run_goes_on_as_if_it_had_not(settings, train_until):
+def test_a_stopped_run_resumes_as_if_it_had_not(settings, train_until):
     straight = train(replace(settings(), name="straight"), "test")
     config = replace(settings(), name="stopped")
     train_until(config, 4)
@@ -328,7 +328,7 @@ def test_three_starts(settings, pretrained):
         config = settings()
         config.model.neck, config.model.scratch, config.model.checkpoint = neck, False, "set"
         config, _ = resolve_with_head(config, found)
-        model, _ = build_model(config, NAMES, found)
+        model, _ = build_segmenter(config, NAMES, found)
         own = named_tensors(model)
         random[neck] = {
             n.partition(".")[0]
@@ -339,12 +339,12 @@ def test_three_starts(settings, pretrained):
     assert random == {"pyramid": heads, "random": {*heads, "pyramid"}}
 
 
-def test_a_segmenter_of_other_classes_goes_on(settings, trained):
+def test_a_segmenter_of_other_classes_is_a_start(settings, trained):
     found = read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", 24
     config, notes = resolve_with_head(config, found)
-    model, more = build_model(config, ("a", "b", "c"), found)
+    model, more = build_segmenter(config, ("a", "b", "c"), found)
     notes += more
     own = named_tensors(model)
     fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
@@ -355,7 +355,7 @@ def test_a_segmenter_of_other_classes_goes_on(settings, trained):
 
 @pytest.mark.parametrize("processes", [2])
 def test_two_processes_train_and_evaluate_as_one(settings, tmp_path, processes):
-    """Seven images on two processes: each once, the same figures."""
+    """Seven images on two processes: each once, the same metrics."""
     config = settings(max_steps=2)
     config.data.batch_size = 2
     write_yaml(tmp_path / "config.yaml", "test", config)
@@ -365,25 +365,25 @@ def test_two_processes_train_and_evaluate_as_one(settings, tmp_path, processes):
     assert (summary["processes"], summary["images_seen"]) == (2, 8)
     command = ["evaluate", str(folder / "config.yaml"), "--checkpoint", str(folder / "model.safetensors")]
     assert main(command) == 0
-    figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())
-    assert figures["images"] == 7
+    metrics = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    assert metrics["images"] == 7
     for name in ("miou", "mean_accuracy", "pixel_accuracy"):
-        assert figures[name] == pytest.approx(summary["metrics"][f"val_{name}"], abs=1e-6)
+        assert metrics[name] == pytest.approx(summary["metrics"][f"val_{name}"], abs=1e-6)
 
 
 @pytest.mark.parametrize("recipe", ["upernet_itpn-pixel-base_512_160k_ade20k", "segmenter_small"])
 def test_the_checkpoint_says_what_labels_mean(settings, shapes, recipe):
-    """Figures are the same by any recipe, though only one of these leaves label 0 out; the run ignored 10 as well."""
+    """Metrics are the same by any recipe, though only one of these leaves label 0 out; the run ignored 10 as well."""
     config = settings(max_steps=1)
     config.data.ignore = (10, 255)
     folder = train(config, "test")
     summary = json.loads((folder / "summary.json").read_text())["metrics"]
     command = ["evaluate", recipe, "--data.root", str(shapes), "--data.num-workers", "0"]
     assert main([*command, "--checkpoint", str(folder / "model.safetensors")]) == 0
-    figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())
-    assert (figures["images"], figures["images_skipped"], figures["short_side"]) == (7, 0, 64)
+    metrics = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+    assert (metrics["images"], metrics["images_skipped"], metrics["short_side"]) == (7, 0, 64)
     for name in ("miou", "mean_accuracy", "pixel_accuracy"):
-        assert figures[name] == pytest.approx(summary[f"val_{name}"], abs=1e-6)
+        assert metrics[name] == pytest.approx(summary[f"val_{name}"], abs=1e-6)
     assert main([*command, "--checkpoint", str(folder / "model.safetensors"), "--data.ignore", "255"]) == 2
 
 
@@ -402,10 +402,10 @@ def test_what_was_held_out_is_evaluated(settings, shapes, tmp_path, capsys):
         # the recipe holds a tenth out
         command = ["evaluate", "segmenter_small", "--data.root", str(root), "--data.num-workers", "0"]
         assert main([*command, "--checkpoint", str(folder / "model.safetensors")]) == 0
-        figures = json.loads((folder / "evaluation" / "evaluation.json").read_text())
-        assert figures["images"] == count
-        assert (figures["miou"] == pytest.approx(summary["val_miou"], abs=1e-6)) == (count == 3)
-        assert ("25% held out of" in figures["data"]) == (count == 3)
+        metrics = json.loads((folder / "evaluation" / "evaluation.json").read_text())
+        assert metrics["images"] == count
+        assert (metrics["miou"] == pytest.approx(summary["val_miou"], abs=1e-6)) == (count == 3)
+        assert ("25% held out of" in metrics["data"]) == (count == 3)
 
 
 # --- recipes
@@ -432,12 +432,12 @@ def test_published_settings(name, model, size):
     assert (data.max_class_fraction, data.photometric, data.hflip) == (0.75, True, 0.5)
     assert (data.reduce_zero_label, config.trainer.max_steps) == (True, 160_000)
     assert int(config.evaluation.stride * 512) == 341
-    share = learning_rate(optimizer, 3e-5, 160_000, 1263)
-    assert share(0) == pytest.approx(1e-6)
-    assert share(750) == pytest.approx(0.5, abs=1e-3)
-    assert share(1500) == 1
-    assert share(80_750) == pytest.approx(0.5)
-    assert share(160_000) == 0
+    factor = learning_rate(optimizer, 3e-5, 160_000, 1263)
+    assert factor(0) == pytest.approx(1e-6)
+    assert factor(750) == pytest.approx(0.5, abs=1e-3)
+    assert factor(1500) == 1
+    assert factor(80_750) == pytest.approx(0.5)
+    assert factor(160_000) == 0
 
 
 # --- what users get wrong

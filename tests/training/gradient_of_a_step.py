@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 import itpn.masked.masked_model
-import itpn.tasks.pretraining.build
+import itpn.tasks.pretraining.module
 import itpn.training.compilation
 from itpn.tasks.recipes import read_settings
 from itpn.tasks.run import train

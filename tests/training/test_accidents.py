@@ -20,7 +20,7 @@ import itpn.data.evaluation
 import itpn.data.files
 import itpn.data.readers
 import itpn.tasks.prediction
-import itpn.tasks.pretraining.early
+import itpn.tasks.pretraining
 from itpn.cli import main
 from itpn.data.skipped import SkippedImages, nothing_readable
 from itpn.errors import MachineError, UserError
@@ -229,7 +229,7 @@ def test_prediction_and_evaluation_stop_with_a_line(classifier, tmp_path, monkey
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_run_that_is_stopped_before_it_begins_says_so(photos, tmp_path, monkeypatch, capsys, signum):
-    monkeypatch.setattr(itpn.tasks.pretraining.early, "find_training_images", lambda *_: os.kill(os.getpid(), signum))
+    monkeypatch.setattr(itpn.tasks.pretraining, "find_training_images", lambda *_: os.kill(os.getpid(), signum))
     command = ["train", "itpn-pixel_nano", "--data.root", str(photos), *OPTIONS, "--output-dir", str(tmp_path)]
     assert main(command) == 128 + signum
     assert line(capsys) == f"itpn: stopped by {signum.name}; files that were not complete are not kept\n"

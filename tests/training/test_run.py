@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import itpn
 from itpn.data.loader import TrainingLoader
 from itpn.errors import NonFiniteLoss, UserError
-from itpn.tasks.pretraining import probe, visualization
+from itpn.tasks.pretraining import evaluation, prediction
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.recipes import read_settings
 from itpn.tasks.run import train
@@ -98,8 +98,8 @@ def test_speed_is_that_of_training(settings, photos, tmp_path, monkeypatch, caps
 
     clock = SimpleNamespace(perf_counter=lambda: time.perf_counter() + late)
     monkeypatch.setattr(progress, "time", clock)
-    monkeypatch.setattr(visualization, "draw_predictions", slow(visualization.draw_predictions))
-    monkeypatch.setattr(probe.ProbeEvaluator, "score", slow(probe.ProbeEvaluator.score))
+    monkeypatch.setattr(prediction, "draw_predictions", slow(prediction.draw_predictions))
+    monkeypatch.setattr(evaluation.ProbeEvaluator, "score", slow(evaluation.ProbeEvaluator.score))
     monkeypatch.setattr(Checkpointing, "save", slow(Checkpointing.save))
     for folder in ("train/ant", "train/bee", "val/ant", "val/bee"):
         shutil.copytree(photos, tmp_path / "probe" / folder)
@@ -165,6 +165,20 @@ def test_weights_rebuild_the_model(finished):
     assert larger.backbone.grid_size == (8, 8)
     with pytest.raises(UserError, match=r"has another shape: backbone.patch_embed.proj.weight is 32x3x2x2 there"):
         itpn.load(run / "model.safetensors", patch_size=16)
+
+
+def test_epochs_that_end_before_max_steps_are_named(settings, capsys):
+    config = settings(max_steps=1000)
+    config.trainer.max_epochs = 1
+    folder = train(config, "test")
+    steps = json.loads((folder / "summary.json").read_text())["steps"]
+    said = " ".join(capsys.readouterr().out.split())
+    end = f"the run ends at step {steps}, after --trainer.max-epochs 1, before --trainer.max-steps 1000"
+    assert said.count(end) == 1
+    config = settings(max_steps=1)
+    config.name = "short"
+    train(config, "test")
+    assert "before --trainer.max-steps" not in capsys.readouterr().out
 
 
 def test_starting_from_weights(finished, settings, capsys):

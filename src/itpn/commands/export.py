@@ -43,8 +43,7 @@ class Export:
         from itpn.checkpoints.contents import HEADLESS, read_contents
         from itpn.checkpoints.files import read_checkpoint
         from itpn.checkpoints.load import load_found
-        from itpn.models.hivit import find_backbone
-        from itpn.tasks.exporting import check_out, export_model, print_exported
+        from itpn.tasks.export import check_out, export, print_exported
 
         check_out(self.out)
         found = read_checkpoint(self.checkpoint)
@@ -59,9 +58,5 @@ class Export:
         metadata = {"source": Path(self.checkpoint).name, "task": name}
         metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
         size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
-        export = None if name in HEADLESS else find_task(name).export
-        if export is not None:
-            print_exported(export(model, found, self.out, size, self.dynamic_size, metadata))
-            return
-        height, width = find_backbone(model).image_shape[1:]
-        print_exported(export_model(model, self.out, size or (height, width), self.dynamic_size, metadata))
+        write = (None if name in HEADLESS else find_task(name).export) or export
+        print_exported(write(model, found, self.out, size, self.dynamic_size, metadata))

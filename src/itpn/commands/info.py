@@ -33,7 +33,7 @@ class Info:
         if config is None and self.checkpoint is not None:
             raise UserError("--checkpoint is for recipes; `itpn inspect` tells what a checkpoint is")
         from itpn.checkpoints.files import read_checkpoint
-        from itpn.tasks.describing import describe_model
+        from itpn.tasks.info import describe_model
 
         found = None if self.checkpoint is None else read_checkpoint(self.checkpoint)
         rows = describe_model(self.name) if config is None else task_of(config).describe(self.name, config, found)

@@ -1,5 +1,7 @@
 """`itpn predict`: what a checkpoint predicts for images, by its task, or features of any checkpoint."""
 
+import itertools
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,7 +15,7 @@ from itpn.errors import UserError
 from itpn.system.console import print_aside
 from itpn.system.writing import make_folder, writing_to
 from itpn.tasks.spec import find_task
-from itpn.training.config import check_counts, check_shares
+from itpn.training.config import check_counts, check_fractions
 
 
 @dataclass(frozen=True)
@@ -24,8 +26,8 @@ class Predict:
     """A checkpoint of iTPN, Fast-iTPN or HiViT, see itpn inspect."""
     images: Annotated[Positional[tuple[str, ...]], shown("IMAGE [IMAGE ...]", "(required)")]
     """Image files, tar shards or folders of either."""
-    out: Annotated[Path, shown("DIR")] = Path("predictions")
-    """Folder for the visualizations."""
+    out: Annotated[Path | None, shown("DIR", "(default: the first new of predictions, predictions-2, ...)")] = None
+    """Folder for the results."""
     seed: Annotated[int, shown("N")] = 0
     """Of the masks of a pre-training model."""
     min_score: Annotated[float, shown("SCORE")] = 0.5
@@ -40,7 +42,7 @@ class Predict:
 
     def run(self) -> None:
         """Write what the checkpoint predicts; unreadable images are named and skipped."""
-        check_shares({"--min-score": self.min_score})
+        check_fractions({"--min-score": self.min_score})
         check_counts({"--max-pixels": self.max_pixels})
         source = find_images(self.images, self.members)
         check_file(self.checkpoint)
@@ -51,8 +53,8 @@ class Predict:
         from itpn.data.decode import MAX_PIXELS
         from itpn.data.shards import check_shards
         from itpn.models.spec import spec_of
-        from itpn.tasks.prediction import PredictionOptions, read_batches, write_features
-        from itpn.tasks.preprocessing import read_preprocessing
+        from itpn.tasks.features import write_features
+        from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing
 
         found = read_checkpoint(self.checkpoint)
         check_finite(found)
@@ -72,7 +74,14 @@ class Predict:
                 f"checkpoint {self.checkpoint} has neither decoder, classifier, detector nor segmenter: it gives "
                 "--features FILE only"
             )
-        make_folder(self.out)
-        with writing_to(self.out):
-            options = PredictionOptions(self.out, self.seed, self.min_score, limit)
+        out = self.out or find_folder("predictions")
+        make_folder(out)
+        with writing_to(out):
+            options = PredictionOptions(out, self.seed, self.min_score, limit)
             find_task(head).predict(model, found, source, options)
+
+
+def find_folder(name: str) -> Path:
+    """The first of NAME, NAME-2, NAME-3 ... that is not there, or empty: results of two checkpoints do not mix."""
+    paths = (Path(name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    return next(path for path in paths if not os.path.lexists(path) or (path.is_dir() and not os.listdir(path)))

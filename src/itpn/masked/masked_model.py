@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from itpn.masked.decoder import AuxiliaryHead, Decoder, pick_tokens
 from itpn.masked.masking import Split, count_masked, draw_block_mask, draw_random_mask, split_mask
-from itpn.masked.targets import feature_error, normalize_patches, patchify, unpatchify
+from itpn.masked.targets import IMAGE_TARGETS, feature_error, normalize_patches, patchify, unpatchify
 from itpn.models.hivit import POSITIONS, HiViT
 from itpn.models.layers import patches_to_map
 from itpn.models.modes import eval_mode
@@ -68,7 +68,7 @@ class Objective:
 
     def masked_only(self, *names: str) -> bool:
         """Whether all of these losses are of masked patches only."""
-        return self.feature_patches == "masked" or set(names) <= {"pixel"}
+        return self.feature_patches == "masked" or set(names) <= IMAGE_TARGETS.keys()
 
 
 class MaskedImageModel(nn.Module):
@@ -128,7 +128,7 @@ class MaskedImageModel(nn.Module):
     @property
     def feature_losses(self) -> list[str]:
         """The losses that need a teacher."""
-        return [name for name in self.objective.weights if name != "pixel"]
+        return [name for name in self.objective.weights if name not in IMAGE_TARGETS]
 
     def forward(
         self, images: Tensor, mask: Tensor | None = None, target: Tensor | Mapping[str, Tensor] | None = None
@@ -251,14 +251,14 @@ class MaskedImageModel(nn.Module):
         if name in given:
             target = given[name]
             return target if picked is None else target.gather(1, picked.unsqueeze(-1).expand(-1, -1, target.shape[-1]))
-        if name != "pixel":
+        if name not in IMAGE_TARGETS:
             return None
-        pixels = patchify(images, self.backbone.patch_size, picked)
-        return normalize_patches(pixels)[0] if self.objective.norm_pix_loss else pixels.float()
+        target = IMAGE_TARGETS[name](images, self.backbone.patch_size, picked)
+        return normalize_patches(target)[0] if name == "pixel" and self.objective.norm_pix_loss else target.float()
 
     def _error(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
         """Error of each patch, [B, N] or [B, M]: the mean over its values."""
-        if name == "pixel":
+        if name in IMAGE_TARGETS:
             return (prediction.float() - target).square().mean(dim=-1)
         return feature_error(prediction, target, self.objective.feature_loss)
 

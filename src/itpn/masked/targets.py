@@ -1,5 +1,7 @@
 """Targets of the losses, and the error of predictions."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +21,11 @@ def patchify(images: Tensor, patch_size: int, picked: Tensor | None = None) -> T
     """
     x = pick_patches(image_to_patches(images, patch_size), picked)  # [B, N or V, C, p, p]
     return x.permute(0, 1, 3, 4, 2).flatten(2)
+
+
+# losses whose targets are made of the images, not of a teacher's features: by name a function of normalized images
+# [B, C, H, W], the patch size and the picked patches (None for all) to targets [B, N or V, D]
+IMAGE_TARGETS: dict[str, Callable[[Tensor, int, Tensor | None], Tensor]] = {"pixel": patchify}
 
 
 def normalize_patches(pixels: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:

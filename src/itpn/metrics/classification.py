@@ -21,13 +21,13 @@ from torchmetrics.functional.classification import (
 from itpn.system.console import print_aside
 from itpn.system.writing import open_whole, open_whole_text, write_whole
 
-LONGEST_NAME = 32  # of a class beside a row or column of a picture
+LONGEST_NAME = 32  # of a class beside a row or column of a plot
 TOP = 5
 
 
 @dataclass
 class Answers:
-    """What a network says about images, one row each, on the CPU.
+    """What a network predicts for images, one row each, on the CPU.
 
     Attributes:
         index: of the image in its set, int64 [n].
@@ -49,7 +49,7 @@ class Scores:
     """Metrics of a classifier on a set.
 
     Attributes:
-        top1, top5: shares of images whose class is the likeliest, or among the five likeliest.
+        top1, top5: fractions of images whose class is the likeliest, or among the five likeliest.
         loss: mean cross-entropy.
         calibration_error: expected difference of confidence and accuracy, in 15 bins (Guo et al. 2017).
         per_class: top-1 of each class's images, NaN where there are none, float64 [classes].
@@ -98,7 +98,8 @@ def score(answers: Answers, classes: int) -> Scores:
 
 
 def warn_of_other_order(scores: Scores) -> None:
-    """A good network that is asked for the wrong names answers each class with one other class."""
+    """Warn where the images of each class are predicted to be of one other class, as by a good network with other class
+    indices."""
     agreement = float(scores.confusion.max(dim=1).values.sum()) / max(scores.images, 1)
     answers = scores.confusion.argmax(dim=1)[scores.confusion.sum(dim=1) > 0]
     several = scores.images >= 4 * len(answers)  # of a single image, its answer is always the same
@@ -112,7 +113,9 @@ def warn_of_other_order(scores: Scores) -> None:
 def write_scores(scores: Scores, classes: tuple[str, ...], folder: Path, about: Mapping[str, Any]) -> None:
     """Write ``evaluation.json``, ``classes.csv``, ``confusion.csv`` and ``confusion.png``."""
     metrics = {name: getattr(scores, name) for name in ("images", "top1", "top5", "loss", "calibration_error")}
-    if not math.isfinite(scores.loss):  # of neighbours, none of whom has the class
+    if len(classes) <= TOP:  # the class is always among them
+        del metrics["top5"]
+    if not math.isfinite(scores.loss):  # of k-NN, where no neighbour has the class
         metrics["loss"] = None
     write_whole(folder / "evaluation.json", (json.dumps({**about, **metrics}, indent=2) + "\n").encode())
     counts = scores.confusion.sum(dim=1).tolist()
@@ -134,14 +137,14 @@ def write_confusion(confusion: Tensor, classes: tuple[str, ...], folder: Path, w
 
 
 def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, what: str = "images") -> None:
-    """Shares of each class's images, or pixels, by answer; numbers and names where there is room for them."""
+    """Fractions of each class's images, or pixels, by answer; numbers and names where there is room for them."""
     count = len(classes)
-    shares = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
+    fractions = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     side = min(max(4.0, 0.42 * count + 2.2), 16.0)
     with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
         axes = figure.add_subplot()
-        image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+        image = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=1)
         figure.colorbar(image, ax=axes, label=f"fraction of the class's {what}", fraction=0.046)
         axes.set_xlabel("answer")
         axes.set_ylabel("class")
@@ -153,9 +156,9 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, what
             for row in range(count):
                 for column in range(count):
                     if confusion[row, column]:
-                        shade = "white" if shares[row, column] > 0.5 else "black"
-                        share = float(shares[row, column])
-                        text = f"{int(confusion[row, column])}" if what == "images" else f"{100 * share:.0f}"
+                        shade = "white" if fractions[row, column] > 0.5 else "black"
+                        fraction = float(fractions[row, column])
+                        text = f"{int(confusion[row, column])}" if what == "images" else f"{100 * fraction:.0f}"
                         axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
         with open_whole(path) as file:
             figure.savefig(file, format="png")

@@ -72,7 +72,7 @@ def score_detections(images: DetectionImages, results: Results, seen: list[int],
 
     Args:
         results: in COCO's form.
-        seen: ids of the images that were asked about.
+        seen: ids of the images that were evaluated.
         masks: judge masks as well as boxes.
     """
     truth = describe_truth(images, set(seen))

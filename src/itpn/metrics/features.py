@@ -1,4 +1,4 @@
-"""How good are frozen features? Nearest neighbours and a linear classifier on them."""
+"""How good are frozen features? k-NN and a linear classifier on them."""
 
 import torch
 import torch.nn.functional as F
@@ -18,24 +18,24 @@ def knn_accuracy(
 def knn_votes(
     train: Tensor, train_labels: Tensor, test: Tensor, classes: int, k: int = 20, temperature: float = 0.07
 ) -> Tensor:
-    """Weighted nearest neighbours by cosine (Wu et al. 2018, section 3.4), exactly.
+    """Weighted k-NN by cosine (Wu et al. 2018, section 3.4), exactly.
 
     Args:
         train, test: features [n, C], on whichever device is to do it.
         train_labels: int64 [n], there as well.
 
     Returns:
-        Shares of the votes, [n of test, classes], there as well.
+        Fractions of the votes, [n of test, classes], there as well.
     """
-    mean = train.mean(dim=0)  # without it all cosines are near 1: features of a network share a large mean
+    mean = train.mean(dim=0)  # without it all cosines are near 1: features of a network have a large mean in common
     keys, queries = (F.normalize(x - mean, dim=1) for x in (train, test))
-    shares = []
+    fractions = []
     for x in queries.split(256):  # against a million keys, a gigabyte
         similarity, nearest = (x @ keys.T).topk(min(k, len(keys)), dim=1)  # [b, k]
         weights = (similarity / temperature).exp()
         votes = weights.new_zeros(len(x), classes).scatter_add_(1, train_labels[nearest], weights)
-        shares.append(votes / votes.sum(dim=1, keepdim=True))
-    return torch.cat(shares)
+        fractions.append(votes / votes.sum(dim=1, keepdim=True))
+    return torch.cat(fractions)
 
 
 def linear_accuracy(
@@ -48,7 +48,7 @@ def linear_accuracy(
 
 
 def choose_weight_decay(features: Tensor, labels: Tensor, classes: int) -> float:
-    """Of some, the weight decay whose classifier names a held-out fifth of the images best."""
+    """Of some, the weight decay whose classifier has the best top-1 accuracy on a held-out fifth of the images."""
     order = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))
     held_out, rest = order.split([max(1, len(order) // 5), len(order) - max(1, len(order) // 5)])
 
@@ -69,8 +69,8 @@ def fit_linear(train: Tensor, train_labels: Tensor, classes: int, weight_decay: 
     Returns:
         A layer that takes features as they are: standardising is in its weights.
     """
-    deviation, mean = torch.std_mean(train, dim=0)
-    scale = 1 / (deviation + 1e-6)
+    std, mean = torch.std_mean(train, dim=0)
+    scale = 1 / (std + 1e-6)
     x = (train - mean) * scale
     classifier = nn.Linear(train.shape[1], classes, device=train.device)
     nn.init.zeros_(classifier.weight)

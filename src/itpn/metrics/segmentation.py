@@ -32,18 +32,18 @@ class PixelScores:
 
     @property
     def iou(self) -> Tensor:
-        """Intersection over union of each class, NaN where it neither is nor is seen, float64 [classes]."""
+        """Intersection over union of each class, NaN where it is neither there nor predicted, float64 [classes]."""
         right = self.confusion.diag().double()
         return right / (self.confusion.sum(dim=0) + self.confusion.sum(dim=1) - right)
 
     @property
     def recall(self) -> Tensor:
-        """Share of each class's pixels that are right, NaN where there are none, float64 [classes]."""
+        """Fraction of each class's pixels that are right, NaN where there are none, float64 [classes]."""
         return self.confusion.diag().double() / self.confusion.sum(dim=1)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Means over the classes that there are, and the share of all pixels that are right."""
+        """Means over the classes that there are, and the fraction of all pixels that are right."""
         return {
             "miou": float(self.iou.nanmean()),
             "mean_accuracy": float(self.recall.nanmean()),

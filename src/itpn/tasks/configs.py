@@ -1,18 +1,15 @@
 """Every setting, for recipe files: the config classes of all tasks and what they are made of."""
 
+# ruff: noqa: F401  # imported for others
+
 from itpn.tasks.classification.config import (
     ClassificationConfig,
     ClassificationDataConfig,
     ClassificationEvaluationConfig,
     ClassificationModelConfig,
 )
-from itpn.tasks.detection.config import (
-    DetectionConfig,
-    DetectionDataConfig,
-    DetectionEvaluationConfig,
-    DetectionModelConfig,
-)
-from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig
+from itpn.tasks.detection.config import DetectionConfig, DetectionDataConfig, DetectionModelConfig
+from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,
     PretrainingDataConfig,
@@ -27,31 +24,3 @@ from itpn.tasks.segmentation.config import (
     SegmentationModelConfig,
 )
 from itpn.training.config import CropsConfig, ImagesConfig, OptimizerConfig, RunConfig, Settings, TrainerConfig
-
-__all__ = [
-    "ClassificationConfig",
-    "ClassificationDataConfig",
-    "ClassificationEvaluationConfig",
-    "ClassificationModelConfig",
-    "CropsConfig",
-    "DetectionConfig",
-    "DetectionDataConfig",
-    "DetectionEvaluationConfig",
-    "DetectionModelConfig",
-    "FineTuningConfig",
-    "ImagesConfig",
-    "NetworkConfig",
-    "OptimizerConfig",
-    "PretrainingConfig",
-    "PretrainingDataConfig",
-    "PretrainingModelConfig",
-    "ProbeConfig",
-    "RunConfig",
-    "SegmentationConfig",
-    "SegmentationDataConfig",
-    "SegmentationEvaluationConfig",
-    "SegmentationModelConfig",
-    "Settings",
-    "TeacherConfig",
-    "TrainerConfig",
-]

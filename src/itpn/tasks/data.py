@@ -1,9 +1,19 @@
-"""The images of a run."""
+"""The images of a run, and the loader of those to train on."""
 
 from dataclasses import dataclass
 from typing import Any
 
-NO_IMAGES = "give --data.val-root or --data.val-fraction"
+import torch
+
+from itpn.data.batches import Transform
+from itpn.data.files import ImageSource
+from itpn.data.loader import TrainingLoader
+from itpn.data.readers import Reader
+from itpn.system.console import print_aside
+from itpn.system.environment import is_main_process
+from itpn.training.config import RunConfig
+
+NO_IMAGES = "there are no images to evaluate on: give --data.val-root or --data.val-fraction"
 
 
 @dataclass(frozen=True)
@@ -28,3 +38,38 @@ class RunData:
     def samples(self) -> Any:
         """The set that sample images are taken from."""
         return self.train if self.val is None else self.val
+
+
+def tell(line: str) -> None:
+    """Print a line beside the results, once for all processes."""
+    if is_main_process():
+        print_aside(line)
+
+
+def make_training_loader(
+    config: RunConfig,
+    source: ImageSource | Reader,
+    transform: Transform,
+    rank: int,
+    world_size: int,
+    batch_size: int | None = None,
+    **own: Any,
+) -> TrainingLoader:
+    """The training loader of any run.
+
+    Args:
+        batch_size: None for that of the settings.
+        own: what only some kinds of runs have, as of :class:`TrainingLoader`.
+    """
+    return TrainingLoader(
+        source,
+        transform,
+        batch_size=batch_size or config.data.batch_size,
+        num_workers=config.data.num_workers,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        max_pixels=config.data.max_pixels,
+        pin_memory=torch.cuda.is_available(),
+        **own,
+    )

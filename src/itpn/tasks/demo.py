@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from PIL import Image, ImageFont
@@ -21,24 +21,17 @@ from itpn.system.console import Output
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.evaluation import detect
-from itpn.tasks.drawing import (
-    LARGE,
-    add_legend,
-    draw_labels,
-    draw_objects,
-    enlarge,
-    join_pictures,
-    name_colour,
-)
+from itpn.tasks.drawing import LARGE, add_legend, draw_labels, draw_objects, name_colour, show, tile_images
 from itpn.tasks.parallel_runs import Plan, train_side_by_side
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.module import PretrainingTask
-from itpn.tasks.pretraining.visualization import hide_and_predict
+from itpn.tasks.pretraining.prediction import mask_and_predict
 from itpn.tasks.recipes import read_recipe
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.inference import make_segmentation
+from itpn.training.config import AnyConfig, freeze
 
-IMG_SIZE, ROWS = 48, 4  # pixels of the images; rows of the picture
+IMG_SIZE, ROWS = 48, 4  # pixels of the images; and rows of demo.png
 PRETRAINING_STEPS = 2000
 RECIPE = "itpn-pixel_nano"
 FIRST_GROUND = len(CLASSES) + 1
@@ -48,24 +41,20 @@ COLOURS = [  # of segmentation; shapes have those that they have in detection
 ]
 
 
-AnyConfig = TypeVar("AnyConfig", bound=Any)
-Configure = Callable[[ShapesFolders], tuple[str, Any]]
-
-
 @dataclass(frozen=True)
 class Task:
     """A fine-tuning of the demo.
 
     Attributes:
         configure: gives its recipe, with settings for the sample set.
-        figure: of its summary, which says what a start is worth.
-        title: of that figure.
+        metric: of its summary, which says what a start is worth.
+        title: of that metric.
     """
 
     verb: str
-    configure: Configure
+    configure: Callable[[ShapesFolders], tuple[str, Any]]
     steps: int
-    figure: str
+    metric: str
     title: str
 
 
@@ -129,16 +118,16 @@ def demo(output_dir: Path) -> None:
         raise
     table = Table("task", "steps", "metric", "from scratch", "pre-trained", title="what pre-training is worth")
     for task in TASKS:
-        metrics = [read_figure(plans[title], task.figure) for title in (f"{task.verb} from scratch", task.verb)]
-        table.add_row(task.verb, str(task.steps), task.title, *(f"{figure:.1%}" for figure in metrics))
+        metrics = [read_metric(plans[title], task.metric) for title in (f"{task.verb} from scratch", task.verb)]
+        table.add_row(task.verb, str(task.steps), task.title, *(f"{value:.1%}" for value in metrics))
     console.print(table)
     console.print("learned in minutes from 2,400 images: benchmarks/RESULTS.md has more")
     networks = {title: plan.folder.weights for title, plan in plans.items() if "scratch" not in title}
-    picture = output_dir / "demo.png"
-    draw_story(networks, folders).save(picture)
+    image = output_dir / "demo.png"
+    draw_story(networks, folders).save(image)
     weights = "\n".join(f"{title + ':':<10} {path}" for title, path in networks.items())
     console.print(
-        f"[bold]look at[/bold] {picture}: images that none of them has seen\n{weights}\n"
+        f"[bold]look at[/bold] {image}: images that none of them has seen\n{weights}\n"
         f"curves:    tensorboard --logdir {output_dir}\n"
         f"your own images: itpn train itpn-mfm_tiny --data.root FOLDER",
         soft_wrap=True,
@@ -170,15 +159,15 @@ def plan(task: Task, folders: ShapesFolders, checkpoint: Path | None, output_dir
 
 
 def settle(config: AnyConfig, steps: int, output_dir: Path) -> AnyConfig:
-    """What all runs of the demo share."""
+    """With what all runs of the demo have in common."""
     config.optimizer.lr, config.data.num_workers = 1e-3, 0  # two runs keep two cores busy
     config.trainer.max_epochs, config.trainer.max_steps = 1000, steps
     config.trainer.devices = 1  # eight GPUs would make few steps of these images
     config.output_dir = str(output_dir)
-    return config
+    return freeze(config)
 
 
-def read_figure(plan: Plan, name: str) -> float:
+def read_metric(plan: Plan, name: str) -> float:
     metrics = json.loads((plan.folder.path / "summary.json").read_bytes())["metrics"]
     return float(metrics[name])
 
@@ -193,32 +182,28 @@ def draw_story(networks: dict[str, Path], folders: ShapesFolders) -> Image.Image
     _, config = read_recipe(RECIPE)
     assert isinstance(config, PretrainingConfig)
     normalize = Normalize(3, config.data.mean, config.data.std)
-    columns = hide_and_predict(PretrainingTask(models["pre-train"], config, RECIPE), scenes)
+    columns = mask_and_predict(PretrainingTask(models["pre-train"], config, RECIPE), scenes)
     named = models["classify"](normalize(singles)).softmax(dim=-1)
     _, segmenter = read_recipe("segmenter_nano")
     assert isinstance(segmenter, SegmentationConfig)
     segmenter.data.img_size = IMG_SIZE
     segment = make_segmentation(segmenter)
     font = ImageFont.load_default(size=13)
-    pictures = []
+    tiles = []
     for row, scene in enumerate(scenes):
-        share, label = named[row].max(dim=0)
+        probability, label = named[row].max(dim=0)
         name = models["classify"].pretrained_cfg["label_names"][int(label)]  # folders come by the alphabet
-        entry = (f"{name} {float(share):.0%}", name_colour(CLASSES.index(name) + 1))
+        entry = (f"{name} {float(probability):.0%}", name_colour(CLASSES.index(name) + 1))
         (found,) = detect(models["detect"], Normalize(3, (0.0,), (1.0,)), [scene])
-        pictures += [
-            *(_show(columns[name][row]) for name in ("masked", "predicted")),
-            add_legend(_show(singles[row]), [entry], font),
+        tiles += [
+            *(show(columns[name][row], LARGE) for name in ("masked", "predicted")),
+            add_legend(show(singles[row], LARGE), [entry], font),
             draw_objects(scene, found, CLASSES, 0.2),
             draw_labels(scene, segment(models["segment"], normalize, scene), GROUNDS + CLASSES, COLOURS),
         ]
     titles = ("pre-train: three of four patches are masked", "and predicted", "classify", "detect", "segment")
-    return join_pictures(pictures, len(titles), titles)
+    return tile_images(tiles, titles, len(titles))
 
 
 def _read(paths: list[Path]) -> Tensor:
     return torch.stack([decode_image(path.read_bytes()) for path in paths[:ROWS]])
-
-
-def _show(image: Tensor) -> Image.Image:
-    return Image.fromarray(enlarge(image, LARGE).permute(1, 2, 0).numpy())

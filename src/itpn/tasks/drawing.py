@@ -1,4 +1,4 @@
-"""What the network predicts as a picture, and the images for it."""
+"""Visualizations: images beside one another with titles, and what a network predicts on top of an image."""
 
 import colorsys
 from collections.abc import Sequence
@@ -15,23 +15,41 @@ from itpn.system.writing import open_whole
 
 HEADER, PADDING = 20, 4  # pixels
 SMALL, LARGE = 224, 320  # pixels: sides that smaller images are enlarged towards
+TILE = 448  # pixels: longest side of an image among others
 
 
-def draw_titles(images: Tensor, titles: list[str], per_row: int = 4) -> Image.Image:
-    """Images uint8 [n, 3, H, W] in rows, each below its title."""
-    tiles = enlarge(images)
-    height, width = tiles.shape[-2:]
-    step = height + PADDING + HEADER
-    per_row = min(per_row, len(tiles))
-    rows = -(-len(tiles) // per_row)
-    picture = Image.new("RGB", (per_row * (width + PADDING) + PADDING, rows * step + PADDING), "white")
-    for row in range(rows):
-        first = row * per_row
-        write_row(picture, titles[first : first + per_row], width, top=row * step)
-        for column, tile in enumerate(tiles[first : first + per_row]):
-            place = (PADDING + column * (width + PADDING), row * step + HEADER)
-            picture.paste(Image.fromarray(tile.permute(1, 2, 0).numpy()), place)
-    return picture
+def tile_images(
+    images: Sequence[Image.Image], titles: Sequence[str] = (), per_row: int = 4, side: int | None = TILE
+) -> Image.Image:
+    """Images of any size in rows.
+
+    Args:
+        titles: above the first of the images, or all of them.
+        side: pixels of a side that larger images are reduced to; None for none.
+    """
+    tiles = [image.copy() for image in images]
+    if side is not None:
+        for tile in tiles:
+            tile.thumbnail((side, side))
+    width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
+    columns = min(per_row, len(tiles))
+    rows = [slice(first, first + columns) for first in range(0, len(tiles), columns)]
+    headers = sum(bool(titles[row]) for row in rows)
+    size = columns * (width + PADDING) + PADDING, len(rows) * (height + PADDING) + headers * HEADER + PADDING
+    board, y = Image.new("RGB", size, "white"), 0
+    for row in rows:
+        if titles[row]:
+            _write_row(board, titles[row], width, top=y)
+            y += HEADER
+        for column, tile in enumerate(tiles[row]):
+            board.paste(tile, (PADDING + column * (width + PADDING), y + PADDING))
+        y += height + PADDING
+    return board
+
+
+def show(image: Tensor, side: int = SMALL) -> Image.Image:
+    """uint8 [3, H, W] as an image, enlarged if it is small."""
+    return Image.fromarray(enlarge(image.cpu(), side).permute(1, 2, 0).numpy())
 
 
 def enlarge(images: Tensor, side: int = SMALL) -> Tensor:
@@ -44,9 +62,9 @@ def find_scale(images: Tensor, side: int) -> int:
     return max(1, side // max(images.shape[-2:]))
 
 
-def write_row(picture: Image.Image, titles: list[str], width: int, top: int) -> None:
+def _write_row(board: Image.Image, titles: Sequence[str], width: int, top: int) -> None:
     """A title above each of a row of images, cut where it would run into the next."""
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(size=13)
+    draw, font = ImageDraw.Draw(board), ImageFont.load_default(size=13)
     for column, title in enumerate(titles):
         while title and draw.textlength(title, font=font) > width:
             title = title[:-2] + "\u2026" if len(title) > 2 else ""
@@ -54,8 +72,6 @@ def write_row(picture: Image.Image, titles: list[str], width: int, top: int) -> 
 
 
 # --- objects
-
-TILE = 448  # pixels: longest side of a picture among others
 
 
 def draw_objects(image: Tensor, found: dict[str, Tensor], classes: Sequence[str], threshold: float) -> Image.Image:
@@ -79,8 +95,8 @@ def draw_objects(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]
         smallest = masks.sum(dim=(1, 2)).argsort(stable=True)
         masks[smallest] &= masks[smallest].cumsum(dim=0) <= 1  # pixels of two are the smaller one's
         image = draw_segmentation_masks(image, enlarge(masks, LARGE), alpha=0.45, colors=colours)
-    picture = Image.fromarray(image.permute(1, 2, 0).numpy())
-    draw, side = ImageDraw.Draw(picture), max(picture.size)
+    drawn = Image.fromarray(image.permute(1, 2, 0).numpy())
+    draw, side = ImageDraw.Draw(drawn), max(drawn.size)
     font, line = ImageFont.load_default(size=max(11, side // 50)), max(2, side // 320)
     tags = []
     for row, colour in zip(order, colours, strict=True):
@@ -91,10 +107,10 @@ def draw_objects(image: Tensor, found: dict[str, Tensor], classes: Sequence[str]
     for x0, y0, text, colour in tags:  # above all boxes, or they could not be read
         left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
         across, down = right - left + 6, bottom - top + 6
-        x, y = min(max(x0, 0), max(picture.width - across, 0)), y0 - down if y0 >= down else y0
+        x, y = min(max(x0, 0), max(drawn.width - across, 0)), y0 - down if y0 >= down else y0
         draw.rectangle((x, y, x + across, y + down), fill=colour)
         draw.text((x + 3 - left, y + 3 - top), text, fill="black" if sum(colour) > 380 else "white", font=font)
-    return picture
+    return drawn
 
 
 def draw_labels(
@@ -105,80 +121,62 @@ def draw_labels(
 
     Args:
         image: uint8 [3, H, W].
-        labels: uint8 [H, W], numbers of classes; others are left uncoloured.
+        labels: uint8 [H, W], class indices; others are left uncoloured.
         colours: of the classes; None for colours that are unlike one another.
     """
     colours = colours or [name_colour(number) for number in range(1, len(classes) + 1)]
     palette = np.zeros((256, 3), np.uint8)
     palette[: len(classes)] = colours
     shown = enlarge(labels, LARGE).numpy()
-    picture = Image.fromarray(enlarge(image, LARGE).permute(1, 2, 0).numpy())
-    mixed = Image.blend(picture, Image.fromarray(palette[shown]), 0.6)
-    picture.paste(mixed, mask=Image.fromarray(shown < len(classes)))
+    drawn = show(image, LARGE)
+    mixed = Image.blend(drawn, Image.fromarray(palette[shown]), 0.6)
+    drawn.paste(mixed, mask=Image.fromarray(shown < len(classes)))
     edges = np.zeros_like(shown, dtype=bool)
     edges[:, 1:] |= shown[:, 1:] != shown[:, :-1]
     edges[1:] |= shown[1:] != shown[:-1]
-    picture.paste("black", mask=Image.fromarray(edges))
+    drawn.paste("black", mask=Image.fromarray(edges))
     counts = labels.flatten().bincount(minlength=len(classes))[: len(classes)]
     present = [number for number in counts.argsort(descending=True).tolist() if counts[number]]
-    font = ImageFont.load_default(size=max(11, max(picture.size) // 50))
-    return add_legend(picture, [(classes[n], colours[n]) for n in present], font)
+    font = ImageFont.load_default(size=max(11, max(drawn.size) // 50))
+    return add_legend(drawn, [(classes[n], colours[n]) for n in present], font)
 
 
 def save_labels(labels: Tensor, classes: int, colours: Sequence[tuple[int, int, int]] | None, path: Path) -> None:
-    """Write classes of pixels, uint8 [H, W], as a PNG of their numbers that shows their colours."""
+    """Write classes of pixels, uint8 [H, W], as a PNG of class indices with a palette of their colours."""
     palette = colours or [name_colour(number) for number in range(1, classes + 1)]
-    picture = Image.fromarray(labels.numpy(), mode="P")
-    picture.putpalette([value for colour in palette for value in colour])
-    save_whole(picture, path)
+    drawn = Image.fromarray(labels.numpy(), mode="P")
+    drawn.putpalette([value for colour in palette for value in colour])
+    save_whole(drawn, path)
 
 
-def save_whole(picture: Image.Image, path: Path) -> None:
+def save_whole(image: Image.Image, path: Path) -> None:
     """Write a PNG that appears whole, or not at all."""
     with open_whole(path) as file:
-        picture.save(file, "PNG")
+        image.save(file, "PNG")
 
 
-def add_legend(picture: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]], font: Any) -> Image.Image:
-    """Names beside their colours, in rows below a picture."""
+def add_legend(image: Image.Image, entries: Sequence[tuple[str, tuple[int, int, int]]], font: Any) -> Image.Image:
+    """Names beside their colours, in rows below an image."""
     side = font.getbbox("Ag")[3] + 2
     widths = [side + 6 + round(font.getlength(name)) + 14 for name, _ in entries]
     places, x, row = [], 6, 0
     for width in widths:
-        if x > 6 and x + width > picture.width:
+        if x > 6 and x + width > image.width:
             x, row = 6, row + 1
         places.append((x, row))
         x += width
-    board = Image.new("RGB", (picture.width, picture.height + (row + 1) * (side + 6) + 4), "white")
-    board.paste(picture)
+    board = Image.new("RGB", (image.width, image.height + (row + 1) * (side + 6) + 4), "white")
+    board.paste(image)
     draw = ImageDraw.Draw(board)
     for (name, colour), (x, row) in zip(entries, places, strict=True):
-        y = picture.height + 4 + row * (side + 6)
+        y = image.height + 4 + row * (side + 6)
         draw.rectangle((x, y, x + side, y + side), fill=colour, outline="black")
         draw.text((x + side + 6, y), name, fill="black", font=font)
     return board
 
 
 def name_colour(label: int) -> tuple[int, int, int]:
-    """A colour for a class, unlike those of its neighbours."""
+    """A colour for a class, unlike those of the classes beside it."""
     saturation, value = ((0.75, 0.95), (0.9, 0.6), (0.4, 0.85))[(label + label // 21) % 3]  # hues come close again
     red, green, blue = colorsys.hsv_to_rgb(label * 0.61803398875 % 1, saturation, value)  # steps of the golden ratio
     return round(255 * red), round(255 * green), round(255 * blue)
-
-
-def join_pictures(pictures: Sequence[Image.Image], per_row: int = 4, titles: Sequence[str] = ()) -> Image.Image:
-    """Pictures of any size in rows, each as large as fits; titles are of the columns."""
-    tiles = [picture.copy() for picture in pictures]
-    for tile in tiles:
-        tile.thumbnail((TILE, TILE))
-    width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
-    columns = min(per_row, len(tiles))
-    rows = -(-len(tiles) // columns)
-    top = HEADER if titles else 0
-    size = (columns * (width + PADDING) + PADDING, top + rows * (height + PADDING) + PADDING)
-    board = Image.new("RGB", size, "white")
-    write_row(board, list(titles), width, top=0)
-    for number, tile in enumerate(tiles):
-        row, column = divmod(number, columns)
-        board.paste(tile, (PADDING + column * (width + PADDING), top + PADDING + row * (height + PADDING)))
-    return board

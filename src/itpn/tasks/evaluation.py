@@ -2,16 +2,22 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
+import lightning as L
 import torch
 from torch import nn
 
+from itpn.data.batches import Batch, View, stack
+from itpn.data.evaluation import MakeView, make_evaluation_loader
+from itpn.data.normalize import Normalize
 from itpn.distributed import gather
 from itpn.errors import UserError
 from itpn.system.console import print_warnings
+from itpn.training.evaluation import Evaluation
+from itpn.training.module import TrainingModule
 
 Scores = TypeVar("Scores")
 Skipped = list[tuple[str, str]]  # names of images that cannot be read, and why
@@ -19,6 +25,13 @@ Skipped = list[tuple[str, str]]  # names of images that cannot be read, and why
 
 class Evaluator(ABC, Generic[Scores]):
     """Compares what networks predict for a set of images with what is known of them.
+
+    Args:
+        config: settings of the run.
+        images: a reader of images and annotations, with the names of their classes.
+        normalize: for the images, on the device of the network.
+        view: of an image and its annotation, what a batch has.
+        collate: views to a batch.
 
     Attributes:
         names: of the metrics.
@@ -38,17 +51,43 @@ class Evaluator(ABC, Generic[Scores]):
     notes: Sequence[str] = ()
     left_out: int = 0
 
-    @abstractmethod
+    def __init__(
+        self,
+        config: Any,
+        images: Any,
+        normalize: Normalize,
+        view: MakeView,
+        collate: Callable[[list[View]], Batch] = stack,
+    ) -> None:
+        self.config, self.images, self.classes = config, images, images.classes
+        self.normalize, self.view, self.collate = normalize, view, collate
+
     def __len__(self) -> int:
         """Images to evaluate on."""
+        return len(self.images)
 
-    @abstractmethod
+    @property
+    def batch_size(self) -> int:
+        """Images per process and forward pass."""
+        return int(self.config.evaluation.batch_size)
+
+    def load(self, images: Any, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
+        """The batches of a process, of some images."""
+        data = self.config.data
+        loading = self.batch_size, data.num_workers, rank, world_size, data.max_pixels
+        return make_evaluation_loader(images, self.view, *loading, collate=self.collate)
+
     def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
-        """The batches of a process, of a loader of :mod:`itpn.data.evaluation`."""
+        """The batches of a process, as of a loader of :mod:`itpn.data.evaluation`."""
+        return self.load(self.images, rank, world_size)
 
-    @abstractmethod
     def to(self, device: torch.device) -> None:
         """Bring to a device what batches need there."""
+        self.normalize.to(device)
+
+    @property
+    def device(self) -> torch.device:
+        return self.normalize.mean.device
 
     @abstractmethod
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Any:
@@ -125,22 +164,52 @@ def nothing_readable(skipped: Sequence[tuple[str, str]]) -> UserError:
     return UserError(f"none of the images to evaluate on can be read{first}")
 
 
-class HasClasses(Protocol):
-    """Images whose classes have names and indices."""
+class Validation(Evaluation):
+    """Evaluates a network, and the EMA of its weights where there is one.
 
-    @property
-    def classes(self) -> tuple[str, ...]: ...
+    Args:
+        prefix: of the metrics' names.
+    """
 
-    def rename(self, classes: Sequence[str]) -> Any: ...
+    def __init__(self, module: TrainingModule, evaluator: Evaluator, every_n_epochs: int, prefix: str = "val_") -> None:
+        self.module = module
+        self.evaluator = evaluator
+        self.prefix = prefix
+        networks = module.networks()
+        super().__init__([f"{n}{prefix}{name}" for n in networks for name in evaluator.names], every_n_epochs)
+
+    def evaluate(self, fabric: L.Fabric) -> dict[str, float]:
+        networks = self.module.networks()
+        with fabric.autocast():
+            scores, skipped = evaluate(
+                self.evaluator, list(networks.values()), fabric.device, fabric.global_rank, fabric.world_size
+            )
+        self.name_skipped(fabric, skipped)
+        metrics = {
+            f"{name}{self.prefix}{metric}": value
+            for name, own in zip(networks, scores, strict=True)
+            for metric, value in self.evaluator.metrics(own).items()
+        }
+        if self.evaluator.best is not None:
+            self.score = max(
+                value for name, value in metrics.items() if name.endswith(self.prefix + self.evaluator.best)
+            )
+        return metrics
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        names = list(self.metrics)
+        super().load_state_dict(state)
+        self.metrics = {name: self.metrics.get(name) for name in names}  # earlier versions had others
+
+    def describe(self) -> dict[str, str]:
+        return self.evaluator.summarize({name.replace(self.prefix, ""): value for name, value in self.metrics.items()})
 
 
-Named = TypeVar("Named", bound=HasClasses)
-
-
-def match_classes(images: Named, names: Sequence[str] | None, count: int, what: str = "images") -> Named:
+def match_classes(images: Any, names: Sequence[str] | None, count: int, what: str = "images") -> Any:
     """Images with the class indices of a model.
 
     Args:
+        images: a reader with ``classes``, and ``rename`` for others.
         names: of the model's classes; None where its file does not hold them.
         count: of the model's classes.
         what: has the classes, in a message.

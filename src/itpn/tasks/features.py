@@ -1,16 +1,32 @@
-"""Features of frozen backbones, to be judged by nearest neighbours and linear classifiers."""
+"""Features of frozen backbones: for k-NN and linear probes, and for files."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from itpn.data.normalize import Normalize
+from itpn.errors import refusal
 from itpn.models.hivit import find_backbone
+from itpn.models.pyramid import find_pyramid
+from itpn.system.console import Output
+from itpn.system.text import one_line
+from itpn.system.writing import open_whole, open_whole_text, write_whole
 from itpn.tasks.evaluation import nothing_readable
 
 Features = tuple[Tensor, Tensor, Tensor]  # image index int64 [n], label int64 [n], features float32 [n, C]
+
+
+def number_sets(loaders: Iterable[Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """The batches of several sets, with the number of their set."""
+    for number, loader in enumerate(loaders):
+        for batch in loader:
+            yield {**batch, "set": number}
 
 
 def compute_features(network: nn.Module, normalize: Normalize, batch: dict[str, Any]) -> Features:
@@ -27,3 +43,51 @@ def join_features(parts: Sequence[Features]) -> Features:
     index, label, features = (torch.cat(column) for column in zip(*parts, strict=True))
     order = index.argsort()
     return index[order], label[order], features[order]
+
+
+def join_sets(parts: Sequence[tuple[int, Features]]) -> tuple[Features, Features]:
+    """The features of two sets, those of the first to learn from."""
+    first, second = (join_features([own for number, own in parts if number == which]) for which in (0, 1))
+    return first, second
+
+
+def write_features(
+    model: nn.Module, normalize: Normalize, batches: Iterator[tuple[list[str], Tensor]], path: Path
+) -> None:
+    """Write :func:`mean_features` of all images, a row each, and the images' names.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    names: list[str] = []
+    rows: list[dict[str, Tensor]] = []
+    for batch, images in batches:
+        names += batch
+        rows.append(mean_features(model, normalize(images)))
+    columns = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".npy":
+            with open_whole(path) as file:
+                np.save(file, columns["features"].numpy())
+            with open_whole_text(path.with_name(f"{path.name}.txt")) as text:
+                text.writelines(f"{one_line(name)}\n" for name in names)
+        else:
+            write_whole(path, save(columns, {"images": json.dumps(names)}))
+    except OSError as error:
+        raise refusal(f"--features {path} cannot be written", error) from error
+    shapes = ", ".join(f"{name} {list(column.shape)}" for name, column in columns.items())
+    Output().print(f"{path}: {shapes}", markup=False, highlight=False, soft_wrap=True)
+
+
+@torch.no_grad()
+def mean_features(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Means over an image: ``features`` of the last stage [n, C], ``pyramid_1`` (finest) to 3 [n, width]."""
+    backbone = find_backbone(model)
+    stages = backbone.forward_stages(x)
+    means = {"features": stages[-1].mean(dim=(1, 2, 3))}
+    pyramid = find_pyramid(model)
+    if pyramid is not None:
+        levels = pyramid(stages)
+        means |= {f"pyramid_{i}": level.mean(dim=(1, 2, 3)) for i, level in enumerate(levels, start=1)}
+    return means

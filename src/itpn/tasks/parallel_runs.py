@@ -38,7 +38,7 @@ class Plan:
         return RunFolder(self.config, self.recipe)
 
 
-def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, lanes: int = 2) -> None:
+def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, workers: int = 2) -> None:
     """Train all plans, by title, in their order as far as what they wait for allows.
 
     Args:
@@ -53,23 +53,23 @@ def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, lan
     left, done, bars = list(plans), set[str](), dict[str, TaskID]()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("steps"), TimeRemainingColumn())
     progress = Progress(TextColumn("{task.description:<24}"), *columns, console=console)
-    with stopped_by_signals(), progress, _open_lanes(lanes) as idle:
+    with stopped_by_signals(), progress, _start_workers(workers) as idle:
         busy: dict[Connection, str] = {}
         while left or busy:
             for title in [title for title in left if plans[title].after in {None, *done}][: len(idle)]:
                 left.remove(title)
-                lane = idle.pop()
+                worker = idle.pop()
                 try:
-                    lane.send((plans[title], logs / f"{title}.log"))
+                    worker.send((plans[title], logs / f"{title}.log"))
                 except OSError:  # its process has ended
                     raise _lost(logs / f"{title}.log") from None
-                busy[lane] = title
+                busy[worker] = title
                 bars[title] = progress.add_task(title, total=plans[title].config.trainer.max_steps)
             ready = wait(list(busy), timeout=1)
-            for lane in [lane for lane in busy if lane in ready]:
-                title = busy.pop(lane)
-                seconds = _receive(lane, logs / f"{title}.log")
-                idle.append(lane)
+            for worker in [worker for worker in busy if worker in ready]:
+                title = busy.pop(worker)
+                seconds = _receive(worker, logs / f"{title}.log")
+                idle.append(worker)
                 done.add(title)
                 progress.remove_task(bars.pop(title))
                 progress.console.print(f"{title:<24} {seconds:4.0f} s", highlight=False)
@@ -78,29 +78,29 @@ def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, lan
 
 
 @contextlib.contextmanager
-def _open_lanes(count: int) -> Iterator[list[Connection]]:
+def _start_workers(count: int) -> Iterator[list[Connection]]:
     """Processes that train what they are sent, one plan after the other."""
     context = multiprocessing.get_context("spawn")  # threads and CUDA do not survive a fork
-    lanes, processes = [], []
+    workers, processes = [], []
     for _ in range(count):
         ours, theirs = context.Pipe()
         processes.append(context.Process(target=_train_what_comes, args=(theirs,)))
         processes[-1].start()
         theirs.close()  # so that ours ends with the process
-        lanes.append(ours)
+        workers.append(ours)
     try:
-        yield list(lanes)
+        yield list(workers)
     finally:
         for process in processes:
             process.terminate()  # a run writes its checkpoint first
         for process in processes:
             process.join()
-        for lane in lanes:
-            lane.close()
+        for worker in workers:
+            worker.close()
 
 
 def _train_what_comes(pipe: Connection) -> None:
-    """A lane: answers each plan with its seconds, or with why it failed."""
+    """A worker process: answers each plan with its seconds, or with why it failed."""
     os.setsid()  # Ctrl-C is for the parent, which passes it on
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, RunStopped):  # the parent has gone, or wants this to end
@@ -122,9 +122,9 @@ def _train_what_comes(pipe: Connection) -> None:
                 pipe.send(time.perf_counter() - began)
 
 
-def _receive(lane: Connection, log: Path) -> float:
+def _receive(worker: Connection, log: Path) -> float:
     try:
-        answer = lane.recv()
+        answer = worker.recv()
     except EOFError:
         raise _lost(log) from None
     if isinstance(answer, Exception):

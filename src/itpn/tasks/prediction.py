@@ -1,31 +1,36 @@
-"""What `itpn predict` shares between tasks: reading images, features of any network, telling what was written."""
+"""What `itpn predict` shares between tasks: reading and preparing images, and writing what was found."""
 
+import csv
+import functools
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from rich.table import Table
-from safetensors.torch import save
+from rich.text import Text
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
+from itpn.checkpoints.files import Checkpoint
+from itpn.data.augment import EvaluationTransform, center_crop
 from itpn.data.decode import UnreadableImage, open_sample
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
 from itpn.data.shards import read_shard
-from itpn.errors import UserError, refusal
+from itpn.errors import UserError
 from itpn.models.hivit import find_backbone
-from itpn.models.pyramid import find_pyramid
 from itpn.system.console import Output, print_aside, print_warnings
 from itpn.system.text import one_line
-from itpn.system.writing import open_whole, open_whole_text, write_whole
+from itpn.system.writing import open_whole_text, write_whole
 from itpn.tasks.drawing import save_whole
-from itpn.tasks.preprocessing import Crop
+
+Crop = Callable[[Tensor], Tensor]  # of a whole image, uint8 [3, height, width]
 
 PER_IMAGE = 16  # images in one of the written images
 ROWS = 20  # images in the table
@@ -37,7 +42,7 @@ class PredictionOptions:
 
     Attributes:
         out: folder of the images, and of ``predictions.csv`` and ``predictions.json`` of what has classes.
-        seed: which patches a pre-training model does not get to see.
+        seed: of the masks of a pre-training model.
         min_score: of the objects that a detector's images and files show.
         max_pixels: larger images are skipped.
     """
@@ -46,6 +51,23 @@ class PredictionOptions:
     seed: int
     min_score: float
     max_pixels: int
+
+
+def read_preprocessing(found: Checkpoint, model: nn.Module) -> tuple[Crop, Normalize]:
+    """How images are cropped and normalized: as the file says, or the largest centre crop and ImageNet's mean and std.
+
+    Raises:
+        UserError: the network takes other images than those of one or three channels.
+    """
+    own, (channels, height, width) = found.preprocessing, find_backbone(model).image_shape
+    if channels not in (1, 3):
+        raise UserError(f"checkpoint {found.source} is of images with {channels} channels, not of photographs")
+    usual = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, std = (values if channels == 3 else (sum(values) / 3,) for values in usual)
+    normalize = Normalize(channels, tuple(own.get("mean", mean)), tuple(own.get("std", std)))
+    if "crop_pct" in own:  # of a classifier: as it was evaluated
+        return EvaluationTransform((height, width), own["crop_pct"], own.get("interpolation", "bicubic")), normalize
+    return functools.partial(center_crop, img_size=(height, width)), normalize
 
 
 def read_batches(source: ImageSource, crop: Crop, max_pixels: int) -> Iterator[tuple[list[str], Tensor]]:
@@ -57,104 +79,85 @@ def read_batches(source: ImageSource, crop: Crop, max_pixels: int) -> Iterator[t
     Raises:
         UserError: none of the images can be read.
     """
-    images = read_images(source, crop, max_pixels)
+    images = read_images(source, max_pixels, crop)
     while batch := list(itertools.islice(images, PER_IMAGE)):
         yield [name for name, _ in batch], torch.stack([image for _, image in batch])
 
 
-def read_as_they_are(source: ImageSource, max_pixels: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and uint8 images [3, height, width] of any size."""
-    return read_images(source, lambda image: image, max_pixels)
-
-
-def read_images(source: ImageSource, crop: Crop, max_pixels: int) -> Iterator[tuple[str, Tensor]]:
-    """Names and uint8 images, see :func:`decode_images`; unreadable ones are named, UserError if all are."""
-    empty, reason = True, ""
-
-    def skip(text: str) -> None:
-        nonlocal reason
-        reason = reason or f"; the first is {text}"
-        print_aside(f"skipped {text}")
-
-    for named in decode_images(source, crop, max_pixels, skip):
-        empty = False
-        yield named
-    if empty:
-        raise UserError(f"none of the images in {', '.join(source.roots)} can be read{reason}")
-
-
-def decode_images(
-    source: ImageSource, crop: Crop, max_pixels: int, skipped: Callable[[str], None] = lambda message: None
+def read_images(
+    source: ImageSource, max_pixels: int, crop: Crop | None = None, tell: Callable[[str], object] = print_aside
 ) -> Iterator[tuple[str, Tensor]]:
     """Decode images one after the other: name and uint8 [3, height, width]. Warnings of their values are printed.
 
     Args:
-        skipped: told "name: reason" of an unreadable one.
+        crop: None for whole images.
+        tell: is told which images are skipped, and why.
+
+    Raises:
+        UserError: none of the images can be read.
     """
-    files = FileReader(source.images)
+    files, empty, reason = FileReader(source.images), True, ""
     shards = (read_shard(shard, source.members) for shard in source.shards)
     for name, data in itertools.chain((files[number] for number in range(len(files))), *shards):
         try:
             image = open_sample(data, max_pixels)
             pixels = image.decode()
         except UnreadableImage as error:
-            skipped(f"{name}: {error}")
+            reason = reason or f"; the first is {name}: {error}"
+            tell(f"skipped {name}: {error}")
             continue
         print_warnings({kind: (name, remark) for kind, remark in image.warnings.items()})
-        yield name, crop(pixels)
+        empty = False
+        yield name, pixels if crop is None else crop(pixels)
+    if empty:
+        raise UserError(f"none of the images in {', '.join(source.roots)} can be read{reason}")
 
 
-def write_features(
-    model: nn.Module, normalize: Normalize, batches: Iterator[tuple[list[str], Tensor]], path: Path
-) -> None:
-    """Write :func:`mean_features` of all images, a row each, and the images' names.
-
-    Raises:
-        UserError: the file cannot be written.
-    """
-    names: list[str] = []
-    rows: list[dict[str, Tensor]] = []
-    for batch, images in batches:
-        names += batch
-        rows.append(mean_features(model, normalize(images)))
-    columns = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".npy":
-            with open_whole(path) as file:
-                np.save(file, columns["features"].numpy())
-            with open_whole_text(path.with_name(f"{path.name}.txt")) as text:
-                text.writelines(f"{one_line(name)}\n" for name in names)
-        else:
-            write_whole(path, save(columns, {"images": json.dumps(names)}))
-    except OSError as error:
-        raise refusal(f"--features {path} cannot be written", error) from error
-    shapes = ", ".join(f"{name} {list(column.shape)}" for name, column in columns.items())
-    Output().print(f"{path}: {shapes}", markup=False, highlight=False, soft_wrap=True)
-
-
-@torch.no_grad()
-def mean_features(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Means over an image: ``features`` of the last stage [n, C], ``pyramid_1`` (finest) to 3 [n, width]."""
-    backbone = find_backbone(model)
-    stages = backbone.forward_stages(x)
-    means = {"features": stages[-1].mean(dim=(1, 2, 3))}
-    pyramid = find_pyramid(model)
-    if pyramid is not None:
-        levels = pyramid(stages)
-        means |= {f"pyramid_{i}": level.mean(dim=(1, 2, 3)) for i, level in enumerate(levels, start=1)}
-    return means
-
-
-def save_picture(picture: Image.Image, out: Path, number: int) -> None:
+def save_image(image: Image.Image, out: Path, number: int) -> None:
     path = out / f"prediction-{number:04d}.png"
-    save_whole(picture, path)
+    save_whole(image, path)
     Output().print(str(path), markup=False, highlight=False, soft_wrap=True)
 
 
-def print_answers(table: Table, count: int, files: str) -> None:
-    """The first answers, how many more there are, and where."""
-    Output().print(table, highlight=False)
-    if count > ROWS:
-        Output().print(f"and {count - ROWS} more images in the files", highlight=False)
-    Output().print(files, markup=False, highlight=False, soft_wrap=True)
+class Predictions:
+    """What was predicted for images: a table of the first, ``predictions.csv`` and ``predictions.json`` of all.
+
+    Args:
+        titles: of the table, the image's aside.
+        columns: of the CSV file.
+    """
+
+    def __init__(self, titles: Sequence[str], columns: Sequence[str]) -> None:
+        self.columns = columns
+        self.answers: list[dict[str, Any]] = []
+        self._lines: list[Sequence[Any]] = []
+        self._table = Table("image", *titles, box=None, pad_edge=False, header_style="bold")
+
+    def add(self, answer: dict[str, Any], lines: Iterable[Sequence[Any]], cells: Sequence[str]) -> None:
+        """Add an image.
+
+        Args:
+            answer: for the JSON file; "image" is its name.
+            lines: for the CSV file.
+            cells: for the table.
+        """
+        self.answers.append(answer)
+        self._lines += lines
+        if self._table.row_count < ROWS:
+            self._table.add_row(*map(Text, (one_line(Path(answer["image"]).name), *cells)))
+
+    def write(self, out: Path, images: str = "") -> None:
+        """Write the files, print the table and where everything is.
+
+        Args:
+            images: names of the written images, for the last line.
+        """
+        write_whole(out / "predictions.json", (json.dumps(self.answers, indent=1) + "\n").encode())
+        with open_whole_text(out / "predictions.csv") as file:
+            writer = csv.writer(file)
+            writer.writerows([self.columns, *self._lines])
+        Output().print(self._table, highlight=False)
+        if len(self.answers) > ROWS:
+            Output().print(f"and {len(self.answers) - ROWS} more images in the files", highlight=False)
+        where = f"{images}\n{out}/predictions.csv, predictions.json".lstrip()
+        Output().print(where, markup=False, highlight=False, soft_wrap=True)

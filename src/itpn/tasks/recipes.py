@@ -42,9 +42,7 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
     if not path.is_file():
         if path.suffix.lower() in (".py", ".yaml", ".yml"):
             raise UserError(f"recipe file {name} does not exist")
-        near = difflib.get_close_matches(name, files, n=1, cutoff=0.4)
-        hint = f"did you mean {near[0]}?" if near else "see `itpn list`"
-        raise UserError(f"no recipe {name!r}; {hint}")
+        raise UserError(f"no recipe {name!r}{nearest(name, list(files), cutoff=0.4) or '; see `itpn list`'}")
     if path.suffix.lower() in (".yaml", ".yml"):
         return _read_run_settings(path)
     config = getattr(_import_file(path), "config", None)
@@ -113,7 +111,7 @@ def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
         return settings
 
 
-def nearest(name: str, names: list[str]) -> str:
+def nearest(name: str, names: list[str], cutoff: float = 0.6) -> str:
     """A hint at the right name ("; did you mean X?") to append to a message, or an empty string."""
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f"; did you mean {near[0]}?" if near else ""

@@ -9,8 +9,8 @@ import torch
 from itpn.checkpoints.files import read_checkpoint
 from itpn.seeding import derive_seed
 from itpn.system.accidents import guard
+from itpn.tasks.evaluation import Validation
 from itpn.tasks.spec import TaskSpec, task_of
-from itpn.tasks.validation import Validation
 from itpn.training.config import RunConfig, freeze
 from itpn.training.loop import Run, fit
 from itpn.training.run_folder import RunFolder
@@ -58,7 +58,7 @@ def train_composed(spec: TaskSpec, config: RunConfig, recipe: str, found_early: 
 def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: Any) -> Job:
     """What training needs, of the parts that the task builds."""
     module = spec.build_module(model, config, recipe, data)
-    evaluator = None if spec.build_evaluator is None else spec.build_evaluator(config, data)
+    evaluator = None if spec.build_evaluator is None or data.val is None else spec.build_evaluator(config, data)
     validation = None
     if evaluator is not None:
         validation = Validation(module, evaluator, config.evaluation_interval, spec.evaluation_prefix)
@@ -66,10 +66,4 @@ def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: A
     rows = {} if spec.describe_data is None else spec.describe_data(config, data)
     if evaluator is not None:
         rows["data"] += f", {len(evaluator):,} more to evaluate on"
-    return Job(
-        module,
-        draw,
-        rows,
-        data.count,
-        validation,
-    )
+    return Job(module, draw, rows, data.count, validation)

@@ -35,8 +35,8 @@ class TaskSpec:
         build_visualization: (module, config, data) -> () -> image, what the network makes of sample images.
         describe_data: (config, data) -> rows of the table at the start, "data" and "size" among them.
         evaluation_prefix: of the names of metrics while a run is trained.
-        build_evaluator: (config, data) -> :class:`itpn.tasks.evaluation.Evaluator`; None where there is nothing to
-            evaluate on. It serves validation and `itpn evaluate`.
+        build_evaluator: (config, data) -> :class:`itpn.tasks.evaluation.Evaluator`, of data with images to evaluate on.
+            It serves validation and `itpn evaluate`.
         train: (config, recipe, run) -> run folder, for a task whose runs are not all composed of the above.
 
     Using a checkpoint:
@@ -49,9 +49,9 @@ class TaskSpec:
         knn: whether it can evaluate features by k-NN, without a head (`itpn evaluate --knn`).
         predict: (network, checkpoint, source, options) for `itpn predict`; options are a
             :class:`itpn.tasks.prediction.PredictionOptions`.
-        export: (network, checkpoint, out, size, dynamic_size, metadata) -> :class:`itpn.tasks.exporting.Exported`;
+        export: (network, checkpoint, out, size, dynamic_size, metadata) -> :class:`itpn.tasks.export.Exported`;
             None where nothing is to be exported.
-        describe: (name, config, checkpoint) -> rows of `itpn info`, see :mod:`itpn.tasks.describing`.
+        describe: (name, config, checkpoint) -> rows of `itpn info`, see :mod:`itpn.tasks.info`.
         cache_features: (config, found early, out, views, half) for `itpn cache-features`; None without a teacher.
     """
 
@@ -77,6 +77,21 @@ class TaskSpec:
     knn: bool = False
     export: Callable[..., Any] | None = None
     cache_features: Callable[..., None] | None = None
+
+
+# in which file of its folder a task has which parts
+PARTS = {
+    "data": ("find_data", "describe_data"),
+    "network": ("resolve", "build_model", "build_recipe"),
+    "module": ("build_module",),
+    "evaluation": ("build_evaluator",),
+    "prediction": ("predict", "build_visualization"),
+}
+
+
+def parts_in(folder: str) -> dict[str, Any]:
+    """The parts of a task whose package has the usual files: arguments of :class:`TaskSpec`."""
+    return {name: lazy(f"{folder}.{file}:{name}") for file, names in PARTS.items() for name in names}
 
 
 _TASKS: dict[str, TaskSpec] = {}

@@ -77,11 +77,11 @@ class FeatureTower(nn.Module):
 
 
 class FeatureTeacher(nn.Module):
-    """A frozen timm model: images to one feature vector per patch.
+    """A frozen network: images to one feature vector per patch.
 
     Args:
         name: as the user gave it.
-        tower: its network.
+        tower: the network: normalized images [B, 3, h, w] -> features [B, rows, cols, D].
         grid: rows and columns of the student's patches.
         img_size: height and width in pixels of the teacher's images.
         width: size D of a feature vector.
@@ -94,7 +94,7 @@ class FeatureTeacher(nn.Module):
     def __init__(
         self,
         name: str,
-        tower: FeatureTower,
+        tower: nn.Module,
         grid: Grid,
         img_size: tuple[int, int],
         width: int,
@@ -135,6 +135,10 @@ class FeatureTeacher(nn.Module):
         return self.tower((x - self.mean) / self.std).flatten(1, 2).float()
 
 
+# teachers that are no models of timm, by --teacher.name: (checkpoint, grid of the student's patches) -> teacher
+TEACHERS: dict[str, Callable[[str | None, Grid], FeatureTeacher]] = {}
+
+
 def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeacher:
     """Build a teacher with its weights.
 
@@ -148,6 +152,8 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
         UserError: no such model or file; the file is of another model; nothing to fetch; or no image size for which
             the model returns exactly one feature per patch.
     """
+    if name in TEACHERS:
+        return TEACHERS[name](checkpoint, grid)
     plan = _plan(name, checkpoint)
     img_size, features = _apply_to_tower(plan, None, lambda tower, image: _fit(tower, image, grid))
     if features is None:
@@ -174,6 +180,8 @@ def teacher_width(name: str, checkpoint: str | None) -> int:
     Raises:
         UserError: no such model or file, or the file is no checkpoint.
     """
+    if name in TEACHERS:
+        return TEACHERS[name](checkpoint, (1, 1)).width
     return _apply_to_tower(_plan(name, checkpoint), None, _features).width
 
 
@@ -183,6 +191,8 @@ def count_teacher_parameters(name: str, checkpoint: str | None) -> int:
     Raises:
         UserError: no such model or file, or the file is no checkpoint.
     """
+    if name in TEACHERS:
+        return sum(p.numel() for p in TEACHERS[name](checkpoint, (1, 1)).parameters())
     return _apply_to_tower(
         _plan(name, checkpoint), None, lambda tower, images: sum(p.numel() for p in tower.parameters())
     )

@@ -243,10 +243,10 @@ def check_amounts(options: dict[str, float | None]) -> None:
             raise UserError(f"{option} must be at least 0, not {amount}")
 
 
-def check_shares(options: dict[str, float]) -> None:
-    for option, share in options.items():
-        if not 0 <= share <= 1:
-            raise UserError(f"{option} must lie between 0 and 1, not {share}")
+def check_fractions(options: dict[str, float]) -> None:
+    for option, fraction in options.items():
+        if not 0 <= fraction <= 1:
+            raise UserError(f"{option} must lie between 0 and 1, not {fraction}")
 
 
 def check_training(
@@ -286,7 +286,7 @@ def check_training(
             "--seed": seed,
         }
     )
-    check_shares(
+    check_fractions(
         {
             "--data.hflip": data.hflip,
             "--data.max-corrupt": data.max_corrupt,
@@ -295,21 +295,23 @@ def check_training(
     )
     if not all(0 <= beta < 1 for beta in optimizer.betas):
         raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
-    if not all(0 < share < 1 for share in optimizer.milestones) or list(optimizer.milestones) != sorted(
+    if not all(0 < fraction < 1 for fraction in optimizer.milestones) or list(optimizer.milestones) != sorted(
         optimizer.milestones
     ):
-        raise UserError(f"--optimizer.milestones must be rising shares of the run, not {optimizer.milestones}")
+        raise UserError(f"--optimizer.milestones must be rising fractions of the run, not {optimizer.milestones}")
     if not name or any(c in name for c in "/\\") or name in (".", ".."):
         raise UserError(f"--name must be a plain folder name, not {name!r}")
 
 
 def check_crops(data: CropsConfig) -> None:
     """Raise :class:`UserError` for crops that cannot be."""
-    check_shares({"--data.color-jitter": data.color_jitter})
+    check_fractions({"--data.color-jitter": data.color_jitter})
     if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
         raise UserError(f"--data.crop-ratio needs two ratios above 0, from small to large, not {data.crop_ratio}")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
-        raise UserError(f"--data.crop-scale needs two shares of the area, from small to large, not {data.crop_scale}")
+        raise UserError(
+            f"--data.crop-scale needs two fractions of the area, from small to large, not {data.crop_scale}"
+        )
 
 
 def check_images(mean: tuple[float, ...], std: tuple[float, ...], in_chans: int) -> None:

@@ -109,6 +109,9 @@ def set_up(config: RunConfig, launch: Launch, console: Output, folder: RunFolder
     assert task.make_loader is not None
     task.loader = task.make_loader(fabric.global_rank, fabric.world_size)
     length = measure_run(config, task.loader.images, len(task.loader), fabric.world_size)
+    if length.total_steps < (settings.max_steps or 0):
+        end = f"the run ends at step {length.total_steps}, after --trainer.max-epochs {settings.max_epochs}"
+        console.print(f"{end}, before --trainer.max-steps {settings.max_steps}", highlight=False, soft_wrap=True)
     model = distribute(fabric, task, settings.strategy == "fsdp")
     task.prepare(fabric.device)
     optimizer, schedule = make_optimizer(task, length, str(fabric.strategy.precision.precision))

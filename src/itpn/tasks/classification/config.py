@@ -4,15 +4,20 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from itpn.errors import UserError
-from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
+from itpn.tasks.finetuning.config import (
+    EvaluationConfig,
+    FineTuningConfig,
+    NetworkConfig,
+    NormalizationConfig,
+    check_fine_tuning,
+)
 from itpn.training.config import (
     CropsConfig,
     RunConfig,
     check_amounts,
     check_counts,
     check_crops,
-    check_images,
-    check_shares,
+    check_fractions,
     check_size,
     image_size,
 )
@@ -39,7 +44,7 @@ class ClassificationModelConfig(NetworkConfig):
 
 
 @dataclass
-class ClassificationDataConfig(CropsConfig):
+class ClassificationDataConfig(NormalizationConfig, CropsConfig):
     """Images with classes."""
 
     root: tuple[str, ...] = ("data/imagenet",)
@@ -61,12 +66,8 @@ class ClassificationDataConfig(CropsConfig):
     crop_pct: float | None = None
     """Evaluation: the centre crop's side as a fraction of the resized image's, as timm does it; None for the
     checkpoint's, or 0.875."""
-    mean: tuple[float, ...] | None = None
-    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
-    std: tuple[float, ...] | None = None
-    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
-    """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with deviation 0.5."""
+    """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with std 0.5."""
     erase: float = 0.25
     """Probability that a rectangle of an image is replaced by noise."""
     mixup: float = 0.8
@@ -84,7 +85,7 @@ class ClassificationEvaluationConfig(EvaluationConfig):
     batch_size: int = 256
     """Images per process and forward pass."""
     knn_k: int = 20
-    """`itpn evaluate --knn`: number of nearest neighbours, k."""
+    """`itpn evaluate --knn`: k, the number of nearest neighbours."""
 
 
 @dataclass
@@ -98,11 +99,6 @@ class ClassificationConfig(RunConfig):
     evaluation: ClassificationEvaluationConfig = field(default_factory=ClassificationEvaluationConfig)
 
     def check(self) -> None:
-        """Find impossible settings before anything heavy starts.
-
-        Raises:
-            UserError: the first that is found, with what to do.
-        """
         super().check()
         model, data = self.model, self.data
         check_crops(data)
@@ -114,7 +110,7 @@ class ClassificationConfig(RunConfig):
                 "--data.cutmix": data.cutmix,
             }
         )
-        check_shares(
+        check_fractions(
             {
                 "--model.drop-rate": model.drop_rate,
                 "--model.ema-decay": model.ema_decay or 0.0,
@@ -125,8 +121,11 @@ class ClassificationConfig(RunConfig):
                 "--data.label-smoothing": data.label_smoothing,
             }
         )
-        for option, share in {"--data.label-fraction": data.label_fraction, "--data.crop-pct": data.crop_pct}.items():
-            if share == 0:
+        for option, fraction in {
+            "--data.label-fraction": data.label_fraction,
+            "--data.crop-pct": data.crop_pct,
+        }.items():
+            if fraction == 0:
                 raise UserError(f"{option} must be above 0")
         if data.val_fraction == 1:
             raise UserError("--data.val-fraction must be below 1: nothing would be left to train on")
@@ -142,8 +141,7 @@ class ClassificationConfig(RunConfig):
             )
         if model.migrate_ratio is not None and not 0 <= model.migrate_ratio < 1:
             raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
-        check_images(data.mean or (0.0,), data.std or (1.0,), model.in_chans)
-        check_fine_tuning(model, self.optimizer, self.evaluation)
+        check_fine_tuning(self)
 
     def check_sizes(self) -> None:
         """What :meth:`check` can only see once the checkpoint's patches and size are known."""

@@ -8,9 +8,8 @@ from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 from itpn.tasks.classification.config import ClassificationConfig
-from itpn.tasks.data import NO_IMAGES, RunData
-from itpn.tasks.loading import make_training_loader
-from itpn.training.config import image_size
+from itpn.tasks.data import NO_IMAGES, RunData, make_training_loader
+from itpn.training.config import describe_crops, image_size
 
 
 def find_data(config: ClassificationConfig) -> RunData:
@@ -26,9 +25,13 @@ def describe_missing(train: LabelledImages, val: LabelledImages | None) -> list[
     """What was left out of the images, and what the accuracies will not say, a line each."""
     notes = [*dict.fromkeys((*train.notes, *(() if val is None else val.notes)))]
     if val is None:
-        return [*notes, f"there are no images to evaluate on: {NO_IMAGES}"]
+        return [*notes, NO_IMAGES]
     lost = sorted({train.classes[label] for label in np.setdiff1d(train.labels, val.labels)})
     return [*notes, f"there are no images of {join_names(lost)} to evaluate on"] if lost else notes
+
+
+def describe_data(config: ClassificationConfig, data: RunData) -> dict[str, str]:
+    return {"data": f"{len(data.train.classes)} classes", "size": describe_crops(image_size(config.data))}
 
 
 def make_transform(config: ClassificationConfig) -> ClassificationTransform:

@@ -1,4 +1,4 @@
-"""Evaluation of classifiers, and of frozen features by nearest neighbours and a linear classifier."""
+"""Evaluation of classifiers, and of frozen features by k-NN."""
 
 import functools
 import math
@@ -7,16 +7,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.augment import EvaluationTransform
-from itpn.data.evaluation import make_evaluation_loader, view_labelled
+from itpn.data.evaluation import view_labelled
 from itpn.data.labelled import LabelledImages, find_labelled, read_split
-from itpn.data.normalize import Normalize
 from itpn.errors import UserError
 from itpn.metrics.classification import (
+    TOP,
     Answers,
     Scores,
     join,
@@ -32,38 +31,31 @@ from itpn.system.console import print_aside
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
 from itpn.tasks.classification.network import resolve
-from itpn.tasks.evaluation import Evaluator, match_classes, nothing_readable, real_paths
-from itpn.tasks.features import compute_features, join_features
+from itpn.tasks.data import NO_IMAGES, RunData
+from itpn.tasks.evaluation import Evaluator, match_classes, real_paths
+from itpn.tasks.features import compute_features, join_sets, number_sets
+from itpn.tasks.finetuning.module import make_normalize
 from itpn.training.config import image_size
 
 
 class ClassificationEvaluator(Evaluator[Scores]):
     """Top-1 and top-5 accuracy, cross-entropy, calibration and confusion."""
 
-    names = ("top1", "top5", "loss")
+    names: tuple[str, ...] = ("top1", "top5", "loss")
     best = "top1"
     files = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
 
     def __init__(self, config: ClassificationConfig, images: LabelledImages) -> None:
-        self.config = config
+        view = functools.partial(view_labelled, make_evaluation_transform(config))
+        super().__init__(config, images, make_normalize(config), view)
         self.about: Mapping[str, Any] = {"by": "classifier"}
         self.notes = images.notes
         self.matched_by_name = True
-        self.images = images
-        self.classes = images.classes
-        self.normalize = make_normalize(config)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
-        return make_batches(self.images, self.config, rank, world_size)
-
-    def to(self, device: torch.device) -> None:
-        self.normalize.to(device)
+        if len(self.classes) <= TOP:  # the class is always among the five likeliest
+            self.names = ("top1", "loss")
 
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Answers:
-        images = self.normalize(batch["image"].to(self.normalize.mean.device, non_blocking=True))
+        images = self.normalize(batch["image"].to(self.device, non_blocking=True))
         return judge(batch["index"], batch["label"], network(images).float().log_softmax(dim=-1).cpu())
 
     def score(self, parts: Sequence[Answers]) -> Scores:
@@ -85,7 +77,7 @@ class ClassificationEvaluator(Evaluator[Scores]):
             "images": f"{scores.images:,} of {len(classes)} classes, {about['images_skipped']} skipped; "
             f"{about['data']}",
             "top-1": f"{scores.top1:.2%}",
-            **({"top-5": f"{scores.top5:.2%}"} if len(classes) > 5 else {}),
+            **({"top-5": f"{scores.top5:.2%}"} if "top5" in self.names else {}),
             **({"cross-entropy": f"{scores.loss:.4f}"} if math.isfinite(scores.loss) else {}),
             "calibration": f"{scores.calibration_error:.2%} expected error of the confidence",
         }
@@ -96,10 +88,12 @@ class ClassificationEvaluator(Evaluator[Scores]):
         return rows
 
     def summarize(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
-        shown = f"{metrics['top1']:.1%} top-1, {metrics['top5']:.1%} top-5"
-        if metrics.get("ema_top1") is not None:
-            shown += f"; EMA {metrics['ema_top1']:.1%} top-1, {metrics['ema_top5']:.1%} top-5"
-        return {"accuracy": f"{shown} of {len(self):,} images"}
+        shown = []
+        for title, prefix in {"": "", "EMA ": "ema_"}.items():
+            known = {f"top-{k}": metrics.get(f"{prefix}top{k}") for k in (1, TOP)}
+            own = [f"{value:.1%} {name}" for name, value in known.items() if value is not None]
+            shown += [title + ", ".join(own)] if own else []
+        return {"accuracy": f"{'; '.join(shown)} of {len(self):,} images"}
 
 
 class KnnEvaluator(ClassificationEvaluator):
@@ -115,46 +109,20 @@ class KnnEvaluator(ClassificationEvaluator):
         self.known = known
 
     def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
-        for known, images in ((True, self.known), (False, self.images)):
-            for batch in make_batches(images, self.config, rank, world_size):
-                yield {**batch, "known": known}
+        return number_sets(self.load(images, rank, world_size) for images in (self.known, self.images))
 
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Any:
-        return batch["known"], compute_features(network, self.normalize, batch)
+        return batch["set"], compute_features(network, self.normalize, batch)
 
     def score(self, parts: Sequence[Any]) -> Scores:
-        known, images = ([own for is_known, own in parts if is_known is wanted] for wanted in (True, False))
-        if not known or not images:
-            raise nothing_readable([])
-        device = self.normalize.mean.device
-        (_, train_labels, train), (index, labels, test) = (join_features(own) for own in (known, images))
-        votes = knn_votes(
-            train.to(device),
-            train_labels.to(device),
-            test.to(device),
-            len(self.classes),
-            self.config.evaluation.knn_k,
-        )
+        (_, train_labels, train), (index, labels, test) = join_sets(parts)
+        known = train.to(self.device), train_labels.to(self.device)
+        votes = knn_votes(*known, test.to(self.device), len(self.classes), self.config.evaluation.knn_k)
         return score(judge(index, labels, votes.log().cpu()), len(self.classes))
 
 
-def make_normalize(config: ClassificationConfig) -> Normalize:
-    assert config.data.mean is not None
-    assert config.data.std is not None
-    return Normalize(config.model.in_chans, config.data.mean, config.data.std)
-
-
-def make_batches(images: LabelledImages, config: ClassificationConfig, rank: int = 0, world_size: int = 1) -> Any:
-    """Every image once, as it is evaluated."""
-    return make_evaluation_loader(
-        images,
-        functools.partial(view_labelled, make_evaluation_transform(config)),
-        config.evaluation.batch_size,
-        config.data.num_workers,
-        rank,
-        world_size,
-        config.data.max_pixels,
-    )
+def build_evaluator(config: ClassificationConfig, data: RunData) -> ClassificationEvaluator:
+    return ClassificationEvaluator(config, data.val)
 
 
 def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransform:
@@ -201,7 +169,7 @@ def resolve_evaluation(
     seed = config.seed
     if trained_on(config, found) and "val_fraction" not in given:
         data, seed = replace(data, val_fraction=found.settings["data"]["val_fraction"]), found.settings["seed"]
-    return resolve(replace(config, model=model, data=data, seed=seed), found), {}
+    return resolve(replace(config, model=model, data=data, seed=seed), found)[0], {}
 
 
 def trained_on(config: ClassificationConfig, found: Checkpoint) -> bool:
@@ -219,15 +187,13 @@ def find_evaluation_data(
     """
     data = config.data
     which = f"of {', '.join(data.val_root or data.root)}"
-    if knn:
-        found_data = find_data(config)
-        if found_data.val is None:
-            roots = ", ".join(data.root)
-            raise UserError(
-                f"there are no images to evaluate on in {roots}: give --data.val-root or --data.val-fraction"
-            )
-        return KnnEvaluator(config, found_data.val, found_data.train), which
     own = read_split(data.val_root or data.root, "val", optional=data.val_root is None, members=data.members)
+    if knn:
+        images = find_data(config)
+        if images.val is None:
+            raise UserError(f"{', '.join(data.root)}: {NO_IMAGES}")
+        which = which if own is not None else f"{data.val_fraction:.0%} held out {which}"
+        return KnnEvaluator(config, images.val, images.train), which
     if own is None:
         own = read_split(data.root, "train", members=data.members)
         assert own is not None  # which is not optional

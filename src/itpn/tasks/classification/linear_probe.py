@@ -2,15 +2,12 @@
 
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from itpn.checkpoints.files import Checkpoint, named_tensors, read_checkpoint
-from itpn.checkpoints.io import write_safetensors
-from itpn.data.labelled import LabelledImages
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.errors import UserError
-from itpn.metrics.classification import judge, score
+from itpn.metrics.classification import judge
 from itpn.metrics.features import WEIGHT_DECAYS, choose_weight_decay, fit_linear
 from itpn.models.spec import spec_of
 from itpn.seeding import derive_seed
@@ -18,7 +15,7 @@ from itpn.system.console import Output, make_table, print_aside
 from itpn.tasks.classification import network
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
-from itpn.tasks.classification.evaluation import make_batches
+from itpn.tasks.classification.evaluation import ClassificationEvaluator
 from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.evaluation import Skipped, nothing_readable, read_batches
 from itpn.tasks.features import Features, compute_features, join_features
@@ -54,21 +51,21 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
     if not read_launch().main:
         return folder.path
     found = None if config.model.checkpoint is None else read_checkpoint(config.model.checkpoint)
-    config = freeze(network.resolve(config, found))
+    config = freeze(network.resolve(config, found)[0])
     data = find_data(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, notes = network.build_model(config, data.train.classes, found)
+    model, notes = network.build_model(config, data, found)
     folder.open(config, recipe)
     try:
         for note in [*_origin(found), *notes, *data.notes]:
             print_aside(note)
         task = ClassificationTask(model, config, recipe, data.train.classes)
         skipped: Skipped = []
-        sets = [images for images in (data.train, data.val) if images is not None]
+        sets = [ClassificationEvaluator(config, own) for own in (data.train, data.val) if own is not None]
         with start_fabric(config.trainer, single=True) as fabric, fabric.autocast(), torch.no_grad():
             device = fabric.device
             task.to(device).eval()
-            known, *others = [_collect(task, config, images, skipped) for images in sets]
+            known, *others = [_collect(task, images, skipped) for images in sets]
         labels, features = (x.to(device) for x in known[1:])
         model.fc_norm = torch.nn.Identity()
         weight_decay = choose_weight_decay(features, labels, len(data.train.classes))
@@ -77,14 +74,14 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
         for index, answers, own in others:
             with torch.no_grad():
                 predicted = model.head(own.to(device)).log_softmax(dim=1).cpu()
-            scores = score(judge(index, answers, predicted), len(data.train.classes))
-            metrics |= {"val_top1": scores.top1, "val_top5": scores.top5, "val_loss": scores.loss}
+            scores = sets[1].score([judge(index, answers, predicted)])
+            metrics |= {f"val_{name}": value for name, value in sets[1].metrics(scores).items()}
         for name, reason in skipped:
             print_aside(f"skipped {name}: {reason}")
         model.cpu()
         model.spec = spec_of(model).with_options(fc_norm=False)  # type: ignore[assignment]
         with folder.writing(folder.weights):
-            write_safetensors(folder.weights, named_tensors(model), {"recipe": recipe, **task.describe()})
+            task.save(folder.weights, metrics)
         seconds = time.perf_counter() - began
         summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True, "metrics": metrics}
         summary |= {"epochs": 1, "steps": 0, "images_seen": len(features), "images_skipped": len(skipped)}
@@ -103,10 +100,10 @@ def _origin(found: Checkpoint | None) -> list[str]:
     return [] if found is None else [f"starting from the weights of {found.source}"]
 
 
-def _collect(task: ClassificationTask, config: ClassificationConfig, images: LabelledImages, skipped: Any) -> Features:
+def _collect(task: ClassificationTask, images: ClassificationEvaluator, skipped: Skipped) -> Features:
     """Features of all images of a set."""
     unread: Skipped = []
-    batches = read_batches(make_batches(images, config), unread)
+    batches = read_batches(images.batches(0, 1), unread)
     parts = [compute_features(task.model, task.normalize, batch) for batch in batches]
     if not parts:
         raise nothing_readable(unread)

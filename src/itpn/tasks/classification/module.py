@@ -1,5 +1,6 @@
 """Classification as it is trained: augmented batches to loss, layer-wise learning rates, an EMA of the weights."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import nn
 
 from itpn.checkpoints.files import named_tensors
 from itpn.checkpoints.io import write_safetensors
-from itpn.data.normalize import Normalize
 from itpn.models.hivit import HiViT
 from itpn.tasks.classification.config import ClassificationConfig
+from itpn.tasks.classification.data import make_loader, make_transform
+from itpn.tasks.data import RunData
 from itpn.tasks.finetuning.module import FineTuningTask
 from itpn.training.config import image_size
 from itpn.training.module import MakeLoader
@@ -39,13 +41,10 @@ class ClassificationTask(FineTuningTask):
         make_loader: MakeLoader | None = None,
     ) -> None:
         data = config.data
-        assert data.mean is not None
-        assert data.std is not None
-        normalize = Normalize(config.model.in_chans, data.mean, data.std)
-        super().__init__(model, config, recipe, classes, normalize, make_loader)
+        super().__init__(model, config, recipe, classes, make_loader)
         self.model: HiViT
         decay = config.model.ema_decay
-        # warmed up, so that a short run's average is not of its beginning
+        # warmed up, so that a short run's EMA is not of its beginning
         self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False)
         self.mix: Mixup | None = None
         self.erase: RandomErasing | None = None
@@ -89,3 +88,8 @@ class ClassificationTask(FineTuningTask):
         data = self.config.data
         own = {"mean": data.mean, "std": data.std, "size": image_size(data), "crop_pct": data.crop_pct}
         return own | {"interpolation": data.interpolation}
+
+
+def build_module(model: HiViT, config: ClassificationConfig, recipe: str, data: RunData) -> ClassificationTask:
+    loader = functools.partial(make_loader, config, data.train, make_transform(config))
+    return ClassificationTask(model, config, recipe, data.train.classes, loader)

@@ -1,6 +1,6 @@
 """The network of a classifier: its head, and how settings and a checkpoint make one."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,9 +10,11 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
 from itpn.models.build import build_backbone
 from itpn.models.heads import Head
-from itpn.models.hivit import HiViT
+from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.spec import NetworkSpec
 from itpn.tasks.classification.config import ClassificationConfig
+from itpn.tasks.classification.data import make_transform
+from itpn.tasks.data import RunData
 from itpn.tasks.finetuning.network import (
     backbone_options,
     build_network,
@@ -20,7 +22,9 @@ from itpn.tasks.finetuning.network import (
     keep_predictor,
     name_classes,
     resolve_network,
+    scale_epochs,
 )
+from itpn.tasks.info import Rows, count_parameters, describe_backbone, describe_stages
 from itpn.training.config import image_size
 
 CROP_PCT = 0.875  # of ImageNet since the first networks
@@ -61,25 +65,34 @@ class ClassifierHead(Head):
         return own if own.get("num_classes") else None
 
 
-def resolve(config: ClassificationConfig, found: Checkpoint | None) -> ClassificationConfig:
-    """Settings with what they leave to the checkpoint: network, sizes, mean and std.
+def resolve(
+    config: ClassificationConfig, found: Checkpoint | None, data: RunData | None = None
+) -> tuple[ClassificationConfig, Sequence[str]]:
+    """Settings with what they leave to the checkpoint (network, sizes, mean and std) and to the number of images.
 
     Raises:
         UserError: the checkpoint is of another network than the settings name, or images do not fit its patches.
     """
     config = resolve_network(config, found, config.model.in_chans)
-    data = config.data
-    if data.img_size is None:
+    own = config.data
+    if own.img_size is None:
         size: Any = 224 if found is None else find_network(config.model, found, (224, 224)).backbone["img_size"]
         height, width = size if isinstance(size, list | tuple) else (size, size)
-        data = replace(data, img_size=height if height == width else (height, width))
+        own = replace(own, img_size=height if height == width else (height, width))
     stored = {} if found is None else found.preprocessing
-    config = replace(config, data=replace(data, crop_pct=data.crop_pct or stored.get("crop_pct", CROP_PCT)))
+    config = replace(config, data=replace(own, crop_pct=own.crop_pct or stored.get("crop_pct", CROP_PCT)))
     config.check_sizes()
-    return config
+    if data is None:
+        return config, ()
+    make_transform(config)  # a wrong name of an augmentation is found before a folder is made
+    return scale_epochs(config, len(data.train)), ()
 
 
-def build_model(
+def build_model(config: ClassificationConfig, data: RunData, found: Checkpoint | None) -> tuple[HiViT, list[str]]:
+    return build_classifier(config, data.train.classes, found)
+
+
+def build_classifier(
     config: ClassificationConfig, classes: tuple[str, ...], found: Checkpoint | None
 ) -> tuple[HiViT, list[str]]:
     """Build a classifier, with a checkpoint's weights where there is one; its classifier if it has the same classes.
@@ -119,6 +132,17 @@ def build_recipe(
     Args:
         num_classes: None for the checkpoint's own, or ImageNet's 1000.
     """
-    config = resolve(config, found)
+    config, _ = resolve(config, found)
     theirs = find_network(config.model, found, image_size(config.data)).heads.get(config.task) or {"num_classes": 1000}
-    return build_model(config, name_classes(found, num_classes or theirs["num_classes"]), found)
+    return build_classifier(config, name_classes(found, num_classes or theirs["num_classes"]), found)
+
+
+def describe(name: str, config: ClassificationConfig, found: Checkpoint | None) -> Rows:
+    backbone = find_backbone(build_recipe(config, None, found)[0])
+    size = (backbone.image_shape[1], backbone.image_shape[2])
+    return [
+        ("parameters", f"{count_parameters(backbone):.2f} M with a classifier of {backbone.num_classes} classes"),
+        *describe_backbone(backbone, size),
+        ("", ""),
+        *describe_stages(backbone, size),
+    ]

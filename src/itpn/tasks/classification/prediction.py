@@ -1,70 +1,79 @@
-"""The likeliest classes of images."""
+"""The likeliest classes of images: files of `itpn predict`, and visualizations of a run."""
 
-import csv
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import torch
-from rich.table import Table
-from rich.text import Text
+from PIL import Image
 from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
+from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
-from itpn.data.normalize import Normalize
+from itpn.data.labelled import LabelledImages
 from itpn.models.hivit import HiViT
-from itpn.system.text import one_line
-from itpn.system.writing import open_whole_text, write_whole
-from itpn.tasks.drawing import draw_titles
-from itpn.tasks.prediction import ROWS, PredictionOptions, print_answers, read_batches, save_picture
-from itpn.tasks.preprocessing import read_preprocessing
+from itpn.models.modes import eval_mode
+from itpn.tasks.classification.config import ClassificationConfig
+from itpn.tasks.classification.evaluation import make_evaluation_transform
+from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.data import RunData
+from itpn.tasks.drawing import show, tile_images
+from itpn.tasks.prediction import PredictionOptions, Predictions, read_batches, read_preprocessing, save_image
 
 TOP = 5  # classes of an image in predictions.csv
-
-
-def predict(model: HiViT, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
-    """Write the likeliest classes of images, see :func:`predict_classes`."""
-    crop, normalize = read_preprocessing(found, model)
-    batches = read_batches(source, crop, options.max_pixels)
-    predict_classes(model, normalize, batches, found.metadata.get("classes"), options.out)
+SAMPLES = 16
 
 
 @torch.no_grad()
-def predict_classes(
-    model: HiViT,
-    normalize: Normalize,
-    batches: Iterator[tuple[list[str], Tensor]],
-    classes: list[str] | None,
-    out: Path,
-) -> None:
-    """A table, ``predictions.csv``, ``predictions.json`` and pictures with the likeliest classes.
+def predict(model: HiViT, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
+    """Write the likeliest classes of images, and the images with the likeliest class above each.
 
     Classes are numbers where the file has no names.
     """
-    table = Table("image", "class", "probability", "then", box=None, pad_edge=False, header_style="bold")
-    path = out / "predictions.csv"
-    answers: list[dict[str, Any]] = []
-    with open_whole_text(path) as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "rank", "class", "probability"])
-        for number, (names, images) in enumerate(batches):
-            top = model(normalize(images)).softmax(dim=-1).topk(min(TOP, model.num_classes))
-            titles = []
-            for name, values, indices in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
-                labels = [classes[i] if classes else str(i) for i in indices]
-                writer.writerows([name, rank, *pair] for rank, pair in enumerate(zip(labels, values, strict=True), 1))
-                likeliest = [
-                    {"class": label, "probability": value} for label, value in zip(labels, values, strict=True)
-                ]
-                answers.append({"image": name, "classes": likeliest})
-                others = ", ".join(
-                    f"{label} {value:.0%}" for label, value in zip(labels[1:3], values[1:3], strict=True)
-                )
-                if table.row_count < ROWS:
-                    table.add_row(*map(Text, (one_line(Path(name).name), labels[0], f"{values[0]:.1%}", others)))
-                titles.append(f"{values[0]:.0%} {labels[0]}")  # a long name is cut at its end
-            save_picture(draw_titles(images, titles), out, number)
-    write_whole(path.with_suffix(".json"), (json.dumps(answers, indent=1) + "\n").encode())
-    print_answers(table, len(answers), f"{path}\n{path.with_suffix('.json')}")
+    crop, normalize = read_preprocessing(found, model)
+    classes = found.metadata.get("classes")
+    written = Predictions(("class", "probability", "then"), ("image", "rank", "class", "probability"))
+    for number, (names, images) in enumerate(read_batches(source, crop, options.max_pixels)):
+        top = model(normalize(images)).softmax(dim=-1).topk(min(TOP, model.num_classes))
+        titles = []
+        for name, values, indices in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
+            likeliest = [(classes[i] if classes else str(i), value) for i, value in zip(indices, values, strict=True)]
+            label, value = likeliest[0]
+            titles.append(f"{value:.0%} {label}")  # a long name is cut at its end
+            written.add(
+                {"image": name, "classes": [{"class": label, "probability": value} for label, value in likeliest]},
+                [(name, rank, *pair) for rank, pair in enumerate(likeliest, 1)],
+                (label, f"{value:.1%}", ", ".join(f"{label} {value:.0%}" for label, value in likeliest[1:3])),
+            )
+        save_image(tile_images([*map(show, images)], titles, side=None), options.out, number)
+    written.write(options.out)
+
+
+# --- visualizations of a run
+
+
+def build_visualization(
+    module: ClassificationTask, config: ClassificationConfig, data: RunData
+) -> Callable[[], Image.Image]:
+    """Draws the same images at every call."""
+    samples = functools.cache(lambda: read_samples(data.samples, config))
+    return lambda: draw_classes(module, *samples())
+
+
+def read_samples(images: LabelledImages, config: ClassificationConfig) -> tuple[Tensor, list[str]]:
+    """Readable images from all over a set, uint8 [n, 3, H, W], and the names of their classes."""
+    transform = make_evaluation_transform(config)
+    chosen = read_some(images, SAMPLES, config.data.max_pixels)
+    pixels = torch.stack([transform(image) for _, image in chosen])
+    return pixels, [images.classes[images.labels[index]] for index, _ in chosen]
+
+
+def draw_classes(task: ClassificationTask, images: Tensor, names: list[str]) -> Image.Image:
+    """The likeliest class of each image, and the true one where that is another."""
+    with eval_mode(task), torch.no_grad():
+        probabilities = task.model(task.normalize(images.to(task.device))).float().softmax(dim=-1).cpu()
+    titles = []
+    for row, name in zip(probabilities, names, strict=True):
+        predicted = task.classes[int(row.argmax())]
+        titles.append(f"{row.max():.0%} {predicted}" + ("" if predicted == name else f", is {name}"))
+    return tile_images([*map(show, images)], titles, side=None)

@@ -1,28 +1,18 @@
 """Boxes, classes and masks of objects: Mask R-CNN on the pre-trained pyramid (Tian et al. 2023, section 4.2)."""
 
 from itpn.tasks.detection.config import DetectionConfig
-from itpn.tasks.spec import TaskSpec, lazy
-
-HERE = "itpn.tasks.detection"
+from itpn.tasks.spec import TaskSpec, lazy, parts_in
 
 TASK = TaskSpec(
+    **parts_in(__name__),
     name="detection",
     config=DetectionConfig,
-    head=lazy(f"{HERE}.network:DetectorHead"),
-    find_data=lazy(f"{HERE}.data:find_data"),
-    resolve=lazy(f"{HERE}.build:resolve"),
-    build_model=lazy(f"{HERE}.build:build_model"),
-    build_recipe=lazy(f"{HERE}.network:build_recipe"),
-    build_module=lazy(f"{HERE}.build:build_module"),
-    build_visualization=lazy(f"{HERE}.visualization:build_visualization"),
-    build_evaluator=lazy(f"{HERE}.build:build_evaluator"),
-    describe_data=lazy(f"{HERE}.build:describe_data"),
-    describe=lazy(f"{HERE}.info:describe"),
+    head=lazy(f"{__name__}.network:DetectorHead"),
+    describe=lazy(f"{__name__}.network:describe"),
     evaluation_options=(
         *("--data.root", "--data.val-root", "--data.invalid-annotations", "--data.img-size", "--data.max-size"),
     ),
-    resolve_evaluation=lazy(f"{HERE}.evaluation:resolve_evaluation"),
-    find_evaluation_data=lazy(f"{HERE}.evaluation:find_evaluation_data"),
-    predict=lazy(f"{HERE}.prediction:predict"),
-    export=lazy(f"{HERE}.export:export"),
+    resolve_evaluation=lazy(f"{__name__}.evaluation:resolve_evaluation"),
+    find_evaluation_data=lazy(f"{__name__}.evaluation:find_evaluation_data"),
+    export=lazy(f"{__name__}.export:export"),
 )

@@ -4,14 +4,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
-from itpn.training.config import (
-    ImagesConfig,
-    RunConfig,
-    check_counts,
-    check_images,
-    check_shares,
+from itpn.tasks.finetuning.config import (
+    EvaluationConfig,
+    FineTuningConfig,
+    NetworkConfig,
+    NormalizationConfig,
+    check_fine_tuning,
 )
+from itpn.training.config import ImagesConfig, RunConfig, check_counts, check_fractions
 
 
 @dataclass
@@ -32,7 +32,7 @@ class DetectionModelConfig(NetworkConfig):
 
 
 @dataclass
-class DetectionDataConfig(ImagesConfig):
+class DetectionDataConfig(NormalizationConfig, ImagesConfig):
     """Images with boxes, classes and outlines of objects."""
 
     root: str = "data/coco"
@@ -58,20 +58,11 @@ class DetectionDataConfig(ImagesConfig):
     large_scale_jitter: tuple[float, float] | None = None
     """Instead of scales and crops, resize by a factor between these of a square of --data.img-size, and crop to it
     (Ghiasi et al. 2021: 0.1 2.0, of 1024 px)."""
-    mean: tuple[float, ...] | None = None
-    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
-    std: tuple[float, ...] | None = None
-    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
 
     @property
     def longest(self) -> int:
         """Longest side of the images in pixels."""
         return self.img_size * 5 // 3 if self.max_size is None else self.max_size
-
-
-@dataclass
-class DetectionEvaluationConfig(EvaluationConfig):
-    """Evaluation, of a network in training and of a checkpoint."""
 
 
 @dataclass
@@ -82,14 +73,9 @@ class DetectionConfig(RunConfig):
     model: DetectionModelConfig = field(default_factory=DetectionModelConfig)
     data: DetectionDataConfig = field(default_factory=DetectionDataConfig)
     optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)
-    evaluation: DetectionEvaluationConfig = field(default_factory=DetectionEvaluationConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
     def check(self) -> None:
-        """Find impossible settings before anything heavy starts.
-
-        Raises:
-            UserError: the first that is found, with what to do.
-        """
         super().check()
         model, data = self.model, self.data
         check_counts(
@@ -101,11 +87,10 @@ class DetectionConfig(RunConfig):
                 "--data.max-size": data.max_size,
             }
         )
-        check_shares({"--data.crop-prob": data.crop_prob})
+        check_fractions({"--data.crop-prob": data.crop_prob})
         if data.longest < data.img_size:
             raise UserError(f"--data.max-size must be at least --data.img-size {data.img_size}, not {data.max_size}")
         for option, factors in {"scales": data.scales, "large-scale-jitter": data.large_scale_jitter}.items():
             if factors is not None and not 0 < factors[0] <= factors[1]:
                 raise UserError(f"--data.{option} needs two factors above 0, from small to large, not {factors}")
-        check_images(data.mean or (0.0,), data.std or (1.0,), in_chans=3)
-        check_fine_tuning(model, self.optimizer, self.evaluation)
+        check_fine_tuning(self)

@@ -3,15 +3,10 @@
 from dataclasses import dataclass
 
 from itpn.data.annotations import find_objects
-from itpn.data.batches import collect
-from itpn.data.loader import TrainingLoader
 from itpn.data.objects import DetectionImages, DetectionTransform
 from itpn.errors import UserError
-from itpn.system.console import print_aside
-from itpn.system.environment import is_main_process
-from itpn.tasks.data import RunData
+from itpn.tasks.data import RunData, tell
 from itpn.tasks.detection.config import DetectionConfig
-from itpn.tasks.loading import make_training_loader
 
 
 @dataclass(frozen=True)
@@ -34,7 +29,6 @@ def find_data(config: DetectionConfig) -> DetectionData:
         UserError: none, or masks are wanted of objects that have none.
     """
     data = config.data
-    tell = print_aside if is_main_process() else lambda line: None
     train, val = find_objects(data.root, data.val_root, data.invalid_annotations, tell, data.max_pixels)
     train = train if data.empty_images else train.with_objects()
     outlined, others = train.mask_counts
@@ -92,7 +86,5 @@ def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
     )
 
 
-def make_loader(
-    config: DetectionConfig, images: DetectionImages, masks: bool, rank: int, world_size: int
-) -> TrainingLoader:
-    return make_training_loader(config, images, make_transform(config, masks), rank, world_size, collate=collect)
+def describe_data(config: DetectionConfig, data: DetectionData) -> dict[str, str]:
+    return {"data": f"{len(data.train.classes)} classes", "size": f"short side up to {config.data.img_size} px"}

@@ -1,8 +1,7 @@
 """Evaluation of detectors: COCO's metrics."""
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +11,18 @@ from torch import Tensor, nn
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.annotations import read_objects
 from itpn.data.batches import collect
-from itpn.data.evaluation import make_evaluation_loader
 from itpn.data.normalize import Normalize
 from itpn.data.objects import DetectionImages, check_size
 from itpn.errors import UserError
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.detection import DetectionScores, Results, score_detections, to_results, write_detection_scores
 from itpn.models.detector import Detector
-from itpn.system.console import print_aside
-from itpn.system.environment import is_main_process
+from itpn.tasks.data import tell
 from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.evaluation import Evaluator, match_classes
 
-Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images that were looked at
+Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images they are of
 
 
 class DetectionEvaluator(Evaluator[DetectionScores]):
@@ -38,36 +36,16 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
     files = ("evaluation.json", "classes.csv", "results.json")
 
     def __init__(self, config: DetectionConfig, images: DetectionImages, masks: bool) -> None:
-        self.config = config
-        self.images = images
-        self.classes = images.classes
+        # the network subtracts mean and std itself
+        super().__init__(config, images, Normalize(3, (0.0,), (1.0,)), view_whole, collect)
         self.masks = masks and images.has_masks
         kinds = ("box", "mask") if self.masks else ("box",)
         self.names = tuple(f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75"))
-        self.normalize = Normalize(3, (0.0,), (1.0,))  # the network subtracts mean and std itself
         self._results: Results = []
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
-        return make_evaluation_loader(
-            self.images,
-            view_whole,
-            self.config.evaluation.batch_size,
-            self.config.data.num_workers,
-            rank,
-            world_size,
-            self.config.data.max_pixels,
-            collate=collect,
-        )
-
-    def to(self, device: torch.device) -> None:
-        self.normalize.to(device)
-
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Part:
-        device = self.normalize.mean.device
-        found = detect(network, self.normalize, [image.to(device, non_blocking=True) for image in batch["image"]])
+        images = [image.to(self.device, non_blocking=True) for image in batch["image"]]
+        found = detect(network, self.normalize, images)
         seen = [int(self.images.ids[index]) for index in batch["index"].tolist()]
         results = [to_results(one, id_, self.images.class_ids) for one, id_ in zip(found, seen, strict=True)]
         return [result for own in results for result in own], seen
@@ -110,6 +88,11 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
         return rows
 
 
+def build_evaluator(config: DetectionConfig, data: DetectionData) -> DetectionEvaluator:
+    assert data.val is not None
+    return DetectionEvaluator(config, data.val, data.masks)
+
+
 def _percent(value: float) -> str:
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
 
@@ -148,7 +131,7 @@ def resolve_evaluation(
         sizes = {"min_size": config.data.img_size, "max_size": config.data.longest}
     elif "max_size" in given:
         sizes = {"max_size": config.data.longest}
-    return replace(config), sizes
+    return config, sizes
 
 
 def find_evaluation_data(
@@ -160,7 +143,6 @@ def find_evaluation_data(
         UserError: no images, or objects of classes that the model does not know.
     """
     data = config.data
-    tell = print_aside if is_main_process() else lambda line: None
     where = data.val_root or data.root
     images = read_objects(where, "val", data.invalid_annotations, tell, True, data.max_pixels)
     if images is None:  # a folder with one set alone: that

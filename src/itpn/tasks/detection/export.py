@@ -11,7 +11,7 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.scenes import draw_scene
 from itpn.errors import UserError
 from itpn.models.detector import Detector
-from itpn.tasks.exporting import Exported, Size, check_difference, check_out, compare, open_exported, quiet, writing
+from itpn.tasks.export import Exported, Size, check_difference, check_out, compare, open_exported, quiet, writing
 
 
 def export(
@@ -40,40 +40,20 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
     check_out(out)
     if out.suffix != ".onnx":
         raise UserError(f"a detector is exported to .onnx, not to {out.suffix}: torch.export does not take it")
-    import onnx
-
     model = model.eval()
     names = ["boxes", "labels", "scores", *(["masks"] if model.has_masks else [])]
     images = [draw_example(number, size) for number in range(4)]
-
-    def write(path: Path) -> tuple[float, int]:
-        """Returns the largest difference and how many objects there were to compare."""
-        with quiet(), sdpa_kernel(SDPBackend.MATH):
-            torch.onnx.export(
-                model, ([images[0]],), path, dynamo=False, opset_version=17, input_names=["image"], output_names=names
-            )
-        stored = onnx.load(path)
-        del stored.graph.value_info[:]  # shapes inside, as many as there happened to be: a runtime complains of others
-        onnx.helper.set_model_props(stored, dict(metadata or {}))
-        onnx.save(stored, path)
-        run = open_exported(path, "image")
-        found = [model([image])[0] for image in images]
-        differences = [
-            compare(run(image), [one[name].float() for name in names]) for image, one in zip(images, found, strict=True)
-        ]
-        return max(differences), sum(len(one["boxes"]) for one in found)
-
     resize, heads = model.transform, model.roi_heads
     before = resize.min_size, resize.max_size, heads.score_thresh
     resize.min_size, resize.max_size = (min(size),), max(size)  # the graph takes images as the network sees them
     try:
         with writing(out) as partial:
-            difference, count = write(partial)
+            difference, count = _write(model, partial, images, names, metadata or {})
             if not count:  # of nothing: compare the same graph with all that it does not find worth a mention
                 heads.score_thresh = 0.0
                 every = partial.with_name(f"{partial.stem}.all.onnx")
                 try:
-                    difference, count = write(every)
+                    difference, count = _write(model, every, images, names, {})
                 finally:
                     every.unlink(missing_ok=True)
             check_difference(out, difference)
@@ -86,7 +66,33 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
     return Exported(out, form, inputs, outputs, difference, [(len(images), size)])
 
 
+def _write(
+    model: Detector, path: Path, images: list[Tensor], names: list[str], metadata: Mapping[str, str]
+) -> tuple[float, int]:
+    """Write the graph, and compare what it finds in some images.
+
+    Returns:
+        The largest difference, and how many objects there were to compare.
+    """
+    import onnx
+
+    with quiet(), sdpa_kernel(SDPBackend.MATH):
+        torch.onnx.export(
+            model, ([images[0]],), path, dynamo=False, opset_version=17, input_names=["image"], output_names=names
+        )
+    stored = onnx.load(path)
+    del stored.graph.value_info[:]  # shapes inside, as many as there happened to be: a runtime complains of others
+    onnx.helper.set_model_props(stored, dict(metadata))
+    onnx.save(stored, path)
+    run = open_exported(path, "image")
+    found = [model([image])[0] for image in images]
+    differences = [
+        compare(run(image), [one[name].float() for name in names]) for image, one in zip(images, found, strict=True)
+    ]
+    return max(differences), sum(len(one["boxes"]) for one in found)
+
+
 def draw_example(number: int, size: Size) -> Tensor:
-    """A picture with something in it, float32 [3, height, width] in [0, 1]: noise has no objects."""
+    """An image with objects in it, float32 [3, height, width] in [0, 1]: noise has no objects."""
     image = draw_scene(0, "val", number, img_size=size).image
     return torch.from_numpy(image).permute(2, 0, 1).float() / 255

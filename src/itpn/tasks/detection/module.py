@@ -1,13 +1,17 @@
 """Detection as it is trained: images of any size and their objects to the losses of Mask R-CNN."""
 
+import functools
 from typing import Any
 
 import torch
 from torch import nn
 
+from itpn.data.batches import collect
 from itpn.data.normalize import Normalize
 from itpn.models.detector import Detector
+from itpn.tasks.data import make_training_loader
 from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.detection.data import DetectionData, make_transform
 from itpn.tasks.finetuning.module import FineTuningTask
 from itpn.training.module import MakeLoader
 
@@ -29,7 +33,7 @@ class DetectionTask(FineTuningTask):
         make_loader: MakeLoader | None = None,
     ) -> None:
         # the network normalizes images itself, as torchvision's do
-        super().__init__(model, config, recipe, classes, Normalize(3, (0.0,), (1.0,)), make_loader)
+        super().__init__(model, config, recipe, classes, make_loader, Normalize(3, (0.0,), (1.0,)))
         self.model: Detector
         model.transform.in_training = False  # the data are of their sizes already
 
@@ -45,3 +49,9 @@ class DetectionTask(FineTuningTask):
     def preprocessing(self) -> dict[str, Any]:
         data = self.config.data
         return {"mean": data.mean, "std": data.std, "min_size": data.img_size, "max_size": data.longest}
+
+
+def build_module(model: Detector, config: DetectionConfig, recipe: str, data: DetectionData) -> DetectionTask:
+    transform = make_transform(config, data.masks)
+    loader = functools.partial(make_training_loader, config, data.train, transform, collate=collect)
+    return DetectionTask(model, config, recipe, data.train.classes, loader)

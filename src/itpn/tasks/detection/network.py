@@ -1,7 +1,7 @@
 """The network of a detector: its head, and how settings and a checkpoint make one."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from itpn.models.heads import Head
 from itpn.models.spec import NetworkSpec, Options
 from itpn.models.variants import PUBLISHED_PYRAMID, PYRAMIDS
 from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.finetuning.network import (
     backbone_options,
     build_network,
@@ -22,7 +23,9 @@ from itpn.tasks.finetuning.network import (
     keep_predictor,
     name_classes,
     resolve_with_head,
+    scale_epochs,
 )
+from itpn.tasks.info import Rows, describe_headed
 
 
 class DetectorHead(Head):
@@ -85,7 +88,18 @@ class DetectorHead(Head):
         return stored.get("detector")
 
 
-def build_model(
+def resolve(
+    config: DetectionConfig, found: Checkpoint | None, data: DetectionData
+) -> tuple[DetectionConfig, Sequence[str]]:
+    config, notes = resolve_with_head(config, found)
+    return scale_epochs(config, len(data.train)), notes
+
+
+def build_model(config: DetectionConfig, data: DetectionData, found: Checkpoint | None) -> tuple[Detector, list[str]]:
+    return build_detector(config, data.train.classes, data.masks, found)
+
+
+def build_detector(
     config: DetectionConfig, classes: tuple[str, ...], masks: bool, found: Checkpoint | None
 ) -> tuple[Detector, list[str]]:
     """Build a detector, with a checkpoint's weights where there is one.
@@ -141,4 +155,12 @@ def build_recipe(
     config, _ = resolve_with_head(config, found)
     theirs = find_square_network(config, found).heads.get(config.task) or {"num_classes": 81, "masks": True}
     masks = theirs["masks"] if config.model.masks is None else config.model.masks
-    return build_model(config, name_classes(found, num_classes or theirs["num_classes"] - 1), masks, found)
+    return build_detector(config, name_classes(found, num_classes or theirs["num_classes"] - 1), masks, found)
+
+
+def describe(name: str, config: DetectionConfig, found: Checkpoint | None) -> Rows:
+    model = build_recipe(config, None, found)[0]
+    assert isinstance(model, Detector)
+    step = model.transform.size_divisible  # as torchvision pads an image whose sides are 3:5
+    height, width = (-(-side // step) * step for side in (model.transform.min_size[-1], model.transform.max_size))
+    return describe_headed(model, model.num_classes - 1, (height, width))

@@ -1,11 +1,11 @@
 """What all fine-tuning has: a network that comes from a checkpoint, learning rates by layer."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
-from itpn.training.config import OptimizerConfig, Settings, check_amounts, check_counts, check_shares
+from itpn.training.config import OptimizerConfig, Settings, check_amounts, check_counts, check_fractions, check_images
 
 
 @dataclass
@@ -37,6 +37,16 @@ class NetworkConfig(Settings):
 
 
 @dataclass
+class NormalizationConfig(Settings):
+    """How the pixels of images become inputs of the network."""
+
+    mean: tuple[float, ...] | None = None
+    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+
+
+@dataclass
 class FineTuningConfig(OptimizerConfig):
     """AdamW with learning rates that fall from the head to the first layer; linear warm-up, then a cosine or steps."""
 
@@ -45,6 +55,19 @@ class FineTuningConfig(OptimizerConfig):
     layer_decay_over: int | None = 13
     """Layers that --optimizer.layer-decay is meant for: a network of L layers takes its power 13 / L at each, as the
     official code does. None takes it as it is."""
+
+
+def small_dense_optimizer() -> FineTuningConfig:
+    """For objects and pixels of one's own."""
+    return FineTuningConfig(
+        lr=2e-4,
+        betas=(0.9, 0.999),
+        warmup_epochs=5,
+        min_lr=1e-6,
+        clip_grad=1.0,
+        layer_decay=0.9,
+        layer_decay_over=None,
+    )
 
 
 @dataclass
@@ -57,12 +80,14 @@ class EvaluationConfig(Settings):
     """Images per process and forward pass."""
 
 
-def check_fine_tuning(model: NetworkConfig, optimizer: FineTuningConfig, evaluation: EvaluationConfig) -> None:
-    """Find impossible settings among those that all fine-tuning has.
+def check_fine_tuning(config: Any) -> None:
+    """Find impossible settings among those that all runs of fine-tuning have.
 
     Raises:
         UserError: the first that is found, with what to do.
     """
+    model, data, evaluation, decay = config.model, config.data, config.evaluation, config.optimizer.layer_decay
+    check_images(data.mean or (0.0,), data.std or (1.0,), getattr(model, "in_chans", 3))
     check_counts(
         {
             "--model.patch-size": model.patch_size,
@@ -72,8 +97,7 @@ def check_fine_tuning(model: NetworkConfig, optimizer: FineTuningConfig, evaluat
         }
     )
     check_amounts({"--model.init-values": model.init_values})
-    decay = optimizer.layer_decay
-    check_shares(
+    check_fractions(
         {
             "--model.drop-path-rate": model.drop_path_rate,
             "--optimizer.layer-decay": 1.0 if decay is None else decay,

@@ -1,4 +1,4 @@
-"""What all fine-tuning tasks share: classes that stay, learning rates by layer."""
+"""What all fine-tuning tasks have: classes that stay, learning rates by layer."""
 
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -19,12 +19,19 @@ from itpn.training.config import RunConfig, to_dict
 from itpn.training.module import MakeLoader, TrainingModule
 
 
+def make_normalize(config: Any) -> Normalize:
+    """For images with the mean and std of resolved settings."""
+    return Normalize(getattr(config.model, "in_chans", 3), config.data.mean, config.data.std)
+
+
 class FineTuningTask(TrainingModule):
     """Trains a network to name things.
 
     Args:
+        config: resolved.
         classes: names of the model's classes.
         recipe, make_loader: as of :class:`TrainingModule`.
+        normalize: None for the mean and std of the settings.
     """
 
     def __init__(
@@ -33,10 +40,10 @@ class FineTuningTask(TrainingModule):
         config: RunConfig,
         recipe: str,
         classes: tuple[str, ...],
-        normalize: Normalize,
-        make_loader: MakeLoader | None,
+        make_loader: MakeLoader | None = None,
+        normalize: Normalize | None = None,
     ) -> None:
-        super().__init__(model, config, recipe, normalize, make_loader)
+        super().__init__(model, config, recipe, normalize or make_normalize(config), make_loader)
         self.classes = classes
 
     @abstractmethod

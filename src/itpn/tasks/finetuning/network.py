@@ -1,8 +1,9 @@
 """A network to be fine-tuned: what the settings leave to the checkpoint, and which weights are taken from it."""
 
 import dataclasses
+import math
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
@@ -15,12 +16,14 @@ from itpn.errors import UserError
 from itpn.models.spec import NetworkSpec, find_variant, same_sizes
 from itpn.models.variants import BACKBONES
 from itpn.tasks.finetuning.config import NetworkConfig
+from itpn.training.config import AnyConfig
+from itpn.training.launch import choose_devices, read_launch
 
 NO_NETWORK = (
     "this recipe takes its network from a checkpoint: give one, as --model.checkpoint of `itpn train`, --checkpoint of "
     "`itpn info` or pretrained= of itpn.get_model"
 )
-AnyConfig = TypeVar("AnyConfig", bound=Any)
+STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its images: so many steps, within these epochs
 
 
 def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int = 3) -> AnyConfig:
@@ -61,6 +64,21 @@ def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int =
         values[what] = default if getattr(data, what) is None else getattr(data, what)
     model = replace(model, name=name, patch_size=patch_size or 16)
     return replace(config, model=model, data=replace(data, **values))
+
+
+def scale_epochs(config: AnyConfig, images: int, processes: int | None = None) -> AnyConfig:
+    """Settings with a number of epochs, where they leave it to the number of images.
+
+    Args:
+        processes: that train together; None for those of this launch.
+    """
+    if config.trainer.max_epochs:
+        return config
+    processes = processes or choose_devices(config.trainer, read_launch()).processes
+    batch = config.data.batch_size * processes * config.trainer.accumulate_grad_batches
+    steps = max(1, images // batch)
+    epochs = min(max(math.ceil(STEPS / steps), EPOCHS[0]), EPOCHS[1])
+    return replace(config, trainer=replace(config.trainer, max_epochs=epochs))
 
 
 def find_network(model: NetworkConfig, found: Checkpoint | None, img_size: tuple[int, int]) -> Contents:

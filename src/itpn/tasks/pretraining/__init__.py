@@ -1,26 +1,26 @@
 """Masked image modelling: backbone and pyramid learn to predict what is masked (Tian et al. 2023, section 3)."""
 
+from itpn.data.files import ImageSource, find_training_images
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.tasks.pretraining.early import find_images
-from itpn.tasks.spec import TaskSpec, lazy
+from itpn.tasks.spec import TaskSpec, lazy, parts_in
 
-HERE = "itpn.tasks.pretraining"
+
+def check_data(config: PretrainingConfig) -> ImageSource:
+    """The images of a run.
+
+    Raises:
+        UserError: a folder is missing or without images.
+    """
+    return find_training_images(config.data.root, config.data.members)
+
 
 TASK = TaskSpec(
+    **parts_in(__name__),
     name="pretraining",
     config=PretrainingConfig,
-    head=lazy(f"{HERE}.network:MaskedHead"),
-    check_data=find_images,
-    find_data=lazy(f"{HERE}.data:find_data"),
-    resolve=lazy(f"{HERE}.build:resolve"),
-    build_model=lazy(f"{HERE}.build:build_model"),
-    build_recipe=lazy(f"{HERE}.network:build_recipe"),
-    build_module=lazy(f"{HERE}.build:build_module"),
-    build_visualization=lazy(f"{HERE}.visualization:build_visualization"),
-    build_evaluator=lazy(f"{HERE}.build:build_evaluator"),
+    head=lazy(f"{__name__}.network:MaskedHead"),
+    describe=lazy(f"{__name__}.info:describe"),
+    check_data=check_data,
     evaluation_prefix="probe_",
-    describe_data=lazy(f"{HERE}.build:describe_data"),
-    describe=lazy(f"{HERE}.info:describe"),
-    predict=lazy(f"{HERE}.prediction:predict"),
-    cache_features=lazy(f"{HERE}.caching:cache_features"),
+    cache_features=lazy(f"{__name__}.caching:cache_features"),
 )

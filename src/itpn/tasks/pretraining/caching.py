@@ -6,6 +6,7 @@ import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
@@ -22,11 +23,10 @@ from itpn.system.writing import check_settings, writing_to
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, tell_what_is_left_out
 from itpn.teachers.timm_teacher import FeatureTeacher
-from itpn.training.config import image_size, to_dict
+from itpn.training.config import freeze, image_size, to_dict
 from itpn.training.launch import choose_precision
 
 SHARD_SIZE = 512
-# what decides which crop of which image is where
 CROP_SETTINGS = (
     "crop_scale",
     "crop_ratio",
@@ -48,7 +48,7 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
     Raises:
         UserError: no teacher to run, the folder cannot be written or holds features of other settings.
     """
-    console = Output()
+    config, console = freeze(config), Output()
     if config.teacher.name in (None, "ema"):
         raise UserError("only features of an outside teacher can be cached: give --teacher.name, a model of timm")
     if views < 1:
@@ -60,8 +60,6 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
     workers = min(1, config.data.num_workers) if source.shards else config.data.num_workers
     one = replace(config.data, batch_size=1, num_workers=workers, decode="workers")
     loader = make_loader(replace(config, data=one), source, 0, 1, teacher.img_size)
-    settings = {key: value for key, value in to_dict(config)["data"].items() if key in CROP_SETTINGS}
-    names = "\n".join(os.path.abspath(path) for path in source.images or source.shards)
     index = CacheIndex(
         teacher=teacher.name,
         checkpoint=config.teacher.checkpoint,
@@ -71,13 +69,7 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
         images=loader.images,
         views=views,
         shard_size=SHARD_SIZE,
-        settings={
-            **settings,
-            **({"members": list(source.members)} if source.members else {}),
-            "seed": config.seed,
-            "half": half,
-            "files": hashlib.sha256(os.fsencode(names)).hexdigest(),
-        },
+        settings={**_describe_crops(config, source), "half": half},
     )
     _open_folder(out, index)
     cuda = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu")
@@ -108,6 +100,15 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _describe_crops(config: PretrainingConfig, source: ImageSource) -> dict[str, Any]:
+    """What decides which crop of which image is where."""
+    settings = {key: value for key, value in to_dict(config)["data"].items() if key in CROP_SETTINGS}
+    if source.members:
+        settings["members"] = list(source.members)
+    names = "\n".join(os.path.abspath(path) for path in source.images or source.shards)
+    return {**settings, "seed": config.seed, "files": hashlib.sha256(os.fsencode(names)).hexdigest()}
 
 
 def _write_shard(

@@ -15,8 +15,8 @@ from itpn.training.config import (
     check_amounts,
     check_counts,
     check_crops,
+    check_fractions,
     check_images,
-    check_shares,
     check_size,
     check_types,
     image_size,
@@ -41,7 +41,7 @@ class PretrainingModelConfig(Settings):
     rel_pos_bias: bool | None = None
     """A relative position bias in each attention block; None for the model's own."""
     weight_init: Literal["xavier", "trunc_normal"] = "xavier"
-    """Initial weights: Xavier uniform, or normal of deviation 0.02 with smaller ones in deep blocks."""
+    """Initial weights: Xavier uniform, or normal of std 0.02 with smaller ones in deep blocks."""
     mask: Literal["random", "block"] = "random"
     """Mask single patches, or rectangular blocks of them."""
     mask_ratio: float = 0.75
@@ -182,11 +182,6 @@ class PretrainingConfig(RunConfig):
         return "cannot probe: leave out --probe.root" if self.probe.root is not None else None
 
     def check(self) -> None:
-        """Find impossible settings before anything heavy starts.
-
-        Raises:
-            UserError: the first that is found, with what to do.
-        """
         super().check()
         check_model(self.model, self.teacher)
         model, data = self.model, self.data
@@ -218,7 +213,7 @@ class PretrainingConfig(RunConfig):
                 "--teacher.min-std": self.teacher.min_std,
             }
         )
-        check_shares({"--model.drop-path-rate": model.drop_path_rate})
+        check_fractions({"--model.drop-path-rate": model.drop_path_rate})
         if model.patch_size % 4:
             raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
         check_images(data.mean, data.std, model.in_chans)
@@ -247,12 +242,9 @@ def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
     """
     check_types(model, "model.")
     check_types(teacher, "teacher.")
+    check_amounts({"--model.migrate-from": model.migrate_from, "--model.gather-window": model.gather_window})
     if not 0 <= model.migrate_ratio < 1:
         raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
-    if model.migrate_from is not None and model.migrate_from < 0:
-        raise UserError(f"--model.migrate-from must be at least 0, not {model.migrate_from}")
-    if model.gather_window < 0:
-        raise UserError(f"--model.gather-window must be at least 0, not {model.gather_window}")
     if model.gather_side < 1 or model.gather_window % model.gather_side:
         raise UserError(
             f"--model.gather-side must divide --model.gather-window {model.gather_window}, not {model.gather_side}"
@@ -261,35 +253,54 @@ def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
         raise UserError("--model.migrate-from has no effect without --model.migrate-ratio")
     if model.pyramid_head_width < 1 or model.pyramid_head_width % 64:
         raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")
-    features = any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights])
-    if not features and not model.pixel_weight:
+    check_losses(model)
+    check_teacher(teacher, any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights]))
+    check_masked_patches(model)
+
+
+def check_losses(model: PretrainingModelConfig) -> None:
+    """Raise :class:`UserError` where the losses leave a part of the network untrained."""
+    if not any([model.pixel_weight, model.feature_weight, model.auxiliary_weight, *model.pyramid_weights]):
         raise UserError("nothing is predicted: set --model.pixel-weight, --model.feature-weight or another above 0")
     if not (model.pixel_weight or model.feature_weight or all(model.pyramid_weights)):
         raise UserError(
             "a part of the network would stay untrained: set --model.pixel-weight, --model.feature-weight or all three "
             "of --model.pyramid-weights above 0"
         )
+
+
+def check_masked_patches(model: PretrainingModelConfig) -> None:
+    """Raise :class:`UserError` where masked patches cannot be predicted, or can be copied."""
+    if model.masked_patches == "mask_token":
+        if model.masked_laterals and model.pixel_weight:
+            raise UserError("--model.masked-laterals shows the pixels that --model.pixel-weight has predicted: use one")
+        return
+    if model.masked_laterals:
+        raise UserError("--model.masked-laterals needs --model.masked-patches mask_token")
+    alone = {
+        "--model.decoder-depth": (model.pixel_weight or model.feature_weight) and not model.decoder_depth,
+        "--model.pyramid-head-depth": any(model.pyramid_weights) and not model.pyramid_head_depth,
+    }
+    for option, wrong in alone.items():
+        if wrong:
+            raise UserError(
+                f"{option} 0 leaves masked patches without attention to the others; give it a block or more, or "
+                "--model.masked-patches mask_token"
+            )
+
+
+def check_teacher(teacher: TeacherConfig, features: bool) -> None:
+    """Raise :class:`UserError` for a teacher that is missing or not needed, or without weights.
+
+    Args:
+        features: whether features are predicted.
+    """
     if features and teacher.name is None:
         raise UserError("a loss on features needs a teacher: give --teacher.name, `ema` or a model of timm")
     if teacher.name is not None and not features:
         raise UserError(
             f"teacher {teacher.name} has nothing to do: set --model.feature-weight or --model.pyramid-weights above 0"
         )
-    if model.masked_patches == "dropped":
-        if model.masked_laterals:
-            raise UserError("--model.masked-laterals needs --model.masked-patches mask_token")
-        if (model.pixel_weight or model.feature_weight) and not model.decoder_depth:
-            raise UserError(
-                "--model.decoder-depth 0 leaves masked patches without attention to the others; give it a block or "
-                "more, or --model.masked-patches mask_token"
-            )
-        if any(model.pyramid_weights) and not model.pyramid_head_depth:
-            raise UserError(
-                "--model.pyramid-head-depth 0 leaves masked patches without attention to the others; give it a block "
-                "or more, or --model.masked-patches mask_token"
-            )
-    elif model.masked_laterals and model.pixel_weight:
-        raise UserError("--model.masked-laterals shows the pixels that --model.pixel-weight has predicted: use one")
     if teacher.checkpoint is not None:
         if teacher.name == "ema":
             raise UserError("--teacher.checkpoint has no meaning for the teacher `ema`, an EMA of the network")

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,14 +16,11 @@ from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.data.shards import check_shards
 from itpn.errors import UserError
-from itpn.system.console import print_aside
-from itpn.system.environment import is_main_process
-from itpn.tasks.data import RunData
-from itpn.tasks.loading import make_training_loader
-from itpn.tasks.prediction import decode_images
+from itpn.tasks.data import RunData, make_training_loader, tell
+from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.teachers.timm_teacher import FeatureTeacher, build_teacher
-from itpn.training.config import image_size
+from itpn.teachers.timm_teacher import TEACHERS, FeatureTeacher, build_teacher
+from itpn.training.config import describe_crops, image_size
 from itpn.training.launch import choose_devices, read_launch
 
 SAMPLES = 8
@@ -70,14 +67,29 @@ def find_data(config: PretrainingConfig, source: ImageSource | None = None) -> P
     return PretrainingData(images, find_probe_sets(config), (), teacher)
 
 
+def describe_data(config: PretrainingConfig, data: PretrainingData) -> dict[str, str]:
+    kind = "cached features" if data.train.cache else "shards" if data.train.shards else "files"
+    rows = {"data": kind, "size": describe_crops(image_size(config.data))}
+    return rows if config.teacher.name is None else {"teacher": describe_teacher(config, data), **rows}
+
+
+def describe_teacher(config: PretrainingConfig, data: PretrainingData) -> str:
+    if config.teacher.name == "ema":
+        return f"EMA of the network, momentum {config.teacher.momentum} to {config.teacher.momentum_end}"
+    cache = data.train.cache
+    where = f"features in {cache}" if cache else config.teacher.checkpoint
+    if where is None:
+        where = "from the recipe file" if config.teacher.name in TEACHERS else "weights of timm's hub"
+    return f"{config.teacher.name}, {where}"
+
+
 def tell_what_is_left_out(source: ImageSource) -> None:
     """Say once which images, of those that were looked for, are not read."""
     notes = list(source.notes)
     if source.shards:
         notes += check_shards(source.shards, source.members)
-    if is_main_process():
-        for note in notes:
-            print_aside(note)
+    for note in notes:
+        tell(note)
 
 
 def find_probe_sets(config: PretrainingConfig) -> tuple[LabelledImages, LabelledImages] | None:
@@ -108,7 +120,7 @@ def make_frozen_teacher(config: PretrainingConfig) -> FeatureTeacher | None:
 
 
 def check_cache(config: PretrainingConfig, folder: str) -> None:
-    """Refuse cached crops and features that are not what the settings ask for."""
+    """Refuse cached crops and features of other settings."""
     index = read_index(folder)
     wanted = {"--data.img-size": image_size(config.data), "--model.patch-size": config.model.patch_size}
     held = {"--data.img-size": index.img_size, "--model.patch-size": index.patch_size}
@@ -158,12 +170,7 @@ def read_samples(source: ImageSource, config: PretrainingConfig) -> Tensor:
         return FeatureCache(source.cache).first(SAMPLES)
     if source.images:
         stride = max(1, len(source.images) // SAMPLES)
-        source = ImageSource(images=source.images[::stride] + source.images)
-    reasons: list[str] = []
+        source = replace(source, images=source.images[::stride] + source.images)
     crop = functools.partial(center_crop, img_size=image_size(config.data))
-    images = decode_images(source, crop, config.data.max_pixels, reasons.append)
-    chosen = [image for _, image in itertools.islice(images, SAMPLES)]
-    if not chosen:
-        first = f"; the first is {reasons[0]}" if reasons else ""
-        raise UserError(f"none of the images in {', '.join(config.data.root)} can be read{first}")
-    return torch.stack(chosen)
+    images = read_images(replace(source, roots=config.data.root), config.data.max_pixels, crop, lambda line: None)
+    return torch.stack([image for _, image in itertools.islice(images, SAMPLES)])

@@ -3,7 +3,7 @@
 import torch
 
 from itpn.checkpoints.files import Checkpoint
-from itpn.tasks.describing import (
+from itpn.tasks.info import (
     Rows,
     count_macs,
     count_parameters,

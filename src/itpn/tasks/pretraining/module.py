@@ -1,5 +1,6 @@
 """The training step of pre-training."""
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,17 @@ from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 
 from itpn.checkpoints.files import read_checkpoint
+from itpn.checkpoints.io import write_safetensors
 from itpn.data.normalize import Normalize
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.targets import normalize_features
+from itpn.models.spec import spec_of
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.tasks.pretraining.network import build_from
-from itpn.tasks.pretraining.start import describe_run, load_weights, save_weights
+from itpn.tasks.pretraining.data import PretrainingData, make_loader
+from itpn.tasks.pretraining.network import build_from, load_weights
 from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import FeatureTeacher
+from itpn.training.config import image_size, to_dict
 from itpn.training.module import MakeLoader, TrainingModule
 
 
@@ -42,7 +46,7 @@ class PretrainingTask(TrainingModule):
         super().__init__(model, config, recipe, normalize, make_loader)
         self.model: MaskedImageModel
         self.compiled_by_default = config.trainer.strategy == "ddp"
-        # an average is part of the run's state; a frozen teacher stays out of checkpoints, in a tuple modules overlook
+        # an EMA is part of the run's state; a frozen teacher stays out of checkpoints, in a tuple modules overlook
         self.average = teacher if isinstance(teacher, EMATeacher) else None
         self._frozen = (teacher,) if isinstance(teacher, FeatureTeacher) else ()
 
@@ -123,6 +127,36 @@ class PretrainingTask(TrainingModule):
 
     def describe(self) -> dict[str, Any]:
         return describe_run(self.model, self.config)
+
+
+def build_module(
+    model: MaskedImageModel, config: PretrainingConfig, recipe: str, data: PretrainingData
+) -> PretrainingTask:
+    ema = EMATeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
+    size = None if data.teacher is None else data.teacher.img_size
+    return PretrainingTask(
+        model,
+        config,
+        recipe,
+        functools.partial(make_loader, config, data.train, teacher_size=size),
+        ema or data.teacher,
+    )
+
+
+def describe_run(model: MaskedImageModel, config: PretrainingConfig) -> dict[str, Any]:
+    """What checkpoints say about themselves, beside their weights."""
+    data = config.data
+    return {
+        "task": config.task,
+        "settings": to_dict(config),
+        "network": spec_of(model).to_dict(),
+        "preprocessing": {"mean": data.mean, "std": data.std, "size": image_size(data)},
+    }
+
+
+def save_weights(path: Path, model: MaskedImageModel, recipe: str, config: PretrainingConfig) -> None:
+    """Write ``model.safetensors`` of a run."""
+    write_safetensors(path, model.state_dict(), {"recipe": recipe, **describe_run(model, config)})
 
 
 def spread(target: Tensor) -> Tensor:

@@ -2,32 +2,50 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from itpn.checkpoints.contents import Contents, count_blocks
+from itpn.checkpoints.contents import Contents, count_blocks, read_contents
 from itpn.checkpoints.files import Checkpoint
+from itpn.checkpoints.load import check_finite
+from itpn.checkpoints.match import match
 from itpn.checkpoints.older_settings import update_settings
+from itpn.data.cache import read_index
 from itpn.errors import UserError
 from itpn.masked.decoder import AuxiliaryHead, Decoder
 from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
+from itpn.masked.targets import IMAGE_TARGETS
 from itpn.models.build import build, build_backbone
 from itpn.models.heads import Head
 from itpn.models.pyramid import FeaturePyramid
-from itpn.models.spec import NetworkSpec, Options
+from itpn.models.spec import NetworkSpec, Options, spec_of
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
-from itpn.tasks.pretraining.config import (
-    PretrainingConfig,
-    PretrainingModelConfig,
-    TeacherConfig,
-    check_model,
-)
-from itpn.tasks.pretraining.start import describe_options, load_weights
+from itpn.tasks.pretraining.config import PretrainingConfig, PretrainingModelConfig, TeacherConfig, check_model
+from itpn.tasks.pretraining.data import PretrainingData
 from itpn.training.config import from_dict, image_size, override_model
 
 TASK = PretrainingConfig.task
+LEVELS = ("_1", "_2", "_3")  # ends of the names of losses on single pyramid levels, finest first
+
+
+def resolve(
+    config: PretrainingConfig, found: Checkpoint | None, data: PretrainingData
+) -> tuple[PretrainingConfig, Sequence[str]]:
+    """The width of the teacher's features goes into the settings, for when the teacher is not there."""
+    width = config.teacher.width
+    if data.teacher is not None:
+        width = data.teacher.width
+    elif data.train.cache and config.teacher.name not in (None, "ema"):
+        width = read_index(data.train.cache).width
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width)), ()
+
+
+def build_model(
+    config: PretrainingConfig, data: PretrainingData, found: Checkpoint | None
+) -> tuple[MaskedImageModel, list[str]]:
+    return build_recipe(config, None, found)
 
 
 def make_spec(
@@ -89,11 +107,11 @@ def _head_options(config: PretrainingModelConfig, objective: Objective, widths: 
             name: {
                 "heads": {name: widths[name]},
                 **single,
-                "levels": (level,),
+                "levels": (LEVELS.index(name[-2:]),),
                 "add_mask_tokens": objective.drops_patches,
             }
-            for level, name in enumerate(PYRAMID_LOSSES)
-            if name in widths
+            for name in widths
+            if name.endswith(LEVELS)
         },
         "objective": dataclasses.asdict(objective),
     }
@@ -128,7 +146,7 @@ def target_widths(
         # the EMA teacher has the student's own shape: its stage 3, and all tokens of a patch at each level
         widths |= dict.fromkeys(("feature", "auxiliary"), BACKBONES[config.name]["embed_dim"])
         widths |= {name: tokens * pyramid_width for name, tokens in zip(PYRAMID_LOSSES, (16, 4, 1), strict=True)}
-    elif any(name != "pixel" for name in objective.weights):
+    elif objective.weights.keys() - IMAGE_TARGETS.keys():
         from itpn.teachers.timm_teacher import teacher_width
 
         assert teacher.name is not None
@@ -246,8 +264,8 @@ class MaskedHead(Head):
     def command(self, source: str, contents: Contents) -> str:
         if contents.variant is None:
             return f"itpn.load({source!r})" if contents.decoder else ""
-        fresh = build_masked_model(PretrainingModelConfig(name=contents.variant), (224, 224))
-        options = describe_options(contents, fresh)
+        usual = build_masked_model(PretrainingModelConfig(name=contents.variant), (224, 224))
+        options = describe_options(contents, usual)
         return f"itpn train RECIPE --model.checkpoint {source} --model.name {contents.variant} {options}".strip()
 
     def from_settings(self, settings: dict[str, Any], overrides: dict[str, Any]) -> NetworkSpec | None:
@@ -261,6 +279,76 @@ class MaskedHead(Head):
             return None
         parts = {name: stored.get(name) for name in ("decoder", "auxiliary", "objective")}
         return {**{name: own and _rename_old(own) for name, own in parts.items()}, "pyramid_heads": {}}
+
+
+# --- starting from a file
+
+
+def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
+    """Copy into a run's model what fits of a file.
+
+    A part that the file lacks keeps its random initialization (a decoder, heads; a pyramid, if the file has none at
+    all). A backbone or pyramid of another shape is refused: it is another model.
+
+    Returns:
+        What is not as in the file, a sentence each.
+
+    Raises:
+        UserError: the file holds another model, and which options would build it; or values that are not finite.
+    """
+    contents = read_contents(checkpoint)
+    state, findings = match(checkpoint, model)
+    source = checkpoint.source
+    problems = [f.text for f in findings if f.kind == "harmful"]
+    if any(name.startswith("pyramid.") for name in checkpoint.tensors):  # one there is not drawn anew
+        problems += [f.text for f in findings if f.kind == "random" and f.names[0].startswith("pyramid.")]
+    if problems:
+        if contents.variant is None:
+            own = contents.backbone
+            sizes = f"{own['embed_dim']} channels and {'+'.join(map(str, own['depths']))} blocks"
+            raise UserError(
+                f"checkpoint {source} holds a network of {sizes}, which no model of `itpn list` has: `itpn train` "
+                "cannot start from it (itpn.load can)"
+            )
+        options = describe_options(contents, model)
+        hint = f"; it takes {options}" if options else ""
+        raise UserError(f"checkpoint {source} holds another model: it {problems[0]}{hint}")
+    check_finite(checkpoint)
+    model.load_state_dict(state, strict=False)
+    notes = [f"{source} {f.text}: it is randomly initialized" for f in findings if f.kind == "random"]
+    return notes + [f"{source} {f.text}" for f in findings if f.kind == "converted"]
+
+
+def describe_options(contents: Contents, model: MaskedImageModel) -> str:
+    """The options of `itpn train` that turn a recipe's network into the file's; empty where none would."""
+    theirs, ours = _options(contents), _options_of(model)
+    if theirs["name"] != ours["name"]:
+        own = PYRAMIDS.get(str(theirs["name"]), PUBLISHED_PYRAMID)  # comes with the name
+        ours |= {"pyramid-width": own["width"], "pyramid-depth": own["depth"]}
+    return " ".join(f"--model.{o} {v}" for o, v in theirs.items() if v is not None and v != ours[o])
+
+
+def _options(contents: Contents) -> dict[str, str | int | None]:
+    """Options of `itpn train` that build the networks of a file."""
+    backbone, pyramid, decoder = contents.backbone, contents.pyramid or {}, contents.decoder or {}
+    guessed = any(guess.startswith(("decoder_num_heads", "decoder_heads")) for guess in contents.guessed)
+    return {
+        "name": contents.variant,
+        "patch-size": backbone["patch_size"],
+        "rel-pos-bias": str(bool(backbone.get("rel_pos_bias"))),
+        "init-values": "0.1" if backbone.get("init_values") else "None",
+        "pyramid-width": pyramid.get("width"),
+        "pyramid-depth": pyramid.get("depth"),
+        "decoder-embed-dim": decoder.get("width"),
+        "decoder-depth": decoder.get("depth"),
+        "decoder-num-heads": decoder.get("num_heads") if decoder.get("depth") and not guessed else None,
+    }
+
+
+def _options_of(model: MaskedImageModel) -> dict[str, str | int | None]:
+    spec = spec_of(model)
+    contents = Contents(dict(spec.backbone), dict(spec.pyramid or {}), {spec.head or "": dict(spec.options)})
+    return _options(contents)
 
 
 def _rename_old(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,16 +1,25 @@
-"""Reconstructions of images."""
+"""Original, masked and predicted images, or features as colours: of `itpn predict`, and while a run is trained."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2.functional import resize
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
 from itpn.masked.masked_model import MaskedImageModel
-from itpn.tasks.prediction import PredictionOptions, read_batches, save_picture
-from itpn.tasks.preprocessing import read_preprocessing
+from itpn.tasks.drawing import show, tile_images
+from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing, save_image
 from itpn.tasks.pretraining.config import PretrainingConfig
+from itpn.tasks.pretraining.data import PretrainingData, read_samples
 from itpn.tasks.pretraining.module import PretrainingTask
-from itpn.tasks.pretraining.visualization import draw_predictions
-from itpn.training.config import from_dict
+from itpn.training.config import freeze, from_dict
 
 
 def predict(model: MaskedImageModel, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
@@ -18,12 +27,77 @@ def predict(model: MaskedImageModel, found: Checkpoint, source: ImageSource, opt
     crop, normalize = read_preprocessing(found, model)
     config = from_dict(found.settings, PretrainingConfig) if found.settings else PretrainingConfig()
     mean, std = (tuple(values.flatten().tolist()) for values in (normalize.mean, normalize.std))
-    config = replace(
-        config,
-        seed=options.seed,
-        model=replace(config.model, in_chans=model.backbone.in_chans),
-        data=replace(config.data, mean=mean, std=std),
-    )
-    task = PretrainingTask(model, config, "predict")
+    network = replace(config.model, in_chans=model.backbone.in_chans)
+    config = replace(config, seed=options.seed, model=network, data=replace(config.data, mean=mean, std=std))
+    task = PretrainingTask(model, freeze(config), "predict")
     for number, (_, images) in enumerate(read_batches(source, crop, options.max_pixels)):
-        save_picture(draw_predictions(task, images), options.out, number)
+        save_image(draw_predictions(task, images), options.out, number)
+
+
+def build_visualization(
+    module: PretrainingTask, config: PretrainingConfig, data: PretrainingData
+) -> Callable[[], Image.Image]:
+    """Draws the same images at every call."""
+    samples = functools.cache(lambda: read_samples(data.train, config))
+    return lambda: draw_predictions(module, samples())
+
+
+def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Image.Image:
+    """Rows of original, masked and predicted images, the latter with the visible patches kept; of features instead of
+    pixels, the teacher's (where there is one) and the prediction, three principal components as colours.
+
+    Args:
+        images: uint8 [n, 3, H, W].
+        sets: rows side by side.
+    """
+    columns = mask_and_predict(task, images)
+    tiles = [show(image) for row in zip(*columns.values(), strict=True) for image in row]
+    titles = list(columns) * min(sets, len(images))
+    return tile_images(tiles, titles, per_row=len(titles), side=None)
+
+
+def mask_and_predict(task: PretrainingTask, images: Tensor) -> dict[str, Tensor]:
+    """The columns of :func:`draw_predictions` by title, uint8 [n, 3, H, W] each.
+
+    The same images get the same masks, so that visualizations of a run can be compared.
+    """
+    images = images.to(task.device)
+    x = task.normalize(images)
+    grid = task.model.backbone.grid_of(x.shape[-2:])
+    generator = torch.Generator().manual_seed(task.config.seed)
+    mask = task.model.draw_mask(len(x), grid, generator=generator).to(x.device)
+    if "pixel" in task.model.objective.weights:
+        masked, predicted = (task.normalize.undo(own) for own in task.model.reconstruct(x, mask)[:2])
+        return {"original": images, "masked": masked, "predicted": predicted}
+    masked = task.normalize.undo(x.masked_fill(task.model.mask_map(mask, grid), 0.0))
+    return {"original": images, "masked": masked, **_draw_features(task, images, x, mask, grid)}
+
+
+def _draw_features(
+    task: PretrainingTask, images: Tensor, x: Tensor, mask: Tensor, grid: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Feature maps as images, uint8 [n, 3, H, W]."""
+    batch = {"image": images}
+    if task.teacher_size is not None:
+        batch["teacher_image"] = resize(images, list(task.teacher_size), InterpolationMode.BICUBIC, antialias=True)
+    output = task.model.forward_eval(x, mask, task.make_targets(batch, x))
+    prediction = output.prediction.float()  # [n, N, D]
+    target = prediction if output.target is None else output.target
+    flat = target.flatten(0, 1)
+    mean = flat.mean(dim=0)
+    with torch.random.fork_rng(devices=[]):  # the decomposition starts from random numbers
+        torch.manual_seed(0)
+        _, _, axes = torch.pca_lowrank((flat - mean).cpu(), q=min(6, *flat.shape), center=False)
+    axes = F.pad(axes[:, :3], (0, max(0, 3 - axes.shape[1]))).to(x.device)  # a single patch has one
+    spread = (2 * ((flat - mean) @ axes).std(dim=0)).clamp(min=1e-6)  # two deviations span the range of a colour
+    columns = {"predicted features": prediction}
+    if output.target is not None:
+        columns = {"teacher's features": target, **columns}
+
+    def paint(features: Tensor) -> Tensor:
+        colours = (((features - mean) @ axes) / spread * 0.5 + 0.5).clamp(0, 1) * 255  # [n, N, 3]
+        maps = colours.round().to(torch.uint8).transpose(1, 2).unflatten(2, grid)
+        side = task.model.backbone.patch_size
+        return maps.repeat_interleave(side, 2).repeat_interleave(side, 3)
+
+    return {title: paint(features) for title, features in columns.items()}

@@ -4,15 +4,14 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
-from itpn.training.config import (
-    ImagesConfig,
-    RunConfig,
-    check_amounts,
-    check_counts,
-    check_images,
-    check_shares,
+from itpn.tasks.finetuning.config import (
+    EvaluationConfig,
+    FineTuningConfig,
+    NetworkConfig,
+    NormalizationConfig,
+    check_fine_tuning,
 )
+from itpn.training.config import ImagesConfig, RunConfig, check_amounts, check_counts, check_fractions
 
 
 @dataclass
@@ -30,7 +29,7 @@ class SegmentationModelConfig(NetworkConfig):
 
 
 @dataclass
-class SegmentationDataConfig(ImagesConfig):
+class SegmentationDataConfig(NormalizationConfig, ImagesConfig):
     """Images with a class for each pixel."""
 
     root: str = "data/ade20k"
@@ -64,10 +63,6 @@ class SegmentationDataConfig(ImagesConfig):
     """Largest fraction of a crop that is of one class; a crop is drawn ten times at most to find one."""
     photometric: bool = True
     """Change brightness, contrast, saturation and hue."""
-    mean: tuple[float, ...] | None = None
-    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
-    std: tuple[float, ...] | None = None
-    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
 
     @property
     def short(self) -> int:
@@ -102,11 +97,6 @@ class SegmentationConfig(RunConfig):
     evaluation: SegmentationEvaluationConfig = field(default_factory=SegmentationEvaluationConfig)
 
     def check(self) -> None:
-        """Find impossible settings before anything heavy starts.
-
-        Raises:
-            UserError: the first that is found, with what to do.
-        """
         super().check()
         model, data, evaluation = self.model, self.data, self.evaluation
         check_counts(
@@ -117,7 +107,7 @@ class SegmentationConfig(RunConfig):
             }
         )
         check_amounts({"--model.auxiliary-weight": model.auxiliary_weight})
-        check_shares(
+        check_fractions(
             {
                 "--model.head-drop-rate": model.head_drop_rate,
                 "--data.val-fraction": data.val_fraction,
@@ -133,5 +123,4 @@ class SegmentationConfig(RunConfig):
             raise UserError("--evaluation.scales must be numbers above 0")
         if (data.val_masks is not None) and data.val_root is None:
             raise UserError("--data.val-masks needs --data.val-root, the folder of their images")
-        check_images(data.mean or (0.0,), data.std or (1.0,), in_chans=3)
-        check_fine_tuning(model, self.optimizer, evaluation)
+        check_fine_tuning(self)

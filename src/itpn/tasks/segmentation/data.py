@@ -3,30 +3,28 @@
 from typing import Any
 
 from itpn.data.labelmaps import find_label_maps
-from itpn.data.loader import TrainingLoader
-from itpn.data.mask_checks import LabelMaps, MaskRules
+from itpn.data.mask_checks import MaskRules
 from itpn.data.masks import LabelTable
 from itpn.data.segmentation_transform import SegmentationTransform
-from itpn.system.console import print_aside
-from itpn.system.environment import is_main_process
-from itpn.tasks.data import RunData
-from itpn.tasks.loading import make_training_loader
+from itpn.tasks.data import NO_IMAGES, RunData, tell
 from itpn.tasks.segmentation.config import SegmentationConfig
+from itpn.training.config import describe_crops
 
 
 def make_rules(config: SegmentationConfig) -> MaskRules:
     data = config.data
-    tell = print_aside if is_main_process() else lambda line: None
     return MaskRules(data.classes, data.reduce_zero_label, data.ignore, data.invalid_annotations, tell, data.max_pixels)
 
 
 def find_data(config: SegmentationConfig) -> RunData:
     """The images to train on, and those to evaluate on."""
     train, val = find_label_maps(**describe_sets(config))
-    notes = (
-        () if val is not None else ("there are no images to evaluate on: give --data.val-root or --data.val-fraction",)
-    )
-    return RunData(train, val, notes)
+    return RunData(train, val, () if val is not None else (NO_IMAGES,))
+
+
+def describe_data(config: SegmentationConfig, data: RunData) -> dict[str, str]:
+    size = (config.data.img_size, config.data.img_size)
+    return {"data": f"{len(data.train.classes)} classes of pixels", "size": describe_crops(size)}
 
 
 def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
@@ -52,7 +50,3 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         fill=(red, green, blue),
         max_pixels=data.max_pixels,
     )
-
-
-def make_loader(config: SegmentationConfig, images: LabelMaps, rank: int, world_size: int) -> TrainingLoader:
-    return make_training_loader(config, images, make_transform(config, images.table), rank, world_size)

@@ -1,7 +1,7 @@
 """Evaluation of segmenters: mean IoU and accuracy over all pixels of a set."""
 
 import functools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.batches import collect
 from itpn.data.class_names import Names
-from itpn.data.evaluation import make_evaluation_loader
 from itpn.data.labelmaps import read_to_evaluate
 from itpn.data.mask_checks import LabelMaps
 from itpn.data.masks import LabelTable, name_labels
-from itpn.data.normalize import Normalize
 from itpn.data.segmentation_transform import view_labels
 from itpn.errors import UserError
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores
 from itpn.models.segmenter import Segmenter
+from itpn.tasks.data import RunData
 from itpn.tasks.evaluation import Evaluator, match_classes, real_paths
+from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import resolve_with_head
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import describe_sets
@@ -37,42 +37,21 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
     files = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
 
     def __init__(self, config: SegmentationConfig, images: LabelMaps, left_out: int = 0) -> None:
-        self.config = config
-        self.images = images
-        self.classes = images.classes
+        view = functools.partial(view_scene, images.table, config.data.max_pixels)
+        super().__init__(config, images, make_normalize(config), view, collect)
         self.left_out = left_out  # images whose masks cannot be right
         self.segment = make_segmentation(config)
-        self.normalize = make_normalize(config)
         data, how = config.data, config.evaluation
         self.about: Mapping[str, Any] = {
             **{"img_size": data.img_size, "short_side": data.short, "interpolation": data.interpolation},
             **{"mode": how.mode, "stride": how.stride, "scales": how.scales, "flip": how.flip},
         }
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
-        data = self.config.data
-        return make_evaluation_loader(
-            self.images,
-            functools.partial(view_scene, self.images.table, data.max_pixels),
-            self.config.evaluation.batch_size,
-            data.num_workers,
-            rank,
-            world_size,
-            data.max_pixels,
-            collate=collect,
-        )
-
-    def to(self, device: torch.device) -> None:
-        self.normalize.to(device)
-
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> PixelScores:
-        device, classes = self.normalize.mean.device, len(self.classes)
+        classes = len(self.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64)
         for image, target in zip(batch["image"], batch["target"], strict=True):
-            labels = self.segment(network, self.normalize, image.to(device, non_blocking=True))
+            labels = self.segment(network, self.normalize, image.to(self.device, non_blocking=True))
             confusion += compare(labels, target, classes)
         return PixelScores(confusion, len(batch["image"]))
 
@@ -105,10 +84,8 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
         return {"pixels": f"{shown} of {len(self):,} images"}
 
 
-def make_normalize(config: SegmentationConfig) -> Normalize:
-    assert config.data.mean is not None
-    assert config.data.std is not None
-    return Normalize(3, config.data.mean, config.data.std)
+def build_evaluator(config: SegmentationConfig, data: RunData) -> SegmentationEvaluator:
+    return SegmentationEvaluator(config, data.val)
 
 
 def view_scene(table: LabelTable, max_pixels: int, image: Tensor, mask: str) -> dict[str, Any]:

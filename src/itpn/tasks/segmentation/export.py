@@ -9,7 +9,7 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
 from itpn.models.hivit import find_backbone
 from itpn.models.segmenter import Segmenter
-from itpn.tasks.exporting import Exported, Size, export_model
+from itpn.tasks.export import Exported, Size, export_model
 
 
 def export(

@@ -25,7 +25,7 @@ class Segmentation:
     Args:
         short: short side of an image of scale 1, in pixels; the long one is at most four times that.
         window: side of the windows; None for the image as a whole.
-        stride: step of the windows as a share of their side; the last ones end where the image does.
+        stride: step of the windows as a fraction of their side; the last ones end where the image does.
         scales: whose probabilities are averaged.
         flip: average over the mirror image as well.
         interpolation: as in training.
@@ -90,7 +90,7 @@ class Segmentation:
 def enlarge_labels(probabilities: Tensor, size: tuple[int, int] | torch.Size) -> Tensor:
     """The likeliest class of each pixel of a larger image, uint8 [H, W], on the CPU.
 
-    As interpolating [classes, h, w] to [classes, H, W] and asking for the largest, a few rows at a time.
+    As interpolating [classes, h, w] to [classes, H, W] and taking the largest, a few rows at a time.
     """
     height, width = size
     rows = probabilities.shape[-2]
@@ -98,10 +98,10 @@ def enlarge_labels(probabilities: Tensor, size: tuple[int, int] | torch.Size) ->
     # where the image's rows are between those of the probabilities, as of F.interpolate
     places = ((torch.arange(height, device=probabilities.device) + 0.5) * (rows / height) - 0.5).clamp(min=0)
     above = places.long().clamp(max=rows - 1)
-    below, share = (above + 1).clamp(max=rows - 1), places - above
+    below, fraction = (above + 1).clamp(max=rows - 1), places - above
     for first in range(0, height, ROWS):
         part = slice(first, first + ROWS)
-        weight = share[part, None].to(probabilities.dtype)
+        weight = fraction[part, None].to(probabilities.dtype)
         mixed = probabilities[:, above[part]] * (1 - weight) + probabilities[:, below[part]] * weight
         wide = F.interpolate(mixed[None], (mixed.shape[-2], width), mode="bilinear", align_corners=False)
         labels[part] = wide[0].argmax(dim=0).to(torch.uint8).cpu()

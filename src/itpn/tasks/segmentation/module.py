@@ -1,42 +1,29 @@
 """The training step of a segmenter."""
 
+import functools
 from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
 from itpn.data.masks import IGNORED
-from itpn.data.normalize import Normalize
 from itpn.models.segmenter import Segmenter
 from itpn.models.synced import batch_fractions
+from itpn.tasks.data import RunData, make_training_loader
 from itpn.tasks.finetuning.module import FineTuningTask
 from itpn.tasks.segmentation.config import SegmentationConfig
-from itpn.training.module import MakeLoader
+from itpn.tasks.segmentation.data import make_transform
 
 
 class SegmentationTask(FineTuningTask):
     """Trains a segmenter on uint8 images [B, 3, H, W] and the classes of their pixels, uint8 [B, H, W].
 
-    Args:
-        recipe, classes, make_loader: as of :class:`FineTuningTask`.
+    Attributes:
         colours: of the classes, where their file says them.
     """
 
-    def __init__(
-        self,
-        model: Segmenter,
-        config: SegmentationConfig,
-        recipe: str,
-        classes: tuple[str, ...],
-        make_loader: MakeLoader | None = None,
-        colours: tuple[tuple[int, int, int], ...] | None = None,
-    ) -> None:
-        mean, std = config.data.mean, config.data.std
-        assert mean is not None
-        assert std is not None
-        super().__init__(model, config, recipe, classes, Normalize(3, mean, std), make_loader)
-        self.model: Segmenter
-        self.colours = colours
+    model: Segmenter
+    colours: tuple[tuple[int, int, int], ...] | None = None
 
     def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         target = batch["target"].long()
@@ -54,6 +41,14 @@ class SegmentationTask(FineTuningTask):
     def describe(self) -> dict[str, Any]:
         colours = None if self.colours is None else [list(colour) for colour in self.colours]
         return {**super().describe(), "colours": colours}
+
+
+def build_module(model: Segmenter, config: SegmentationConfig, recipe: str, data: RunData) -> SegmentationTask:
+    table = data.train.table
+    loader = functools.partial(make_training_loader, config, data.train, make_transform(config, table))
+    task = SegmentationTask(model, config, recipe, data.train.classes, loader)
+    task.colours = table.colours
+    return task
 
 
 def pixel_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The network of a segmenter: its head, and how settings and a checkpoint make one."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from itpn.models.build import build_pyramid
 from itpn.models.heads import Head
 from itpn.models.segmenter import Segmenter
 from itpn.models.spec import NetworkSpec
+from itpn.tasks.data import RunData
 from itpn.tasks.finetuning.network import (
     backbone_options,
     build_network,
@@ -20,8 +21,11 @@ from itpn.tasks.finetuning.network import (
     keep_predictor,
     name_classes,
     resolve_with_head,
+    scale_epochs,
 )
+from itpn.tasks.info import Rows, describe_headed
 from itpn.tasks.segmentation.config import SegmentationConfig
+from itpn.training.launch import choose_devices, read_launch
 
 
 class SegmenterHead(Head):
@@ -65,7 +69,24 @@ class SegmenterHead(Head):
         return stored.get("segmenter")
 
 
-def build_model(
+def resolve(
+    config: SegmentationConfig, found: Checkpoint | None, data: RunData
+) -> tuple[SegmentationConfig, Sequence[str]]:
+    processes = choose_devices(config.trainer, read_launch()).processes
+    if min(config.data.batch_size * processes, len(data.train)) == 1:
+        raise UserError(
+            "batch norm needs two images at a time: give "
+            + ("--data.batch-size 2 or more" if len(data.train) > 1 else f"more images than one in {config.data.root}")
+        )
+    config, notes = resolve_with_head(config, found)
+    return scale_epochs(config, len(data.train), processes), notes
+
+
+def build_model(config: SegmentationConfig, data: RunData, found: Checkpoint | None) -> tuple[Segmenter, list[str]]:
+    return build_segmenter(config, data.train.classes, found)
+
+
+def build_segmenter(
     config: SegmentationConfig, classes: tuple[str, ...], found: Checkpoint | None
 ) -> tuple[Segmenter, list[str]]:
     """Build a segmenter, with a checkpoint's weights where there is one.
@@ -106,4 +127,12 @@ def build_recipe(
     """
     config, _ = resolve_with_head(config, found)
     theirs = find_square_network(config, found).heads.get(config.task) or {"num_classes": 150}
-    return build_model(config, name_classes(found, num_classes or theirs["num_classes"]), found)
+    return build_segmenter(config, name_classes(found, num_classes or theirs["num_classes"]), found)
+
+
+def describe(name: str, config: SegmentationConfig, found: Checkpoint | None) -> Rows:
+    model = build_recipe(config, None, found)[0]
+    assert isinstance(model, Segmenter)
+    step = model.backbone.backbone.patch_size
+    side = -(-config.data.img_size // step) * step
+    return describe_headed(model, model.num_classes, (side, side))

@@ -1,60 +1,73 @@
-"""The classes of the pixels of images."""
+"""The classes of the pixels of images: files of `itpn predict`, and visualizations of a run."""
 
-import csv
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+import functools
+from collections.abc import Callable
 
-from rich.table import Table
-from rich.text import Text
+from PIL import Image
 from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
+from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
+from itpn.models.modes import eval_mode
 from itpn.models.segmenter import Segmenter
-from itpn.system.text import as_file_name, one_line
-from itpn.system.writing import name_output, open_whole_text, write_whole
-from itpn.tasks.drawing import draw_labels, save_labels, save_whole
-from itpn.tasks.prediction import ROWS, PredictionOptions, print_answers, read_as_they_are
+from itpn.system.text import as_file_name
+from itpn.system.writing import name_output
+from itpn.tasks.data import RunData
+from itpn.tasks.drawing import draw_labels, save_labels, save_whole, tile_images
+from itpn.tasks.finetuning.module import make_normalize
+from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
 from itpn.tasks.segmentation.config import SegmentationConfig
-from itpn.tasks.segmentation.evaluation import make_normalize, resolve_evaluation
+from itpn.tasks.segmentation.evaluation import resolve_evaluation
 from itpn.tasks.segmentation.inference import make_segmentation
+from itpn.tasks.segmentation.module import SegmentationTask
+from itpn.training.config import freeze
+
+SAMPLES = 6
 
 
 def predict(model: Segmenter, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
-    """Write the classes of the pixels of images, see :func:`predict_scenes`."""
-    predict_scenes(model, found, read_as_they_are(source, options.max_pixels), options.out)
+    """Each image under the classes of its pixels, and these as a PNG of class indices with a palette.
 
-
-def predict_scenes(model: Segmenter, found: Checkpoint, images: Iterator[tuple[str, Tensor]], out: Path) -> None:
-    """A picture of each image under its classes, and the classes as a PNG of numbers with a palette.
-
-    ``predictions.csv`` and ``.json`` say how much of each image is of which class.
+    The files say which fraction of each image is of which class.
     """
-    config, _ = resolve_evaluation(SegmentationConfig(), found, ())
-    segment, normalize = make_segmentation(config), make_normalize(config)
+    config = freeze(resolve_evaluation(SegmentationConfig(), found, ())[0])
+    segment, normalize, out = make_segmentation(config), make_normalize(config), options.out
     names = found.metadata.get("classes") or [str(number) for number in range(model.num_classes)]
     colours = [tuple(colour) for colour in found.metadata.get("colours") or ()] or None
-    answers: list[dict[str, Any]] = []
-    table = Table("image", "classes, the largest first", box=None, pad_edge=False, header_style="bold")
-    for number, (name, image) in enumerate(images):
+    written = Predictions(("classes, the largest first",), ("image", "labels", *names))
+    for number, (name, image) in enumerate(read_images(source, options.max_pixels)):
         labels = segment(model, normalize, image)
         drawn, mask = (name_output(out, number, name, ending) for ending in (".png", "-labels.png"))
         save_whole(draw_labels(image, labels, names, colours), out / as_file_name(drawn))
         save_labels(labels, len(names), colours, out / as_file_name(mask))
-        shares = (labels.flatten().bincount(minlength=len(names)) / labels.numel()).tolist()
-        order = sorted(range(len(names)), key=lambda row: -shares[row])
-        own = {names[row]: shares[row] for row in order if shares[row]}
-        answers.append({"image": name, "size": list(image.shape[-2:]), "labels": mask, "shares": own})
-        if table.row_count < ROWS:
-            some = ", ".join(f"{one} {share:.0%}" for one, share in list(own.items())[:5])
-            table.add_row(*map(Text, (one_line(Path(name).name), some)))
-    write_whole(out / "predictions.json", (json.dumps(answers, indent=1) + "\n").encode())
-    with open_whole_text(out / "predictions.csv") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "labels", *names])
-        for answer in answers:
-            writer.writerow([answer["image"], answer["labels"], *(answer["shares"].get(name, 0.0) for name in names)])
-    files = f"{out}/0000-*.png, 0000-*-labels.png ...\n{out}/predictions.csv, predictions.json"
-    print_answers(table, len(answers), files)
+        fractions = (labels.flatten().bincount(minlength=len(names)) / labels.numel()).tolist()
+        order = sorted(range(len(names)), key=lambda row: -fractions[row])
+        own = {names[row]: fractions[row] for row in order if fractions[row]}
+        written.add(
+            {"image": name, "size": list(image.shape[-2:]), "labels": mask, "fractions": own},
+            [(name, mask, *(own.get(name, 0.0) for name in names))],
+            (", ".join(f"{one} {fraction:.0%}" for one, fraction in list(own.items())[:5]),),
+        )
+    written.write(out, f"{out}/0000-*.png, 0000-*-labels.png ...")
+
+
+# --- visualizations of a run
+
+
+def build_visualization(
+    module: SegmentationTask, config: SegmentationConfig, data: RunData
+) -> Callable[[], Image.Image]:
+    """Draws the same images at every call."""
+    samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, config.data.max_pixels)])
+    return lambda: draw_scenes(module, config, samples())
+
+
+def draw_scenes(task: SegmentationTask, config: SegmentationConfig, images: list[Tensor]) -> Image.Image:
+    """Some images under the classes of their pixels."""
+    segment = make_segmentation(config)
+    with eval_mode(task):
+        labels = [segment(task.model, task.normalize, image.to(task.device)) for image in images]
+    return tile_images(
+        [draw_labels(i, own, task.classes, task.colours) for i, own in zip(images, labels, strict=True)], per_row=3
+    )

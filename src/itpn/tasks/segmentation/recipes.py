@@ -1,7 +1,6 @@
 """Settings of segmenters that recipe files call."""
 
-from itpn.tasks.finetuning.config import FineTuningConfig
-from itpn.tasks.finetuning.recipes import small_dense_optimizer
+from itpn.tasks.finetuning.config import FineTuningConfig, small_dense_optimizer
 from itpn.tasks.segmentation.config import (
     SegmentationConfig,
     SegmentationDataConfig,

@@ -38,7 +38,7 @@ def make_images(backbone: HiViT, size: tuple[int, int]) -> Tensor:
 
 
 def describe_backbone(backbone: HiViT, size: tuple[int, int]) -> Rows:
-    """MACs of a backbone, all patches computed, and the shapes of its stages."""
+    """MACs of a backbone, all patches computed."""
     images = make_images(backbone, size)
     gmacs = count_macs(backbone.eval().forward_features, images)
     return [("MACs", f"{gmacs:.2f} G, backbone at {size[0]}x{size[1]} px, all patches")]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from itpn.checkpoints.files import Checkpoint
 from itpn.errors import ExportFailed, UserError, refusal
 from itpn.models.hivit import find_backbone
 from itpn.models.pyramid import PyramidBackbone
@@ -89,6 +90,14 @@ def check_out(out: Path) -> None:
         raise refusal(f"--out {out} cannot be written", error) from error
 
 
+def export(
+    model: nn.Module, found: Checkpoint, out: Path, size: Size | None, dynamic_size: bool, metadata: Mapping[str, str]
+) -> Exported:
+    """Write a backbone, pyramid or classifier, by default for images of the size of its position table."""
+    height, width = size or find_backbone(model).image_shape[1:]
+    return export_model(model, out, (height, width), dynamic_size, metadata)
+
+
 @torch.no_grad()
 def export_model(
     model: nn.Module,
@@ -113,29 +122,15 @@ def export_model(
         ExportFailed: the file computes something else than PyTorch.
     """
     check_out(out)
-    backbone = find_backbone(model)
-    if dynamic_size and (backbone.migrate_ratio or backbone.gather_window):
-        raise UserError("token migration and gathering count tokens and windows beforehand: export a fixed size")
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if out.suffix == ".onnx" and weights > ONNX_LIMIT:
-        raise UserError(f"an .onnx file holds 2 GB, not {weights / 1e9:.1f} GB of weights: export to .pt2")
-
-    network = NamedOutputs(model, outputs).eval()
+    _check_limits(model, out, dynamic_size)
+    network, backbone = NamedOutputs(model, outputs).eval(), find_backbone(model)
     generator = torch.Generator().manual_seed(0)
 
     def draw(batch: int, size: Size) -> Tensor:
         return torch.randn(batch, backbone.patch_embed.proj.in_channels, *size, generator=generator)
 
-    try:
-        backbone.grid_of(size)
-        tried = network(draw(1, size))
-    except (ValueError, RuntimeError) as error:  # no multiple of the patch size; too small to pool
-        raise UserError(f"the network cannot take images of {size[0]}x{size[1]}: {error}") from error
-    if not all(output.isfinite().all() for output in tried.values()):
-        raise UserError("the network's outputs are not finite: its weights are damaged")
-
-    height, width = size
-    patch = backbone.patch_size
+    names = _try(network, backbone, draw(1, size))
+    (height, width), patch = size, backbone.patch_size
     checked = [(2, size), (1, size)]
     if dynamic_size:
         checked += [(1, (height + patch, width)), (3, (height, width + 2 * patch))]
@@ -145,21 +140,34 @@ def export_model(
         # traced with the plain attention, whose memory layout does not depend on what the tracing machine has
         with quiet(), sdpa_kernel(SDPBackend.MATH):
             program = _trace(network, draw(2, size), patch if dynamic_size else None)
-            names = _name_sizes(program)
-            if out.suffix == ".onnx":
-                form = _write_onnx(program, partial, list(tried), names, metadata or {})
-            else:
-                content = io.BytesIO()  # torch aborts the process where it writes to a full disk itself
-                torch.export.save(program, content, extra_files=dict(metadata or {}))
-                partial.write_bytes(content.getbuffer())
-                form = f"torch.export of torch {torch.__version__}"
+            form = _write(program, partial, names, metadata or {})
         run = open_exported(partial)
         examples = [draw(batch, size) for batch, size in checked]
         difference = max(compare(run(images), list(network(images).values())) for images in examples)
         check_difference(out, difference)
-    results = next(node for node in program.graph.nodes if node.op == "output").args[0]
-    shapes = {name: _describe(node, names) for name, node in zip(tried, results, strict=True)}
-    return Exported(out, form, {"images": _describe(_images(program), names)}, shapes, difference, checked)
+    return Exported(out, form, *_describe_shapes(program, names), difference, checked)
+
+
+def _check_limits(model: nn.Module, out: Path, dynamic_size: bool) -> None:
+    backbone = find_backbone(model)
+    if dynamic_size and (backbone.migrate_ratio or backbone.gather_window):
+        raise UserError("token migration and gathering count tokens and windows beforehand: export a fixed size")
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if out.suffix == ".onnx" and weights > ONNX_LIMIT:
+        raise UserError(f"an .onnx file holds 2 GB, not {weights / 1e9:.1f} GB of weights: export to .pt2")
+
+
+def _try(network: nn.Module, backbone: Any, images: Tensor) -> list[str]:
+    """Names of the outputs, for images that the network can take, and weights that give finite numbers."""
+    height, width = images.shape[-2:]
+    try:
+        backbone.grid_of((height, width))
+        outputs = network(images)
+    except (ValueError, RuntimeError) as error:  # no multiple of the patch size; too small to pool
+        raise UserError(f"the network cannot take images of {height}x{width}: {error}") from error
+    if not all(output.isfinite().all() for output in outputs.values()):
+        raise UserError("the network's outputs are not finite: its weights are damaged")
+    return list(outputs)
 
 
 @contextlib.contextmanager
@@ -213,15 +221,32 @@ def _rename(size: str, names: Mapping[str, str]) -> str:
     return re.sub(r"s\d+", lambda found: names.get(found[0], found[0]), size)
 
 
-def _describe(node: torch.fx.Node, names: Mapping[str, str]) -> str:
-    return ", ".join(_rename(str(size), names) for size in node.meta["val"].shape)
+def _describe_shapes(program: ExportedProgram, outputs: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Shapes of the inputs and of the outputs, by name."""
+    names = _name_sizes(program)
+
+    def describe(node: torch.fx.Node) -> str:
+        return ", ".join(_rename(str(size), names) for size in node.meta["val"].shape)
+
+    results = next(node for node in program.graph.nodes if node.op == "output").args[0]
+    shapes = {name: describe(node) for name, node in zip(outputs, results, strict=True)}
+    return {"images": describe(_images(program))}, shapes
 
 
-def _write_onnx(
-    program: ExportedProgram, path: Path, outputs: list[str], names: Mapping[str, str], metadata: Mapping[str, str]
-) -> str:
+def _write(program: ExportedProgram, path: Path, outputs: list[str], metadata: Mapping[str, str]) -> str:
+    """Write a file of the format that its suffix says.
+
+    Returns:
+        The format.
+    """
+    if path.suffix == ".pt2":
+        content = io.BytesIO()  # torch aborts the process where it writes to a full disk itself
+        torch.export.save(program, content, extra_files=dict(metadata))
+        path.write_bytes(content.getbuffer())
+        return f"torch.export of torch {torch.__version__}"
     import onnx
 
+    names = _name_sizes(program)
     written = torch.onnx.export(program, dynamo=True, verbose=False, input_names=["images"], output_names=outputs)
     assert written is not None
     model = written.model_proto

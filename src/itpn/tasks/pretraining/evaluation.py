@@ -1,0 +1,65 @@
+"""How good the backbone's features are: k-NN and a linear classifier on labelled images."""
+
+import functools
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from itpn.data.augment import EvaluationTransform
+from itpn.data.evaluation import view_labelled
+from itpn.data.labelled import LabelledImages
+from itpn.data.normalize import Normalize
+from itpn.metrics.features import knn_accuracy, linear_accuracy
+from itpn.tasks.evaluation import Evaluator
+from itpn.tasks.features import compute_features, join_sets, number_sets
+from itpn.tasks.pretraining.config import PretrainingConfig
+from itpn.tasks.pretraining.data import PretrainingData
+from itpn.training.config import image_size
+
+
+class ProbeEvaluator(Evaluator[dict[str, float]]):
+    """Top-1 accuracy of k-NN and of a linear classifier on the mean features of frozen images.
+
+    Args:
+        known: images to learn from.
+        images: to be tested on.
+    """
+
+    names = ("knn", "linear")
+
+    def __init__(self, config: PretrainingConfig, known: LabelledImages, images: LabelledImages) -> None:
+        data = config.data
+        view = functools.partial(view_labelled, EvaluationTransform(image_size(data), 1.0, data.interpolation))
+        super().__init__(config, images, Normalize(config.model.in_chans, data.mean, data.std), view)
+        self.known = known
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.config.data.batch_size)
+
+    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
+        return number_sets(self.load(images, rank, world_size) for images in (self.known, self.images))
+
+    def compare(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+        return batch["set"], compute_features(network, self.normalize, batch)
+
+    def score(self, parts: Sequence[Any]) -> dict[str, float]:
+        (_, train_labels, train), (_, labels, test) = join_sets(parts)
+        with torch.random.fork_rng(devices=[]):  # a new layer draws weights, of which training must not notice
+            return {
+                "knn": knn_accuracy(train, train_labels, test, labels),
+                "linear": linear_accuracy(train, train_labels, test, labels),
+            }
+
+    def metrics(self, scores: dict[str, float]) -> dict[str, float]:
+        return scores
+
+    def summarize(self, metrics: Mapping[str, float | None]) -> dict[str, str]:
+        return {"probe": f"{metrics['knn']:.1%} by k-NN, {metrics['linear']:.1%} by a linear classifier"}
+
+
+def build_evaluator(config: PretrainingConfig, data: PretrainingData) -> ProbeEvaluator:
+    assert data.val is not None
+    return ProbeEvaluator(config, *data.val)
