@@ -11,7 +11,7 @@ import torch
 from public import read_golden, save_public
 
 import itpn
-from itpn.checkpoints.adapters import from_ours
+from itpn.checkpoints.adapters import ADAPTERS
 from itpn.checkpoints.convert import convert
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.io import write_safetensors
@@ -239,7 +239,7 @@ def test_pretraining_goes_on_from_a_classifier(tmp_path):
     """It has no pyramid and no decoder at all: both are random."""
     model = timm.create_model("fast_itpn_nano", img_size=32, patch_size=8, num_classes=5)
     torch.save(
-        {"model": from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()}, "official_fast")[0]},
+        {"model": ADAPTERS["official_fast"].from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()})[0]},
         tmp_path / "classifier.pth",
     )
     started, notes = load_into(tmp_path / "classifier.pth", (32, 32), name="fast_itpn_nano")

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, safe_open
 
 import itpn
 import itpn.tasks.detection.prediction
-from itpn.checkpoints.adapters import from_ours
+from itpn.checkpoints.adapters import ADAPTERS
 from itpn.checkpoints.convert import convert
 from itpn.cli import main
 from itpn.data.augment import center_crop
@@ -36,7 +36,7 @@ from itpn.tasks.run import train
 def test_a_classifier_of_others(tmp_path, photos, capsys):
     """The table, the file and the pictures say what the network says."""
     model = timm.create_model("hivit_tiny", img_size=64, num_classes=7).eval()
-    state = from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()}, "official", (4, 4))[0]
+    state = ADAPTERS["official"].from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()}, (4, 4))[0]
     torch.save({"model": state}, tmp_path / "theirs.pth")
     out = tmp_path / "out"
     assert main(["predict", str(tmp_path / "theirs.pth"), str(photos), "--out", str(out)]) == 0

@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchrun import run_command
 
+from itpn.checkpoints import io as checkpoint_io
 from itpn.cli import main
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.writing import remove_partial_files
@@ -158,9 +159,9 @@ def test_a_signal_in_the_middle_of_a_checkpoint_is_no_full_disk(tmp_path, monkey
     def write(self, data):
         raise RunStopped(signal.SIGINT)
 
-    monkeypatch.setattr(run_state._Sink, "write", write)
+    monkeypatch.setattr(checkpoint_io._Sink, "write", write)
     with (tmp_path / "last.ckpt").open("wb") as file, pytest.raises(RunStopped):
-        run_state.save_to(file, {"weight": torch.zeros(3)})
+        checkpoint_io.save_to(file, {"weight": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])

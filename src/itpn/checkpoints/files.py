@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from itpn.checkpoints.adapters import Layout, detect_layout, ours, timm, to_ours
+from itpn.checkpoints.adapters import ADAPTERS, Layout, detect_layout, ours, timm
 from itpn.checkpoints.hub import fetch
 from itpn.checkpoints.io import read_safetensors_metadata, read_state, unwrap
 from itpn.checkpoints.paths import HUB, check_file
@@ -122,7 +122,7 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         some = ", ".join(list(tensors)[:3])
         raise UserError(f"{what} is of another network (it has {some}, ...); give {WANTED}")
     try:
-        named, left = to_ours(tensors, layout)
+        named, left = ADAPTERS[layout].to_ours(tensors)
     except ValueError as error:
         raise UserError(f"{what} is not complete: {error}") from error
     return Checkpoint(source, layout, named, {**left, **others}, metadata, key)

@@ -9,7 +9,7 @@ import zipfile
 from argparse import Namespace
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor
 
 from itpn.checkpoints.torchscript import read_script
-from itpn.errors import ACCIDENTS, FORBIDDEN, UserError, refusal
+from itpn.errors import ACCIDENTS, FORBIDDEN, RunStopped, UserError, refusal
 from itpn.system.writing import write_whole
 
 MOST_SHARED = 4  # times a checkpoint's own size that its tensors may have: weights that are shared count again
@@ -174,6 +174,41 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str
     tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in metadata.items()}
     write_whole(path, serialize(tensors, {**texts, "format": "itpn"}))
+
+
+class _Sink:
+    """Takes what torch.save writes; an error waits until it is done, for which torch would raise one of its own."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+    def flush(self) -> None:
+        pass  # whoever opened the file does
+
+
+def save_to(file: IO[bytes], content: dict[str, Any]) -> None:
+    """Do what torch.save does; raises the OSError of a file that cannot be written."""
+    sink = _Sink(file)
+    try:
+        torch.save(content, sink)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        cause: BaseException | None = error
+        while cause is not None:  # a signal in the middle of it, which torch calls a failure to write
+            if isinstance(cause, KeyboardInterrupt | RunStopped):
+                raise cause from None
+            cause = cause.__context__
+        raise
+    if sink.error is not None:
+        raise sink.error
 
 
 def hold_the_same(ours: Path, other: Path) -> bool:

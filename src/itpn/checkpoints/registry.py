@@ -92,14 +92,14 @@ def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
-    from itpn.checkpoints.adapters import detect_layout, to_ours
+    from itpn.checkpoints.adapters import ADAPTERS, detect_layout
     from itpn.models.hivit import HiViT, find_backbone
     from itpn.models.weights import fit_tables, read_stored_grid
 
     layout = detect_layout(state_dict)
     if layout is None:
         return state_dict  # not ours: loading it will say so
-    named, _ = to_ours(state_dict, layout)
+    named, _ = ADAPTERS[layout].to_ours(state_dict)
     if isinstance(model, HiViT):
         tensors = {name.removeprefix("backbone."): t for name, t in named.items() if name.startswith("backbone.")}
         prefix = ""

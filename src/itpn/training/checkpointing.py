@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as distributed
 
+from itpn.checkpoints.io import save_to
 from itpn.errors import MachineError, UserError
 from itpn.system.text import one_line
 from itpn.training.metrics_log import MetricsLog
-from itpn.training.run_state import DAMAGE, save_to
+from itpn.training.run_state import DAMAGE
 from itpn.training.state import Training
 from itpn.training.visualization import Visualizations
 

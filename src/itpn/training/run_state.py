@@ -6,13 +6,13 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from itpn.checkpoints.io import is_compressed
 from itpn.checkpoints.older_settings import update_settings
-from itpn.errors import MachineError, RunStopped
+from itpn.errors import MachineError
 from itpn.training.config import StoredSettings
 
 # what comes of bytes that are there but not those that were written; anything else may pass, as a read error does
@@ -112,41 +112,6 @@ def _read_through(path: Path) -> None:
     with path.open("rb") as file:
         while file.read(CHUNK):
             pass
-
-
-class _Sink:
-    """Takes what torch.save writes; an error waits until it is done, for which torch would raise one of its own."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                self._file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        pass  # whoever opened the file does
-
-
-def save_to(file: IO[bytes], content: dict[str, Any]) -> None:
-    """Do what torch.save does; raises the OSError of a file that cannot be written."""
-    sink = _Sink(file)
-    try:
-        torch.save(content, sink)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None:  # a signal in the middle of it, which torch calls a failure to write
-            if isinstance(cause, KeyboardInterrupt | RunStopped):
-                raise cause from None
-            cause = cause.__context__
-        raise
-    if sink.error is not None:
-        raise sink.error
 
 
 def find_settings(state: dict[str, Any]) -> StoredSettings | None:

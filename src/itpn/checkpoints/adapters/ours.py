@@ -7,12 +7,13 @@ from typing import Any
 
 from torch import Tensor
 
+from itpn.checkpoints.adapters.renaming import Adapter, Tensors
 from itpn.checkpoints.older_settings import update_settings
 from itpn.errors import UserError
 from itpn.models.heads import heads
+from itpn.models.position import Grid
 from itpn.models.spec import NetworkSpec
 
-TITLE = "itpn or timm"
 # what metadata holds as JSON, and its types
 TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("network", "settings", "preprocessing"), dict),
@@ -23,10 +24,16 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 CLASSIFIER = ("num_classes", "fc_norm")  # which were among the backbone's arguments
 
 
-def to_ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Names without a prefix are a backbone's."""
-    bare = not any(name.startswith("backbone.") for name in tensors)
-    return {f"backbone.{name}" if bare else name: tensor for name, tensor in tensors.items()}, {}
+class Ours(Adapter):
+    title = "itpn or timm"
+
+    def to_ours(self, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Names without a prefix are a backbone's."""
+        bare = not any(name.startswith("backbone.") for name in tensors)
+        return {f"backbone.{name}" if bare else name: tensor for name, tensor in tensors.items()}, {}
+
+    def from_ours(self, tensors: Tensors, rel_pos_grid: Grid | None = None) -> tuple[dict[str, Tensor], list[str]]:
+        return dict(tensors), []
 
 
 def read_metadata(stored: Mapping[str, str], what: str) -> dict[str, Any]:
