@@ -119,7 +119,7 @@ def test_a_checkpoint_of_another_model(capsys, tmp_path, photos):
     foreign.write_bytes(b"not safetensors at all")
     other = ["--name", "other", "--model.checkpoint", str(foreign)]
     answer = mistake(capsys, "train", "itpn-pixel_nano", *arguments, *other)
-    assert "is damaged" in answer
+    assert "is corrupt" in answer
     changed = mistake(capsys, "train", "itpn-pixel_nano", *arguments, *small, "--optimizer.lr", "1")
     assert "holds a run with --optimizer.lr None, not 1.0; choose another --name" in changed
 

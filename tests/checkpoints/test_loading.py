@@ -250,7 +250,7 @@ def test_pretraining_goes_on_from_a_classifier(tmp_path):
     assert torch.equal(started.backbone.stages[2][3].mlp.fc1.weight, model.stages[2][3].mlp.fc1.weight)
 
 
-def test_damaged_and_foreign_files(tmp_path):
+def test_corrupt_and_foreign_files(tmp_path):
     """One clear line each, and nothing in a file is ever run."""
 
     def refused(path) -> str:
@@ -268,11 +268,11 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save({"state_dict": resnet.state_dict()}, path)
     assert refused(path).startswith("checkpoint FILE is of another network (it has conv1.weight, bn1.weight")
     path.write_bytes(path.read_bytes()[:100_000])
-    assert refused(path).startswith("checkpoint FILE is damaged or no checkpoint; give a checkpoint of iTPN")
+    assert refused(path).startswith("checkpoint FILE is corrupt or no checkpoint; give a checkpoint of iTPN")
     path.write_bytes(b"PK\x03\x04 no zip at all")
-    assert "is damaged or no checkpoint" in refused(path)
+    assert "is corrupt or no checkpoint" in refused(path)
     path.write_bytes(b"")
-    assert "damaged" in refused(path)
+    assert "corrupt" in refused(path)
     torch.save({"model": {"a": 1}}, path)
     assert refused(path).startswith("checkpoint FILE has no weights in it")
     torch.save(torch.zeros(3), path)
@@ -303,7 +303,7 @@ def test_damaged_and_foreign_files(tmp_path):
 
     whole = save(tmp_path)
     whole.write_bytes(whole.read_bytes()[:-1000])
-    assert refused(whole).startswith("checkpoint FILE is damaged or no checkpoint")
+    assert refused(whole).startswith("checkpoint FILE is corrupt or no checkpoint")
 
 
 ODD_METADATA = [
@@ -323,7 +323,7 @@ def test_odd_metadata_is_said(tmp_path, name, odd, ending):
     else:
         write_safetensors(path, tensors, {name: odd})
     for read in (itpn.inspect, itpn.load):
-        with pytest.raises(UserError, match=r"has damaged (metadata|settings)") as caught:
+        with pytest.raises(UserError, match=r"has corrupt (metadata|settings)") as caught:
             read(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)

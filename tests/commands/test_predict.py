@@ -211,7 +211,7 @@ def test_convert(tmp_path, capsys):
         (["convert", "missing.pth", "a.safetensors"], "checkpoint missing.pth does not exist"),
         (["inspect", "https://example.com/a.pth"], "is an address: download the file and give its path"),
         (["inspect", ""], "checkpoint '' does not exist"),
-        (["inspect", "{text}"], "damaged or no checkpoint"),
+        (["inspect", "{text}"], "corrupt or no checkpoint"),
         (["convert", "{det}", "a.zip"], "say which names a.zip gets"),
         (["convert", "{det}", "a.pth", "--to", "keras"], "invalid choice: 'keras'"),
         (
@@ -219,7 +219,7 @@ def test_convert(tmp_path, capsys):
             "has neither decoder, classifier, detector nor segmenter: it gives --features",
         ),
         (["predict", "{det}", "{photos}", "--features", "a.csv"], "must end in .safetensors or .npy"),
-        (["predict", "{text}", "{photos}"], "damaged or no checkpoint"),
+        (["predict", "{text}", "{photos}"], "corrupt or no checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, photos, capsys, monkeypatch, arguments, words):

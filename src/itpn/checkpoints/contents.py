@@ -97,7 +97,7 @@ def read_contents(
         decoder_num_heads: of the decoder; by default one for each 32 channels, as in the published ones.
 
     Raises:
-        UserError: tensors without which the network cannot be told, or damaged metadata.
+        UserError: tensors without which the network cannot be told, or corrupt metadata.
     """
     for name, number in {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}.items():
         check_type(number, int | None, name)

@@ -52,7 +52,7 @@ class Checkpoint:
         """The network that the file describes; None where its tensors have to tell.
 
         Raises:
-            UserError: the description is damaged, or of a newer version.
+            UserError: the description is corrupt, or of a newer version.
         """
         return ours.read_network(self.metadata, self.source)
 
@@ -99,7 +99,7 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         ema: of a file with an EMA of the weights beside them (``model_ema``), take the EMA.
 
     Raises:
-        UserError: not there, damaged, with code in it, or of another network.
+        UserError: not there, corrupt, with code in it, or of another network.
     """
     source = str(path)
     check_file(source)

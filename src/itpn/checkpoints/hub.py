@@ -169,7 +169,7 @@ def from_pretrained(source: str | Path, **overrides: Any) -> nn.Module:
             ``num_classes`` is randomly initialized.
 
     Raises:
-        UserError: not there, damaged, not a repository in timm's layout, or its weights do not fit the overrides.
+        UserError: not there, corrupt, not a repository in timm's layout, or its weights do not fit the overrides.
     """
     online = str(source).startswith(HUB)
     if not online and not (Path(source) / "config.json").is_file():
@@ -181,7 +181,7 @@ def from_pretrained(source: str | Path, **overrides: Any) -> nn.Module:
             check_hub(str(source).removeprefix(HUB).partition("@")[0], "config.json")
         name = str(source) if online else f"local-dir:{Path(source).resolve()}"
         model: Any = timm.create_model(name, pretrained=True, **overrides).eval()
-    except Exception as error:  # no network, damage, other networks, wrong arguments: of as many classes
+    except Exception as error:  # no network, a corrupt file, other networks, wrong arguments: of as many classes
         reason = describe_mismatch(error) if "state_dict" in str(error) else one_line(error)
         raise UserError(f"no model could be made of {source}: {reason}") from error
     names = model.pretrained_cfg.get("label_names")

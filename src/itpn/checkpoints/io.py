@@ -65,7 +65,7 @@ def read_state(path: str | Path, what: str, wanted: str, scripts: bool = False) 
         scripts: read TorchScript archives too, as OpenAI publishes CLIP: their tensors alone.
 
     Raises:
-        UserError: not there, damaged, no checkpoint, or with code or Python objects in it.
+        UserError: not there, corrupt, no checkpoint, or with code or Python objects in it.
     """
     try:
         if not Path(path).is_file():
@@ -75,12 +75,12 @@ def read_state(path: str | Path, what: str, wanted: str, scripts: bool = False) 
         raise
     except MemoryError:
         raise
-    except Exception as error:  # of whatever class: damaged files are damaged in many ways
+    except Exception as error:  # of whatever class: corrupt files are corrupt in many ways
         if isinstance(error, OSError) and error.errno in ACCIDENTS | FORBIDDEN:
             raise refusal(f"{what} cannot be read", error) from error
         if isinstance(error, RuntimeError) and "can't allocate memory" in str(error):
             raise
-        raise UserError(f"{what} {_describe_damage(error)}; give {wanted}") from error
+        raise UserError(f"{what} {_describe_error(error)}; give {wanted}") from error
     if not isinstance(state, dict):
         raise UserError(f"{what} holds a {type(state).__name__}, not a dict of weights; give {wanted}")
     check_tensors(state, os.path.getsize(path), what)
@@ -114,12 +114,12 @@ def check_declared(declared: int, size: int, what: str) -> None:
     """Refuse a file of ``size`` bytes that declares far more."""
     if declared > MOST_SHARED * size + 2**26:
         raise UserError(
-            f"{what} declares {declared / 2**30:,.1f} GiB in a file of {size / 2**20:,.1f} MiB: it is damaged, or made "
+            f"{what} declares {declared / 2**30:,.1f} GiB in a file of {size / 2**20:,.1f} MiB: it is corrupt, or made "
             "to exhaust memory"
         )
 
 
-def _describe_damage(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     # torch refuses Python objects, which could run code, with this error, and what is no pickle at all
     found = re.search(r"GLOBAL ([\w.]+)", str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if found:
@@ -127,7 +127,7 @@ def _describe_damage(error: Exception) -> str:
             f"has a Python object in it ({found[1]}), which could run code, and is not read (if you trust it, save its "
             "tensors alone with torch.save)"
         )
-    return "is damaged or no checkpoint"
+    return "is corrupt or no checkpoint"
 
 
 def _read_file(path: str, what: str, wanted: str, scripts: bool) -> Any:
@@ -218,5 +218,5 @@ def hold_the_same(ours: Path, other: Path) -> bool:
             if sorted(one.keys()) != sorted(two.keys()):
                 return False
             return all(torch.equal(one.get_tensor(name), two.get_tensor(name)) for name in one.keys())  # noqa: SIM118
-    except (OSError, SafetensorError):  # not there, or damaged
+    except (OSError, SafetensorError):  # not there, or corrupt
         return False

@@ -45,7 +45,7 @@ def load(
             their recipe.
 
     Raises:
-        UserError: no such file, damaged, with code in it, of another network; or ``strict`` and something is missing.
+        UserError: no such file, corrupt, with code in it, of another network; or ``strict`` and something is missing.
     """
     model, notes = load_found(read_checkpoint(checkpoint, ema), task, strict, **overrides)
     for note in notes:

@@ -155,7 +155,7 @@ def inspect(checkpoint: str | Path, ema: bool = False) -> Report:
         ema: of the EMA of the weights (``model_ema``) where the file has one beside them.
 
     Raises:
-        UserError: no such file, damaged, with code in it, or of another network.
+        UserError: no such file, corrupt, with code in it, or of another network.
     """
     found = read_checkpoint(checkpoint, ema)
     contents = read_contents(found)

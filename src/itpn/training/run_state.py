@@ -16,7 +16,7 @@ from itpn.errors import MachineError
 from itpn.training.config import StoredSettings
 
 # what comes of bytes that are there but not those that were written; anything else may pass, as a read error does
-DAMAGE = (
+CORRUPT = (
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, EOFError, NotImplementedError),
     *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
 )
@@ -33,7 +33,7 @@ PARTS: dict[str, type] = {
 }
 
 
-class DamagedCheckpoint(Exception):
+class CorruptCheckpoint(Exception):
     """The file can be read, and is not a whole checkpoint."""
 
 
@@ -44,7 +44,7 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
         whole: compare every byte with its checksum.
 
     Raises:
-        DamagedCheckpoint: the file was cut off or changed, or is something else.
+        CorruptCheckpoint: the file was cut off or changed, or is something else.
         MachineError: it cannot be read, now: no permission, no memory, a disk or network that fails.
     """
     try:
@@ -58,12 +58,12 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             _check_parts(state)
         except Exception as error:
-            if not _proves_damage(error):
+            if not _proves_corruption(error):
                 raise
             _read_through(path)
-            raise DamagedCheckpoint(str(error).partition("\n")[0] or type(error).__name__) from error
+            raise CorruptCheckpoint(str(error).partition("\n")[0] or type(error).__name__) from error
         return dict(state)
-    except DamagedCheckpoint:
+    except CorruptCheckpoint:
         raise
     except Exception as error:
         cause = _read_error(error) or error
@@ -89,13 +89,13 @@ def _check_parts(state: Any) -> None:
             raise TypeError(f"its weight {name} is a {type(tensor).__name__}")
 
 
-def _proves_damage(error: Exception) -> bool:
+def _proves_corruption(error: Exception) -> bool:
     if _read_error(error) is not None:
         return False
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
         # torch raises it for whatever happens, so also where there is no memory
         return "PytorchStreamReader" in str(error) or "encrypted" in str(error)
-    return isinstance(error, (OSError, *DAMAGE))
+    return isinstance(error, (OSError, *CORRUPT))
 
 
 def _read_error(error: BaseException | None) -> OSError | None:
@@ -108,7 +108,7 @@ def _read_error(error: BaseException | None) -> OSError | None:
 
 
 def _read_through(path: Path) -> None:
-    """Raise the OSError of a file that cannot be read to its end: then its bytes say nothing about damage."""
+    """Raise the OSError of a file that cannot be read to its end: then its bytes say nothing of corruption."""
     with path.open("rb") as file:
         while file.read(CHUNK):
             pass
@@ -118,7 +118,7 @@ def find_settings(state: dict[str, Any]) -> StoredSettings | None:
     """Settings of the run that wrote a checkpoint; None where it does not say them.
 
     Raises:
-        DamagedCheckpoint: it is no checkpoint of a run.
+        CorruptCheckpoint: it is no checkpoint of a run.
     """
     try:
         own = state.get("itpn", {})
@@ -129,4 +129,4 @@ def find_settings(state: dict[str, Any]) -> StoredSettings | None:
             raise TypeError(f"its task is a {type(own['task']).__name__}")
         return StoredSettings(own["recipe"], own["task"], update_settings(dict(settings)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DamagedCheckpoint(f"its settings are none ({type(error).__name__}: {error})") from error
+        raise CorruptCheckpoint(f"its settings are none ({type(error).__name__}: {error})") from error

@@ -40,13 +40,13 @@ def read_metadata(stored: Mapping[str, str], what: str) -> dict[str, Any]:
     """Metadata of a safetensors file of ours.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is corrupt.
     """
     try:
         parts = {name: json.loads(stored[name]) for name in TYPES if name in stored}
     except (ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{what} has damaged metadata ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{what} has corrupt metadata ({type(error).__name__}: {reason})") from error
     return check_metadata({**stored, **parts}, what)
 
 
@@ -59,13 +59,13 @@ def check_metadata(metadata: dict[str, Any], what: str) -> dict[str, Any]:
     for name, kind in TYPES.items():
         part = metadata.get(name)
         if part is not None and not isinstance(part, kind):
-            raise UserError(f"{what} has damaged metadata (its {name} is a {type(part).__name__})")
+            raise UserError(f"{what} has corrupt metadata (its {name} is a {type(part).__name__})")
     if not all(isinstance(name, str) for name in metadata.get("classes") or ()):
-        raise UserError(f"{what} has damaged metadata (a name of its classes is none)")
+        raise UserError(f"{what} has corrupt metadata (a name of its classes is none)")
     for name in ("mean", "std"):
         values = (metadata.get("preprocessing") or {}).get(name, ())
         if not isinstance(values, list | tuple) or not all(isinstance(value, int | float) for value in values):
-            raise UserError(f"{what} has damaged metadata (the {name} of its preprocessing is no list of numbers)")
+            raise UserError(f"{what} has corrupt metadata (the {name} of its preprocessing is no list of numbers)")
     if "config" in metadata:  # of pre-training, before all tasks called it so
         metadata["settings"] = metadata.pop("config")
     if metadata.get("settings"):
@@ -77,7 +77,7 @@ def read_network(metadata: Mapping[str, Any], source: str) -> NetworkSpec | None
     """The network that metadata describes; None where it describes none.
 
     Raises:
-        UserError: it is damaged, or of a newer version.
+        UserError: it is corrupt, or of a newer version.
     """
     try:
         if (stored := metadata.get("network")) is not None:
@@ -85,7 +85,7 @@ def read_network(metadata: Mapping[str, Any], source: str) -> NetworkSpec | None
         if (stored := metadata.get("architecture")) is not None:
             return _read_architecture(stored)
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"checkpoint {source} has damaged metadata; it may be of a newer itpn") from error
+        raise UserError(f"checkpoint {source} has corrupt metadata; it may be of a newer itpn") from error
     if "settings" not in metadata:
         return None
     known = heads()
@@ -96,7 +96,7 @@ def read_network(metadata: Mapping[str, Any], source: str) -> NetworkSpec | None
         return next((spec for spec in found if spec is not None), None)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {source} has damaged settings in it ({type(error).__name__}: {reason})") from error
+        raise UserError(f"checkpoint {source} has corrupt settings in it ({type(error).__name__}: {reason})") from error
     except UserError as error:  # a setting that this version does not know
         raise UserError(f"checkpoint {source}: {error}; it may be of a newer itpn") from error
 
