@@ -73,6 +73,10 @@ def test_labels_and_preprocessing_are_kept(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_checkpoint(tmp_path).preprocessing["mean"] == [0.5, 0.5, 0.5]
     assert "classes" not in read_checkpoint(tmp_path).metadata
+    config["pretrained_cfg"]["mean"] = "grey"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json has corrupt metadata \(the mean of its preprocessing"):
+        read_checkpoint(tmp_path)
     with pytest.raises(UserError, match="1 label_names for 2 classes"):
         save_pretrained(model, tmp_path, label_names=["cat"])
     with pytest.raises(UserError, match="no size; it may have mean, std"):

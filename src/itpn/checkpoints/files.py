@@ -6,12 +6,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from itpn.checkpoints.adapters import ADAPTERS, Layout, detect_layout, ours, timm
 from itpn.checkpoints.hub import fetch
-from itpn.checkpoints.io import read_safetensors_metadata, read_state, unwrap
+from itpn.checkpoints.io import count_nonfinite, read_state, unwrap
 from itpn.checkpoints.paths import HUB, check_file
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
@@ -76,9 +75,7 @@ class Checkpoint:
     @cached_property
     def nonfinite(self) -> dict[str, int]:
         """Tensors with infinite values or NaN, and how many values."""
-        # in a network's precision, where a large float64 is infinite
-        counts = {n: int((~torch.isfinite(t.float())).sum()) for n, t in self.tensors.items() if t.is_floating_point()}
-        return {name: count for name, count in counts.items() if count}
+        return count_nonfinite(self.tensors)
 
     @property
     def grid(self) -> Grid | None:
@@ -109,8 +106,8 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         if not file.is_file():
             raise UserError(f"checkpoint {source} is a folder without a model.safetensors; give {WANTED}")
     what = f"checkpoint {source}"
-    state = read_state(file, what, WANTED)
-    metadata = _read_metadata(file, state, what)
+    state, header = read_state(file, what, WANTED)
+    metadata = _read_metadata(file, state, header, what)
     inner, key = unwrap(state, (*EMA_WEIGHTS, *WRAPPERS) if ema else (*WRAPPERS, *EMA_WEIGHTS))
     if ema and key not in EMA_WEIGHTS:
         raise UserError(f"{what} has no EMA of the weights beside them ({', '.join(EMA_WEIGHTS)})")
@@ -162,17 +159,14 @@ def _strip(name: str) -> str:
     return name
 
 
-def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, Any]:
+def _read_metadata(file: Path, state: dict[str, Any], header: dict[str, str] | None, what: str) -> dict[str, Any]:
     """What one of our own files says about itself; nothing for others."""
-    if file.suffix != ".safetensors":
+    if header is None:
         own = state.get("itpn")
         return ours.check_metadata(dict(own), what) if isinstance(own, dict) else {}
-    stored = read_safetensors_metadata(file)
-    return (
-        ours.read_metadata(stored, what)
-        if stored.get("format") == "itpn"
-        else timm.read_metadata(file.parent / "config.json")
-    )
+    if header.get("format") == "itpn":
+        return ours.read_metadata(header, what)
+    return timm.read_metadata(file.parent / "config.json")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import nn
 from itpn.checkpoints.adapters.ours import name_levels
 from itpn.checkpoints.contents import all_names, read_contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
+from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import match
 from itpn.errors import UserError
 from itpn.models.build import build
@@ -160,10 +161,3 @@ def check_finite(checkpoint: Checkpoint) -> None:
     """Raise :class:`UserError` where a file has infinite values or NaN."""
     if checkpoint.nonfinite:
         raise UserError(f"checkpoint {checkpoint.source} has {describe_nonfinite(checkpoint.nonfinite)}")
-
-
-def describe_nonfinite(nonfinite: Mapping[str, int]) -> str:
-    first = next(iter(nonfinite))
-    return (
-        f"{sum(nonfinite.values())} infinite numbers or NaN in {len(nonfinite)} tensors, {first} first: it is of no use"
-    )

@@ -9,7 +9,7 @@ import torch
 from itpn.checkpoints.adapters import ADAPTERS, Layout
 from itpn.checkpoints.contents import HEADLESS, Contents, all_names, read_contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
-from itpn.checkpoints.load import describe_nonfinite
+from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import Finding, judge_others, match
 from itpn.models.build import build
 from itpn.models.heads import heads

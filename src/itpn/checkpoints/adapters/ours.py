@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from itpn.checkpoints.adapters.renaming import Adapter, Tensors
+from itpn.checkpoints.io import describe_error
 from itpn.checkpoints.older_settings import update_settings
 from itpn.errors import UserError
 from itpn.models.heads import heads
@@ -45,8 +46,7 @@ def read_metadata(stored: Mapping[str, str], what: str) -> dict[str, Any]:
     try:
         parts = {name: json.loads(stored[name]) for name in TYPES if name in stored}
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{what} has corrupt metadata ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{what} has corrupt metadata ({describe_error(error)})") from error
     return check_metadata({**stored, **parts}, what)
 
 
@@ -95,8 +95,7 @@ def read_network(metadata: Mapping[str, Any], source: str) -> NetworkSpec | None
         found = (head.from_settings(metadata["settings"], {}) for head in specs)
         return next((spec for spec in found if spec is not None), None)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {source} has corrupt settings in it ({type(error).__name__}: {reason})") from error
+        raise UserError(f"checkpoint {source} has corrupt settings in it ({describe_error(error)})") from error
     except UserError as error:  # a setting that this version does not know
         raise UserError(f"checkpoint {source}: {error}; it may be of a newer itpn") from error
 
