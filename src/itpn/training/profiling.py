@@ -45,7 +45,7 @@ STEPS, SETTLE = 10, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """Optimiser steps: some to warm up, some that are timed alone, some to settle, some that are recorded."""
+    """Optimizer steps: some to warm up, some that are timed alone, some to settle, some that are recorded."""
 
     warmup: int
     timed: int
@@ -198,7 +198,7 @@ def summarize(run: Training, plan: Plan, found: Record, cores: int) -> dict[str,
     if run.device.type == "cuda":
         with gzip.open(path) as file:
             device = read_device(json.load(file)["traceEvents"])
-        device = device if device.operations else None  # where the driver does not let itself be asked
+        device = device if device.operations else None  # where the driver does not give them
     operations = read_operators(found.trace.events() or ()) if device is None else device.operations
     step = sum(found.host.values()) / plan.timed
     return {
