@@ -175,7 +175,7 @@ def test_the_words_of_the_complaints(tmp_path):
 
     # pre-training weights in a fine-tuning model: what is not needed is not complained of, what is random is
     pixel = save_public(tmp_path, "off_pixel_pretrain")
-    with pytest.raises(UserError, match=r"has no classifier\. Pass strict=False .* starts at random"):
+    with pytest.raises(UserError, match=r"has no classifier\. Pass strict=False .* is randomly initialized"):
         itpn.load(pixel, task="classification", num_classes=7)
     with pytest.warns(UserWarning, match="has no classifier") as said:
         model = itpn.load(pixel, task="classification", num_classes=7, strict=False)

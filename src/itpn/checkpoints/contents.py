@@ -82,7 +82,7 @@ class Contents:
 
 
 def all_names() -> list[str]:
-    """What may be asked for of a file: a registered head, "pyramid" or "backbone"."""
+    """What a file may be loaded as: a registered head, "pyramid" or "backbone"."""
     return [*heads(), *HEADLESS]
 
 
@@ -155,15 +155,15 @@ def read_backbone(
     Args:
         grid: rows and columns of all position tables; None for square ones, whose sizes tell.
     """
-    patch = tensors["backbone.patch_embed.proj.weight"]
-    width = 4 * len(patch)
+    stem = tensors["backbone.patch_embed.proj.weight"]
+    width, patch = 4 * len(stem), 4 * stem.shape[-1]
     depths = read_our_depths(tensors)
     blocks = [f"backbone.stages.{stage}.0" for stage in range(3)]
     products = [tensors[f"{block}.mlp.fc2.weight"] for block in blocks]
     attention = f"{blocks[2]}.attn"
     settings: dict[str, Any] = {
-        "patch_size": 4 * patch.shape[-1],
-        "in_chans": patch.shape[1],
+        "patch_size": patch,
+        "in_chans": stem.shape[1],
         "embed_dim": width,
         "depths": depths,
         "mlp_ratios": tuple(product.shape[1] / product.shape[0] for product in products),
@@ -173,21 +173,21 @@ def read_backbone(
         "sub_norm": f"{blocks[2]}.mlp.norm.weight" in tensors,
         "swiglu": len(tensors[f"{blocks[2]}.mlp.fc1.weight"]) == 2 * products[2].shape[1],
     }
-    unit = settings["patch_size"]
     heads = None
     settings["rel_pos_bias"] = False
     if (table := tensors.get(f"{attention}.relative_position_bias_table")) is not None:
         rows, cols = (2 * grid[0] - 1, 2 * grid[1] - 1) if grid else square(len(table))
         heads = table.shape[1]
-        settings |= {"rel_pos_bias": True, "rel_pos_size": ((rows + 1) // 2 * unit, (cols + 1) // 2 * unit)}
+        settings |= {"rel_pos_bias": True, "rel_pos_size": ((rows + 1) // 2 * patch, (cols + 1) // 2 * patch)}
     elif (table := tensors.get(f"{attention}.rel_pos_h")) is not None:
         rows, cols = len(table), len(tensors[f"{attention}.rel_pos_w"])
         heads = width // table.shape[1]
-        settings |= {"rel_pos_bias": "decomposed", "rel_pos_size": ((rows + 1) // 2 * unit, (cols + 1) // 2 * unit)}
+        settings |= {"rel_pos_bias": "decomposed", "rel_pos_size": ((rows + 1) // 2 * patch, (cols + 1) // 2 * patch)}
     if grid is None and "backbone.pos_embed" in tensors:
         grid = square(tensors["backbone.pos_embed"].shape[1])
     # a network without a table of positions is one whose table is zero
-    settings["img_size"] = (grid[0] * unit, grid[1] * unit) if grid else settings.get("rel_pos_size", (14 * unit,) * 2)
+    usual = settings.get("rel_pos_size", (14 * patch, 14 * patch))
+    settings["img_size"] = (grid[0] * patch, grid[1] * patch) if grid else usual
     scaled = tuple(stage + 1 for stage, block in enumerate(blocks) if f"{block}.ls2.gamma" in tensors)
     if scaled:
         settings |= {"init_values": 0.1, "layer_scale_stages": scaled}

@@ -21,9 +21,9 @@ from itpn.checkpoints.paths import HUB
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
+from itpn.models.spec import TRAINING_ONLY
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-TRAINING_ONLY = ("drop_rate", "drop_path_rate")  # not of the network that the weights belong to; timm leaves them out
 CARD = """---
 tags:
 - {task}

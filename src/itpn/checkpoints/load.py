@@ -73,7 +73,7 @@ def load_found(
         if any(finding.kind == "harmful" for finding in problems):
             hint = "strict=False loads what fits, but this is another network than the file's"
         else:
-            hint = "Pass strict=False to load it all the same: that part starts at random"
+            hint = "Pass strict=False to load it all the same: that part is randomly initialized"
         raise UserError(f"checkpoint {source} {reasons}. {hint}")
     model.load_state_dict(state, strict=False)
     describe_weights(model, checkpoint)

@@ -108,8 +108,7 @@ def _match_parts(
         ours = {name for name in own if find_part(name, parts) == part}
         theirs = {name for name in tensors if find_part(name, parts) == part}
         if theirs and not ours:
-            needed = "needed here" if part != "classifier" else "asked for"
-            findings.append(Finding("expected", sorted(theirs), f"has a {part} that is not {needed}"))
+            findings.append(Finding("expected", sorted(theirs), f"has a {part} that is not needed here"))
         elif ours and not theirs:
             findings.append(Finding("random", sorted(ours), f"has no {part}"))
         elif different := sorted(name for name in ours | theirs if _shape(own, name) != _shape(tensors, name)):

@@ -93,6 +93,7 @@ def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
     from itpn.checkpoints.adapters import ADAPTERS, detect_layout
+    from itpn.checkpoints.files import named_tensors
     from itpn.models.hivit import HiViT, find_backbone
     from itpn.models.weights import fit_tables, read_stored_grid
 
@@ -100,20 +101,12 @@ def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tenso
     if layout is None:
         return state_dict  # not ours: loading it will say so
     named, _ = ADAPTERS[layout].to_ours(state_dict)
-    if isinstance(model, HiViT):
-        tensors = {name.removeprefix("backbone."): t for name, t in named.items() if name.startswith("backbone.")}
-        prefix = ""
-    else:
-        heads = ("backbone.head.", "backbone.fc_norm.")
-        tensors = {
-            name: t
-            for name, t in named.items()
-            if name.startswith(("backbone.", "pyramid.")) and not name.startswith(heads)
-        }
-        prefix = "backbone."
-    stored_grid = read_stored_grid(model.pretrained_cfg, tensors, prefix)
-    fit_tables(tensors, model.state_dict(), find_backbone(model), stored_grid)
-    return tensors
+    alone = isinstance(model, HiViT)
+    parts, heads = ("backbone.",) if alone else ("backbone.", "pyramid."), ("backbone.head.", "backbone.fc_norm.")
+    tensors = {n: t for n, t in named.items() if n.startswith(parts) and (alone or not n.startswith(heads))}
+    grid = read_stored_grid(model.pretrained_cfg, tensors, "backbone.")
+    fit_tables(tensors, named_tensors(model), find_backbone(model), grid)
+    return {name.removeprefix("backbone."): t for name, t in tensors.items()} if alone else tensors
 
 
 def _register(registered: str, build: Callable[..., nn.Module], name: str) -> None:

@@ -36,7 +36,7 @@ class Use:
 
     @property
     def missing(self) -> list[str]:
-        """What would start at random, or be lost."""
+        """What would be randomly initialized, or lost."""
         return [finding.text for finding in self.findings if finding.kind in ("random", "harmful")]
 
     @property

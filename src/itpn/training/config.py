@@ -114,7 +114,7 @@ class TrainerConfig(Settings):
     """How long, on what, and what is written meanwhile."""
 
     max_epochs: Whole = 800
-    """Passes over the images; 0 in fine-tuning for as many as their number asks for."""
+    """Passes over the images; 0 in fine-tuning to choose by the number of images."""
     max_steps: Count | None = None
     """Optimizer steps at which the run ends, if epochs do not end it before; the schedule follows."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "fp16"] = "auto"
@@ -127,7 +127,7 @@ class TrainerConfig(Settings):
     """Machines; None for what torchrun or Slurm started, else one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What several processes hold: ddp a copy of everything each, fsdp each a part of parameters, gradients and AdamW's
-    averages (pre-training alone, without visualizations)."""
+    moments (pre-training alone, without visualizations)."""
     accumulate_grad_batches: Count = 1
     """Forward passes per optimizer step; the global batch grows with it."""
     compile: bool | None = None
@@ -266,7 +266,7 @@ def check_images(mean: tuple[float, ...], std: tuple[float, ...], in_chans: int)
     for option, values in {"--data.mean": mean, "--data.std": std}.items():
         if len(values) not in (1, in_chans):
             raise UserError(f"{option} needs one number or one per channel ({in_chans}), not {len(values)}")
-    if not all(deviation > 0 for deviation in std):
+    if not all(value > 0 for value in std):
         raise UserError(f"--data.std must be above 0, not {std}")
 
 

@@ -21,7 +21,7 @@ CORRUPT = (
     *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
 )
 CHUNK = 2**24  # bytes
-# what Lightning restores a run from
+# what a run is restored from
 PARTS: dict[str, type] = {
     "global_step": int,
     "epoch": int,
