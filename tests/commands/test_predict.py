@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, safe_open
 
 import itpn
 import itpn.tasks.detection.prediction
+from itpn.checkpoints import io
 from itpn.checkpoints.adapters import ADAPTERS
 from itpn.checkpoints.convert import convert
 from itpn.cli import main
@@ -256,3 +258,35 @@ def test_training_goes_on_from_a_public_file(tmp_path, settings, capsys):
     with pytest.raises(UserError, match="holds another model"):
         run("refused", theirs, pyramid_width=64)
     assert not (tmp_path / "runs" / "test" / "refused").exists()
+
+
+def test_every_command_reads_a_checkpoint_once(tmp_path, settings, photos, monkeypatch):
+    train(settings(max_steps=1), "test")
+    path = str(tmp_path / "runs" / "test" / "default" / "model.safetensors")
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "classes" / place).mkdir(parents=True)
+        for name in ("00.png", "01.png"):
+            shutil.copy(photos / name, tmp_path / "classes" / place / name)
+    reads = []
+    monkeypatch.setattr(
+        io, "_read_file", lambda file, *rest, read=io._read_file: (reads.append(file), read(file, *rest))[1]
+    )
+
+    def start():
+        config = settings(max_steps=1)
+        config.name, config.model.checkpoint = "again", path
+        train(config, "test")
+
+    labelled = ["--data.root", str(tmp_path / "classes"), "--data.num-workers", "0", "--trainer.accelerator", "cpu"]
+    for command in (
+        ["inspect", path],
+        ["convert", path, str(tmp_path / "theirs.pth"), "--to", "official"],
+        ["export", path, "--out", str(tmp_path / "x.pt2"), "--task", "backbone"],
+        ["predict", path, str(photos), "--out", str(tmp_path / "out")],
+        ["evaluate", "classifier_small", "--checkpoint", path, "--knn", *labelled, "--evaluation.knn-k", "1"],
+        lambda: itpn.load(path),
+        start,
+    ):
+        reads.clear()
+        assert not main(command) if isinstance(command, list) else [command()]
+        assert reads == [path]
