@@ -21,7 +21,7 @@ from itpn.errors import RunStopped, refusal
 from itpn.system.console import Output
 from itpn.system.signals import SignalHandlers, stop_at_once
 from itpn.system.writing import open_whole, write_whole
-from itpn.training.config import RunConfig
+from itpn.training.config import RunConfig, freeze
 from itpn.training.data import read_batches
 from itpn.training.launch import Launch, choose_devices, count_cores, describe_machine, quieten_libraries, read_launch
 from itpn.training.loop import set_up, take_step
@@ -98,7 +98,7 @@ def profile(
     try:
         # the same work, and no step of these few at the peak learning rate that could diverge
         still: Any = replace(config.optimizer, lr=0.0)
-        job.task.config = replace(config, optimizer=still)
+        job.task.config = freeze(replace(config, optimizer=still))
         run = set_up(job.task.config, launch, console, folder, job)
         plan = make_plan(config, run.compilation.active)
         console.print(

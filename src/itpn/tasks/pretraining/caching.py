@@ -23,7 +23,7 @@ from itpn.system.writing import writing_to
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, tell_what_is_left_out
 from itpn.teachers.timm_teacher import FeatureTeacher
-from itpn.training.config import image_size, to_dict
+from itpn.training.config import freeze, image_size, to_dict
 from itpn.training.launch import choose_precision
 
 SHARD_SIZE = 512
@@ -49,7 +49,7 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
     Raises:
         UserError: no teacher to run, the folder cannot be written or holds features of other settings.
     """
-    console = Output()
+    console, config = Output(), freeze(config)
     if config.teacher.name in (None, "ema"):
         raise UserError("only features of an outside teacher can be cached: give --teacher.name, a model of timm")
     if views < 1:
