@@ -140,17 +140,11 @@ def length(intervals: Iterable[Interval]) -> float:
 
 
 def divide_gaps(gaps: Sequence[Interval], parts: Sequence[Range]) -> dict[str, float]:
-    """How much of the gaps falls into each part; both follow each other, in order."""
+    """How much of the gaps falls into each part; what is ours counts as :data:`OTHER`."""
     times: dict[str, float] = dict.fromkeys([*PARTS, OTHER], 0.0)
-    first = 0
-    for begin, end in gaps:
-        while first < len(parts) and parts[first][1] <= begin:
-            first += 1
-        for start, stop, name in parts[first:]:
-            if start >= end:
-                break
-            part = name if name in times else OTHER
-            times[part] += min(stop, end) - max(start, begin)
+    for begin, end, name in parts:
+        inside = (min(stop, end) - max(start, begin) for start, stop in gaps if start < end and stop > begin)
+        times[name if name in times else OTHER] += sum(inside)
     return times
 
 
