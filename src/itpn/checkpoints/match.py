@@ -72,14 +72,7 @@ def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], 
     backbone = find_backbone(model)
     own = named_tensors(model)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "relative_position_index" not in name}
-    for name, tensor in tensors.items():
-        # cast, they would become weights that nobody trained: half of a complex number would go
-        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
-                f"checkpoint {checkpoint.source} has numbers of another kind than weights are: {name} is {kind}, "
-                "not float"
-            )
+    check_numbers(tensors, own, f"checkpoint {checkpoint.source}")
     findings = _convert(tensors, own)
     try:
         changed = fit_tables(tensors, own, backbone, checkpoint.grid)
@@ -95,6 +88,17 @@ def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], 
     findings += judge_others(checkpoint, bool(backbone.num_classes))
     names = dict(zip(own, model.state_dict(), strict=True))
     return {names[n]: t for n, t in tensors.items() if n in own and own[n].shape == t.shape}, findings
+
+
+def check_numbers(tensors: Tensors, own: Tensors, what: str) -> None:
+    """Raise :class:`UserError` for weights that are complex, boolean or whole numbers.
+
+    Cast, they would become weights that nobody trained: half of a complex number would go.
+    """
+    for name, tensor in tensors.items():
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{what} has numbers of another kind than weights are: {name} is {kind}, not float")
 
 
 def _match_parts(

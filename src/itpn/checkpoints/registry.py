@@ -75,6 +75,7 @@ def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tenso
     """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
     from itpn.checkpoints.adapters import ADAPTERS, detect_layout
     from itpn.checkpoints.files import named_tensors
+    from itpn.checkpoints.match import check_numbers
     from itpn.models.hivit import HiViT, find_backbone
     from itpn.models.weights import fit_tables, read_stored_grid
 
@@ -86,7 +87,9 @@ def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tenso
     parts, heads = ("backbone.",) if alone else ("backbone.", "pyramid."), ("backbone.head.", "backbone.fc_norm.")
     tensors = {n: t for n, t in named.items() if n.startswith(parts) and (alone or not n.startswith(heads))}
     grid = read_stored_grid(model.pretrained_cfg, tensors, "backbone.")
-    fit_tables(tensors, named_tensors(model), find_backbone(model), grid)
+    own = named_tensors(model)
+    check_numbers(tensors, own, "the file")
+    fit_tables(tensors, own, find_backbone(model), grid)
     return {name.removeprefix("backbone."): t for name, t in tensors.items()} if alone else tensors
 
 
