@@ -12,7 +12,7 @@ from torch import Tensor
 from itpn.checkpoints.adapters import ADAPTERS
 from itpn.checkpoints.adapters.ours import CLASSIFIER, name_levels, read_guesses
 from itpn.checkpoints.adapters.renaming import read_our_depths
-from itpn.checkpoints.files import Checkpoint
+from itpn.checkpoints.files import DETECTOR_HEADS, SEGMENTER_HEADS, Checkpoint
 from itpn.errors import UserError
 from itpn.models.heads import find_head, heads
 from itpn.models.hivit import HiViT
@@ -224,9 +224,6 @@ def known_heads(checkpoint: Checkpoint) -> int | None:
 
 def _read_levels(checkpoint: Checkpoint) -> str:
     """The maps that other code bases' heads, which are beside a backbone, take from its pyramid."""
-    others = checkpoint.others
-    if any(name.startswith(("decode_head.", "auxiliary_head.")) for name in others):
+    if any(name.startswith(SEGMENTER_HEADS) for name in checkpoint.others):
         return "joined"
-    if any(name.startswith(("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")) for name in others):
-        return "pooled"
-    return "pyramid"
+    return "pooled" if any(name.startswith(DETECTOR_HEADS) for name in checkpoint.others) else "pyramid"

@@ -6,6 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from itpn.checkpoints.adapters import ADAPTERS, Layout, detect_layout, ours, timm
@@ -24,7 +25,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, to
 # the authors' networks inside a detector, segmenter or tracker, by names that mmpretrain does not have
 PUBLIC_INSIDE = re.compile(r"(backbone\.|encoder\.|encoder\.body\.)(absolute_pos_embed$|blocks\.\d+\.attn\.q_proj\.)")
 # networks that others have put on top of a backbone
-OTHER_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "decode_head.", "auxiliary_head.")
+DETECTOR_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
+SEGMENTER_HEADS = ("decode_head.", "auxiliary_head.")
+OTHER_HEADS = (*DETECTOR_HEADS, *SEGMENTER_HEADS)
 
 
 @dataclass
@@ -68,9 +71,7 @@ class Checkpoint:
         data = self.settings.get("data", {})
         if not all(name in data for name in ("mean", "std", "img_size")):
             return {}
-        size = data["img_size"]
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        return {"mean": tuple(data["mean"]), "std": tuple(data["std"]), "size": size}
+        return {"mean": tuple(data["mean"]), "std": tuple(data["std"]), "size": to_2tuple(data["img_size"])}
 
     @cached_property
     def nonfinite(self) -> dict[str, int]:
@@ -83,8 +84,7 @@ class Checkpoint:
         arguments = self.metadata.get("model_args") or (self.spec.backbone if self.spec is not None else {})
         if "img_size" not in arguments:
             return None
-        size, patch = arguments["img_size"], arguments.get("patch_size", 16)
-        height, width = (size, size) if isinstance(size, int) else size
+        (height, width), patch = to_2tuple(arguments["img_size"]), arguments.get("patch_size", 16)
         return height // patch, width // patch
 
 
