@@ -211,7 +211,7 @@ def test_other_sizes_channels_and_classes(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["official", "mmpretrain"])
-def test_pretraining_goes_on_from_a_public_file(tmp_path, layout):
+def test_pretraining_starts_from_a_public_file(tmp_path, layout):
     """The decoder is kept where the file has it, other channels and sizes are made to fit, the rest is said."""
     source = save(tmp_path, (32, 32), name="itpn_tiny")
     target = tmp_path / "theirs.pth"
@@ -235,7 +235,7 @@ def test_pretraining_goes_on_from_a_public_file(tmp_path, layout):
     assert torch.equal(other.pyramid.top.weight, stored["pyramid.top.weight"])
 
 
-def test_pretraining_goes_on_from_a_classifier(tmp_path):
+def test_pretraining_starts_from_a_classifier(tmp_path):
     """It has no pyramid and no decoder at all: both are random."""
     model = timm.create_model("fast_itpn_nano", img_size=32, patch_size=8, num_classes=5)
     torch.save(

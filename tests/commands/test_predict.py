@@ -235,7 +235,7 @@ def test_mistakes_are_one_line(tmp_path, photos, capsys, monkeypatch, arguments,
     assert not (tmp_path / "predictions").exists()
 
 
-def test_training_goes_on_from_a_public_file(tmp_path, settings, capsys):
+def test_training_starts_from_a_public_file(tmp_path, settings, capsys):
     """A run from a file in the authors' names is the run from our own file, number by number; what differs is said."""
 
     def run(name: str, checkpoint: Path | None, **model) -> list[str]:

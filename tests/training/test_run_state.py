@@ -303,7 +303,7 @@ def test_several_processes_complete_a_run_as_one_does(settings, tmp_path):
         assert_complete(folder, 2)
 
 
-def test_a_run_goes_on_when_nobody_reads_what_it_prints(short, tmp_path, monkeypatch, capsys):
+def test_a_run_continues_when_nobody_reads_what_it_prints(short, tmp_path, monkeypatch, capsys):
     """As of `itpn train ... | head -1`."""
     write_yaml(tmp_path / "run.yaml", "test", short())
     reader, writer = os.pipe()
@@ -318,7 +318,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(short, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_run_goes_on_when_its_log_is_full(short, tmp_path, monkeypatch, capsys):
+def test_a_run_continues_when_its_log_is_full(short, tmp_path, monkeypatch, capsys):
     write_yaml(tmp_path / "run.yaml", "test", short())
     with open("/dev/full", "w") as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
 
 
-def _cfg(prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+def _cfg(prefix: str = "") -> dict[str, Any]:
     return {
         "url": "",  # nobody publishes these weights yet in a form that timm could fetch
         "num_classes": 0 if prefix else 1000,
@@ -28,7 +28,6 @@ def _cfg(prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         "first_conv": f"{prefix}patch_embed.proj",
         "classifier": None if prefix else "head",
         "license": "apache-2.0",
-        **kwargs,
     }
 
 
