@@ -129,6 +129,8 @@ def _why_unreadable(error: Exception) -> str:
             f"has a Python object in it ({found[1]}), which could run code, and is not read (if you trust it, save its "
             "tensors alone with torch.save)"
         )
+    if isinstance(error, CompressedParts):
+        return "has compressed parts, which torch does not read: save it again with torch.save"
     return "is corrupt or no checkpoint"
 
 
@@ -145,19 +147,21 @@ def _read_file(path: str, what: str, wanted: str, scripts: bool) -> tuple[Any, d
                 if not scripts:
                     raise UserError(f"{what} is a TorchScript archive, which is code, and is not read; give {wanted}")
                 return read_script(path), None
-            if is_compressed(archive):
-                raise UserError(
-                    f"{what} has compressed parts, which torch does not read: save it again with torch.save"
-                )
+            check_stored(archive)
     # weights_only: a checkpoint must not be able to run code
     with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # on pickles that torch did not write: an error follows
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped), None
 
 
-def is_compressed(archive: zipfile.ZipFile) -> bool:
-    """Whether parts of a checkpoint are, as torch never does it: they could take any memory, and mapped be weights."""
-    return any(member.compress_type for member in archive.infolist())
+class CompressedParts(zipfile.BadZipFile):
+    """Of a checkpoint, as torch never has them: they could take any memory, and mapped be weights."""
+
+
+def check_stored(archive: zipfile.ZipFile) -> None:
+    """Raise :class:`CompressedParts` where there are some."""
+    if any(member.compress_type for member in archive.infolist()):
+        raise CompressedParts("its parts are compressed, and could take any memory")
 
 
 def count_nonfinite(tensors: Mapping[str, Tensor]) -> dict[str, int]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from itpn.checkpoints.io import is_compressed
+from itpn.checkpoints.io import check_stored
 from itpn.checkpoints.older_settings import update_settings
 from itpn.errors import MachineError
 from itpn.training.config import StoredSettings
@@ -51,8 +51,7 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
         try:
             with path.open("rb") as file:
                 archive = zipfile.ZipFile(file)
-                if is_compressed(archive):
-                    raise zipfile.BadZipFile("its parts are compressed, and could take any memory")
+                check_stored(archive)
                 if whole and (member := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {member}")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
