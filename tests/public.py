@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from itpn.checkpoints.adapters import detect_layout, to_ours
+from itpn.checkpoints.adapters import ADAPTERS, detect_layout
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -27,7 +27,7 @@ def our_names(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of any golden file under our names."""
     layout = detect_layout(tensors)
     assert layout is not None
-    return to_ours(tensors, layout)[0]
+    return ADAPTERS[layout].to_ours(tensors)[0]
 
 
 def save_public(folder: Path, case: str, key: str = "model") -> Path:

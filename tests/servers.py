@@ -7,11 +7,6 @@ PRELOAD = [
     *("itpn.cli", "itpn.data.annotations", "itpn.data.labelled", "itpn.data.labelmaps", "itpn.checkpoints.load"),
     *("itpn.tasks.run", "itpn.tasks.classification.prediction", "itpn.tasks.detection.prediction"),
     "itpn.data.shrinking",
-        "itpn.tasks.run",
-        "itpn.tasks.classification.prediction",
-        "itpn.tasks.detection.prediction",
-        "itpn.data.shrinking",
-    ),
     *("supervision.dataset.formats.yolo", "supervision.dataset.formats.pascal_voc", "defusedxml.ElementTree"),
 ]
 servers = multiprocessing.get_context("forkserver")

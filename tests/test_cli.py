@@ -79,7 +79,7 @@ def mistake(capsys, *arguments: str) -> str:
         (["shrink", "tests", "--out", "tests/small"], "--out tests/small and tests overlap"),
         (["shrink", "tests/data", "--out", "tests"], "--out tests and tests/data overlap"),
         (["shrink", "x", "--out", "y", "--short-side", "0"], "--short-side must be at least 1, not 0"),
-        (["shrink", "x", "--out", "y", "--quality", "101"], "--quality must be between 1 and 100, not 101"),
+        (["shrink", "x", "--out", "y", "--quality", "101"], "--quality must lie between 1 and 100, not 101"),
         (["shrink", "x", "--out", "y", "--num-workers", "-1"], "--num-workers must be at least 0, not -1"),
         (["shrink", "x", "--out", "y", "--max-pixels", "0"], "--max-pixels must be at least 1, not 0"),
         (["list", "--what"], "unknown option --what"),
@@ -120,7 +120,7 @@ def test_a_checkpoint_of_another_model(capsys, tmp_path, photos):
     foreign.write_bytes(b"not safetensors at all")
     other = ["--name", "other", "--model.checkpoint", str(foreign)]
     answer = mistake(capsys, "train", "itpn-pixel_nano", *arguments, *other)
-    assert "is damaged" in answer
+    assert "is corrupt" in answer
     changed = mistake(capsys, "train", "itpn-pixel_nano", *arguments, *small, "--optimizer.lr", "1")
     assert "holds a run with --optimizer.lr None, not 1.0; choose another --name" in changed
 

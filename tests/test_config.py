@@ -1,9 +1,13 @@
 """Settings on their way: out to YAML and back, and the impossible ones found."""
 
+from dataclasses import FrozenInstanceError
+from functools import partial
+
 import pytest
 
 from itpn.cli import main
 from itpn.commands.parsing import read_fields
+from itpn.data.files import ImageSource
 from itpn.errors import UserError
 from itpn.tasks.configs import (
     DetectionConfig,
@@ -12,7 +16,10 @@ from itpn.tasks.configs import (
     PretrainingModelConfig,
     TeacherConfig,
 )
+from itpn.tasks.pretraining import caching
 from itpn.tasks.recipes import list_recipes, read_recipe, read_settings
+from itpn.tasks.run import train
+from itpn.training import loop, profiling
 from itpn.training.config import from_dict, to_dict, write_yaml
 
 
@@ -211,3 +218,32 @@ def test_everything_is_an_option():
     assert {"--optimizer.lr", "--trainer.max-epochs", "--trainer.max-steps", "--trainer.precision"} <= {*options}
     assert {"--trainer.checkpoint-every-n-steps", "--seed", "--name", "--output-dir"} <= {*options}
     assert PretrainingDataConfig().root == ("data/imagenet",)
+
+
+@pytest.mark.parametrize("place", ["run", "module", "profile", "cache"])
+def test_settings_are_frozen_once_they_are_resolved(settings, tmp_path, monkeypatch, place):
+    seen = []
+
+    def stop(config, *_):
+        seen.append(config)
+        raise UserError("seen")
+
+    config = settings(max_steps=1)
+    command = partial(train, config, "test")
+    if place == "run":
+        command = partial(train, config, "test", run=stop)
+    elif place == "module":
+        monkeypatch.setattr(loop, "run_job", lambda config, launch, console, folder, job: stop(job.task.config))
+    elif place == "profile":
+        command = partial(train, config, "test", run=profiling.profile)
+        monkeypatch.setattr(profiling, "set_up", lambda config, launch, console, folder, job: stop(job.task.config))
+    else:
+        config.teacher.name, config.model.feature_weight = "vit_tiny_patch16_224", 1.0
+        monkeypatch.setattr(caching, "make_frozen_teacher", stop)
+        source = ImageSource(config.data.root)
+        command = partial(caching.cache_features, config, source, tmp_path / "cache", 1, False)
+    with pytest.raises(UserError, match="seen"):
+        command()
+    for part, name in ((seen[0], "seed"), (seen[0].optimizer, "lr"), (seen[0].data, "img_size")):
+        with pytest.raises(FrozenInstanceError):
+            setattr(part, name, 1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+from safetensors.torch import load_file, save_file
 
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
@@ -73,10 +74,24 @@ def test_labels_and_preprocessing_are_kept(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_checkpoint(tmp_path).preprocessing["mean"] == [0.5, 0.5, 0.5]
     assert "classes" not in read_checkpoint(tmp_path).metadata
+    config["pretrained_cfg"]["mean"] = "grey"
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"config\.json has corrupt metadata \(the mean of its preprocessing"):
+        read_checkpoint(tmp_path)
     with pytest.raises(UserError, match="1 label_names for 2 classes"):
         save_pretrained(model, tmp_path, label_names=["cat"])
     with pytest.raises(UserError, match="no size; it may have mean, std"):
         save_pretrained(model, tmp_path, preprocessing={"size": 64})
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.complex64])
+def test_weights_of_another_kind_of_numbers_are_refused(tmp_path, dtype):
+    save_pretrained(timm.create_model("itpn_nano", img_size=64), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["fc_norm.weight"] = torch.ones(128, dtype=dtype)
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=f"norm.weight is {str(dtype).removeprefix('torch.')}, not float"):
+        from_pretrained(tmp_path)
 
 
 def test_loading_adapts_as_timm_does(tmp_path):

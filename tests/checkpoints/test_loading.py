@@ -11,7 +11,7 @@ import torch
 from public import read_golden, save_public
 
 import itpn
-from itpn.checkpoints.adapters import from_ours
+from itpn.checkpoints.adapters import ADAPTERS
 from itpn.checkpoints.convert import convert
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.io import write_safetensors
@@ -175,7 +175,7 @@ def test_the_words_of_the_complaints(tmp_path):
 
     # pre-training weights in a fine-tuning model: what is not needed is not complained of, what is random is
     pixel = save_public(tmp_path, "off_pixel_pretrain")
-    with pytest.raises(UserError, match=r"has no classifier\. Pass strict=False .* starts at random"):
+    with pytest.raises(UserError, match=r"has no classifier\. Pass strict=False .* is randomly initialized"):
         itpn.load(pixel, task="classification", num_classes=7)
     with pytest.warns(UserWarning, match="has no classifier") as said:
         model = itpn.load(pixel, task="classification", num_classes=7, strict=False)
@@ -211,7 +211,7 @@ def test_other_sizes_channels_and_classes(tmp_path):
 
 
 @pytest.mark.parametrize("layout", ["official", "mmpretrain"])
-def test_pretraining_goes_on_from_a_public_file(tmp_path, layout):
+def test_pretraining_starts_from_a_public_file(tmp_path, layout):
     """The decoder is kept where the file has it, other channels and sizes are made to fit, the rest is said."""
     source = save(tmp_path, (32, 32), name="itpn_tiny")
     target = tmp_path / "theirs.pth"
@@ -235,11 +235,11 @@ def test_pretraining_goes_on_from_a_public_file(tmp_path, layout):
     assert torch.equal(other.pyramid.top.weight, stored["pyramid.top.weight"])
 
 
-def test_pretraining_goes_on_from_a_classifier(tmp_path):
+def test_pretraining_starts_from_a_classifier(tmp_path):
     """It has no pyramid and no decoder at all: both are random."""
     model = timm.create_model("fast_itpn_nano", img_size=32, patch_size=8, num_classes=5)
     torch.save(
-        {"model": from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()}, "official_fast")[0]},
+        {"model": ADAPTERS["official_fast"].from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()})[0]},
         tmp_path / "classifier.pth",
     )
     started, notes = load_into(tmp_path / "classifier.pth", (32, 32), name="fast_itpn_nano")
@@ -250,7 +250,7 @@ def test_pretraining_goes_on_from_a_classifier(tmp_path):
     assert torch.equal(started.backbone.stages[2][3].mlp.fc1.weight, model.stages[2][3].mlp.fc1.weight)
 
 
-def test_damaged_and_foreign_files(tmp_path):
+def test_corrupt_and_foreign_files(tmp_path):
     """One clear line each, and nothing in a file is ever run."""
 
     def refused(path) -> str:
@@ -268,11 +268,11 @@ def test_damaged_and_foreign_files(tmp_path):
     torch.save({"state_dict": resnet.state_dict()}, path)
     assert refused(path).startswith("checkpoint FILE is of another network (it has conv1.weight, bn1.weight")
     path.write_bytes(path.read_bytes()[:100_000])
-    assert refused(path).startswith("checkpoint FILE is damaged or no checkpoint; give a checkpoint of iTPN")
+    assert refused(path).startswith("checkpoint FILE is corrupt or no checkpoint; give a checkpoint of iTPN")
     path.write_bytes(b"PK\x03\x04 no zip at all")
-    assert "is damaged or no checkpoint" in refused(path)
+    assert "is corrupt or no checkpoint" in refused(path)
     path.write_bytes(b"")
-    assert "damaged" in refused(path)
+    assert "corrupt" in refused(path)
     torch.save({"model": {"a": 1}}, path)
     assert refused(path).startswith("checkpoint FILE has no weights in it")
     torch.save(torch.zeros(3), path)
@@ -303,7 +303,7 @@ def test_damaged_and_foreign_files(tmp_path):
 
     whole = save(tmp_path)
     whole.write_bytes(whole.read_bytes()[:-1000])
-    assert refused(whole).startswith("checkpoint FILE is damaged or no checkpoint")
+    assert refused(whole).startswith("checkpoint FILE is corrupt or no checkpoint")
 
 
 ODD_METADATA = [
@@ -323,7 +323,7 @@ def test_odd_metadata_is_said(tmp_path, name, odd, ending):
     else:
         write_safetensors(path, tensors, {name: odd})
     for read in (itpn.inspect, itpn.load):
-        with pytest.raises(UserError, match=r"has damaged (metadata|settings)") as caught:
+        with pytest.raises(UserError, match=r"has corrupt (metadata|settings)") as caught:
             read(path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)

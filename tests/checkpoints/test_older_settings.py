@@ -62,7 +62,7 @@ def test_runs_of_older_versions(tmp_path):
 
 
 @pytest.mark.parametrize("odd", [{"model": 3}, {"model": {"neck": ["fresh"]}}, {3: {}}, {"model": {3: 4}}])
-def test_damaged_settings_stay_as_they_are(odd):
+def test_corrupt_settings_stay_as_they_are(odd):
     assert update_settings(odd) == odd
 
 

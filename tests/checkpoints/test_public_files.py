@@ -7,7 +7,7 @@ from public import our_names, read_golden, save_public
 from torch import Tensor, nn
 
 import itpn
-from itpn.checkpoints.adapters import from_ours
+from itpn.checkpoints.adapters import ADAPTERS
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.hivit import HiViT
 from itpn.models.pyramid import PyramidBackbone
@@ -267,7 +267,7 @@ def test_the_original_hivit(tmp_path, pretrained):
 def test_registered_models_without_relative_positions(tmp_path, name):
     """As HiViT's masked auto-encoders are, though its classifiers have them."""
     source = timm.create_model(name, img_size=64, num_classes=0, rel_pos_bias=False).eval()
-    state = from_ours({f"backbone.{n}": t for n, t in source.state_dict().items()}, "official")[0]
+    state = ADAPTERS["official"].from_ours({f"backbone.{n}": t for n, t in source.state_dict().items()})[0]
     torch.save(state, tmp_path / "plain.pth")
     images = torch.randn(1, 3, 64, 64)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,8 @@ from safetensors.torch import load_file, safe_open
 
 import itpn
 import itpn.tasks.detection.prediction
-from itpn.checkpoints.adapters import from_ours
+from itpn.checkpoints import io
+from itpn.checkpoints.adapters import ADAPTERS
 from itpn.checkpoints.convert import convert
 from itpn.cli import main
 from itpn.data.augment import center_crop
@@ -36,7 +38,7 @@ from itpn.tasks.run import train
 def test_a_classifier_of_others(tmp_path, photos, capsys):
     """The table, the file and the images tell the likeliest classes."""
     model = timm.create_model("hivit_tiny", img_size=64, num_classes=7).eval()
-    state = from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()}, "official", (4, 4))[0]
+    state = ADAPTERS["official"].from_ours({f"backbone.{n}": t for n, t in model.state_dict().items()}, (4, 4))[0]
     torch.save({"model": state}, tmp_path / "theirs.pth")
     out = tmp_path / "out"
     assert main(["predict", str(tmp_path / "theirs.pth"), str(photos), "--out", str(out)]) == 0
@@ -223,7 +225,7 @@ def test_convert(tmp_path, capsys):
         (["convert", "missing.pth", "a.safetensors"], "checkpoint missing.pth does not exist"),
         (["inspect", "https://example.com/a.pth"], "is an address: download the file and give its path"),
         (["inspect", ""], "checkpoint '' does not exist"),
-        (["inspect", "{text}"], "damaged or no checkpoint"),
+        (["inspect", "{text}"], "corrupt or no checkpoint"),
         (["convert", "{det}", "a.zip"], "say which names a.zip gets"),
         (["convert", "{det}", "a.pth", "--to", "keras"], "invalid choice 'keras' for --to: choose from itpn, "),
         (
@@ -231,7 +233,7 @@ def test_convert(tmp_path, capsys):
             "has neither decoder, classifier, detector nor segmenter: it gives --features",
         ),
         (["predict", "{det}", "{photos}", "--features", "a.csv"], "must end in .safetensors or .npy"),
-        (["predict", "{text}", "{photos}"], "damaged or no checkpoint"),
+        (["predict", "{text}", "{photos}"], "corrupt or no checkpoint"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, photos, capsys, monkeypatch, arguments, words):
@@ -268,3 +270,35 @@ def test_training_starts_from_a_public_file(tmp_path, settings, capsys):
     with pytest.raises(UserError, match="holds another model"):
         run("refused", theirs, pyramid_width=64)
     assert not (tmp_path / "runs" / "test" / "refused").exists()
+
+
+def test_every_command_reads_a_checkpoint_once(tmp_path, settings, photos, monkeypatch):
+    train(settings(max_steps=1), "test")
+    path = str(tmp_path / "runs" / "test" / "default" / "model.safetensors")
+    for place in ("train/a", "train/b", "val/a", "val/b"):
+        (tmp_path / "classes" / place).mkdir(parents=True)
+        for name in ("00.png", "01.png"):
+            shutil.copy(photos / name, tmp_path / "classes" / place / name)
+    reads = []
+    monkeypatch.setattr(
+        io, "_read_file", lambda file, *rest, read=io._read_file: (reads.append(file), read(file, *rest))[1]
+    )
+
+    def start():
+        config = settings(max_steps=1)
+        config.name, config.model.checkpoint = "again", path
+        train(config, "test")
+
+    labelled = ["--data.root", str(tmp_path / "classes"), "--data.num-workers", "0", "--trainer.accelerator", "cpu"]
+    for command in (
+        ["inspect", path],
+        ["convert", path, str(tmp_path / "theirs.pth"), "--to", "official"],
+        ["export", path, "--out", str(tmp_path / "x.pt2"), "--task", "backbone"],
+        ["predict", path, str(photos), "--out", str(tmp_path / "out")],
+        ["evaluate", "classifier_small", "--checkpoint", path, "--knn", *labelled, "--evaluation.knn-k", "1"],
+        lambda: itpn.load(path),
+        start,
+    ):
+        reads.clear()
+        assert not main(command) if isinstance(command, list) else [command()]
+        assert reads == [path]

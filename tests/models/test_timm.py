@@ -13,7 +13,7 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import itpn
-from itpn.checkpoints.adapters import from_ours
+from itpn.checkpoints.adapters import ADAPTERS
 from itpn.models.position import resample_position_table, resample_relative_table
 from itpn.models.pyramid import PyramidBackbone
 from itpn.teachers.timm_teacher import teacher_width
@@ -276,7 +276,7 @@ def theirs(model: nn.Module, name: str, layout: str) -> dict[str, Tensor]:
         return state
     if "pyramid" not in name:
         state = {f"backbone.{key}": tensor for key, tensor in state.items()}
-    tensors, left = from_ours(state, layout, getattr(model, "backbone", model).rel_pos_grid)
+    tensors, left = ADAPTERS[layout].from_ours(state, getattr(model, "backbone", model).rel_pos_grid)
     assert not left
     return tensors if layout == "mmpretrain" else {"model": tensors}
 

@@ -114,7 +114,7 @@ def test_a_run_resumes_without_unpacking(tmp_path, photo):
                 file.write(small.read(name))
     options = ["--data.root", photo.parent, "--name", "x", "--data.batch-size", "2", "--output-dir", tmp_path / "runs"]
     line = refused("train", "itpn-pixel_nano", *options, memory=2**28)
-    assert "last.ckpt is damaged (its parts are compressed" in line
+    assert "last.ckpt is corrupt (its parts are compressed" in line
     assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
 
 
@@ -232,7 +232,7 @@ def test_safetensors(tmp_path, kind):
     else:
         deep = "[" * 10**5 + "]" * 10**5
         save_file({"norm.weight": torch.ones(2)}, path, {"format": "itpn", "config": deep})
-    assert "damaged" in refused("inspect", path)
+    assert "corrupt" in refused("inspect", path)
 
 
 def test_a_nested_config_beside_weights_is_passed_over(tmp_path):
@@ -258,6 +258,6 @@ def test_from_the_hub_only_safetensors_are_read(tmp_path, canary, monkeypatch):
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     monkeypatch.setattr(hub, "check_hub", lambda *_: None)
-    with pytest.raises(Exception, match=r"hf-hub:someone/model is damaged or no checkpoint"):
+    with pytest.raises(Exception, match=r"hf-hub:someone/model is corrupt or no checkpoint"):
         read_checkpoint("hf-hub:someone/model")
     assert asked == ["config.json", "model.safetensors"]

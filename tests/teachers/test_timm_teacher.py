@@ -211,6 +211,16 @@ def test_half_precision_file(tmp_path):
     assert torch.equal(half(images), full(images))
 
 
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    tensors = timm_form()
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match=f"nan.safetensors has 1 infinite numbers or NaN in 1 tensors, {name} first"):
+        build_teacher("vit_golden_clip_64", str(tmp_path / "nan.safetensors"), (4, 4))
+
+
 def test_classifier_is_no_projection(tmp_path):
     tensors = timm_form()
     save_file(tensors, tmp_path / "zeros.safetensors")

@@ -32,7 +32,7 @@ def on_cpu(**changes):
         "gpu_idle_during": None,
         "host_syncs": None,
         "groups": {"products": 0.7, "attention": 0.1, "pointwise, norms, others": 0.2},
-        "longest": [{"name": "aten::mm", "ms": 40.0, "share": 0.4, "calls": 105.0}],
+        "longest": [{"name": "aten::mm", "ms": 40.0, "fraction": 0.4, "calls": 105.0}],
         "compiled": False,
         "num_workers": 2,
         "cores": 8,
@@ -62,14 +62,14 @@ def on_gpu(idle=5.0, during=None, **changes):
     )
 
 
-def waiting(share, **changes):
-    figures = on_cpu(**changes)
-    figures["host_ms"] |= {"data wait": 100 * share}
-    return figures
+def waiting(fraction, **changes):
+    metrics = on_cpu(**changes)
+    metrics["host_ms"] |= {"data wait": 100 * fraction}
+    return metrics
 
 
 @pytest.mark.parametrize(
-    ("figures", "words"),
+    ("metrics", "words"),
     [
         (on_cpu(), [NOTHING]),
         (waiting(0.04), [NOTHING]),
@@ -91,18 +91,18 @@ def waiting(share, **changes):
         (on_gpu(precision="32-true"), ["--trainer.precision bf16-mixed"]),
     ],
 )
-def test_advice(figures, words):
-    advice = advise(figures)
+def test_advice(metrics, words):
+    advice = advise(metrics)
     assert len(advice) == 1
     assert all(part in advice[0] for part in words)
 
 
-@pytest.mark.parametrize("figures", [on_cpu(), on_gpu(30.0, {"data wait": 0.5, "forward": 0.5})])
-def test_summary_fits_its_width(figures):
+@pytest.mark.parametrize("metrics", [on_cpu(), on_gpu(30.0, {"data wait": 0.5, "forward": 0.5})])
+def test_summary_fits_its_width(metrics):
     page = io.StringIO()
     name = "void at::native::(anonymous namespace)::vectorized_layer_norm_kernel<c10::BFloat16, float>" + "x" * 99
-    figures["longest"] = [{"name": name, "ms": 40.0, "share": 0.4, "calls": 105.0}]
-    Console(file=page, width=100).print(draw_summary(figures, advise(figures), Path("runs/itpn-pixel_nano/default")))
+    metrics["longest"] = [{"name": name, "ms": 40.0, "fraction": 0.4, "calls": 105.0}]
+    Console(file=page, width=100).print(draw_summary(metrics, advise(metrics), Path("runs/itpn-pixel_nano/default")))
     text = page.getvalue()
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "640.0 images/s, 100.0 ms a step of 64 images" in text
@@ -110,7 +110,7 @@ def test_summary_fits_its_width(figures):
     assert "at::native" not in text
     assert "calls a step\n" in text
     assert "40.0%           105\n" in text
-    if figures["gpu_ms"]:
+    if metrics["gpu_ms"]:
         assert "the GPU was idle for 30% of a step, by what the host did: 15% in data wait, 15% in forward" in " ".join(
             text.replace("│", " ").split()
         )

@@ -78,7 +78,7 @@ def test_profile_where_no_run_exists(settings, capsys):
     train(config, "test")  # and a run may come after it
 
 
-def test_an_existing_run_is_untouched_and_goes_on(settings, train_until):
+def test_an_existing_run_is_untouched_and_resumes(settings, train_until):
     config = settings()
     train_until(config, 7)
     run = Path(config.output_dir) / "test/default"

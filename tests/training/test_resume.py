@@ -69,7 +69,7 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(settings, monkeypatch):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(settings, monkeypatch, damage, capsys):
+def test_a_corrupt_last_checkpoint_falls_back_to_the_one_before(settings, monkeypatch, damage, capsys):
     config = settings()
     config.trainer.checkpoint_every_n_steps = 4
     straight = train(replace(config, name="straight"), "test")
@@ -86,11 +86,11 @@ def test_a_damaged_last_checkpoint_falls_back_to_the_one_before(settings, monkey
     (checkpoints / "unfinished.tmp").write_bytes(b"half-written")
 
     resumed = train(replace(config, name="stopped"), "test")
-    assert "last.ckpt is damaged" in capsys.readouterr().err
+    assert "last.ckpt is corrupt" in capsys.readouterr().err
     assert_same_run(straight, resumed)
     assert not (checkpoints / "unfinished.tmp").exists()
-    assert (checkpoints / "last.damaged").exists()
-    for path in checkpoints.glob("*.ckpt"):  # the one that was fallen back to was not overwritten with the damaged one
+    assert (checkpoints / "last.corrupt").exists()
+    for path in checkpoints.glob("*.ckpt"):  # the one that was fallen back to was not overwritten with the corrupt one
         torch.load(path, weights_only=True)
 
 
@@ -104,7 +104,7 @@ def test_the_best_checkpoint_is_the_last_resort(settings, capsys):
     best.write_bytes(whole)
     last.write_bytes(whole[:1000])
     train(config, "test")
-    assert "is damaged" in capsys.readouterr().err
+    assert "is corrupt" in capsys.readouterr().err
     last.write_bytes(whole[:1000])
     best.write_bytes(whole[:1000])
     for path in (folder / "checkpoints").glob("step-*"):

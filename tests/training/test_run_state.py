@@ -21,6 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torchrun import run_command
 
+from itpn.checkpoints import io as checkpoint_io
 from itpn.cli import main
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.writing import remove_partial_files
@@ -33,7 +34,7 @@ from itpn.training.checkpointing import Checkpointing
 from itpn.training.config import StoredSettings, to_dict, write_yaml
 from itpn.training.metrics_file import append_row, complete_row, keep_rows, read_steps
 from itpn.training.run_folder import RunFolder
-from itpn.training.run_state import DamagedCheckpoint, find_settings, read_state
+from itpn.training.run_state import CorruptCheckpoint, find_settings, read_state
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -104,7 +105,7 @@ def assert_complete(folder: Path, steps: int) -> None:
     assert best["global_step"] == state["callbacks"]["Checkpointing"]["best_step"]
     pictures = folder / ("predictions" if (folder / "predictions").exists() else "reconstructions")
     assert Image.open(pictures / f"step-{steps:08d}.png").size[0] > 32
-    assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".damaged")]
+    assert not [path for path in folder.rglob("*") if path.suffix in (".tmp", ".corrupt")]
 
 
 # --- killed at any moment
@@ -158,9 +159,9 @@ def test_a_signal_in_the_middle_of_a_checkpoint_is_no_full_disk(tmp_path, monkey
     def write(self, data):
         raise RunStopped(signal.SIGINT)
 
-    monkeypatch.setattr(run_state._Sink, "write", write)
+    monkeypatch.setattr(checkpoint_io._Sink, "write", write)
     with (tmp_path / "last.ckpt").open("wb") as file, pytest.raises(RunStopped):
-        run_state.save_to(file, {"weight": torch.zeros(3)})
+        checkpoint_io.save_to(file, {"weight": torch.zeros(3)})
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1])
@@ -302,7 +303,7 @@ def test_several_processes_complete_a_run_as_one_does(settings, tmp_path):
         assert_complete(folder, 2)
 
 
-def test_a_run_goes_on_when_nobody_reads_what_it_prints(short, tmp_path, monkeypatch, capsys):
+def test_a_run_continues_when_nobody_reads_what_it_prints(short, tmp_path, monkeypatch, capsys):
     """As of `itpn train ... | head -1`."""
     write_yaml(tmp_path / "run.yaml", "test", short())
     reader, writer = os.pipe()
@@ -317,7 +318,7 @@ def test_a_run_goes_on_when_nobody_reads_what_it_prints(short, tmp_path, monkeyp
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full")
-def test_a_run_goes_on_when_its_log_is_full(short, tmp_path, monkeypatch, capsys):
+def test_a_run_continues_when_its_log_is_full(short, tmp_path, monkeypatch, capsys):
     write_yaml(tmp_path / "run.yaml", "test", short())
     with open("/dev/full", "w") as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
@@ -371,7 +372,7 @@ PROBLEMS = {
 
 
 @pytest.mark.parametrize("problem", PROBLEMS.values(), ids=PROBLEMS)
-def test_a_read_error_is_no_damage(short, monkeypatch, capsys, problem):
+def test_a_read_error_is_no_corruption(short, monkeypatch, capsys, problem):
     folder = train(short(2), "test")
     files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with monkeypatch.context() as patch:
@@ -415,7 +416,7 @@ def test_no_permission(short, tmp_path, locked):
     assert {path.name for path in (folder / "checkpoints").iterdir()} >= {"last.ckpt", "best.ckpt"}
 
 
-def test_damaged_checkpoints_are_never_passed_over_for_step_0(short, capsys):
+def test_corrupt_checkpoints_are_never_passed_over_for_step_0(short, capsys):
     folder = train(short(2), "test")
     checkpoints = folder / "checkpoints"
     names = sorted(path.name for path in checkpoints.iterdir())
@@ -424,29 +425,29 @@ def test_damaged_checkpoints_are_never_passed_over_for_step_0(short, capsys):
         path.unlink()  # another name may be of the same file
         path.write_bytes(content[:-100])
     for _ in range(2):
-        with pytest.raises(UserError, match=r"none of the checkpoints .* can be read: last\.ckpt is damaged"):
+        with pytest.raises(UserError, match=r"none of the checkpoints .* can be read: last\.ckpt is corrupt"):
             train(short(3), "test")
         assert sorted(path.name for path in checkpoints.iterdir()) == names
     for path in checkpoints.iterdir():
-        path.rename(path.with_suffix(".damaged"))
+        path.rename(path.with_suffix(".corrupt"))
     with pytest.raises(UserError, match="none of the checkpoints"):
         train(short(3), "test")
 
 
-def test_a_damaged_file_is_told_from_others(tmp_path):
+def test_a_corrupt_file_is_told_from_others(tmp_path):
     path = tmp_path / "a.ckpt"
     parts = {"epoch": 0, "loops": {}, "callbacks": {}, "optimizer_states": [], "lr_schedulers": []}
     torch.save({**parts, "global_step": 1, "state_dict": {"x": torch.arange(1000)}}, path)
     whole = path.read_bytes()
     assert read_state(path)["global_step"] == 1
-    damaged = [b"", b"text", whole[:-1], whole[: len(whole) // 2], whole[1:], bytes(len(whole))]
-    damaged += [whole.replace(b"global_step", b"global_stop"), whole[:2000] + b"\x01" + whole[2001:]]
-    for content in damaged:
+    corrupt = [b"", b"text", whole[:-1], whole[: len(whole) // 2], whole[1:], bytes(len(whole))]
+    corrupt += [whole.replace(b"global_step", b"global_stop"), whole[:2000] + b"\x01" + whole[2001:]]
+    for content in corrupt:
         path.write_bytes(content)
-        with pytest.raises(DamagedCheckpoint):
+        with pytest.raises(CorruptCheckpoint):
             read_state(path)
     torch.save({"other": 1}, path)
-    with pytest.raises(DamagedCheckpoint):
+    with pytest.raises(CorruptCheckpoint):
         read_state(path)
     for other in (tmp_path, tmp_path / "none.ckpt"):
         with pytest.raises(MachineError, match="cannot be read"):
@@ -485,7 +486,7 @@ def test_a_checkpoint_with_odd_keys_stops_the_run(short):
         with pytest.raises(UserError, match=reason) as caught:
             train(short(3), "test")
         assert "\n" not in str(caught.value)
-        assert "damaged" in str(caught.value) or key == "itpn_processes"
+        assert "corrupt" in str(caught.value) or key == "itpn_processes"
         assert [path.name for path in last.parent.iterdir()] == ["last.ckpt"]
         assert last.read_bytes() == before
     torch.save(sound, last)
@@ -497,9 +498,9 @@ def test_settings_of_odd_checkpoints(short):
     assert find_settings({"itpn": settings}) == StoredSettings("test", "pretraining", to_dict(short()))
     assert find_settings({}) is None  # of another program, or of an early version
     for odd in (3, [], {**settings, "task": []}, {**settings, "config": [1]}):
-        with pytest.raises(DamagedCheckpoint, match="its settings are none"):
+        with pytest.raises(CorruptCheckpoint, match="its settings are none"):
             find_settings({"itpn": odd})
-    with pytest.raises(DamagedCheckpoint, match="KeyError: 'recipe'"):
+    with pytest.raises(CorruptCheckpoint, match="KeyError: 'recipe'"):
         find_settings({"itpn": {"task": "pretraining", "config": {}}})
     for wrong, reason in (({"data": "x"}, "last.ckpt is not a run's"), ({"newer": 1}, "unknown setting newer")):
         with pytest.raises(UserError, match=reason):
@@ -860,9 +861,9 @@ def test_best_is_as_good_as_the_best_score(short, monkeypatch):
         patch.setattr(Checkpointing, "score", lambda self: -float(self.run.step))
         train(config, "test")
     assert read_state(best)["global_step"] == 1
-    for damaged in (False, True):
+    for corrupt in (False, True):
         best.unlink()  # the step before the last is of the same bytes
-        if damaged:
+        if corrupt:
             best.write_bytes(b"")
         train(config, "test")
         assert read_state(best)["global_step"] == 1

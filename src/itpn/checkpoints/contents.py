@@ -12,7 +12,7 @@ from torch import Tensor
 from itpn.checkpoints.adapters import ADAPTERS
 from itpn.checkpoints.adapters.ours import CLASSIFIER, name_levels, read_guesses
 from itpn.checkpoints.adapters.renaming import read_our_depths
-from itpn.checkpoints.files import Checkpoint
+from itpn.checkpoints.files import DETECTOR_HEADS, SEGMENTER_HEADS, Checkpoint
 from itpn.errors import UserError
 from itpn.models.heads import find_head, heads
 from itpn.models.hivit import HiViT
@@ -82,7 +82,7 @@ class Contents:
 
 
 def all_names() -> list[str]:
-    """What may be asked for of a file: a registered head, "pyramid" or "backbone"."""
+    """What a file may be loaded as: a registered head, "pyramid" or "backbone"."""
     return [*heads(), *HEADLESS]
 
 
@@ -97,7 +97,7 @@ def read_contents(
         decoder_num_heads: of the decoder; by default one for each 32 channels, as in the published ones.
 
     Raises:
-        UserError: tensors without which the network cannot be told, or damaged metadata.
+        UserError: tensors without which the network cannot be told, or corrupt metadata.
     """
     for name, number in {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}.items():
         check_type(number, int | None, name)
@@ -155,15 +155,15 @@ def read_backbone(
     Args:
         grid: rows and columns of all position tables; None for square ones, whose sizes tell.
     """
-    patch = tensors["backbone.patch_embed.proj.weight"]
-    width = 4 * len(patch)
+    stem = tensors["backbone.patch_embed.proj.weight"]
+    width, patch = 4 * len(stem), 4 * stem.shape[-1]
     depths = read_our_depths(tensors)
     blocks = [f"backbone.stages.{stage}.0" for stage in range(3)]
     products = [tensors[f"{block}.mlp.fc2.weight"] for block in blocks]
     attention = f"{blocks[2]}.attn"
     settings: dict[str, Any] = {
-        "patch_size": 4 * patch.shape[-1],
-        "in_chans": patch.shape[1],
+        "patch_size": patch,
+        "in_chans": stem.shape[1],
         "embed_dim": width,
         "depths": depths,
         "mlp_ratios": tuple(product.shape[1] / product.shape[0] for product in products),
@@ -173,21 +173,21 @@ def read_backbone(
         "sub_norm": f"{blocks[2]}.mlp.norm.weight" in tensors,
         "swiglu": len(tensors[f"{blocks[2]}.mlp.fc1.weight"]) == 2 * products[2].shape[1],
     }
-    unit = settings["patch_size"]
     heads = None
     settings["rel_pos_bias"] = False
     if (table := tensors.get(f"{attention}.relative_position_bias_table")) is not None:
         rows, cols = (2 * grid[0] - 1, 2 * grid[1] - 1) if grid else square(len(table))
         heads = table.shape[1]
-        settings |= {"rel_pos_bias": True, "rel_pos_size": ((rows + 1) // 2 * unit, (cols + 1) // 2 * unit)}
+        settings |= {"rel_pos_bias": True, "rel_pos_size": ((rows + 1) // 2 * patch, (cols + 1) // 2 * patch)}
     elif (table := tensors.get(f"{attention}.rel_pos_h")) is not None:
         rows, cols = len(table), len(tensors[f"{attention}.rel_pos_w"])
         heads = width // table.shape[1]
-        settings |= {"rel_pos_bias": "decomposed", "rel_pos_size": ((rows + 1) // 2 * unit, (cols + 1) // 2 * unit)}
+        settings |= {"rel_pos_bias": "decomposed", "rel_pos_size": ((rows + 1) // 2 * patch, (cols + 1) // 2 * patch)}
     if grid is None and "backbone.pos_embed" in tensors:
         grid = square(tensors["backbone.pos_embed"].shape[1])
     # a network without a table of positions is one whose table is zero
-    settings["img_size"] = (grid[0] * unit, grid[1] * unit) if grid else settings.get("rel_pos_size", (14 * unit,) * 2)
+    usual = settings.get("rel_pos_size", (14 * patch, 14 * patch))
+    settings["img_size"] = (grid[0] * patch, grid[1] * patch) if grid else usual
     scaled = tuple(stage + 1 for stage, block in enumerate(blocks) if f"{block}.ls2.gamma" in tensors)
     if scaled:
         settings |= {"init_values": 0.1, "layer_scale_stages": scaled}
@@ -224,9 +224,6 @@ def known_heads(checkpoint: Checkpoint) -> int | None:
 
 def _read_levels(checkpoint: Checkpoint) -> str:
     """The maps that other code bases' heads, which are beside a backbone, take from its pyramid."""
-    others = checkpoint.others
-    if any(name.startswith(("decode_head.", "auxiliary_head.")) for name in others):
+    if any(name.startswith(SEGMENTER_HEADS) for name in checkpoint.others):
         return "joined"
-    if any(name.startswith(("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")) for name in others):
-        return "pooled"
-    return "pyramid"
+    return "pooled" if any(name.startswith(DETECTOR_HEADS) for name in checkpoint.others) else "pyramid"

@@ -1,26 +1,25 @@
 """Checkpoints from one code base's form to another's, bit by bit."""
 
 import inspect
-import io
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from timm.layers import to_2tuple
 from torch import Tensor
 
-from itpn.checkpoints.adapters import Layout, detect_layout, from_ours, to_ours
-from itpn.checkpoints.contents import HEADLESS, UNSHOWN, read_contents
+from itpn.checkpoints.adapters import ADAPTERS, Layout, detect_layout
+from itpn.checkpoints.contents import HEADLESS, UNSHOWN, Contents, read_contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
-from itpn.checkpoints.io import write_safetensors
+from itpn.checkpoints.io import save_to, write_safetensors
 from itpn.errors import UserError, refusal
 from itpn.models.heads import heads
 from itpn.models.hivit import HiViT
-from itpn.system.writing import write_whole
+from itpn.models.position import Grid
+from itpn.system.writing import open_whole
 
 Form = Literal["itpn", "official", "mmpretrain"]
-FORMS: tuple[Form, ...] = ("itpn", "official", "mmpretrain")
 DEFAULTS = {name: inspect.signature(HiViT).parameters[name].default for name in UNSHOWN}
 
 
@@ -58,68 +57,86 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
             then), or a target that is no file.
         MachineError: the disk is full, or there is no permission; what stood there before is unchanged.
     """
-    form = form or ("itpn" if target.suffix == ".safetensors" else None)
-    if form is None:
-        raise UserError(f"say which names {target} gets: --to official or --to mmpretrain")
-    if (form == "itpn") != (target.suffix == ".safetensors") or target.suffix not in (".safetensors", ".pth", ".pt"):
-        wanted = ".safetensors" if form == "itpn" else ".pth or .pt"
-        raise UserError(f"{target} must end in {wanted} for --to {form}")
-    if _is_file(target, source):
-        raise UserError(
-            f"{target} is the file that is read: what it holds beside the weights would be lost; give another"
-        )
+    form = _choose_form(source, target, form)
     found = read_checkpoint(source)
-    if form != "itpn":
-        _check_square(found, form)
-    tensors, left, layout = _rename(found, form)
+    contents = read_contents(found, num_heads)
+    layout, grid = _choose_layout(found, contents, form)
+    tensors, left = ADAPTERS[layout].from_ours(found.tensors, grid)
+    left += [name for name in found.others if not name.endswith("relative_position_index")]
     _check_parts(found, left, form)
-    metadata = _metadata(found, num_heads) if form == "itpn" else {}
+    metadata = _metadata(found, contents) if form == "itpn" else {}
     # before anything is written: a file that would be read as another network is never made
-    unsaid = _compare(found, _read_back(found, tensors, metadata, form), num_heads)
-    if form == "itpn":
-        _write(target, lambda: write_safetensors(target, tensors, metadata))
-    else:
-        tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-        wrapped: dict[str, Any] = {"model": tensors} if form == "official" else {"meta": {}, "state_dict": tensors}
-        buffer = io.BytesIO()
-        torch.save(wrapped, buffer)
-        _write(target, lambda: write_whole(target, buffer.getvalue()))
+    unsaid = _compare(contents, read_contents(_read_back(found, tensors, metadata, form)))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if form == "itpn":
+            write_safetensors(target, tensors, metadata)
+        else:
+            tensors = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+            with open_whole(target) as file:
+                save_to(file, {"model": tensors} if form == "official" else {"meta": {}, "state_dict": tensors})
+    except OSError as error:
+        raise refusal(f"{target} cannot be written", error) from error
     return Converted(layout, len(tensors), left, unsaid, found.nonfinite)
 
 
-def _is_file(target: Path, source: str | Path) -> bool:
+def _choose_form(source: str | Path, target: Path, form: Form | None) -> Form:
+    form = form or ("itpn" if target.suffix == ".safetensors" else None)
+    if form is None:
+        raise UserError(f"say which names {target} gets: --to official or --to mmpretrain")
+    endings = (".safetensors",) if form == "itpn" else (".pth", ".pt")
+    if target.suffix not in endings:
+        raise UserError(f"{target} must end in {' or '.join(endings)} for --to {form}")
     try:
-        return target.exists() and Path(source).exists() and target.samefile(source)
+        same = target.exists() and Path(source).exists() and target.samefile(source)
     except OSError as error:  # a name too long, a folder that may not be entered
         raise UserError(f"{target} cannot be written ({error.strerror}): give the path of a file") from error
+    if same:
+        raise UserError(
+            f"{target} is the file that is read: what it holds beside the weights would be lost; give another"
+        )
+    return form
 
 
-def _write(target: Path, write: Callable[[], None]) -> None:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write()
-    except OSError as error:
-        raise refusal(f"{target} cannot be written", error) from error
+def _choose_layout(found: Checkpoint, contents: Contents, form: Form) -> tuple[Layout, Grid | None]:
+    """Whose names a form has for a network, and the grid of its relative position tables.
 
-
-def _check_square(found: Checkpoint, form: Form) -> None:
-    """Public files hold tables of positions without their height and width, and are read as square."""
-    contents = read_contents(found)
-    backbone = contents.backbone
+    Raises:
+        UserError: the form cannot hold the network.
+    """
+    backbone, source = contents.backbone, found.source
+    if form == "itpn":
+        return form, None
+    fast = bool(backbone.get("swiglu") and backbone.get("sub_norm"))
+    if fast and form == "mmpretrain":
+        raise UserError(f"{source} is a Fast-iTPN, which mmpretrain does not have: convert it --to official")
+    if form == "mmpretrain" and any(depth % 2 for depth in backbone["depths"][:2]):
+        depths = "+".join(map(str, backbone["depths"]))
+        raise UserError(
+            f"{source} has {depths} blocks, but mmpretrain builds stages 1 and 2 of pairs: use --to official"
+        )
     tables = {"img_size": "backbone.pos_embed" in found.tensors, "rel_pos_size": backbone.get("rel_pos_bias") is True}
     for name in [name for name, there in tables.items() if there]:
-        size = backbone.get(name) or backbone["img_size"]
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        if height != width:
-            patch = backbone["patch_size"]
-            known = heads()
-            task = next(name for name in contents.names if name in HEADLESS or not known[name].pyramid)
-            raise UserError(
-                f"{found.source} has a table of {height // patch}x{width // patch} positions (images of "
-                f"{height}x{width} px), but files of the form {form} hold square ones alone: keep this file, or "
-                f"resample them first: itpn.save_pretrained of itpn.load(FILE, task={task!r}, "
-                f"img_size={max(height, width)})"
-            )
+        _check_square(source, contents, to_2tuple(backbone.get(name) or backbone["img_size"]), form)
+    if not backbone.get("rel_pos_bias"):
+        return "official_fast" if fast else form, None
+    height, width = to_2tuple(backbone.get("rel_pos_size") or backbone["img_size"])
+    grid = (height // backbone["patch_size"], width // backbone["patch_size"])
+    return "official_fast" if fast else form, grid
+
+
+def _check_square(source: str, contents: Contents, size: tuple[int, int], form: Form) -> None:
+    """Public files hold tables of positions without their height and width, and are read as square."""
+    height, width = size
+    if height != width:
+        patch, known = contents.backbone["patch_size"], heads()
+        task = next(name for name in contents.names if name in HEADLESS or not known[name].pyramid)
+        raise UserError(
+            f"{source} has a table of {height // patch}x{width // patch} positions (images of "
+            f"{height}x{width} px), but files of the form {form} hold square ones alone: keep this file, or "
+            f"resample them first: itpn.save_pretrained of itpn.load(FILE, task={task!r}, "
+            f"img_size={max(height, width)})"
+        )
 
 
 def _check_parts(found: Checkpoint, left: list[str], form: Form) -> None:
@@ -141,7 +158,7 @@ def _read_back(found: Checkpoint, tensors: dict[str, Tensor], metadata: dict[str
         UserError: it will be taken for another network, or other tensors come back.
     """
     layout = detect_layout(tensors)
-    ours, others = to_ours(tensors, layout) if layout is not None else ({}, {})
+    ours, others = ({}, {}) if layout is None else ADAPTERS[layout].to_ours(tensors)
     if not ours or not all(name in found.tensors and _same(t, found.tensors[name]) for name, t in ours.items()):
         raise UserError(f"{found.source} cannot be held by a file of the form {form}: use another form")
     return Checkpoint(found.source, layout or "itpn", ours, others, metadata)
@@ -153,10 +170,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(*bits)
 
 
-def _compare(found: Checkpoint, written: Checkpoint, num_heads: int | None) -> dict[str, Any]:
+def _compare(found: Contents, written: Contents) -> dict[str, Any]:
     """Settings of the backbone that are not read back from what is written."""
-    before = {**DEFAULTS, **read_contents(found, num_heads).backbone}
-    after = {**DEFAULTS, **read_contents(written).backbone}
+    before, after = {**DEFAULTS, **found.backbone}, {**DEFAULTS, **written.backbone}
     idle = [
         *(["migrate_from"] if not before["migrate_ratio"] else []),
         *(["gather_side"] if not before["gather_window"] else []),
@@ -164,37 +180,12 @@ def _compare(found: Checkpoint, written: Checkpoint, num_heads: int | None) -> d
     return {name: before[name] for name in DEFAULTS if before[name] != after[name] and name not in idle}
 
 
-def _rename(found: Checkpoint, form: Form) -> tuple[dict[str, Tensor], list[str], str]:
-    """Tensors under the names of a form, what is left out, and the layout's name."""
-    others = [name for name in found.others if not name.endswith("relative_position_index")]
-    if form == "itpn":
-        return found.tensors, others, form
-    backbone = read_contents(found).backbone
-    fast = bool(backbone.get("swiglu") and backbone.get("sub_norm"))
-    if fast and form == "mmpretrain":
-        raise UserError(f"{found.source} is a Fast-iTPN, which mmpretrain does not have: convert it --to official")
-    if form == "mmpretrain" and any(depth % 2 for depth in backbone["depths"][:2]):
-        depths = "+".join(map(str, backbone["depths"]))
-        raise UserError(
-            f"{found.source} has {depths} blocks, but mmpretrain builds stages 1 and 2 of pairs: use --to official"
-        )
-    grid = None
-    if backbone.get("rel_pos_bias"):
-        size = backbone.get("rel_pos_size") or backbone["img_size"]
-        height, width = size if isinstance(size, list | tuple) else (size, size)
-        grid = (height // backbone["patch_size"], width // backbone["patch_size"])
-    layout: Layout = "official_fast" if fast else form
-    tensors, left = from_ours(found.tensors, layout, grid)
-    return tensors, left + others, layout
-
-
-def _metadata(found: Checkpoint, num_heads: int | None) -> dict[str, Any]:
+def _metadata(found: Checkpoint, contents: Contents) -> dict[str, Any]:
     """Of our file: what one of ours says already, else the network and where it came from."""
     kept = ("task", "recipe", "settings", "preprocessing", "classes", "colours", "source")
     metadata = {name: found.metadata[name] for name in kept if name in found.metadata}
-    contents = read_contents(found, num_heads)
     source = {"layout": found.layout, "file": Path(found.source).name}
-    own = {} if found.settings else {"task": contents.names[0], "source": source}
+    own: dict[str, Any] = {} if found.settings else {"task": contents.names[0], "source": source}
     if found.preprocessing:
         own["preprocessing"] = found.preprocessing
     guessed = {"guessed": contents.guessed} if contents.guessed else {}

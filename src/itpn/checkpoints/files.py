@@ -6,12 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
-from itpn.checkpoints.adapters import Layout, detect_layout, ours, timm, to_ours
+from itpn.checkpoints.adapters import ADAPTERS, Layout, detect_layout, ours, timm
 from itpn.checkpoints.hub import fetch
-from itpn.checkpoints.io import read_safetensors_metadata, read_state, unwrap
+from itpn.checkpoints.io import count_nonfinite, read_state, unwrap
 from itpn.checkpoints.paths import HUB, check_file
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
@@ -25,7 +25,9 @@ PREFIXES = ("module.", "_orig_mod.", "model.")  # of DistributedDataParallel, to
 # the authors' networks inside a detector, segmenter or tracker, by names that mmpretrain does not have
 PUBLIC_INSIDE = re.compile(r"(backbone\.|encoder\.|encoder\.body\.)(absolute_pos_embed$|blocks\.\d+\.attn\.q_proj\.)")
 # networks that others have put on top of a backbone
-OTHER_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.", "decode_head.", "auxiliary_head.")
+DETECTOR_HEADS = ("rpn_head.", "roi_head.", "bbox_head.", "mask_head.")
+SEGMENTER_HEADS = ("decode_head.", "auxiliary_head.")
+OTHER_HEADS = (*DETECTOR_HEADS, *SEGMENTER_HEADS)
 
 
 @dataclass
@@ -52,7 +54,7 @@ class Checkpoint:
         """The network that the file describes; None where its tensors have to tell.
 
         Raises:
-            UserError: the description is damaged, or of a newer version.
+            UserError: the description is corrupt, or of a newer version.
         """
         return ours.read_network(self.metadata, self.source)
 
@@ -69,16 +71,12 @@ class Checkpoint:
         data = self.settings.get("data", {})
         if not all(name in data for name in ("mean", "std", "img_size")):
             return {}
-        size = data["img_size"]
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        return {"mean": tuple(data["mean"]), "std": tuple(data["std"]), "size": size}
+        return {"mean": tuple(data["mean"]), "std": tuple(data["std"]), "size": to_2tuple(data["img_size"])}
 
     @cached_property
     def nonfinite(self) -> dict[str, int]:
         """Tensors with infinite values or NaN, and how many values."""
-        # in a network's precision, where a large float64 is infinite
-        counts = {n: int((~torch.isfinite(t.float())).sum()) for n, t in self.tensors.items() if t.is_floating_point()}
-        return {name: count for name, count in counts.items() if count}
+        return count_nonfinite(self.tensors)
 
     @property
     def grid(self) -> Grid | None:
@@ -86,8 +84,7 @@ class Checkpoint:
         arguments = self.metadata.get("model_args") or (self.spec.backbone if self.spec is not None else {})
         if "img_size" not in arguments:
             return None
-        size, patch = arguments["img_size"], arguments.get("patch_size", 16)
-        height, width = (size, size) if isinstance(size, int) else size
+        (height, width), patch = to_2tuple(arguments["img_size"]), arguments.get("patch_size", 16)
         return height // patch, width // patch
 
 
@@ -99,7 +96,7 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         ema: of a file with an EMA of the weights beside them (``model_ema``), take the EMA.
 
     Raises:
-        UserError: not there, damaged, with code in it, or of another network.
+        UserError: not there, corrupt, with code in it, or of another network.
     """
     source = str(path)
     check_file(source)
@@ -109,8 +106,8 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         if not file.is_file():
             raise UserError(f"checkpoint {source} is a folder without a model.safetensors; give {WANTED}")
     what = f"checkpoint {source}"
-    state = read_state(file, what, WANTED)
-    metadata = _read_metadata(file, state, what)
+    state, header = read_state(file, what, WANTED)
+    metadata = _read_metadata(file, state, header, what)
     inner, key = unwrap(state, (*EMA_WEIGHTS, *WRAPPERS) if ema else (*WRAPPERS, *EMA_WEIGHTS))
     if ema and key not in EMA_WEIGHTS:
         raise UserError(f"{what} has no EMA of the weights beside them ({', '.join(EMA_WEIGHTS)})")
@@ -122,7 +119,7 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
         some = ", ".join(list(tensors)[:3])
         raise UserError(f"{what} is of another network (it has {some}, ...); give {WANTED}")
     try:
-        named, left = to_ours(tensors, layout)
+        named, left = ADAPTERS[layout].to_ours(tensors)
     except ValueError as error:
         raise UserError(f"{what} is not complete: {error}") from error
     return Checkpoint(source, layout, named, {**left, **others}, metadata, key)
@@ -162,17 +159,14 @@ def _strip(name: str) -> str:
     return name
 
 
-def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, Any]:
+def _read_metadata(file: Path, state: dict[str, Any], header: dict[str, str] | None, what: str) -> dict[str, Any]:
     """What one of our own files says about itself; nothing for others."""
-    if file.suffix != ".safetensors":
+    if header is None:
         own = state.get("itpn")
         return ours.check_metadata(dict(own), what) if isinstance(own, dict) else {}
-    stored = read_safetensors_metadata(file)
-    return (
-        ours.read_metadata(stored, what)
-        if stored.get("format") == "itpn"
-        else timm.read_metadata(file.parent / "config.json")
-    )
+    if header.get("format") == "itpn":
+        return ours.read_metadata(header, what)
+    return timm.read_metadata(file.parent / "config.json")
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

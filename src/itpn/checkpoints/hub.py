@@ -16,14 +16,14 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
-from itpn.checkpoints.io import one_line
+from itpn.checkpoints.io import describe_error
 from itpn.checkpoints.paths import HUB
 from itpn.errors import UserError
 from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
+from itpn.models.spec import TRAINING_ONLY
 
 PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-TRAINING_ONLY = ("drop_rate", "drop_path_rate")  # not of the network that the weights belong to; timm leaves them out
 CARD = """---
 tags:
 - {task}
@@ -156,7 +156,7 @@ def push_to_hub(
                 (Path(folder) / "README.md").write_text(card, encoding="utf-8")
             return api.upload_folder(repo_id=repository, folder_path=folder, commit_message=message).commit_url
         except Exception as error:  # each library version has its own classes for the many reasons
-            raise UserError(f"nothing was uploaded to {HUB}{repository} ({one_line(error)})") from error
+            raise UserError(f"nothing was uploaded to {HUB}{repository} ({describe_error(error)})") from error
 
 
 def from_pretrained(source: str | Path, **overrides: Any) -> nn.Module:
@@ -169,7 +169,7 @@ def from_pretrained(source: str | Path, **overrides: Any) -> nn.Module:
             ``num_classes`` is randomly initialized.
 
     Raises:
-        UserError: not there, damaged, not a repository in timm's layout, or its weights do not fit the overrides.
+        UserError: not there, corrupt, not a repository in timm's layout, or its weights do not fit the overrides.
     """
     online = str(source).startswith(HUB)
     if not online and not (Path(source) / "config.json").is_file():
@@ -181,8 +181,8 @@ def from_pretrained(source: str | Path, **overrides: Any) -> nn.Module:
             check_hub(str(source).removeprefix(HUB).partition("@")[0], "config.json")
         name = str(source) if online else f"local-dir:{Path(source).resolve()}"
         model: Any = timm.create_model(name, pretrained=True, **overrides).eval()
-    except Exception as error:  # no network, damage, other networks, wrong arguments: of as many classes
-        reason = describe_mismatch(error) if "state_dict" in str(error) else one_line(error)
+    except Exception as error:  # no network, a corrupt file, other networks, wrong arguments: of as many classes
+        reason = describe_mismatch(error) if "state_dict" in str(error) else describe_error(error)
         raise UserError(f"no model could be made of {source}: {reason}") from error
     names = model.pretrained_cfg.get("label_names")
     if names is not None and len(names) != model.num_classes:
@@ -203,7 +203,7 @@ def fetch(source: str) -> Path:
         return Path(hf_hub_download(repository, filename))
     except Exception as error:  # no network, no such repository, no such file: each library version has its own
         raise UserError(
-            f"no model.safetensors could be fetched from {source} ({one_line(error)}); give a file's path"
+            f"no model.safetensors could be fetched from {source} ({describe_error(error)}); give a file's path"
         ) from error
 
 
@@ -231,4 +231,4 @@ def describe_mismatch(error: Exception) -> str:
         return f"it has no {found[1]}"
     if found := re.search(r'Unexpected key\(s\) in state_dict: "(.*?)"', text):
         return f"the model has no {found[1]}"
-    return f"timm cannot convert it ({one_line(error)})"
+    return f"timm cannot convert it ({describe_error(error)})"

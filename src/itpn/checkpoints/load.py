@@ -11,6 +11,7 @@ from torch import nn
 from itpn.checkpoints.adapters.ours import name_levels
 from itpn.checkpoints.contents import all_names, read_contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
+from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import match
 from itpn.errors import UserError
 from itpn.models.build import build
@@ -45,7 +46,7 @@ def load(
             their recipe.
 
     Raises:
-        UserError: no such file, damaged, with code in it, of another network; or ``strict`` and something is missing.
+        UserError: no such file, corrupt, with code in it, of another network; or ``strict`` and something is missing.
     """
     model, notes = load_found(read_checkpoint(checkpoint, ema), task, strict, **overrides)
     for note in notes:
@@ -72,7 +73,7 @@ def load_found(
         if any(finding.kind == "harmful" for finding in problems):
             hint = "strict=False loads what fits, but this is another network than the file's"
         else:
-            hint = "Pass strict=False to load it all the same: that part starts at random"
+            hint = "Pass strict=False to load it all the same: that part is randomly initialized"
         raise UserError(f"checkpoint {source} {reasons}. {hint}")
     model.load_state_dict(state, strict=False)
     describe_weights(model, checkpoint)
@@ -160,10 +161,3 @@ def check_finite(checkpoint: Checkpoint) -> None:
     """Raise :class:`UserError` where a file has infinite values or NaN."""
     if checkpoint.nonfinite:
         raise UserError(f"checkpoint {checkpoint.source} has {describe_nonfinite(checkpoint.nonfinite)}")
-
-
-def describe_nonfinite(nonfinite: Mapping[str, int]) -> str:
-    first = next(iter(nonfinite))
-    return (
-        f"{sum(nonfinite.values())} infinite numbers or NaN in {len(nonfinite)} tensors, {first} first: it is of no use"
-    )

@@ -24,6 +24,10 @@ Tensors = Mapping[str, Tensor]
 NECKS = {"pyramid.": "pyramid", "fpn.": "feature pyramid network"}
 
 
+NORMALISES = "normalises tokens before their mean, which this classifier does not"
+Kind = Literal["expected", "converted", "random", "harmful"]
+
+
 @dataclass
 class Finding:
     """Something about a file that is not simply loaded.
@@ -35,7 +39,7 @@ class Finding:
         text: a sentence without an end, to follow the file's name.
     """
 
-    kind: Literal["expected", "converted", "random", "harmful"]
+    kind: Kind
     names: list[str]
     text: str
 
@@ -68,14 +72,7 @@ def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], 
     backbone = find_backbone(model)
     own = named_tensors(model)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "relative_position_index" not in name}
-    for name, tensor in tensors.items():
-        # cast, they would become weights that nobody trained: half of a complex number would go
-        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
-            kind = str(tensor.dtype).removeprefix("torch.")
-            raise UserError(
-                f"checkpoint {checkpoint.source} has numbers of another kind than weights are: {name} is {kind}, "
-                "not float"
-            )
+    check_numbers(tensors, own, f"checkpoint {checkpoint.source}")
     findings = _convert(tensors, own)
     try:
         changed = fit_tables(tensors, own, backbone, checkpoint.grid)
@@ -93,6 +90,17 @@ def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], 
     return {names[n]: t for n, t in tensors.items() if n in own and own[n].shape == t.shape}, findings
 
 
+def check_numbers(tensors: Tensors, own: Tensors, what: str) -> None:
+    """Raise :class:`UserError` for weights that are complex, boolean or whole numbers.
+
+    Cast, they would become weights that nobody trained: half of a complex number would go.
+    """
+    for name, tensor in tensors.items():
+        if name in own and own[name].is_floating_point() and not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise UserError(f"{what} has numbers of another kind than weights are: {name} is {kind}, not float")
+
+
 def _match_parts(
     checkpoint: Checkpoint, model: nn.Module, tensors: Tensors, own: Tensors, parts: Mapping[str, str]
 ) -> tuple[list[Finding], set[str]]:
@@ -104,8 +112,7 @@ def _match_parts(
         ours = {name for name in own if find_part(name, parts) == part}
         theirs = {name for name in tensors if find_part(name, parts) == part}
         if theirs and not ours:
-            needed = "needed here" if part != "classifier" else "asked for"
-            findings.append(Finding("expected", sorted(theirs), f"has a {part} that is not {needed}"))
+            findings.append(Finding("expected", sorted(theirs), f"has a {part} that is not needed here"))
         elif ours and not theirs:
             findings.append(Finding("random", sorted(ours), f"has no {part}"))
         elif different := sorted(name for name in ours | theirs if _shape(own, name) != _shape(tensors, name)):
@@ -214,38 +221,30 @@ def judge_others(checkpoint: Checkpoint, classifier: bool) -> list[Finding]:
     groups: dict[str, list[str]] = {}
     for name in checkpoint.others:
         groups.setdefault(_judge(checkpoint, name, classifier), []).append(name)
-    titles = {
-        "index": ("expected", "has indices of relative positions, which are computed here"),
-        "copy": ("expected", "has a second copy of the weights, or a teacher, that is not needed"),
-        "heads": ("expected", "has heads of a detector or segmenter, which are not read"),
-        "decoder": ("expected", "has a decoder of another kind of pre-training, which is not read"),
-        "pyramid": (
-            "expected",
-            "has a pyramid and decoder in the convolutional form of Fast-iTPN's unpublished pre-training, which are "
-            "not read",
-        ),
-        "norm": ("harmful", "normalises tokens before their mean, which this classifier does not"),
-    }
     findings = []
-    for group, names in groups.items():
-        kind, text = titles.get(group, ("harmful", f"has tensors of no known kind: {_join(names)}"))
-        findings.append(Finding(kind, names, text))  # type: ignore[arg-type]
+    for text, names in groups.items():
+        kind: Kind = "harmful" if text in ("", NORMALISES) else "expected"
+        findings.append(Finding(kind, names, text or f"has tensors of no known kind: {_join(names)}"))
     return findings
 
 
 def _judge(checkpoint: Checkpoint, name: str, classifier: bool) -> str:
+    """What a tensor without a place is; nothing where that is not known."""
     if name.endswith("relative_position_index"):
-        return "index"
+        return "has indices of relative positions, which are computed here"
     if name.startswith(OTHER_HEADS):
-        return "heads"
+        return "has heads of a detector or segmenter, which are not read"
     if checkpoint.key and name.startswith(("teacher.", "average.", "ema.", "ema_", "model.", "module.")):
-        return "copy"
+        return "has a second copy of the weights, or a teacher, that is not needed"
     if "align_dim_16tofpn.weight" in checkpoint.others:
-        return "pyramid"
-    if name.startswith("norm."):
-        return "norm" if classifier and "backbone.fc_norm.weight" not in checkpoint.tensors else "decoder"
-    if name.startswith(("decoder_", "neck.", "lm_head", "mask_token")):
-        return "decoder"
+        return (
+            "has a pyramid and decoder in the convolutional form of Fast-iTPN's unpublished pre-training, which are "
+            "not read"
+        )
+    if name.startswith("norm.") and classifier and "backbone.fc_norm.weight" not in checkpoint.tensors:
+        return NORMALISES
+    if name.startswith(("norm.", "decoder_", "neck.", "lm_head", "mask_token")):
+        return "has a decoder of another kind of pre-training, which is not read"
     return ""
 
 

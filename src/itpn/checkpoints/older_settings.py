@@ -38,5 +38,5 @@ def update_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _update(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     renamed = {names.get(name, name): value for name, value in values.items()}
-    # what else a damaged file may hold in the place of a value cannot be looked up
+    # what else a corrupt file may hold in the place of a value cannot be looked up
     return {n: VALUES.get((n, value), value) if isinstance(value, str) else value for n, value in renamed.items()}

@@ -5,7 +5,6 @@ Runs as soon as timm is imported, which may be in the middle of our own model fi
 
 import contextlib
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
 
 
-def _cfg(prefix: str = "", **kwargs: Any) -> dict[str, Any]:
+def _cfg(prefix: str = "") -> dict[str, Any]:
     return {
         "url": "",  # nobody publishes these weights yet in a form that timm could fetch
         "num_classes": 0 if prefix else 1000,
@@ -29,7 +28,6 @@ def _cfg(prefix: str = "", **kwargs: Any) -> dict[str, Any]:
         "first_conv": f"{prefix}patch_embed.proj",
         "classifier": None if prefix else "head",
         "license": "apache-2.0",
-        **kwargs,
     }
 
 
@@ -38,97 +36,75 @@ _cfgs |= {name: _cfg("backbone.") for name in WITH_PYRAMID.values()}
 default_cfgs = generate_default_cfgs(_cfgs)
 
 
-def _build(model_class: type[nn.Module], name: str, given: dict[str, Any], **kwargs: Any) -> nn.Module:
-    """Have timm build a model, and record on it which of the constructor's arguments were given.
+def _build(registered: str, name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """Have timm build a backbone, or one with its pyramid, and record which of the constructor's arguments were given.
 
     ``device`` and ``dtype`` are timm's: where the model is built, and what its numbers are.
     """
-    from itpn.models.hivit import HiViT
-
-    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
-    with contextlib.nullcontext() if device is None else torch.device(device):
-        model: Any = build_model_with_cfg(model_class, name, **kwargs)
-    model.to(dtype=dtype)
-    own = {*inspect.signature(HiViT).parameters, *inspect.signature(model_class).parameters}
-    model.model_args = {argument: value for argument, value in given.items() if argument in own}
-    return model
-
-
-def _build_backbone(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    from itpn.models.hivit import HiViT
-
-    feature_cfg = {"out_indices": kwargs.pop("out_indices", (0, 1, 2)), "feature_cls": "getter"}
-    return _build(
-        HiViT,
-        name,
-        kwargs,
-        pretrained=pretrained,
-        pretrained_filter_fn=filter_weights,
-        feature_cfg=feature_cfg,
-        **{**BACKBONES[name], **kwargs},
-    )
-
-
-def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     from itpn.checkpoints.adapters.ours import name_levels
+    from itpn.models.hivit import HiViT
     from itpn.models.pyramid import LEVELS, PyramidBackbone
 
-    if "levels" in kwargs:
-        kwargs["levels"] = name_levels(kwargs["levels"])  # of an older config.json
-    own = PYRAMIDS.get(name, PUBLISHED_PYRAMID)
-    count = LEVELS.get(kwargs.get("levels", "pyramid"), 0)  # a wrong one is the network's to refuse
+    model_class: type[nn.Module]
+    model_class, settings, count = HiViT, BACKBONES[name], 3
+    if registered != name:
+        model_class, own = PyramidBackbone, PYRAMIDS.get(name, PUBLISHED_PYRAMID)
+        settings = {**settings, "pyramid_width": own["width"], "pyramid_depth": own["depth"]}
+        if "levels" in kwargs:
+            kwargs["levels"] = name_levels(kwargs["levels"])  # of an older config.json
+        count = LEVELS.get(kwargs.get("levels", "pyramid"), 0)  # a wrong one is the network's to refuse
     feature_cfg = {"out_indices": kwargs.pop("out_indices", tuple(range(count))), "feature_cls": "getter"}
-    settings = {**BACKBONES[name], "pyramid_width": own["width"], "pyramid_depth": own["depth"], **kwargs}
-    return _build(
-        PyramidBackbone,
-        WITH_PYRAMID[name],
-        kwargs,
-        pretrained=pretrained,
-        pretrained_filter_fn=filter_weights,
-        feature_cfg=feature_cfg,
-        **settings,
-    )
+    device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
+    known = {*inspect.signature(HiViT).parameters, *inspect.signature(model_class).parameters}
+    with contextlib.nullcontext() if device is None else torch.device(device):
+        model: Any = build_model_with_cfg(
+            model_class,
+            registered,
+            pretrained,
+            pretrained_filter_fn=filter_weights,
+            feature_cfg=feature_cfg,
+            **{**settings, **kwargs},
+        )
+    model.to(dtype=dtype)
+    model.model_args = {argument: value for argument, value in kwargs.items() if argument in known}
+    return model
 
 
 def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
-    from itpn.checkpoints.adapters import detect_layout, to_ours
+    from itpn.checkpoints.adapters import ADAPTERS, detect_layout
+    from itpn.checkpoints.files import named_tensors
+    from itpn.checkpoints.match import check_numbers
     from itpn.models.hivit import HiViT, find_backbone
     from itpn.models.weights import fit_tables, read_stored_grid
 
     layout = detect_layout(state_dict)
     if layout is None:
         return state_dict  # not ours: loading it will say so
-    named, _ = to_ours(state_dict, layout)
-    if isinstance(model, HiViT):
-        tensors = {name.removeprefix("backbone."): t for name, t in named.items() if name.startswith("backbone.")}
-        prefix = ""
-    else:
-        heads = ("backbone.head.", "backbone.fc_norm.")
-        tensors = {
-            name: t
-            for name, t in named.items()
-            if name.startswith(("backbone.", "pyramid.")) and not name.startswith(heads)
-        }
-        prefix = "backbone."
-    stored_grid = read_stored_grid(model.pretrained_cfg, tensors, prefix)
-    fit_tables(tensors, model.state_dict(), find_backbone(model), stored_grid)
-    return tensors
+    named, _ = ADAPTERS[layout].to_ours(state_dict)
+    alone = isinstance(model, HiViT)
+    parts, heads = ("backbone.",) if alone else ("backbone.", "pyramid."), ("backbone.head.", "backbone.fc_norm.")
+    tensors = {n: t for n, t in named.items() if n.startswith(parts) and (alone or not n.startswith(heads))}
+    grid = read_stored_grid(model.pretrained_cfg, tensors, "backbone.")
+    own = named_tensors(model)
+    check_numbers(tensors, own, "the file")
+    fit_tables(tensors, own, find_backbone(model), grid)
+    return {name.removeprefix("backbone."): t for name, t in tensors.items()} if alone else tensors
 
 
-def _register(registered: str, build: Callable[..., nn.Module], name: str) -> None:
+def _register(registered: str, name: str) -> None:
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        return build(name, pretrained, **kwargs)
+        return _build(registered, name, pretrained, **kwargs)
 
     entrypoint.__name__ = entrypoint.__qualname__ = registered
     register_model(entrypoint)
 
 
 for _name in BACKBONES:
-    _register(_name, _build_backbone, _name)
+    _register(_name, _name)
 # What timm.list_models() names is taken for a classifier, by timm's own tests first of all, and a pyramid is none.
 # This is the one list of names that timm creates and does not list; creating one of ours warns of nothing.
 _unlisted = getattr(_registry, "_deprecated_models", {})
 for _name, _registered in WITH_PYRAMID.items():
-    _register(_registered, _build_pyramid, _name)
+    _register(_registered, _name)
     _unlisted[_registered] = None

@@ -9,7 +9,7 @@ import torch
 from itpn.checkpoints.adapters import ADAPTERS, Layout
 from itpn.checkpoints.contents import HEADLESS, Contents, all_names, read_contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
-from itpn.checkpoints.load import describe_nonfinite
+from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import Finding, judge_others, match
 from itpn.models.build import build
 from itpn.models.heads import heads
@@ -36,7 +36,7 @@ class Use:
 
     @property
     def missing(self) -> list[str]:
-        """What would start at random, or be lost."""
+        """What would be randomly initialized, or lost."""
         return [finding.text for finding in self.findings if finding.kind in ("random", "harmful")]
 
     @property
@@ -155,7 +155,7 @@ def inspect(checkpoint: str | Path, ema: bool = False) -> Report:
         ema: of the EMA of the weights (``model_ema``) where the file has one beside them.
 
     Raises:
-        UserError: no such file, damaged, with code in it, or of another network.
+        UserError: no such file, corrupt, with code in it, or of another network.
     """
     found = read_checkpoint(checkpoint, ema)
     contents = read_contents(found)

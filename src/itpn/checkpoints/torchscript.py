@@ -38,7 +38,7 @@ def read_script(path: str) -> dict[str, Tensor]:
     """Tensors of the modules by name, as ``torch.jit.load(path).state_dict()`` has them, and other tensor attributes.
 
     Raises:
-        pickle.UnpicklingError, ValueError, KeyError, ...: damaged, or not written by torch.jit.save.
+        pickle.UnpicklingError, ValueError, KeyError, ...: corrupt, or not written by torch.jit.save.
     """
     with zipfile.ZipFile(path) as archive:
         pickled = next(name for name in archive.namelist() if name.endswith("/data.pkl"))

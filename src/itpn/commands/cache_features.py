@@ -6,6 +6,7 @@ from typing import Annotated
 
 from itpn.commands.options import Flag, RecipeCommand, shown
 from itpn.errors import UserError
+from itpn.system.checks import Count
 from itpn.tasks.spec import task_of
 
 
@@ -22,7 +23,7 @@ class CacheFeatures(RecipeCommand):
 
     out: Annotated[Path, shown("DIR")]
     """Folder for the shards; give it as --data.root to train from them."""
-    views: Annotated[int, shown("N")] = 1
+    views: Annotated[Count, shown("N")] = 1
     """Crops of each image, each an epoch's."""
     half: Flag = False
     """Features in 16 bits: half the space, not the very numbers."""

@@ -17,6 +17,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, Suppress
 from itpn.checkpoints.older_settings import NAMES
 from itpn.commands.options import RecipeCommand
 from itpn.errors import UserError
+from itpn.system.checks import check_range
 from itpn.system.console import Answer, lost_answer
 from itpn.tasks.recipes import nearest, read_recipe
 
@@ -28,8 +29,9 @@ AnyRecipeCommand = TypeVar("AnyRecipeCommand", bound=RecipeCommand)
 class Field(NamedTuple):
     """A field of a command or of settings, as a user meets it."""
 
-    name: str
+    attribute: str  # its name in the command, or "" in settings
     kind: Any
+    hint: Any  # with the annotation's extras, a range among them
     options: tuple[str, ...]  # that set it, a flag's negation included; none where its place says which it is
     usage: str  # how a usage shows it; "" for what may be left out
     required: bool
@@ -96,11 +98,15 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
     if unknown:
         raise UserError(_reject(unknown[0], list(types), usage))
     for field in fields:
-        if getattr(parsed, field.name, None) == ():  # tyro takes no words for several
+        if not field.attribute:
+            continue
+        value = getattr(parsed, field.attribute)
+        if value == ():  # tyro takes no words for several
             if field.required:
                 raise UserError(f"required: {field.usage}; {usage}")
             if named := set(field.options) & set(words):
                 raise UserError(f"Missing value for argument '{named.pop()}'.")
+        check_range(value, field.hint, (field.options or (field.usage,))[-1])
     return parsed
 
 
@@ -115,14 +121,14 @@ def read_fields(cls: Any, prefix: str = "") -> Iterator[Field]:
         if Suppress in marks:
             continue
         if dataclasses.is_dataclass(kind):
-            yield from read_fields(kind, f"{name}." if name else "")
+            yield from (inner._replace(attribute="") for inner in read_fields(kind, f"{name}." if name else ""))
             continue
         options: tuple[str, ...] = () if Positional in marks else (f"--{name}", *(shown.aliases or ()))
         required = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         usage = " ".join([*options, shown.metavar or ""]) if required or not options else ""
         if kind is bool and FlagCreatePairsOff not in marks:
             options += ("{}{}no-{}".format(*f"--{name}".rpartition("." if "." in name else "--")),)
-        yield Field(field.name, kind, options, usage, required)
+        yield Field(field.name, kind, hint, options, usage, required)
 
 
 def split_doc(cls: Any) -> tuple[str, str]:

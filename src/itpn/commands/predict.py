@@ -12,10 +12,10 @@ from itpn.checkpoints.paths import check_file
 from itpn.commands.options import Checkpoint, Members, TaskFile, of_data, shown
 from itpn.data.files import find_images
 from itpn.errors import UserError
+from itpn.system.checks import Count, Fraction
 from itpn.system.console import print_aside
 from itpn.system.writing import make_folder, writing_to
 from itpn.tasks.spec import find_task
-from itpn.training.config import check_counts, check_fractions
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,18 @@ class Predict:
     """Folder for the results."""
     seed: Annotated[int, shown("N")] = 0
     """Of the masks of a pre-training model."""
-    min_score: Annotated[float, shown("SCORE")] = 0.5
+    min_score: Annotated[Fraction, shown("SCORE")] = 0.5
     """Of objects, above 0.05."""
     features: Annotated[Path | None, shown("FILE", "(optional)")] = None
     """Write features to this .safetensors or .npy file instead."""
     members: Members = ()
     max_pixels: Annotated[
-        int | None, of_data("max-pixels", "N", "the checkpoint's setting", "Images of more pixels are skipped.")
+        Count | None, of_data("max-pixels", "N", "the checkpoint's setting", "Images of more pixels are skipped.")
     ] = None
     task_file: TaskFile = None
 
     def run(self) -> None:
         """Write what the checkpoint predicts; unreadable images are named and skipped."""
-        check_fractions({"--min-score": self.min_score})
-        check_counts({"--max-pixels": self.max_pixels})
         source = find_images(self.images, self.members)
         check_file(self.checkpoint)
         if self.features is not None and self.features.suffix not in (".safetensors", ".npy"):

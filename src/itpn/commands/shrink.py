@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from itpn.commands.options import Members, of_data, shown
 from itpn.data.files import find_splits
 from itpn.errors import UserError
-from itpn.training.config import check_amounts, check_counts
+from itpn.system.checks import Count, Range, Whole
 
 
 @dataclass(frozen=True)
@@ -27,23 +27,20 @@ class Shrink:
     """Folders of images, or of tar shards."""
     out: Annotated[str, shown("DIR")]
     """Folder for the shards: the --data.root of training."""
-    short_side: Annotated[int, shown("PX")] = 512
+    short_side: Annotated[Count, shown("PX")] = 512
     """Height or width, the shorter."""
-    quality: Annotated[int, shown("N")] = 95
+    quality: Annotated[int, Range(1, 100), shown("N")] = 95
     """Of the JPEGs, 1 to 100."""
-    shard_size: Annotated[int, shown("N")] = 512
+    shard_size: Annotated[Count, shown("N")] = 512
     """Images in each."""
-    num_workers: Annotated[int | None, shown("N", "(default: one for each core)")] = None
+    num_workers: Annotated[Whole | None, shown("N", "(default: one for each core)")] = None
     """Processes that shrink."""
     members: Members = ()
-    max_pixels: Annotated[int | None, of_data("max-pixels", "N", "2**27", "Images of more pixels are left out.")] = None
+    max_pixels: Annotated[Count | None, of_data("max-pixels", "N", "2**27", "Images of more pixels are left out.")] = (
+        None
+    )
 
     def run(self) -> None:
-        sides = {"--short-side": self.short_side, "--shard-size": self.shard_size, "--max-pixels": self.max_pixels}
-        check_counts(sides)
-        check_amounts({"--num-workers": self.num_workers})
-        if not 1 <= self.quality <= 100:
-            raise UserError(f"--quality must be between 1 and 100, not {self.quality}")
         if not self.out or not all(self.images):
             raise UserError("a folder's name is empty: give the images as DIR and the folder for the shards as --out")
         out = Path(os.path.realpath(self.out))

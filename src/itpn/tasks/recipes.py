@@ -98,11 +98,11 @@ def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
         last = path.parent / "checkpoints" / "last.ckpt"
         if not last.exists():
             raise
-        from itpn.training.run_state import DamagedCheckpoint, find_settings, read_state  # torch takes its time
+        from itpn.training.run_state import CorruptCheckpoint, find_settings, read_state  # torch takes its time
 
         try:
             found = find_settings(read_state(last, whole=False))
-        except DamagedCheckpoint:
+        except CorruptCheckpoint:
             found = None
         if found is None:
             raise

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 from collections.abc import Iterator
+from logging.handlers import BufferingHandler
 
 from timm.models import clean_state_dict
 from torch import Tensor
@@ -17,38 +18,27 @@ FILE_FORMS = "a .safetensors or .pt file in timm, OpenAI CLIP or open_clip form"
 def read_tensors(path: str) -> dict[str, Tensor]:
     """The tensors of a teacher's file; of a model of images and text, those of the image tower."""
     what = f"teacher checkpoint {path}"
-    state = unwrap(
-        read_state(path, what, FILE_FORMS, scripts=True), ("state_dict_ema", "model_ema", "state_dict", "model")
-    )[0]
+    whole, _ = read_state(path, what, FILE_FORMS, scripts=True)
+    state, _ = unwrap(whole, ("state_dict_ema", "model_ema", "state_dict", "model"))
     tensors = {key: t for key, t in state.items() if isinstance(t, Tensor)}
     if not tensors:
         raise UserError(f"{what} has no weights in it; give {FILE_FORMS}")
     tensors = clean_state_dict(tensors)  # "module." and the like
-    visual = {key: t for key, t in tensors.items() if key.startswith("visual.")}
-    return visual or tensors
-
-
-class _Messages(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__()
-        self.messages: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.messages.append(record.getMessage())
+    return {key: t for key, t in tensors.items() if key.startswith("visual.")} or tensors
 
 
 @contextlib.contextmanager
-def quiet_timm() -> Iterator[list[str]]:
+def quiet_timm() -> Iterator[list[logging.LogRecord]]:
     """Take what timm logs while it loads weights, and what its converters print."""
     logger = logging.getLogger("timm.models._builder")
-    handler = _Messages()
+    handler = BufferingHandler(capacity=10**6)  # the messages that it keeps
     before = logger.level, logger.propagate
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     logger.propagate = False
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            yield handler.messages
+            yield handler.buffer
     finally:
         logger.removeHandler(handler)
         logger.setLevel(before[0])

@@ -11,38 +11,25 @@ The features are
 - of hierarchical networks: the last map after the final norm, if there is one.
 """
 
-import contextlib
-import difflib
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import timm
 import torch
-from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from itpn.checkpoints.hub import check_hub, describe_mismatch
-from itpn.checkpoints.io import one_line
+from itpn.checkpoints.io import count_nonfinite, describe_error, describe_nonfinite
 from itpn.errors import UserError
 from itpn.models.position import Grid
-from itpn.models.variants import WITH_PYRAMID
-from itpn.teachers.files import FILE_FORMS, quiet_timm, read_tensors
+from itpn.teachers.files import FILE_FORMS, quiet_timm
+from itpn.teachers.plan import Plan, classifiers_of, make_plan
 
 T = TypeVar("T")
-
-CLIP_BASE = "vit_base_patch16_clip_quickgelu_224.openai"  # the timm model that the name `clip` changes the sizes of
-# names of the projection's last linear layer in files of CLIP models; the first dimension is the output width
-CLIP_PROJECTIONS = (
-    "visual.head.proj.weight",
-    "visual.head.mlp.fc2.weight",
-    "visual.head.weight",
-    "visual.trunk.head.weight",
-    "visual.trunk.head.fc.weight",
-)
 
 
 class FeatureTower(nn.Module):
@@ -63,7 +50,7 @@ class FeatureTower(nn.Module):
         self.projection = _projection(model) if projected else nn.Identity()
         self.norm_in_model = True  # False for models whose forward_intermediates refuses norm=True
         # without the classifier: it would take memory and be counted
-        unused = {"fc_norm", "attn_pool"} | {name.split(".")[0] for name in _classifiers(model.pretrained_cfg)}
+        unused = {"fc_norm", "attn_pool"} | {name.split(".")[0] for name in classifiers_of(model.pretrained_cfg)}
         for name in unused & dict(model.named_children()).keys():
             setattr(model, name, nn.Identity())
         self.model = model
@@ -154,10 +141,10 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
     """
     if name in TEACHERS:
         return TEACHERS[name](checkpoint, grid)
-    plan = _plan(name, checkpoint)
-    img_size, features = _apply_to_tower(plan, None, lambda tower, image: _fit(tower, image, grid))
-    if features is None:
-        features = _apply_to_tower(plan, img_size, _features)
+    plan = make_plan(name, checkpoint)
+    stride = _apply_to_tower(plan, None, lambda tower, _: int(tower.model.feature_info[-1]["reduction"]))
+    img_size = (grid[0] * stride, grid[1] * stride)
+    features = _apply_to_tower(plan, img_size, _features)
     if (features.rows, features.cols) != grid:
         raise UserError(
             f"teacher {name} returns {features.rows}x{features.cols} features of an image of "
@@ -182,7 +169,7 @@ def teacher_width(name: str, checkpoint: str | None) -> int:
     """
     if name in TEACHERS:
         return TEACHERS[name](checkpoint, (1, 1)).width
-    return _apply_to_tower(_plan(name, checkpoint), None, _features).width
+    return _apply_to_tower(make_plan(name, checkpoint), None, _features).width
 
 
 def count_teacher_parameters(name: str, checkpoint: str | None) -> int:
@@ -194,127 +181,8 @@ def count_teacher_parameters(name: str, checkpoint: str | None) -> int:
     if name in TEACHERS:
         return sum(p.numel() for p in TEACHERS[name](checkpoint, (1, 1)).parameters())
     return _apply_to_tower(
-        _plan(name, checkpoint), None, lambda tower, images: sum(p.numel() for p in tower.parameters())
+        make_plan(name, checkpoint), None, lambda tower, images: sum(p.numel() for p in tower.parameters())
     )
-
-
-# --- which model
-
-
-@dataclass
-class _Plan:
-    """Arguments for building the teacher by timm."""
-
-    name: str  # as the user gave it
-    architecture: str  # timm's name, with the tag of the weights where it was given
-    projected: bool
-    options: dict[str, Any] = field(default_factory=dict)
-    overlay: dict[str, Any] = field(default_factory=dict)  # of the model's pretrained_cfg
-    checkpoint: str | None = None
-    state: dict[str, Tensor] = field(default_factory=dict)  # the file's tensors; {} if weights are fetched
-
-
-def _plan(name: str, checkpoint: str | None) -> _Plan:
-    if name == "clip" and checkpoint is None:
-        raise UserError(f"teacher clip is read from a file: give --teacher.checkpoint FILE, {FILE_FORMS}")
-    if name != "clip":
-        _check_name(name)
-    if checkpoint is None:
-        return _Plan(name, name, projected=_is_clip(name) and not _is_fine_tuned(name))
-    state = read_tensors(checkpoint)
-    if name == "clip":
-        return _clip_plan(checkpoint, state)
-
-    cfg = get_pretrained_cfg(name)
-    classifiers = _classifiers(cfg.to_dict() if cfg else {})
-    tagged = "." in name
-    overlay: dict[str, Any] = {}
-    outputs = [state[key].shape[0] for key in CLIP_PROJECTIONS if key in state]
-    if "visual.proj" in state:
-        outputs = [state["visual.proj"].shape[1]]
-    projected = bool(outputs)
-    by_attention = any("attn_pool" in key for key in state)
-    if projected and not by_attention and not tagged and (_is_fine_tuned(name) or not _is_clip(name)):
-        # timm's default weights of that name are a classifier's; most CLIP models have OpenAI's preprocessing
-        overlay = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
-    if not outputs:  # timm's names, or others that timm converts
-        heads = [head for head in (*classifiers, "head", "head.fc", "fc") if f"{head}.weight" in state]
-        outputs = [state[f"{head}.weight"].shape[0] for head in heads[:1]]
-        # timm gives a CLIP projection a bias of zeros; a bias that is not zero belongs to a classifier
-        biases = [state[f"{head}.bias"] for head in heads[:1] if f"{head}.bias" in state]
-        zeros = not any(bias.any() for bias in biases)
-        projected = bool(heads) and _is_clip(name) and (not _is_fine_tuned(name) if tagged else zeros)
-    return _Plan(name, name, projected, {"num_classes": outputs[0] if outputs else 0}, overlay, checkpoint, state)
-
-
-def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> _Plan:
-    """Read the sizes of a CLIP ViT from the shapes of a file in OpenAI's form."""
-    dims = {
-        "visual.class_embedding": 1,
-        "visual.conv1.weight": 4,
-        "visual.positional_embedding": 2,
-        "visual.proj": 2,
-        "visual.transformer.resblocks.0.mlp.c_fc.weight": 2,
-    }
-    for key, ndim in dims.items():
-        if key not in state or state[key].ndim != ndim:
-            raise UserError(
-                f"teacher checkpoint {checkpoint} is no CLIP ViT in OpenAI's form (no {key} of {ndim} dimensions in "
-                "it): give the timm name of the model in the file to --teacher.name"
-            )
-    width, _, patch, _ = state["visual.conv1.weight"].shape
-    positions = state["visual.positional_embedding"].shape[0]
-    mlp_width = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-    if width > 1024:
-        raise UserError(
-            f"teacher checkpoint {checkpoint} is a CLIP ViT of width {width}, wider than OpenAI's: its number of heads "
-            "is not in the file, so give its timm name, such as vit_huge_patch14_clip_224, to --teacher.name"
-        )
-    blocks = {key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")}
-    side = round((positions - 1) ** 0.5) * patch
-    options = {
-        "embed_dim": width,
-        "depth": len(blocks),
-        "num_heads": max(1, width // 64),
-        "patch_size": patch,
-        "mlp_ratio": (mlp_width + 0.5) / width,  # timm multiplies and rounds down
-        "num_classes": state["visual.proj"].shape[1],
-    }
-    return _Plan("clip", CLIP_BASE, True, options, {"input_size": (3, side, side)}, checkpoint, state)
-
-
-def _check_name(name: str) -> None:
-    models = [*timm.list_models(), *WITH_PYRAMID.values()]  # ours that timm creates and does not list
-    architecture = name.partition(".")[0]
-    if architecture in models:
-        with contextlib.suppress(RuntimeError):  # which timm raises for an unknown tag
-            get_pretrained_cfg(name)
-            return
-    known = timm.list_pretrained(f"{architecture}.*") if architecture in models else models + timm.list_pretrained()
-    # names on the hub start with their owner: hf-hub:timm/NAME
-    nearest = difflib.get_close_matches(re.split("[:/]", name)[-1], known, n=3) or known[:3]
-    raise UserError(
-        f"timm has no model {name}; near it are {', '.join(nearest)}; `clip` reads any CLIP ViT from a file"
-    )
-
-
-def _is_clip(name: str) -> bool:
-    return "clip" in f"{name}.{_tag(name)}"
-
-
-def _is_fine_tuned(name: str) -> bool:
-    """Whether fine-tuning replaced the projection by a classifier: yes in laion2b_ft_in1k, not in laion2b_ft_320."""
-    return "_ft_in" in _tag(name)
-
-
-def _tag(name: str) -> str:
-    cfg = get_pretrained_cfg(name)
-    return cfg.tag or "" if cfg else ""
-
-
-def _classifiers(cfg: dict[str, Any]) -> tuple[str, ...]:
-    names = cfg.get("classifier") or ()
-    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _is_norm(module: Any, channels: int) -> bool:
@@ -340,7 +208,7 @@ def _projection(model: Any) -> nn.Module:
 # --- its sizes
 
 
-def _apply_to_tower(plan: _Plan, img_size: tuple[int, int] | None, function: Callable[[FeatureTower, Tensor], T]) -> T:
+def _apply_to_tower(plan: Plan, img_size: tuple[int, int] | None, function: Callable[[FeatureTower, Tensor], T]) -> T:
     """Build a tower without weights, on the meta device, and apply a function to it.
 
     Args:
@@ -360,7 +228,7 @@ def _apply_to_tower(plan: _Plan, img_size: tuple[int, int] | None, function: Cal
                 image = torch.zeros(1, 3, *(img_size or model.pretrained_cfg["input_size"][-2:]))
                 return function(FeatureTower(model, plan.projected), image)
         except Exception as error:  # models raise all kinds of errors for a size that they do not support
-            reason = one_line(error)
+            reason = describe_error(error)
     what = f"an image of {img_size[0]}x{img_size[1]} px" if img_size else "an image"
     raise UserError(f"teacher {plan.name} cannot make a map of {what} ({reason}): choose another --teacher.name")
 
@@ -385,14 +253,7 @@ def _features(tower: FeatureTower, image: Tensor) -> _Features:
     return _Features(rows, cols, width, tower.norm_in_model)
 
 
-def _fit(tower: FeatureTower, image: Tensor, grid: Grid) -> tuple[tuple[int, int], _Features | None]:
-    """The image size for this grid of features; also the features, if the given image has that size."""
-    stride = int(tower.model.feature_info[-1]["reduction"])
-    img_size = (grid[0] * stride, grid[1] * stride)
-    return img_size, _features(tower, image) if image.shape[-2:] == img_size else None
-
-
-def _create(plan: _Plan, img_size: tuple[int, int] | None, **options: Any) -> Any:
+def _create(plan: Plan, img_size: tuple[int, int] | None, **options: Any) -> Any:
     options = {**plan.options, "pretrained_cfg_overlay": plan.overlay, **options}
     if img_size is not None:
         try:
@@ -406,8 +267,10 @@ def _create(plan: _Plan, img_size: tuple[int, int] | None, **options: Any) -> An
 # --- its weights
 
 
-def _load(plan: _Plan, img_size: tuple[int, int]) -> Any:
+def _load(plan: Plan, img_size: tuple[int, int]) -> Any:
     """Build the model with the weights of the file, which timm converts to its own form and to the image size."""
+    if nonfinite := count_nonfinite(plan.state):
+        raise UserError(f"teacher checkpoint {plan.checkpoint} has {describe_nonfinite(nonfinite)}")
     overlay = {
         **plan.overlay,
         # float32 before timm resamples tables
@@ -434,8 +297,8 @@ def _load(plan: _Plan, img_size: tuple[int, int]) -> Any:
                 f"px, the model's {weight.shape[-2]}x{weight.shape[-1]}; {_hint(plan)}"
             )
     # timm loads some models leniently all the same
-    for message in said:
-        found = re.match(r"Missing keys \((.*?)\)", message)
+    for record in said:
+        found = re.match(r"Missing keys \((.*?)\)", record.getMessage())
         missing = [key for key in found[1].split(", ") if not key.startswith(("head.", "attn_pool."))] if found else []
         if missing:
             raise UserError(
@@ -447,7 +310,7 @@ def _load(plan: _Plan, img_size: tuple[int, int]) -> Any:
     return model
 
 
-def _fetch(plan: _Plan, img_size: tuple[int, int]) -> Any:
+def _fetch(plan: Plan, img_size: tuple[int, int]) -> Any:
     """Build the model with the weights of timm's hub."""
     cfg = get_pretrained_cfg(plan.architecture)
     instead = f"give --teacher.checkpoint FILE, {FILE_FORMS}"
@@ -459,11 +322,11 @@ def _fetch(plan: _Plan, img_size: tuple[int, int]) -> Any:
         return _create(plan, img_size, pretrained=True)
     except Exception as error:  # the hub's client raises all kinds of errors
         raise UserError(
-            f"the weights of teacher {plan.name} could not be fetched ({one_line(error)}): {instead}"
+            f"the weights of teacher {plan.name} could not be fetched ({describe_error(error)}): {instead}"
         ) from error
 
 
-def _hint(plan: _Plan) -> str:
+def _hint(plan: Plan) -> str:
     if plan.name != "clip" and "visual.class_embedding" in plan.state:
         return "--teacher.name clip takes the sizes from the file"
     return "give the name of the model in the file to --teacher.name"

@@ -11,10 +11,11 @@ import torch
 from torch import nn
 from torch.distributed.checkpoint import state_dict as distributed
 
+from itpn.checkpoints.io import save_to
 from itpn.errors import MachineError, UserError
 from itpn.system.text import one_line
 from itpn.training.metrics_log import MetricsLog
-from itpn.training.run_state import DAMAGE, save_to
+from itpn.training.run_state import CORRUPT
 from itpn.training.state import Training
 from itpn.training.visualization import Visualizations
 
@@ -100,11 +101,11 @@ class Checkpointing:
         try:
             restore_state(self.run, state)
             self._restore(state["callbacks"])
-        except (*DAMAGE, RuntimeError) as error:
-            if not isinstance(error, DAMAGE) and "in loading state_dict" not in str(error):
+        except (*CORRUPT, RuntimeError) as error:
+            if not isinstance(error, CORRUPT) and "in loading state_dict" not in str(error):
                 raise
             raise UserError(
-                f"checkpoint {path} is damaged: no run can be restored from it "
+                f"checkpoint {path} is corrupt: no run can be restored from it "
                 f"({one_line(f'{type(error).__name__}: {error}'.partition(chr(10))[0])}); nothing was changed: choose "
                 "another --name, or move it away to resume from the one before"
             ) from error
@@ -142,7 +143,7 @@ class Checkpointing:
         if scores is None and folder.resumed is not None:  # there is none, and nothing to make it from
             scores = {"best_score": self.restored.get("score", self.best_score), "best_step": self.run.step}
             folder.put_best(folder.resumed)
-        # else it is of a step that is to be taken again, as the last checkpoint was damaged
+        # else it is of a step that is to be taken again, as the last checkpoint was corrupt
         self.best_score = (scores or {}).get("best_score", self.best_score)
         self.best_step = (scores or {}).get("best_step", self.best_step)
 

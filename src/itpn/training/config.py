@@ -15,7 +15,7 @@ import yaml
 
 from itpn.checkpoints.older_settings import NAMES, update_settings
 from itpn.errors import UserError
-from itpn.system.checks import check_type
+from itpn.system.checks import Amount, Count, Fraction, Whole, check_range, check_type
 from itpn.system.writing import write_whole
 from itpn.system.yaml_files import load_yaml
 
@@ -52,17 +52,17 @@ def freeze(settings: AnySettings) -> AnySettings:
 class ImagesConfig(Settings):
     """How images are read and augmented."""
 
-    batch_size: int = 512
+    batch_size: Count = 512
     """Images per process and forward pass."""
-    num_workers: int = 8
+    num_workers: Whole = 8
     """Processes that read images, for each training process; 0 reads in the training process."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized."""
-    hflip: float = 0.5
+    hflip: Fraction = 0.5
     """Probability of a horizontal flip."""
-    max_corrupt: float = 0.05
+    max_corrupt: Fraction = 0.05
     """Fraction of corrupt images above which the run stops."""
-    max_pixels: int = 2**27  # as itpn.data.decode.MAX_PIXELS
+    max_pixels: Count = 2**27  # as itpn.data.decode.MAX_PIXELS
     """Images that declare more pixels than this are refused as decompression bombs."""
 
 
@@ -74,7 +74,7 @@ class CropsConfig(ImagesConfig):
     """Area of a random crop as a fraction of the image's."""
     crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
     """Aspect ratio (width over height) of a random crop."""
-    color_jitter: float = 0.0
+    color_jitter: Fraction = 0.0
     """Largest relative change of brightness, contrast and saturation."""
 
 
@@ -82,30 +82,30 @@ class CropsConfig(ImagesConfig):
 class OptimizerConfig(Settings):
     """AdamW and its schedule: linear warm-up, then a cosine, a line or steps."""
 
-    base_lr: float = 1.5e-4
+    base_lr: Amount = 1.5e-4
     """Learning rate for a global batch of 256 images; the true one scales with the global batch."""
-    lr: float | None = None
+    lr: Amount | None = None
     """Peak learning rate as it is; overrides --optimizer.base-lr."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's beta 1 and beta 2."""
-    weight_decay: float = 0.05
+    weight_decay: Amount = 0.05
     """Decay of everything but norms, biases, position embeddings and mask tokens."""
-    warmup_epochs: float = 40
+    warmup_epochs: Amount = 40
     """Epochs of linear warm-up."""
-    max_warmup: float = 0.1
+    max_warmup: Fraction = 0.1
     """Largest fraction of the run that the warm-up may take, for short runs."""
-    warmup_steps: int | None = None
+    warmup_steps: Whole | None = None
     """Steps of linear warm-up; overrides --optimizer.warmup-epochs."""
-    warmup_start: float = 1e-4
+    warmup_start: Amount = 1e-4
     """Learning rate of the first step, as a fraction of the peak."""
     schedule: Literal["cosine", "linear", "step"] = "cosine"
     """After the warm-up: half a cosine or a line down to --optimizer.min-lr, or a tenth at each of
     --optimizer.milestones."""
     milestones: tuple[float, ...] = (9 / 12, 11 / 12)
     """Fractions of the run after which the step schedule lowers the learning rate to a tenth."""
-    min_lr: float = 0.0
+    min_lr: Amount = 0.0
     """Learning rate at the end of the cosine or the line."""
-    clip_grad: float | None = None
+    clip_grad: Amount | None = None
     """Largest norm of the gradient; None does not clip."""
 
 
@@ -113,33 +113,33 @@ class OptimizerConfig(Settings):
 class TrainerConfig(Settings):
     """How long, on what, and what is written meanwhile."""
 
-    max_epochs: int = 800
-    """Passes over the images; 0 in fine-tuning for as many as their number asks for."""
-    max_steps: int | None = None
+    max_epochs: Whole = 800
+    """Passes over the images; 0 in fine-tuning to choose by the number of images."""
+    max_steps: Count | None = None
     """Optimizer steps at which the run ends, if epochs do not end it before; the schedule follows."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, 32 bits on a CPU."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """What to train on."""
-    devices: int | None = None
+    devices: Count | None = None
     """Devices of this machine; None for all GPUs (or one CPU process), or what torchrun or Slurm started."""
-    num_nodes: int | None = None
+    num_nodes: Count | None = None
     """Machines; None for what torchrun or Slurm started, else one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What several processes hold: ddp a copy of everything each, fsdp each a part of parameters, gradients and AdamW's
-    averages (pre-training alone, without visualizations)."""
-    accumulate_grad_batches: int = 1
+    moments (pre-training alone, without visualizations)."""
+    accumulate_grad_batches: Count = 1
     """Forward passes per optimizer step; the global batch grows with it."""
     compile: bool | None = None
     """Compile the network, and the EMA of its weights, with torch.compile: a minute or more at the start, faster steps.
     None compiles on a GPU, for pre-training."""
-    checkpoint_every_n_steps: int = 500
+    checkpoint_every_n_steps: Count = 500
     """Optimizer steps between checkpoints: what a crash loses at most."""
-    keep_checkpoints: int = 3
+    keep_checkpoints: Count = 3
     """Newest checkpoints kept, beside the best."""
-    log_every_n_steps: int = 10
+    log_every_n_steps: Count = 10
     """Optimizer steps between entries of metrics.csv and TensorBoard."""
-    visualize_every_n_steps: int | None = None
+    visualize_every_n_steps: Count | None = None
     """Optimizer steps between visualizations of predictions; None for ten in a run."""
 
 
@@ -171,7 +171,7 @@ class RunConfig(Settings):
     data: Any
     optimizer: OptimizerConfig
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
-    seed: int = 0
+    seed: Whole = 0
     """All randomness of the run follows from this."""
     name: str = "default"
     """Name of the run; the same name resumes it."""
@@ -185,7 +185,14 @@ class RunConfig(Settings):
             UserError: the first that is found, with what to do.
         """
         check_types(self)
-        check_training(self.data, self.optimizer, self.trainer, self.seed, self.name)
+        optimizer, name = self.optimizer, self.name
+        if not all(0 <= beta < 1 for beta in optimizer.betas):
+            raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
+        milestones = optimizer.milestones
+        if not all(0 < fraction < 1 for fraction in milestones) or list(milestones) != sorted(milestones):
+            raise UserError(f"--optimizer.milestones must be rising fractions of the run, not {milestones}")
+        if not name or any(c in name for c in "/\\") or name in (".", ".."):
+            raise UserError(f"--name must be a plain folder name, not {name!r}")
 
     @property
     def evaluation_interval(self) -> int:
@@ -208,17 +215,18 @@ def to_dict(config: Any) -> dict[str, Any]:
     return plain(dataclasses.asdict(config))
 
 
-def check_types(settings: Any, path: str = "") -> None:
-    """A recipe file may assign anything; find what is not of its field's type."""
-    hints = typing.get_type_hints(type(settings))
+def check_types(settings: Any, section: str = "") -> None:
+    """A recipe file may assign anything; find what is not of its field's type, or outside of its range."""
+    hints, ranges = (typing.get_type_hints(type(settings), include_extras=extras) for extras in (False, True))
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
+        value, path = getattr(settings, field.name), f"{section}{field.name}"
         if dataclasses.is_dataclass(hints[field.name]):
-            check_types(value, f"{path}{field.name}.")
-        else:
-            check_type(value, hints[field.name], f"{path}{field.name}")
-            if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
-                raise UserError(f"{path}{field.name} holds a zero byte: {value!r}")
+            check_types(value, f"{path}.")
+            continue
+        check_type(value, hints[field.name], path)
+        if any("\0" in text for text in (value if isinstance(value, tuple) else (value,)) if isinstance(text, str)):
+            raise UserError(f"{path} holds a zero byte: {value!r}")
+        check_range(value, ranges[field.name], f"--{path.replace('_', '-')}")
 
 
 def image_size(config: Any) -> tuple[int, int]:
@@ -231,81 +239,8 @@ def describe_crops(size: tuple[int, int]) -> str:
     return f"crops of {size[0]}x{size[1]} px"
 
 
-def check_counts(options: dict[str, int | None]) -> None:
-    for option, value in options.items():
-        if value is not None and value < 1:
-            raise UserError(f"{option} must be at least 1, not {value}")
-
-
-def check_amounts(options: dict[str, float | None]) -> None:
-    for option, amount in options.items():
-        if amount is not None and not 0 <= amount < float("inf"):
-            raise UserError(f"{option} must be at least 0, not {amount}")
-
-
-def check_fractions(options: dict[str, float]) -> None:
-    for option, fraction in options.items():
-        if not 0 <= fraction <= 1:
-            raise UserError(f"{option} must lie between 0 and 1, not {fraction}")
-
-
-def check_training(
-    data: ImagesConfig, optimizer: OptimizerConfig, trainer: TrainerConfig, seed: int, name: str
-) -> None:
-    """Find impossible settings among those that all runs have.
-
-    Raises:
-        UserError: the first that is found.
-    """
-    check_counts(
-        {
-            "--data.batch-size": data.batch_size,
-            "--data.max-pixels": data.max_pixels,
-            "--trainer.max-steps": trainer.max_steps,
-            "--trainer.devices": trainer.devices,
-            "--trainer.num-nodes": trainer.num_nodes,
-            "--trainer.accumulate-grad-batches": trainer.accumulate_grad_batches,
-            "--trainer.checkpoint-every-n-steps": trainer.checkpoint_every_n_steps,
-            "--trainer.keep-checkpoints": trainer.keep_checkpoints,
-            "--trainer.log-every-n-steps": trainer.log_every_n_steps,
-            "--trainer.visualize-every-n-steps": trainer.visualize_every_n_steps,
-        }
-    )
-    check_amounts(
-        {
-            "--data.num-workers": data.num_workers,
-            "--trainer.max-epochs": trainer.max_epochs,
-            "--optimizer.base-lr": optimizer.base_lr,
-            "--optimizer.lr": optimizer.lr,
-            "--optimizer.weight-decay": optimizer.weight_decay,
-            "--optimizer.warmup-epochs": optimizer.warmup_epochs,
-            "--optimizer.warmup-steps": optimizer.warmup_steps,
-            "--optimizer.warmup-start": optimizer.warmup_start,
-            "--optimizer.min-lr": optimizer.min_lr,
-            "--optimizer.clip-grad": optimizer.clip_grad,
-            "--seed": seed,
-        }
-    )
-    check_fractions(
-        {
-            "--data.hflip": data.hflip,
-            "--data.max-corrupt": data.max_corrupt,
-            "--optimizer.max-warmup": optimizer.max_warmup,
-        }
-    )
-    if not all(0 <= beta < 1 for beta in optimizer.betas):
-        raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
-    if not all(0 < fraction < 1 for fraction in optimizer.milestones) or list(optimizer.milestones) != sorted(
-        optimizer.milestones
-    ):
-        raise UserError(f"--optimizer.milestones must be rising fractions of the run, not {optimizer.milestones}")
-    if not name or any(c in name for c in "/\\") or name in (".", ".."):
-        raise UserError(f"--name must be a plain folder name, not {name!r}")
-
-
 def check_crops(data: CropsConfig) -> None:
     """Raise :class:`UserError` for crops that cannot be."""
-    check_fractions({"--data.color-jitter": data.color_jitter})
     if not 0 < data.crop_ratio[0] <= data.crop_ratio[1]:
         raise UserError(f"--data.crop-ratio needs two ratios above 0, from small to large, not {data.crop_ratio}")
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
@@ -321,7 +256,7 @@ def check_images(mean: tuple[float, ...], std: tuple[float, ...], in_chans: int)
     for option, values in {"--data.mean": mean, "--data.std": std}.items():
         if len(values) not in (1, in_chans):
             raise UserError(f"{option} needs one number or one per channel ({in_chans}), not {len(values)}")
-    if not all(deviation > 0 for deviation in std):
+    if not all(value > 0 for value in std):
         raise UserError(f"--data.std must be above 0, not {std}")
 
 

@@ -7,12 +7,12 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from itpn.checkpoints.io import save_to
 from itpn.data.skipped import SkippedImages
 from itpn.distributed import gather
 from itpn.errors import NonFiniteLoss
 from itpn.system.console import print_aside, print_warnings
 from itpn.system.writing import open_whole
-from itpn.training.run_state import save_to
 from itpn.training.state import Training
 
 

@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
+from importlib import import_module
 from typing import Any
 
 import lightning as L
@@ -155,7 +155,7 @@ def quieten_libraries() -> None:
     for name in ("lightning.fabric", "lightning.pytorch.utilities.rank_zero"):  # what Fabric says goes to the second
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of torch.compile: there is no GPU
-    warnings.filterwarnings("ignore", message=".*This DataLoader will create.*")  # as many workers as were asked for
+    warnings.filterwarnings("ignore", message=".*This DataLoader will create.*")  # as many as --data.num-workers
 
 
 def count_cores() -> int:
@@ -171,8 +171,8 @@ def peak_memory_gb(device: torch.device) -> float:
     """Peak memory in GB (1e9 bytes): of the GPU where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    size = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * size / 1e9
 
 
 def describe_machine(device: torch.device, processes: int, precision: str) -> dict[str, Any]:
@@ -183,12 +183,5 @@ def describe_machine(device: torch.device, processes: int, precision: str) -> di
         "device": device_name(device),
         "processes": processes,
         "precision": precision,
-        "versions": {"python": platform.python_version(), **{name: find_version(name) for name in packages}},
+        "versions": {"python": platform.python_version(), **{p: import_module(p).__version__ for p in packages}},
     }
-
-
-def find_version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # on the path, but not installed
-        return "not installed"

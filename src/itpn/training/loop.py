@@ -63,10 +63,9 @@ def fit(
             folder.open(config, recipe)
         resumed, step = folder.newest_checkpoint(launch.main)
         if resumed is not None:
-            console.print(f"resuming from {resumed}, step {step}", markup=False, highlight=False)
+            notes = [f"resuming from {resumed}, step {step}", *notes]
         elif folder.restarted:
-            line = f"the run in {folder.path} was stopped before its first checkpoint: starting at step 0"
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            notes = [f"the run in {folder.path} was stopped before its first checkpoint: starting at step 0", *notes]
         for note in notes:
             console.print(one_line(note), markup=False, highlight=False, soft_wrap=True)
         run_job(config, launch, console, folder, job)

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.csv, TensorBoard, and a line for whoever watches it."""
+"""The metrics of a run: metrics.csv, TensorBoard, and a line in the terminal."""
 
 import math
 import os

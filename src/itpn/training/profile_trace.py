@@ -1,7 +1,6 @@
 """What a trace of torch.profiler says: which operations took how long, and when a GPU had nothing to do."""
 
 import bisect
-import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
@@ -49,7 +48,7 @@ class DeviceTime:
     """What a GPU did in the recorded steps; microseconds.
 
     Attributes:
-        busy: by the part that asked for it; what runs at the same time is counted once.
+        busy: by the part that launched it; what runs at the same time is counted once.
         idle: by the part that the host was in meanwhile.
         syncs: how often the host waited for the GPU, by part.
     """
@@ -78,7 +77,7 @@ def read_operators(events: Iterable[FunctionEvent]) -> list[Operation]:
 def read_device(events: Sequence[dict[str, Any]]) -> DeviceTime:
     """What a GPU did, from the events of a trace in Chrome's format as torch.profiler writes it.
 
-    Work belongs to the part in which the host asked for it, whichever thread did (backward has its own).
+    Work belongs to the part in which the host launched it, whichever thread did (backward has its own).
     """
     whole = [event for event in events if event.get("ph") == "X"]
     ranges = [
@@ -86,15 +85,14 @@ def read_device(events: Sequence[dict[str, Any]]) -> DeviceTime:
     ]
     steps = [(begin, end) for begin, end, name in ranges if name.startswith("ProfilerStep#")]
     begin, end = min(step[0] for step in steps), max(step[1] for step in steps)
-    parts = flatten((b, e, name.removeprefix(MARK)) for b, e, name in ranges if name.startswith(MARK))
-    parts = fill(parts, begin, end)
+    parts = fill([(b, e, name.removeprefix(MARK)) for b, e, name in ranges if name.startswith(MARK)], begin, end)
     calls = [event for event in whole if event["cat"] in ("cuda_runtime", "cuda_driver")]
-    asked = {event["args"].get("correlation"): event["ts"] for event in calls}
+    launched = {event["args"].get("correlation"): event["ts"] for event in calls}
     work: dict[str, list[Interval]] = defaultdict(list)
     operations = []
     for event in whole:
         if event["cat"] in ("kernel", "gpu_memcpy", "gpu_memset"):
-            part = part_at(parts, asked.get(event["args"].get("correlation"), event["ts"]))
+            part = part_at(parts, launched.get(event["args"].get("correlation"), event["ts"]))
             work[part].append((event["ts"], event["ts"] + event["dur"]))
             operations.append(Operation(event["name"], part, event["dur"]))
     busy: dict[str, float] = {}
@@ -107,33 +105,12 @@ def read_device(events: Sequence[dict[str, Any]]) -> DeviceTime:
         part_at(parts, event["ts"]) for event in calls if re.search(r"Synchronize$|^cudaMemcpy$", event["name"])
     )
     del syncs[OURS]
-    return DeviceTime(operations, busy, share_out(find_gaps(all_work, begin, end), parts), syncs)
-
-
-def flatten(ranges: Iterable[Range]) -> list[Range]:
-    """Nested ranges as ones that follow each other, each moment in the innermost."""
-    flat: list[Range] = []
-    inside: list[tuple[float, str]] = []  # end, name
-    clock = -math.inf
-
-    def go_to(moment: float) -> None:
-        nonlocal clock
-        if inside and moment > clock:
-            flat.append((clock, moment, inside[-1][1]))
-        clock = max(clock, moment)
-
-    for begin, end, name in [*sorted(ranges, key=lambda r: (r[0], -r[1])), (math.inf, math.inf, "")]:
-        while inside and inside[-1][0] <= begin:
-            go_to(inside[-1][0])
-            inside.pop()
-        go_to(begin)
-        inside.append((end, name))
-    return flat
+    return DeviceTime(operations, busy, divide_gaps(find_gaps(all_work, begin, end), parts), syncs)
 
 
 def fill(ranges: Sequence[Range], begin: float, end: float) -> list[Range]:
-    """Ranges that follow each other, and between them :data:`OTHER`, from ``begin`` to ``end``."""
-    known = [(max(b, begin), min(e, end), name) for b, e, name in ranges if b < end and e > begin]
+    """Ranges that follow each other, in any order, and between them :data:`OTHER`, from ``begin`` to ``end``."""
+    known = sorted((max(b, begin), min(e, end), name) for b, e, name in ranges if b < end and e > begin)
     edges = [(begin, begin, ""), *known, (end, end, "")]
     between = [(one[1], two[0], OTHER) for one, two in pairwise(edges) if one[1] < two[0]]
     return sorted([*known, *between])
@@ -162,18 +139,12 @@ def length(intervals: Iterable[Interval]) -> float:
     return sum(end - begin for begin, end in intervals)
 
 
-def share_out(gaps: Sequence[Interval], parts: Sequence[Range]) -> dict[str, float]:
-    """How much of the gaps falls into each part; both follow each other, in order."""
+def divide_gaps(gaps: Sequence[Interval], parts: Sequence[Range]) -> dict[str, float]:
+    """How much of the gaps falls into each part; what is ours counts as :data:`OTHER`."""
     times: dict[str, float] = dict.fromkeys([*PARTS, OTHER], 0.0)
-    first = 0
-    for begin, end in gaps:
-        while first < len(parts) and parts[first][1] <= begin:
-            first += 1
-        for start, stop, name in parts[first:]:
-            if start >= end:
-                break
-            part = name if name in times else OTHER
-            times[part] += min(stop, end) - max(start, begin)
+    for begin, end, name in parts:
+        inside = (min(stop, end) - max(start, begin) for start, stop in gaps if start < end and stop > begin)
+        times[name if name in times else OTHER] += sum(inside)
     return times
 
 
@@ -210,7 +181,7 @@ def group_of(operation: Operation) -> str:
 
 
 def tell_operations(operations: Sequence[Operation], steps: int) -> dict[str, Any]:
-    """Shares of groups of operations, and those operations that take longest."""
+    """Fractions of groups of operations, and those operations that take longest."""
     total = sum(operation.micros for operation in operations) or 1.0
     groups: dict[str, float] = defaultdict(float)
     times: dict[str, float] = defaultdict(float)
@@ -226,7 +197,7 @@ def tell_operations(operations: Sequence[Operation], steps: int) -> dict[str, An
             {
                 "name": name,
                 "ms": times[name] / 1e3 / steps,
-                "share": times[name] / total,
+                "fraction": times[name] / total,
                 "calls": calls[name] / steps,
             }
             for name in longest

@@ -21,7 +21,7 @@ from itpn.errors import RunStopped, refusal
 from itpn.system.console import Output
 from itpn.system.signals import SignalHandlers, stop_at_once
 from itpn.system.writing import open_whole, write_whole
-from itpn.training.config import RunConfig
+from itpn.training.config import RunConfig, freeze
 from itpn.training.data import read_batches
 from itpn.training.launch import Launch, choose_devices, count_cores, describe_machine, quieten_libraries, read_launch
 from itpn.training.loop import set_up, take_step
@@ -45,7 +45,7 @@ STEPS, SETTLE = 10, 2
 
 @dataclass(frozen=True)
 class Plan:
-    """Optimiser steps: some to warm up, some that are timed alone, some to settle, some that are recorded."""
+    """Optimizer steps: some to warm up, some that are timed alone, some to settle, some that are recorded."""
 
     warmup: int
     timed: int
@@ -98,7 +98,7 @@ def profile(
     try:
         # the same work, and no step of these few at the peak learning rate that could diverge
         still: Any = replace(config.optimizer, lr=0.0)
-        job.task.config = replace(config, optimizer=still)
+        job.task.config = freeze(replace(config, optimizer=still))
         run = set_up(job.task.config, launch, console, folder, job)
         plan = make_plan(config, run.compilation.active)
         console.print(
@@ -198,7 +198,7 @@ def summarize(run: Training, plan: Plan, found: Record, cores: int) -> dict[str,
     if run.device.type == "cuda":
         with gzip.open(path) as file:
             device = read_device(json.load(file)["traceEvents"])
-        device = device if device.operations else None  # where the driver does not let itself be asked
+        device = device if device.operations else None  # where the driver does not give them
     operations = read_operators(found.trace.events() or ()) if device is None else device.operations
     step = sum(found.host.values()) / plan.timed
     return {

@@ -60,7 +60,7 @@ class Speed:
             self._beside += time.perf_counter() - begin
 
     def measure(self, waited: float) -> dict[str, float]:
-        """The speed since this was last asked for."""
+        """The speed since the last call."""
         now = self.now
         self.interval, self.seconds = now - self._mark, now - self._begin
         self.wait_fraction = (waited - self._begin_wait) / self.seconds

@@ -17,7 +17,7 @@ from itpn.system.console import print_aside
 from itpn.system.writing import open_whole, remove_partial_files
 from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml, to_dict, write_yaml
 from itpn.training.metrics_file import read_steps
-from itpn.training.run_state import DamagedCheckpoint, find_settings, read_state
+from itpn.training.run_state import CorruptCheckpoint, find_settings, read_state
 
 
 class RunFolder:
@@ -96,7 +96,7 @@ class RunFolder:
     def newest_checkpoint(self, main: bool) -> tuple[Path | None, int]:
         """The newest whole checkpoint and its optimizer step, (None, 0) where there is none.
 
-        A damaged one is passed over with a remark, and put aside by the ``main`` process once a whole one is found.
+        A corrupt one is passed over with a remark, and put aside by the ``main`` process once a whole one is found.
 
         Raises:
             UserError: there are checkpoints, but none is whole.
@@ -105,15 +105,15 @@ class RunFolder:
         if self.resumed is not None:
             return self.resumed, self._last_step
         names = self._list_checkpoints()
-        damaged: list[tuple[Path, str]] = []
+        corrupt: list[tuple[Path, str]] = []
         for path in (self.checkpoints / name for name in names if name.endswith(".ckpt")):
             if not main and not os.path.lexists(path):
                 continue  # the main process has just put it aside
             try:
                 state = read_state(path)
                 settings = find_settings(state)
-            except DamagedCheckpoint as error:
-                damaged.append((path, str(error)))
+            except CorruptCheckpoint as error:
+                corrupt.append((path, str(error)))
                 continue
             # not the state itself: a file that is mapped takes its room after it is removed
             self.resumed, self._last_step = path, state["global_step"]
@@ -121,15 +121,15 @@ class RunFolder:
             break
         else:
             if names:
-                reason = f": {damaged[0][0].name} is damaged ({damaged[0][1]})" if damaged else f": {', '.join(names)}"
+                reason = f": {corrupt[0][0].name} is corrupt ({corrupt[0][1]})" if corrupt else f": {', '.join(names)}"
                 raise UserError(
                     f"none of the checkpoints in {self.checkpoints} can be read{reason}; choose another --name"
                 )
             return None, 0
-        for path, reason in damaged if main else []:
-            print_aside(f"checkpoint {path} is damaged ({reason}): passing to the one before, {self.resumed.name}")
+        for path, reason in corrupt if main else []:
+            print_aside(f"checkpoint {path} is corrupt ({reason}): passing to the one before, {self.resumed.name}")
             with self.writing(path):
-                path.replace(path.with_suffix(".damaged"))
+                path.replace(path.with_suffix(".corrupt"))
         return self.resumed, self._last_step
 
     def put_checkpoint(self, write: Callable[[IO[bytes]], None], step: int, best: bool) -> None:
@@ -172,18 +172,18 @@ class RunFolder:
         """The file of the best checkpoint: ``best.ckpt`` if it is of that step, else whichever is; None if none is."""
         names = [name for name in self._list_checkpoints() if name.endswith(".ckpt")]
         for path in (self.checkpoints / name for name in sorted(names, key=lambda name: name != self.best.name)):
-            with contextlib.suppress(DamagedCheckpoint):
+            with contextlib.suppress(CorruptCheckpoint):
                 if read_state(path, whole=False)["global_step"] == step:
                     return path
         return None
 
     def read_scores(self, checkpoint: Path) -> dict[str, Any] | None:
-        """What a checkpoint says of how good it is, and the best before; None where it is not there or damaged."""
+        """What a checkpoint says of how good it is, and the best before; None where it is not there or corrupt."""
         if not os.path.lexists(checkpoint):
             return None
         try:
             scores = read_state(checkpoint, whole=False)["callbacks"]["Checkpointing"]
-        except (DamagedCheckpoint, KeyError):
+        except (CorruptCheckpoint, KeyError):
             return None
         return dict(scores)
 
@@ -248,8 +248,9 @@ class RunFolder:
         older = sorted((n for n in names if n.startswith("step-") and n.endswith(".ckpt")), reverse=True)
         for name in ("last.ckpt", *older, "best.ckpt"):
             check_kind(self.checkpoints / name)
-        damaged = sorted(name for name in names if name.endswith(".damaged"))
-        return [name for name in ("last.ckpt", *older, "best.ckpt", *damaged) if name in names]
+        # older versions said "damaged"
+        corrupt = sorted(name for name in names if name.endswith((".corrupt", ".damaged")))
+        return [name for name in ("last.ckpt", *older, "best.ckpt", *corrupt) if name in names]
 
     def _check_kinds(self) -> None:
         """Raise UserError where a folder or a pipe, say, has the name of a file of the run, or a file of a folder."""

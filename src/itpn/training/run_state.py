@@ -6,22 +6,22 @@ import struct
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from itpn.checkpoints.io import is_compressed
+from itpn.checkpoints.io import check_stored
 from itpn.checkpoints.older_settings import update_settings
-from itpn.errors import MachineError, RunStopped
+from itpn.errors import MachineError
 from itpn.training.config import StoredSettings
 
 # what comes of bytes that are there but not those that were written; anything else may pass, as a read error does
-DAMAGE = (
+CORRUPT = (
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, EOFError, NotImplementedError),
     *(AssertionError, AttributeError, LookupError, TypeError, ValueError),
 )
 CHUNK = 2**24  # bytes
-# what Lightning restores a run from
+# what a run is restored from
 PARTS: dict[str, type] = {
     "global_step": int,
     "epoch": int,
@@ -33,7 +33,7 @@ PARTS: dict[str, type] = {
 }
 
 
-class DamagedCheckpoint(Exception):
+class CorruptCheckpoint(Exception):
     """The file can be read, and is not a whole checkpoint."""
 
 
@@ -44,26 +44,25 @@ def read_state(path: Path, whole: bool = True) -> dict[str, Any]:
         whole: compare every byte with its checksum.
 
     Raises:
-        DamagedCheckpoint: the file was cut off or changed, or is something else.
+        CorruptCheckpoint: the file was cut off or changed, or is something else.
         MachineError: it cannot be read, now: no permission, no memory, a disk or network that fails.
     """
     try:
         try:
             with path.open("rb") as file:
                 archive = zipfile.ZipFile(file)
-                if is_compressed(archive):
-                    raise zipfile.BadZipFile("its parts are compressed, and could take any memory")
+                check_stored(archive)
                 if whole and (member := archive.testzip()) is not None:
                     raise zipfile.BadZipFile(f"wrong checksum of {member}")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
             _check_parts(state)
         except Exception as error:
-            if not _proves_damage(error):
+            if not _proves_corruption(error):
                 raise
             _read_through(path)
-            raise DamagedCheckpoint(str(error).partition("\n")[0] or type(error).__name__) from error
+            raise CorruptCheckpoint(str(error).partition("\n")[0] or type(error).__name__) from error
         return dict(state)
-    except DamagedCheckpoint:
+    except CorruptCheckpoint:
         raise
     except Exception as error:
         cause = _read_error(error) or error
@@ -89,13 +88,13 @@ def _check_parts(state: Any) -> None:
             raise TypeError(f"its weight {name} is a {type(tensor).__name__}")
 
 
-def _proves_damage(error: Exception) -> bool:
+def _proves_corruption(error: Exception) -> bool:
     if _read_error(error) is not None:
         return False
     if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
         # torch raises it for whatever happens, so also where there is no memory
         return "PytorchStreamReader" in str(error) or "encrypted" in str(error)
-    return isinstance(error, (OSError, *DAMAGE))
+    return isinstance(error, (OSError, *CORRUPT))
 
 
 def _read_error(error: BaseException | None) -> OSError | None:
@@ -108,52 +107,17 @@ def _read_error(error: BaseException | None) -> OSError | None:
 
 
 def _read_through(path: Path) -> None:
-    """Raise the OSError of a file that cannot be read to its end: then its bytes say nothing about damage."""
+    """Raise the OSError of a file that cannot be read to its end: then its bytes say nothing of corruption."""
     with path.open("rb") as file:
         while file.read(CHUNK):
             pass
-
-
-class _Sink:
-    """Takes what torch.save writes; an error waits until it is done, for which torch would raise one of its own."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        if self.error is None:
-            try:
-                self._file.write(data)
-            except OSError as error:
-                self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        pass  # whoever opened the file does
-
-
-def save_to(file: IO[bytes], content: dict[str, Any]) -> None:
-    """Do what torch.save does; raises the OSError of a file that cannot be written."""
-    sink = _Sink(file)
-    try:
-        torch.save(content, sink)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        cause: BaseException | None = error
-        while cause is not None:  # a signal in the middle of it, which torch calls a failure to write
-            if isinstance(cause, KeyboardInterrupt | RunStopped):
-                raise cause from None
-            cause = cause.__context__
-        raise
-    if sink.error is not None:
-        raise sink.error
 
 
 def find_settings(state: dict[str, Any]) -> StoredSettings | None:
     """Settings of the run that wrote a checkpoint; None where it does not say them.
 
     Raises:
-        DamagedCheckpoint: it is no checkpoint of a run.
+        CorruptCheckpoint: it is no checkpoint of a run.
     """
     try:
         own = state.get("itpn", {})
@@ -164,4 +128,4 @@ def find_settings(state: dict[str, Any]) -> StoredSettings | None:
             raise TypeError(f"its task is a {type(own['task']).__name__}")
         return StoredSettings(own["recipe"], own["task"], update_settings(dict(settings)))
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DamagedCheckpoint(f"its settings are none ({type(error).__name__}: {error})") from error
+        raise CorruptCheckpoint(f"its settings are none ({type(error).__name__}: {error})") from error

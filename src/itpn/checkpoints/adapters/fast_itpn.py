@@ -1,43 +1,37 @@
 """The authors' Fast-iTPN: stages 1 and 2 as convolutions, separate projections of queries, keys and values."""
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from itpn.checkpoints.adapters.itpn import name_pairs
-from itpn.checkpoints.adapters.renaming import (
-    IN_BLOCKS,
-    Pairs,
-    Tensors,
-    predicts_features,
-    read_depths,
-    read_our_depths,
-    rename_from_ours,
-    rename_to_ours,
-)
-from itpn.models.position import Grid, relative_position_index
-
-TITLE = "the authors' code (Fast-iTPN)"
-INSIDE: Pairs = [*IN_BLOCKS, ("mlp.ffn_ln", "mlp.norm")]
+from itpn.checkpoints.adapters.itpn import ITPN, set_auxiliary_norm
+from itpn.checkpoints.adapters.renaming import IN_BLOCKS, Pairs, Tensors
+from itpn.models.position import Grid
 
 
-def to_ours(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    pairs = name_pairs(read_depths(tensors), predicts_features(tensors), "pos_embed")
-    top = tensors.get("align_dim_16tofpn.weight")
-    # the pre-trained weights have a pyramid of convolutions, whose code was never published
-    skip = ("pyramid.", "decoder.", "mask_token") if top is not None and top.dim() == 4 else ()
-    ours, others = rename_to_ours(tensors, pairs, lambda _: INSIDE, skip)
-    return _fuse(ours), others
+class FastITPN(ITPN):
+    title = "the authors' code (Fast-iTPN)"
+    position = "pos_embed"
 
+    def pairs_inside(self, name: str) -> Pairs:
+        return [*IN_BLOCKS, ("mlp.ffn_ln", "mlp.norm")]
 
-def from_ours(tensors: Tensors, rel_pos_grid: Grid | None = None) -> tuple[dict[str, Tensor], list[str]]:
-    features = any(name.startswith("decoder.heads.feature") for name in tensors)
-    pairs = name_pairs(read_our_depths(tensors), features, "pos_embed")
-    theirs, left = rename_from_ours(_split(tensors), pairs, lambda _: INSIDE)
-    if rel_pos_grid is not None:
-        theirs["relative_position_index"] = relative_position_index(rel_pos_grid)
-    return theirs, left
+    def complete(self, network: Any) -> None:
+        set_auxiliary_norm(network)
+
+    def skip(self, tensors: Tensors) -> tuple[str, ...]:
+        top = tensors.get("align_dim_16tofpn.weight")
+        # the pre-trained weights have a pyramid of convolutions, whose code was never published
+        return ("pyramid.", "decoder.", "mask_token") if top is not None and top.dim() == 4 else ()
+
+    def to_ours(self, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        ours, others = super().to_ours(tensors)
+        return _fuse(ours), others
+
+    def from_ours(self, tensors: Tensors, rel_pos_grid: Grid | None = None) -> tuple[dict[str, Tensor], list[str]]:
+        return super().from_ours(_split(tensors), rel_pos_grid)
 
 
 def _fuse(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

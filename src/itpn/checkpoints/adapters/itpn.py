@@ -2,23 +2,8 @@
 
 from typing import Any
 
-from torch import Tensor
-
 from itpn.checkpoints.adapters.hivit import backbone_pairs
-from itpn.checkpoints.adapters.renaming import (
-    IN_BLOCKS,
-    Depths,
-    Pairs,
-    Tensors,
-    predicts_features,
-    read_depths,
-    read_our_depths,
-    rename_from_ours,
-    rename_to_ours,
-)
-from itpn.models.position import Grid, relative_position_index
-
-TITLE = "the authors' code (iTPN, HiViT)"
+from itpn.checkpoints.adapters.renaming import Adapter, Depths, Pairs
 
 # fmt: off
 PYRAMID: Pairs = [
@@ -41,37 +26,20 @@ PIXEL_HEADS: Pairs = [("mask_token", "decoder.mask_token"), ("decoder_norm", "de
 # fmt: on
 
 
-def name_pairs(depths: Depths, features: bool, position: str = "absolute_pos_embed") -> Pairs:
-    """Prefixes, theirs and ours.
+class ITPN(Adapter):
+    title = "the authors' code (iTPN, HiViT)"
+    position = "absolute_pos_embed"  # their name of the position table
 
-    Args:
-        features: of a model that predicts a teacher's features, not pixels.
-        position: their name of the position table.
-    """
-    return [*backbone_pairs(depths, position), *PYRAMID, *(FEATURE_HEADS if features else PIXEL_HEADS)]
+    def pairs(self, depths: Depths, features: bool) -> Pairs:
+        heads = FEATURE_HEADS if features else PIXEL_HEADS
+        return [*backbone_pairs(depths, self.position), *PYRAMID, *heads]
 
-
-def to_ours(tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    pairs = name_pairs(read_depths(tensors), predicts_features(tensors))
-    return rename_to_ours(tensors, pairs, lambda _: IN_BLOCKS)
-
-
-def from_ours(tensors: Tensors, rel_pos_grid: Grid | None = None) -> tuple[dict[str, Tensor], list[str]]:
-    features = any(name.startswith("decoder.heads.feature") for name in tensors)
-    pairs = name_pairs(read_our_depths(tensors), features)
-    theirs, left = rename_from_ours(tensors, pairs, lambda _: IN_BLOCKS)
-    if rel_pos_grid is not None:
-        theirs["relative_position_index"] = relative_position_index(rel_pos_grid)
-    return theirs, left
-
-
-def complete(network: Any) -> None:
-    """Set what the authors' code does and no tensor shows."""
-    network.backbone["pos_resample"] = "legacy"
-    set_auxiliary_norm(network)
-    if network.pyramid is not None and network.decoder is None:
-        network.backbone["norm_eps"] = 1e-5
-        network.guessed.append("norm_eps=1e-5 (as the authors' detectors and segmenters have)")
+    def complete(self, network: Any) -> None:
+        network.backbone["pos_resample"] = "legacy"
+        set_auxiliary_norm(network)
+        if network.pyramid is not None and network.decoder is None:
+            network.backbone["norm_eps"] = 1e-5
+            network.guessed.append("norm_eps=1e-5 (as the authors' detectors and segmenters have)")
 
 
 def set_auxiliary_norm(network: Any) -> None:

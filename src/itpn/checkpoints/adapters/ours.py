@@ -7,12 +7,14 @@ from typing import Any
 
 from torch import Tensor
 
+from itpn.checkpoints.adapters.renaming import Adapter, Tensors
+from itpn.checkpoints.io import describe_error
 from itpn.checkpoints.older_settings import update_settings
 from itpn.errors import UserError
 from itpn.models.heads import heads
+from itpn.models.position import Grid
 from itpn.models.spec import NetworkSpec
 
-TITLE = "itpn or timm"
 # what metadata holds as JSON, and its types
 TYPES: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("network", "settings", "preprocessing"), dict),
@@ -23,23 +25,28 @@ TYPES: dict[str, type | tuple[type, ...]] = {
 CLASSIFIER = ("num_classes", "fc_norm")  # which were among the backbone's arguments
 
 
-def to_ours(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Names without a prefix are a backbone's."""
-    bare = not any(name.startswith("backbone.") for name in tensors)
-    return {f"backbone.{name}" if bare else name: tensor for name, tensor in tensors.items()}, {}
+class Ours(Adapter):
+    title = "itpn or timm"
+
+    def to_ours(self, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Names without a prefix are a backbone's."""
+        bare = not any(name.startswith("backbone.") for name in tensors)
+        return {f"backbone.{name}" if bare else name: tensor for name, tensor in tensors.items()}, {}
+
+    def from_ours(self, tensors: Tensors, rel_pos_grid: Grid | None = None) -> tuple[dict[str, Tensor], list[str]]:
+        return dict(tensors), []
 
 
 def read_metadata(stored: Mapping[str, str], what: str) -> dict[str, Any]:
     """Metadata of a safetensors file of ours.
 
     Raises:
-        UserError: it is damaged.
+        UserError: it is corrupt.
     """
     try:
         parts = {name: json.loads(stored[name]) for name in TYPES if name in stored}
     except (ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{what} has damaged metadata ({type(error).__name__}: {reason})") from error
+        raise UserError(f"{what} has corrupt metadata ({describe_error(error)})") from error
     return check_metadata({**stored, **parts}, what)
 
 
@@ -52,13 +59,13 @@ def check_metadata(metadata: dict[str, Any], what: str) -> dict[str, Any]:
     for name, kind in TYPES.items():
         part = metadata.get(name)
         if part is not None and not isinstance(part, kind):
-            raise UserError(f"{what} has damaged metadata (its {name} is a {type(part).__name__})")
+            raise UserError(f"{what} has corrupt metadata (its {name} is a {type(part).__name__})")
     if not all(isinstance(name, str) for name in metadata.get("classes") or ()):
-        raise UserError(f"{what} has damaged metadata (a name of its classes is none)")
+        raise UserError(f"{what} has corrupt metadata (a name of its classes is none)")
     for name in ("mean", "std"):
         values = (metadata.get("preprocessing") or {}).get(name, ())
         if not isinstance(values, list | tuple) or not all(isinstance(value, int | float) for value in values):
-            raise UserError(f"{what} has damaged metadata (the {name} of its preprocessing is no list of numbers)")
+            raise UserError(f"{what} has corrupt metadata (the {name} of its preprocessing is no list of numbers)")
     if "config" in metadata:  # of pre-training, before all tasks called it so
         metadata["settings"] = metadata.pop("config")
     if metadata.get("settings"):
@@ -70,7 +77,7 @@ def read_network(metadata: Mapping[str, Any], source: str) -> NetworkSpec | None
     """The network that metadata describes; None where it describes none.
 
     Raises:
-        UserError: it is damaged, or of a newer version.
+        UserError: it is corrupt, or of a newer version.
     """
     try:
         if (stored := metadata.get("network")) is not None:
@@ -78,7 +85,7 @@ def read_network(metadata: Mapping[str, Any], source: str) -> NetworkSpec | None
         if (stored := metadata.get("architecture")) is not None:
             return _read_architecture(stored)
     except (TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"checkpoint {source} has damaged metadata; it may be of a newer itpn") from error
+        raise UserError(f"checkpoint {source} has corrupt metadata; it may be of a newer itpn") from error
     if "settings" not in metadata:
         return None
     known = heads()
@@ -88,8 +95,7 @@ def read_network(metadata: Mapping[str, Any], source: str) -> NetworkSpec | None
         found = (head.from_settings(metadata["settings"], {}) for head in specs)
         return next((spec for spec in found if spec is not None), None)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"checkpoint {source} has damaged settings in it ({type(error).__name__}: {reason})") from error
+        raise UserError(f"checkpoint {source} has corrupt settings in it ({describe_error(error)})") from error
     except UserError as error:  # a setting that this version does not know
         raise UserError(f"checkpoint {source}: {error}; it may be of a newer itpn") from error
 

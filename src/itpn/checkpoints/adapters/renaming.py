@@ -1,9 +1,12 @@
 """Renaming by prefixes: one table serves both directions."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import Tensor
+
+from itpn.models.position import Grid, relative_position_index
 
 Pairs = list[tuple[str, str]]  # theirs, ours
 Tensors = Mapping[str, Tensor]
@@ -48,38 +51,84 @@ def predicts_features(names: Iterable[str]) -> bool:
     return any(name.endswith(("lm_head.weight", "cls_head.weight")) for name in names)
 
 
-def rename_to_ours(
-    tensors: Tensors, pairs: Pairs, inside: Callable[[str], Pairs], skip: tuple[str, ...] = ()
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Tensors under our names, and those without one under their own.
+class Adapter:
+    """What is known of files of one origin.
 
-    Args:
-        inside: of one of our names, the pairs below its block.
-        skip: beginnings of our names that are not taken.
+    Attributes:
+        title: who writes them.
     """
-    ours, others = {}, {}
-    for name, tensor in tensors.items():
-        renamed = rename(name, pairs)
-        if renamed is None or name.endswith("relative_position_index") or renamed.startswith(skip):
-            others[name] = tensor
-        else:
-            ours[_rename_inside(renamed, inside(renamed))] = tensor
-    return ours, others
+
+    title: str
+
+    def pairs(self, depths: Depths, features: bool) -> Pairs:
+        """Prefixes, theirs and ours.
+
+        Args:
+            features: of a model that predicts a teacher's features, not pixels.
+        """
+        return []
+
+    def pairs_inside(self, name: str) -> Pairs:
+        """Of one of our names, the pairs below its block."""
+        return IN_BLOCKS
+
+    def skip(self, tensors: Tensors) -> tuple[str, ...]:
+        """Beginnings of our names that are not taken."""
+        return ()
+
+    def complete(self, network: Any) -> None:
+        """Set in :class:`itpn.checkpoints.contents.Contents` what their code does and no tensor shows."""
+
+    def to_ours(self, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Tensors under our names: prefixes ``backbone.``, ``pyramid.``, ``decoder.``, ``auxiliary.``, or a mask token.
+
+        Returns:
+            These, and those that our networks do not have, under their own names.
+
+        Raises:
+            ValueError: the blocks are not those of three stages.
+        """
+        pairs = self.pairs(read_depths(tensors), predicts_features(tensors))
+        skip = self.skip(tensors)
+        ours, others = {}, {}
+        for name, tensor in tensors.items():
+            renamed = None if name.endswith("relative_position_index") else rename(name, pairs)
+            if renamed is None or renamed.startswith(skip):
+                others[name] = tensor
+            else:
+                ours[_rename_inside(renamed, self.pairs_inside(renamed))] = tensor
+        return ours, others
+
+    def from_ours(self, tensors: Tensors, rel_pos_grid: Grid | None = None) -> tuple[dict[str, Tensor], list[str]]:
+        """Undo :meth:`to_ours` bit by bit.
+
+        Args:
+            rel_pos_grid: of the relative position tables, whose index public files hold as well.
+
+        Returns:
+            The tensors, and our names that have none of theirs.
+        """
+        features = any(name.startswith("decoder.heads.feature") for name in tensors)
+        back = _swap(self.pairs(read_our_depths(tensors), features))
+        theirs, left = {}, []
+        for name, tensor in tensors.items():
+            renamed = rename(_rename_inside(name, _swap(self.pairs_inside(name))), back)
+            if renamed is None:
+                left.append(name)
+            else:
+                theirs[renamed] = tensor
+        if rel_pos_grid is not None:
+            index = relative_position_index(rel_pos_grid)
+            theirs |= {name: index.clone() for name in self.index_names(theirs)}
+        return theirs, left
+
+    def index_names(self, theirs: Tensors) -> list[str]:
+        """Their names of the index of relative positions."""
+        return ["relative_position_index"]
 
 
-def rename_from_ours(
-    tensors: Tensors, pairs: Pairs, inside: Callable[[str], Pairs]
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Undo :func:`rename_to_ours`; returns the tensors, and our names that have none of theirs."""
-    theirs, left = {}, []
-    back = [(ours, their) for their, ours in pairs]
-    for name, tensor in tensors.items():
-        renamed = rename(_rename_inside(name, [(our, their) for their, our in inside(name)]), back)
-        if renamed is None:
-            left.append(name)
-        else:
-            theirs[renamed] = tensor
-    return theirs, left
+def _swap(pairs: Pairs) -> Pairs:
+    return [(ours, theirs) for theirs, ours in pairs]
 
 
 def rename(name: str, pairs: Pairs) -> str | None:

@@ -14,14 +14,18 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     Returns:
         Nothing where there is no such file, or a file of something else.
+
+    Raises:
+        UserError: its preprocessing is of another kind than timm's.
     """
     try:
         config = json.loads(read_text(path))
         own = config["pretrained_cfg"]
         preprocessing = {"mean": own["mean"], "std": own["std"], "size": own["input_size"][1:]}
-        found = check_metadata({"model_args": config.get("model_args", {}), "preprocessing": preprocessing}, "it")
+        arguments = config.get("model_args", {})
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
+    found = check_metadata({"model_args": arguments, "preprocessing": preprocessing}, str(path))
     names = config.get("label_names")  # timm allows a mapping as well
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         found["classes"] = names

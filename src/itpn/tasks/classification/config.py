@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from itpn.errors import UserError
+from itpn.system.checks import Amount, Count, Fraction, PositiveFraction, Whole
 from itpn.tasks.finetuning.config import (
     EvaluationConfig,
     FineTuningConfig,
@@ -14,10 +15,7 @@ from itpn.tasks.finetuning.config import (
 from itpn.training.config import (
     CropsConfig,
     RunConfig,
-    check_amounts,
-    check_counts,
     check_crops,
-    check_fractions,
     check_size,
     image_size,
 )
@@ -31,15 +29,15 @@ class ClassificationModelConfig(NetworkConfig):
     """Train a linear classifier on features that stay as they are, computed once, and nothing else."""
     in_chans: int = 3
     """Channels of the images: 3 for colour, 1 for grey."""
-    drop_rate: float = 0.0
+    drop_rate: Fraction = 0.0
     """Dropout before the classifier."""
     migrate_ratio: float | None = None
     """Fraction of the tokens that skip the last blocks of stage 3 (token migration): faster, for a little accuracy.
     None for the checkpoint's, or none."""
-    gather_window: int | None = None
+    gather_window: Whole | None = None
     """Side of the windows that attention stays in, in tokens, with a gathering token each; 0 for global attention, None
     for the checkpoint's, or global."""
-    ema_decay: float | None = None
+    ema_decay: Fraction | None = None
     """Decay of an EMA of the weights; the EMA is evaluated as well, and written if it is better. None for no EMA."""
 
 
@@ -55,26 +53,26 @@ class ClassificationDataConfig(NormalizationConfig, CropsConfig):
     members: tuple[str, ...] = ()
     """Tar shards: endings of the images to read, as `jpg` or `rgb.png`, or `all`; by default the plain one of each
     sample (`x.jpg`), not what describes it (`x.seg.png`)."""
-    val_fraction: float = 0.1
+    val_fraction: Fraction = 0.1
     """Where there is no val set: fraction of the images of each class that is held out as one."""
-    label_fraction: float = 1.0
+    label_fraction: PositiveFraction = 1.0
     """Fraction of the training images of each class that is used, at least one."""
     img_size: int | tuple[int, int] | None = None
     """Pixels of a side, or height and width; None for the checkpoint's, or 224."""
     test_size: int | tuple[int, int] | None = None
     """Pixels of the images that are evaluated; None for --data.img-size."""
-    crop_pct: float | None = None
+    crop_pct: PositiveFraction | None = None
     """Evaluation: the centre crop's side as a fraction of the resized image's, as timm does it; None for the
     checkpoint's, or 0.875."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with std 0.5."""
-    erase: float = 0.25
+    erase: Fraction = 0.25
     """Probability that a rectangle of an image is replaced by noise."""
-    mixup: float = 0.8
+    mixup: Amount = 0.8
     """Parameter of the beta distribution that two images are mixed by; 0 for no mixup."""
-    cutmix: float = 1.0
+    cutmix: Amount = 1.0
     """The same for pasting a rectangle of one image into another; with mixup, each batch draws one of the two."""
-    label_smoothing: float = 0.1
+    label_smoothing: Fraction = 0.1
     """Label smoothing."""
 
 
@@ -82,9 +80,9 @@ class ClassificationDataConfig(NormalizationConfig, CropsConfig):
 class ClassificationEvaluationConfig(EvaluationConfig):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images per process and forward pass."""
-    knn_k: int = 20
+    knn_k: Count = 20
     """`itpn evaluate --knn`: k, the number of nearest neighbours."""
 
 
@@ -102,31 +100,6 @@ class ClassificationConfig(RunConfig):
         super().check()
         model, data = self.model, self.data
         check_crops(data)
-        check_counts({"--evaluation.knn-k": self.evaluation.knn_k})
-        check_amounts(
-            {
-                "--model.gather-window": model.gather_window,
-                "--data.mixup": data.mixup,
-                "--data.cutmix": data.cutmix,
-            }
-        )
-        check_fractions(
-            {
-                "--model.drop-rate": model.drop_rate,
-                "--model.ema-decay": model.ema_decay or 0.0,
-                "--data.val-fraction": data.val_fraction,
-                "--data.label-fraction": data.label_fraction,
-                "--data.crop-pct": 1.0 if data.crop_pct is None else data.crop_pct,
-                "--data.erase": data.erase,
-                "--data.label-smoothing": data.label_smoothing,
-            }
-        )
-        for option, fraction in {
-            "--data.label-fraction": data.label_fraction,
-            "--data.crop-pct": data.crop_pct,
-        }.items():
-            if fraction == 0:
-                raise UserError(f"{option} must be above 0")
         if data.val_fraction == 1:
             raise UserError("--data.val-fraction must be below 1: nothing would be left to train on")
         if data.color_jitter and data.auto_augment is not None:

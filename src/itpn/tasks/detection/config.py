@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
+from itpn.system.checks import Count, Fraction
 from itpn.tasks.finetuning.config import (
     EvaluationConfig,
     FineTuningConfig,
@@ -11,7 +12,7 @@ from itpn.tasks.finetuning.config import (
     NormalizationConfig,
     check_fine_tuning,
 )
-from itpn.training.config import ImagesConfig, RunConfig, check_counts, check_fractions
+from itpn.training.config import ImagesConfig, RunConfig
 
 
 @dataclass
@@ -23,11 +24,11 @@ class DetectionModelConfig(NetworkConfig):
     for backbones without a pyramid."""
     masks: bool | None = None
     """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where most objects have an outline."""
-    head_width: int = 256
+    head_width: Count = 256
     """Channels of the heads."""
-    rpn_post_nms_top_n_train: int = 2000
+    rpn_post_nms_top_n_train: Count = 2000
     """Proposals of the RPN for an image in training; half as many in evaluation."""
-    box_batch_size_per_image: int = 512
+    box_batch_size_per_image: Count = 512
     """Proposals of an image that the heads are trained on."""
 
 
@@ -46,13 +47,13 @@ class DetectionDataConfig(NormalizationConfig, ImagesConfig):
     error."""
     empty_images: bool = False
     """Train on images without objects as well; COCO's are left out as is usual."""
-    img_size: int = 800
+    img_size: Count = 800
     """Short side of the images in evaluation, and the largest in training, in pixels."""
-    max_size: int | None = None
+    max_size: Count | None = None
     """Longest side; None for 5/3 of --data.img-size (1333 of 800)."""
     scales: tuple[float, float] = (0.6, 1.0)
     """Short sides in training, as fractions of --data.img-size, of which there are eleven (480, 512, ... 800)."""
-    crop_prob: float = 0.5
+    crop_prob: Fraction = 0.5
     """Fraction of the training images that are cropped before: resized to 1/2, 5/8 or 3/4 of --data.img-size, of which
     a crop with sides of 0.48 to 0.75 is taken (384 to 600 px of 800)."""
     large_scale_jitter: tuple[float, float] | None = None
@@ -77,17 +78,7 @@ class DetectionConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        model, data = self.model, self.data
-        check_counts(
-            {
-                "--model.head-width": model.head_width,
-                "--model.rpn-post-nms-top-n-train": model.rpn_post_nms_top_n_train,
-                "--model.box-batch-size-per-image": model.box_batch_size_per_image,
-                "--data.img-size": data.img_size,
-                "--data.max-size": data.max_size,
-            }
-        )
-        check_fractions({"--data.crop-prob": data.crop_prob})
+        data = self.data
         if data.longest < data.img_size:
             raise UserError(f"--data.max-size must be at least --data.img-size {data.img_size}, not {data.max_size}")
         for option, factors in {"scales": data.scales, "large-scale-jitter": data.large_scale_jitter}.items():

@@ -5,7 +5,8 @@ from typing import Any, Literal
 
 from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
-from itpn.training.config import OptimizerConfig, Settings, check_amounts, check_counts, check_fractions, check_images
+from itpn.system.checks import Amount, Count, Fraction, PositiveFraction
+from itpn.training.config import OptimizerConfig, Settings, check_images
 
 
 @dataclass
@@ -18,18 +19,18 @@ class NetworkConfig(Settings):
     """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME."""
     scratch: bool = False
     """Start from random weights instead."""
-    num_heads: int | None = None
+    num_heads: Count | None = None
     """Attention heads, where the checkpoint cannot tell them."""
-    patch_size: int | None = None
+    patch_size: Count | None = None
     """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
     pos_embed: Literal["fixed", "learned"] = "learned"
     """Keep the position table as it is, or train it."""
     rel_pos_bias: bool | None = None
     """A relative position bias in each attention block, beginning at zero where the checkpoint has none; None for the
     checkpoint's, or the model's own."""
-    init_values: float | None = None
+    init_values: Amount | None = None
     """From scratch: initial layer scale; None for no layer scale. A checkpoint's own stays."""
-    drop_path_rate: float = 0.0
+    drop_path_rate: Fraction = 0.0
     """Stochastic depth of the last block; it grows from 0 block by block."""
     grad_checkpointing: bool | Literal["selective"] = False
     """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
@@ -50,7 +51,7 @@ class NormalizationConfig(Settings):
 class FineTuningConfig(OptimizerConfig):
     """AdamW with learning rates that fall from the head to the first layer; linear warm-up, then a cosine or steps."""
 
-    layer_decay: float | None = None
+    layer_decay: PositiveFraction | None = None
     """Factor of the learning rate from layer to layer, towards the input; None for the same everywhere."""
     layer_decay_over: int | None = 13
     """Layers that --optimizer.layer-decay is meant for: a network of L layers takes its power 13 / L at each, as the
@@ -74,9 +75,9 @@ def small_dense_optimizer() -> FineTuningConfig:
 class EvaluationConfig(Settings):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    every_n_epochs: int = 1
+    every_n_epochs: Count = 1
     """Epochs between evaluations; there is one at the end as well."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Images per process and forward pass."""
 
 
@@ -86,25 +87,8 @@ def check_fine_tuning(config: Any) -> None:
     Raises:
         UserError: the first that is found, with what to do.
     """
-    model, data, evaluation, decay = config.model, config.data, config.evaluation, config.optimizer.layer_decay
+    model, data = config.model, config.data
     check_images(data.mean or (0.0,), data.std or (1.0,), getattr(model, "in_chans", 3))
-    check_counts(
-        {
-            "--model.patch-size": model.patch_size,
-            "--model.num-heads": model.num_heads,
-            "--evaluation.every-n-epochs": evaluation.every_n_epochs,
-            "--evaluation.batch-size": evaluation.batch_size,
-        }
-    )
-    check_amounts({"--model.init-values": model.init_values})
-    check_fractions(
-        {
-            "--model.drop-path-rate": model.drop_path_rate,
-            "--optimizer.layer-decay": 1.0 if decay is None else decay,
-        }
-    )
-    if decay == 0:
-        raise UserError("--optimizer.layer-decay must be above 0")
     if model.patch_size is not None and model.patch_size % 4:
         raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
     if model.checkpoint is not None:

@@ -51,8 +51,6 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
     config, console = freeze(config), Output()
     if config.teacher.name in (None, "ema"):
         raise UserError("only features of an outside teacher can be cached: give --teacher.name, a model of timm")
-    if views < 1:
-        raise UserError(f"--views must be at least 1, not {views}")
     tell_what_is_left_out(source)
     teacher = make_frozen_teacher(config)
     assert teacher is not None

@@ -7,15 +7,13 @@ from typing import ClassVar, Literal
 
 from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
+from itpn.system.checks import Amount, Count, Fraction, Whole
 from itpn.training.config import (
     CropsConfig,
     OptimizerConfig,
     RunConfig,
     Settings,
-    check_amounts,
-    check_counts,
     check_crops,
-    check_fractions,
     check_images,
     check_size,
     check_types,
@@ -32,7 +30,7 @@ class PretrainingModelConfig(Settings):
     checkpoint: str | None = None
     """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
     initialized, and named."""
-    patch_size: int = 16
+    patch_size: Count = 16
     """Side of a patch in pixels, divisible by 4."""
     in_chans: int = 3
     """Channels of the images: 3 for colour, 1 for grey."""
@@ -51,13 +49,13 @@ class PretrainingModelConfig(Settings):
     masked_laterals: bool = False
     """With mask tokens: the pyramid takes stages 1 and 2 of masked patches too, although these see them (published for
     CLIP)."""
-    pixel_weight: float = 1.0
+    pixel_weight: Amount = 1.0
     """Weight of the loss on masked pixels; 0 leaves it out, as with every weight."""
-    feature_weight: float = 0.0
+    feature_weight: Amount = 0.0
     """Weight of the loss on the teacher's features, predicted from all pyramid levels together."""
-    auxiliary_weight: float = 0.0
+    auxiliary_weight: Amount = 0.0
     """Weight of the same loss on a second head after three quarters of stage 3."""
-    pyramid_weights: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    pyramid_weights: tuple[Amount, Amount, Amount] = (0.0, 0.0, 0.0)
     """Weights of masked feature modelling, a head of its own for each pyramid level, finest first."""
     feature_loss: Literal["smooth_l1", "cosine", "cross_entropy"] = "smooth_l1"
     """Measure of the error in features; cross_entropy repeats a published setting and is not recommended."""
@@ -65,9 +63,9 @@ class PretrainingModelConfig(Settings):
     """Patches whose features are compared."""
     norm_pix_loss: bool = True
     """Predict pixels normalized by the mean and standard deviation of their patch (He et al. 2022)."""
-    drop_path_rate: float = 0.0
+    drop_path_rate: Fraction = 0.0
     """Stochastic depth of the last backbone block; it grows from 0 block by block."""
-    init_values: float | None = None
+    init_values: Amount | None = None
     """Initial layer scale of the backbone; None for no layer scale."""
     migrate_ratio: float = 0.0
     """Fraction of the tokens that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
@@ -78,19 +76,19 @@ class PretrainingModelConfig(Settings):
     attention, which is also used where masked patches are dropped."""
     gather_side: int = 1
     """Gathering tokens of a window's side; a divisor of --model.gather-window."""
-    pyramid_width: int | None = None
+    pyramid_width: Count | None = None
     """Channels of the pyramid; None for the model's own."""
-    pyramid_depth: int | None = None
+    pyramid_depth: Whole | None = None
     """Blocks per pyramid level; None for the model's own."""
-    decoder_embed_dim: int = 512
+    decoder_embed_dim: Count = 512
     """Channels of the decoder, divisible by 16 and by its heads."""
-    decoder_depth: int = 6
+    decoder_depth: Whole = 6
     """Transformer blocks of the decoder."""
-    decoder_num_heads: int = 16
+    decoder_num_heads: Count = 16
     """Attention heads of the decoder."""
     pyramid_head_width: int = 256
     """Channels of the heads of single pyramid levels, divisible by 64."""
-    pyramid_head_depth: int = 1
+    pyramid_head_depth: Whole = 1
     """Transformer blocks of the heads of single pyramid levels."""
     grad_checkpointing: bool | Literal["selective"] = False
     """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
@@ -106,7 +104,7 @@ class TeacherConfig(Settings):
     --teacher.checkpoint; `ema` for an EMA of the network itself; None for no teacher."""
     checkpoint: str | None = None
     """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
-    width: int | None = None
+    width: Count | None = None
     """Channels of the teacher's features: read from the teacher, and kept for when it is not there."""
     normalize: bool = True
     """Normalize each feature by its own mean and standard deviation."""
@@ -114,7 +112,7 @@ class TeacherConfig(Settings):
     """ema: momentum of the EMA, lower in the first thousands of steps."""
     momentum_end: float = 1.0
     """ema: momentum at the end of the run, reached along half a cosine."""
-    min_std: float = 0.05
+    min_std: Amount = 0.05
     """Warn of a collapse when the standard deviation of the targets over a batch is smaller."""
 
 
@@ -137,9 +135,9 @@ class PretrainingDataConfig(CropsConfig):
     decode: Literal["workers", "gpu"] = "workers"
     """Where JPEGs are decoded, cropped and augmented: in the workers, or on the GPU by nvJPEG, for machines with few
     cores for each GPU."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: Count = 1000
     """Tar shards: images held back per worker for shuffling."""
-    samples_per_epoch: int | None = None
+    samples_per_epoch: Count | None = None
     """Tar shards: images in an epoch; None counts them once at the start."""
 
 
@@ -149,9 +147,9 @@ class ProbeConfig(Settings):
 
     root: str | None = None
     """Labelled images as of a classifier's run, with a train and a val set; None for no probe."""
-    every_n_epochs: int = 10
+    every_n_epochs: Count = 10
     """Epochs between probes; there is one at the end as well."""
-    max_images: int = 5000
+    max_images: Count = 5000
     """Images used of either set, evenly from all classes; at least one of each."""
 
 
@@ -186,34 +184,8 @@ class PretrainingConfig(RunConfig):
         check_model(self.model, self.teacher)
         model, data = self.model, self.data
         check_crops(data)
-        check_counts(
-            {
-                "--trainer.max-epochs": self.trainer.max_epochs,
-                "--data.shuffle-buffer": data.shuffle_buffer,
-                "--data.samples-per-epoch": data.samples_per_epoch,
-                "--model.patch-size": model.patch_size,
-                "--model.pyramid-width": model.pyramid_width,
-                "--model.decoder-embed-dim": model.decoder_embed_dim,
-                "--model.decoder-num-heads": model.decoder_num_heads,
-                "--teacher.width": self.teacher.width,
-                "--probe.every-n-epochs": self.probe.every_n_epochs,
-                "--probe.max-images": self.probe.max_images,
-            }
-        )
-        check_amounts(
-            {
-                "--model.pyramid-depth": model.pyramid_depth,
-                "--model.decoder-depth": model.decoder_depth,
-                "--model.init-values": model.init_values,
-                "--model.pyramid-head-depth": model.pyramid_head_depth,
-                "--model.pixel-weight": model.pixel_weight,
-                "--model.feature-weight": model.feature_weight,
-                "--model.auxiliary-weight": model.auxiliary_weight,
-                "--model.pyramid-weights": min(model.pyramid_weights),
-                "--teacher.min-std": self.teacher.min_std,
-            }
-        )
-        check_fractions({"--model.drop-path-rate": model.drop_path_rate})
+        if not self.trainer.max_epochs:
+            raise UserError("--trainer.max-epochs must be at least 1, not 0")
         if model.patch_size % 4:
             raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
         check_images(data.mean, data.std, model.in_chans)
@@ -242,7 +214,6 @@ def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
     """
     check_types(model, "model.")
     check_types(teacher, "teacher.")
-    check_amounts({"--model.migrate-from": model.migrate_from, "--model.gather-window": model.gather_window})
     if not 0 <= model.migrate_ratio < 1:
         raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
     if model.gather_side < 1 or model.gather_window % model.gather_side:

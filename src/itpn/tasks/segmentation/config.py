@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
+from itpn.system.checks import Amount, Count, Fraction, PositiveFraction
 from itpn.tasks.finetuning.config import (
     EvaluationConfig,
     FineTuningConfig,
@@ -11,7 +12,7 @@ from itpn.tasks.finetuning.config import (
     NormalizationConfig,
     check_fine_tuning,
 )
-from itpn.training.config import ImagesConfig, RunConfig, check_amounts, check_counts, check_fractions
+from itpn.training.config import ImagesConfig, RunConfig
 
 
 @dataclass
@@ -20,11 +21,11 @@ class SegmentationModelConfig(NetworkConfig):
 
     neck: Literal["pyramid", "random"] = "pyramid"
     """The pre-trained pyramid, or the same pyramid randomly initialized, to compare with."""
-    head_width: int | None = None
+    head_width: Count | None = None
     """Channels of the head; None for as many as its coarsest map has (768 for base, 1024 for large)."""
-    auxiliary_weight: float = 0.4
+    auxiliary_weight: Amount = 0.4
     """Weight of the loss of the auxiliary head; 0 leaves it out."""
-    head_drop_rate: float = 0.1
+    head_drop_rate: Fraction = 0.1
     """Dropout of channels before pixels are classified."""
 
 
@@ -48,18 +49,18 @@ class SegmentationDataConfig(NormalizationConfig, ImagesConfig):
     """Label 0 is of no class, and the first class is 1, as in ADE20K."""
     ignore: tuple[int, ...] = (255,)
     """Labels that are of no class: neither trained nor counted."""
-    val_fraction: float = 0.0
+    val_fraction: Fraction = 0.0
     """Fraction of the images that is held out where there are none to evaluate on."""
     invalid_annotations: Literal["summary", "skip", "error"] = "summary"
     """Images with invalid masks are left out, with a summary of every kind or a line that counts them; or they are an
     error."""
-    img_size: int = 512
+    img_size: Count = 512
     """Side of the crops in training, and of the windows that slide in evaluation, in pixels."""
-    short_side: int | None = None
+    short_side: Count | None = None
     """Short side of an image of scale 1, in training and evaluation; None for --data.img-size."""
     scales: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest scale in training."""
-    max_class_fraction: float = 0.75
+    max_class_fraction: Fraction = 0.75
     """Largest fraction of a crop that is of one class; a crop is drawn ten times at most to find one."""
     photometric: bool = True
     """Change brightness, contrast, saturation and hue."""
@@ -74,11 +75,11 @@ class SegmentationDataConfig(NormalizationConfig, ImagesConfig):
 class SegmentationEvaluationConfig(EvaluationConfig):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    batch_size: int = 1
+    batch_size: Count = 1
     """Images that a process reads at a time; each is segmented by itself."""
     mode: Literal["whole", "slide"] = "slide"
     """The image as a whole, or windows of --data.img-size that slide over it."""
-    stride: float = 2 / 3
+    stride: PositiveFraction = 2 / 3
     """Stride of the windows as a fraction of their side: 341 of 512 px."""
     scales: tuple[float, ...] = (1.0,)
     """Scales whose probabilities are averaged."""
@@ -98,25 +99,7 @@ class SegmentationConfig(RunConfig):
 
     def check(self) -> None:
         super().check()
-        model, data, evaluation = self.model, self.data, self.evaluation
-        check_counts(
-            {
-                "--model.head-width": model.head_width,
-                "--data.img-size": data.img_size,
-                "--data.short-side": data.short_side,
-            }
-        )
-        check_amounts({"--model.auxiliary-weight": model.auxiliary_weight})
-        check_fractions(
-            {
-                "--model.head-drop-rate": model.head_drop_rate,
-                "--data.val-fraction": data.val_fraction,
-                "--data.max-class-fraction": data.max_class_fraction,
-                "--evaluation.stride": evaluation.stride,
-            }
-        )
-        if not evaluation.stride:
-            raise UserError("--evaluation.stride must be above 0")
+        data, evaluation = self.data, self.evaluation
         if not 0 < data.scales[0] <= data.scales[1]:
             raise UserError(f"--data.scales needs two factors above 0, from small to large, not {data.scales}")
         if not evaluation.scales or min(evaluation.scales) <= 0:

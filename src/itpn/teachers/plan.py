@@ -1,0 +1,142 @@
+"""Which model of timm a teacher is: from its name and the tensors of its file."""
+
+import contextlib
+import difflib
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import timm
+from timm.data import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from timm.models import get_pretrained_cfg
+from torch import Tensor
+
+from itpn.errors import UserError
+from itpn.models.variants import WITH_PYRAMID
+from itpn.teachers.files import FILE_FORMS, read_tensors
+
+CLIP_BASE = "vit_base_patch16_clip_quickgelu_224.openai"  # the timm model that the name `clip` changes the sizes of
+# names of the projection's last linear layer in files of CLIP models; the first dimension is the output width
+CLIP_PROJECTIONS = (
+    "visual.head.proj.weight",
+    "visual.head.mlp.fc2.weight",
+    "visual.head.weight",
+    "visual.trunk.head.weight",
+    "visual.trunk.head.fc.weight",
+)
+
+
+@dataclass
+class Plan:
+    """Arguments for building the teacher by timm."""
+
+    name: str  # as the user gave it
+    architecture: str  # timm's name, with the tag of the weights where it was given
+    projected: bool
+    options: dict[str, Any] = field(default_factory=dict)
+    overlay: dict[str, Any] = field(default_factory=dict)  # of the model's pretrained_cfg
+    checkpoint: str | None = None
+    state: dict[str, Tensor] = field(default_factory=dict)  # the file's tensors; {} if weights are fetched
+
+
+def make_plan(name: str, checkpoint: str | None) -> Plan:
+    if name == "clip" and checkpoint is None:
+        raise UserError(f"teacher clip is read from a file: give --teacher.checkpoint FILE, {FILE_FORMS}")
+    if name != "clip":
+        _check_name(name)
+    if checkpoint is None:
+        return Plan(name, name, projected=_is_clip(name) and not _is_fine_tuned(name))
+    state = read_tensors(checkpoint)
+    if name == "clip":
+        return _clip_plan(checkpoint, state)
+
+    cfg = get_pretrained_cfg(name)
+    classifiers = classifiers_of(cfg.to_dict() if cfg else {})
+    tagged = "." in name
+    overlay: dict[str, Any] = {}
+    outputs = [state[key].shape[0] for key in CLIP_PROJECTIONS if key in state]
+    if "visual.proj" in state:
+        outputs = [state["visual.proj"].shape[1]]
+    projected = bool(outputs)
+    by_attention = any("attn_pool" in key for key in state)
+    if projected and not by_attention and not tagged and (_is_fine_tuned(name) or not _is_clip(name)):
+        # timm's default weights of that name are a classifier's; most CLIP models have OpenAI's preprocessing
+        overlay = {"mean": OPENAI_CLIP_MEAN, "std": OPENAI_CLIP_STD}
+    if not outputs:  # timm's names, or others that timm converts
+        heads = [head for head in (*classifiers, "head", "head.fc", "fc") if f"{head}.weight" in state]
+        outputs = [state[f"{head}.weight"].shape[0] for head in heads[:1]]
+        # timm gives a CLIP projection a bias of zeros; a bias that is not zero belongs to a classifier
+        biases = [state[f"{head}.bias"] for head in heads[:1] if f"{head}.bias" in state]
+        zeros = not any(bias.any() for bias in biases)
+        projected = bool(heads) and _is_clip(name) and (not _is_fine_tuned(name) if tagged else zeros)
+    return Plan(name, name, projected, {"num_classes": outputs[0] if outputs else 0}, overlay, checkpoint, state)
+
+
+def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> Plan:
+    """Read the sizes of a CLIP ViT from the shapes of a file in OpenAI's form."""
+    dims = {
+        "visual.class_embedding": 1,
+        "visual.conv1.weight": 4,
+        "visual.positional_embedding": 2,
+        "visual.proj": 2,
+        "visual.transformer.resblocks.0.mlp.c_fc.weight": 2,
+    }
+    for key, ndim in dims.items():
+        if key not in state or state[key].ndim != ndim:
+            raise UserError(
+                f"teacher checkpoint {checkpoint} is no CLIP ViT in OpenAI's form (no {key} of {ndim} dimensions in "
+                "it): give the timm name of the model in the file to --teacher.name"
+            )
+    width, _, patch, _ = state["visual.conv1.weight"].shape
+    positions = state["visual.positional_embedding"].shape[0]
+    mlp_width = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    if width > 1024:
+        raise UserError(
+            f"teacher checkpoint {checkpoint} is a CLIP ViT of width {width}, wider than OpenAI's: its number of heads "
+            "is not in the file, so give its timm name, such as vit_huge_patch14_clip_224, to --teacher.name"
+        )
+    blocks = {key.split(".")[3] for key in state if key.startswith("visual.transformer.resblocks.")}
+    side = round((positions - 1) ** 0.5) * patch
+    options = {
+        "embed_dim": width,
+        "depth": len(blocks),
+        "num_heads": max(1, width // 64),
+        "patch_size": patch,
+        "mlp_ratio": (mlp_width + 0.5) / width,  # timm multiplies and rounds down
+        "num_classes": state["visual.proj"].shape[1],
+    }
+    return Plan("clip", CLIP_BASE, True, options, {"input_size": (3, side, side)}, checkpoint, state)
+
+
+def _check_name(name: str) -> None:
+    models = [*timm.list_models(), *WITH_PYRAMID.values()]  # ours that timm creates and does not list
+    architecture = name.partition(".")[0]
+    if architecture in models:
+        with contextlib.suppress(RuntimeError):  # which timm raises for an unknown tag
+            get_pretrained_cfg(name)
+            return
+    known = timm.list_pretrained(f"{architecture}.*") if architecture in models else models + timm.list_pretrained()
+    # names on the hub start with their owner: hf-hub:timm/NAME
+    nearest = difflib.get_close_matches(re.split("[:/]", name)[-1], known, n=3) or known[:3]
+    raise UserError(
+        f"timm has no model {name}; near it are {', '.join(nearest)}; `clip` reads any CLIP ViT from a file"
+    )
+
+
+def _is_clip(name: str) -> bool:
+    return "clip" in f"{name}.{_tag(name)}"
+
+
+def _is_fine_tuned(name: str) -> bool:
+    """Whether fine-tuning replaced the projection by a classifier: yes in laion2b_ft_in1k, not in laion2b_ft_320."""
+    return "_ft_in" in _tag(name)
+
+
+def _tag(name: str) -> str:
+    cfg = get_pretrained_cfg(name)
+    return cfg.tag or "" if cfg else ""
+
+
+def classifiers_of(cfg: dict[str, Any]) -> tuple[str, ...]:
+    names = cfg.get("classifier") or ()
+    return (names,) if isinstance(names, str) else tuple(names)
