@@ -1,6 +1,5 @@
 """Checkpoints from one code base's form to another's, bit by bit."""
 
-import inspect
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from itpn.checkpoints.contents import HEADLESS, UNSHOWN, read_contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import write_safetensors
 from itpn.errors import UserError, refusal
+from itpn.models.build import backbone_arguments
 from itpn.models.heads import heads
-from itpn.models.hivit import HiViT
 from itpn.system.writing import write_whole
 
 Form = Literal["itpn", "official", "mmpretrain"]
 FORMS: tuple[Form, ...] = ("itpn", "official", "mmpretrain")
-DEFAULTS = {name: inspect.signature(HiViT).parameters[name].default for name in UNSHOWN}
+DEFAULTS = {name: backbone_arguments()[name].default for name in UNSHOWN}
 
 
 @dataclass

@@ -14,7 +14,7 @@ from itpn.checkpoints.hub import fetch
 from itpn.checkpoints.io import read_safetensors_metadata, read_state, unwrap
 from itpn.checkpoints.paths import HUB, check_file
 from itpn.errors import UserError
-from itpn.models.hivit import HiViT, find_backbone
+from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.position import Grid
 from itpn.models.spec import NetworkSpec
 
@@ -178,7 +178,7 @@ def _read_metadata(file: Path, state: dict[str, Any], what: str) -> dict[str, An
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A network's tensors as files name them: backbone and pyramid alike in all networks."""
     state = model.state_dict()
-    if isinstance(model, HiViT):
+    if isinstance(model, Backbone):
         return {f"backbone.{name}": tensor for name, tensor in state.items()}
     if find_backbone(model) is not model.backbone:  # a head's network has backbone and pyramid as its backbone
         return {name.removeprefix("backbone."): tensor for name, tensor in state.items()}

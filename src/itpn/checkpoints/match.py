@@ -13,8 +13,8 @@ from itpn.checkpoints.adapters.ours import read_guesses
 from itpn.checkpoints.contents import known_heads
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
 from itpn.errors import UserError
+from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.heads import heads
-from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.position import Grid
 from itpn.models.weights import fit_tables
 
@@ -124,7 +124,7 @@ def _match_parts(
 
 
 def _match_trunk(
-    checkpoint: Checkpoint, backbone: HiViT, tensors: Tensors, own: Tensors, parts: Mapping[str, str]
+    checkpoint: Checkpoint, backbone: Backbone, tensors: Tensors, own: Tensors, parts: Mapping[str, str]
 ) -> list[Finding]:
     """Findings about the backbone itself: whatever does not fit makes it another network."""
     trunk = [name for name in {**own, **tensors} if find_part(name, parts) is None]
@@ -187,7 +187,7 @@ def _differing_parts(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]
     return {} if head is None else head.differ(spec.options, model)
 
 
-def _describe_tables(changed: list[str], backbone: HiViT) -> list[Finding]:
+def _describe_tables(changed: list[str], backbone: Backbone) -> list[Finding]:
     """Position tables that were resampled, in one sentence."""
     tables = sorted(name for name in changed if name.endswith("pos_embed"))
     relative = len(changed) - len(tables)

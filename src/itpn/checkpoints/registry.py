@@ -38,28 +38,28 @@ _cfgs |= {name: _cfg("backbone.") for name in WITH_PYRAMID.values()}
 default_cfgs = generate_default_cfgs(_cfgs)
 
 
-def _build(model_class: type[nn.Module], name: str, given: dict[str, Any], **kwargs: Any) -> nn.Module:
-    """Have timm build a model, and record on it which of the constructor's arguments were given.
+def _build(make: Callable[..., nn.Module], name: str, given: dict[str, Any], **kwargs: Any) -> nn.Module:
+    """Have timm build a model, and record on it which of the network's arguments were given.
 
     ``device`` and ``dtype`` are timm's: where the model is built, and what its numbers are.
     """
-    from itpn.models.hivit import HiViT
+    from itpn.models.build import backbone_arguments
 
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
     with contextlib.nullcontext() if device is None else torch.device(device):
-        model: Any = build_model_with_cfg(model_class, name, **kwargs)
+        model: Any = build_model_with_cfg(make, name, **kwargs)
     model.to(dtype=dtype)
-    own = {*inspect.signature(HiViT).parameters, *inspect.signature(model_class).parameters}
+    own = {*backbone_arguments(kwargs.get("kind", "hivit")), *inspect.signature(make).parameters}
     model.model_args = {argument: value for argument, value in given.items() if argument in own}
     return model
 
 
 def _build_backbone(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    from itpn.models.hivit import HiViT
+    from itpn.models.build import make_backbone
 
     feature_cfg = {"out_indices": kwargs.pop("out_indices", (0, 1, 2)), "feature_cls": "getter"}
     return _build(
-        HiViT,
+        make_backbone,
         name,
         kwargs,
         pretrained=pretrained,
@@ -71,7 +71,8 @@ def _build_backbone(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 
 def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     from itpn.checkpoints.adapters.ours import name_levels
-    from itpn.models.pyramid import LEVELS, PyramidBackbone
+    from itpn.models.build import make_pyramid
+    from itpn.models.pyramid import LEVELS
 
     if "levels" in kwargs:
         kwargs["levels"] = name_levels(kwargs["levels"])  # of an older config.json
@@ -80,7 +81,7 @@ def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     feature_cfg = {"out_indices": kwargs.pop("out_indices", tuple(range(count))), "feature_cls": "getter"}
     settings = {**BACKBONES[name], "pyramid_width": own["width"], "pyramid_depth": own["depth"], **kwargs}
     return _build(
-        PyramidBackbone,
+        make_pyramid,
         WITH_PYRAMID[name],
         kwargs,
         pretrained=pretrained,
@@ -93,14 +94,14 @@ def _build_pyramid(name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
 def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
     from itpn.checkpoints.adapters import detect_layout, to_ours
-    from itpn.models.hivit import HiViT, find_backbone
+    from itpn.models.backbone import Backbone, find_backbone
     from itpn.models.weights import fit_tables, read_stored_grid
 
     layout = detect_layout(state_dict)
     if layout is None:
         return state_dict  # not ours: loading it will say so
     named, _ = to_ours(state_dict, layout)
-    if isinstance(model, HiViT):
+    if isinstance(model, Backbone):
         tensors = {name.removeprefix("backbone."): t for name, t in named.items() if name.startswith("backbone.")}
         prefix = ""
     else:

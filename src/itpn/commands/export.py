@@ -7,7 +7,7 @@ from typing import Any
 from itpn.checkpoints.contents import HEADLESS, read_contents
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.load import load_found
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 from itpn.system.console import print_aside
 from itpn.tasks.exporting import Size, export_model, print_exported
 from itpn.tasks.spec import find_task

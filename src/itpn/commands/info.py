@@ -5,8 +5,8 @@ from rich.table import Table
 from timm import create_model
 
 from itpn.checkpoints.files import read_checkpoint
+from itpn.models.backbone import Backbone
 from itpn.models.build import build
-from itpn.models.hivit import HiViT
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
 from itpn.system.console import Answer
@@ -37,7 +37,7 @@ def describe_model(name: str) -> Rows:
     base = next((plain for plain, whole in WITH_PYRAMID.items() if whole == name), name)
     with torch.device("meta"):  # shapes without values
         backbone = create_model(base)
-    assert isinstance(backbone, HiViT)
+    assert isinstance(backbone, Backbone)
     size = (224, 224)
     aside = ", pyramid aside," if base != name else ""
     rows = [

@@ -16,7 +16,7 @@ from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
 from itpn.data.shards import check_shards
 from itpn.errors import UserError, refusal
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 from itpn.models.pyramid import find_pyramid
 from itpn.models.spec import spec_of
 from itpn.system.console import Output, print_aside

@@ -25,7 +25,7 @@ from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.poolers import initLevelMapper
 
 from itpn.geometry import fit_sides
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.models.layers import patches_to_map
 from itpn.models.pyramid import PyramidBackbone, TimmConventionsMixin
 from itpn.models.synced import SyncedBatchNorm2d, at_least_float32, batch_fractions
@@ -159,17 +159,17 @@ class FPNBackbone(TimmConventionsMixin, nn.Module):
     """A backbone with a randomly initialized feature pyramid network (Lin et al. 2017).
 
     Args:
+        backbone: without a classifier (``num_classes=0``).
         width: channels of every level.
-        backbone: arguments of :class:`itpn.models.hivit.HiViT`.
     """
 
-    def __init__(self, width: int = 256, **backbone: Any) -> None:
+    def __init__(self, backbone: Backbone, width: int = 256) -> None:
         super().__init__()
-        self.backbone = HiViT(num_classes=0, **backbone)
-        dims = [info["num_chs"] for info in self.backbone.feature_info]
+        self.backbone = backbone
+        dims = [info["num_chs"] for info in backbone.feature_info]
         self.fpn = FeaturePyramidNetwork(dims, width, extra_blocks=AveragePools(2))
         self.out_channels = width
-        first = self.backbone.feature_info[0]["reduction"]
+        first = backbone.feature_info[0]["reduction"]
         self.feature_info = [{"num_chs": width, "reduction": first * 2**i} for i in range(5)]
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":

@@ -19,6 +19,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
+from itpn.models.backbone import Backbone, check_intermediates
 from itpn.models.layers import (
     MlpBlock,
     PatchEmbed,
@@ -37,14 +38,13 @@ from itpn.models.position import (
     same_grid,
     sincos_position_table,
 )
-from itpn.models.recompute import Recompute, run_block
+from itpn.models.recompute import run_block
 from itpn.models.windows import Windows, pick_distinct, put_back, take
 
 GlobalPool = Literal["avg", "max", "avgmax", ""]
-POSITIONS = ("pos_embed", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")  # ends of names, never decayed
 
 
-class HiViT(nn.Module):
+class HiViT(Backbone):
     """Hierarchical vision transformer with three stages of strides 4, 8 and 16 (for patch size 16).
 
     It follows timm's conventions for models. Images [B, in_chans, H, W] may have any height and width that are
@@ -87,10 +87,6 @@ class HiViT(nn.Module):
     Raises:
         ValueError: the sizes do not fit one another.
     """
-
-    # set on models that timm.create_model built
-    pretrained_cfg: dict[str, Any]  # timm's settings of the weights
-    model_args: dict[str, Any]  # the constructor's arguments that were given (see itpn.models.registry)
 
     def __init__(
         self,
@@ -140,7 +136,6 @@ class HiViT(nn.Module):
         self.migrate_from = depths[2] // 2 if migrate_from is None else migrate_from
         self.gather_window = gather_window
         self.gather_side = gather_side
-        self.grad_checkpointing: Recompute = False
         self.grid_size = self.grid_of(to_2tuple(img_size))
         self.rel_pos_grid = self.grid_of(to_2tuple(rel_pos_size or img_size)) if rel_pos_bias else None
 
@@ -207,9 +202,6 @@ class HiViT(nn.Module):
         """Compute the buffers that no file holds, after a construction on the meta device (transformers calls it)."""
         self.rel_pos_index.copy_(relative_position_index(self.rel_pos_grid or self.grid_size))
 
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(POSITIONS)}
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise learning rates: stem, each block, classifier; a merge belongs to the block before."""
         return {
@@ -218,10 +210,6 @@ class HiViT(nn.Module):
             if coarse
             else [(r"^stages\.(\d+)\.(\d+)", None), (r"^merges\.(\d+)", (99999,)), (r"^fc_norm", (99999,))],
         }
-
-    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
-        """As in timm; ``"selective"`` recomputes only norms and activation functions (:func:`run_block`)."""
-        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -248,25 +236,9 @@ class HiViT(nn.Module):
 
     # --- forward
 
-    def grid_of(self, size: Sequence[int]) -> Grid:
-        """Rows and columns of patches in an image of this height and width.
-
-        Raises:
-            ValueError: a side is not a multiple of the patch size.
-        """
-        height, width = size
-        if height % self.patch_size or width % self.patch_size or height < 1 or width < 1:
-            raise ValueError(
-                f"image size {height}x{width} is not a multiple of the patch size {self.patch_size}; "
-                f"pad or resize it, for example to {max(1, round(height / self.patch_size)) * self.patch_size}"
-                f"x{max(1, round(width / self.patch_size)) * self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
-
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(in_chans, H, W) of the images that the position table is made for."""
-        return self.in_chans, self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size
+    def fixed_size(self) -> bool:
+        return bool(self.migrate_ratio or self.gather_window)  # they count tokens and windows
 
     def forward_stages(
         self,
@@ -277,20 +249,7 @@ class HiViT(nn.Module):
         mask_token: Tensor | None = None,
         tap: int | None = None,
     ) -> list[Tensor]:
-        """Run the stages on all patches, or on the visible ones only.
-
-        Args:
-            images: [B, in_chans, H, W].
-            visible: int64 [B, V], the patches to compute, row-major; None for all.
-            last: index of the last stage to run.
-            mask: bool [B, N], where all patches are computed: ``mask_token`` [1, 1, C] replaces the stage 3 input of
-                the masked ones.
-            tap: index of a stage 3 block whose output is returned too.
-
-        Returns:
-            The output of each stage, of stages 1 and 2 before the merge:
-            [B, V, 4, 4, C/4], [B, V, 2, 2, C/2], [B, V, 1, 1, C]; then the output of block ``tap``, [B, V, C].
-        """
+        """See :class:`Backbone`; the outputs of stages 1 and 2 are those before the merges."""
         grid = self.grid_of(images.shape[-2:])
         x = self.patch_embed(images, visible)  # [B, V, 4, 4, C/4]
         outputs = []
@@ -350,11 +309,6 @@ class HiViT(nn.Module):
         return table if visible is None else table[0, visible]  # [1, N, C] or [B, V, C]
 
     def relative_positions(self, grid: Grid, visible: Tensor | None) -> Tensor | None:
-        """Rows of the relative position tables for each pair of patches.
-
-        Returns:
-            int64 [N, N] for all patches, [B, V, V] for the visible ones; None without tables.
-        """
         if self.rel_pos_grid is None:
             return None
         index = self.rel_pos_index
@@ -450,28 +404,3 @@ def check_pooling(global_pool: Any) -> None:
     known = get_args(GlobalPool)
     if global_pool not in known:
         raise ValueError(f"global_pool must be one of {', '.join(map(repr, known))}, not {global_pool!r}")
-
-
-def find_backbone(model: nn.Module) -> HiViT:
-    """The HiViT that a model is, or that its ``backbone`` is or has."""
-    while not isinstance(model, HiViT):
-        model = model.backbone  # type: ignore[assignment]  # a module; otherwise an AttributeError
-    return model
-
-
-def nest_groups(groups: dict[str, Any]) -> dict[str, Any]:
-    """The groups of timm's ``group_matcher`` for a network that has the matched one as its ``backbone``."""
-
-    def inside(pattern: str) -> str:
-        return "|".join(part.replace("^", r"^backbone\.", 1) for part in pattern.split("|"))
-
-    blocks = groups["blocks"]
-    nested = inside(blocks) if isinstance(blocks, str) else [(inside(pattern), order) for pattern, order in blocks]
-    return {"stem": inside(groups["stem"]), "blocks": nested}
-
-
-def check_intermediates(norm: bool, output_fmt: str) -> None:
-    if norm:
-        raise ValueError("there is no norm between the stages to apply to intermediate features")
-    if output_fmt not in ("NCHW", "NHWC"):
-        raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt}")

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from itpn.errors import ExportFailed, UserError, refusal
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 from itpn.models.pyramid import PyramidBackbone
 from itpn.system.console import Output, make_table
 
@@ -114,7 +114,7 @@ def export_model(
     """
     check_out(out)
     backbone = find_backbone(model)
-    if dynamic_size and (backbone.migrate_ratio or backbone.gather_window):
+    if dynamic_size and backbone.fixed_size:
         raise UserError("token migration and gathering count tokens and windows beforehand: export a fixed size")
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if out.suffix == ".onnx" and weights > ONNX_LIMIT:
@@ -124,7 +124,7 @@ def export_model(
     generator = torch.Generator().manual_seed(0)
 
     def draw(batch: int, size: Size) -> Tensor:
-        return torch.randn(batch, backbone.patch_embed.proj.in_channels, *size, generator=generator)
+        return torch.randn(batch, backbone.in_chans, *size, generator=generator)
 
     try:
         backbone.grid_of(size)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from itpn.data.normalize import Normalize
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 from itpn.tasks.evaluation import nothing_readable
 
 Features = tuple[Tensor, Tensor, Tensor]  # image index int64 [n], label int64 [n], features float32 [n, C]

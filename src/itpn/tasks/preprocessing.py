@@ -10,7 +10,7 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.augment import EvaluationTransform, center_crop
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 
 Crop = Callable[[Tensor], Tensor]  # of a whole image, uint8 [3, height, width]
 

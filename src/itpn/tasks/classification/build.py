@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from itpn.checkpoints.files import Checkpoint
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.tasks.classification import network
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import make_loader, make_transform
@@ -23,11 +23,11 @@ def resolve(
     return scale_epochs(config, len(data.train)), ()
 
 
-def build_model(config: ClassificationConfig, data: RunData, found: Checkpoint | None) -> tuple[HiViT, list[str]]:
+def build_model(config: ClassificationConfig, data: RunData, found: Checkpoint | None) -> tuple[Backbone, list[str]]:
     return network.build_model(config, data.train.classes, found)
 
 
-def build_module(model: HiViT, config: ClassificationConfig, recipe: str, data: RunData) -> ClassificationTask:
+def build_module(model: Backbone, config: ClassificationConfig, recipe: str, data: RunData) -> ClassificationTask:
     transform = make_transform(config)
     return ClassificationTask(
         model,

@@ -27,7 +27,7 @@ from itpn.metrics.classification import (
     write_scores,
 )
 from itpn.metrics.features import knn_votes
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.system.console import print_aside
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
@@ -210,7 +210,7 @@ def trained_on(config: ClassificationConfig, found: Checkpoint) -> bool:
 
 
 def find_evaluation_data(
-    config: ClassificationConfig, found: Checkpoint, model: HiViT, given: Collection[str], knn: bool
+    config: ClassificationConfig, found: Checkpoint, model: Backbone, given: Collection[str], knn: bool
 ) -> tuple[Any, str]:
     """The evaluator, and which images it evaluates on.
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from itpn.checkpoints.files import Checkpoint
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.tasks.exporting import Exported, Size, export_model
 
 
 def export(
-    model: HiViT, found: Checkpoint, out: Path, size: Size | None, dynamic_size: bool, metadata: Mapping[str, str]
+    model: Backbone, found: Checkpoint, out: Path, size: Size | None, dynamic_size: bool, metadata: Mapping[str, str]
 ) -> Exported:
     return export_model(model, out, size or model.image_shape[1:], dynamic_size, metadata)

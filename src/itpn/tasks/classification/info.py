@@ -1,7 +1,7 @@
 """What `itpn info` says of a classifier's recipe."""
 
 from itpn.checkpoints.files import Checkpoint
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.network import build_recipe
 from itpn.tasks.describing import Rows, count_parameters, describe_backbone, describe_stages

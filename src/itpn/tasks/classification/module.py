@@ -15,7 +15,7 @@ from torch import nn
 from itpn.checkpoints.files import named_tensors
 from itpn.checkpoints.io import write_safetensors
 from itpn.data.normalize import Normalize
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.finetuning.module import FineTuningTask
 from itpn.training.config import image_size
@@ -32,7 +32,7 @@ class ClassificationTask(FineTuningTask):
 
     def __init__(
         self,
-        model: HiViT,
+        model: Backbone,
         config: ClassificationConfig,
         recipe: str,
         classes: tuple[str, ...],
@@ -43,7 +43,7 @@ class ClassificationTask(FineTuningTask):
         assert data.std is not None
         normalize = Normalize(config.model.in_chans, data.mean, data.std)
         super().__init__(model, config, recipe, classes, normalize, make_loader)
-        self.model: HiViT
+        self.model: Backbone
         decay = config.model.ema_decay
         # warmed up, so that a short run's average is not of its beginning
         self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
+from itpn.models.backbone import Backbone
 from itpn.models.build import build_backbone
 from itpn.models.heads import Head
-from itpn.models.hivit import HiViT
 from itpn.models.spec import NetworkSpec
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.finetuning.network import (
@@ -36,7 +36,7 @@ class ClassifierHead(Head):
     purpose = "classification"
     recipe = "classifier_small"
 
-    def build(self, spec: NetworkSpec) -> HiViT:
+    def build(self, spec: NetworkSpec) -> Backbone:
         if not spec.options.get("num_classes"):
             raise UserError(
                 "a classifier needs num_classes above 0; task='backbone' gives the network without one"
@@ -81,7 +81,7 @@ def resolve(config: ClassificationConfig, found: Checkpoint | None) -> Classific
 
 def build_model(
     config: ClassificationConfig, classes: tuple[str, ...], found: Checkpoint | None
-) -> tuple[HiViT, list[str]]:
+) -> tuple[Backbone, list[str]]:
     """Build a classifier, with a checkpoint's weights where there is one; its classifier if it has the same classes.
 
     Args:
@@ -107,7 +107,7 @@ def build_model(
         arguments["rel_pos_size"] = None  # the tables follow the images
     spec = NetworkSpec({**contents.backbone, **arguments}, head=config.task, options=options)
     network, more = build_network(spec, model, contents, found, () if kept else ClassifierHead.classes)
-    assert isinstance(network, HiViT)
+    assert isinstance(network, Backbone)
     return network, notes + more
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole_text, write_whole
 from itpn.tasks.drawing import draw_titles
@@ -24,7 +24,7 @@ from itpn.tasks.preprocessing import read_preprocessing
 TOP = 5  # classes of an image in predictions.csv
 
 
-def predict(model: HiViT, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
+def predict(model: Backbone, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
     """Write the likeliest classes of images, see :func:`predict_classes`."""
     crop, normalize = read_preprocessing(found, model)
     batches = read_batches(source, crop, options.max_pixels)
@@ -33,7 +33,7 @@ def predict(model: HiViT, found: Checkpoint, source: ImageSource, options: Predi
 
 @torch.no_grad()
 def predict_classes(
-    model: HiViT,
+    model: Backbone,
     normalize: Normalize,
     batches: Iterator[tuple[list[str], Tensor]],
     classes: list[str] | None,
