@@ -89,18 +89,7 @@ class Detector(TimmConventionsMixin, FasterRCNN):
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background: at least 2, not {num_classes}")
         width = backbone.out_channels
-        anchors = Float32Anchors(tuple((ANCHOR_SCALE * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
-        rpn = BalancedRPN(
-            anchors,
-            Float32RPNHead(width, anchors.num_anchors_per_location()[0]),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=256,
-            positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
-            nms_thresh=0.7,
-        )
+        rpn = make_rpn(width, strides, {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test})
         heads = BoxAndMaskHeads(
             make_pool(strides, 7),
             FastRCNNConvFCHead((width, 7, 7), [head_width] * 4, [4 * head_width], norm_layer=SyncedBatchNorm2d),
@@ -247,6 +236,22 @@ class Float32RPNHead(RPNHead):
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
         return [at_least_float32(level) for level in logits], [at_least_float32(level) for level in deltas]
+
+
+def make_rpn(width: int, strides: Sequence[int], post_nms_top_n: dict[str, int]) -> "BalancedRPN":
+    """The first stage on maps of so many channels."""
+    anchors = Float32Anchors(tuple((ANCHOR_SCALE * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+    return BalancedRPN(
+        anchors,
+        Float32RPNHead(width, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 2000, "testing": 1000},
+        post_nms_top_n=post_nms_top_n,
+        nms_thresh=0.7,
+    )
 
 
 def make_pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:

@@ -11,6 +11,7 @@ can therefore be dropped before the first layer, and the visible ones do not cha
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -144,24 +145,19 @@ class HiViT(Backbone):
         self.pos_embed = nn.Parameter(
             sincos_position_table(self.grid_size, embed_dim), requires_grad=pos_embed == "learned"
         )
-        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-
-        def stage(number: int, block: type[nn.Module], *args: Any, **kwargs: Any) -> nn.ModuleList:
-            scale = init_values if number in layer_scale_stages else None
-            kwargs |= {"init_values": scale, "norm_eps": norm_eps, "sub_norm": sub_norm}
-            first = sum(depths[: number - 1])
-            dim, ratio, own_rates = dims[number - 1], mlp_ratios[number - 1], rates[first : first + depths[number - 1]]
-            return nn.ModuleList(block(dim, *args, mlp_ratio=ratio, drop_path=rate, **kwargs) for rate in own_rates)
-
-        attention = {
+        attention: dict[str, Any] = {
             "qkv_bias": qkv_bias,
             "rel_pos_grid": self.rel_pos_grid,
             "decomposed": rel_pos_bias == "decomposed",
             "swiglu": swiglu,
         }
-        self.stages: Any = nn.ModuleList(  # Any: type checkers do not know that these are ModuleLists
-            [stage(1, MlpBlock), stage(2, MlpBlock), stage(3, TransformerBlock, num_heads, **attention)]
-        )
+        blocks: list[Any] = [MlpBlock, MlpBlock, partial(TransformerBlock, num_heads=num_heads, **attention)]
+        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+        self.stages: Any = nn.ModuleList()  # Any: type checkers do not know that it holds ModuleLists
+        for i, (block, dim, depth, ratio) in enumerate(zip(blocks, dims, depths, mlp_ratios, strict=True), start=1):
+            scale = init_values if i in layer_scale_stages else None
+            options = {"mlp_ratio": ratio, "init_values": scale, "norm_eps": norm_eps, "sub_norm": sub_norm}
+            self.stages.append(nn.ModuleList(block(dim, drop_path=next(rates), **options) for _ in range(depth)))
         self.merges = nn.ModuleList([PatchMerge(dim, norm_eps, merge) for dim in dims[:2]])
         self.rel_pos_index: Tensor
         self.register_buffer(
