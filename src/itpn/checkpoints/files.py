@@ -117,7 +117,7 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     tensors, others = _take_tensors(inner, run=bool(metadata and key))
     if not tensors:
         raise UserError(f"{what} has no weights in it; give {WANTED}")
-    layout = detect_layout(tensors)
+    layout = detect_layout(tensors) or ("itpn" if "network" in metadata else None)
     if layout is None:
         some = ", ".join(list(tensors)[:3])
         raise UserError(f"{what} is of another network (it has {some}, ...); give {WANTED}")

@@ -148,12 +148,14 @@ def _match_trunk(
 def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding]:
     """Change in place what can be made to fit, tables aside."""
     findings = []
-    if "backbone.pos_embed" not in tensors:
+    if "backbone.pos_embed" in own and "backbone.pos_embed" not in tensors:
         # the sum with a table of zeros is the network without one
         tensors["backbone.pos_embed"] = torch.zeros_like(own["backbone.pos_embed"], device="cpu")
         findings.append(Finding("converted", ["backbone.pos_embed"], "has no position table: it is zero here"))
     name = "backbone.patch_embed.proj.weight"
-    there, here = tensors[name], own[name]
+    there, here = tensors.get(name), own.get(name)
+    if there is None or here is None:
+        return findings
     if there.shape[1] != here.shape[1] and there.shape[2:] == here.shape[2:] and len(there) == len(here):
         tensors[name] = adapt_channels(there, here.shape[1])
         text = f"has {there.shape[1]} channels: its first layer was adapted to {here.shape[1]}"
