@@ -21,7 +21,6 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference,
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, generalized_box_iou_loss
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.poolers import initLevelMapper
 
 from itpn.geometry import fit_sides
@@ -156,7 +155,7 @@ class FPNBackbone(TimmConventionsMixin, nn.Module):
         super().__init__()
         self.backbone = backbone
         dims = [info["num_chs"] for info in backbone.feature_info]
-        self.fpn = FeaturePyramidNetwork(dims, width, extra_blocks=AveragePools(2))
+        self.fpn = FeaturePyramidNetwork(dims, width)
         self.out_channels = width
         first = backbone.feature_info[0]["reduction"]
         self.feature_info = [{"num_chs": width, "reduction": first * 2**i} for i in range(5)]
@@ -165,21 +164,10 @@ class FPNBackbone(TimmConventionsMixin, nn.Module):
         """Images [B, in_chans, H, W] -> maps by name, "0" the finest."""
         grid = self.backbone.grid_of(x.shape[-2:])
         stages = self.backbone.forward_stages(x)
-        return self.fpn(OrderedDict((str(i), patches_to_map(stage, grid)) for i, stage in enumerate(stages)))
-
-
-class AveragePools(ExtraFPNBlock):
-    """Coarser levels by average pooling, as in :class:`PyramidBackbone`."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        for _ in range(self.count):
-            results.append(F.avg_pool2d(results[-1], 2))
-            names.append(str(len(names)))
-        return results, names
+        maps = self.fpn(OrderedDict((str(i), patches_to_map(stage, grid)) for i, stage in enumerate(stages)))
+        for i in (3, 4):
+            maps[str(i)] = F.avg_pool2d(maps[str(i - 1)], 2)
+        return maps
 
 
 class Resize(GeneralizedRCNNTransform):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from itpn.models.backbone import Backbone, check_intermediates, find_backbone
+from itpn.models.backbone import Backbone, check_intermediates
 from itpn.models.layers import MlpBlock, WeightInit, initialize_linears, patches_to_map
 from itpn.models.recompute import Recompute, run_block
 
@@ -86,11 +86,38 @@ class FeaturePyramid(nn.Module):
         return x
 
 
+def nest_groups(groups: dict[str, Any]) -> dict[str, Any]:
+    """The groups of timm's ``group_matcher`` for a network that has the matched one as its ``backbone``."""
+
+    def inside(pattern: str) -> str:
+        return "|".join(part.replace("^", r"^backbone\.", 1) for part in pattern.split("|"))
+
+    blocks = groups["blocks"]
+    nested = inside(blocks) if isinstance(blocks, str) else [(inside(pattern), order) for pattern, order in blocks]
+    return {"stem": inside(groups["stem"]), "blocks": nested}
+
+
+class TimmConventionsMixin:
+    """timm's conventions for a network that has a backbone and heads: checkpointing, weight decay, layer groups."""
+
+    backbone: Any
+
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's groups; everything else is one group after the last of them."""
+        return nest_groups(self.backbone.group_matcher(coarse))
+
+
 Levels = Literal["pyramid", "pooled", "joined"]
 LEVELS = {"pyramid": 3, "pooled": 5, "joined": 4}  # number of maps for each choice of levels
 
 
-class PyramidBackbone(nn.Module):
+class PyramidBackbone(TimmConventionsMixin, nn.Module):
     """A backbone and its pyramid, images to maps, for detectors and segmenters; tensor names are those of pre-training.
 
     It follows timm's conventions (``features_only=True``) and torchvision's: it returns an ``OrderedDict`` of maps and
@@ -187,15 +214,12 @@ class PyramidBackbone(nn.Module):
         return feature_take_indices(len(self.feature_info), indices)[0]
 
     def set_grad_checkpointing(self, enable: Recompute = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
+        super().set_grad_checkpointing(enable)
         self.pyramid.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The backbone's groups, then the pyramid as a whole."""
-        return nest_groups(self.backbone.group_matcher(coarse)) | {"pyramid": r"^pyramid"}
+        return super().group_matcher(coarse) | {"pyramid": r"^pyramid"}
 
     def get_classifier(self) -> nn.Module:
         return nn.Identity()
@@ -211,42 +235,6 @@ def check_no_classifier(num_classes: int, global_pool: str | None) -> None:
         raise ValueError(f"a pyramid returns maps, which are not pooled: global_pool must be '', not {global_pool!r}")
 
 
-def nest_groups(groups: dict[str, Any]) -> dict[str, Any]:
-    """The groups of timm's ``group_matcher`` for a network that has the matched one as its ``backbone``."""
-
-    def inside(pattern: str) -> str:
-        return "|".join(part.replace("^", r"^backbone\.", 1) for part in pattern.split("|"))
-
-    blocks = groups["blocks"]
-    nested = inside(blocks) if isinstance(blocks, str) else [(inside(pattern), order) for pattern, order in blocks]
-    return {"stem": inside(groups["stem"]), "blocks": nested}
-
-
-class TimmConventionsMixin:
-    """timm's conventions for a network that has a backbone and heads: checkpointing, weight decay, layer groups."""
-
-    backbone: Any
-
-    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The backbone's groups; everything else is one group after the last of them."""
-        inner: Any = self
-        groups = find_backbone(inner).group_matcher(coarse)
-        while not isinstance(inner, Backbone):
-            groups, inner = nest_groups(groups), inner.backbone
-        return groups
-
-
 def find_pyramid(model: nn.Module) -> FeaturePyramid | None:
     """The pyramid that a model has, or its backbone; None for none."""
-    inner: Any = model
-    while not isinstance(inner, Backbone):
-        if isinstance(pyramid := getattr(inner, "pyramid", None), FeaturePyramid):
-            return pyramid
-        inner = inner.backbone
-    return None
+    return next((module for module in model.modules() if isinstance(module, FeaturePyramid)), None)
