@@ -20,7 +20,7 @@ class NetworkSpec:
         backbone: arguments of :func:`itpn.models.build.make_backbone`, those of a classifier aside.
         pyramid: arguments of :class:`itpn.models.pyramid.FeaturePyramid`; None for a network without one.
         levels: the maps of a pyramid without a head, see :class:`itpn.models.pyramid.PyramidBackbone`.
-        head: name of the registered head on top (:class:`itpn.models.build.Head`); None for a backbone, or a backbone
+        head: name of the registered head on top (:class:`itpn.models.heads.Head`); None for a backbone, or a backbone
             and its pyramid.
         options: arguments of the head.
     """
