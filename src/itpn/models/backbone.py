@@ -47,7 +47,6 @@ class Backbone(nn.Module):
         self,
         images: Tensor,
         visible: Tensor | None = None,
-        last: int = 2,
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         tap: int | None = None,
@@ -57,7 +56,6 @@ class Backbone(nn.Module):
         Args:
             images: [B, in_chans, H, W].
             visible: int64 [B, V], the patches to compute, row-major; None for all.
-            last: index of the last stage to run.
             mask: bool [B, N], where all patches are computed: ``mask_token`` [1, 1, C] replaces the stage 3 input of
                 the masked ones.
             tap: index of a stage 3 block whose output is returned too.

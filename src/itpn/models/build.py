@@ -7,6 +7,7 @@ from typing import Any
 from timm import create_model
 from torch import nn
 
+from itpn.errors import UserError
 from itpn.models.backbone import Backbone
 from itpn.models.heads import find_head
 from itpn.models.hivit import HiViT
@@ -15,7 +16,7 @@ from itpn.models.pyramid import Levels, PyramidBackbone, check_no_classifier
 from itpn.models.spec import NetworkSpec, find_variant
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
 
-# classes of backbones, by the "kind" of their variants; without one it is the first
+# classes of backbones, by the "kind" of their variants; those without one are "hivit"
 KINDS: dict[str, type[Backbone]] = {"hivit": HiViT}
 
 
@@ -67,10 +68,9 @@ def make_backbone(kind: str = "hivit", **arguments: Any) -> Backbone:
     Settings name the options of HiViT whatever the backbone: another class need not have those that are off.
 
     Raises:
-        TypeError, ValueError: there is no such kind or argument, or sizes do not fit one another.
+        TypeError, ValueError: there is no such argument, or sizes do not fit one another.
+        UserError: there is no such kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"no kind of backbone {kind!r}; there are {', '.join(KINDS)}")
     known, usual = backbone_arguments(kind), backbone_arguments()
     off = {name for name in arguments.keys() & usual.keys() if arguments[name] == usual[name].default}
     return KINDS[kind](**{name: value for name, value in arguments.items() if name in known or name not in off})
@@ -97,5 +97,11 @@ def make_pyramid(
 
 
 def backbone_arguments(kind: str = "hivit") -> Mapping[str, inspect.Parameter]:
-    """The arguments of a class of backbones by name."""
+    """The arguments of a class of backbones by name.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if str(kind) not in KINDS:
+        raise UserError(f"no kind of backbone {kind!r}; there are {', '.join(KINDS)}: a newer itpn may have it")
     return inspect.signature(KINDS[kind]).parameters

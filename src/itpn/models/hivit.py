@@ -240,12 +240,12 @@ class HiViT(Backbone):
         self,
         images: Tensor,
         visible: Tensor | None = None,
-        last: int = 2,
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         tap: int | None = None,
+        last: int = 2,
     ) -> list[Tensor]:
-        """See :class:`Backbone`; the outputs of stages 1 and 2 are those before the merges."""
+        """See :class:`Backbone`; outputs of stages 1 and 2 are those before the merges. ``last`` is the last to run."""
         grid = self.grid_of(images.shape[-2:])
         x = self.patch_embed(images, visible)  # [B, V, 4, 4, C/4]
         outputs = []
