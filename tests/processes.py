@@ -9,8 +9,8 @@ import torch.distributed as dist
 from servers import servers
 from torch.nn.parallel import DistributedDataParallel
 
+from itpn.models.build import make_pyramid
 from itpn.models.detector import MaskDetector
-from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.segmentation.module import pixel_loss
 
@@ -51,9 +51,7 @@ def compare_processes(given: dict[str, Any], folder: Path) -> int:
 def train_step(given: dict[str, Any], rank: int = 0, world: int = 1) -> tuple[Tensors, Tensors]:
     """Gradients and buffers after a step with every ``world``-th image."""
     segments = isinstance(given["targets"], torch.Tensor)
-    backbone = PyramidBackbone(
-        "joined" if segments else "pooled", pyramid_width=32, pyramid_depth=1, **given["backbone"]
-    )
+    backbone = make_pyramid("joined" if segments else "pooled", pyramid_width=32, pyramid_depth=1, **given["backbone"])
     kind = Segmenter if segments else MaskDetector
     model = kind(backbone, num_classes=4, **given["options"])
     model.to(given["images"][0].dtype).load_state_dict(given["state"])

@@ -1,16 +1,59 @@
-"""What the processes of a run tell one another."""
+"""What the processes of a run tell one another. Alone, a process hears itself."""
 
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
 
 
-def gather(thing: T, world_size: int) -> list[T]:
+def world_size() -> int:
+    """Number of processes that train together; 1 without torch.distributed."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def gather(thing: T) -> list[T]:
     """What each process has, to each of them."""
-    if world_size == 1:
-        return [thing]
-    things: list[Any] = [None] * world_size
-    torch.distributed.all_gather_object(things, thing)
+    things: list[Any] = [thing] * world_size()
+    if len(things) > 1:
+        dist.all_gather_object(things, thing)
     return things
+
+
+def broadcast(thing: T) -> T:
+    """What the first process has, to each of them."""
+    things = [thing]
+    if world_size() > 1:
+        dist.broadcast_object_list(things, src=0)
+    return things[0]
+
+
+def mean(x: Tensor) -> Tensor:
+    """The mean of a tensor over all processes."""
+    return sum_of_all(x) / world_size()
+
+
+def sum_of_all(x: Tensor) -> Tensor:
+    """The sum of a tensor over all processes; its gradient is the sum of all gradients."""
+    return x if world_size() == 1 else _Sum.apply(x)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return _Sum.forward(ctx, grads[0])
+
+
+def start_maximum(x: Tensor) -> "dist.Work":
+    """Begin to put the maximum over all processes into a tensor; to be waited for."""
+    work = dist.all_reduce(x, dist.ReduceOp.MAX, async_op=True)
+    assert work is not None
+    return work

@@ -8,6 +8,7 @@ from timm import create_model
 
 from itpn.cli import main
 from itpn.errors import ExportFailed, UserError
+from itpn.models.build import make_pyramid
 from itpn.models.detector import MaskDetector
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.segmenter import Segmenter
@@ -157,7 +158,7 @@ def test_missing_packages(tmp_path, monkeypatch):
 def test_a_segmenter(tmp_path, form, capsys):
     """Of a size whose maps its pools do not divide."""
     torch.manual_seed(0)
-    backbone = PyramidBackbone(
+    backbone = make_pyramid(
         "joined", pyramid_width=32, pyramid_depth=1, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1
     )
     model = Segmenter(backbone, 4, head_width=16).eval()
@@ -172,7 +173,7 @@ def test_a_segmenter(tmp_path, form, capsys):
 def test_a_detector(tmp_path, capsys):
     """The file finds what PyTorch finds, in images that it was not traced with."""
     torch.manual_seed(0)
-    backbone = PyramidBackbone(
+    backbone = make_pyramid(
         "pooled", pyramid_width=32, pyramid_depth=1, img_size=64, embed_dim=64, depths=(1, 1, 2), num_heads=1
     )
     options = {"rpn_post_nms_top_n_test": 20, "box_detections_per_img": 6, "box_score_thresh": 0.0}

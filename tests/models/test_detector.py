@@ -16,8 +16,8 @@ from torchvision.ops import generalized_box_iou
 import itpn
 from itpn.data.objects import DetectionTransform
 from itpn.errors import UserError
+from itpn.models.build import make_backbone, make_pyramid
 from itpn.models.detector import Detector, FPNBackbone, MaskDetector
-from itpn.models.pyramid import PyramidBackbone
 from itpn.models.synced import SyncedBatchNorm2d
 from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.pretraining.network import build_from
@@ -31,9 +31,9 @@ def make_detector(seed: int = 0, neck: str = "pyramid", **options) -> Detector:
     torch.manual_seed(seed)
     own = {name: options.pop(name) for name in ("rel_pos_bias", "drop_path_rate") if name in options}
     backbone = (
-        PyramidBackbone("pooled", pyramid_width=32, pyramid_depth=1, **NANO, **own)
+        make_pyramid("pooled", pyramid_width=32, pyramid_depth=1, **NANO, **own)
         if neck == "pyramid"
-        else FPNBackbone(32, **NANO, **own)
+        else FPNBackbone(make_backbone(num_classes=0, **NANO, **own), 32)
     )
     kind = MaskDetector if options.pop("masks", True) else Detector
     return kind(backbone, **{"num_classes": 4, "min_size": 64, "max_size": 96, **LIGHT, **options})
@@ -137,7 +137,7 @@ def test_other_classes_keep_the_other_heads(tmp_path):
 
 
 def test_heads_are_the_published_ones():
-    model = MaskDetector(PyramidBackbone("pooled"), num_classes=81)
+    model = MaskDetector(make_pyramid("pooled"), num_classes=81)
     anchors = model.rpn.anchor_generator
     assert [a.shape for a in anchors.cell_anchors] == [(3, 4)] * 5
     for stride, cell in zip((4, 8, 16, 32, 64), anchors.cell_anchors, strict=True):
@@ -342,6 +342,6 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="five maps"):
-        Detector(PyramidBackbone("pyramid", **NANO), num_classes=3)
+        Detector(make_pyramid("pyramid", **NANO), num_classes=3)
     with pytest.raises(ValueError, match="background"):
         make_detector(num_classes=1)

@@ -11,7 +11,7 @@ from torch import nn
 
 import itpn
 from itpn.errors import UserError
-from itpn.models.pyramid import PyramidBackbone
+from itpn.models.build import make_pyramid
 from itpn.models.segmenter import Segmenter
 from itpn.models.synced import SyncedBatchNorm2d
 from itpn.tasks.pretraining.module import save_weights
@@ -22,7 +22,7 @@ NANO = {"img_size": 64, "patch_size": 16, "embed_dim": 64, "depths": (1, 1, 2), 
 
 def make_segmenter(seed: int = 0, head_width: int = 32, auxiliary: bool = True, **backbone) -> Segmenter:
     torch.manual_seed(seed)
-    trunk = PyramidBackbone("joined", pyramid_width=32, pyramid_depth=1, **{**NANO, **backbone})
+    trunk = make_pyramid("joined", pyramid_width=32, pyramid_depth=1, **{**NANO, **backbone})
     return Segmenter(trunk, 4, head_width, auxiliary)
 
 
@@ -68,7 +68,7 @@ def test_only_heads_are_randomly_initialized(tmp_path):
 
 def test_heads_are_the_published_ones():
     with torch.device("meta"):
-        model = Segmenter(PyramidBackbone("joined"), 150)
+        model = Segmenter(make_pyramid("joined"), 150)
     assert model.head_width == 768
     assert isinstance(model.upernet, UPerNetDecoder)
     assert [block[0].output_size for block in model.upernet.psp.blocks] == [1, 2, 3, 6]
@@ -147,6 +147,6 @@ def test_two_processes_compute_what_one_does(tmp_path):
 
 def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="four concatenated maps"):
-        Segmenter(PyramidBackbone("pooled", **NANO), num_classes=3)
+        Segmenter(make_pyramid("pooled", **NANO), num_classes=3)
     with pytest.raises(ValueError, match="at least 2"):
-        Segmenter(PyramidBackbone("joined", **NANO), num_classes=1)
+        Segmenter(make_pyramid("joined", **NANO), num_classes=1)

@@ -24,9 +24,9 @@ from itpn.data.evaluation import make_evaluation_loader
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
 from itpn.errors import UserError
+from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.build import build_backbone
 from itpn.models.heads import Head
-from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.spec import NetworkSpec
 from itpn.system.writing import write_whole
 from itpn.tasks.data import RunData, make_training_loader
@@ -144,7 +144,7 @@ class MultiLabelHead(Head):
     pyramid = False
     purpose = "multi-label classification"
 
-    def build(self, spec: NetworkSpec) -> HiViT:
+    def build(self, spec: NetworkSpec) -> Backbone:
         return build_backbone(spec, **spec.options)
 
     def read(self, tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:

@@ -1,7 +1,6 @@
 """Which networks a file's tensors are, read from their names and shapes, or from what the file says."""
 
 import copy
-import inspect
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,8 +13,8 @@ from itpn.checkpoints.adapters.ours import CLASSIFIER, name_levels, read_guesses
 from itpn.checkpoints.adapters.renaming import read_our_depths
 from itpn.checkpoints.files import DETECTOR_HEADS, SEGMENTER_HEADS, Checkpoint
 from itpn.errors import UserError
+from itpn.models.build import backbone_arguments
 from itpn.models.heads import find_head, heads
-from itpn.models.hivit import HiViT
 from itpn.models.position import Grid, square
 from itpn.models.spec import TRAINING_ONLY, NetworkSpec, find_variant
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
@@ -31,7 +30,7 @@ class Contents:
     """The networks that a file has the tensors of.
 
     Attributes:
-        backbone: arguments of :class:`itpn.models.hivit.HiViT`.
+        backbone: arguments of :func:`itpn.models.build.make_backbone`.
         pyramid: arguments of :class:`itpn.models.pyramid.FeaturePyramid`; None where there is none.
         heads: options of each registered head that is there, the richest first.
         levels: the maps that the pyramid gave, see :class:`itpn.models.pyramid.PyramidBackbone`.
@@ -138,7 +137,7 @@ def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_num_heads: int 
     ADAPTERS[checkpoint.layout].complete(found)
     if arguments := checkpoint.metadata.get("model_args"):
         found.levels = name_levels(arguments.get("levels", found.levels))
-        own = {name: arguments[name] for name in inspect.signature(HiViT).parameters if name in arguments}
+        own = {name: arguments[name] for name in backbone_arguments() if name in arguments}
         classifier = {name: own.pop(name) for name in CLASSIFIER if name in own}
         for options in found.heads.values():
             options |= classifier

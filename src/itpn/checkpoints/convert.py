@@ -1,6 +1,5 @@
 """Checkpoints from one code base's form to another's, bit by bit."""
 
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,13 +13,13 @@ from itpn.checkpoints.contents import HEADLESS, UNSHOWN, Contents, read_contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import save_to, write_safetensors
 from itpn.errors import UserError, refusal
+from itpn.models.build import backbone_arguments
 from itpn.models.heads import heads
-from itpn.models.hivit import HiViT
 from itpn.models.position import Grid
 from itpn.system.writing import open_whole
 
 Form = Literal["itpn", "official", "mmpretrain"]
-DEFAULTS = {name: inspect.signature(HiViT).parameters[name].default for name in UNSHOWN}
+DEFAULTS = {name: backbone_arguments()[name].default for name in UNSHOWN}
 
 
 @dataclass

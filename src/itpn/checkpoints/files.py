@@ -14,7 +14,7 @@ from itpn.checkpoints.hub import fetch
 from itpn.checkpoints.io import count_nonfinite, read_state, unwrap
 from itpn.checkpoints.paths import HUB, check_file
 from itpn.errors import UserError
-from itpn.models.hivit import HiViT, find_backbone
+from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.position import Grid
 from itpn.models.spec import NetworkSpec
 
@@ -114,7 +114,7 @@ def read_checkpoint(path: str | Path, ema: bool = False) -> Checkpoint:
     tensors, others = _take_tensors(inner, run=bool(metadata and key))
     if not tensors:
         raise UserError(f"{what} has no weights in it; give {WANTED}")
-    layout = detect_layout(tensors)
+    layout = detect_layout(tensors) or ("itpn" if "network" in metadata else None)
     if layout is None:
         some = ", ".join(list(tensors)[:3])
         raise UserError(f"{what} is of another network (it has {some}, ...); give {WANTED}")
@@ -172,7 +172,7 @@ def _read_metadata(file: Path, state: dict[str, Any], header: dict[str, str] | N
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:
     """A network's tensors as files name them: backbone and pyramid alike in all networks."""
     state = model.state_dict()
-    if isinstance(model, HiViT):
+    if isinstance(model, Backbone):
         return {f"backbone.{name}": tensor for name, tensor in state.items()}
     if find_backbone(model) is not model.backbone:  # a head's network has backbone and pyramid as its backbone
         return {name.removeprefix("backbone."): tensor for name, tensor in state.items()}

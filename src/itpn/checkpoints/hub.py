@@ -19,7 +19,7 @@ from torch import nn
 from itpn.checkpoints.io import describe_error
 from itpn.checkpoints.paths import HUB
 from itpn.errors import UserError
-from itpn.models.hivit import HiViT, find_backbone
+from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.spec import TRAINING_ONLY
 
@@ -61,10 +61,11 @@ def save_pretrained(
             preprocessing that do not fit.
     """
     arguments = getattr(model, "model_args", None)
-    if not isinstance(model, HiViT | PyramidBackbone) or arguments is None:
+    if not isinstance(model, Backbone | PyramidBackbone) or arguments is None:
+        ours = isinstance(model, Backbone | PyramidBackbone)
+        why = ": timm builds networks of registered sizes alone" if ours else ""
         raise UserError(
-            f"only a backbone made by timm.create_model can be saved for the hub, not this {type(model).__name__}"
-            + (": timm builds networks of registered sizes alone" if isinstance(model, HiViT | PyramidBackbone) else "")
+            f"only a backbone made by timm.create_model can be saved for the hub, not this {type(model).__name__}{why}"
         )
     if unknown := sorted(set(preprocessing or {}) - set(PREPROCESSING)):
         raise UserError(f"preprocessing has no {unknown[0]}; it may have {', '.join(PREPROCESSING)}")
@@ -98,7 +99,7 @@ def save_pretrained(
     )
 
 
-def _read_arguments(model: HiViT | PyramidBackbone) -> dict[str, Any]:
+def _read_arguments(model: Backbone | PyramidBackbone) -> dict[str, Any]:
     """The arguments that a model's methods may have changed, or that timm's defaults would decide."""
     backbone = find_backbone(model)
     arguments: dict[str, Any] = {
@@ -109,7 +110,7 @@ def _read_arguments(model: HiViT | PyramidBackbone) -> dict[str, Any]:
     return arguments | ({} if isinstance(model, PyramidBackbone) else {"global_pool": model.global_pool})
 
 
-def _check_rebuilding(model: HiViT | PyramidBackbone, arguments: dict[str, Any]) -> None:
+def _check_rebuilding(model: Backbone | PyramidBackbone, arguments: dict[str, Any]) -> None:
     with torch.device("meta"):
         built = timm.create_model(model.pretrained_cfg["architecture"], **arguments)
     there, here = ({name: t.shape for name, t in m.state_dict().items()} for m in (model, built))

@@ -3,8 +3,9 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
+from inspect import signature
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from torch import nn
 
@@ -14,9 +15,9 @@ from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import match
 from itpn.errors import UserError
-from itpn.models.build import build
+from itpn.models.backbone import Backbone, find_backbone
+from itpn.models.build import backbone_arguments, build, make_pyramid
 from itpn.models.heads import find_head, heads
-from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.spec import NetworkSpec
 from itpn.system.checks import check_type
@@ -105,10 +106,10 @@ def override(spec: NetworkSpec, arguments: Mapping[str, Any]) -> NetworkSpec:
     Raises:
         UserError: a value of another type.
     """
-    hints = {**get_type_hints(PyramidBackbone.__init__), **get_type_hints(HiViT.__init__)}
+    known = {**signature(make_pyramid).parameters, **backbone_arguments(spec.backbone.get("kind", "hivit"))}
     for name, value in arguments.items():
-        if name in hints:
-            check_type(tuple(value) if isinstance(value, list) else value, hints[name], name)
+        if name in known:
+            check_type(tuple(value) if isinstance(value, list) else value, known[name].annotation, name)
     rest = dict(arguments)
     own = heads()[spec.head].arguments if spec.head is not None else ("num_classes",)
     options = {name: rest.pop(name) for name in own if name in rest}
@@ -144,7 +145,7 @@ def build_checked(spec: NetworkSpec) -> nn.Module:
 
 def describe_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Put what a file says of its images and classes where timm's users look for it, ``model.pretrained_cfg``."""
-    if not isinstance(model, HiViT | PyramidBackbone) or not hasattr(model, "pretrained_cfg"):
+    if not isinstance(model, Backbone | PyramidBackbone) or not hasattr(model, "pretrained_cfg"):
         return
     own = checkpoint.preprocessing
     cfg: dict[str, Any] = {name: own[name] for name in ("mean", "std", "crop_pct", "interpolation") if name in own}

@@ -13,8 +13,8 @@ from itpn.checkpoints.adapters.ours import read_guesses
 from itpn.checkpoints.contents import known_heads
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
 from itpn.errors import UserError
+from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.heads import heads
-from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.position import Grid
 from itpn.models.weights import fit_tables
 
@@ -131,7 +131,7 @@ def _match_parts(
 
 
 def _match_trunk(
-    checkpoint: Checkpoint, backbone: HiViT, tensors: Tensors, own: Tensors, parts: Mapping[str, str]
+    checkpoint: Checkpoint, backbone: Backbone, tensors: Tensors, own: Tensors, parts: Mapping[str, str]
 ) -> list[Finding]:
     """Findings about the backbone itself: whatever does not fit makes it another network."""
     trunk = [name for name in {**own, **tensors} if find_part(name, parts) is None]
@@ -155,12 +155,14 @@ def _match_trunk(
 def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding]:
     """Change in place what can be made to fit, tables aside."""
     findings = []
-    if "backbone.pos_embed" not in tensors:
+    if "backbone.pos_embed" in own and "backbone.pos_embed" not in tensors:
         # the sum with a table of zeros is the network without one
         tensors["backbone.pos_embed"] = torch.zeros_like(own["backbone.pos_embed"], device="cpu")
         findings.append(Finding("converted", ["backbone.pos_embed"], "has no position table: it is zero here"))
     name = "backbone.patch_embed.proj.weight"
-    there, here = tensors[name], own[name]
+    there, here = tensors.get(name), own.get(name)
+    if there is None or here is None:
+        return findings
     if there.shape[1] != here.shape[1] and there.shape[2:] == here.shape[2:] and len(there) == len(here):
         tensors[name] = adapt_channels(there, here.shape[1])
         text = f"has {there.shape[1]} channels: its first layer was adapted to {here.shape[1]}"
@@ -194,7 +196,7 @@ def _differing_parts(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]
     return {} if head is None else head.differ(spec.options, model)
 
 
-def _describe_tables(changed: list[str], backbone: HiViT) -> list[Finding]:
+def _describe_tables(changed: list[str], backbone: Backbone) -> list[Finding]:
     """Position tables that were resampled, in one sentence."""
     tables = sorted(name for name in changed if name.endswith("pos_embed"))
     relative = len(changed) - len(tables)

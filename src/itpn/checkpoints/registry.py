@@ -5,6 +5,7 @@ Runs as soon as timm is imported, which may be in the middle of our own model fi
 
 import contextlib
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,33 +38,29 @@ default_cfgs = generate_default_cfgs(_cfgs)
 
 
 def _build(registered: str, name: str, pretrained: bool, **kwargs: Any) -> nn.Module:
-    """Have timm build a backbone, or one with its pyramid, and record which of the constructor's arguments were given.
+    """Have timm build a backbone, or one with its pyramid, and record which of the network's arguments were given.
 
     ``device`` and ``dtype`` are timm's: where the model is built, and what its numbers are.
     """
     from itpn.checkpoints.adapters.ours import name_levels
-    from itpn.models.hivit import HiViT
-    from itpn.models.pyramid import LEVELS, PyramidBackbone
+    from itpn.models.build import backbone_arguments, make_backbone, make_pyramid
+    from itpn.models.pyramid import LEVELS
 
-    model_class: type[nn.Module]
-    model_class, settings, count = HiViT, BACKBONES[name], 3
+    make: Callable[..., nn.Module]
+    make, settings, count = make_backbone, BACKBONES[name], 3
     if registered != name:
-        model_class, own = PyramidBackbone, PYRAMIDS.get(name, PUBLISHED_PYRAMID)
+        make, own = make_pyramid, PYRAMIDS.get(name, PUBLISHED_PYRAMID)
         settings = {**settings, "pyramid_width": own["width"], "pyramid_depth": own["depth"]}
         if "levels" in kwargs:
             kwargs["levels"] = name_levels(kwargs["levels"])  # of an older config.json
         count = LEVELS.get(kwargs.get("levels", "pyramid"), 0)  # a wrong one is the network's to refuse
     feature_cfg = {"out_indices": kwargs.pop("out_indices", tuple(range(count))), "feature_cls": "getter"}
     device, dtype = kwargs.pop("device", None), kwargs.pop("dtype", None)
-    known = {*inspect.signature(HiViT).parameters, *inspect.signature(model_class).parameters}
+    whole = {**settings, **kwargs}
+    known = {*backbone_arguments(whole.get("kind", "hivit")), *inspect.signature(make).parameters}
     with contextlib.nullcontext() if device is None else torch.device(device):
         model: Any = build_model_with_cfg(
-            model_class,
-            registered,
-            pretrained,
-            pretrained_filter_fn=filter_weights,
-            feature_cfg=feature_cfg,
-            **{**settings, **kwargs},
+            make, registered, pretrained, pretrained_filter_fn=filter_weights, feature_cfg=feature_cfg, **whole
         )
     model.to(dtype=dtype)
     model.model_args = {argument: value for argument, value in kwargs.items() if argument in known}
@@ -75,14 +72,14 @@ def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tenso
     from itpn.checkpoints.adapters import ADAPTERS, detect_layout
     from itpn.checkpoints.files import named_tensors
     from itpn.checkpoints.match import check_numbers
-    from itpn.models.hivit import HiViT, find_backbone
+    from itpn.models.backbone import Backbone, find_backbone
     from itpn.models.weights import fit_tables, read_stored_grid
 
     layout = detect_layout(state_dict)
     if layout is None:
         return state_dict  # not ours: loading it will say so
     named, _ = ADAPTERS[layout].to_ours(state_dict)
-    alone = isinstance(model, HiViT)
+    alone = isinstance(model, Backbone)
     parts, heads = ("backbone.",) if alone else ("backbone.", "pyramid."), ("backbone.head.", "backbone.fc_norm.")
     tensors = {n: t for n, t in named.items() if n.startswith(parts) and (alone or not n.startswith(heads))}
     grid = read_stored_grid(model.pretrained_cfg, tensors, "backbone.")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from itpn.masked.masking import Split
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.models.layers import TransformerBlock, WeightInit, initialize_linears
 from itpn.models.position import Grid, resample_position_table, sincos_position_table
 from itpn.models.recompute import Recompute, run_block
@@ -137,7 +137,7 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(
         self,
-        backbone: HiViT,
+        backbone: Backbone,
         out_dim: int,
         depth: int = 2,
         add_mask_tokens: bool = False,

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from itpn.masked.decoder import AuxiliaryHead, Decoder, pick_tokens
 from itpn.masked.masking import Split, count_masked, draw_block_mask, draw_random_mask, split_mask
 from itpn.masked.targets import IMAGE_TARGETS, feature_error, normalize_patches, patchify, unpatchify
-from itpn.models.hivit import POSITIONS, HiViT
+from itpn.models.backbone import Backbone
 from itpn.models.layers import patches_to_map
 from itpn.models.modes import eval_mode
-from itpn.models.position import Grid
+from itpn.models.position import POSITIONS, Grid
 from itpn.models.pyramid import FeaturePyramid
 from itpn.models.recompute import Recompute
 
@@ -86,7 +86,7 @@ class MaskedImageModel(nn.Module):
 
     def __init__(
         self,
-        backbone: HiViT,
+        backbone: Backbone,
         pyramid: FeaturePyramid,
         decoder: Decoder | None,
         objective: Objective | None = None,
@@ -108,7 +108,7 @@ class MaskedImageModel(nn.Module):
         self.mask_token = None if objective.drops_patches else nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
         if self.mask_token is not None:
             nn.init.normal_(self.mask_token, std=0.02)
-        self.tap = int(0.75 * len(backbone.stages[2])) if auxiliary else None
+        self.tap = int(0.75 * backbone.depths[2]) if auxiliary else None
         heads = [*([decoder] if decoder else ()), *self.pyramid_heads.values()]
         # Without blocks in these heads, no information crosses a patch border after stage 3: losses of masked patches
         # need the pyramid of masked patches only.
@@ -123,7 +123,8 @@ class MaskedImageModel(nn.Module):
                 module.grad_checkpointing = enable
 
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith((*POSITIONS, "mask_token"))}
+        own = {name for name, _ in self.named_parameters() if name.endswith((*POSITIONS, "mask_token"))}
+        return own | {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     @property
     def feature_losses(self) -> list[str]:
@@ -302,7 +303,8 @@ class MaskedImageModel(nn.Module):
 
     def extract_feat(self, images: Tensor) -> tuple[Tensor]:
         """The last backbone stage as a map: images [B, C, H, W] -> ([B, C', H/16, W/16],)."""
-        return tuple(self.backbone.forward_intermediates(images, indices=[2], intermediates_only=True))
+        grid = self.backbone.grid_of(images.shape[-2:])
+        return (patches_to_map(self.backbone.forward_stages(images)[2], grid),)
 
     def extract_pyramid(self, images: Tensor) -> tuple[Tensor, ...]:
         """The pyramid's maps, finest first: [B, width, H/4, W/4], [B, width, H/8, W/8], [B, width, H/16, W/16]."""

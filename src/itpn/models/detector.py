@@ -21,11 +21,10 @@ from torchvision.models.detection.roi_heads import RoIHeads, maskrcnn_inference,
 from torchvision.models.detection.rpn import RegionProposalNetwork, RPNHead
 from torchvision.models.detection.transform import GeneralizedRCNNTransform, resize_boxes
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, generalized_box_iou_loss
-from torchvision.ops.feature_pyramid_network import ExtraFPNBlock
 from torchvision.ops.poolers import initLevelMapper
 
 from itpn.geometry import fit_sides
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.models.layers import patches_to_map
 from itpn.models.pyramid import PyramidBackbone, TimmConventionsMixin
 from itpn.models.synced import SyncedBatchNorm2d, at_least_float32, batch_fractions
@@ -89,18 +88,7 @@ class Detector(TimmConventionsMixin, FasterRCNN):
         if num_classes < 2:
             raise ValueError(f"num_classes counts the background: at least 2, not {num_classes}")
         width = backbone.out_channels
-        anchors = Float32Anchors(tuple((ANCHOR_SCALE * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
-        rpn = BalancedRPN(
-            anchors,
-            Float32RPNHead(width, anchors.num_anchors_per_location()[0]),
-            fg_iou_thresh=0.7,
-            bg_iou_thresh=0.3,
-            batch_size_per_image=256,
-            positive_fraction=0.5,
-            pre_nms_top_n={"training": 2000, "testing": 1000},
-            post_nms_top_n={"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test},
-            nms_thresh=0.7,
-        )
+        rpn = make_rpn(width, strides, {"training": rpn_post_nms_top_n_train, "testing": rpn_post_nms_top_n_test})
         heads = BoxAndMaskHeads(
             make_pool(strides, 7),
             FastRCNNConvFCHead((width, 7, 7), [head_width] * 4, [4 * head_width], norm_layer=SyncedBatchNorm2d),
@@ -159,38 +147,27 @@ class FPNBackbone(TimmConventionsMixin, nn.Module):
     """A backbone with a randomly initialized feature pyramid network (Lin et al. 2017).
 
     Args:
+        backbone: without a classifier (``num_classes=0``).
         width: channels of every level.
-        backbone: arguments of :class:`itpn.models.hivit.HiViT`.
     """
 
-    def __init__(self, width: int = 256, **backbone: Any) -> None:
+    def __init__(self, backbone: Backbone, width: int = 256) -> None:
         super().__init__()
-        self.backbone = HiViT(num_classes=0, **backbone)
-        dims = [info["num_chs"] for info in self.backbone.feature_info]
-        self.fpn = FeaturePyramidNetwork(dims, width, extra_blocks=AveragePools(2))
+        self.backbone = backbone
+        dims = [info["num_chs"] for info in backbone.feature_info]
+        self.fpn = FeaturePyramidNetwork(dims, width)
         self.out_channels = width
-        first = self.backbone.feature_info[0]["reduction"]
+        first = backbone.feature_info[0]["reduction"]
         self.feature_info = [{"num_chs": width, "reduction": first * 2**i} for i in range(5)]
 
     def forward(self, x: Tensor) -> "OrderedDict[str, Tensor]":
         """Images [B, in_chans, H, W] -> maps by name, "0" the finest."""
         grid = self.backbone.grid_of(x.shape[-2:])
         stages = self.backbone.forward_stages(x)
-        return self.fpn(OrderedDict((str(i), patches_to_map(stage, grid)) for i, stage in enumerate(stages)))
-
-
-class AveragePools(ExtraFPNBlock):
-    """Coarser levels by average pooling, as in :class:`PyramidBackbone`."""
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self.count = count
-
-    def forward(self, results: list[Tensor], x: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        for _ in range(self.count):
-            results.append(F.avg_pool2d(results[-1], 2))
-            names.append(str(len(names)))
-        return results, names
+        maps = self.fpn(OrderedDict((str(i), patches_to_map(stage, grid)) for i, stage in enumerate(stages)))
+        for i in (3, 4):
+            maps[str(i)] = F.avg_pool2d(maps[str(i - 1)], 2)
+        return maps
 
 
 class Resize(GeneralizedRCNNTransform):
@@ -247,6 +224,22 @@ class Float32RPNHead(RPNHead):
     def forward(self, x: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         logits, deltas = super().forward(x)
         return [at_least_float32(level) for level in logits], [at_least_float32(level) for level in deltas]
+
+
+def make_rpn(width: int, strides: Sequence[int], post_nms_top_n: dict[str, int]) -> "BalancedRPN":
+    """The first stage on maps of so many channels."""
+    anchors = Float32Anchors(tuple((ANCHOR_SCALE * s,) for s in strides), ((0.5, 1.0, 2.0),) * len(strides))
+    return BalancedRPN(
+        anchors,
+        Float32RPNHead(width, anchors.num_anchors_per_location()[0]),
+        fg_iou_thresh=0.7,
+        bg_iou_thresh=0.3,
+        batch_size_per_image=256,
+        positive_fraction=0.5,
+        pre_nms_top_n={"training": 2000, "testing": 1000},
+        post_nms_top_n=post_nms_top_n,
+        nms_thresh=0.7,
+    )
 
 
 def make_pool(strides: Sequence[int], size: int) -> MultiScaleRoIAlign:

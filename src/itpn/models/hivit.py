@@ -11,6 +11,7 @@ can therefore be dropped before the first layer, and the visible ones do not cha
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -19,6 +20,7 @@ from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import global_pool_nlc
 from torch import Tensor, nn
 
+from itpn.models.backbone import Backbone, check_intermediates
 from itpn.models.layers import (
     MlpBlock,
     PatchEmbed,
@@ -37,14 +39,13 @@ from itpn.models.position import (
     same_grid,
     sincos_position_table,
 )
-from itpn.models.recompute import Recompute, run_block
+from itpn.models.recompute import run_block
 from itpn.models.windows import Windows, pick_distinct, put_back, take
 
 GlobalPool = Literal["avg", "max", "avgmax", ""]
-POSITIONS = ("pos_embed", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")  # ends of names, never decayed
 
 
-class HiViT(nn.Module):
+class HiViT(Backbone):
     """Hierarchical vision transformer with three stages of strides 4, 8 and 16 (for patch size 16).
 
     It follows timm's conventions for models. Images [B, in_chans, H, W] may have any height and width that are
@@ -87,10 +88,6 @@ class HiViT(nn.Module):
     Raises:
         ValueError: the sizes do not fit one another.
     """
-
-    # set on models that timm.create_model built
-    pretrained_cfg: dict[str, Any]  # timm's settings of the weights
-    model_args: dict[str, Any]  # the constructor's arguments that were given (see itpn.models.registry)
 
     def __init__(
         self,
@@ -140,7 +137,6 @@ class HiViT(nn.Module):
         self.migrate_from = depths[2] // 2 if migrate_from is None else migrate_from
         self.gather_window = gather_window
         self.gather_side = gather_side
-        self.grad_checkpointing: Recompute = False
         self.grid_size = self.grid_of(to_2tuple(img_size))
         self.rel_pos_grid = self.grid_of(to_2tuple(rel_pos_size or img_size)) if rel_pos_bias else None
 
@@ -149,24 +145,19 @@ class HiViT(nn.Module):
         self.pos_embed = nn.Parameter(
             sincos_position_table(self.grid_size, embed_dim), requires_grad=pos_embed == "learned"
         )
-        rates = [drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))]
-
-        def stage(number: int, block: type[nn.Module], *args: Any, **kwargs: Any) -> nn.ModuleList:
-            scale = init_values if number in layer_scale_stages else None
-            kwargs |= {"init_values": scale, "norm_eps": norm_eps, "sub_norm": sub_norm}
-            first = sum(depths[: number - 1])
-            dim, ratio, own_rates = dims[number - 1], mlp_ratios[number - 1], rates[first : first + depths[number - 1]]
-            return nn.ModuleList(block(dim, *args, mlp_ratio=ratio, drop_path=rate, **kwargs) for rate in own_rates)
-
-        attention = {
+        attention: dict[str, Any] = {
             "qkv_bias": qkv_bias,
             "rel_pos_grid": self.rel_pos_grid,
             "decomposed": rel_pos_bias == "decomposed",
             "swiglu": swiglu,
         }
-        self.stages: Any = nn.ModuleList(  # Any: type checkers do not know that these are ModuleLists
-            [stage(1, MlpBlock), stage(2, MlpBlock), stage(3, TransformerBlock, num_heads, **attention)]
-        )
+        blocks: list[Any] = [MlpBlock, MlpBlock, partial(TransformerBlock, num_heads=num_heads, **attention)]
+        rates = iter([drop_path_rate * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+        self.stages: Any = nn.ModuleList()  # Any: type checkers do not know that it holds ModuleLists
+        for i, (block, dim, depth, ratio) in enumerate(zip(blocks, dims, depths, mlp_ratios, strict=True), start=1):
+            scale = init_values if i in layer_scale_stages else None
+            options = {"mlp_ratio": ratio, "init_values": scale, "norm_eps": norm_eps, "sub_norm": sub_norm}
+            self.stages.append(nn.ModuleList(block(dim, drop_path=next(rates), **options) for _ in range(depth)))
         self.merges = nn.ModuleList([PatchMerge(dim, norm_eps, merge) for dim in dims[:2]])
         self.rel_pos_index: Tensor
         self.register_buffer(
@@ -207,9 +198,6 @@ class HiViT(nn.Module):
         """Compute the buffers that no file holds, after a construction on the meta device (transformers calls it)."""
         self.rel_pos_index.copy_(relative_position_index(self.rel_pos_grid or self.grid_size))
 
-    def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith(POSITIONS)}
-
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Layers for layer-wise learning rates: stem, each block, classifier; a merge belongs to the block before."""
         return {
@@ -218,10 +206,6 @@ class HiViT(nn.Module):
             if coarse
             else [(r"^stages\.(\d+)\.(\d+)", None), (r"^merges\.(\d+)", (99999,)), (r"^fc_norm", (99999,))],
         }
-
-    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
-        """As in timm; ``"selective"`` recomputes only norms and activation functions (:func:`run_block`)."""
-        self.grad_checkpointing = enable
 
     def get_classifier(self) -> nn.Module:
         return self.head
@@ -248,49 +232,20 @@ class HiViT(nn.Module):
 
     # --- forward
 
-    def grid_of(self, size: Sequence[int]) -> Grid:
-        """Rows and columns of patches in an image of this height and width.
-
-        Raises:
-            ValueError: a side is not a multiple of the patch size.
-        """
-        height, width = size
-        if height % self.patch_size or width % self.patch_size or height < 1 or width < 1:
-            raise ValueError(
-                f"image size {height}x{width} is not a multiple of the patch size {self.patch_size}; "
-                f"pad or resize it, for example to {max(1, round(height / self.patch_size)) * self.patch_size}"
-                f"x{max(1, round(width / self.patch_size)) * self.patch_size}"
-            )
-        return height // self.patch_size, width // self.patch_size
-
     @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(in_chans, H, W) of the images that the position table is made for."""
-        return self.in_chans, self.grid_size[0] * self.patch_size, self.grid_size[1] * self.patch_size
+    def fixed_size(self) -> bool:
+        return bool(self.migrate_ratio or self.gather_window)  # they count tokens and windows
 
     def forward_stages(
         self,
         images: Tensor,
         visible: Tensor | None = None,
-        last: int = 2,
         mask: Tensor | None = None,
         mask_token: Tensor | None = None,
         tap: int | None = None,
+        last: int = 2,
     ) -> list[Tensor]:
-        """Run the stages on all patches, or on the visible ones only.
-
-        Args:
-            images: [B, in_chans, H, W].
-            visible: int64 [B, V], the patches to compute, row-major; None for all.
-            last: index of the last stage to run.
-            mask: bool [B, N], where all patches are computed: ``mask_token`` [1, 1, C] replaces the stage 3 input of
-                the masked ones.
-            tap: index of a stage 3 block whose output is returned too.
-
-        Returns:
-            The output of each stage, of stages 1 and 2 before the merge:
-            [B, V, 4, 4, C/4], [B, V, 2, 2, C/2], [B, V, 1, 1, C]; then the output of block ``tap``, [B, V, C].
-        """
+        """See :class:`Backbone`; outputs of stages 1 and 2 are those before the merges. ``last`` is the last to run."""
         grid = self.grid_of(images.shape[-2:])
         x = self.patch_embed(images, visible)  # [B, V, 4, 4, C/4]
         outputs = []
@@ -350,11 +305,6 @@ class HiViT(nn.Module):
         return table if visible is None else table[0, visible]  # [1, N, C] or [B, V, C]
 
     def relative_positions(self, grid: Grid, visible: Tensor | None) -> Tensor | None:
-        """Rows of the relative position tables for each pair of patches.
-
-        Returns:
-            int64 [N, N] for all patches, [B, V, V] for the visible ones; None without tables.
-        """
         if self.rel_pos_grid is None:
             return None
         index = self.rel_pos_index
@@ -450,28 +400,3 @@ def check_pooling(global_pool: Any) -> None:
     known = get_args(GlobalPool)
     if global_pool not in known:
         raise ValueError(f"global_pool must be one of {', '.join(map(repr, known))}, not {global_pool!r}")
-
-
-def find_backbone(model: nn.Module) -> HiViT:
-    """The HiViT that a model is, or that its ``backbone`` is or has."""
-    while not isinstance(model, HiViT):
-        model = model.backbone  # type: ignore[assignment]  # a module; otherwise an AttributeError
-    return model
-
-
-def nest_groups(groups: dict[str, Any]) -> dict[str, Any]:
-    """The groups of timm's ``group_matcher`` for a network that has the matched one as its ``backbone``."""
-
-    def inside(pattern: str) -> str:
-        return "|".join(part.replace("^", r"^backbone\.", 1) for part in pattern.split("|"))
-
-    blocks = groups["blocks"]
-    nested = inside(blocks) if isinstance(blocks, str) else [(inside(pattern), order) for pattern, order in blocks]
-    return {"stem": inside(groups["stem"]), "blocks": nested}
-
-
-def check_intermediates(norm: bool, output_fmt: str) -> None:
-    if norm:
-        raise ValueError("there is no norm between the stages to apply to intermediate features")
-    if output_fmt not in ("NCHW", "NHWC"):
-        raise ValueError(f"output_fmt must be NCHW or NHWC, not {output_fmt}")

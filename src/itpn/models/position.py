@@ -9,6 +9,7 @@ from torch import Tensor
 
 Grid = tuple[int, int]  # rows, columns of patches
 Resample = Literal["exact", "legacy"]
+POSITIONS = ("pos_embed", "relative_position_bias_table", "rel_pos_h", "rel_pos_w")  # ends of names, never decayed
 
 
 def square(entries: int) -> Grid:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from itpn.models.hivit import HiViT, check_intermediates, find_backbone, nest_groups
+from itpn.models.backbone import Backbone, check_intermediates
 from itpn.models.layers import MlpBlock, WeightInit, initialize_linears, patches_to_map
 from itpn.models.recompute import Recompute, run_block
 
@@ -86,64 +86,87 @@ class FeaturePyramid(nn.Module):
         return x
 
 
+def nest_groups(groups: dict[str, Any]) -> dict[str, Any]:
+    """The groups of timm's ``group_matcher`` for a network that has the matched one as its ``backbone``."""
+
+    def inside(pattern: str) -> str:
+        return "|".join(part.replace("^", r"^backbone\.", 1) for part in pattern.split("|"))
+
+    blocks = groups["blocks"]
+    nested = inside(blocks) if isinstance(blocks, str) else [(inside(pattern), order) for pattern, order in blocks]
+    return {"stem": inside(groups["stem"]), "blocks": nested}
+
+
+class TimmConventionsMixin:
+    """timm's conventions for a network that has a backbone and heads: checkpointing, weight decay, layer groups."""
+
+    backbone: Any
+
+    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
+        self.backbone.set_grad_checkpointing(enable)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """The backbone's groups; everything else is one group after the last of them."""
+        return nest_groups(self.backbone.group_matcher(coarse))
+
+
+Levels = Literal["pyramid", "pooled", "joined"]
 LEVELS = {"pyramid": 3, "pooled": 5, "joined": 4}  # number of maps for each choice of levels
 
 
-class PyramidBackbone(nn.Module):
+class PyramidBackbone(TimmConventionsMixin, nn.Module):
     """A backbone and its pyramid, images to maps, for detectors and segmenters; tensor names are those of pre-training.
 
     It follows timm's conventions (``features_only=True``) and torchvision's: it returns an ``OrderedDict`` of maps and
     has ``out_channels``.
 
     Args:
+        backbone: without a classifier (``num_classes=0``).
         levels: ``"pyramid"``: the pre-trained maps, strides 4, 8 and 16 for patch size 16. ``"pooled"``: also
             strides 32 and 64 by average pooling (Tian et al. 2023, section 4.2). ``"joined"``: the three
             concatenated with the backbone's own maps, and stride 32 by max pooling, as in the authors' code.
-        pyramid_width, pyramid_depth, mlp_ratio: see :class:`FeaturePyramid`.
-        backbone: arguments of :class:`itpn.models.hivit.HiViT`.
+        width, depth, mlp_ratio, weight_init: see :class:`FeaturePyramid`.
 
     Raises:
-        ValueError: ``num_classes`` or ``global_pool`` is set, or the backbone's sizes do not fit one another.
+        ValueError: there are no such levels.
     """
 
-    pretrained_cfg: dict[str, Any]  # as in HiViT
+    pretrained_cfg: dict[str, Any]  # as in Backbone
     model_args: dict[str, Any]
 
     def __init__(
         self,
-        levels: Literal["pyramid", "pooled", "joined"] = "pyramid",
-        pyramid_width: int = 256,
-        pyramid_depth: int = 2,
+        backbone: Backbone,
+        levels: Levels = "pyramid",
+        width: int = 256,
+        depth: int = 2,
         mlp_ratio: float = 4.0,
-        num_classes: int = 0,
-        global_pool: str = "",
         weight_init: WeightInit = "trunc_normal",
-        **backbone: Any,
     ) -> None:
         super().__init__()
-        check_no_classifier(num_classes, global_pool)
         if levels not in LEVELS:
             raise ValueError(f"levels must be one of {', '.join(LEVELS)}, not {levels}")
         self.num_classes = 0
         self.global_pool = ""
         self.levels = levels
-        self.backbone = HiViT(num_classes=0, weight_init=weight_init, **backbone)
-        self.in_chans = self.backbone.in_chans
-        dims = tuple(info["num_chs"] for info in self.backbone.feature_info)
-        self.pyramid = FeaturePyramid(
-            dims, pyramid_width, pyramid_depth, mlp_ratio, self.backbone.norm_eps, weight_init
-        )
-        self.num_features = self.head_hidden_size = pyramid_width
+        self.backbone = backbone
+        self.in_chans = backbone.in_chans
+        dims = tuple(info["num_chs"] for info in backbone.feature_info)
+        self.pyramid = FeaturePyramid(dims, width, depth, mlp_ratio, backbone.norm_eps, weight_init)
+        self.num_features = self.head_hidden_size = width
         concatenated = levels == "joined"
-        widths = [pyramid_width + (dim if concatenated else 0) for dim in dims]
+        widths = [width + (dim if concatenated else 0) for dim in dims]
         widths += [widths[-1]] * (LEVELS[levels] - len(dims))
-        first = self.backbone.feature_info[0]["reduction"]
+        first = backbone.feature_info[0]["reduction"]
         self.feature_info = [
-            {"num_chs": width, "reduction": first * 2**i, "module": f"pyramid.outputs.{min(i, 2)}"}
-            for i, width in enumerate(widths)
+            {"num_chs": channels, "reduction": first * 2**i, "module": f"pyramid.outputs.{min(i, 2)}"}
+            for i, channels in enumerate(widths)
         ]
         # torchvision's heads take one number of channels; the concatenated maps differ in theirs
-        self.out_channels: int | list[int] = widths if concatenated else pyramid_width
+        self.out_channels: int | list[int] = widths if concatenated else width
 
     def forward_maps(self, x: Tensor) -> list[Tensor]:
         """Images [B, in_chans, H, W] -> maps of all levels, finest first."""
@@ -191,15 +214,12 @@ class PyramidBackbone(nn.Module):
         return feature_take_indices(len(self.feature_info), indices)[0]
 
     def set_grad_checkpointing(self, enable: Recompute = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
+        super().set_grad_checkpointing(enable)
         self.pyramid.grad_checkpointing = enable
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """The backbone's groups, then the pyramid as a whole."""
-        return nest_groups(self.backbone.group_matcher(coarse)) | {"pyramid": r"^pyramid"}
+        return super().group_matcher(coarse) | {"pyramid": r"^pyramid"}
 
     def get_classifier(self) -> nn.Module:
         return nn.Identity()
@@ -215,31 +235,6 @@ def check_no_classifier(num_classes: int, global_pool: str | None) -> None:
         raise ValueError(f"a pyramid returns maps, which are not pooled: global_pool must be '', not {global_pool!r}")
 
 
-class TimmConventionsMixin:
-    """timm's conventions for a network that has a backbone and heads: checkpointing, weight decay, layer groups."""
-
-    backbone: Any
-
-    def set_grad_checkpointing(self, enable: Recompute = True) -> None:
-        self.backbone.set_grad_checkpointing(enable)
-
-    def no_weight_decay(self) -> set[str]:
-        return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
-
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """The backbone's groups; everything else is one group after the last of them."""
-        inner: Any = self
-        groups = find_backbone(inner).group_matcher(coarse)
-        while not isinstance(inner, HiViT):
-            groups, inner = nest_groups(groups), inner.backbone
-        return groups
-
-
 def find_pyramid(model: nn.Module) -> FeaturePyramid | None:
     """The pyramid that a model has, or its backbone; None for none."""
-    inner: Any = model
-    while not isinstance(inner, HiViT):
-        if isinstance(pyramid := getattr(inner, "pyramid", None), FeaturePyramid):
-            return pyramid
-        inner = inner.backbone
-    return None
+    return next((module for module in model.modules() if isinstance(module, FeaturePyramid)), None)

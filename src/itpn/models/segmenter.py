@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.segmentation.fcn import FCNHead
 
-from itpn.models.hivit import find_backbone
 from itpn.models.pyramid import PyramidBackbone, TimmConventionsMixin
 from itpn.models.synced import at_least_float32, sync_batch_norm
 
@@ -77,5 +76,5 @@ class Segmenter(TimmConventionsMixin, nn.Module):
 
     def _padded_size(self, x: Tensor) -> list[int]:
         """Height and width in whole patches; at least two, because the coarsest map pools 2x2 patches."""
-        patch = find_backbone(self).patch_size
+        patch = self.backbone.backbone.patch_size
         return [max(2 * patch, -(-side // patch) * patch) for side in x.shape[-2:]]

@@ -17,10 +17,10 @@ class NetworkSpec:
     """What a network is built from (:func:`itpn.models.build.build`), and what checkpoints say of it.
 
     Attributes:
-        backbone: arguments of :class:`itpn.models.hivit.HiViT`, those of a classifier aside.
+        backbone: arguments of :func:`itpn.models.build.make_backbone`, those of a classifier aside.
         pyramid: arguments of :class:`itpn.models.pyramid.FeaturePyramid`; None for a network without one.
         levels: the maps of a pyramid without a head, see :class:`itpn.models.pyramid.PyramidBackbone`.
-        head: name of the registered head on top (:class:`itpn.models.build.Head`); None for a backbone, or a backbone
+        head: name of the registered head on top (:class:`itpn.models.heads.Head`); None for a backbone, or a backbone
             and its pyramid.
         options: arguments of the head.
     """
@@ -66,7 +66,7 @@ def find_variant(backbone: Options) -> str | None:
 
 def same_sizes(one: Options, other: Options) -> bool:
     """Whether backbones have the same widths, depths and kind of blocks."""
-    keys = ("embed_dim", "depths", "swiglu", "sub_norm")
+    keys = ("kind", "embed_dim", "depths", "swiglu", "sub_norm")
     return all(_plain(one.get(key, False)) == _plain(other.get(key, False)) for key in keys)
 
 

@@ -1,20 +1,14 @@
 """Batch norm and means over the batches of all processes, so that several compute the same as one."""
 
-from typing import Any
-
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+
+from itpn.distributed import sum_of_all, world_size
 
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert half precision to float32; leave float32 and float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-def world_size() -> int:
-    """Number of processes that train together; 1 without torch.distributed."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def batch_fractions(counts: list[int], device: torch.device) -> Tensor:
@@ -32,9 +26,7 @@ def batch_fractions(counts: list[int], device: torch.device) -> Tensor:
     own = torch.tensor(counts, dtype=torch.float32, device=device)
     if world_size() == 1:
         return torch.ones_like(own)
-    total = own.clone()
-    dist.all_reduce(total)
-    return own * world_size() / total.clamp(min=1)
+    return own * world_size() / sum_of_all(own).clamp(min=1)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
@@ -48,11 +40,11 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         wide = at_least_float32(x)  # half precision has too few digits for sums
         count = wide.new_full((1,), wide.numel() / wide.shape[1])
-        sums = _sum_over_processes(torch.cat([wide.sum(dim=(0, 2, 3)), count]))
+        sums = sum_of_all(torch.cat([wide.sum(dim=(0, 2, 3)), count]))
         total = sums[-1].detach()
         mean = sums[:-1] / total
         centred = wide - mean[:, None, None]
-        variance = _sum_over_processes(centred.square().sum(dim=(0, 2, 3))) / total
+        variance = sum_of_all(centred.square().sum(dim=(0, 2, 3))) / total
         with torch.no_grad():
             self.num_batches_tracked += 1
             momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
@@ -60,24 +52,6 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
             self.running_var.lerp_((variance * total / (total - 1)).to(self.running_var), momentum)
         scale = (variance + self.eps).rsqrt() * self.weight
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        grad = grads[0].clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-def _sum_over_processes(x: Tensor) -> Tensor:
-    return _SumOverProcesses.apply(x)
 
 
 def sync_batch_norm(module: nn.Module) -> nn.Module:

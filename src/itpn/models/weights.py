@@ -1,30 +1,16 @@
 """Fit position tables of a file to a network for images of another size."""
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from torch import Tensor
 
-from itpn.models.position import (
-    Grid,
-    Resample,
-    resample_offsets,
-    resample_position_table,
-    resample_relative_table,
-    square,
-)
-
-
-class HasTables(Protocol):
-    """What :func:`fit_tables` reads of a backbone."""
-
-    grid_size: Grid
-    rel_pos_grid: Grid | None
-    pos_resample: Resample
+from itpn.models.backbone import Backbone
+from itpn.models.position import Grid, resample_offsets, resample_position_table, resample_relative_table, square
 
 
 def fit_tables(
-    tensors: dict[str, Tensor], own: Mapping[str, Tensor], backbone: HasTables, stored_grid: Grid | None = None
+    tensors: dict[str, Tensor], own: Mapping[str, Tensor], backbone: Backbone, stored_grid: Grid | None = None
 ) -> list[str]:
     """Resample position tables to the grids of a backbone, in place.
 
@@ -49,7 +35,7 @@ def fit_tables(
     return changed
 
 
-def _fit_table(name: str, stored: Tensor, wanted: Tensor, backbone: HasTables, stored_grid: Grid | None) -> Tensor:
+def _fit_table(name: str, stored: Tensor, wanted: Tensor, backbone: Backbone, stored_grid: Grid | None) -> Tensor:
     """The stored tensor, resampled if it is a position table of another grid."""
     if name.endswith("pos_embed"):
         grid = stored_grid or (backbone.grid_size if stored.shape == wanted.shape else square(stored.shape[1]))

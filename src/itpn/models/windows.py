@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Grid = tuple[int, int]  # rows, columns of patches
+from itpn.models.position import Grid
 
 
 def pick_distinct(x: Tensor, keep: int, real: Tensor | None = None) -> Tensor:

@@ -139,10 +139,10 @@ def evaluate(
     for batch in read_batches(evaluator.batches(rank, world_size), skipped):
         for network, own in zip(networks, parts, strict=True):
             own.append(evaluator.compare(network, batch))
-    unread = sorted({item for own in gather(skipped, world_size) for item in own})
+    unread = sorted({item for own in gather(skipped) for item in own})
     scores = []
     for own in parts:
-        joined = [part for process in gather(own, world_size) for part in process]
+        joined = [part for process in gather(own) for part in process]
         if not joined:
             raise nothing_readable(unread)
         scores.append(evaluator.score(joined))

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import ExportFailed, UserError, refusal
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 from itpn.models.pyramid import PyramidBackbone
 from itpn.system.console import Output, make_table
 
@@ -127,7 +127,7 @@ def export_model(
     generator = torch.Generator().manual_seed(0)
 
     def draw(batch: int, size: Size) -> Tensor:
-        return torch.randn(batch, backbone.patch_embed.proj.in_channels, *size, generator=generator)
+        return torch.randn(batch, backbone.in_chans, *size, generator=generator)
 
     names = _try(network, backbone, draw(1, size))
     (height, width), patch = size, backbone.patch_size
@@ -150,7 +150,7 @@ def export_model(
 
 def _check_limits(model: nn.Module, out: Path, dynamic_size: bool) -> None:
     backbone = find_backbone(model)
-    if dynamic_size and (backbone.migrate_ratio or backbone.gather_window):
+    if dynamic_size and backbone.fixed_size:
         raise UserError("token migration and gathering count tokens and windows beforehand: export a fixed size")
     weights = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
     if out.suffix == ".onnx" and weights > ONNX_LIMIT:

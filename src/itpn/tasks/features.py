@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from itpn.data.normalize import Normalize
 from itpn.errors import refusal
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 from itpn.models.pyramid import find_pyramid
 from itpn.system.console import Output
 from itpn.system.text import one_line

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from itpn.models.backbone import Backbone
 from itpn.models.build import build
-from itpn.models.hivit import HiViT
+from itpn.models.layers import patches_to_map
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS, WITH_PYRAMID
 
@@ -31,23 +32,22 @@ def count_macs(forward: Callable[..., object], *inputs: Tensor) -> float:
     return counter.get_total_flops() / 2e9
 
 
-def make_images(backbone: HiViT, size: tuple[int, int]) -> Tensor:
+def make_images(backbone: Backbone, size: tuple[int, int]) -> Tensor:
     """An image of zeros, on the device of the backbone."""
-    weight = backbone.patch_embed.proj.weight
-    return torch.zeros(1, backbone.in_chans, *size, device=weight.device)
+    return torch.zeros(1, backbone.in_chans, *size, device=next(backbone.parameters()).device)
 
 
-def describe_backbone(backbone: HiViT, size: tuple[int, int]) -> Rows:
+def describe_backbone(backbone: Backbone, size: tuple[int, int]) -> Rows:
     """MACs of a backbone, all patches computed."""
     images = make_images(backbone, size)
-    gmacs = count_macs(backbone.eval().forward_features, images)
+    gmacs = count_macs(backbone.eval().forward_stages, images)
     return [("MACs", f"{gmacs:.2f} G, backbone at {size[0]}x{size[1]} px, all patches")]
 
 
-def describe_stages(backbone: HiViT, size: tuple[int, int]) -> Rows:
+def describe_stages(backbone: Backbone, size: tuple[int, int]) -> Rows:
     """The shapes of the stages."""
-    stages = backbone.eval().forward_intermediates(make_images(backbone, size), intermediates_only=True)
-    return describe_maps("stage", stages, backbone)
+    stages, grid = backbone.eval().forward_stages(make_images(backbone, size)), backbone.grid_of(size)
+    return describe_maps("stage", [patches_to_map(stage, grid) for stage in stages], backbone)
 
 
 def describe_maps(name: str, maps: Any, network: Any) -> Rows:
@@ -61,7 +61,7 @@ def describe_model(name: str) -> Rows:
     base = next((plain for plain, whole in WITH_PYRAMID.items() if whole == name), name)
     with torch.device("meta"):  # shapes without values
         backbone = create_model(base)
-    assert isinstance(backbone, HiViT)
+    assert isinstance(backbone, Backbone)
     size = (224, 224)
     aside = ", pyramid aside," if base != name else ""
     rows = [

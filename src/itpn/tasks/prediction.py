@@ -24,7 +24,7 @@ from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
 from itpn.data.shards import read_shard
 from itpn.errors import UserError
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 from itpn.system.console import Output, print_aside, print_warnings
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole_text, write_whole

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel
 from itpn.masked.targets import normalize_features
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.models.pyramid import FeaturePyramid
 
 
@@ -34,7 +34,7 @@ class EMATeacher(nn.Module):
         self._backbone.set_grad_checkpointing(False)
 
     @property
-    def _backbone(self) -> HiViT:
+    def _backbone(self) -> Backbone:
         return self.average.module["backbone"]
 
     def train(self, mode: bool = True) -> "EMATeacher":

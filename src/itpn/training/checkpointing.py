@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as distributed
 
 from itpn.checkpoints.io import save_to
+from itpn.distributed import broadcast
 from itpn.errors import MachineError, UserError
 from itpn.system.text import one_line
 from itpn.training.metrics_log import MetricsLog
@@ -72,7 +73,7 @@ class Checkpointing:
                     folder.put_checkpoint(lambda file: save_to(file, state), run.step, self.best_step == run.step)
             except MachineError as error:
                 problem = str(error)
-        problem = run.fabric.broadcast(problem)  # nobody takes another step before it is written
+        problem = broadcast(problem)  # nobody takes another step before it is written
         if problem is not None:
             raise MachineError(problem)
 
@@ -135,7 +136,7 @@ class Checkpointing:
                     self._restore_best()
                 elif best != folder.best:
                     folder.put_best(best)
-        self.best_score, self.best_step = self.run.fabric.broadcast((self.best_score, self.best_step))
+        self.best_score, self.best_step = broadcast((self.best_score, self.best_step))
 
     def _restore_best(self) -> None:
         folder = self.run.folder
@@ -156,7 +157,7 @@ class Checkpointing:
         run, folder, evaluation = self.run, self.run.folder, self.run.evaluation
         self.log.load_state_dict(self.restored.get("training", {}))
         self.restore_best()
-        missing: bool = run.fabric.broadcast(not folder.is_finished(run.step))
+        missing = broadcast(not folder.is_finished(run.step))
         if missing and evaluation is not None and evaluation.step != run.step:
             evaluation.update(run.fabric, run.task, run.step)
             self.log.add_evaluation(evaluation.metrics)

@@ -35,7 +35,7 @@ class CorruptFiles:
         Raises:
             UserError: there are too many; on every process.
         """
-        found = gather((self._new, self._remarks), self._run.processes)
+        found = gather((self._new, self._remarks))
         self._new, self._remarks = [], {}
         for message in self.skipped.update(item for new, _ in found for item in new):
             print_aside(f"skipped {message}", self._run.console)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itpn.distributed import mean
 from itpn.training.guards import CorruptFiles, NonFiniteGuard, is_finite
 from itpn.training.metrics_file import append_row, complete_row, keep_rows
 from itpn.training.progress import ProgressReport, Speed
@@ -90,8 +91,7 @@ class MetricsLog:
         self.check_finite(batch)
         self.corrupt.count(self.images_seen)
         speed = self.speed.measure(run.loader.wait_seconds)
-        means = torch.stack([*self._sums.values()]) / self._passes
-        means = run.fabric.strategy.all_reduce(means, reduce_op="mean")  # all at once
+        means = mean(torch.stack([*self._sums.values()]) / self._passes)  # all at once
         found = {} if evaluation is None else evaluation.metrics
         rate = max(group["lr"] for group in run.optimizer.param_groups)
         self.metrics = {**dict(zip(self._sums, means.tolist(), strict=True)), "lr": rate, **speed, **found}

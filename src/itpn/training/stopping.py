@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from itpn.distributed import start_maximum
 from itpn.errors import RunStopped
 from itpn.system.signals import SignalHandlers
 from itpn.training.state import Training
@@ -51,8 +52,7 @@ class StopRequest:
             self._stream = self._stream or torch.cuda.Stream(device)
         with torch.cuda.stream(self._stream):
             flag = torch.full((), int(self.signum is not None), device=device)
-            work = torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX, async_op=True)
-            assert work is not None
+            work = start_maximum(flag)
             if self._stream is None:
                 return flag, work.wait
             work.wait()  # the stream does, not the host

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from itpn.checkpoints.contents import read_contents
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.augment import EvaluationTransform
 from itpn.data.evaluation import view_labelled
@@ -26,7 +27,7 @@ from itpn.metrics.classification import (
     write_scores,
 )
 from itpn.metrics.features import knn_votes
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.system.console import print_aside
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
@@ -164,7 +165,7 @@ def resolve_evaluation(
     stored = {name for name in ("mean", "std", "crop_pct", "interpolation") if name in preprocessing} - {*given}
     values: dict[str, Any] = {name: preprocessing[name] if name == "interpolation" else None for name in stored}
     data = replace(config.data, img_size=None, **values)
-    in_chans = found.tensors["backbone.patch_embed.proj.weight"].shape[1]
+    in_chans = read_contents(found).backbone.get("in_chans", 3)
     model = replace(config.model, name=None, patch_size=None, in_chans=in_chans)
     seed = config.seed
     if trained_on(config, found) and "val_fraction" not in given:
@@ -178,7 +179,7 @@ def trained_on(config: ClassificationConfig, found: Checkpoint) -> bool:
 
 
 def find_evaluation_data(
-    config: ClassificationConfig, found: Checkpoint, model: HiViT, given: Collection[str], knn: bool
+    config: ClassificationConfig, found: Checkpoint, model: Backbone, given: Collection[str], knn: bool
 ) -> tuple[Any, str]:
     """The evaluator, and which images it evaluates on.
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from itpn.checkpoints.files import named_tensors
 from itpn.checkpoints.io import write_safetensors
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import make_loader, make_transform
 from itpn.tasks.data import RunData
@@ -34,7 +34,7 @@ class ClassificationTask(FineTuningTask):
 
     def __init__(
         self,
-        model: HiViT,
+        model: Backbone,
         config: ClassificationConfig,
         recipe: str,
         classes: tuple[str, ...],
@@ -42,7 +42,7 @@ class ClassificationTask(FineTuningTask):
     ) -> None:
         data = config.data
         super().__init__(model, config, recipe, classes, make_loader)
-        self.model: HiViT
+        self.model: Backbone
         decay = config.model.ema_decay
         # warmed up, so that a short run's EMA is not of its beginning
         self.ema = None if decay is None else ModelEmaV3(model, decay=decay, use_warmup=True).requires_grad_(False)
@@ -90,6 +90,6 @@ class ClassificationTask(FineTuningTask):
         return own | {"interpolation": data.interpolation}
 
 
-def build_module(model: HiViT, config: ClassificationConfig, recipe: str, data: RunData) -> ClassificationTask:
+def build_module(model: Backbone, config: ClassificationConfig, recipe: str, data: RunData) -> ClassificationTask:
     loader = functools.partial(make_loader, config, data.train, make_transform(config))
     return ClassificationTask(model, config, recipe, data.train.classes, loader)

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
+from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.build import build_backbone
 from itpn.models.heads import Head
-from itpn.models.hivit import HiViT, find_backbone
 from itpn.models.spec import NetworkSpec
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import make_transform
@@ -40,7 +40,7 @@ class ClassifierHead(Head):
     purpose = "classification"
     recipe = "classifier_small"
 
-    def build(self, spec: NetworkSpec) -> HiViT:
+    def build(self, spec: NetworkSpec) -> Backbone:
         if not spec.options.get("num_classes"):
             raise UserError(
                 "a classifier needs num_classes above 0; task='backbone' gives the network without one"
@@ -88,13 +88,13 @@ def resolve(
     return scale_epochs(config, len(data.train)), ()
 
 
-def build_model(config: ClassificationConfig, data: RunData, found: Checkpoint | None) -> tuple[HiViT, list[str]]:
+def build_model(config: ClassificationConfig, data: RunData, found: Checkpoint | None) -> tuple[Backbone, list[str]]:
     return build_classifier(config, data.train.classes, found)
 
 
 def build_classifier(
     config: ClassificationConfig, classes: tuple[str, ...], found: Checkpoint | None
-) -> tuple[HiViT, list[str]]:
+) -> tuple[Backbone, list[str]]:
     """Build a classifier, with a checkpoint's weights where there is one; its classifier if it has the same classes.
 
     Args:
@@ -120,7 +120,7 @@ def build_classifier(
         arguments["rel_pos_size"] = None  # the tables follow the images
     spec = NetworkSpec({**contents.backbone, **arguments}, head=config.task, options=options)
     network, more = build_network(spec, model, contents, found, () if kept else ClassifierHead.classes)
-    assert isinstance(network, HiViT)
+    assert isinstance(network, Backbone)
     return network, notes + more
 
 

@@ -11,7 +11,7 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
 from itpn.data.labelled import LabelledImages
-from itpn.models.hivit import HiViT
+from itpn.models.backbone import Backbone
 from itpn.models.modes import eval_mode
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.evaluation import make_evaluation_transform
@@ -25,7 +25,7 @@ SAMPLES = 16
 
 
 @torch.no_grad()
-def predict(model: HiViT, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
+def predict(model: Backbone, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
     """Write the likeliest classes of images, and the images with the likeliest class above each.
 
     Classes are numbers where the file has no names.

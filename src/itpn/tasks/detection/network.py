@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
-from itpn.models.build import build_pyramid
+from itpn.models.build import build_pyramid, make_backbone
 from itpn.models.detector import Detector, FPNBackbone, MaskDetector
 from itpn.models.heads import Head
 from itpn.models.spec import NetworkSpec, Options
@@ -61,7 +61,7 @@ class DetectorHead(Head):
         backbone = (
             build_pyramid(replace(spec, pyramid=spec.pyramid or {}), self.levels)
             if width is None
-            else FPNBackbone(width, **spec.backbone)
+            else FPNBackbone(make_backbone(num_classes=0, **spec.backbone), width)
         )
         return kind(backbone, **options)
 

@@ -12,7 +12,7 @@ from itpn.checkpoints.files import named_tensors
 from itpn.checkpoints.io import write_safetensors
 from itpn.data.normalize import Normalize
 from itpn.errors import UserError
-from itpn.models.hivit import HiViT, find_backbone
+from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.spec import spec_of
 from itpn.tasks.finetuning.config import FineTuningConfig
 from itpn.training.config import RunConfig, to_dict
@@ -83,7 +83,7 @@ class FineTuningTask(TrainingModule):
             )
 
 
-def decay_per_layer(backbone: HiViT, decay: float, over: int | None) -> float:
+def decay_per_layer(backbone: Backbone, decay: float, over: int | None) -> float:
     """Factor of the learning rate from one layer to the one before it.
 
     The official fine-tuning means its decay for 13 layers, and takes the 13/L-th power of it in a network of L, the

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
-from itpn.models.hivit import find_backbone
+from itpn.models.backbone import find_backbone
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.export import Exported, Size, export_model
 
