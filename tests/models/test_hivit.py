@@ -142,6 +142,14 @@ def test_intermediates_follow_timm():
     assert len(model.stages) == 2
     pruned = model.forward_intermediates(images, indices=[1], intermediates_only=True)
     torch.testing.assert_close(pruned[0], maps[1])
+    tokens, _ = model.forward_intermediates(images)
+    torch.testing.assert_close(tokens, maps[1].flatten(2).transpose(1, 2))
+    torch.testing.assert_close(model.forward_features(images), tokens)
+    torch.testing.assert_close(model(images), tokens.mean(1))
+    model(images).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    model.reset_classifier(5)
+    assert model(images).shape == (2, 5)
 
 
 def test_layer_groups_cover_every_parameter_in_order():

@@ -220,7 +220,8 @@ class HiViT(Backbone):
             check_pooling(global_pool)
             self.global_pool = global_pool
         self.num_classes = num_classes
-        kwargs: dict[str, Any] = {"device": self.pos_embed.device, "dtype": self.pos_embed.dtype}
+        stem = self.patch_embed.proj.weight
+        kwargs: dict[str, Any] = {"device": stem.device, "dtype": stem.dtype}
         if num_classes and self.has_fc_norm and isinstance(self.fc_norm, nn.Identity):
             self.fc_norm = nn.LayerNorm(self.num_features, eps=self.norm_eps, **kwargs)
         self.head = nn.Linear(self.num_features, num_classes, **kwargs) if num_classes else nn.Identity()
@@ -331,30 +332,43 @@ class HiViT(Backbone):
             first.
         """
         check_intermediates(norm, output_fmt)
-        take, last = feature_take_indices(3, indices)
-        end = len(self.stages) - 1  # pruning may have left fewer than three stages
+        take, last = feature_take_indices(len(self.stages), indices)
+        end = len(self.stages) - 1
         stages = self.forward_stages(x, last=last if intermediates_only and stop_early else end)
         grid = self.grid_of(x.shape[-2:])
         maps = [patches_to_map(stages[i], grid) for i in take]
         if output_fmt == "NHWC":
             maps = [m.permute(0, 2, 3, 1) for m in maps]
-        return maps if intermediates_only else (stages[-1].flatten(1, 3), maps)
+        return maps if intermediates_only else (self._tokens(stages[-1], grid), maps)
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop the stages after the last of ``indices``, and the classifier."""
+        """Drop the stages after the last of ``indices`` and what only they use, and the classifier."""
         take, last = feature_take_indices(3, indices)
         self.stages = self.stages[: last + 1]
         self.merges = self.merges[:last]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if last < 2:
+            self.pos_embed = None  # type: ignore[assignment]  # added before stage 3
         if prune_norm or prune_head:
             self.fc_norm = nn.Identity()
             self.reset_classifier(0)
         return take
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images [B, in_chans, H, W] -> stage 3 tokens [B, N, C], row-major, without a norm."""
-        return self.forward_stages(x)[-1].flatten(1, 3)
+        """Images [B, in_chans, H, W] -> stage 3 tokens [B, N, C], row-major, without a norm.
+
+        Of a pruned network, the tokens of the last stage that is left.
+        """
+        stages = self.forward_stages(x, last=len(self.stages) - 1)
+        return self._tokens(stages[-1], self.grid_of(x.shape[-2:]))
+
+    def _tokens(self, x: Tensor, grid: Grid) -> Tensor:
+        """The output of the last stage [B, N, h, w, C'] as tokens [B, N * h * w, C'], row-major in the image."""
+        if len(self.stages) == 3:  # a token is a patch
+            return x.flatten(1, 3)
+        return patches_to_map(x, grid).flatten(2).transpose(1, 2)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens [B, N, C] -> logits [B, num_classes] by pooling, norm and a linear layer.
