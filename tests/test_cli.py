@@ -340,7 +340,7 @@ def test_a_signal_waits_for_the_import_at_hand(tmp_path, monkeypatch):
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
-def test_a_timer_of_the_caller_goes_on():
+def test_a_timer_of_the_caller_continues():
     signal.setitimer(signal.ITIMER_REAL, 100)
     with pytest.raises(RunStopped), stopped_by_signals():
         os.kill(os.getpid(), signal.SIGTERM)

@@ -273,7 +273,7 @@ def test_an_epoch_is_one_view(clip, tmp_path):
     assert not any(torch.equal(views[0][key], views[1][key]) for key in shared)
 
 
-def test_caching_stops_at_too_many_broken_images(clip, tmp_path, capsys):
+def test_caching_stops_at_too_many_corrupt_images(clip, tmp_path, capsys):
     folder = tmp_path / "photos"
     shutil.copytree(clip.data.root[0], folder)
     for i in range(5):

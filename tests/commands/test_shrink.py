@@ -213,7 +213,7 @@ def test_a_full_disk(large, tmp_path, capsys, monkeypatch, fitting):
         assert f"{fitting} of 5 shards are there already" in capsys.readouterr().out
 
 
-def test_broken_images(large, tmp_path, capsys):
+def test_corrupt_images(large, tmp_path, capsys):
     folder, out = tmp_path / "large", tmp_path / "out"
     shutil.copytree(large, folder)
     (folder / "c/broken.jpg").write_bytes((folder / "c/02.jpg").read_bytes()[:300])
@@ -229,7 +229,7 @@ def test_broken_images(large, tmp_path, capsys):
     assert "24 images (1 corrupt ones left out), " in done.out
 
 
-def test_too_many_broken_images(large, tmp_path, capsys):
+def test_too_many_corrupt_images(large, tmp_path, capsys):
     folder, out = tmp_path / "large", tmp_path / "out"
     shutil.copytree(large, folder)
     mended = {folder / f"c/{i}.jpg": i for i in range(2)}

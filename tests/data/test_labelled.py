@@ -97,7 +97,7 @@ def test_the_same_set_in_each_form(tmp_path, write, monkeypatch):
     assert label_of == {decode_image(data).contiguous().numpy().tobytes(): label for _, data, label in samples(20)}
 
 
-def test_labels_of_a_share_and_held_out_images(tmp_path):
+def test_a_fraction_of_the_labels_and_held_out_images(tmp_path):
     write_folders(tmp_path, "", 60)
     train, val = find_labelled([str(tmp_path)], val_fraction=0.2, seed=3)
     assert (len(train), len(val)) == (48, 12)

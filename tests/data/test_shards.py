@@ -328,7 +328,7 @@ def test_a_damaged_shard_does_not_end_the_stream(tmp_path: Path) -> None:
     assert [key for key, data in samples if isinstance(data, UnreadableImage)] == [paths[1]]
 
 
-def test_streams_that_share_a_damaged_shard_all_hear_of_it(tmp_path: Path) -> None:
+def test_all_streams_of_a_corrupt_shard_name_it(tmp_path: Path) -> None:
     (path,) = make_shards(tmp_path, 1, 10)
     Path(path).write_bytes(Path(path).read_bytes()[: 7 * 1536 + 600])
     for stream in range(3):

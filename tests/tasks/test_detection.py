@@ -253,7 +253,7 @@ def test_boxes_alone(settings, tmp_path, shapes):
     assert "val_mask_ap" not in metrics
 
 
-def test_boxes_beside_outlines(settings, tmp_path, shapes, capsys):
+def test_boxes_beside_polygons(settings, tmp_path, shapes, capsys):
     """Objects without an outline are no part of a Mask R-CNN's run, and all of a Faster R-CNN's."""
     root = Path(shutil.copytree(shapes, tmp_path / "coco"))
     for file in (root / "annotations").iterdir():
@@ -372,7 +372,7 @@ def test_heads_that_are_not_there_are_named(settings, tmp_path, shapes):
     assert len(notes) == 2
 
 
-def test_a_fresh_detector_sees_images_as_its_backbone_did(tmp_path):
+def test_a_new_detector_normalizes_images_as_its_backbone_did(tmp_path):
     config = PretrainingConfig(
         model=PretrainingModelConfig(
             name="itpn_nano", patch_size=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2

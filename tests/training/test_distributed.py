@@ -110,7 +110,7 @@ def run_on_two_machines(*arguments) -> None:
     assert [machine.wait() for machine in machines] == [0, 0]
 
 
-def test_two_processes_stop_together_and_go_on(settings, tmp_path):
+def test_two_processes_stop_together_and_resume(settings, tmp_path):
     """A signal ends both at the same step, and the resumed run equals an uninterrupted one of two machines."""
     config = settings()
     config.data.batch_size = 2
@@ -142,7 +142,7 @@ def test_two_processes_stop_together_and_go_on(settings, tmp_path):
         assert torch.equal(tensor, other[name]), name
 
 
-def test_broken_files_of_all_processes_are_counted(settings, photos, tmp_path):
+def test_corrupt_files_of_all_processes_are_counted(settings, photos, tmp_path):
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for i, path in enumerate([*photos.iterdir()] * 3):

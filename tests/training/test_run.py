@@ -125,14 +125,14 @@ def test_the_loss_falls(finished):
     assert losses[-1] < 0.9 * losses[0]
 
 
-def test_tensorboard_has_curves_and_pictures(finished):
+def test_tensorboard_has_curves_and_visualizations(finished):
     run, _ = finished
     events = EventAccumulator(str(run / "tensorboard")).Reload()
     assert [e.step for e in events.Scalars("loss")] == list(range(5, 61, 5))
     assert [e.step for e in events.Images("reconstructions")] == [0, 20, 40, 60]
 
 
-def test_pictures_show_the_reconstruction(finished, photos):
+def test_visualizations_show_the_reconstruction(finished, photos):
     """Visible units stand unchanged in all three columns, hidden ones grey in the second."""
     run, _ = finished
     picture = np.asarray(Image.open(run / "reconstructions/step-00000060.png"))
@@ -254,7 +254,7 @@ def test_a_loss_that_is_not_finite(settings):
     assert not list((folder / "checkpoints").iterdir())  # none is written with such weights
 
 
-def test_broken_images_are_skipped_and_counted(settings, photos, tmp_path, capsys):
+def test_corrupt_images_are_skipped_and_counted(settings, photos, tmp_path, capsys):
     mixed = tmp_path / "mixed"
     mixed.mkdir()
     for i, path in enumerate([*photos.iterdir()] * 2):

@@ -175,7 +175,7 @@ def test_a_signal_in_the_last_step_leaves_a_complete_run(short, monkeypatch, sig
     assert_complete(train(short(), "test"), 2)
 
 
-def test_a_run_outlives_its_terminal_where_it_is_asked_to(short, monkeypatch):
+def test_a_run_under_nohup_outlives_its_terminal(short, monkeypatch):
     """As under nohup."""
 
     def take_pass(*args, original=loop.take_pass):
