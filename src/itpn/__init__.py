@@ -86,7 +86,7 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
 
 
 def __getattr__(name: str) -> Any:
-    """The functions that need torch, imported when they are asked for."""
+    """The functions that need torch, imported when they are used."""
     if name in _LATER:
         load_installed_tasks()
         return getattr(importlib.import_module(_LATER[name]), name)

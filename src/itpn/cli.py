@@ -25,7 +25,7 @@ from itpn.commands.shrink import Shrink
 from itpn.commands.train import Train
 from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
 from itpn.system.accidents import guard
-from itpn.system.console import Answer, complain, finish_output, forget_warnings, silence
+from itpn.system.console import RequiredOutput, finish_output, forget_warnings, print_error, silence
 from itpn.system.environment import check_environment
 from itpn.system.processes import GRACE, conclude, disconnect, end_children, is_first
 from itpn.system.signals import stopped_by_signals
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return conclude(error)
     except RunStopped as stop:
         if not stop.told and is_first():
-            complain(f"stopped by {stop}; files that were not complete are not kept")
+            print_error(f"stopped by {stop}; files that were not complete are not kept")
         end_children(GRACE)
         disconnect()
         return 128 + stop.signum
@@ -119,7 +119,7 @@ def print_help() -> None:
         table.add_row(f"  {name}", split_doc(command)[0])
     usage = "usage: itpn [-h] [--version] COMMAND [options]"
     end = "\nitpn COMMAND --help lists the options of a command."
-    Answer().print(usage, "", DESCRIPTION, "", "commands:", table, end, sep="\n", markup=False, highlight=False)
+    RequiredOutput().print(usage, "", DESCRIPTION, "", "commands:", table, end, sep="\n", markup=False, highlight=False)
 
 
 def parse_command(name: str, words: list[str]) -> Any:

@@ -1,4 +1,4 @@
-"""What the processes of a run tell one another. Alone, a process hears itself."""
+"""Collective operations over the processes of a run. With one process they return its own value."""
 
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ def world_size() -> int:
 
 
 def gather(thing: T) -> list[T]:
-    """What each process has, to each of them."""
+    """The values of all processes, by rank, on each of them."""
     things: list[Any] = [thing] * world_size()
     if len(things) > 1:
         dist.all_gather_object(things, thing)
@@ -23,7 +23,7 @@ def gather(thing: T) -> list[T]:
 
 
 def broadcast(thing: T) -> T:
-    """What the first process has, to each of them."""
+    """The value of the first process, on each of them."""
     things = [thing]
     if world_size() > 1:
         dist.broadcast_object_list(things, src=0)
@@ -53,7 +53,7 @@ class _Sum(torch.autograd.Function):
 
 
 def start_maximum(x: Tensor) -> "dist.Work":
-    """Begin to put the maximum over all processes into a tensor; to be waited for."""
+    """Start an all-reduce of the maximum, in place; wait for the result before reading ``x``."""
     work = dist.all_reduce(x, dist.ReduceOp.MAX, async_op=True)
     assert work is not None
     return work

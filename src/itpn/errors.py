@@ -86,7 +86,7 @@ class ExportFailed(Exception):
 
 
 class RunStopped(BaseException):
-    """A signal asked the run to stop, and its checkpoint is written. Exit code 128 + signal.
+    """A signal stopped the run, and its checkpoint is written. Exit code 128 + signal.
 
     No :class:`Exception`: a decoder on the way would take it for a corrupt image.
 

@@ -239,8 +239,8 @@ def test_a_cache_of_something_else_is_refused(clip, tmp_path, tower):
     shard.write_bytes(shard.read_bytes()[:1000])
     for workers in (0, 1):
         cached.data.num_workers = workers
-        with pytest.raises(UserError, match=r"^\S+ is damaged") as error:
-            train(replace(cached, name=f"damaged-{workers}"), "test")
+        with pytest.raises(UserError, match=r"^\S+ is corrupt") as error:
+            train(replace(cached, name=f"corrupt-{workers}"), "test")
         assert "Traceback" not in str(error.value)
     shard.unlink()
     with pytest.raises(UserError, match="is missing: repeat"):

@@ -135,7 +135,7 @@ def test_what_cannot_be_exported(tmp_path, kwargs, size, dynamic, message):
     assert not list(tmp_path.iterdir())
 
 
-def test_damaged_weights(tmp_path):
+def test_corrupt_weights(tmp_path):
     model = make("itpn_nano")
     model.head.bias.data[0] = float("nan")
     with pytest.raises(UserError, match="not finite"):

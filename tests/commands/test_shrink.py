@@ -187,7 +187,7 @@ def test_folders_of_others_are_left_alone(large, tmp_path, capsys, monkeypatch):
     assert "in use by another process" in mistake(capsys)
     (tmp_path / "out/itpn-shrink.json").write_text("{")
     assert shrink(large, tmp_path / "out") == 2
-    assert "itpn-shrink.json is damaged" in mistake(capsys)
+    assert "itpn-shrink.json is corrupt" in mistake(capsys)
 
 
 @pytest.mark.parametrize("fitting", [0, 2])

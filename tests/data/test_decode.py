@@ -76,7 +76,7 @@ def test_exif_orientation(format: str, orientation: int) -> None:
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\x7f"])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-def test_damaged_exif_does_not_matter(format: str, exif: bytes) -> None:
+def test_corrupt_exif_does_not_matter(format: str, exif: bytes) -> None:
     assert_quarters(decode_image(encode(quarters(), format, exif=exif, quality=95)))
 
 
@@ -346,7 +346,7 @@ def _decode_in_child(data: bytes) -> np.ndarray:
     return EncodedImage(data).decode_crop(10, 10, 200, 200, (150, 150)).numpy()
 
 
-def test_a_lost_disk_is_no_damaged_image():
+def test_a_lost_disk_is_no_corrupt_image():
     class Lost(io.BytesIO):
         def read(self, *_):
             raise OSError(number, os.strerror(number))
@@ -354,7 +354,7 @@ def test_a_lost_disk_is_no_damaged_image():
     for number in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
         with pytest.raises(OSError, match=os.strerror(number)):
             open_image(Lost())
-    number = errno.EINVAL  # as Pillow raises it of damaged files
+    number = errno.EINVAL  # as Pillow raises it of corrupt files
     with pytest.raises(UnreadableImage, match="Invalid argument"):
         open_image(Lost())
 

@@ -155,10 +155,10 @@ def test_a_shard_that_breaks_off(tmp_path, place):
     write_shard(path, samples(30))
     data = path.read_bytes()
     path.write_bytes(data[: int(place * len(data)) // 512 * 512])
-    with pytest.raises(UserError, match=r"train-0.tar is damaged or no tar archive"):
+    with pytest.raises(UserError, match=r"train-0.tar is corrupt or no tar archive"):
         find_labelled([str(tmp_path)])
     path.write_bytes(data[: 512 * 20] + b"x" * 512 + data[512 * 21 :])
-    with pytest.raises(UserError, match=r"train-0.tar is damaged or no tar archive"):
+    with pytest.raises(UserError, match=r"train-0.tar is corrupt or no tar archive"):
         find_labelled([str(tmp_path)])
 
 
@@ -197,9 +197,9 @@ def break_cls_missing(root: Path) -> str:
     return r"a.png in .*train-0.tar has no a.cls beside it"
 
 
-def break_damaged_shard(root: Path) -> str:
+def break_corrupt_shard(root: Path) -> str:
     (root / "train" / "a.tar").write_bytes(b"no tar at all")
-    return "a.tar is damaged or no tar archive"
+    return "a.tar is corrupt or no tar archive"
 
 
 def break_one_image(root: Path) -> str:
@@ -226,7 +226,7 @@ def break_no_images(root: Path) -> str:
         break_unknown_val_class,
         break_loose_image,
         break_cls_missing,
-        break_damaged_shard,
+        break_corrupt_shard,
         break_one_image,
         break_no_images,
     ],

@@ -39,7 +39,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def root(shapes, tmp_path):
-    """A copy of the sample set that may be damaged."""
+    """A copy of the sample set that tests may change."""
     return Path(shutil.copytree(shapes, tmp_path / "ade20k"))
 
 
@@ -741,7 +741,7 @@ def test_a_mask_that_is_lost_while_training(root):
 
 
 @pytest.mark.parametrize("place", ["itpn.data.mask_checks.open_image", "itpn.data.readers.read_bounded"])
-def test_masks_and_images_on_a_lost_disk_are_not_damaged(root, monkeypatch, place):
+def test_masks_and_images_on_a_lost_disk_are_not_corrupt(root, monkeypatch, place):
     def refuse(path, *_, **options):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 

@@ -1,4 +1,4 @@
-"""The stream of batches: the same for any number of workers, after resuming anywhere, and over damaged files."""
+"""The stream of batches: the same for any number of workers, after resuming anywhere, and over corrupt files."""
 
 import io
 import os

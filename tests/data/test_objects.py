@@ -33,7 +33,7 @@ def shapes(tmp_path_factory):
 
 @pytest.fixture
 def root(shapes, tmp_path):
-    """A copy of the sample set that may be damaged."""
+    """A copy of the sample set that tests may change."""
     return Path(shutil.copytree(shapes, tmp_path / "coco"))
 
 
@@ -403,7 +403,7 @@ def test_gaps_in_the_classes_and_classes_of_one_set(root):
         find_objects(str(root))
 
 
-def test_a_damaged_file_of_labels(shapes, tmp_path):
+def test_a_corrupt_file_of_labels(shapes, tmp_path):
     write_yolo(shapes, tmp_path / "yolo", False)
     files = sorted((tmp_path / "yolo" / "labels" / "train").iterdir())
     files[0].write_text("0 0.5 0.5 0.1 0.1\n0 0.5 0.5 nonsense 0.1")

@@ -246,7 +246,7 @@ def test_invalid_tag_of_tiff(value):
     assert_quarters(decode_image(tiff(np.asarray(quarters()), tags={274: (4, [value])})), 0)
 
 
-def test_damaged_chunks_do_not_matter():
+def test_corrupt_chunks_do_not_matter():
     plain = encode(quarters(), "PNG")
     for chunk in (
         (b"iTXt", b"XML:com.adobe.xmp"),

@@ -320,7 +320,7 @@ def test_order_is_drawn_by_seed_and_epoch(tmp_path: Path) -> None:
     assert sum(a[0] != b[0] for a, b in zip(order(0, 0), order(0, 0)[1:], strict=False)) > 20
 
 
-def test_a_damaged_shard_does_not_end_the_stream(tmp_path: Path) -> None:
+def test_a_corrupt_shard_does_not_end_the_stream(tmp_path: Path) -> None:
     paths = make_shards(tmp_path, 3, 10)
     Path(paths[1]).write_bytes(Path(paths[1]).read_bytes()[: 4 * 1536 + 600])
     samples = list(shard_samples(paths, 0, 0, 0, 1, 5))
@@ -349,14 +349,14 @@ def damage_end(packed: bytes, kind: str) -> bytes:
 
 
 @pytest.mark.parametrize("kind", ["cut", "checksum"])
-def test_a_compressed_shard_with_a_damaged_end(tmp_path: Path, kind: str) -> None:
+def test_a_compressed_shard_with_a_corrupt_end(tmp_path: Path, kind: str) -> None:
     """All of its images are there; what is kept in memory whole is refused."""
     shard = make_shard(tmp_path / "s.tar", ["0.jpg", "1.jpg"])
     (tmp_path / "s.tar.gz").write_bytes(damage_end(gzip.compress(shard.read_bytes()), kind))
     shard = tmp_path / "s.tar.gz"
     images = [key for key, data in read_shard(shard) if isinstance(data, bytes)]
     assert images == ["s.tar.gz/0.jpg", "s.tar.gz/1.jpg"]
-    with pytest.raises(UserError, match=r"shard .*s\.tar\.gz is damaged .*: make it again"):
+    with pytest.raises(UserError, match=r"shard .*s\.tar\.gz is corrupt .*: make it again"):
         unpack(str(shard), 2**20)
 
 
@@ -372,5 +372,5 @@ def test_a_compressed_shard_that_breaks_off(tmp_path: Path) -> None:
     (key, data), (name, damage) = read_shard(shard)
     assert (key, len(data)) == ("s.tar.gz/0.jpg", 40_000)
     assert (name, type(damage)) == (str(shard), UnreadableImage)
-    with pytest.raises(UserError, match=r"shard .*s\.tar\.gz is damaged .*: make it again"):
+    with pytest.raises(UserError, match=r"shard .*s\.tar\.gz is corrupt .*: make it again"):
         index_shard(str(shard))

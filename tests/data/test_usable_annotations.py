@@ -332,7 +332,7 @@ def test_boxes_of_objects_with_invalid_polygons_are_trained(tmp_path, capsys):
     assert "3 images (2 classes)" in logged
     code, logged, _ = train(root, tmp_path / "on", capsys, "--model.masks", "True", "--data.batch-size", "1")
     assert code == 0
-    assert "2 objects without an outline are left out: --model.masks False learns all boxes" in logged
+    assert "2 objects without a mask are left out: --model.masks False learns all boxes" in logged
     assert "1 images (2 classes)" in logged
 
 
@@ -839,7 +839,7 @@ def refuse(number: int):
         ("voc", "itpn.data.layouts.read_size"),
     ],
 )
-def test_annotations_on_a_lost_disk_are_not_damaged(tmp_path, capsys, monkeypatch, layout, place, number):
+def test_annotations_on_a_lost_disk_are_not_corrupt(tmp_path, capsys, monkeypatch, layout, place, number):
     """A line that names the file, and exit code 1: nothing is left out, and no file is called corrupt."""
     if layout == "yolo":
         root = write_yolo(tmp_path / "a", "1 0.5 0.5 0.25 0.5")

@@ -384,7 +384,7 @@ def test_smaller_copies_in_other_words(order, tag, form, kind, pages):
     assert has_pages(join_tiffs(page(None, order), page(kind, order, tag, form))) is pages
 
 
-def test_pages_of_large_and_of_damaged_tiffs():
+def test_pages_of_large_and_of_corrupt_tiffs():
     for big in (False, True):
         file = io.BytesIO()
         pages = [Image.new("L", (9, 9)) for _ in range(3)]

@@ -228,7 +228,7 @@ def test_shards_of_a_cache(tmp_path, keys):
     tensors = {"image": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "feature": torch.zeros(2, 4, 4)}
     save_file(tensors, tmp_path / "features-00000.safetensors", None if keys is None else {"keys": keys})
     answer, _ = limited(last_sample, str(tmp_path), memory=2**27)
-    assert "features-00000.safetensors is damaged" in answer
+    assert "features-00000.safetensors is corrupt" in answer
 
 
 def last_sample(folder: str) -> str:
@@ -264,7 +264,7 @@ def read_table(folder: str, cache: str):
 
 
 @pytest.mark.parametrize("content", [b"PAR1" + bytes(100) + b"PAR1", b"PAR1" + b"\xff" * 2**20 + b"PAR1", b""])
-def test_a_damaged_table(tmp_path, content):
+def test_a_corrupt_table(tmp_path, content):
     pytest.importorskip("datasets")
     (tmp_path / "train.parquet").write_bytes(content)
     assert "train.parquet" in refused("train", "classifier_small", "--data.root", tmp_path, *SCRATCH)

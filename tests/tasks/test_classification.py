@@ -382,7 +382,7 @@ def test_evaluate_writes_what_the_run_found(settings, tmp_path, capsys):
     assert not {"val_top5", "ema_val_top5"} & set(found)  # of three classes, it is always among the five likeliest
     assert "top5" not in metrics
     rows = list(csv.reader((tmp_path / "e" / "confusion.csv").open()))
-    assert rows[0] == ["class \\ answer", *COLOURS]
+    assert rows[0] == ["class \\ predicted", *COLOURS]
     counts = np.array([row[1:] for row in rows[1:]], dtype=int)
     assert counts.sum(axis=1).tolist() == [4, 4, 4]
     assert np.trace(counts) == round(12 * metrics["top1"])

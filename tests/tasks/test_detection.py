@@ -237,7 +237,7 @@ def test_a_run_from_pretraining_to_its_files(settings, tmp_path, shapes, capsys)
 
 
 def test_boxes_alone(settings, tmp_path, shapes):
-    """Annotations without outlines make a Faster R-CNN."""
+    """Annotations without masks make a Faster R-CNN."""
     root = Path(shutil.copytree(shapes, tmp_path / "coco"))
     for file in (root / "annotations").iterdir():
         content = json.loads(file.read_text())
@@ -254,7 +254,7 @@ def test_boxes_alone(settings, tmp_path, shapes):
 
 
 def test_boxes_beside_polygons(settings, tmp_path, shapes, capsys):
-    """Objects without an outline are no part of a Mask R-CNN's run, and all of a Faster R-CNN's."""
+    """Objects without a mask are no part of a Mask R-CNN's run, and all of a Faster R-CNN's."""
     root = Path(shutil.copytree(shapes, tmp_path / "coco"))
     for file in (root / "annotations").iterdir():
         content = json.loads(file.read_text())
@@ -263,7 +263,7 @@ def test_boxes_beside_polygons(settings, tmp_path, shapes, capsys):
         file.write_text(json.dumps(content))
     config = settings(max_steps=1)
     config.data.root, config.model.masks, config.data.invalid_annotations = str(root), True, "error"
-    with pytest.raises(UserError, match=r"objects without an outline in .*: --model.masks False learns boxes alone"):
+    with pytest.raises(UserError, match=r"objects without a mask in .*: --model.masks False learns boxes alone"):
         train(config, "test")
     objects = len(json.loads((root / "annotations" / "instances_val2017.json").read_text())["annotations"])
     for masks, judged in ((True, 3), (False, objects), (None, objects)):
@@ -271,7 +271,7 @@ def test_boxes_beside_polygons(settings, tmp_path, shapes, capsys):
         config.data.root, config.model.masks, config.name = str(root), masks, f"masks {masks}"
         folder = train(config, "test")
         said = " ".join(capsys.readouterr().out.split())
-        assert ("objects without an outline are left out" in said) == bool(masks)
+        assert ("objects without a mask are left out" in said) == bool(masks)
         assert ("masks are not learned, for" in said) == (masks is None)
         command = ["evaluate", "detector_nano", "--data.root", str(root), "--data.num-workers", "0"]
         assert main([*command, "--checkpoint", str(folder / "model.safetensors")]) == 0

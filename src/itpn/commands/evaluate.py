@@ -8,7 +8,7 @@ from typing import Annotated
 from itpn.checkpoints.paths import HUB, check_file
 from itpn.commands.options import Flag, RecipeCommand, shown
 from itpn.errors import UserError
-from itpn.system.console import Output, make_table, print_aside
+from itpn.system.console import Output, make_table, print_note
 from itpn.system.writing import make_folder, writing_to
 from itpn.tasks.spec import TaskSpec, task_of
 from itpn.training.config import RunConfig, freeze
@@ -87,7 +87,7 @@ class Evaluate(RecipeCommand):
             if not fabric.is_global_zero:
                 return
             for note in [*evaluator.notes, *notes, *(f"skipped {name}: {reason}" for name, reason in skipped)]:
-                print_aside(note)
+                print_note(note)
             evaluator.warn(scores)
             about = {"checkpoint": self.checkpoint, "recipe": self.recipe, "data": which}
             about |= {"images_skipped": len(skipped) + evaluator.left_out, **evaluator.about}

@@ -10,7 +10,7 @@ from tyro.conf import DisallowNone, arg
 from itpn.checkpoints.paths import check_file
 from itpn.commands.options import Checkpoint, Flag, NumHeads, TaskFile, shown
 from itpn.errors import UserError
-from itpn.system.console import print_aside
+from itpn.system.console import print_note
 from itpn.tasks.spec import find_task
 
 
@@ -54,7 +54,7 @@ class Export:
         overrides: dict[str, Any] = {"levels": self.levels, "num_heads": self.num_heads}
         model, notes = load_found(found, name, **{key: value for key, value in overrides.items() if value is not None})
         for note in notes:
-            print_aside(note)
+            print_note(note)
         metadata = {"source": Path(self.checkpoint).name, "task": name}
         metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
         size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size

@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from itpn.commands.options import TaskFile, shown
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
-from itpn.system.console import Answer
+from itpn.system.console import RequiredOutput
 from itpn.tasks.recipes import nearest, read_recipe, recipe_files
 from itpn.tasks.spec import task_of
 
@@ -43,4 +43,4 @@ class Info:
                 table.add_row(title, text)
             else:
                 table.add_section()
-        Answer().print(table)
+        RequiredOutput().print(table)

@@ -9,7 +9,7 @@ from rich.text import Text  # never markup: a file may be called anything
 
 from itpn.checkpoints.paths import check_file
 from itpn.commands.options import Checkpoint, TaskFile
-from itpn.system.console import Answer
+from itpn.system.console import RequiredOutput
 
 if TYPE_CHECKING:
     from itpn.checkpoints.match import Finding
@@ -42,10 +42,10 @@ class Inspect:
             table.add_section()
             for i, finding in enumerate(report.leftovers):
                 table.add_row("" if i else "left over", Text(f"it {finding.text} ({len(finding.names)})"))
-        console = Answer()
+        console = RequiredOutput()
         # the commands are to be copied in one piece
         if not console.is_terminal:
-            console = Answer(width=200)
+            console = RequiredOutput(width=200)
         console.print(table, highlight=False)
 
 

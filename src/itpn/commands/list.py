@@ -11,7 +11,7 @@ from tyro.conf import Positional
 from itpn.commands.options import shown
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES, FAST, WITH_PYRAMID
-from itpn.system.console import Answer
+from itpn.system.console import RequiredOutput
 from itpn.tasks.recipes import describe, list_recipes, nearest, recipe_files
 
 
@@ -36,7 +36,7 @@ class List:
         for model in models:
             table.add_row(model, describe_model(model))
         # names must survive a narrow window or a pipe in one piece
-        Answer(width=None if sys.stdout and sys.stdout.isatty() else 200).print(table, highlight=False)
+        RequiredOutput(width=None if sys.stdout and sys.stdout.isatty() else 200).print(table, highlight=False)
 
 
 def describe_model(name: str) -> str:

@@ -18,7 +18,7 @@ from itpn.checkpoints.older_settings import NAMES
 from itpn.commands.options import RecipeCommand
 from itpn.errors import UserError
 from itpn.system.checks import check_range
-from itpn.system.console import Answer, lost_answer
+from itpn.system.console import RequiredOutput, lost_output
 from itpn.tasks.recipes import nearest, read_recipe
 
 OPTION = re.compile("--?(?!inf|nan)[a-zA-Z]")
@@ -85,11 +85,11 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
                 return_unknown_args=True,
             )
     except OSError as error:
-        raise lost_answer(error) from error
+        raise lost_output(error) from error
     except SystemExit as stop:
         if not stop.code:
             if details:  # below the options, for tyro does not wrap it
-                Answer().print("", details, sep="\n", markup=False, highlight=False)
+                RequiredOutput().print("", details, sep="\n", markup=False, highlight=False)
             raise
         # an unknown option may have stood where something else was expected
         unknown = [word for word in words if OPTION.match(word) and _option(word) not in {*types, "-h", "--help"}]

@@ -13,7 +13,7 @@ from itpn.commands.options import Checkpoint, Members, TaskFile, of_data, shown
 from itpn.data.files import find_images
 from itpn.errors import UserError
 from itpn.system.checks import Count, Fraction
-from itpn.system.console import print_aside
+from itpn.system.console import print_note
 from itpn.system.writing import make_folder, writing_to
 from itpn.tasks.spec import find_task
 
@@ -57,10 +57,10 @@ class Predict:
         found = read_checkpoint(self.checkpoint)
         check_finite(found)
         for note in [*source.notes, *(check_shards(source.shards, source.members) if source.shards else ())]:
-            print_aside(note)
+            print_note(note)
         model, notes = load_found(found)
         for note in notes:
-            print_aside(note)
+            print_note(note)
         limit = self.max_pixels or found.settings.get("data", {}).get("max_pixels") or MAX_PIXELS
         if self.features is not None:
             crop, normalize = read_preprocessing(found, model)

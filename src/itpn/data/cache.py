@@ -42,7 +42,7 @@ class CacheIndex:
 
 
 def read_index(folder: str | Path) -> CacheIndex:
-    """Read a cache's index; UserError if it is damaged."""
+    """Read a cache's index; UserError if it is corrupt."""
     path = Path(folder) / CACHE_INDEX
     try:
         index = CacheIndex(**json.loads(read_text(path)))
@@ -74,7 +74,7 @@ class FeatureCache:
     """Samples of a complete cache by index, read from disk on access.
 
     Raises:
-        UserError: the cache is not complete, or a shard is missing or damaged.
+        UserError: the cache is not complete, or a shard is missing or corrupt.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -103,7 +103,7 @@ class FeatureCache:
             image, feature = (file.get_slice(name)[row] for name in ("image", "feature"))
         except (SafetensorError, OSError, IndexError, KeyError, TypeError, ValueError, RecursionError) as error:
             raise UserError(
-                f"{shard_path(self.folder, shard)} is damaged ({error}): remove it and repeat the command that wrote it"
+                f"{shard_path(self.folder, shard)} is corrupt ({error}): remove it and repeat the command that wrote it"
             ) from error
         return image, feature, key
 

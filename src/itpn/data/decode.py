@@ -165,7 +165,7 @@ class EncodedImage:
             uint8 [3, height, width], or smaller by that scale; channels last in memory, for which resizing is fastest.
 
         Raises:
-            UnreadableImage: damaged or cut off.
+            UnreadableImage: corrupt or cut off.
         """
         shrink = min(height // (2 * target[0]), width // (2 * target[1]))
         if not self._is_jpeg or shrink < 2:
@@ -223,7 +223,7 @@ def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> Tensor:
         uint8 [3, height, width], RGB; possibly channels last in memory.
 
     Raises:
-        UnreadableImage: not an image, damaged, truncated, or of more than ``max_pixels``; the size is checked in the
+        UnreadableImage: not an image, corrupt, truncated, or of more than ``max_pixels``; the size is checked in the
             header, before memory is allocated.
     """
     return EncodedImage(data, max_pixels).decode()
@@ -242,7 +242,7 @@ def decode_whole(image: EncodedImage | Tensor) -> Tensor:
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Convert all errors of decoders, a dozen types on damaged input, to :class:`UnreadableImage`."""
+    """Convert all errors of decoders, a dozen types on corrupt input, to :class:`UnreadableImage`."""
     with quiet():
         try:
             yield

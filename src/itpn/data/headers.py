@@ -17,7 +17,7 @@ JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # without those insid
 def has_pages(tiff: bytes) -> bool:
     """Whether a TIFF has more than one page, not counting reduced copies and masks (NewSubfileType)."""
     file = io.BytesIO(tiff)
-    with suppress(Exception):  # Pillow raises many types on a damaged directory
+    with suppress(Exception):  # Pillow raises many types on a corrupt directory
         tags = ImageFileDirectory_v2(tiff[: 16 if 43 in tiff[2:4] else 8])  # of 64 or of 32 bits
         for number in range(MAX_COPIES):
             file.seek(tags.next)

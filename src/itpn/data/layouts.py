@@ -19,7 +19,7 @@ from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError
 from itpn.system.text import as_file_name
 
-LONGEST_REASON = 500  # characters: a message may quote megabytes of a damaged file
+LONGEST_REASON = 500  # characters: a message may quote megabytes of a corrupt file
 Coco = dict[str, Any]  # "images", "annotations", "categories", as in COCO's JSON
 Size = tuple[int, int]  # height, width
 Found = dict[str, Any] | str  # an object, or why it cannot be read
@@ -91,7 +91,7 @@ def append_image(coco: Coco, image: Path, size: Size, notes: Path, parse: Parse,
         found = list(parse(notes, size))
     except MachineError:
         raise
-    except Exception as error:  # readers raise many types on a damaged file
+    except Exception as error:  # readers raise many types on a corrupt file
         check_lost(str(notes), error)
         invalid.add(UNREADABLE, f"{notes}: {shorten_reason(error)}")
         return

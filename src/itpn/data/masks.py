@@ -154,7 +154,7 @@ def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tup
         The values, and the lossy compression that they have been through, see :func:`itpn.data.headers.find_lossy`.
 
     Raises:
-        UnreadableImage: it is missing, damaged, too large or transparent, or its palette and labels disagree.
+        UnreadableImage: it is missing, corrupt, too large or transparent, or its palette and labels disagree.
     """
     try:
         data = read_file(path)

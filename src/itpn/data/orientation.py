@@ -126,7 +126,7 @@ def _read_png(file: IO[bytes]) -> Iterator[bytes]:
 
 
 def _unpack_text(name: bytes, keyword: bytes, text: bytes) -> bytes:
-    """The content of a text chunk of PNG; empty if it is damaged."""
+    """The content of a text chunk of PNG; empty if it is corrupt."""
     try:
         packed = name == b"zTXt"
         if name == b"iTXt":

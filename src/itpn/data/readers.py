@@ -74,7 +74,7 @@ def read_file(path: str, start: int = 0, size: int = -1) -> bytes:
 
 
 def check_lost(path: str | Path, error: Exception) -> None:
-    """Raise :class:`MachineError` if the file system fails; return if the file is damaged."""
+    """Raise :class:`MachineError` if the file system fails; return if the file is corrupt."""
     if isinstance(error, OSError) and error.errno in LOST:
         raise MachineError(f"{one_line(str(path))} cannot be read: {error.strerror}; {remedy(error)}") from error
 
@@ -183,7 +183,7 @@ def unpack(path: str, most: int) -> bytes:
     """The content of a compressed file.
 
     Raises:
-        UserError: more than ``most`` bytes, or damaged.
+        UserError: more than ``most`` bytes, or corrupt.
     """
     content = bytearray()
     try:
@@ -191,7 +191,7 @@ def unpack(path: str, most: int) -> bytes:
             while len(content) <= most and (part := file.read(2**24)):
                 content += part
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"shard {path} is damaged ({error}): make it again") from error
+        raise UserError(f"shard {path} is corrupt ({error}): make it again") from error
     if len(content) > most:
         raise UserError(
             f"compressed archives are unpacked into memory, and with {path} they take more than "

@@ -65,7 +65,7 @@ class CopiesIndex:
 
 
 def read_index(folder: Path) -> CopiesIndex:
-    """Read the index; UserError if it is damaged."""
+    """Read the index; UserError if it is corrupt."""
     try:
         index = CopiesIndex(**json.loads(read_text(folder / COPIES_INDEX)))
         for record in index.shards.values():
@@ -73,7 +73,7 @@ def read_index(folder: Path) -> CopiesIndex:
                 record["corrupt"] = record.pop("broken")
         return index
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{folder / COPIES_INDEX} is damaged ({error}); remove {folder} and start again") from error
+        raise UserError(f"{folder / COPIES_INDEX} is corrupt ({error}); remove {folder} and start again") from error
 
 
 def write_index(folder: Path, index: CopiesIndex) -> None:
@@ -90,7 +90,7 @@ def list_originals(
         unread: counts the members of shards that are neither images nor labels, by suffix.
 
     Raises:
-        UserError: a shard is damaged.
+        UserError: a shard is corrupt.
     """
     taken: set[str] = set()
     originals = []

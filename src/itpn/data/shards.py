@@ -37,7 +37,7 @@ EXTENSIONS = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYP
 
 
 class StrictTarInfo(tarfile.TarInfo):
-    """A member of which a damaged header is an error. tarfile takes it for the end of the archive.
+    """A member of which a corrupt header is an error. tarfile takes it for the end of the archive.
 
     The size of headers that tarfile reads into memory is bounded. Sparse members are refused, because their zeros take
     no space in the file.
@@ -50,11 +50,11 @@ class StrictTarInfo(tarfile.TarInfo):
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
             raise
         except tarfile.HeaderError:
-            raise tarfile.ReadError("damaged or cut off") from None
+            raise tarfile.ReadError("corrupt or cut off") from None
 
     def _proc_member(self, tarfile_: tarfile.TarFile) -> tarfile.TarInfo:
         if self.size < 0 or (self.size > MAX_HEADER and self.type in (*EXTENSIONS, tarfile.SOLARIS_XHDTYPE)):
-            raise tarfile.ReadError(f"damaged: a header of {self.size:,} bytes")
+            raise tarfile.ReadError(f"corrupt: a header of {self.size:,} bytes")
         if self.type == tarfile.GNUTYPE_SPARSE:
             raise tarfile.ReadError(f"{self.name} is a sparse member: pack it without --sparse")
         return super()._proc_member(tarfile_)  # type: ignore[misc]
@@ -121,7 +121,7 @@ def open_tar(path: str | Path, mode: Any) -> tarfile.TarFile:
 def count_shard_images(
     shards: Sequence[str | Path], members: Sequence[str] = (), unread: Counter[str] | None = None
 ) -> int:
-    """Count the images that are read of some shards, from headers only; of a damaged shard, up to the damage.
+    """Count the images that are read of some shards, from headers only; of a corrupt shard, up to the damage.
 
     Args:
         unread: counts the other members by suffix, without images that are left out.
@@ -177,7 +177,7 @@ def index_shard(
         unread: counts the members that are neither images nor labels, by suffix or kind.
 
     Raises:
-        UserError: the shard is damaged, the choice of images is ambiguous, or a label is not UTF-8 or has a duplicate.
+        UserError: the shard is corrupt, the choice of images is ambiguous, or a label is not UTF-8 or has a duplicate.
     """
     labels: dict[str, str] = {}
     unread = Counter() if unread is None else unread
@@ -188,7 +188,7 @@ def index_shard(
             images = list(find_members(headers, lambda member: (member.offset_data, member.size), unread))
     except TAR_ERRORS as error:
         check_lost(path, error)
-        raise UserError(f"shard {path} is damaged or no tar archive ({error}): make it again") from error
+        raise UserError(f"shard {path} is corrupt or no tar archive ({error}): make it again") from error
     choice = Choice(members)
     chosen = list(choice.choose(images))
     _refuse_ambiguous(path, choice, unread)

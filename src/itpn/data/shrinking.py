@@ -33,7 +33,7 @@ from itpn.data.skipped import SkippedImages
 from itpn.data.walk import walk
 from itpn.data.workers import WorkerLoader
 from itpn.errors import MachineError, RunStopped, UserError, refusal
-from itpn.system.console import Output, print_aside, print_warnings
+from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.signals import stopped_by_signals
 from itpn.system.writing import check_settings, write_whole, writing_to
 
@@ -76,7 +76,7 @@ def shrink(
             with stopped_by_signals():
                 _write_shards(out, index, shards, num_workers, max_pixels, console)
         except RunStopped as stop:
-            print_aside(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command resumes")
+            print_note(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command resumes")
             stop.told = True
             raise
         except (MachineError, OSError) as error:
@@ -108,11 +108,11 @@ def _list_all(splits: dict[str, ImageSource]) -> dict[str, list[Original]]:
         if not originals[split]:
             raise UserError(f"no images in the shards ({source.shards[0]} ...){describe_unread(unread, '; ')}")
     for note in [note for source in splits.values() for note in source.notes]:
-        print_aside(note)
+        print_note(note)
     if left:
-        print_aside(f"not written of the shards: {list_endings(left)} (see --data.members)")
+        print_note(f"not written of the shards: {list_endings(left)} (see --data.members)")
     if note := describe_unread(unread):
-        print_aside(f"shards: {note}")
+        print_note(f"shards: {note}")
     return originals
 
 
@@ -215,7 +215,7 @@ def _members(
         if isinstance(content, UnreadableImage):
             record["corrupt"][original.name] = str(content)
             for message in skipped.update([(original.name, str(content))]):
-                print_aside(f"skipped {message}")
+                print_note(f"skipped {message}")
             continue
         record["images"] += 1
         record["bytes"] += size

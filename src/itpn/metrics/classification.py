@@ -1,4 +1,4 @@
-"""Metrics of a classifier, from its answers about each image of a set."""
+"""Metrics of a classifier, from what it predicts for each image of a set."""
 
 import csv
 import json
@@ -18,7 +18,7 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from itpn.system.console import print_aside
+from itpn.system.console import print_note
 from itpn.system.writing import open_whole, open_whole_text, write_whole
 
 LONGEST_NAME = 32  # of a class beside a row or column of a plot
@@ -26,7 +26,7 @@ TOP = 5
 
 
 @dataclass
-class Answers:
+class ClassPredictions:
     """What a network predicts for images, one row each, on the CPU.
 
     Attributes:
@@ -53,7 +53,7 @@ class Scores:
         loss: mean cross-entropy.
         calibration_error: expected difference of confidence and accuracy, in 15 bins (Guo et al. 2017).
         per_class: top-1 of each class's images, NaN where there are none, float64 [classes].
-        confusion: images by class (rows) and answer (columns), int64 [classes, classes].
+        confusion: images by class (rows) and predicted class (columns), int64 [classes, classes].
         images: how many there were.
     """
 
@@ -66,31 +66,32 @@ class Scores:
     images: int
 
 
-def judge(index: Tensor, label: Tensor, log_probabilities: Tensor) -> Answers:
-    """Args: int64 [n], int64 [n], float [n, classes]; classes of probability 0 are no answers."""
+def judge(index: Tensor, label: Tensor, log_probabilities: Tensor) -> ClassPredictions:
+    """Args: int64 [n], int64 [n], float [n, classes]; classes of probability 0 are never predicted."""
     top = log_probabilities.topk(min(TOP, log_probabilities.shape[1]), dim=1)
     own = log_probabilities.gather(1, label.unsqueeze(1)).squeeze(1)
-    return Answers(index, label, top.indices.masked_fill(top.values.isneginf(), -1), top.values[:, 0].exp(), -own)
+    classes = top.indices.masked_fill(top.values.isneginf(), -1)
+    return ClassPredictions(index, label, classes, top.values[:, 0].exp(), -own)
 
 
-def join(parts: Sequence[Answers]) -> Answers:
-    """Together, in the order of the set, so that every sum is the same however they were shared among processes."""
+def join(parts: Sequence[ClassPredictions]) -> ClassPredictions:
+    """Together, in the order of the set, so that every sum is the same however they were divided among processes."""
     joined = {name: torch.cat([vars(part)[name] for part in parts]) for name in vars(parts[0])}
     order = joined["index"].argsort()
-    return Answers(**{name: column[order] for name, column in joined.items()})
+    return ClassPredictions(**{name: column[order] for name, column in joined.items()})
 
 
-def score(answers: Answers, classes: int) -> Scores:
+def score(predictions: ClassPredictions, classes: int) -> Scores:
     """Metrics of predictions for a whole set."""
-    best, label = answers.top[:, 0], answers.label
+    best, label = predictions.top[:, 0], predictions.label
     right = best == label
     per_class = multiclass_accuracy(best, label, classes, average="none").double()
     present = torch.bincount(label, minlength=classes) > 0
     return Scores(
         top1=float(right.double().mean()),
-        top5=float((answers.top == label.unsqueeze(1)).any(dim=1).double().mean()),
-        loss=float(answers.loss.double().mean()),
-        calibration_error=float(binary_calibration_error(answers.probability.double(), right.long(), n_bins=15)),
+        top5=float((predictions.top == label.unsqueeze(1)).any(dim=1).double().mean()),
+        loss=float(predictions.loss.double().mean()),
+        calibration_error=float(binary_calibration_error(predictions.probability.double(), right.long(), n_bins=15)),
         per_class=per_class.masked_fill(~present, float("nan")),
         confusion=multiclass_confusion_matrix(best, label, classes),
         images=len(label),
@@ -101,10 +102,10 @@ def warn_of_other_order(scores: Scores) -> None:
     """Warn where the images of each class are predicted to be of one other class, as by a good network with other class
     indices."""
     agreement = float(scores.confusion.max(dim=1).values.sum()) / max(scores.images, 1)
-    answers = scores.confusion.argmax(dim=1)[scores.confusion.sum(dim=1) > 0]
-    several = scores.images >= 4 * len(answers)  # of a single image, its answer is always the same
-    if several and agreement > 0.5 and scores.top1 < agreement / 2 and len(answers.unique()) > len(answers) / 2:
-        print_aside(
+    predicted = scores.confusion.argmax(dim=1)[scores.confusion.sum(dim=1) > 0]
+    several = scores.images >= 4 * len(predicted)  # a single image of a class always agrees with itself
+    if several and agreement > 0.5 and scores.top1 < agreement / 2 and len(predicted.unique()) > len(predicted) / 2:
+        print_note(
             f"warning: {agreement:.0%} of the images would be right under other names: the classes seem to be in "
             "another order than in training"
         )
@@ -131,13 +132,13 @@ def write_confusion(confusion: Tensor, classes: tuple[str, ...], folder: Path, w
     """Write ``confusion.csv`` and ``confusion.png``."""
     with open_whole_text(folder / "confusion.csv") as file:
         writer = csv.writer(file)
-        writer.writerow(["class \\ answer", *classes])
+        writer.writerow(["class \\ predicted", *classes])
         writer.writerows([name, *row] for name, row in zip(classes, confusion.tolist(), strict=True))
     draw_confusion(confusion, classes, folder / "confusion.png", what)
 
 
 def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, what: str = "images") -> None:
-    """Fractions of each class's images, or pixels, by answer; numbers and names where there is room for them."""
+    """Fractions of each class's images, or pixels, by predicted class; with numbers and names where they fit."""
     count = len(classes)
     fractions = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     side = min(max(4.0, 0.42 * count + 2.2), 16.0)
@@ -146,7 +147,7 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, what
         axes = figure.add_subplot()
         image = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=1)
         figure.colorbar(image, ax=axes, label=f"fraction of the class's {what}", fraction=0.046)
-        axes.set_xlabel("answer")
+        axes.set_xlabel("predicted class")
         axes.set_ylabel("class")
         if count <= 40:
             names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]

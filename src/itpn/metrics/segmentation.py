@@ -23,7 +23,7 @@ class PixelScores:
     """Metrics of a segmenter on a set, from 0 to 1.
 
     Attributes:
-        confusion: pixels by class (rows) and answer (columns), int64 [classes, classes].
+        confusion: pixels by class (rows) and predicted class (columns), int64 [classes, classes].
         images: how many there were.
     """
 
@@ -52,7 +52,7 @@ class PixelScores:
 
 
 def compare(labels: Tensor, target: Tensor, classes: int) -> Tensor:
-    """Pixels by class and answer, int64 [classes, classes], those of no class left out."""
+    """Pixels by class and predicted class, int64 [classes, classes], those of no class left out."""
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     # a part at a time, for they are compared as numbers of eight bytes
     for some, true in zip(labels.flatten().split(PIXELS), target.flatten().split(PIXELS), strict=True):

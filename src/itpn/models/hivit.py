@@ -266,13 +266,13 @@ class HiViT(Backbone):
         return [*outputs, x[:, :, None, None], *tapped]
 
     def _run_stage3(self, x: Tensor, grid: Grid, visible: Tensor | None, tap: int | None) -> list[Tensor]:
-        """Stage 3 on tokens [B, V, C]: its output and, if asked for, that of block ``tap``, [B, V, C] each."""
+        """Stage 3 on tokens [B, V, C]: its output and, if ``tap`` is given, that of block ``tap``, [B, V, C] each."""
         index = self.relative_positions(grid, visible)
         windows, gathering = None, 0
         if self.gather_window and visible is None and max(grid) > self.gather_window:
             x, windows = Windows(grid, self.gather_window, self.gather_side).cut(x)  # [B * W, T + G, C]
             gathering = windows.gathering  # without windows W = 1, T = V and G = 0
-        before, picked = x, None  # the tokens before some of them migrate, and which go on
+        before, picked = x, None  # the tokens before some of them migrate, and which stay
 
         def restore(x: Tensor) -> Tensor:
             x = x[:, : x.shape[1] - gathering]  # [B * W, kept of T, C]

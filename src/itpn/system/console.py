@@ -38,17 +38,17 @@ class Output(Console):
             what = "nobody reads standard output any more"
             if not isinstance(error, BrokenPipeError):
                 what = f"standard output cannot be written ({error.strerror})"
-            print_aside(f"{what}: the command continues; see its files for the results")
+            print_note(f"{what}: the command continues; see its files for the results")
 
 
-class Answer(Output):
+class RequiredOutput(Output):
     """For commands that only print: they end with a line when it cannot be written."""
 
     def on_lost(self, error: OSError) -> None:
-        raise lost_answer(error) from error
+        raise lost_output(error) from error
 
 
-def lost_answer(error: OSError) -> OSError | MachineError:
+def lost_output(error: OSError) -> OSError | MachineError:
     """What to raise where standard output cannot be written; for a broken pipe no message is needed."""
     if isinstance(error, BrokenPipeError):
         return error
@@ -66,7 +66,7 @@ def finish_output() -> None:
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError as error:
-        raise lost_answer(error) from error
+        raise lost_output(error) from error
 
 
 def silence(stream: IO[str]) -> None:
@@ -77,7 +77,7 @@ def silence(stream: IO[str]) -> None:
         os.close(nowhere)
 
 
-def complain(message: str) -> None:
+def print_error(message: str) -> None:
     """The one line on stderr with which a command ends; the exit code counts even where it cannot be written."""
     try:
         print(f"itpn: {one_line(message)}", file=sys.stderr, flush=True)
@@ -85,7 +85,7 @@ def complain(message: str) -> None:
         silence(sys.stderr)
 
 
-def print_aside(message: str, console: Console | None = None) -> None:
+def print_note(message: str, console: Console | None = None) -> None:
     """A remark, in one piece and word for word whatever a file is called; on stderr unless a console is given."""
     console = console or Output(stderr=True)
     console.print(one_line(message), style="yellow", markup=False, highlight=False, soft_wrap=True)
@@ -98,7 +98,7 @@ def print_warnings(warnings: Mapping[str, tuple[str, str]], console: Console | N
     """Print warnings about images, (name, warning) by kind: the first of a kind in a command, on the main process."""
     for kind, (name, warning) in warnings.items():
         if kind not in _warned and is_main_process():
-            print_aside(f"warning: {name}: {warning} (shown once, other images may have it too)", console)
+            print_note(f"warning: {name}: {warning} (shown once, other images may have it too)", console)
         _warned.add(kind)
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import timedelta
 
 from itpn.errors import PeerLost, UserError
-from itpn.system.console import complain
+from itpn.system.console import print_error
 from itpn.system.environment import read_number
 
 LOST_PEER = "another process of this run ended unexpectedly"
@@ -56,7 +56,7 @@ def conclude(error: Exception) -> int:
         reason, code = _blame()
         message = message.replace(LOST_PEER, reason) if reason else ""
     if message and is_first():
-        complain(message)
+        print_error(message)
     end_children(0)
     return code
 

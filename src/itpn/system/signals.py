@@ -15,14 +15,14 @@ RETRY_AFTER, MAX_RETRIES = 0.05, 100  # seconds after which a signal without eff
 
 
 class SignalHandlers:
-    """Answers signals until what answered before is restored.
+    """Handles signals until the handlers before are restored.
 
     Args:
-        answer: called with the signal's number and the frame.
+        handle: called with the signal's number and the frame.
     """
 
-    def __init__(self, answer: Callable[[int, FrameType | None], None], signums: Sequence[int] = STOPPING) -> None:
-        self._answer = answer
+    def __init__(self, handle: Callable[[int, FrameType | None], None], signums: Sequence[int] = STOPPING) -> None:
+        self._handle = handle
         self._signums = signums
         self._before: dict[int, Any] = {}
 
@@ -31,7 +31,7 @@ class SignalHandlers:
         for signum in self._signums:
             if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
                 continue  # nohup: the command is to outlive its terminal
-            before = signal.signal(signum, self._answer)
+            before = signal.signal(signum, self._handle)
             self._before.setdefault(signum, before)
 
     def restore(self) -> None:
@@ -57,10 +57,10 @@ class _Stop:
         self.pending: int | None = None  # the signal that is yet to stop the command
         self._retries = 0
         self._waiting = False
-        self._alarm = SignalHandlers(self.answer, (signal.SIGALRM,))
+        self._alarm = SignalHandlers(self.handle, (signal.SIGALRM,))
         self._before = sys.unraisablehook
 
-    def answer(self, signum: int, frame: FrameType | None) -> None:
+    def handle(self, signum: int, frame: FrameType | None) -> None:
         if signum == signal.SIGALRM:
             self._waiting = False
         else:
@@ -106,11 +106,11 @@ def stopped_by_signals() -> Iterator[None]:
 
     Modules of C code that are being imported would print its traceback, and raise an error of their own instead.
     """
-    if threading.current_thread() is not threading.main_thread():  # the only one that may answer signals
+    if threading.current_thread() is not threading.main_thread():  # the only one that may handle signals
         yield
         return
     stop = _Stop(sys._getframe(2))  # of the with statement; between them is contextlib
-    handlers = SignalHandlers(stop.answer, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
+    handlers = SignalHandlers(stop.handle, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))
     handlers.set()
     before, sys.unraisablehook = sys.unraisablehook, stop.pass_on
     try:

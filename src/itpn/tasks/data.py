@@ -9,7 +9,7 @@ from itpn.data.batches import Transform
 from itpn.data.files import ImageSource
 from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
-from itpn.system.console import print_aside
+from itpn.system.console import print_note
 from itpn.system.environment import is_main_process
 from itpn.training.config import RunConfig
 
@@ -43,7 +43,7 @@ class RunData:
 def tell(line: str) -> None:
     """Print a line beside the results, once for all processes."""
     if is_main_process():
-        print_aside(line)
+        print_note(line)
 
 
 def make_training_loader(

@@ -166,7 +166,7 @@ def _try(network: nn.Module, backbone: Any, images: Tensor) -> list[str]:
     except (ValueError, RuntimeError) as error:  # no multiple of the patch size; too small to pool
         raise UserError(f"the network cannot take images of {height}x{width}: {error}") from error
     if not all(output.isfinite().all() for output in outputs.values()):
-        raise UserError("the network's outputs are not finite: its weights are damaged")
+        raise UserError("the network's outputs are not finite: its weights are corrupt")
     return list(outputs)
 
 

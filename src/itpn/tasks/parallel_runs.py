@@ -100,7 +100,7 @@ def _start_workers(count: int) -> Iterator[list[Connection]]:
 
 
 def _train_what_comes(pipe: Connection) -> None:
-    """A worker process: answers each plan with its seconds, or with why it failed."""
+    """A worker process: returns the seconds of each run, or the exception that ended it."""
     os.setsid()  # Ctrl-C is for the parent, which passes it on
     torch.set_num_threads(1)
     with contextlib.suppress(EOFError, RunStopped):  # the parent has gone, or wants this to end

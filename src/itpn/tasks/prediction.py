@@ -25,7 +25,7 @@ from itpn.data.readers import FileReader
 from itpn.data.shards import read_shard
 from itpn.errors import UserError
 from itpn.models.backbone import find_backbone
-from itpn.system.console import Output, print_aside, print_warnings
+from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole_text, write_whole
 from itpn.tasks.drawing import save_whole
@@ -85,7 +85,7 @@ def read_batches(source: ImageSource, crop: Crop, max_pixels: int) -> Iterator[t
 
 
 def read_images(
-    source: ImageSource, max_pixels: int, crop: Crop | None = None, tell: Callable[[str], object] = print_aside
+    source: ImageSource, max_pixels: int, crop: Crop | None = None, tell: Callable[[str], object] = print_note
 ) -> Iterator[tuple[str, Tensor]]:
     """Decode images one after the other: name and uint8 [3, height, width]. Warnings of their values are printed.
 
@@ -129,22 +129,22 @@ class Predictions:
 
     def __init__(self, titles: Sequence[str], columns: Sequence[str]) -> None:
         self.columns = columns
-        self.answers: list[dict[str, Any]] = []
+        self.images: list[dict[str, Any]] = []
         self._lines: list[Sequence[Any]] = []
         self._table = Table("image", *titles, box=None, pad_edge=False, header_style="bold")
 
-    def add(self, answer: dict[str, Any], lines: Iterable[Sequence[Any]], cells: Sequence[str]) -> None:
+    def add(self, image: dict[str, Any], lines: Iterable[Sequence[Any]], cells: Sequence[str]) -> None:
         """Add an image.
 
         Args:
-            answer: for the JSON file; "image" is its name.
+            image: for the JSON file; "image" is its name.
             lines: for the CSV file.
             cells: for the table.
         """
-        self.answers.append(answer)
+        self.images.append(image)
         self._lines += lines
         if self._table.row_count < ROWS:
-            self._table.add_row(*map(Text, (one_line(Path(answer["image"]).name), *cells)))
+            self._table.add_row(*map(Text, (one_line(Path(image["image"]).name), *cells)))
 
     def write(self, out: Path, images: str = "") -> None:
         """Write the files, print the table and where everything is.
@@ -152,12 +152,12 @@ class Predictions:
         Args:
             images: names of the written images, for the last line.
         """
-        write_whole(out / "predictions.json", (json.dumps(self.answers, indent=1) + "\n").encode())
+        write_whole(out / "predictions.json", (json.dumps(self.images, indent=1) + "\n").encode())
         with open_whole_text(out / "predictions.csv") as file:
             writer = csv.writer(file)
             writer.writerows([self.columns, *self._lines])
         Output().print(self._table, highlight=False)
-        if len(self.answers) > ROWS:
-            Output().print(f"and {len(self.answers) - ROWS} more images in the files", highlight=False)
+        if len(self.images) > ROWS:
+            Output().print(f"and {len(self.images) - ROWS} more images in the files", highlight=False)
         where = f"{images}\n{out}/predictions.csv, predictions.json".lstrip()
         Output().print(where, markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from rich.console import Console
 from torch import nn
 
 from itpn.errors import MachineError, NonFiniteLoss, UserError
-from itpn.system.console import print_aside
+from itpn.system.console import print_note
 from itpn.training.config import TrainerConfig
 from itpn.training.launch import Launch, choose_devices
 
@@ -62,9 +62,9 @@ class Compilation:
         torch.compiler.reset()
         message = f"torch.compile failed: {reason}; steps are not compiled from here on, and slower"
         if self._console is None:
-            print_aside(f"process {fabric.global_rank}: {message}")
+            print_note(f"process {fabric.global_rank}: {message}")
         else:
-            print_aside(message, self._console)
+            print_note(message, self._console)
         return True
 
 

@@ -8,7 +8,7 @@ import lightning as L
 from torch import nn
 
 from itpn.models.modes import eval_mode
-from itpn.system.console import print_aside
+from itpn.system.console import print_note
 
 
 class Evaluation(ABC):
@@ -54,7 +54,7 @@ class Evaluation(ABC):
         for name, reason in skipped:
             if fabric.is_global_zero and name not in self._named:
                 self._named.add(name)
-                print_aside(f"skipped {name}: {reason}")
+                print_note(f"skipped {name}: {reason}")
 
     def state_dict(self) -> dict[str, Any]:
         return {"metrics": self.metrics, "score": self.score, "step": self.step}

@@ -11,7 +11,7 @@ from itpn.checkpoints.io import save_to
 from itpn.data.skipped import SkippedImages
 from itpn.distributed import gather
 from itpn.errors import NonFiniteLoss
-from itpn.system.console import print_aside, print_warnings
+from itpn.system.console import print_note, print_warnings
 from itpn.system.writing import open_whole
 from itpn.training.state import Training
 
@@ -38,7 +38,7 @@ class CorruptFiles:
         found = gather((self._new, self._remarks))
         self._new, self._remarks = [], {}
         for message in self.skipped.update(item for new, _ in found for item in new):
-            print_aside(f"skipped {message}", self._run.console)
+            print_note(f"skipped {message}", self._run.console)
         for _, remarks in found:
             print_warnings(remarks, self._run.console)
         images = self._run.loader.images

@@ -13,7 +13,7 @@ from typing import IO, Any
 from filelock import FileLock, Timeout
 
 from itpn.errors import FULL, WRONG_PATH, MachineError, UserError, refusal
-from itpn.system.console import print_aside
+from itpn.system.console import print_note
 from itpn.system.writing import open_whole, remove_partial_files
 from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml, to_dict, write_yaml
 from itpn.training.metrics_file import read_steps
@@ -127,7 +127,7 @@ class RunFolder:
                 )
             return None, 0
         for path, reason in corrupt if main else []:
-            print_aside(f"checkpoint {path} is corrupt ({reason}): passing to the one before, {self.resumed.name}")
+            print_note(f"checkpoint {path} is corrupt ({reason}): passing to the one before, {self.resumed.name}")
             with self.writing(path):
                 path.replace(path.with_suffix(".corrupt"))
         return self.resumed, self._last_step
@@ -272,7 +272,7 @@ class RunFolder:
         if self._earlier is None:
             return stored
         if stored is None or stored.task != self._earlier.task:
-            print_aside(f"{self.settings} is corrupt: its settings are taken from {self.resumed}")
+            print_note(f"{self.settings} is corrupt: its settings are taken from {self.resumed}")
         return self._earlier
 
     def _begin_again(self, config: RunConfig) -> None:

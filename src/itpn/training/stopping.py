@@ -15,19 +15,19 @@ from itpn.training.state import Training
 
 
 class StopRequest:
-    """A signal that asks to stop, after a whole step.
+    """A signal to stop, obeyed after a whole step.
 
-    Several processes vote, and stop a step after the one in which the signal came: to look at the answer at once would
+    Several processes vote, and stop a step after the one in which the signal came: to wait for the result at once would
     make the host wait for the device in every step, and the device then for the host.
     """
 
     def __init__(self) -> None:
         self.signum: int | None = None
-        self.signals = SignalHandlers(self._answer)
+        self.signals = SignalHandlers(self._handle)
         self._pending: tuple[Tensor, Callable[[], Any]] | None = None
         self._stream: torch.cuda.Stream | None = None
 
-    def _answer(self, signum: int, frame: FrameType | None) -> None:
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.signum is not None and signum == signal.SIGINT:
             raise RunStopped(signum)  # the second Ctrl-C does not wait for the step to end
         self.signum = signum
@@ -46,7 +46,7 @@ class StopRequest:
         return bool(flag)
 
     def _vote(self, device: torch.device) -> tuple[Tensor, Callable[[], Any]]:
-        """The answer of all processes together, and how to wait for it."""
+        """The result over all processes, and how to wait for it."""
         if device.type == "cuda":
             # beside the stream that computes, which must not wait for what the other processes say either
             self._stream = self._stream or torch.cuda.Stream(device)

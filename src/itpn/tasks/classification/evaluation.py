@@ -17,7 +17,7 @@ from itpn.data.labelled import LabelledImages, find_labelled, read_split
 from itpn.errors import UserError
 from itpn.metrics.classification import (
     TOP,
-    Answers,
+    ClassPredictions,
     Scores,
     join,
     judge,
@@ -28,7 +28,7 @@ from itpn.metrics.classification import (
 )
 from itpn.metrics.features import knn_votes
 from itpn.models.backbone import Backbone
-from itpn.system.console import print_aside
+from itpn.system.console import print_note
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
 from itpn.tasks.classification.network import resolve
@@ -55,11 +55,11 @@ class ClassificationEvaluator(Evaluator[Scores]):
         if len(self.classes) <= TOP:  # the class is always among the five likeliest
             self.names = ("top1", "loss")
 
-    def compare(self, network: nn.Module, batch: dict[str, Any]) -> Answers:
+    def compare(self, network: nn.Module, batch: dict[str, Any]) -> ClassPredictions:
         images = self.normalize(batch["image"].to(self.device, non_blocking=True))
         return judge(batch["index"], batch["label"], network(images).float().log_softmax(dim=-1).cpu())
 
-    def score(self, parts: Sequence[Answers]) -> Scores:
+    def score(self, parts: Sequence[ClassPredictions]) -> Scores:
         return score(join(parts), len(self.classes))
 
     def metrics(self, scores: Scores) -> dict[str, float]:
@@ -205,7 +205,7 @@ def find_evaluation_data(
                 own, which = held_out, f"{data.val_fraction:.0%} held out {which}"
     names = found.metadata.get("classes")
     if names is not None and set(names) == set(own.classes) and list(names) != list(own.classes):
-        print_aside("the classes of the images come in another order than the model's: they are matched by name")
+        print_note("the classes of the images come in another order than the model's: they are matched by name")
     evaluator = ClassificationEvaluator(config, match_classes(own, names, model.num_classes))
     evaluator.matched_by_name = names is not None
     return evaluator, which

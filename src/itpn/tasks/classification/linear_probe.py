@@ -11,7 +11,7 @@ from itpn.metrics.classification import judge
 from itpn.metrics.features import WEIGHT_DECAYS, choose_weight_decay, fit_linear
 from itpn.models.spec import spec_of
 from itpn.seeding import derive_seed
-from itpn.system.console import Output, make_table, print_aside
+from itpn.system.console import Output, make_table, print_note
 from itpn.tasks.classification import network
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
@@ -58,7 +58,7 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
     folder.open(config, recipe)
     try:
         for note in [*_origin(found), *notes, *data.notes]:
-            print_aside(note)
+            print_note(note)
         task = ClassificationTask(model, config, recipe, data.train.classes)
         skipped: Skipped = []
         sets = [ClassificationEvaluator(config, own) for own in (data.train, data.val) if own is not None]
@@ -71,13 +71,13 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
         weight_decay = choose_weight_decay(features, labels, len(data.train.classes))
         model.head = fit_linear(features, labels, len(data.train.classes), weight_decay)
         metrics = {"train_top1": float((model.head(features).argmax(dim=1) == labels).double().mean())}
-        for index, answers, own in others:
+        for index, targets, own in others:
             with torch.no_grad():
                 predicted = model.head(own.to(device)).log_softmax(dim=1).cpu()
-            scores = sets[1].score([judge(index, answers, predicted)])
+            scores = sets[1].score([judge(index, targets, predicted)])
             metrics |= {f"val_{name}": value for name, value in sets[1].metrics(scores).items()}
         for name, reason in skipped:
-            print_aside(f"skipped {name}: {reason}")
+            print_note(f"skipped {name}: {reason}")
         model.cpu()
         model.spec = spec_of(model).with_options(fc_norm=False)  # type: ignore[assignment]
         with folder.writing(folder.weights):

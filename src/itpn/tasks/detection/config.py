@@ -23,7 +23,7 @@ class DetectionModelConfig(NetworkConfig):
     """The pre-trained pyramid; the same pyramid randomly initialized, to compare with; or a randomly initialized FPN,
     for backbones without a pyramid."""
     masks: bool | None = None
-    """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where most objects have an outline."""
+    """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where most objects have one."""
     head_width: Count = 256
     """Channels of the heads."""
     rpn_post_nms_top_n_train: Count = 2000
@@ -34,7 +34,7 @@ class DetectionModelConfig(NetworkConfig):
 
 @dataclass
 class DetectionDataConfig(NormalizationConfig, ImagesConfig):
-    """Images with boxes, classes and outlines of objects."""
+    """Images with boxes, classes and masks of objects."""
 
     root: str = "data/coco"
     """A folder of COCO's layout (`train2017`, `val2017`, `annotations/instances_*.json`, or a folder for each set with

@@ -31,15 +31,15 @@ def find_data(config: DetectionConfig) -> DetectionData:
     data = config.data
     train, val = find_objects(data.root, data.val_root, data.invalid_annotations, tell, data.max_pixels)
     train = train if data.empty_images else train.with_objects()
-    outlined, others = train.mask_counts
-    masks = outlined > others if config.model.masks is None else config.model.masks
-    if masks and not outlined:
-        raise UserError(f"the annotations in {data.root} have no outlines: give --model.masks False")
+    masked, others = train.mask_counts
+    masks = masked > others if config.model.masks is None else config.model.masks
+    if masks and not masked:
+        raise UserError(f"the annotations in {data.root} have no masks: give --model.masks False")
     notes = []
-    if config.model.masks is None and 0 < outlined <= others:
-        notes.append(f"masks are not learned, for {others:,} of {outlined + others:,} objects have no outline")
+    if config.model.masks is None and 0 < masked <= others:
+        notes.append(f"masks are not learned, for {others:,} of {masked + others:,} objects have none")
     if masks and others:
-        words = f"{others:,} objects without an outline"
+        words = f"{others:,} objects without a mask"
         if data.invalid_annotations == "error":
             raise UserError(f"{words} in {data.root}: --model.masks False learns boxes alone")
         notes.append(f"{words} are left out: --model.masks False learns all boxes")

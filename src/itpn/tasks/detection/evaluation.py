@@ -150,7 +150,7 @@ def find_evaluation_data(
         tell(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
     if model.has_masks and images.has_masks and images.mask_counts[1]:
-        tell(f"{images.mask_counts[1]:,} objects without an outline are left out")
+        tell(f"{images.mask_counts[1]:,} objects without a mask are left out")
         images = images.with_masks()
     images = match_classes(images, found.metadata.get("classes"), model.num_classes - 1)
     return DetectionEvaluator(config, images, model.has_masks), where

@@ -14,7 +14,7 @@ from itpn.data.normalize import Normalize
 from itpn.metrics.detection import to_results
 from itpn.models.detector import Detector
 from itpn.models.modes import eval_mode
-from itpn.system.console import print_aside
+from itpn.system.console import print_note
 from itpn.system.text import as_file_name
 from itpn.system.writing import name_output
 from itpn.tasks.detection.config import DetectionConfig
@@ -61,7 +61,7 @@ def predict_objects(
         save_whole(drawn, out / as_file_name(name_output(out, number, name, ".png")))
     written.write(out, f"{out}/0000-*.png ...")
     if not count:
-        print_aside(f"no object has a score of at least {min_score:g}: a lower --min-score shows more")
+        print_note(f"no object has a score of at least {min_score:g}: a lower --min-score shows more")
 
 
 # --- visualizations of a run

@@ -18,7 +18,7 @@ from itpn.data.files import ImageSource
 from itpn.data.loader import TrainingLoader
 from itpn.data.skipped import SkippedImages
 from itpn.errors import MachineError, RunStopped, UserError
-from itpn.system.console import Output, print_aside, print_warnings
+from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.writing import check_settings, writing_to
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, tell_what_is_left_out
@@ -81,7 +81,7 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
         for number in track(numbers, "features", console=console, disable=not console.is_terminal):
             _write_shard(out, index, number, loader, teacher, precision, skipped)
     except RunStopped as stop:
-        print_aside(f"stopped with {_count(out, index)} of {index.shards} shards done; the same command resumes")
+        print_note(f"stopped with {_count(out, index)} of {index.shards} shards done; the same command resumes")
         stop.told = True
         raise
     except MachineError as error:
@@ -129,7 +129,7 @@ def _write_shard(
     images, features, keys = [], [], []
     for views in iter(lambda: list(itertools.islice(samples, AT_A_TIME)), []):
         for message in skipped.update(item for sample in views for item in sample["corrupt"]):
-            print_aside(f"skipped {message}", Output())
+            print_note(f"skipped {message}", Output())
         for sample in views:
             print_warnings(sample["warnings"], Output())
         view = "teacher_image" if "teacher_image" in views[0] else "image"

@@ -89,7 +89,7 @@ def _draw_features(
         torch.manual_seed(0)
         _, _, axes = torch.pca_lowrank((flat - mean).cpu(), q=min(6, *flat.shape), center=False)
     axes = F.pad(axes[:, :3], (0, max(0, 3 - axes.shape[1]))).to(x.device)  # a single patch has one
-    spread = (2 * ((flat - mean) @ axes).std(dim=0)).clamp(min=1e-6)  # two deviations span the range of a colour
+    spread = (2 * ((flat - mean) @ axes).std(dim=0)).clamp(min=1e-6)  # two std span a colour's range
     columns = {"predicted features": prediction}
     if output.target is not None:
         columns = {"teacher's features": target, **columns}
