@@ -13,7 +13,8 @@ from itpn.models.build import build
 from itpn.tasks.configs import PretrainingModelConfig
 from itpn.tasks.pretraining.network import make_spec
 from itpn.tasks.run import train
-from itpn.teachers.timm_teacher import TEACHERS, FeatureTeacher, count_teacher_parameters
+from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
+from itpn.teachers.timm_teacher import count_teacher_parameters
 
 
 class ToyNetwork(nn.Module):
@@ -37,7 +38,7 @@ def test_a_teacher(settings, monkeypatch, capsys):
     config = settings(max_steps=2)
     config.teacher.name, config.model.feature_weight = "toy", 1.0
     folder = train(config, "test")
-    assert "toy, from the recipe file" in capsys.readouterr().out
+    assert "toy, a teacher of your own" in capsys.readouterr().out
     with (folder / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert float(rows[-1]["loss_feature"]) > 0

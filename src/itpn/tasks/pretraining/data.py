@@ -19,7 +19,8 @@ from itpn.errors import UserError
 from itpn.tasks.data import RunData, make_training_loader, tell
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.teachers.timm_teacher import TEACHERS, FeatureTeacher, build_teacher
+from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
+from itpn.teachers.timm_teacher import build_teacher
 from itpn.training.config import describe_crops, image_size
 from itpn.training.launch import choose_devices, read_launch
 
@@ -79,7 +80,7 @@ def describe_teacher(config: PretrainingConfig, data: PretrainingData) -> str:
     cache = data.train.cache
     where = f"features in {cache}" if cache else config.teacher.checkpoint
     if where is None:
-        where = "from the recipe file" if config.teacher.name in TEACHERS else "weights of timm's hub"
+        where = "a teacher of your own" if config.teacher.name in TEACHERS else "weights of timm's hub"
     return f"{config.teacher.name}, {where}"
 
 
