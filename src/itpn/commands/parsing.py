@@ -73,6 +73,8 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
     required = [field.usage for field in fields if field.required and default is None]
     usage = " ".join(["usage:", prog, *(field.usage for field in fields if field.usage), "[options]"])
     summary, details = split_doc(cls)
+    if holding := next((word for word in words if "=" in word and types.get(_option(word)) is bool), None):
+        raise UserError(f"{holding.partition('=')[0]} takes no value, not {holding!r}")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):

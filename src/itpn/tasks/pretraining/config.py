@@ -69,9 +69,9 @@ class PretrainingModelConfig(Settings):
     """Initial layer scale of the backbone; None for no layer scale."""
     migrate_ratio: float = 0.0
     """Fraction of the tokens that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
-    migrate_from: int | None = None
+    migrate_from: Whole | None = None
     """First block that they skip, counted from 0; None for the middle of stage 3."""
-    gather_window: int = 0
+    gather_window: Whole = 0
     """Side of the windows that attention stays in, in tokens, with gathering tokens between windows. 0 for global
     attention, which is also used where masked patches are dropped."""
     gather_side: int = 1
