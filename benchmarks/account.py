@@ -1,10 +1,10 @@
-"""Where do the multiply-adds, the bytes and the memory of a pre-training step go? Counted, not timed.
+"""Where do the MACs, the bytes and the memory of a pre-training step go? Counted, not timed.
 
     python benchmarks/account.py itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k
 
-Forward pass of one image in float32: multiply-adds of each part; bytes that its matrix products (with attention) and
+Forward pass of one image in float32: MACs of each part; bytes that its matrix products (with attention) and
 its other operators read and write when each runs alone, views left out; bytes kept for the backward pass. Then what is
-kept in all with each kind of activation checkpointing. The backward pass has twice the multiply-adds.
+kept in all with each kind of activation checkpointing. The backward pass has twice the MACs.
 """
 
 import argparse
@@ -44,7 +44,7 @@ ELSE = "masks, targets, losses"
 
 
 class Account(TorchDispatchMode):
-    """Books multiply-adds and bytes on the part that runs."""
+    """Counts MACs and bytes for the part that runs."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Image files made on the spot: a picture of four colours, and containers that Pillow does not write."""
+"""Image files made on the spot: an image of four colours, and containers that Pillow does not write."""
 
 import io
 import struct

@@ -141,7 +141,7 @@ def test_wrapped_dicts_and_prefixes_are_undone(tmp_path, key, prefix):
 
 
 def test_the_average_beside_the_weights(tmp_path):
-    """The weights are read, or the average where it is asked for or all there is; mmcv's copies are seen as such."""
+    """The weights are read, or the EMA where that is requested or all there is; mmcv's copies are seen as such."""
     golden, _ = read_golden("off_pixel_finetune")
     raw = {name: tensor + 1 if tensor.is_floating_point() else tensor for name, tensor in golden["param"].items()}
     path = tmp_path / "weights.pth"

@@ -39,10 +39,10 @@ def images():
 
 @pytest.mark.parametrize("masked_patches", ["dropped", "mask_token"])
 @pytest.mark.parametrize("mask", ["random", "block"])
-@pytest.mark.parametrize("units", ["all", "masked"])
-def test_any_combination(images, masked_patches, mask, units):
+@pytest.mark.parametrize("feature_patches", ["all", "masked"])
+def test_any_combination(images, masked_patches, mask, feature_patches):
     """All six losses at once, their weighted sum, and a gradient for everything that is trained."""
-    model = build(masked_patches=masked_patches, mask=mask, mask_ratio=0.5, feature_patches=units, **ALL)
+    model = build(masked_patches=masked_patches, mask=mask, mask_ratio=0.5, feature_patches=feature_patches, **ALL)
     output = model.train()(images, target=features(model, images))
     assert list(output.losses) == list(WEIGHTS)
     by_hand = sum(WEIGHTS[name] * loss for name, loss in output.losses.items())
@@ -53,10 +53,10 @@ def test_any_combination(images, masked_patches, mask, units):
 
 
 @pytest.mark.parametrize("masked_patches", ["dropped", "mask_token"])
-@pytest.mark.parametrize("units", ["all", "masked"])
+@pytest.mark.parametrize("feature_patches", ["all", "masked"])
 @pytest.mark.parametrize("loss", ["smooth_l1", "cosine", "cross_entropy"])
-def test_losses_by_hand(images, masked_patches, units, loss):
-    model = build(masked_patches=masked_patches, feature_patches=units, feature_loss=loss, **ALL)
+def test_losses_by_hand(images, masked_patches, feature_patches, loss):
+    model = build(masked_patches=masked_patches, feature_patches=feature_patches, feature_loss=loss, **ALL)
     mask, target = draw_random_mask(3, 24, 0.75), features(model, images)
     outputs = [model.train(mode)(images, mask, target) for mode in (True, False)]
     for name in WEIGHTS:  # training predicts fewer patches, with the same losses
@@ -69,7 +69,7 @@ def test_losses_by_hand(images, masked_patches, units, loss):
         prediction = head.predict(name, tokens)
         if name == "pixel":
             continue
-        picked = torch.ones_like(mask) if units == "all" else mask
+        picked = torch.ones_like(mask) if feature_patches == "all" else mask
         p, t = prediction[picked], target[name][picked]
         by_hand = {
             "smooth_l1": lambda p, t: F.smooth_l1_loss(p, t),

@@ -315,7 +315,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not(settings, train_until):
 
 
 def test_three_starts(settings, tmp_path):
-    """The pre-trained pyramid; on the pre-trained backbone a fresh pyramid, and a feature pyramid network."""
+    """The pre-trained pyramid; on the pre-trained backbone a randomly initialized pyramid, and a feature pyramid network."""
     pretraining = PretrainingConfig(
         model=PretrainingModelConfig(
             name="itpn_nano", patch_size=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
@@ -342,7 +342,7 @@ def test_three_starts(settings, tmp_path):
 
 @pytest.mark.parametrize(("masks", "width"), [(False, 16), (True, 24)])
 def test_heads_of_a_detector_are_kept(settings, trained, masks, width):
-    """Into one of other classes, without masks, of a recipe of another width: only what names classes is fresh."""
+    """Into one of other classes, without masks, of a recipe of another width: what depends on classes is randomly initialized."""
     found = itpn.checkpoints.files.read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", width
@@ -350,9 +350,9 @@ def test_heads_of_a_detector_are_kept(settings, trained, masks, width):
     model, more = build_detector(config, ("a", "b"), masks, found)
     notes += more
     own = itpn.checkpoints.files.named_tensors(model)
-    fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
+    new = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
     predictors = {"roi_heads.box_predictor.cls_score", "roi_heads.box_predictor.bbox_pred"}
-    assert fresh == predictors | ({"roi_heads.mask_predictor.mask_fcn_logits"} if masks else set())
+    assert new == predictors | ({"roi_heads.mask_predictor.mask_fcn_logits"} if masks else set())
     assert any("the layers that predict classes are randomly initialized" in note for note in notes)
     assert any("the head has 16 channels" in note for note in notes) == (width == 24)
     assert config.model.head_width == 16  # as config.yaml will say

@@ -347,8 +347,8 @@ def test_a_segmenter_of_other_classes_is_a_start(settings, trained):
     model, more = build_segmenter(config, ("a", "b", "c"), found)
     notes += more
     own = named_tensors(model)
-    fresh = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
-    assert fresh == {"classifier", "aux_classifier.4"}
+    new = {name.rpartition(".")[0] for name, t in own.items() if not torch.equal(t, found.tensors[name])}
+    assert new == {"classifier", "aux_classifier.4"}
     assert any("the layers that predict classes are randomly initialized" in note for note in notes)
     assert any("the head has 16 channels" in note for note in notes)
 

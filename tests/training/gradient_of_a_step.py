@@ -27,8 +27,8 @@ def mask_of_content(images, mask_ratio):
     masks = []
     for image in images:
         generator = torch.Generator().manual_seed(int(image.double().abs().sum() * 1000))
-        hidden = torch.randperm(16, generator=generator)[4:]
-        masks.append(torch.zeros(16, dtype=torch.bool).scatter(0, hidden, True))
+        masked = torch.randperm(16, generator=generator)[4:]
+        masks.append(torch.zeros(16, dtype=torch.bool).scatter(0, masked, True))
     return torch.stack(masks)
 
 

@@ -61,9 +61,9 @@ def test_every_file_is_there(finished):
     run, config = finished
     assert run == Path(config.output_dir) / "small/default"
     names = {path.relative_to(run).as_posix() for path in run.rglob("*") if path.is_file()}
-    pictures = {f"reconstructions/step-{step:08d}.png" for step in (0, 20, 40, 60)}
+    visualizations = {f"reconstructions/step-{step:08d}.png" for step in (0, 20, 40, 60)}
     expected = {"config.yaml", "metrics.csv", "model.safetensors", "summary.json", "checkpoints/last.ckpt"}
-    assert expected | pictures | {"checkpoints/best.ckpt"} <= names
+    assert expected | visualizations | {"checkpoints/best.ckpt"} <= names
     assert any("tfevents" in name for name in names)
     assert read_settings(run / "config.yaml") == ("small", config)
 
@@ -133,22 +133,22 @@ def test_tensorboard_has_curves_and_visualizations(finished):
 
 
 def test_visualizations_show_the_reconstruction(finished, photos):
-    """Visible units stand unchanged in all three columns, hidden ones grey in the second."""
+    """Visible patches are unchanged in all three columns, masked ones grey in the second."""
     run, _ = finished
-    picture = np.asarray(Image.open(run / "reconstructions/step-00000060.png"))
+    image = np.asarray(Image.open(run / "reconstructions/step-00000060.png"))
     # 32 pixels are shown as 224
-    columns = [picture[24 : 24 + 224, 4 + 228 * i : 4 + 228 * i + 224][::7, ::7] for i in range(3)]
+    columns = [image[24 : 24 + 224, 4 + 228 * i : 4 + 228 * i + 224][::7, ::7] for i in range(3)]
     original, masked, reconstructed = columns
     grey = np.array([124, 116, 104])  # the mean
-    hidden = np.zeros((4, 4), dtype=bool)
+    is_masked = np.zeros((4, 4), dtype=bool)
     for row in range(4):
         for col in range(4):
-            unit = np.s_[row * 8 : row * 8 + 8, col * 8 : col * 8 + 8]
-            hidden[row, col] = (np.abs(masked[unit].astype(int) - grey) <= 1).all()
-            if not hidden[row, col]:
-                assert (np.abs(original[unit].astype(int) - masked[unit]) <= 1).all()
-                assert (original[unit] == reconstructed[unit]).all()
-    assert hidden.sum() == 12
+            patch = np.s_[row * 8 : row * 8 + 8, col * 8 : col * 8 + 8]
+            is_masked[row, col] = (np.abs(masked[patch].astype(int) - grey) <= 1).all()
+            if not is_masked[row, col]:
+                assert (np.abs(original[patch].astype(int) - masked[patch]) <= 1).all()
+                assert (original[patch] == reconstructed[patch]).all()
+    assert is_masked.sum() == 12
 
 
 def test_weights_rebuild_the_model(finished):
