@@ -315,7 +315,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not(settings, train_until):
 
 
 def test_three_starts(settings, tmp_path):
-    """The pre-trained pyramid; on the pre-trained backbone a randomly initialized pyramid, and a feature pyramid network."""
+    """The pre-trained pyramid; on the pre-trained backbone a random pyramid, and a feature pyramid network."""
     pretraining = PretrainingConfig(
         model=PretrainingModelConfig(
             name="itpn_nano", patch_size=16, decoder_embed_dim=32, decoder_depth=1, decoder_num_heads=2
@@ -342,7 +342,7 @@ def test_three_starts(settings, tmp_path):
 
 @pytest.mark.parametrize(("masks", "width"), [(False, 16), (True, 24)])
 def test_heads_of_a_detector_are_kept(settings, trained, masks, width):
-    """Into one of other classes, without masks, of a recipe of another width: what depends on classes is randomly initialized."""
+    """Into one of other classes, masks or width: what depends on classes is randomly initialized."""
     found = itpn.checkpoints.files.read_checkpoint(trained / "model.safetensors")
     config = settings()
     config.model.scratch, config.model.checkpoint, config.model.head_width = False, "set", width
