@@ -118,7 +118,6 @@ def read_contents(
 
 def _read_spec(checkpoint: Checkpoint, spec: NetworkSpec) -> Contents:
     backbone = {name: value for name, value in spec.backbone.items() if name not in TRAINING_ONLY}
-    read_our_depths(checkpoint.tensors)
     own = {} if spec.head is None else {spec.head: copy.deepcopy(dict(spec.options))}
     pyramid = None if spec.pyramid is None else dict(spec.pyramid)
     return Contents(backbone, pyramid, own, spec.levels, read_guesses(checkpoint.metadata))
