@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from itpn.errors import UserError
+from itpn.models.variants import BACKBONES
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml
 
@@ -109,6 +110,12 @@ def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
         settings = parse_settings(last, found)
         print(f"{path} is corrupt: its settings are taken from {last}", file=sys.stderr)
         return settings
+
+
+def check_model_name(name: str) -> None:
+    """Raise :class:`UserError` where no model has this name; the nearest is named."""
+    if name not in BACKBONES:
+        raise UserError(f"no model {name!r}{nearest(name, list(BACKBONES))}; see `itpn list`")
 
 
 def nearest(name: str, names: list[str], cutoff: float = 0.6) -> str:

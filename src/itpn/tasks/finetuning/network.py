@@ -16,6 +16,7 @@ from itpn.errors import UserError
 from itpn.models.spec import NetworkSpec, find_variant, same_sizes
 from itpn.models.variants import BACKBONES
 from itpn.tasks.finetuning.config import NetworkConfig
+from itpn.tasks.recipes import check_model_name
 from itpn.training.config import AnyConfig
 from itpn.training.launch import choose_devices, read_launch
 
@@ -54,8 +55,8 @@ def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int =
         preprocessing = found.preprocessing
     elif name is None:
         raise UserError(NO_NETWORK)
-    elif name not in BACKBONES:
-        raise UserError(f"no model {name!r}; models are {', '.join(BACKBONES)}")
+    else:
+        check_model_name(name)
     values = {}
     for what, usual in {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}.items():
         stored = tuple(preprocessing.get(what, ()))

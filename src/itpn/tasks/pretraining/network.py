@@ -24,6 +24,7 @@ from itpn.models.spec import NetworkSpec, Options, spec_of
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
 from itpn.tasks.pretraining.config import PretrainingConfig, PretrainingModelConfig, TeacherConfig, check_model
 from itpn.tasks.pretraining.data import PretrainingData
+from itpn.tasks.recipes import check_model_name
 from itpn.training.config import from_dict, image_size, override_model
 
 TASK = PretrainingConfig.task
@@ -62,8 +63,7 @@ def make_spec(
     """
     teacher = teacher or TeacherConfig()
     check_model(config, teacher)
-    if config.name not in BACKBONES:
-        raise UserError(f"no model {config.name!r}; models are {', '.join(BACKBONES)}")
+    check_model_name(config.name)
     variant = BACKBONES[config.name]
     options: dict[str, Any] = {} if config.rel_pos_bias is None else {"rel_pos_bias": config.rel_pos_bias}
     if config.gather_window and {**variant, **options}.get("rel_pos_bias"):
