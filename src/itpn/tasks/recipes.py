@@ -14,6 +14,8 @@ from itpn.models.variants import BACKBONES
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml
 
+FIRST_TASK = "pretraining"  # of the first files, which did not name their task
+
 
 def recipe_files() -> dict[str, Path]:
     """Recipe name to file, sorted by name."""
@@ -84,7 +86,7 @@ def read_settings(path: Path) -> tuple[str, RunConfig]:
 
 def parse_settings(path: Path, stored: StoredSettings) -> tuple[str, RunConfig]:
     """Settings that a file holds."""
-    kind = find_task(stored.task or next(task.name for task in all_tasks())).config  # the first files named none
+    kind = find_task(stored.task or FIRST_TASK).config
     try:
         return stored.recipe, from_dict(stored.values, kind)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
