@@ -16,7 +16,7 @@ from itpn.errors import UserError
 from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.heads import heads
 from itpn.models.position import Grid
-from itpn.models.weights import fit_tables
+from itpn.models.position_tables import fit_tables
 
 Tensors = Mapping[str, Tensor]
 
