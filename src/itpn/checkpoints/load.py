@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from itpn.checkpoints.adapters.ours import name_levels
-from itpn.checkpoints.contents import all_names, read_contents
+from itpn.checkpoints.contents import all_names
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import match
@@ -87,12 +87,14 @@ def load_found(
 def find_spec(checkpoint: Checkpoint, task: str | None, overrides: Mapping[str, Any]) -> NetworkSpec:
     """The network of a file for a task, with other arguments by name."""
     stored = checkpoint.spec
-    if stored is not None and stored.head is not None and task in (None, stored.head) and checkpoint.settings:
+    # settings name what a network is made of in words of their own; the first files have nothing else
+    by_settings = bool(overrides) or "network" not in checkpoint.metadata
+    if by_settings and stored is not None and stored.head and task in (None, stored.head) and checkpoint.settings:
         spec = find_head(stored.head).from_settings(checkpoint.settings, dict(overrides))
         if spec is not None:
             return spec
     rest = dict(overrides)
-    contents = read_contents(checkpoint, rest.pop("num_heads", None), rest.pop("decoder_num_heads", None))
+    contents = checkpoint.contents.with_num_heads(rest.pop("num_heads", None), rest.pop("decoder_num_heads", None))
     name = task or contents.names[0]
     spec = contents.spec(name)
     if name in heads() and name not in contents.heads:

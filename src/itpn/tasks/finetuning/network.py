@@ -8,7 +8,7 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from itpn.checkpoints.contents import Contents, read_contents
+from itpn.checkpoints.contents import Contents
 from itpn.checkpoints.files import Checkpoint, named_tensors
 from itpn.checkpoints.load import build_checked, check_finite
 from itpn.checkpoints.match import match
@@ -40,7 +40,7 @@ def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int =
     preprocessing: dict[str, Any] = {}
     name, patch_size = model.name, model.patch_size
     if found is not None:
-        own = read_contents(found, model.num_heads).backbone
+        own = found.contents.with_num_heads(model.num_heads).backbone
         variant = find_variant(own)
         if name is not None and not same_sizes(BACKBONES.get(name, {}), own):
             sizes = f"{own['embed_dim']} channels and {'+'.join(map(str, own['depths']))} blocks"
@@ -85,7 +85,7 @@ def scale_epochs(config: AnyConfig, images: int, processes: int | None = None) -
 def find_network(model: NetworkConfig, found: Checkpoint | None, img_size: tuple[int, int]) -> Contents:
     """The checkpoint's networks, or the model that the settings name, for images of a size in pixels."""
     if found is not None:
-        return read_contents(found, model.num_heads)
+        return found.contents.with_num_heads(model.num_heads)
     assert model.name is not None
     assert model.patch_size is not None
     own = {**BACKBONES[model.name], "img_size": img_size, "patch_size": model.patch_size}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from itpn.checkpoints.contents import Contents, count_blocks, read_contents
+from itpn.checkpoints.contents import Contents, count_blocks
 from itpn.checkpoints.files import Checkpoint
 from itpn.checkpoints.load import check_finite
 from itpn.checkpoints.match import match
@@ -296,7 +296,7 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
     Raises:
         UserError: the file holds another model, and which options would build it; or values that are not finite.
     """
-    contents = read_contents(checkpoint)
+    contents = checkpoint.contents
     state, findings = match(checkpoint, model)
     source = checkpoint.source
     problems = [f.text for f in findings if f.kind == "harmful"]
