@@ -1,6 +1,5 @@
 """A network to be fine-tuned: what the settings leave to the checkpoint, and which weights are taken from it."""
 
-import dataclasses
 import math
 from dataclasses import replace
 from typing import Any
@@ -10,8 +9,8 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.contents import Contents
 from itpn.checkpoints.files import Checkpoint, named_tensors
-from itpn.checkpoints.load import build_checked, check_finite
-from itpn.checkpoints.match import match
+from itpn.checkpoints.load import build_checked, start_from
+from itpn.checkpoints.match import Finding
 from itpn.errors import UserError
 from itpn.models.spec import NetworkSpec, find_variant, same_sizes
 from itpn.models.variants import BACKBONES
@@ -152,15 +151,12 @@ def _start_from(network: nn.Module, found: Checkpoint, tensors: dict[str, Tensor
         # tables of zeros change nothing, and are then learned
         own = named_tensors(network)
         tensors = tensors | {n: t for n, t in own.items() if n.endswith("relative_position_bias_table")}
-    state, findings = match(dataclasses.replace(found, tensors=tensors), network)
-    if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
-        raise UserError(f"checkpoint {found.source} cannot be fine-tuned: it {'; it '.join(problems)}")
-    check_finite(found)
-    network.load_state_dict(state, strict=False)
-    unwanted = set(found.tensors) - set(tensors)  # which is reported already
-    missing = [f for f in findings if f.kind == "random" and not set(f.names) & unwanted]
-    notes = [f"{found.source} {f.text}: it is randomly initialized" for f in missing]
-    return notes + [f"{found.source} {f.text}" for f in findings if f.kind == "converted"]
+
+    def check(findings: list[Finding]) -> None:
+        if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
+            raise UserError(f"checkpoint {found.source} cannot be fine-tuned: it {'; it '.join(problems)}")
+
+    return start_from(network, found, check, tensors)
 
 
 def keep_predictor(found: Checkpoint | None, ours: tuple[str, ...], theirs: int | None) -> tuple[bool, list[str]]:

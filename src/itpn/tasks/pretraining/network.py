@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.contents import Contents, count_blocks
 from itpn.checkpoints.files import Checkpoint
-from itpn.checkpoints.load import check_finite
-from itpn.checkpoints.match import match
+from itpn.checkpoints.load import start_from
+from itpn.checkpoints.match import Finding
 from itpn.checkpoints.older_settings import update_settings
 from itpn.data.cache import read_index
 from itpn.errors import UserError
@@ -296,13 +296,14 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
     Raises:
         UserError: the file holds another model, and which options would build it; or values that are not finite.
     """
-    contents = checkpoint.contents
-    state, findings = match(checkpoint, model)
-    source = checkpoint.source
-    problems = [f.text for f in findings if f.kind == "harmful"]
-    if any(name.startswith("pyramid.") for name in checkpoint.tensors):  # one there is not drawn anew
-        problems += [f.text for f in findings if f.kind == "random" and f.names[0].startswith("pyramid.")]
-    if problems:
+    contents, source = checkpoint.contents, checkpoint.source
+
+    def check(findings: list[Finding]) -> None:
+        problems = [f.text for f in findings if f.kind == "harmful"]
+        if any(name.startswith("pyramid.") for name in checkpoint.tensors):  # one there is not drawn anew
+            problems += [f.text for f in findings if f.kind == "random" and f.names[0].startswith("pyramid.")]
+        if not problems:
+            return
         if contents.variant is None:
             own = contents.backbone
             sizes = f"{own['embed_dim']} channels and {'+'.join(map(str, own['depths']))} blocks"
@@ -313,10 +314,8 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
         options = describe_options(contents, model)
         hint = f"; it takes {options}" if options else ""
         raise UserError(f"checkpoint {source} holds another model: it {problems[0]}{hint}")
-    check_finite(checkpoint)
-    model.load_state_dict(state, strict=False)
-    notes = [f"{source} {f.text}: it is randomly initialized" for f in findings if f.kind == "random"]
-    return notes + [f"{source} {f.text}" for f in findings if f.kind == "converted"]
+
+    return start_from(model, checkpoint, check)
 
 
 def describe_options(contents: Contents, model: MaskedImageModel) -> str:
