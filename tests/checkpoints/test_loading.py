@@ -20,7 +20,8 @@ from itpn.errors import UserError
 from itpn.models.position import resample_position_table
 from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, TeacherConfig
 from itpn.tasks.pretraining.module import save_weights
-from itpn.tasks.pretraining.network import build_masked_model, load_weights
+from itpn.tasks.pretraining.network import build_masked_model
+from itpn.tasks.pretraining.weights import load_weights
 
 
 def model_config(**settings) -> PretrainingModelConfig:
