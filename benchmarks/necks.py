@@ -17,7 +17,6 @@ from arms import Failures
 from rich.console import Console
 from rich.table import Table
 
-from itpn.checkpoints.contents import read_contents
 from itpn.checkpoints.files import read_checkpoint
 from itpn.commands.parsing import parse
 from itpn.tasks.configs import DetectionConfig, SegmentationConfig
@@ -44,7 +43,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, help="all that the task has, by default")
     parser.add_argument("--out", type=Path, default=Path("runs/necks"))
     options, others = parser.parse_known_args()
-    contents = read_contents(read_checkpoint(options.checkpoint))
+    contents = read_checkpoint(options.checkpoint).contents
     recipe, base = read_recipe(options.recipe)
     assert isinstance(base, DetectionConfig | SegmentationConfig)
     base.data.num_workers, base.optimizer.layer_decay = 0, 0.9

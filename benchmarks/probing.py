@@ -13,7 +13,8 @@ from itpn.models.modes import eval_mode
 from itpn.seeding import derive_seed
 from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.pretraining.module import PretrainingTask
-from itpn.tasks.pretraining.network import build_from, load_weights
+from itpn.tasks.pretraining.network import build_from
+from itpn.tasks.pretraining.weights import load_weights
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """Weights into a model that is not quite theirs: what cannot be right is refused, what is changed is said."""
 
 import collections
+import json
 import re
 import zipfile
 
@@ -19,7 +20,8 @@ from itpn.errors import UserError
 from itpn.models.position import resample_position_table
 from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig, TeacherConfig
 from itpn.tasks.pretraining.module import save_weights
-from itpn.tasks.pretraining.network import build_masked_model, load_weights
+from itpn.tasks.pretraining.network import build_masked_model
+from itpn.tasks.pretraining.weights import load_weights
 
 
 def model_config(**settings) -> PretrainingModelConfig:
@@ -79,6 +81,18 @@ def test_the_same_model(tmp_path):
     assert notes == []
     stored = read_checkpoint(path).tensors
     assert all(torch.equal(tensor, stored[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_stored_network_counts(tmp_path):
+    """Whatever the settings beside it would build."""
+    path, model = tmp_path / "model.safetensors", build_masked_model(model_config(), (32, 64))
+    other = PretrainingConfig(model=model_config(decoder_embed_dim=64), data=PretrainingDataConfig(img_size=(32, 64)))
+    save_weights(path, model, "test", other)
+    loaded = itpn.load(path)
+    assert json.dumps(loaded.spec.to_dict()) == json.dumps(model.spec.to_dict())
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    with pytest.raises(UserError, match="has no decoder that fits"):
+        itpn.load(path, mask_ratio=0.5)  # a setting: of those that are stored
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import yaml
 
 from itpn.checkpoints.older_settings import NAMES, VALUES, update_settings
 from itpn.cli import main
+from itpn.tasks import spec
 from itpn.tasks.recipes import read_settings
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import from_dict, to_dict
@@ -59,6 +60,15 @@ def test_runs_of_older_versions(tmp_path):
     assert stored is not None
     assert from_dict(stored.values, type(config)) == config
     assert config.data.max_corrupt == OLDER["pretraining"]["data"]["max_broken"]
+
+
+def test_the_first_files_name_no_task(tmp_path, monkeypatch):
+    """They are of pre-training, whichever task is registered first."""
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"recipe": "r", **OLDER["pretraining"]}))
+    monkeypatch.setattr(spec, "_TASKS", dict(reversed(spec._TASKS.items())))
+    assert all_tasks()[0].name != "pretraining"
+    assert read_settings(path)[1].task == "pretraining"
 
 
 @pytest.mark.parametrize("odd", [{"model": 3}, {"model": {"neck": ["fresh"]}}, {3: {}}, {"model": {3: 4}}])

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, safe_open
 
 import itpn
 import itpn.tasks.detection.prediction
-from itpn.checkpoints import io
+from itpn.checkpoints import files, io
 from itpn.checkpoints.adapters import ADAPTERS
 from itpn.checkpoints.convert import convert
 from itpn.cli import main
@@ -284,21 +284,39 @@ def test_every_command_reads_a_checkpoint_once(tmp_path, settings, photos, monke
         io, "_read_file", lambda file, *rest, read=io._read_file: (reads.append(file), read(file, *rest))[1]
     )
 
+    contents = []
+    monkeypatch.setattr(
+        files, "describe_contents", lambda *own, read=files.describe_contents: (contents.append(own), read(*own))[1]
+    )
+
     def start():
         config = settings(max_steps=1)
         config.name, config.model.checkpoint = "again", path
         train(config, "test")
 
     labelled = ["--data.root", str(tmp_path / "classes"), "--data.num-workers", "0", "--trainer.accelerator", "cpu"]
+    short = [
+        "--data.img-size",
+        "32",
+        "--data.batch-size",
+        "2",
+        "--trainer.max-steps",
+        "1",
+        "--evaluation.batch-size",
+        "2",
+    ]
     for command in (
         ["inspect", path],
         ["convert", path, str(tmp_path / "theirs.pth"), "--to", "official"],
         ["export", path, "--out", str(tmp_path / "x.pt2"), "--task", "backbone"],
         ["predict", path, str(photos), "--out", str(tmp_path / "out")],
         ["evaluate", "classifier_small", "--checkpoint", path, "--knn", *labelled, "--evaluation.knn-k", "1"],
+        ["train", "classifier_small", "--model.checkpoint", path, "--output-dir", str(tmp_path), *labelled, *short],
         lambda: itpn.load(path),
         start,
     ):
         reads.clear()
+        contents.clear()
         assert not main(command) if isinstance(command, list) else [command()]
         assert reads == [path]
+        assert len(contents) == 1, "what it holds is told once"

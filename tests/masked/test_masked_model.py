@@ -224,6 +224,15 @@ def test_get_model():
         itpn.get_model("itpn-pixel_nano", pretrained="nowhere.safetensors")
 
 
+def test_a_model_that_is_not_there():
+    """The nearest name is given, whichever task builds the network."""
+    model = "no model 'itpn_bas'; did you mean itpn_base"
+    with pytest.raises(UserError, match=model):
+        itpn.get_model("itpn-pixel_nano", name="itpn_bas")
+    with pytest.raises(UserError, match=model):
+        itpn.get_model("classifier_small", name="itpn_bas", scratch=True)
+
+
 def test_get_model_of_clip_supervision():
     """Needs no download and no teacher: predictions without a target, and a loss with one."""
     model = itpn.get_model("itpn-clip-b_hivit-base-p16_8xb256-amp-coslr-800e_in1k", pretrained=False).eval()

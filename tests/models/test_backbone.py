@@ -1,11 +1,14 @@
 """A backbone of another architecture is pre-trained, stored, fine-tuned and given heads like HiViT."""
 
+import itertools
+import json
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 import itpn
@@ -18,6 +21,8 @@ from itpn.models.build import KINDS, build
 from itpn.models.layers import MlpBlock, PatchEmbed, PatchMerge, WeightInit, initialize_linears
 from itpn.models.recompute import run_block
 from itpn.models.spec import NetworkSpec
+from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig, ClassificationModelConfig
+from itpn.tasks.run import train
 
 
 class Mixer(Backbone):
@@ -136,6 +141,30 @@ def test_pre_training_then_fine_tuning(tmp_path, masked_patches, checkpointing):
         assert torch.equal(classifier.state_dict()[name], tensor), name
     losses = learn(classifier.train(), lambda: F.cross_entropy(classifier(images), labels))
     assert losses[-1] < losses[0]
+
+
+def test_linear_probe(tmp_path):
+    """It has no norm before its classifier to take away, and its file can be loaded."""
+    torch.manual_seed(0)
+    for i, (place, name) in enumerate(itertools.product(("train", "val"), ("dark", "light"))):
+        (tmp_path / place / name).mkdir(parents=True)
+        colours = torch.full((8, 48, 48, 3), 60 + 120 * (i % 2)) + torch.randint(0, 20, (8, 48, 48, 3))
+        for number, image in enumerate(colours):
+            Image.fromarray(image.to(torch.uint8).numpy()).save(tmp_path / place / name / f"{number}.png")
+    spec = make_spec()
+    file = tmp_path / "model.safetensors"
+    write_safetensors(file, named_tensors(build(spec)), {"network": spec.to_dict()})
+    config = ClassificationConfig(
+        model=ClassificationModelConfig(name=None, checkpoint=str(file), freeze=True, ema_decay=None),
+        data=ClassificationDataConfig(root=(str(tmp_path),), img_size=64, batch_size=4, num_workers=0),
+        output_dir=str(tmp_path / "runs"),
+    )
+    folder = train(config, "test")
+    metrics = json.loads((folder / "summary.json").read_text())["metrics"]
+    model = itpn.load(folder / "model.safetensors")
+    assert isinstance(model, Mixer)
+    assert model(torch.rand(1, 3, 64, 64)).shape == (1, 2)
+    assert metrics["val_top1"] == 1.0
 
 
 def test_a_pyramid_and_its_layers():

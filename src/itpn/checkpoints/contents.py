@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from itpn.checkpoints.adapters import ADAPTERS
-from itpn.checkpoints.adapters.ours import CLASSIFIER, name_levels, read_guesses
+from itpn.checkpoints.adapters import ADAPTERS, Layout
+from itpn.checkpoints.adapters.ours import CLASSIFIER, name_levels
 from itpn.checkpoints.adapters.renaming import read_our_depths
-from itpn.checkpoints.files import DETECTOR_HEADS, SEGMENTER_HEADS, Checkpoint
 from itpn.errors import UserError
 from itpn.models.build import backbone_arguments
 from itpn.models.heads import find_head, heads
@@ -74,6 +73,31 @@ class Contents:
             spec = replace(spec, pyramid=PYRAMIDS.get(self.variant or "", PUBLISHED_PYRAMID))
         return spec if head is None or name in self.heads else head.complete(spec)
 
+    def with_num_heads(self, num_heads: int | None = None, decoder_num_heads: int | None = None) -> "Contents":
+        """The same networks with other attention heads, for files that cannot tell them.
+
+        Args:
+            num_heads: of stage 3; None for those that the file says, of the relative position table, of the registered
+                model with these sizes, or one for each 64 channels.
+            decoder_num_heads: of the decoder; None for one for each 32 channels, as in the published ones.
+
+        Raises:
+            UserError: a number that cannot be.
+        """
+        numbers = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
+        for name, number in numbers.items():
+            check_type(number, int | None, name)
+            if number is not None and number < 1:
+                raise UserError(f"{name} must be above 0, not {number}")
+        given = {name: number for name, number in numbers.items() if number is not None}
+        contents = copy.deepcopy(self)
+        contents.guessed = [guess for guess in self.guessed if guess.partition("=")[0] not in given]
+        if num_heads is not None:
+            contents.backbone["num_heads"] = num_heads
+        if decoder_num_heads is not None and contents.decoder is not None:
+            contents.decoder["num_heads"] = decoder_num_heads
+        return contents
+
     @property
     def variant(self) -> str | None:
         """The registered model with these sizes."""
@@ -85,57 +109,37 @@ def all_names() -> list[str]:
     return [*heads(), *HEADLESS]
 
 
+def describe_contents(spec: NetworkSpec, guessed: list[str]) -> Contents:
+    """The networks of a file that says what it holds."""
+    backbone = {name: value for name, value in spec.backbone.items() if name not in TRAINING_ONLY}
+    own = {} if spec.head is None else {spec.head: copy.deepcopy(dict(spec.options))}
+    return Contents(backbone, None if spec.pyramid is None else dict(spec.pyramid), own, spec.levels, guessed)
+
+
 def read_contents(
-    checkpoint: Checkpoint, num_heads: int | None = None, decoder_num_heads: int | None = None
+    tensors: Mapping[str, Tensor], layout: Layout, grid: Grid | None, levels: str, arguments: Mapping[str, Any]
 ) -> Contents:
-    """Read widths, depths, heads and options from what a file says, or from its tensors.
+    """Read widths, depths, heads and options from tensors.
 
     Args:
-        num_heads: of stage 3; by default those that the file says, of the relative position table, of the registered
-            model with these sizes, or one for each 64 channels.
-        decoder_num_heads: of the decoder; by default one for each 32 channels, as in the published ones.
+        layout: whose names the file had.
+        grid: rows and columns of all position tables; None for square ones.
+        levels: the maps that the pyramid gave.
+        arguments: of the network, where timm's files say them.
 
     Raises:
-        UserError: tensors without which the network cannot be told, or corrupt metadata.
+        KeyError, IndexError, ValueError: tensors without which the network cannot be told are not there.
     """
-    for name, number in {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}.items():
-        check_type(number, int | None, name)
-        if number is not None and number < 1:
-            raise UserError(f"{name} must be above 0, not {number}")
-    spec = checkpoint.spec
-    try:
-        found = _read(checkpoint, num_heads, decoder_num_heads) if spec is None else _read_spec(checkpoint, spec)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {checkpoint.source} is not complete: its architecture cannot be read ({error})"
-        ) from error
-    if num_heads is not None:
-        found.backbone["num_heads"] = num_heads
-    if decoder_num_heads is not None and found.decoder is not None:
-        found.decoder["num_heads"] = decoder_num_heads
-    return found
-
-
-def _read_spec(checkpoint: Checkpoint, spec: NetworkSpec) -> Contents:
-    backbone = {name: value for name, value in spec.backbone.items() if name not in TRAINING_ONLY}
-    read_our_depths(checkpoint.tensors)
-    own = {} if spec.head is None else {spec.head: copy.deepcopy(dict(spec.options))}
-    pyramid = None if spec.pyramid is None else dict(spec.pyramid)
-    return Contents(backbone, pyramid, own, spec.levels, read_guesses(checkpoint.metadata))
-
-
-def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_num_heads: int | None) -> Contents:
-    tensors = checkpoint.tensors
-    backbone = read_backbone(tensors, num_heads, checkpoint.grid)
-    found = Contents(backbone, read_pyramid(tensors), levels=_read_levels(checkpoint))
+    backbone = read_backbone(tensors, grid)
+    found = Contents(backbone, read_pyramid(tensors), levels=levels)
     found.heads = {name: own for name, head in heads().items() if (own := head.read(tensors)) is not None}
     told = any("rel_pos" in name or "relative_position" in name for name in tensors)
-    if num_heads is None and not told and find_variant(backbone) is None:
+    if not told and find_variant(backbone) is None:
         found.guessed.append(f"num_heads={backbone['num_heads']} (64 channels each)")
-    if found.decoder is not None and found.decoder["depth"] and decoder_num_heads is None:
+    if found.decoder is not None and found.decoder["depth"]:
         found.guessed.append(f"decoder_num_heads={found.decoder['num_heads']} (32 channels each)")
-    ADAPTERS[checkpoint.layout].complete(found)
-    if arguments := checkpoint.metadata.get("model_args"):
+    ADAPTERS[layout].complete(found)
+    if arguments:
         found.levels = name_levels(arguments.get("levels", found.levels))
         own = {name: arguments[name] for name in backbone_arguments() if name in arguments}
         classifier = {name: own.pop(name) for name in CLASSIFIER if name in own}
@@ -146,9 +150,7 @@ def _read(checkpoint: Checkpoint, num_heads: int | None, decoder_num_heads: int 
     return found
 
 
-def read_backbone(
-    tensors: Mapping[str, Tensor], num_heads: int | None = None, grid: Grid | None = None
-) -> dict[str, Any]:
+def read_backbone(tensors: Mapping[str, Tensor], grid: Grid | None = None) -> dict[str, Any]:
     """Arguments of :class:`itpn.models.hivit.HiViT`, from tensors under our names.
 
     Args:
@@ -192,7 +194,7 @@ def read_backbone(
         settings |= {"init_values": 0.1, "layer_scale_stages": scaled}
     variant = find_variant(settings)
     known = BACKBONES[variant]["num_heads"] if variant else max(width // 64, 1)
-    return {**settings, "num_heads": heads or known if num_heads is None else num_heads}
+    return {**settings, "num_heads": heads or known}
 
 
 def read_pyramid(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -210,19 +212,3 @@ def read_pyramid(tensors: Mapping[str, Tensor]) -> dict[str, Any] | None:
 def count_blocks(tensors: Mapping[str, Tensor], pattern: str) -> int:
     """Blocks of a list, whose numbers a pattern finds."""
     return len({m[1] for name in tensors if (m := re.match(pattern, name))})
-
-
-def known_heads(checkpoint: Checkpoint) -> int | None:
-    """Attention heads of stage 3 where a file says so; None where shapes alone are there."""
-    spec = checkpoint.spec
-    if spec is not None:
-        return None if read_guesses(checkpoint.metadata) else spec.backbone["num_heads"]
-    table = checkpoint.tensors.get("backbone.stages.2.0.attn.relative_position_bias_table")
-    return None if table is None else table.shape[1]
-
-
-def _read_levels(checkpoint: Checkpoint) -> str:
-    """The maps that other code bases' heads, which are beside a backbone, take from its pyramid."""
-    if any(name.startswith(SEGMENTER_HEADS) for name in checkpoint.others):
-        return "joined"
-    return "pooled" if any(name.startswith(DETECTOR_HEADS) for name in checkpoint.others) else "pyramid"

@@ -9,7 +9,7 @@ from timm.layers import to_2tuple
 from torch import Tensor
 
 from itpn.checkpoints.adapters import ADAPTERS, Layout, detect_layout
-from itpn.checkpoints.contents import HEADLESS, UNSHOWN, Contents, read_contents
+from itpn.checkpoints.contents import HEADLESS, UNSHOWN, Contents
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import save_to, write_safetensors
 from itpn.errors import UserError, refusal
@@ -58,14 +58,14 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
     """
     form = _choose_form(source, target, form)
     found = read_checkpoint(source)
-    contents = read_contents(found, num_heads)
+    contents = found.contents.with_num_heads(num_heads)
     layout, grid = _choose_layout(found, contents, form)
     tensors, left = ADAPTERS[layout].from_ours(found.tensors, grid)
     left += [name for name in found.others if not name.endswith("relative_position_index")]
     _check_parts(found, left, form)
     metadata = _metadata(found, contents) if form == "itpn" else {}
     # before anything is written: a file that would be read as another network is never made
-    unsaid = _compare(contents, read_contents(_read_back(found, tensors, metadata, form)))
+    unsaid = _compare(contents, _read_back(found, tensors, metadata, form).contents)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if form == "itpn":

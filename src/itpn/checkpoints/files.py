@@ -10,6 +10,7 @@ from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from itpn.checkpoints.adapters import ADAPTERS, Layout, detect_layout, ours, timm
+from itpn.checkpoints.contents import Contents, describe_contents, read_contents
 from itpn.checkpoints.hub import fetch
 from itpn.checkpoints.io import count_nonfinite, read_state, unwrap
 from itpn.checkpoints.paths import HUB, check_file
@@ -57,6 +58,30 @@ class Checkpoint:
             UserError: the description is corrupt, or of a newer version.
         """
         return ours.read_network(self.metadata, self.source)
+
+    @cached_property
+    def contents(self) -> Contents:
+        """The networks that the file has the tensors of, read from what it says, or from names and shapes.
+
+        Raises:
+            UserError: tensors without which the network cannot be told are missing, or metadata is corrupt.
+        """
+        spec, arguments = self.spec, self.metadata.get("model_args") or {}
+        try:
+            if spec is not None:
+                return describe_contents(spec, ours.read_guesses(self.metadata))
+            return read_contents(self.tensors, self.layout, self.grid, self._levels, arguments)
+        except (KeyError, IndexError, ValueError) as error:
+            raise UserError(
+                f"checkpoint {self.source} is not complete: its architecture cannot be read ({error})"
+            ) from error
+
+    @property
+    def _levels(self) -> str:
+        """The maps that other code bases' heads, which are beside a backbone, take from its pyramid."""
+        if any(name.startswith(SEGMENTER_HEADS) for name in self.others):
+            return "joined"
+        return "pooled" if any(name.startswith(DETECTOR_HEADS) for name in self.others) else "pyramid"
 
     @property
     def settings(self) -> dict[str, Any]:

@@ -1,19 +1,19 @@
 """From a file to a network: io -> adapter -> spec -> build -> match -> report."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from itpn.checkpoints.adapters.ours import name_levels
-from itpn.checkpoints.contents import all_names, read_contents
+from itpn.checkpoints.contents import all_names
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import describe_nonfinite
-from itpn.checkpoints.match import match
+from itpn.checkpoints.match import Finding, match
 from itpn.errors import UserError
 from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.build import backbone_arguments, build, make_pyramid
@@ -66,17 +66,19 @@ def load_found(
     if task is not None and task not in all_names():
         raise UserError(f"no task {task!r}; there are {', '.join(all_names())}")
     model = build_checked(find_spec(checkpoint, task, overrides))
-    state, findings = match(checkpoint, model)
     source = checkpoint.source
-    problems = [finding for finding in findings if finding.kind in ("random", "harmful")]
-    if problems and strict:
-        reasons = "; it ".join(finding.text for finding in problems)
-        if any(finding.kind == "harmful" for finding in problems):
-            hint = "strict=False loads what fits, but this is another network than the file's"
-        else:
-            hint = "Pass strict=False to load it all the same: that part is randomly initialized"
-        raise UserError(f"checkpoint {source} {reasons}. {hint}")
-    model.load_state_dict(state, strict=False)
+
+    def check(findings: list[Finding]) -> None:
+        problems = [finding for finding in findings if finding.kind in ("random", "harmful")]
+        if problems and strict:
+            reasons = "; it ".join(finding.text for finding in problems)
+            if any(finding.kind == "harmful" for finding in problems):
+                hint = "strict=False loads what fits, but this is another network than the file's"
+            else:
+                hint = "Pass strict=False to load it all the same: that part is randomly initialized"
+            raise UserError(f"checkpoint {source} {reasons}. {hint}")
+
+    findings = load_matching(model, checkpoint, check)
     describe_weights(model, checkpoint)
     notes = [f"{source} {finding.text}" for finding in findings if finding.kind != "expected"]
     if checkpoint.nonfinite:
@@ -84,15 +86,55 @@ def load_found(
     return model.eval(), notes
 
 
+def load_matching(network: nn.Module, checkpoint: Checkpoint, check: Callable[[list[Finding]], None]) -> list[Finding]:
+    """Copy into a network what fits of a file.
+
+    Args:
+        check: raises :class:`UserError` for findings with which nothing is to be loaded.
+    """
+    state, findings = match(checkpoint, network)
+    check(findings)
+    network.load_state_dict(state, strict=False)
+    return findings
+
+
+def start_from(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    check: Callable[[list[Finding]], None],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> list[str]:
+    """:func:`load_matching` for a run: what it then trains is finite.
+
+    Args:
+        tensors: to start from instead of the file's. A part that these leave out on purpose is not mentioned.
+
+    Returns:
+        What is not as in the file, a sentence each.
+
+    Raises:
+        UserError: of ``check``, or values that are not finite.
+    """
+    given = checkpoint if tensors is None else replace(checkpoint, tensors=dict(tensors))
+    findings = load_matching(network, given, check)
+    check_finite(checkpoint)
+    left_out = checkpoint.tensors.keys() - given.tensors.keys()
+    random = [f for f in findings if f.kind == "random" and not left_out & set(f.names)]
+    notes = [f"{checkpoint.source} {f.text}: it is randomly initialized" for f in random]
+    return notes + [f"{checkpoint.source} {f.text}" for f in findings if f.kind == "converted"]
+
+
 def find_spec(checkpoint: Checkpoint, task: str | None, overrides: Mapping[str, Any]) -> NetworkSpec:
     """The network of a file for a task, with other arguments by name."""
     stored = checkpoint.spec
-    if stored is not None and stored.head is not None and task in (None, stored.head) and checkpoint.settings:
+    # settings name what a network is made of in words of their own; the first files have nothing else
+    by_settings = bool(overrides) or "network" not in checkpoint.metadata
+    if by_settings and stored is not None and stored.head and task in (None, stored.head) and checkpoint.settings:
         spec = find_head(stored.head).from_settings(checkpoint.settings, dict(overrides))
         if spec is not None:
             return spec
     rest = dict(overrides)
-    contents = read_contents(checkpoint, rest.pop("num_heads", None), rest.pop("decoder_num_heads", None))
+    contents = checkpoint.contents.with_num_heads(rest.pop("num_heads", None), rest.pop("decoder_num_heads", None))
     name = task or contents.names[0]
     spec = contents.spec(name)
     if name in heads() and name not in contents.heads:

@@ -10,13 +10,12 @@ from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from itpn.checkpoints.adapters.ours import read_guesses
-from itpn.checkpoints.contents import known_heads
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
 from itpn.errors import UserError
 from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.heads import heads
 from itpn.models.position import Grid
-from itpn.models.weights import fit_tables
+from itpn.models.position_tables import fit_tables
 
 Tensors = Mapping[str, Tensor]
 
@@ -139,7 +138,7 @@ def _match_trunk(
     lost = [name for name in trunk if name not in own]
     other = [name for name in trunk if name in own and name in tensors and own[name].shape != tensors[name].shape]
     findings = []
-    num_heads = known_heads(checkpoint)
+    num_heads = _known_heads(checkpoint)
     if num_heads and num_heads != backbone.num_heads:
         findings.append(Finding("harmful", [], f"has {num_heads} attention heads, the model {backbone.num_heads}"))
     if lost:
@@ -150,6 +149,14 @@ def _match_trunk(
         text = f"has another shape: {_describe(other[0], tensors, own)}"
         findings.append(Finding("harmful", other, text + (f", and {len(other) - 1} more" if len(other) > 1 else "")))
     return findings
+
+
+def _known_heads(checkpoint: Checkpoint) -> int | None:
+    """Attention heads of stage 3 where a file says so; None where shapes alone are there."""
+    if checkpoint.spec is not None:
+        return None if read_guesses(checkpoint.metadata) else checkpoint.spec.backbone["num_heads"]
+    table = checkpoint.tensors.get("backbone.stages.2.0.attn.relative_position_bias_table")
+    return None if table is None else table.shape[1]
 
 
 def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding]:

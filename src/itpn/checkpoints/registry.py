@@ -70,10 +70,11 @@ def _build(registered: str, name: str, pretrained: bool, **kwargs: Any) -> nn.Mo
 def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tensor]:
     """What timm puts a file's tensors through: any public names to ours, tables to the model's grid, the rest away."""
     from itpn.checkpoints.adapters import ADAPTERS, detect_layout
+    from itpn.checkpoints.adapters.timm import read_stored_grid
     from itpn.checkpoints.files import named_tensors
     from itpn.checkpoints.match import check_numbers
     from itpn.models.backbone import Backbone, find_backbone
-    from itpn.models.weights import fit_tables, read_stored_grid
+    from itpn.models.position_tables import fit_tables
 
     layout = detect_layout(state_dict)
     if layout is None:
@@ -82,7 +83,7 @@ def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tenso
     alone = isinstance(model, Backbone)
     parts, heads = ("backbone.",) if alone else ("backbone.", "pyramid."), ("backbone.head.", "backbone.fc_norm.")
     tensors = {n: t for n, t in named.items() if n.startswith(parts) and (alone or not n.startswith(heads))}
-    grid = read_stored_grid(model.pretrained_cfg, tensors, "backbone.")
+    grid = read_stored_grid(model.pretrained_cfg, tensors)
     own = named_tensors(model)
     check_numbers(tensors, own, "the file")
     fit_tables(tensors, own, find_backbone(model), grid)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from itpn.checkpoints.adapters import ADAPTERS, Layout
-from itpn.checkpoints.contents import HEADLESS, Contents, all_names, read_contents
+from itpn.checkpoints.contents import HEADLESS, Contents, all_names
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import Finding, judge_others, match
@@ -158,7 +158,7 @@ def inspect(checkpoint: str | Path, ema: bool = False) -> Report:
         UserError: no such file, corrupt, with code in it, or of another network.
     """
     found = read_checkpoint(checkpoint, ema)
-    contents = read_contents(found)
+    contents = found.contents
     uses = []
     with torch.device("meta"):
         for task in all_names():

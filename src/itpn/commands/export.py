@@ -40,7 +40,7 @@ class Export:
         check_file(self.checkpoint)
         if self.levels and self.task not in (None, "pyramid"):
             raise UserError(f"--levels is for --task pyramid, not {self.task}")
-        from itpn.checkpoints.contents import HEADLESS, read_contents
+        from itpn.checkpoints.contents import HEADLESS
         from itpn.checkpoints.files import read_checkpoint
         from itpn.checkpoints.load import load_found
         from itpn.tasks.export import check_out, export, print_exported
@@ -49,7 +49,7 @@ class Export:
         found = read_checkpoint(self.checkpoint)
         name = "pyramid" if self.levels else self.task
         if name is None:
-            names = read_contents(found).names
+            names = found.contents.names
             name = next(name for name in names if name in HEADLESS or find_task(name).export is not None)
         overrides: dict[str, Any] = {"levels": self.levels, "num_heads": self.num_heads}
         model, notes = load_found(found, name, **{key: value for key, value in overrides.items() if value is not None})

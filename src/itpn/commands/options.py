@@ -5,9 +5,7 @@ from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
-from itpn.errors import UserError
-from itpn.models.variants import BACKBONES
-from itpn.tasks.recipes import nearest
+from itpn.tasks.recipes import check_model_name
 from itpn.tasks.spec import task_of
 
 
@@ -58,7 +56,7 @@ class RecipeCommand:
         """
         self.config.check()
         name = self.config.model.name
-        if name is not None and name not in BACKBONES:
-            raise UserError(f"no model {name!r}{nearest(name, list(BACKBONES))}; see `itpn list`")
+        if name is not None:
+            check_model_name(name)
         check = task_of(self.config).check_data
         return None if check is None else check(self.config)

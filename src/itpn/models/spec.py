@@ -1,8 +1,9 @@
 """One description for any of our networks."""
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NoReturn
 
 from itpn.models.variants import BACKBONES
 
@@ -10,6 +11,27 @@ Options = Mapping[str, Any]
 
 # how a network is trained, which its weights do not depend on once they are there
 TRAINING_ONLY = ("drop_rate", "drop_path_rate", "weight_init")
+
+
+class FrozenDict(dict[str, Any]):
+    """A dict that cannot be changed; deep copies of it can. JSON, ``asdict`` and ``**`` take it for a dict."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise TypeError("a NetworkSpec cannot be changed; with_backbone, with_options and replace make another")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[str, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+
+def _freeze(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return FrozenDict({name: _freeze(own) for name, own in value.items()})
+    return tuple(map(_freeze, value)) if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -31,6 +53,16 @@ class NetworkSpec:
     head: str | None = None
     options: Options = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("backbone", "pyramid", "options"):
+            object.__setattr__(self, name, _freeze(getattr(self, name)))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NetworkSpec":
+        return self  # nothing in it changes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NetworkSpec, tuple(getattr(self, own.name) for own in fields(self))
+
     @property
     def variant(self) -> str | None:
         """The registered model with these sizes."""
@@ -47,7 +79,7 @@ class NetworkSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain dict for JSON, without what is for training only."""
         backbone = {name: value for name, value in self.backbone.items() if name not in TRAINING_ONLY}
-        return {**vars(self), "backbone": backbone}
+        return copy.deepcopy({**vars(self), "backbone": backbone})
 
 
 def spec_of(network: Any) -> NetworkSpec:

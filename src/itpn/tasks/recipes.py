@@ -10,8 +10,11 @@ from pathlib import Path
 from types import ModuleType
 
 from itpn.errors import UserError
+from itpn.models.variants import BACKBONES
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml
+
+FIRST_TASK = "pretraining"  # of the first files, which did not name their task
 
 
 def recipe_files() -> dict[str, Path]:
@@ -83,7 +86,7 @@ def read_settings(path: Path) -> tuple[str, RunConfig]:
 
 def parse_settings(path: Path, stored: StoredSettings) -> tuple[str, RunConfig]:
     """Settings that a file holds."""
-    kind = find_task(stored.task or next(task.name for task in all_tasks())).config  # the first files named none
+    kind = find_task(stored.task or FIRST_TASK).config
     try:
         return stored.recipe, from_dict(stored.values, kind)
     except (KeyError, AttributeError, TypeError, ValueError) as error:
@@ -109,6 +112,12 @@ def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
         settings = parse_settings(last, found)
         print(f"{path} is corrupt: its settings are taken from {last}", file=sys.stderr)
         return settings
+
+
+def check_model_name(name: str) -> None:
+    """Raise :class:`UserError` where no model has this name; the nearest is named."""
+    if name not in BACKBONES:
+        raise UserError(f"no model {name!r}{nearest(name, list(BACKBONES))}; see `itpn list`")
 
 
 def nearest(name: str, names: list[str], cutoff: float = 0.6) -> str:

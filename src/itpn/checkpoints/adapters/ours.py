@@ -84,7 +84,7 @@ def read_network(metadata: Mapping[str, Any], source: str) -> NetworkSpec | None
             return NetworkSpec(**stored)
         if (stored := metadata.get("architecture")) is not None:
             return _read_architecture(stored)
-    except (TypeError, KeyError, AttributeError) as error:
+    except (TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"checkpoint {source} has corrupt metadata; it may be of a newer itpn") from error
     if "settings" not in metadata:
         return None

@@ -4,8 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from itpn.checkpoints.adapters.ours import check_metadata
 from itpn.errors import UserError
+from itpn.models.position import Grid
 from itpn.system.text import read_text
 
 
@@ -30,3 +33,18 @@ def read_metadata(path: Path) -> dict[str, Any]:
     if isinstance(names, list) and names and all(isinstance(name, str) for name in names):
         found["classes"] = names
     return found
+
+
+def read_stored_grid(pretrained_cfg: dict[str, Any], tensors: dict[str, Tensor]) -> Grid | None:
+    """Rows and columns of a file's position tables, from the image size in timm's ``pretrained_cfg``.
+
+    Returns:
+        None if that size does not fit the table: for a file given by hand, ``pretrained_cfg`` holds the default of
+        the variant, not the file's size.
+    """
+    table, patch = tensors.get("backbone.pos_embed"), tensors.get("backbone.patch_embed.proj.weight")
+    if table is None or patch is None:
+        return None
+    height, width = pretrained_cfg["input_size"][-2:]
+    grid = (height // (4 * patch.shape[2]), width // (4 * patch.shape[3]))
+    return grid if grid[0] * grid[1] == table.shape[1] else None

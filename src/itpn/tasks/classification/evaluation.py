@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from itpn.checkpoints.contents import read_contents
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.augment import EvaluationTransform
 from itpn.data.evaluation import view_labelled
@@ -165,7 +164,7 @@ def resolve_evaluation(
     stored = {name for name in ("mean", "std", "crop_pct", "interpolation") if name in preprocessing} - {*given}
     values: dict[str, Any] = {name: preprocessing[name] if name == "interpolation" else None for name in stored}
     data = replace(config.data, img_size=None, **values)
-    in_chans = read_contents(found).backbone.get("in_chans", 3)
+    in_chans = found.contents.backbone.get("in_chans", 3)
     model = replace(config.model, name=None, patch_size=None, in_chans=in_chans)
     seed = config.seed
     if trained_on(config, found) and "val_fraction" not in given:

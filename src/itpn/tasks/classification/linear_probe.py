@@ -67,7 +67,9 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
             task.to(device).eval()
             known, *others = [_collect(task, images, skipped) for images in sets]
         labels, features = (x.to(device) for x in known[1:])
-        model.fc_norm = torch.nn.Identity()
+        normed = hasattr(model, "fc_norm")  # no other backbone need have a norm before its classifier
+        if normed:
+            model.fc_norm = torch.nn.Identity()
         weight_decay = choose_weight_decay(features, labels, len(data.train.classes))
         model.head = fit_linear(features, labels, len(data.train.classes), weight_decay)
         metrics = {"train_top1": float((model.head(features).argmax(dim=1) == labels).double().mean())}
@@ -79,7 +81,8 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
         for name, reason in skipped:
             print_note(f"skipped {name}: {reason}")
         model.cpu()
-        model.spec = spec_of(model).with_options(fc_norm=False)  # type: ignore[assignment]
+        if normed:
+            model.spec = spec_of(model).with_options(fc_norm=False)  # type: ignore[assignment]
         with folder.writing(folder.weights):
             task.save(folder.weights, metrics)
         seconds = time.perf_counter() - began

@@ -110,7 +110,7 @@ def build_classifier(
     contents = find_network(model, found, image_size(config.data))
     theirs = contents.heads.get(config.task)
     kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"])
-    options = {"num_classes": len(classes), "fc_norm": theirs["fc_norm"] if kept and theirs else True}
+    options = {"num_classes": len(classes), "fc_norm": theirs.get("fc_norm", True) if kept and theirs else True}
     arguments = {"img_size": image_size(config.data), "in_chans": model.in_chans, "drop_rate": model.drop_rate}
     for name in ("migrate_ratio", "gather_window"):
         if getattr(model, name) is not None:

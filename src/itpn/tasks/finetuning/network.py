@@ -1,6 +1,5 @@
 """A network to be fine-tuned: what the settings leave to the checkpoint, and which weights are taken from it."""
 
-import dataclasses
 import math
 from dataclasses import replace
 from typing import Any
@@ -8,14 +7,15 @@ from typing import Any
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
-from itpn.checkpoints.contents import Contents, read_contents
+from itpn.checkpoints.contents import Contents
 from itpn.checkpoints.files import Checkpoint, named_tensors
-from itpn.checkpoints.load import build_checked, check_finite
-from itpn.checkpoints.match import match
+from itpn.checkpoints.load import build_checked, start_from
+from itpn.checkpoints.match import Finding
 from itpn.errors import UserError
 from itpn.models.spec import NetworkSpec, find_variant, same_sizes
 from itpn.models.variants import BACKBONES
 from itpn.tasks.finetuning.config import NetworkConfig
+from itpn.tasks.recipes import check_model_name
 from itpn.training.config import AnyConfig
 from itpn.training.launch import choose_devices, read_launch
 
@@ -39,7 +39,7 @@ def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int =
     preprocessing: dict[str, Any] = {}
     name, patch_size = model.name, model.patch_size
     if found is not None:
-        own = read_contents(found, model.num_heads).backbone
+        own = found.contents.with_num_heads(model.num_heads).backbone
         variant = find_variant(own)
         if name is not None and not same_sizes(BACKBONES.get(name, {}), own):
             sizes = f"{own['embed_dim']} channels and {'+'.join(map(str, own['depths']))} blocks"
@@ -54,8 +54,8 @@ def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int =
         preprocessing = found.preprocessing
     elif name is None:
         raise UserError(NO_NETWORK)
-    elif name not in BACKBONES:
-        raise UserError(f"no model {name!r}; models are {', '.join(BACKBONES)}")
+    else:
+        check_model_name(name)
     values = {}
     for what, usual in {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}.items():
         stored = tuple(preprocessing.get(what, ()))
@@ -84,7 +84,7 @@ def scale_epochs(config: AnyConfig, images: int, processes: int | None = None) -
 def find_network(model: NetworkConfig, found: Checkpoint | None, img_size: tuple[int, int]) -> Contents:
     """The checkpoint's networks, or the model that the settings name, for images of a size in pixels."""
     if found is not None:
-        return read_contents(found, model.num_heads)
+        return found.contents.with_num_heads(model.num_heads)
     assert model.name is not None
     assert model.patch_size is not None
     own = {**BACKBONES[model.name], "img_size": img_size, "patch_size": model.patch_size}
@@ -151,15 +151,12 @@ def _start_from(network: nn.Module, found: Checkpoint, tensors: dict[str, Tensor
         # tables of zeros change nothing, and are then learned
         own = named_tensors(network)
         tensors = tensors | {n: t for n, t in own.items() if n.endswith("relative_position_bias_table")}
-    state, findings = match(dataclasses.replace(found, tensors=tensors), network)
-    if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
-        raise UserError(f"checkpoint {found.source} cannot be fine-tuned: it {'; it '.join(problems)}")
-    check_finite(found)
-    network.load_state_dict(state, strict=False)
-    unwanted = set(found.tensors) - set(tensors)  # which is reported already
-    missing = [f for f in findings if f.kind == "random" and not set(f.names) & unwanted]
-    notes = [f"{found.source} {f.text}: it is randomly initialized" for f in missing]
-    return notes + [f"{found.source} {f.text}" for f in findings if f.kind == "converted"]
+
+    def check(findings: list[Finding]) -> None:
+        if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
+            raise UserError(f"checkpoint {found.source} cannot be fine-tuned: it {'; it '.join(problems)}")
+
+    return start_from(network, found, check, tensors)
 
 
 def keep_predictor(found: Checkpoint | None, ours: tuple[str, ...], theirs: int | None) -> tuple[bool, list[str]]:

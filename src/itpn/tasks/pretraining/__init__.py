@@ -18,7 +18,7 @@ TASK = TaskSpec(
     **parts_in(__name__),
     name="pretraining",
     config=PretrainingConfig,
-    head=lazy(f"{__name__}.network:MaskedHead"),
+    head=lazy(f"{__name__}.head:MaskedHead"),
     describe=lazy(f"{__name__}.info:describe"),
     check_data=check_data,
     evaluation_prefix="probe_",

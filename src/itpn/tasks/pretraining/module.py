@@ -17,7 +17,8 @@ from itpn.masked.targets import normalize_features
 from itpn.models.spec import spec_of
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import PretrainingData, make_loader
-from itpn.tasks.pretraining.network import build_from, load_weights
+from itpn.tasks.pretraining.network import build_from
+from itpn.tasks.pretraining.weights import load_weights
 from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import FeatureTeacher
 from itpn.training.config import image_size, to_dict

@@ -1,7 +1,6 @@
 """Fit position tables of a file to a network for images of another size."""
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor
 
@@ -54,18 +53,3 @@ def _fit_table(name: str, stored: Tensor, wanted: Tensor, backbone: Backbone, st
     if name.endswith(("rel_pos_h", "rel_pos_w")):
         return resample_offsets(stored, len(wanted))
     return stored
-
-
-def read_stored_grid(pretrained_cfg: dict[str, Any], tensors: dict[str, Tensor], prefix: str = "") -> Grid | None:
-    """Rows and columns of a file's position tables, from the image size in timm's ``pretrained_cfg``.
-
-    Returns:
-        None if that size does not fit the table: for a file given by hand, ``pretrained_cfg`` holds the default of
-        the variant, not the file's size.
-    """
-    table, patch = tensors.get(f"{prefix}pos_embed"), tensors.get(f"{prefix}patch_embed.proj.weight")
-    if table is None or patch is None:
-        return None
-    height, width = pretrained_cfg["input_size"][-2:]
-    grid = (height // (4 * patch.shape[2]), width // (4 * patch.shape[3]))
-    return grid if grid[0] * grid[1] == table.shape[1] else None
