@@ -9,6 +9,7 @@ from itpn.errors import UserError
 from itpn.models.variants import BACKBONES
 from itpn.tasks.recipes import nearest
 from itpn.tasks.spec import task_of
+from itpn.training.config import check_start
 
 
 def shown(metavar: str, hint: str | None = None) -> Any:
@@ -57,6 +58,7 @@ class RecipeCommand:
             UserError: impossible settings, an unknown model, a folder that is missing or without images.
         """
         self.config.check()
+        check_start(self.config, self.recipe)
         name = self.config.model.name
         if name is not None and name not in BACKBONES:
             raise UserError(f"no model {name!r}{nearest(name, list(BACKBONES))}; see `itpn list`")

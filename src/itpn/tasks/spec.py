@@ -37,7 +37,7 @@ class TaskSpec:
         evaluation_prefix: of the names of metrics while a run is trained.
         build_evaluator: (config, data) -> :class:`itpn.tasks.evaluation.Evaluator`, of data with images to evaluate on.
             It serves validation and `itpn evaluate`.
-        train: (config, recipe, run) -> run folder, for a task whose runs are not all composed of the above.
+        train: (config, recipe, profile) -> run folder, for a task whose runs are not all composed of the above.
 
     Using a checkpoint:
 

@@ -5,6 +5,7 @@ Nothing here imports torch, so that a mistake in an option is answered at once.
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from itpn.checkpoints.older_settings import NAMES, update_settings
+from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
 from itpn.system.checks import Amount, Count, Fraction, Whole, check_range, check_type
 from itpn.system.writing import write_whole
@@ -202,6 +204,17 @@ class RunConfig(Settings):
     def sharding_problem(self) -> str | None:
         """Why the run cannot be sharded (`--trainer.strategy fsdp`); None where it can."""
         return f"is for pre-training, not for {self.task}"
+
+
+def check_start(config: RunConfig, recipe: str) -> None:
+    """Find a missing file of start weights early; a run that has begun needs it no more.
+
+    Raises:
+        UserError: it is not there.
+    """
+    begun = os.path.isdir(Path(config.output_dir, recipe, config.name, "checkpoints"))
+    if config.model.checkpoint is not None and not begun:
+        check_file(config.model.checkpoint, "--model.checkpoint")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
 from itpn.system.checks import Amount, Count, Fraction, PositiveFraction
 from itpn.training.config import OptimizerConfig, Settings, check_images
@@ -92,7 +91,6 @@ def check_fine_tuning(config: Any) -> None:
     if model.patch_size is not None and model.patch_size % 4:
         raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
     if model.checkpoint is not None:
-        check_file(model.checkpoint, "--model.checkpoint")
         if model.scratch:
             raise UserError("both --model.scratch and --model.checkpoint: choose one, or give --model.no-scratch")
     elif not model.scratch:

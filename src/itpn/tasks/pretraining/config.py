@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
 from itpn.system.checks import Amount, Count, Fraction, Whole
 from itpn.training.config import (
@@ -202,8 +201,6 @@ class PretrainingConfig(RunConfig):
                 "--model.decoder-embed-dim must be divisible by 16 and by --model.decoder-num-heads "
                 f"{model.decoder_num_heads}, not {model.decoder_embed_dim}"
             )
-        if model.checkpoint is not None:
-            check_file(model.checkpoint, "--model.checkpoint")
 
 
 def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
