@@ -78,7 +78,8 @@ def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: A
     if evaluator is not None:
         validation = Validation(module, evaluator, config.evaluation_interval, spec.evaluation_prefix)
     draw = None if spec.build_visualization is None else spec.build_visualization(module, config, data)
-    rows = {} if spec.describe_data is None else spec.describe_data(config, data)
+    rows = {} if spec.describe_data is None else dict(spec.describe_data(config, data))
     if evaluator is not None:
-        rows["data"] += f", {len(evaluator):,} more to evaluate on"
+        known = [rows["data"]] if "data" in rows else []
+        rows["data"] = ", ".join([*known, f"{len(evaluator):,} more to evaluate on"])
     return Job(module, draw, rows, data.count, validation)
