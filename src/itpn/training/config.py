@@ -51,6 +51,24 @@ def freeze(settings: AnySettings) -> AnySettings:
 
 
 @dataclass
+class ModelConfig(Settings):
+    """The network, of whichever task: what commands and the loop ask for."""
+
+    name: str | None = None
+    """Backbone, one of the models of `itpn list`; None for that of --model.checkpoint."""
+    checkpoint: str | None = None
+    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
+    initialized, and named."""
+    patch_size: Count | None = None
+    """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
+    drop_path_rate: Fraction = 0.0
+    """Stochastic depth of the last backbone block; it grows from 0 block by block."""
+    grad_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
+    norms and activation functions of feed-forward layers, while results of matrix products are kept."""
+
+
+@dataclass
 class ImagesConfig(Settings):
     """How images are read and augmented."""
 
@@ -169,7 +187,7 @@ class RunConfig(Settings):
         ),
     }
 
-    model: Any
+    model: ModelConfig
     data: Any
     optimizer: OptimizerConfig
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
