@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from itpn.errors import RunStopped
+from itpn.cli import main
+from itpn.errors import RunStopped, UserError
 from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.run import train
 from itpn.training import loop
@@ -43,6 +44,24 @@ def assert_same_run(one: Path, other: Path) -> None:
 def losses(run: Path) -> list[tuple[str, str, str]]:
     with (run / "metrics.csv").open() as file:
         return [(row["step"], row["loss"], row["lr"]) for row in csv.DictReader(file)]
+
+
+def resume_without_start(config, weights: Path, train_until, how: str) -> tuple[Path, Path]:
+    """The folders of two runs from start weights: one in one go, one stopped and resumed from the command line.
+
+    Args:
+        weights: where they are; they are "corrupt" or "gone" when the run resumes.
+        train_until: the fixture.
+    """
+    config = replace(config, model=replace(config.model, checkpoint=str(weights)))
+    straight = train(replace(config, name="straight"), "test")
+    train_until(replace(config, name="stopped"), 4)
+    weights.write_bytes(weights.read_bytes()[:1000]) if how == "corrupt" else weights.unlink()
+    with pytest.raises(UserError, match=rf"{weights} {'is corrupt' if how == 'corrupt' else 'does not exist'}"):
+        train(replace(config, name="new"), "test")
+    assert main(["train", str(straight / "config.yaml"), "--name", "new"]) == 2
+    assert main(["train", str(straight.parent / "stopped/config.yaml")]) == 0
+    return straight, train(replace(config, name="stopped"), "test")
 
 
 def run_straight_and_stopped(config: PretrainingConfig, monkeypatch, step: int) -> tuple[Path, Path]:

@@ -15,6 +15,7 @@ import timm
 import torch
 from PIL import Image
 from public import save_public
+from resuming import assert_same_run, resume_without_start
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from torchrun import run_command
@@ -167,6 +168,16 @@ def test_a_stopped_run_resumes_as_if_it_had_not(settings, monkeypatch, step, wor
     assert one.keys() == two.keys()
     assert any(name.startswith("ema.") for name in one)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("how", ["corrupt", "gone"])
+def test_a_begun_run_needs_its_start_weights_no_more(settings, trained, train_until, how):
+    """They say the network, its patch size and the size of its images; their classifier is kept."""
+    config = settings(name=None, scratch=False, patch_size=None)
+    config.data.img_size = config.data.crop_pct = None
+    straight, resumed = resume_without_start(config, trained / "model.safetensors", train_until, how)
+    assert read_rows(straight) == read_rows(resumed)
+    assert_same_run(straight, resumed)
 
 
 @pytest.mark.parametrize("better", ["weights", "EMA"])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from resuming import assert_same_run, resume_without_start
 from safetensors.torch import load_file
 from torchrun import run_command
 
@@ -312,6 +313,14 @@ def test_a_stopped_run_resumes_as_if_it_had_not(settings, train_until):
         for folder in (straight, resumed)
     ]
     assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("neck", ["pyramid", "fpn"])
+def test_a_begun_run_needs_its_start_weights_no_more(settings, trained, train_until, neck):
+    config = settings()
+    config.model = replace(config.model, name=None, scratch=False, patch_size=None, head_width=32, neck=neck)
+    straight, resumed = resume_without_start(config, trained / "model.safetensors", train_until, "corrupt")
+    assert_same_run(straight, resumed)
 
 
 def test_three_starts(settings, tmp_path):

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from itpn.errors import UserError
 from itpn.models import heads
 from itpn.tasks import spec
 from itpn.tasks.recipes import read_recipe
+from itpn.tasks.run import train
 
 RECIPE = str(Path(__file__).with_name("multilabel.py"))
 COLOURS = ("red", "green", "blue")
@@ -83,6 +85,25 @@ def test_training_learns(trained):
 def test_training_resumes_from_the_settings_of_the_run(trained, capsys):
     assert main(["train", str(trained[1] / "config.yaml"), "--recipe", RECIPE, "--trainer.max-epochs", "7"]) == 0
     assert "resuming from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("without", "line"),
+    [
+        (["describe_data"], "24 images (9 more to evaluate on)"),
+        (["describe_data", "build_evaluator"], "24 images"),
+        (["build_evaluator"], "24 images (3 classes), 32 px"),
+    ],
+)
+def test_a_task_without_its_optional_parts(trained, tmp_path, capsys, without, line):
+    _, config = read_recipe(RECIPE)
+    spec.register_task(replace(spec.task_of(config), **dict.fromkeys(without)))
+    config.data.root, config.data.img_size, config.data.num_workers = str(trained[0]), 32, 0
+    config.model.name, config.model.patch_size = "itpn_nano", 8
+    config.trainer.max_steps, config.output_dir = 1, str(tmp_path)
+    train(config, "test")
+    rows = [[cell.strip() for cell in row.split("│")] for row in capsys.readouterr().out.splitlines()]
+    assert ["", "data", line, ""] in rows
 
 
 def test_predictions(trained, tmp_path):

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from resuming import assert_same_run, resume_without_start
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -318,6 +319,14 @@ def test_a_stopped_run_resumes_as_if_it_had_not(settings, train_until):
     resumed = train(replace(settings(), name="stopped"), "test")
     one, two = (load_file(folder / "model.safetensors") for folder in (straight, resumed))
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+@pytest.mark.parametrize("neck", ["pyramid", "random"])
+def test_a_begun_run_needs_its_start_weights_no_more(settings, trained, train_until, neck):
+    config = settings()
+    config.model = replace(config.model, name=None, scratch=False, patch_size=None, head_width=None, neck=neck)
+    straight, resumed = resume_without_start(config, trained / "model.safetensors", train_until, "corrupt")
+    assert_same_run(straight, resumed)
 
 
 def test_three_starts(settings, pretrained):

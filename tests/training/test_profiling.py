@@ -21,11 +21,12 @@ from itpn.tasks.configs import (
     FineTuningConfig,
     TrainerConfig,
 )
+from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.run import train
 from itpn.training import profiling
 from itpn.training.launch import Launch
 from itpn.training.profile_trace import read_device
-from itpn.training.profiling import Clock, make_plan, profile
+from itpn.training.profiling import Clock, make_plan
 
 FILES = {"trace.json.gz", "summary.txt", "summary.json"}
 
@@ -69,7 +70,7 @@ def check_summary(folder):
 
 def test_profile_where_no_run_exists(settings, capsys):
     config = settings(max_steps=2)  # fewer than a profile takes
-    folder = train(config, "test", run=profile)
+    folder = train(config, "test", profile=True)
     summary = check_summary(folder)
     assert folder == Path(config.output_dir) / "test/default/profile"
     assert bytes_of(Path(config.output_dir)).keys() == {Path("test/default/profile", name) for name in FILES}
@@ -83,7 +84,7 @@ def test_an_existing_run_is_untouched_and_resumes(settings, train_until):
     train_until(config, 7)
     run = Path(config.output_dir) / "test/default"
     before = bytes_of(run)
-    train(replace(config, seed=5), "test", run=profile)  # as which the run could not go on
+    train(replace(config, seed=5), "test", profile=True)  # as which the run could not go on
     check_summary(run / "profile")
     after = bytes_of(run)
     assert before == {name: content for name, content in after.items() if name.parts[0] != "profile"}
@@ -113,7 +114,7 @@ def test_a_classifier_with_accumulated_passes(tmp_path):
     )
     plan = make_plan(config, False)
     assert (plan.warmup, plan.timed, plan.recorded) == (3, 2, 2)
-    folder = train(config, "test", run=profile)
+    folder = train(config, "test", profile=True)
     summary = json.loads((folder / "summary.json").read_text())
     assert (summary["batch"], summary["steps"], summary["task"]) == (4, 2, "classification")
     assert sum(summary["host_ms"].values()) == pytest.approx(summary["step_ms"])
@@ -156,7 +157,7 @@ def test_a_signal_ends_it(settings, monkeypatch, at):
     before = signal.getsignal(signal.SIGINT)
     config = settings()
     with pytest.raises(RunStopped) as stopped:
-        train(config, "test", run=profile)
+        train(config, "test", profile=True)
     assert stopped.value.signum == signal.SIGINT
     assert signal.getsignal(signal.SIGINT) is before
     assert not bytes_of(Path(config.output_dir))
@@ -170,23 +171,16 @@ def test_a_signal_while_the_trace_is_written(settings, monkeypatch):
     monkeypatch.setattr(profiling.shutil, "copyfileobj", copy)
     config = settings()
     with pytest.raises(RunStopped):
-        train(config, "test", run=profile)
+        train(config, "test", profile=True)
     assert not bytes_of(Path(config.output_dir))
 
 
-def test_processes_beside_the_first_take_the_same_steps(settings):
+def test_processes_beside_the_first_take_the_same_steps(settings, monkeypatch):
     config = settings()
     steps = []
-
-    def run(config, recipe, load, make):
-        def count():
-            job = make()
-            job.task.after_step = lambda step, total_steps: steps.append(step)
-            return job
-
-        return profile(config, recipe, load, count, Launch(LightningEnvironment(), main=False))
-
-    train(config, "test", run=run)
+    monkeypatch.setattr(PretrainingTask, "after_step", lambda task, step, total_steps: steps.append(step))
+    monkeypatch.setattr(profiling, "read_launch", lambda: Launch(LightningEnvironment(), main=False))
+    train(config, "test", profile=True)
     assert steps == [*range(make_plan(config, False).total)]
     assert not bytes_of(Path(config.output_dir))
 

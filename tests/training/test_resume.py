@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins import MixedPrecision
-from resuming import assert_same_run, losses, run_straight_and_stopped, stop_at
+from resuming import assert_same_run, losses, resume_without_start, run_straight_and_stopped, stop_at
 
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.tasks.run import train
@@ -43,6 +43,22 @@ def test_stopped_twice_and_with_other_workers(settings, monkeypatch):
     assert_same_run(straight, train(replace(config, name="stopped"), "test"))
 
 
+@pytest.mark.parametrize("how", ["corrupt", "gone"])
+def test_a_begun_run_needs_its_start_weights_no_more(settings, tmp_path, train_until, capsys, how):
+    weights = train(settings(max_steps=1), "first") / "model.safetensors"
+    straight, resumed = resume_without_start(settings(), weights, train_until, how)
+    assert_same_run(straight, resumed)
+    assert losses(straight) == losses(resumed)
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.count(f"starting from the weights of {weights}") == 2
+    assert "resuming from" in said
+    # another network is another run, whatever file it begins with
+    config = replace(settings(), name="stopped")
+    config.model = replace(config.model, checkpoint=str(resumed / "model.safetensors"), name="itpn_tiny")
+    with pytest.raises(UserError, match=r"holds a run with --model\.name itpn_nano, not itpn_tiny"):
+        train(config, "test")
+
+
 def test_a_killed_run_resumes_from_its_last_checkpoint(settings, monkeypatch):
     """As after kill -9: what was done since the checkpoint is done again."""
     config = settings()
@@ -68,9 +84,13 @@ def test_a_killed_run_resumes_from_its_last_checkpoint(settings, monkeypatch):
     assert losses(straight) == losses(resumed)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty"])
-def test_a_corrupt_last_checkpoint_falls_back_to_the_one_before(settings, monkeypatch, damage, capsys):
+@pytest.mark.parametrize(
+    ("damage", "started"), [("truncated", False), ("flipped", False), ("empty", False), ("flipped", True)]
+)
+def test_a_corrupt_last_checkpoint_falls_back_to_the_one_before(settings, monkeypatch, damage, started, capsys):
     config = settings()
+    if started:
+        config.model.checkpoint = str(train(settings(max_steps=1), "first") / "model.safetensors")
     config.trainer.checkpoint_every_n_steps = 4
     straight = train(replace(config, name="straight"), "test")
     with monkeypatch.context() as patch:

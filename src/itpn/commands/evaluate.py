@@ -72,8 +72,8 @@ class Evaluate(RecipeCommand):
         check_finite(found)
         config, arguments = task.resolve_evaluation(config, found, given, self.knn)
         config = freeze(config)
-        if config.model.num_heads is not None:
-            arguments["num_heads"] = config.model.num_heads
+        if (num_heads := getattr(config.model, "num_heads", None)) is not None:
+            arguments["num_heads"] = num_heads
         model, notes = load_found(found, "backbone" if self.knn else task.name, **arguments)
         evaluator, which = task.find_evaluation_data(config, found, model, given, self.knn)
         out = self.out or find_folder(self.checkpoint, self.knn)

@@ -7,6 +7,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
 from itpn.tasks.recipes import check_model_name
 from itpn.tasks.spec import task_of
+from itpn.training.config import check_start
 
 
 def shown(metavar: str, hint: str | None = None) -> Any:
@@ -55,6 +56,7 @@ class RecipeCommand:
             UserError: impossible settings, an unknown model, a folder that is missing or without images.
         """
         self.config.check()
+        check_start(self.config, self.recipe)
         name = self.config.model.name
         if name is not None:
             check_model_name(name)

@@ -16,9 +16,4 @@ class Train(RecipeCommand):
         source = self.check()
         from itpn.tasks.run import train
 
-        if self.profile:
-            from itpn.training.profiling import profile
-
-            train(self.config, self.recipe, source, profile)
-        else:
-            train(self.config, self.recipe, source)
+        train(self.config, self.recipe, source, self.profile)

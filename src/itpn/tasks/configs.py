@@ -23,4 +23,12 @@ from itpn.tasks.segmentation.config import (
     SegmentationEvaluationConfig,
     SegmentationModelConfig,
 )
-from itpn.training.config import CropsConfig, ImagesConfig, OptimizerConfig, RunConfig, Settings, TrainerConfig
+from itpn.training.config import (
+    CropsConfig,
+    ImagesConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    Settings,
+    TrainerConfig,
+)

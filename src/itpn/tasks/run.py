@@ -11,18 +11,19 @@ from itpn.seeding import derive_seed
 from itpn.system.accidents import guard
 from itpn.tasks.evaluation import Validation
 from itpn.tasks.spec import TaskSpec, task_of
+from itpn.training import profiling
 from itpn.training.config import RunConfig, freeze
-from itpn.training.loop import Run, fit
+from itpn.training.loop import fit
 from itpn.training.run_folder import RunFolder
 from itpn.training.state import Job
 
 
-def train(config: RunConfig, recipe: str, found_early: Any = None, run: Run = fit) -> Path:
+def train(config: RunConfig, recipe: str, found_early: Any = None, profile: bool = False) -> Path:
     """Run, or resume, a run; see :func:`itpn.training.loop.fit`.
 
     Args:
         found_early: what the task's ``check_data`` returned, where it was called.
-        run: what to do instead of training.
+        profile: take a few steps instead; see :func:`itpn.training.profiling.profile`.
 
     Raises:
         MachineError: an accident of the machine; the message says what is kept.
@@ -36,23 +37,37 @@ def train(config: RunConfig, recipe: str, found_early: Any = None, run: Run = fi
 
     with guard(f"run folder {folder.path}", kept):
         if spec.train is not None:
-            return Path(spec.train(config, recipe, run))
-        return train_composed(spec, config, recipe, found_early, run)
+            return Path(spec.train(config, recipe, profile))
+        return train_composed(spec, config, recipe, found_early, profile)
 
 
-def train_composed(spec: TaskSpec, config: RunConfig, recipe: str, found_early: Any = None, run: Run = fit) -> Path:
+def train_composed(
+    spec: TaskSpec, config: RunConfig, recipe: str, found_early: Any = None, profile: bool = False
+) -> Path:
     """As :func:`train`, from the parts that the task builds."""
-    found = None if config.model.checkpoint is None else read_checkpoint(config.model.checkpoint)
+    # nothing here holds the checkpoint: while it is mapped, its room is not free once it is removed
+    job, notes = compose(spec, config, recipe, found_early, profile)
+    return profiling.profile(job) if profile else fit(job, notes)
+
+
+def compose(spec: TaskSpec, config: RunConfig, recipe: str, found_early: Any, profile: bool) -> tuple[Job, list[str]]:
+    """What is trained, and what is remarkable about it, a sentence each."""
+    folder = RunFolder(config, recipe)
+    begun = folder.begun and not profile
+    start: Any = config.model.checkpoint
+    if begun and start is not None:  # its own checkpoint knows all that it took from the start weights
+        start, _ = folder.newest_checkpoint(main=False)
+    found = None if start is None else read_checkpoint(start)
     data = spec.find_data(config) if found_early is None else spec.find_data(config, found_early)
     config, notes = spec.resolve(config, found, data)
-    config = freeze(config)
+    config = freeze(profiling.without_learning(config) if profile else config)
+    folder.check_same_run(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model, more = spec.build_model(config, data, found)
-    if found is not None:
-        notes = [*notes, f"starting from the weights of {found.source}"]
-    return run(
-        config, recipe, lambda: [*data.notes, *notes, *more], lambda: make_job(spec, config, recipe, data, model)
-    )
+    if not begun:
+        start_notes = [] if found is None else [f"starting from the weights of {found.source}"]
+        notes = [*data.notes, *notes, *start_notes, *more]
+    return make_job(spec, config, recipe, data, model), list(notes)
 
 
 def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: Any) -> Job:
@@ -63,7 +78,8 @@ def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: A
     if evaluator is not None:
         validation = Validation(module, evaluator, config.evaluation_interval, spec.evaluation_prefix)
     draw = None if spec.build_visualization is None else spec.build_visualization(module, config, data)
-    rows = {} if spec.describe_data is None else spec.describe_data(config, data)
+    rows = {} if spec.describe_data is None else dict(spec.describe_data(config, data))
     if evaluator is not None:
-        rows["data"] += f", {len(evaluator):,} more to evaluate on"
+        known = [rows["data"]] if "data" in rows else []
+        rows["data"] = ", ".join([*known, f"{len(evaluator):,} more to evaluate on"])
     return Job(module, draw, rows, data.count, validation)

@@ -33,11 +33,12 @@ class TaskSpec:
             None for the number of classes that the checkpoint has, or a public data set.
         build_module: (network, config, recipe, data) -> :class:`itpn.training.module.TrainingModule`.
         build_visualization: (module, config, data) -> () -> image, what the network makes of sample images.
-        describe_data: (config, data) -> rows of the table at the start, "data" and "size" among them.
+        describe_data: (config, data) -> rows of the table at the start, by title: "data", what the images are, "size",
+            what is made of them, and others.
         evaluation_prefix: of the names of metrics while a run is trained.
         build_evaluator: (config, data) -> :class:`itpn.tasks.evaluation.Evaluator`, of data with images to evaluate on.
             It serves validation and `itpn evaluate`.
-        train: (config, recipe, run) -> run folder, for a task whose runs are not all composed of the above.
+        train: (config, recipe, profile) -> run folder, for a task whose runs are not all composed of the above.
 
     Using a checkpoint:
 

@@ -5,6 +5,7 @@ Nothing here imports torch, so that a mistake in an option is answered at once.
 
 import dataclasses
 import difflib
+import os
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import yaml
 
 from itpn.checkpoints.older_settings import NAMES, update_settings
+from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
 from itpn.system.checks import Amount, Count, Fraction, Whole, check_range, check_type
 from itpn.system.writing import write_whole
@@ -46,6 +48,24 @@ def freeze(settings: AnySettings) -> AnySettings:
     copy = type(settings)(**{name: freeze(v) if isinstance(v, Settings) else v for name, v in own.items()})
     object.__setattr__(copy, "_frozen", True)
     return copy
+
+
+@dataclass
+class ModelConfig(Settings):
+    """The network, of whichever task: what commands and the loop ask for."""
+
+    name: str | None = None
+    """Backbone, one of the models of `itpn list`; None for that of --model.checkpoint."""
+    checkpoint: str | None = None
+    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
+    initialized, and named."""
+    patch_size: Count | None = None
+    """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
+    drop_path_rate: Fraction = 0.0
+    """Stochastic depth of the last backbone block; it grows from 0 block by block."""
+    grad_checkpointing: bool | Literal["selective"] = False
+    """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
+    norms and activation functions of feed-forward layers, while results of matrix products are kept."""
 
 
 @dataclass
@@ -167,7 +187,7 @@ class RunConfig(Settings):
         ),
     }
 
-    model: Any
+    model: ModelConfig
     data: Any
     optimizer: OptimizerConfig
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
@@ -202,6 +222,17 @@ class RunConfig(Settings):
     def sharding_problem(self) -> str | None:
         """Why the run cannot be sharded (`--trainer.strategy fsdp`); None where it can."""
         return f"is for pre-training, not for {self.task}"
+
+
+def check_start(config: RunConfig, recipe: str) -> None:
+    """Find a missing file of start weights early; a run that has begun needs it no more.
+
+    Raises:
+        UserError: it is not there.
+    """
+    begun = os.path.isdir(Path(config.output_dir, recipe, config.name, "checkpoints"))
+    if config.model.checkpoint is not None and not begun:
+        check_file(config.model.checkpoint, "--model.checkpoint")
 
 
 def to_dict(config: Any) -> dict[str, Any]:

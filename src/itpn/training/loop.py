@@ -2,7 +2,7 @@
 
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,13 @@ from itpn.training.summary import finish, print_start, summarize, write_summary
 from itpn.training.tensorboard import open_events
 from itpn.training.visualization import Visualizations
 
-Run = Callable[[RunConfig, str, Callable[[], list[str]], Callable[[], Job]], Path]  # as `fit`
 
-
-def fit(
-    config: RunConfig, recipe: str, load: Callable[[], list[str]], make: Callable[[], Job], launch: Launch | None = None
-) -> Path:
+def fit(job: Job, notes: Sequence[str] = ()) -> Path:
     """Start or resume a run.
 
     Args:
-        load: takes the weights that a new run begins with, and says what is remarkable about them.
-        make: called when those weights are there.
+        job: with the weights that a new run begins with.
+        notes: what is remarkable about it, a sentence each.
 
     Returns:
         The run's folder.
@@ -51,12 +47,11 @@ def fit(
         RunStopped: a signal stopped the run; its checkpoint is written.
         NonFiniteLoss: the loss became infinite or not a number; the evidence is written.
     """
-    launch = launch or read_launch()
+    launch = read_launch()
     console = Output(quiet=not launch.main)
     quieten_libraries()
+    config, recipe = job.task.config, job.task.recipe
     folder = RunFolder(config, recipe)
-    notes = [] if folder.begun else load()
-    job = make()
     check_strategy(config, launch)  # before the folder: a refusal leaves nothing behind
     try:
         if launch.main:

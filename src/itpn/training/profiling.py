@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,9 +21,9 @@ from itpn.errors import RunStopped, refusal
 from itpn.system.console import Output
 from itpn.system.signals import SignalHandlers, stop_at_once
 from itpn.system.writing import open_whole, write_whole
-from itpn.training.config import RunConfig, freeze
+from itpn.training.config import AnyConfig, RunConfig
 from itpn.training.data import read_batches
-from itpn.training.launch import Launch, choose_devices, count_cores, describe_machine, quieten_libraries, read_launch
+from itpn.training.launch import choose_devices, count_cores, describe_machine, quieten_libraries, read_launch
 from itpn.training.loop import set_up, take_step
 from itpn.training.profile_summary import advise, draw_summary
 from itpn.training.profile_trace import (
@@ -68,12 +68,18 @@ def make_plan(config: RunConfig, compiled: bool) -> Plan:
     return Plan(math.ceil(warmup / passes), steps, steps)
 
 
-def profile(
-    config: RunConfig, recipe: str, load: Callable[[], list[str]], make: Callable[[], Job], launch: Launch | None = None
-) -> Path:
-    """Take some steps, and write and print where their time goes; called as :func:`itpn.training.loop.fit` is.
+def without_learning(config: AnyConfig) -> AnyConfig:
+    """Settings of the same work, of which no step at the peak learning rate can diverge."""
+    return replace(config, optimizer=replace(config.optimizer, lr=0.0))
+
+
+def profile(job: Job) -> Path:
+    """Take some steps, and write and print where their time goes.
 
     No checkpoint is read or written, and nothing outside ``OUTPUT_DIR/RECIPE/NAME/profile``.
+
+    Args:
+        job: with settings of :func:`without_learning`.
 
     Returns:
         That folder, with ``trace.json.gz``, ``summary.txt`` and ``summary.json``.
@@ -82,12 +88,11 @@ def profile(
         UserError: something in the settings, the weights or the folder is wrong.
         RunStopped: a signal came; nothing is written.
     """
-    launch = launch or read_launch()
+    launch = read_launch()
     console = Output(quiet=not launch.main)
     quieten_libraries()
+    config, recipe = job.task.config, job.task.recipe
     folder = RunFolder(replace(config, name=f"{config.name}/profile"), recipe)
-    load()  # how many boxes a detector proposes depends on its weights
-    job = make()
     check_strategy(config, launch)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
@@ -96,10 +101,7 @@ def profile(
     signals = SignalHandlers(stop_at_once)  # there is nothing to be saved
     signals.set()
     try:
-        # the same work, and no step of these few at the peak learning rate that could diverge
-        still: Any = replace(config.optimizer, lr=0.0)
-        job.task.config = freeze(replace(config, optimizer=still))
-        run = set_up(job.task.config, launch, console, folder, job)
+        run = set_up(config, launch, console, folder, job)
         plan = make_plan(config, run.compilation.active)
         console.print(
             f"profiling {recipe} / {config.name}: {plan.warmup} steps to warm up, {plan.timed} timed, "

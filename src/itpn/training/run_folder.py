@@ -90,6 +90,11 @@ class RunFolder:
             self.close()
             raise
 
+    def check_same_run(self, config: RunConfig) -> None:
+        """Raise :class:`UserError` where the checkpoint that was found is of a run with other settings."""
+        if self._earlier is not None:
+            _check_same_run(self._earlier, config, self.path)
+
     def close(self) -> None:
         self._lock.release()
 

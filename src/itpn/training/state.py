@@ -28,7 +28,8 @@ class Job:
     Attributes:
         task: what is trained.
         draw: draws what the network predicts for sample images; None for nothing.
-        rows: of the table at the start, by title: "data", what the images are, "size", what is made of them, and more.
+        rows: of the table at the start, by title; those of "data", what the images are, and "size", what is made of
+            them, are shown as one.
         images: single files, of which only a fraction may be corrupt; None where that is not known beforehand.
         evaluation: evaluates the network now and then, and adds to its metrics.
     """

@@ -23,10 +23,12 @@ def print_start(run: Training) -> None:
     passes = f" x {accumulate} passes" if accumulate > 1 else ""
     processes = f" x {run.processes} processes" if run.processes > 1 else ""
     total = f" = {length.global_batch}" if processes or passes else ""
+    data = f" ({rows['data']})" if "data" in rows else ""
+    size = f", {rows['size']}" if "size" in rows else ""
     shown = {
         "model": f"{name}, {parameters:.2f} M parameters, patch size {config.model.patch_size}",
         **{title: row for title, row in rows.items() if title != "size"},
-        "data": f"{images:,} images ({rows['data']}), {rows['size']}",
+        "data": f"{images:,} images{data}{size}",
         "batch": f"{min(config.data.batch_size, images)}{processes}{passes}{total}",
         "steps": f"{length.total_steps:,} ({length.steps_per_epoch:,} an epoch)",
         "learning rate": f"{peak_lr(config.optimizer, length.global_batch):.3g} at its peak",

@@ -23,18 +23,17 @@ from itpn.tasks.run import train_composed
 from itpn.tasks.spec import task_of
 from itpn.training.config import freeze
 from itpn.training.launch import describe_machine, read_launch, start_fabric
-from itpn.training.loop import Run, fit
 from itpn.training.run_folder import RunFolder
 from itpn.training.summary import write_summary
 
 
-def train(config: ClassificationConfig, recipe: str, run: Run = fit) -> Path:
+def train(config: ClassificationConfig, recipe: str, profile: bool = False) -> Path:
     """A classifier's run: fine-tuning, or a linear classifier on frozen features."""
     if config.model.freeze:
-        if run is not fit:
+        if profile:
             raise UserError("--profile is for steps of training, and --model.freeze takes none")
         return train_linear(config, recipe)
-    return train_composed(task_of(config), config, recipe, run=run)
+    return train_composed(task_of(config), config, recipe, profile=profile)
 
 
 def train_linear(config: ClassificationConfig, recipe: str) -> Path:
@@ -89,7 +88,7 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
         summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True, "metrics": metrics}
         summary |= {"epochs": 1, "steps": 0, "images_seen": len(features), "images_skipped": len(skipped)}
         summary |= {"images_per_second": len(features) / seconds, "duration_seconds": seconds, "saved": "weights"}
-        write_summary(folder, summary | describe_machine(device, 1, str(fabric._precision.precision)))
+        write_summary(folder, summary | describe_machine(device, 1, str(fabric.strategy.precision.precision)))
         rows = {"images": f"{len(features):,} to learn from, {len(data.val or ()):,} to evaluate on"}
         rows["weight decay"] = f"{weight_decay:g}, the best of {len(WEIGHT_DECAYS)} on a fifth of the images"
         rows |= {name: f"{value:.2%}" if "top" in name else f"{value:.4f}" for name, value in metrics.items()}

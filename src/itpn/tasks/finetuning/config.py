@@ -3,26 +3,19 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
-from itpn.system.checks import Amount, Count, Fraction, PositiveFraction
-from itpn.training.config import OptimizerConfig, Settings, check_images
+from itpn.system.checks import Amount, Count, PositiveFraction
+from itpn.training.config import ModelConfig, OptimizerConfig, Settings, check_images
 
 
 @dataclass
-class NetworkConfig(Settings):
-    """The network, of whichever task."""
+class NetworkConfig(ModelConfig):
+    """The network, with a checkpoint's weights or without."""
 
-    name: str | None = None
-    """Backbone, one of the models of `itpn list`; None for that of --model.checkpoint."""
-    checkpoint: str | None = None
-    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME."""
     scratch: bool = False
     """Start from random weights instead."""
     num_heads: Count | None = None
     """Attention heads, where the checkpoint cannot tell them."""
-    patch_size: Count | None = None
-    """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
     pos_embed: Literal["fixed", "learned"] = "learned"
     """Keep the position table as it is, or train it."""
     rel_pos_bias: bool | None = None
@@ -30,11 +23,6 @@ class NetworkConfig(Settings):
     checkpoint's, or the model's own."""
     init_values: Amount | None = None
     """From scratch: initial layer scale; None for no layer scale. A checkpoint's own stays."""
-    drop_path_rate: Fraction = 0.0
-    """Stochastic depth of the last block; it grows from 0 block by block."""
-    grad_checkpointing: bool | Literal["selective"] = False
-    """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
-    norms and activation functions of feed-forward layers, while results of matrix products are kept."""
 
 
 @dataclass
@@ -92,7 +80,6 @@ def check_fine_tuning(config: Any) -> None:
     if model.patch_size is not None and model.patch_size % 4:
         raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
     if model.checkpoint is not None:
-        check_file(model.checkpoint, "--model.checkpoint")
         if model.scratch:
             raise UserError("both --model.scratch and --model.checkpoint: choose one, or give --model.no-scratch")
     elif not model.scratch:

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
-from itpn.system.checks import Amount, Count, Fraction, Whole
+from itpn.system.checks import Amount, Count, Whole
 from itpn.training.config import (
     CropsConfig,
+    ModelConfig,
     OptimizerConfig,
     RunConfig,
     Settings,
@@ -22,14 +22,11 @@ from itpn.training.config import (
 
 
 @dataclass
-class PretrainingModelConfig(Settings):
+class PretrainingModelConfig(ModelConfig):
     """The network and its masked objective."""
 
     name: str = "itpn_base"
     """Backbone, one of the models of `itpn list`."""
-    checkpoint: str | None = None
-    """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
-    initialized, and named."""
     patch_size: Count = 16
     """Side of a patch in pixels, divisible by 4."""
     in_chans: int = 3
@@ -63,8 +60,6 @@ class PretrainingModelConfig(Settings):
     """Patches whose features are compared."""
     norm_pix_loss: bool = True
     """Predict pixels normalized by the mean and standard deviation of their patch (He et al. 2022)."""
-    drop_path_rate: Fraction = 0.0
-    """Stochastic depth of the last backbone block; it grows from 0 block by block."""
     init_values: Amount | None = None
     """Initial layer scale of the backbone; None for no layer scale."""
     migrate_ratio: float = 0.0
@@ -90,9 +85,6 @@ class PretrainingModelConfig(Settings):
     """Channels of the heads of single pyramid levels, divisible by 64."""
     pyramid_head_depth: Whole = 1
     """Transformer blocks of the heads of single pyramid levels."""
-    grad_checkpointing: bool | Literal["selective"] = False
-    """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
-    norms and activation functions of feed-forward layers, while results of matrix products are kept."""
 
 
 @dataclass
@@ -202,8 +194,6 @@ class PretrainingConfig(RunConfig):
                 "--model.decoder-embed-dim must be divisible by 16 and by --model.decoder-num-heads "
                 f"{model.decoder_num_heads}, not {model.decoder_embed_dim}"
             )
-        if model.checkpoint is not None:
-            check_file(model.checkpoint, "--model.checkpoint")
 
 
 def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
