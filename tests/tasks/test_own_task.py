@@ -110,6 +110,14 @@ def test_conversion(trained, tmp_path):
     assert itpn.load(tmp_path / "again.safetensors", task="multi_label").num_classes == 3
 
 
+def test_export(trained, tmp_path, capsys):
+    """It names no exporter: its backbone can be exported."""
+    command = ["export", str(trained[1]), "--recipe", RECIPE, "--out", str(tmp_path / "x.pt2"), "--task"]
+    assert main([*command, "multi_label"]) == 2
+    assert "cannot be exported as multi_label; give --task backbone" in capsys.readouterr().err
+    assert main([*command, "backbone"]) == 0
+
+
 def test_its_weights_are_loaded_whole(trained):
     read_recipe(RECIPE)
     model = itpn.load(trained[1] / "model.safetensors")

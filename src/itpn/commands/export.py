@@ -1,6 +1,7 @@
 """`itpn export`: what a checkpoint holds, as a file that runs without this package."""
 
 import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +12,8 @@ from itpn.checkpoints.paths import check_file
 from itpn.commands.options import Checkpoint, Flag, NumHeads, TaskFile, shown
 from itpn.errors import UserError
 from itpn.system.console import print_note
-from itpn.tasks.spec import find_task
+from itpn.system.text import either
+from itpn.tasks.spec import all_tasks, find_task
 
 
 @dataclass(frozen=True)
@@ -47,10 +49,7 @@ class Export:
 
         check_out(self.out)
         found = read_checkpoint(self.checkpoint)
-        name = "pyramid" if self.levels else self.task
-        if name is None:
-            names = read_contents(found).names
-            name = next(name for name in names if name in HEADLESS or find_task(name).export is not None)
+        name = choose("pyramid" if self.levels else self.task, read_contents(found).names, HEADLESS, self.checkpoint)
         overrides: dict[str, Any] = {"levels": self.levels, "num_heads": self.num_heads}
         model, notes = load_found(found, name, **{key: value for key, value in overrides.items() if value is not None})
         for note in notes:
@@ -58,5 +57,26 @@ class Export:
         metadata = {"source": Path(self.checkpoint).name, "task": name}
         metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
         size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
-        write = (None if name in HEADLESS else find_task(name).export) or export
+        write = export if name in HEADLESS else find_task(name).export
+        assert write is not None
         print_exported(write(model, found, self.out, size, self.dynamic_size, metadata))
+
+
+def choose(wanted: str | None, names: Sequence[str], headless: Collection[str], source: str) -> str:
+    """Which of a file's networks is exported.
+
+    Args:
+        wanted: by name; None for the first that can be.
+        names: what the file has, the richest first.
+        headless: the names among them that are no tasks.
+
+    Raises:
+        UserError: the file has no such network, or it cannot be exported.
+    """
+    if wanted is None:
+        return next(name for name in names if name in headless or find_task(name).export is not None)
+    exported = {task.name for task in all_tasks() if task.export is not None}
+    able = [name for name in names if name in headless or name in exported]
+    if wanted not in able:
+        raise UserError(f"checkpoint {source} cannot be exported as {wanted}; give --task {either(able)}")
+    return wanted
