@@ -1,6 +1,7 @@
 """Tasks are known by what they register: nothing outside their folders names one."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_type_hints
@@ -8,7 +9,13 @@ from typing import get_type_hints
 import pytest
 
 import itpn
+from itpn import tasks
+from itpn.cli import main
+from itpn.errors import UserError
+from itpn.models import heads as heads_module
 from itpn.models.heads import heads
+from itpn.tasks import spec
+from itpn.tasks.recipes import read_recipe
 from itpn.tasks.spec import TaskSpec, all_tasks, register_task
 from itpn.training.config import RunConfig
 
@@ -49,10 +56,10 @@ def is_own(kind: object) -> bool:
 
 
 def test_no_module_outside_the_tasks_names_one():
-    tasks = [task for task in all_tasks() if task.config.__module__.startswith("itpn.")]
-    assert len(tasks) >= 4
-    forbidden = {name for task in tasks for name in (task.name, task.config.__name__)}
-    forbidden |= {kind.__name__ for task in tasks for kind in get_type_hints(task.config).values() if is_own(kind)}
+    own = [task for task in all_tasks() if task.config.__module__.startswith("itpn.")]
+    assert len(own) >= 4
+    forbidden = {name for task in own for name in (task.name, task.config.__name__)}
+    forbidden |= {kind.__name__ for task in own for kind in get_type_hints(task.config).values() if is_own(kind)}
     found = [
         f"{path.relative_to(SOURCE)}:{line}: {name}"
         for path in sorted(SOURCE.rglob("*.py"))
@@ -82,10 +89,96 @@ def test_every_part_of_a_task_can_be_imported(task):
     assert head.parts
 
 
+TWIN = """
+import dataclasses
+import itpn
+from itpn.tasks.classification import TASK
+from itpn.tasks.configs import ClassificationConfig
+
+class Config(ClassificationConfig):
+    task = "{name}"
+
+itpn.register_task(dataclasses.replace(TASK, name="{name}", config=Config))
+config = Config()
+"""
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What a test registers is known in it only."""
+    monkeypatch.setattr(spec, "_TASKS", dict(spec._TASKS))
+    monkeypatch.setattr(heads_module, "_HEADS", dict(heads_module._HEADS))
+    spec.load_installed_tasks.cache_clear()
+    yield
+    spec.load_installed_tasks.cache_clear()
+
+
+def test_a_recipe_file_registers_its_task_again(tmp_path, registries):
+    """A run that resumes reads it again, as it may have changed."""
+    (tmp_path / "own.py").write_text(TWIN.format(name="own"))
+    first, again = (read_recipe(str(tmp_path / "own.py"))[1] for _ in range(2))
+    assert type(first) is not type(again)
+    assert spec.find_task("own").config is type(again)
+
+
+@pytest.mark.parametrize("name", ["own", "classification"])
+def test_a_name_is_registered_by_one_module(tmp_path, registries, capsys, name):
+    """A second one would take the task's files."""
+    for file in ("first.py", "second.py"):
+        (tmp_path / file).write_text(TWIN.format(name=name))
+    if name == "own":
+        read_recipe(str(tmp_path / "first.py"))
+    before = spec.find_task(name)
+    assert main(["info", str(tmp_path / "second.py")]) == 2
+    owner = tmp_path / "first.py" if name == "own" else tasks.__file__
+    message = f"ValueError: {owner} has registered a task {name!r} already: choose another name"
+    assert capsys.readouterr().err.splitlines() == [
+        f"itpn: recipe file {tmp_path / 'second.py'} does not run: {message}"
+    ]
+    assert spec.find_task(name) is before
+
+
+def install(folder: Path, name: str, module: str) -> None:
+    """A package of one module with a task."""
+    (folder / f"{name}.py").write_text(module)
+    info = folder / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[itpn.tasks]\nmine = {name}:TASK\n")
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
+        ("TASK = 1", "AttributeError: 'int' object has no attribute 'config'"),
+        (TWIN.format(name="classification"), f"ValueError: {tasks.__file__} has registered a task 'classification'"),
+    ],
+)
+def test_an_installed_package_that_cannot_register_its_task(tmp_path, registries, monkeypatch, capsys, module, reason):
+    name = f"broken_{len(module)}"
+    install(tmp_path, name, module)
+    monkeypatch.syspath_prepend(tmp_path)
+    message = f"the installed package {name} cannot register its task mine; mend or uninstall it: {reason}"
+    assert main(["inspect", str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"itpn: {message}")
+    with pytest.raises(UserError, match=re.escape(message)):
+        itpn.load(tmp_path / "model.safetensors")
+
+
+def test_two_installed_packages_of_one_task(tmp_path, registries, monkeypatch):
+    for name in ("twin_a", "twin_b"):
+        install(tmp_path, name, TWIN.format(name="twin").replace("itpn.register_task", "TASK = "))
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=r"twin_[ab]\.py has registered a task 'twin' already"):
+        spec.load_installed_tasks()
+
+
 def test_a_spec_and_its_settings_have_one_name():
     class OtherConfig(RunConfig):
         task = "other"
 
-    spec = all_tasks()[0]
+    first = all_tasks()[0]
     with pytest.raises(ValueError, match=r"OtherConfig\.task is 'other'"):
-        register_task(TaskSpec(**{**vars(spec), "config": OtherConfig}))
+        register_task(TaskSpec(**{**vars(first), "config": OtherConfig}))

@@ -2,11 +2,13 @@
 
 import functools
 import importlib
+import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from typing import Any
 
+from itpn.errors import UserError
 from itpn.models.heads import UnknownTask, register_head
 from itpn.training.config import RunConfig
 
@@ -22,7 +24,7 @@ class TaskSpec:
     Attributes:
         name: as ``config.task``, in files and messages.
         config: class of its settings.
-        head: () -> :class:`itpn.models.build.Head`, which builds the network and knows its tensors.
+        head: () -> :class:`itpn.models.heads.Head`, which builds the network and knows its tensors.
         check_data: (config) -> anything, for ``find_data``: finds missing images without importing torch.
         find_data: (config) -> :class:`itpn.tasks.data.RunData`, the images to train on and to evaluate on.
         resolve: (config, checkpoint, data) -> (config, notes): what the settings leave to the checkpoint (None where
@@ -95,16 +97,31 @@ def parts_in(folder: str) -> dict[str, Any]:
 
 
 _TASKS: dict[str, TaskSpec] = {}
+_MODULES: dict[str, str] = {}  # which registered them
 
 
 def register_task(spec: TaskSpec) -> TaskSpec:
     """Make a task known: a line in a package, or in a recipe file of a task of one's own.
 
-    An installed package may name a :class:`TaskSpec` as an entry point of the group ``itpn.tasks`` instead.
+    An installed package may name a :class:`TaskSpec` as an entry point of the group ``itpn.tasks`` instead. A recipe
+    file that is read again registers its task again.
+
+    Raises:
+        ValueError: its settings are of another name, or another module has registered a task of this name.
     """
+    return _register(spec, sys._getframe(1).f_globals["__name__"])
+
+
+def _register(spec: TaskSpec, module: str) -> TaskSpec:
     if spec.config.task != spec.name:
         raise ValueError(f"{spec.config.__name__}.task is {spec.config.task!r}, not {spec.name!r}")
-    _TASKS[spec.name] = spec
+    known = _TASKS.get(spec.name)
+    if known == spec:
+        return spec
+    if known is not None and module != _MODULES[spec.name]:
+        owner = getattr(sys.modules[_MODULES[spec.name]], "__file__", _MODULES[spec.name])
+        raise ValueError(f"{owner} has registered a task {spec.name!r} already: choose another name")
+    _TASKS[spec.name], _MODULES[spec.name] = spec, module
     register_head(spec.name, spec.head)
     return spec
 
@@ -151,6 +168,17 @@ def all_tasks() -> list[TaskSpec]:
 
 @functools.cache
 def load_installed_tasks() -> None:
-    """Register the tasks of installed packages."""
+    """Register the tasks of installed packages.
+
+    Raises:
+        UserError: one of them cannot be imported, or is no task that can be registered.
+    """
     for entry in entry_points(group=ENTRY_POINTS):
-        register_task(entry.load())
+        try:
+            _register(entry.load(), entry.module)
+        except Exception as error:  # whatever the code of others may raise
+            package = entry.module if entry.dist is None else entry.dist.name
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"the installed package {package} cannot register its task {entry.name}; mend or uninstall it: {reason}"
+            ) from error
