@@ -529,7 +529,7 @@ def test_evaluating_what_is_no_detector(shapes, trained, tmp_path, capsys):
     assert main([*command, str(trained / "model.safetensors")]) == 2
     assert "objects of class comet" in capsys.readouterr().err
     assert main([*command, str(trained / "model.safetensors"), "--knn"]) == 2
-    assert "--knn is for classes of images" in capsys.readouterr().err
+    assert "--knn is for recipes of classification, not of detection" in capsys.readouterr().err
     assert main(["predict", str(trained / "model.safetensors"), str(shapes), "--out", "x", "--min-score", "nan"]) == 2
     assert "--min-score must lie between 0 and 1" in capsys.readouterr().err
     assert main([*command, str(trained / "model.safetensors"), "--data.mean", "0.5"]) == 2

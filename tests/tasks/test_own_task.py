@@ -118,6 +118,13 @@ def test_export(trained, tmp_path, capsys):
     assert main([*command, "backbone"]) == 0
 
 
+def test_a_classifier_of_another_task(trained, tmp_path, capsys):
+    """The file says whose head its tensors are."""
+    command = ["evaluate", "classifier_small", "--checkpoint", str(trained[1]), "--recipe", RECIPE]
+    assert main([*command, "--data.root", str(tmp_path)]) == 2
+    assert "has no classifier: give --knn" in capsys.readouterr().err
+
+
 def test_its_weights_are_loaded_whole(trained):
     read_recipe(RECIPE)
     model = itpn.load(trained[1] / "model.safetensors")

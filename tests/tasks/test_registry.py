@@ -1,6 +1,7 @@
 """Tasks are known by what they register: nothing outside their folders names one."""
 
 import ast
+import dataclasses
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -70,6 +71,50 @@ def test_no_module_outside_the_tasks_names_one():
     assert not found, "\n".join(found)
 
 
+# what runs any task; networks, data, metrics and checkpoints are of a kind
+BLIND = ("commands", "training", "system", "cli.py", "__init__.py", "distributed.py", "errors.py")
+WORDS = re.compile(r"pre-?training|classifier|detector|segmenter|classification|detection|segmentation", re.IGNORECASE)
+
+
+def find_texts(tree: ast.AST, with_helps: bool) -> Iterator[tuple[int, str]]:
+    """Strings that a user may read: without docstrings, and with the helps of settings only where asked for."""
+    own = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
+    bodies = [node.body for node in ast.walk(tree) if isinstance(node, own)]
+    left_out = {
+        id(line.value)
+        for body in bodies
+        for number, line in enumerate(body)
+        if isinstance(line, ast.Expr) and (number == 0 or not with_helps)
+    }
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in left_out:
+            yield node.lineno, node.value
+
+
+def test_messages_name_no_task():
+    """What holds for tasks is asked of them. Helps of a command may name some as examples, those of settings may not:
+    every task has these.
+    """
+    files = [path for path in sorted(SOURCE.rglob("*.py")) if path.relative_to(SOURCE).parts[0] in BLIND]
+    assert len(files) > 30
+    found = [
+        f"{path.relative_to(SOURCE)}:{line}: {text}"
+        for path in files
+        for line, text in find_texts(
+            ast.parse(path.read_text(encoding="utf-8")), SOURCE / "commands" not in path.parents
+        )
+        if WORDS.search(text)
+    ]
+    assert not found, "\n".join(found)
+
+
+def test_words_that_are_looked_for_are_found():
+    """The test above can fail."""
+    code = 'class A:\n    """detector"""\n    a = 1\n    """a segmenter"""\n    b = f"{a} of a classifier"\n'
+    for helps, found in {True: [4, 5], False: [5]}.items():
+        assert [line for line, text in find_texts(ast.parse(code), helps) if WORDS.search(text)] == found
+
+
 def test_names_that_are_looked_for_are_found():
     """The test above can fail."""
     code = 'def f(c):\n    """detection"""\n    return c.task == "detection" or isinstance(c, DetectionConfig)\n'
@@ -87,6 +132,14 @@ def test_every_part_of_a_task_can_be_imported(task):
     head = heads()[task.name]
     assert head.purpose
     assert head.parts
+
+
+@pytest.mark.parametrize("task", all_tasks(), ids=lambda task: task.name)
+def test_settings_that_may_change_are_settings_of_the_task(task):
+    sections = get_type_hints(task.config)
+    for section, names in task.config.free.items():
+        if section in {field.name for field in dataclasses.fields(task.config)}:
+            assert names <= {field.name for field in dataclasses.fields(sections[section])}
 
 
 TWIN = """

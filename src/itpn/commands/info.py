@@ -36,7 +36,7 @@ class Info:
         from itpn.tasks.info import describe_model
 
         found = None if self.checkpoint is None else read_checkpoint(self.checkpoint)
-        rows = describe_model(self.name) if config is None else task_of(config).describe(self.name, config, found)
+        rows = describe_model(self.name) if config is None else task_of(config).describe(config, found)
         table = Table(title=self.name, show_header=False, title_justify="left")
         for title, text in rows:
             if title or text:

@@ -41,7 +41,7 @@ class List:
 
 def describe_model(name: str) -> str:
     if name not in BACKBONES:
-        return f"model: {name.removesuffix('_pyramid')} and its pyramid, maps for detectors and segmenters"
+        return f"model: {name.removesuffix('_pyramid')} and its feature pyramid"
     settings = BACKBONES[name]
     about = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in FAST)
     return f"model: {about}{', Fast-iTPN' if settings.keys() >= FAST.keys() else ''}"

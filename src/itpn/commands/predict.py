@@ -69,8 +69,7 @@ class Predict:
         head = spec_of(model).head
         if head is None:
             raise UserError(
-                f"checkpoint {self.checkpoint} has neither decoder, classifier, detector nor segmenter: it gives "
-                "--features FILE only"
+                f"checkpoint {self.checkpoint} has no head of any task, and predicts nothing: give --features FILE"
             )
         out = self.out or find_folder("predictions")
         make_folder(out)

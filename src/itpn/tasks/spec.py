@@ -3,8 +3,8 @@
 import functools
 import importlib
 import sys
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
@@ -45,15 +45,16 @@ class TaskSpec:
 
     Attributes:
         evaluation_options: beginnings of the options that `itpn evaluate` takes beside those of every task.
-        resolve_evaluation: (config, checkpoint, given, knn) -> (config, arguments of the network): as the checkpoint
-            was trained, but for the settings of the data that were given.
-        find_evaluation_data: (config, checkpoint, network, given, knn) -> (evaluator, which images it evaluates on).
+        evaluation_hints: what to say of an option that `itpn evaluate` does not take, where another is meant.
+        resolve_evaluation: (config, request) -> (config, arguments of the network): as the checkpoint of the
+            :class:`itpn.tasks.evaluation.EvaluationRequest` was trained, but for the settings of data that were given.
+        find_evaluation_data: (config, network, request) -> (evaluator, which images it evaluates on).
         knn: whether it can evaluate features by k-NN, without a head (`itpn evaluate --knn`).
         predict: (network, checkpoint, source, options) for `itpn predict`; options are a
             :class:`itpn.tasks.prediction.PredictionOptions`.
         export: (network, checkpoint, out, size, dynamic_size, metadata) -> :class:`itpn.tasks.export.Exported`;
             None where nothing is to be exported.
-        describe: (name, config, checkpoint) -> rows of `itpn info`, see :mod:`itpn.tasks.info`.
+        describe: (config, checkpoint) -> rows of `itpn info`, see :mod:`itpn.tasks.info`.
         cache_features: (config, found early, out, views, half) for `itpn cache-features`; None without a teacher.
     """
 
@@ -74,6 +75,7 @@ class TaskSpec:
     train: Callable[..., Any] | None = None
     check_data: Callable[..., Any] | None = None
     evaluation_options: Collection[str] = ()
+    evaluation_hints: Mapping[str, str] = field(default_factory=dict)
     resolve_evaluation: Callable[..., Any] | None = None
     find_evaluation_data: Callable[..., Any] | None = None
     knn: bool = False
