@@ -25,10 +25,10 @@ HINTS = {"--model.checkpoint": "give the checkpoint as --checkpoint, not as --mo
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(RecipeCommand):
-    """Metrics of a classifier, detector or segmenter on labelled images.
+    """Evaluate a classifier, detector or segmenter on labelled images.
 
     The recipe says where the images are (--data.root); sizes and normalisation are the checkpoint's.
-    Settings of the network and of training have no meaning here.
+    Settings of the network and of training are refused.
     """
 
     checkpoint: Annotated[str, shown("CKPT")]
@@ -36,7 +36,7 @@ class Evaluate(RecipeCommand):
     out: Annotated[Path | None, shown("DIR", "(default: `evaluation` beside the checkpoint)")] = None
     """Folder for metrics and plots."""
     knn: Flag = False
-    """Evaluate features by k-NN among the training images."""
+    """Classify by k-NN among the features of the training images, without a classifier."""
 
     def run(self) -> None:
         task = task_of(self.config)

@@ -18,22 +18,22 @@ from itpn.tasks.spec import all_tasks, find_task
 
 @dataclass(frozen=True)
 class Export:
-    """A network as a file that runs without itpn: ONNX or torch.export."""
+    """Write a network to a file that runs without itpn: ONNX or torch.export."""
 
     checkpoint: Checkpoint
-    """A checkpoint that itpn inspect knows."""
+    """A checkpoint that `itpn inspect` knows."""
     out: Annotated[Path, shown("FILE")]
     """The file to write: .onnx, or .pt2 for torch.export."""
-    task: Annotated[str | None, shown("TASK", "(default: the first that the file has and that can be exported)")] = None
-    """A task, whose outputs are computed, `pyramid` or `backbone`, for maps."""
+    task: Annotated[str | None, shown("TASK", "(default: the first of the checkpoint that can be exported)")] = None
+    """What the file computes: a task's outputs, or the maps of `pyramid` or `backbone`."""
     levels: Annotated[
         DisallowNone[Literal["pyramid", "pooled", "joined"] | None], arg(help_behavior_hint="(optional)")
     ] = None
-    """Maps of a pyramid: strides 4 to 16, 4 to 64 for a detector, or joined with the stages, 4 to 32."""
-    img_size: Annotated[int | tuple[int, int] | None, shown("PX [PX]", "(default: the file's)")] = None
-    """Side of the images, or height and width."""
+    """Maps: `pyramid` strides 4 to 16, `pooled` 4 to 64 (detectors), `joined` with the stages 4 to 32 (segmenters)."""
+    img_size: Annotated[int | tuple[int, int] | None, shown("PX [PX]", "(default: the checkpoint's)")] = None
+    """Side of the input images, or height and width."""
     dynamic_size: Flag = False
-    """Any height and width; the batch is always open."""
+    """The file takes images of any height and width, in whole patches; the batch size is always free."""
     num_heads: NumHeads = None
     task_file: TaskFile = None
 

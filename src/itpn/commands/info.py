@@ -17,12 +17,12 @@ from itpn.tasks.spec import task_of
 
 @dataclass(frozen=True)
 class Info:
-    """Parameters, MACs and shapes of a recipe or model."""
+    """Show parameters, MACs and shapes of a recipe or model."""
 
     name: Annotated[Positional[str], shown("NAME")]
     """A name of `itpn list`, a recipe file, or the config.yaml of a run."""
     checkpoint: Annotated[str | None, shown("CKPT", "(optional)")] = None
-    """Gives the network of a recipe that takes it from one."""
+    """For recipes that take their network from a checkpoint: the one to take it from."""
     task_file: TaskFile = None
 
     def run(self) -> None:

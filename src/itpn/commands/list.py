@@ -17,7 +17,7 @@ from itpn.tasks.recipes import describe, list_recipes, nearest, recipe_files
 
 @dataclass(frozen=True)
 class List:
-    """Recipes and models."""
+    """List recipes and models."""
 
     pattern: Annotated[Positional[str], shown("[PATTERN]", "(default: all)")] = "*"
     """A part of the name, or a shell pattern, e.g. '*base*800e*'."""

@@ -1,5 +1,9 @@
 """Words of the command line as a command or as settings, or what is wrong with them in one line."""
 
+# Commands are not tyro's own subcommands. Of a union, tyro builds the parsers of all commands to use one; it answers
+# a misspelt command with a list instead of the nearest name; and it has to know every option beforehand, while those
+# of a recipe are known once its file is read.
+
 import contextlib
 import dataclasses
 import difflib
