@@ -281,7 +281,7 @@ PAIRS = [
 def test_recipes_take_the_checkpoints_that_they_are_named_after(pretraining, finetuning, tmp_path):
     """Whole sizes; only the classifier is random, and all of the backbone arrives."""
     from itpn.tasks.pretraining.network import build_masked_model
-    from itpn.tasks.recipes import read_recipe
+    from itpn.tasks.recipe_files import read_recipe
 
     config = read_recipe(pretraining)[1]
     config.teacher.width = 8

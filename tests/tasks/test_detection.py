@@ -553,7 +553,7 @@ def test_other_sizes_in_evaluation(shapes, trained, tmp_path):
 
 def test_schedule_of_the_published_recipe():
     """Tenths after 9 and 11 of 12 epochs, 500 steps of warm-up from a thousandth, by hand."""
-    from itpn.tasks.recipes import read_recipe
+    from itpn.tasks.recipe_files import read_recipe
     from itpn.training.optimization import learning_rate
 
     for name, epochs in (("1x", 12), ("3x", 36)):
@@ -580,7 +580,7 @@ def test_schedule_of_the_published_recipe():
 )
 def test_published_settings(name, model, drop_path, decay):
     """REFERENCE, section 3: Mask R-CNN on COCO."""
-    from itpn.tasks.recipes import read_recipe
+    from itpn.tasks.recipe_files import read_recipe
 
     _, config = read_recipe(f"mask-rcnn_itpn-{name}_coco")
     optimizer, data = config.optimizer, config.data

@@ -18,7 +18,7 @@ from itpn.cli import main
 from itpn.errors import UserError
 from itpn.models import heads
 from itpn.tasks import spec
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 
 RECIPE = str(Path(__file__).with_name("multilabel.py"))
 COLOURS = ("red", "green", "blue")

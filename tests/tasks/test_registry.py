@@ -16,7 +16,7 @@ from itpn.errors import UserError
 from itpn.models import heads as heads_module
 from itpn.models.heads import heads
 from itpn.tasks import spec
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.spec import TaskSpec, all_tasks, register_task
 from itpn.training.config import RunConfig
 

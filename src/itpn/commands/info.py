@@ -11,7 +11,7 @@ from itpn.commands.options import TaskFile, shown
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
 from itpn.system.console import RequiredOutput
-from itpn.tasks.recipes import nearest, read_recipe, recipe_files
+from itpn.tasks.recipe_files import nearest, read_recipe, recipe_files
 from itpn.tasks.spec import task_of
 
 

@@ -12,7 +12,7 @@ from itpn.commands.options import shown
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES, FAST, WITH_PYRAMID
 from itpn.system.console import RequiredOutput
-from itpn.tasks.recipes import describe, list_recipes, nearest, recipe_files
+from itpn.tasks.recipe_files import describe, list_recipes, nearest, recipe_files
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES
-from itpn.tasks.recipes import nearest
+from itpn.tasks.recipe_files import nearest
 from itpn.tasks.spec import task_of
 
 

@@ -23,7 +23,7 @@ from itpn.commands.options import RecipeCommand
 from itpn.errors import UserError
 from itpn.system.checks import check_range
 from itpn.system.console import RequiredOutput, lost_output
-from itpn.tasks.recipes import nearest, read_recipe
+from itpn.tasks.recipe_files import nearest, read_recipe
 
 OPTION = re.compile("--?(?!inf|nan)[a-zA-Z]")
 Parsed = TypeVar("Parsed")

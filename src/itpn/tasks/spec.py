@@ -121,7 +121,7 @@ def _register(spec: TaskSpec, module: str) -> TaskSpec:
     if known == spec:
         return spec
     if known is not None and module != _MODULES[spec.name]:
-        owner = getattr(sys.modules[_MODULES[spec.name]], "__file__", _MODULES[spec.name])
+        owner = getattr(sys.modules.get(_MODULES[spec.name]), "__file__", _MODULES[spec.name])
         raise ValueError(f"{owner} has registered a task {spec.name!r} already: choose another name")
     _TASKS[spec.name], _MODULES[spec.name] = spec, module
     register_head(spec.name, spec.head)
