@@ -24,7 +24,7 @@ from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.recompute import PRODUCTS
 from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.training.config import image_size
 
 PARTS = {

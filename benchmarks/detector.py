@@ -15,7 +15,7 @@ from itpn.data.scenes import draw_scene
 from itpn.models.detector import Detector
 from itpn.tasks.configs import DetectionConfig
 from itpn.tasks.detection.network import build_recipe
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.training.launch import device_name, peak_memory_gb
 
 

@@ -17,7 +17,7 @@ from arms import Failures
 
 from itpn.data.files import find_training_images
 from itpn.tasks.configs import PretrainingConfig
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.run import train
 
 RECIPE = "itpn-pixel_hivit-base-p16_8xb512-amp-coslr-800e_in1k"

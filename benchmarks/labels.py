@@ -16,7 +16,7 @@ from arms import Failures
 from rich.console import Console
 from rich.table import Table
 
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.run import train
 
 ARMS = ("scratch", "pre-trained")

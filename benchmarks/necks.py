@@ -20,7 +20,7 @@ from rich.table import Table
 from itpn.checkpoints.files import read_checkpoint
 from itpn.commands.parsing import parse
 from itpn.tasks.configs import DetectionConfig, SegmentationConfig
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.run import train
 
 # backbone and pyramid pre-trained; the backbone alone, with a random pyramid or feature pyramid network; nothing

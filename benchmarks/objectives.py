@@ -24,7 +24,7 @@ from torch import Tensor
 from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
 from itpn.tasks.configs import PretrainingConfig
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.run import train
 
 ARMS = ("random", "pixel", "pixel + mfm", "mfm alone", "feature alone")

@@ -34,7 +34,7 @@ from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.pretraining.data import make_loader
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.teachers.ema import EMATeacher
 from itpn.training.config import image_size
 from itpn.training.launch import device_name, peak_memory_gb

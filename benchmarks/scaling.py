@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from itpn.errors import UserError
 from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.pretraining.network import build_from
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.training.config import image_size
 
 PEAK, FRACTION = 989e12, 0.4  # bf16 FLOP/s of an H100 without sparsity, and what of it is assumed to be reached

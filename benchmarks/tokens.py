@@ -26,7 +26,7 @@ from torch import Tensor
 
 import itpn  # noqa: F401  # its models become timm's
 from itpn.models.hivit import HiViT
-from itpn.tasks.recipes import read_settings
+from itpn.tasks.recipe_files import read_settings
 
 OFF = {"migrate_ratio": 0.0, "gather_window": 0, "gather_side": 1}
 

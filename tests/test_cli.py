@@ -19,7 +19,7 @@ from itpn.data.shapes import ShapesFolders
 from itpn.errors import NonFiniteLoss, RunStopped, UserError
 from itpn.system.signals import stopped_by_signals
 from itpn.tasks.pretraining.module import save_weights
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -137,7 +137,7 @@ def test_answers_come_at_once(arguments):
     command = [sys.executable, "-X", "importtime", "-m", "itpn", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert "itpn.tasks.recipes" in imported
+    assert "itpn.tasks.recipe_files" in imported
     assert not imported & {"torch", "torchvision", "lightning", "timm", "tensorboard"}
 
 

@@ -17,7 +17,7 @@ from itpn.tasks.configs import (
     TeacherConfig,
 )
 from itpn.tasks.pretraining import caching
-from itpn.tasks.recipes import list_recipes, read_recipe, read_settings
+from itpn.tasks.recipe_files import list_recipes, read_recipe, read_settings
 from itpn.tasks.run import train
 from itpn.training import loop, profiling
 from itpn.training.config import from_dict, to_dict, write_yaml

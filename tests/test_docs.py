@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from itpn.commands.parsing import read_fields
-from itpn.tasks.recipes import list_recipes
+from itpn.tasks.recipe_files import list_recipes
 from itpn.tasks.spec import all_tasks
 
 ROOT = Path(__file__).parents[1]

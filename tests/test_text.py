@@ -12,7 +12,7 @@ from itpn.errors import UserError
 from itpn.system.text import as_file_name, decode_text, one_line, read_lines, read_text, readable
 from itpn.system.writing import open_whole
 from itpn.tasks.configs import PretrainingConfig
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.training.config import write_yaml
 
 ROOT = Path(itpn.__file__).parents[1]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
-from itpn.tasks.recipes import list_recipes
+from itpn.tasks.recipe_files import list_recipes
 from itpn.tasks.spec import TaskSpec, load_installed_tasks, register_task
 from itpn.training.config import override_model
 
@@ -68,7 +68,7 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
     """
     from itpn.checkpoints.files import read_checkpoint
     from itpn.errors import UserError
-    from itpn.tasks.recipes import read_recipe
+    from itpn.tasks.recipe_files import read_recipe
     from itpn.tasks.spec import task_of
 
     if pretrained is True:

@@ -29,7 +29,7 @@ from itpn.system.console import RequiredOutput, finish_output, forget_warnings, 
 from itpn.system.environment import check_environment
 from itpn.system.processes import GRACE, conclude, disconnect, end_children, is_first
 from itpn.system.signals import stopped_by_signals
-from itpn.tasks.recipes import nearest, read_recipe
+from itpn.tasks.recipe_files import nearest, read_recipe
 from itpn.tasks.spec import load_installed_tasks
 
 DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."

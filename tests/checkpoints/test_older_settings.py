@@ -10,7 +10,7 @@ import yaml
 from itpn.checkpoints.older_settings import NAMES, VALUES, update_settings
 from itpn.cli import main
 from itpn.tasks import spec
-from itpn.tasks.recipes import read_settings
+from itpn.tasks.recipe_files import read_settings
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import from_dict, to_dict
 from itpn.training.run_state import find_settings

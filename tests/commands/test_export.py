@@ -6,6 +6,7 @@ import pytest
 import torch
 from timm import create_model
 
+import itpn
 from itpn.cli import main
 from itpn.errors import ExportFailed, UserError
 from itpn.models.build import make_pyramid
@@ -112,6 +113,37 @@ def test_fixed_classifier_with_migration_pt2(tmp_path):
 def test_migration_and_gathering(tmp_path):
     model = make("fast_itpn_nano", num_classes=7, migrate_ratio=0.5, gather_window=3)  # padded windows
     check(model, export_model(model, tmp_path / "a.onnx", (32, 48)).path, (1, 3, 32, 48), (3, 3, 32, 48))
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    """A file with backbone, pyramid and decoder."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    model = itpn.get_model("itpn-pixel_nano", img_size=64)
+    torch.save(model.state_dict(), folder / "pretrained.pth")
+    return str(folder / "pretrained.pth")
+
+
+@pytest.mark.parametrize("task", ["pretraining", "classification", "detection", "segmentation", "depth"])
+def test_what_a_file_has_nothing_to_export_of(pretrained, tmp_path, capsys, task):
+    """A task without a head in the file, or one that is not exported at all."""
+    assert main(["export", pretrained, "--task", task, "--out", str(tmp_path / "x.pt2")]) == 2
+    message = f"itpn: checkpoint {pretrained} cannot be exported as {task}; give --task pyramid or backbone"
+    assert capsys.readouterr().err.splitlines() == [message]
+    assert not list(tmp_path.iterdir())
+
+
+def test_levels_without_a_pyramid(tmp_path, capsys):
+    torch.save(make("itpn_nano", num_classes=7).state_dict(), tmp_path / "classifier.pth")
+    command = ["export", str(tmp_path / "classifier.pth"), "--levels", "pooled", "--out", str(tmp_path / "x.pt2")]
+    assert main(command) == 2
+    assert "cannot be exported as pyramid; give --task classification or backbone" in capsys.readouterr().err
+
+
+def test_the_first_that_can_be_exported(pretrained, tmp_path, capsys):
+    """The decoder of pre-training is passed over."""
+    assert main(["export", pretrained, "--img-size", "32", "--out", str(tmp_path / "x.pt2")]) == 0
+    assert "level_1" in capsys.readouterr().out
 
 
 def test_a_wrong_file_is_not_left(tmp_path, monkeypatch):

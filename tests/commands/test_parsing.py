@@ -13,7 +13,7 @@ from itpn.commands.predict import Predict
 from itpn.commands.train import Train
 from itpn.errors import UserError
 from itpn.tasks.configs import PretrainingConfig
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 
 
 def show_help(capsys, *words: str) -> str:

@@ -230,7 +230,7 @@ def test_convert(tmp_path, capsys):
         (["convert", "{det}", "a.pth", "--to", "keras"], "invalid choice 'keras' for --to: choose from itpn, "),
         (
             ["predict", "{det}", "{photos}"],
-            "has neither decoder, classifier, detector nor segmenter: it gives --features",
+            "has no head of any task, and predicts nothing: give --features FILE",
         ),
         (["predict", "{det}", "{photos}", "--features", "a.csv"], "must end in .safetensors or .npy"),
         (["predict", "{text}", "{photos}"], "corrupt or no checkpoint"),

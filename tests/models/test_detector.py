@@ -77,7 +77,7 @@ def test_the_published_maps_inside_a_detector(tmp_path, case, checkpointing):
 
 def test_only_heads_are_randomly_initialized(tmp_path):
     """From a pre-training file of ours: every parameter of backbone and pyramid is the file's."""
-    config = itpn.tasks.recipes.read_recipe("itpn-pixel_nano")[1]
+    config = itpn.tasks.recipe_files.read_recipe("itpn-pixel_nano")[1]
     torch.manual_seed(3)
     pretrained = build_from(config)
     for parameter in pretrained.parameters():

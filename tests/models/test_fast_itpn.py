@@ -10,7 +10,7 @@ from itpn.masked.masking import draw_random_mask, split_mask
 from itpn.models.hivit import HiViT
 from itpn.tasks.configs import PretrainingConfig, PretrainingModelConfig
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.tasks.recipes import list_recipes, read_recipe
+from itpn.tasks.recipe_files import list_recipes, read_recipe
 from itpn.tasks.run import train
 
 # millions of parameters (REFERENCE, section 1: the authors' table), and as counted

@@ -45,7 +45,7 @@ def test_the_published_maps_inside_a_segmenter(tmp_path, checkpointing):
 
 
 def test_only_heads_are_randomly_initialized(tmp_path):
-    config = itpn.tasks.recipes.read_recipe("itpn-pixel_nano")[1]
+    config = itpn.tasks.recipe_files.read_recipe("itpn-pixel_nano")[1]
     torch.manual_seed(3)
     pretrained = build_from(config)
     for parameter in pretrained.parameters():

@@ -30,7 +30,7 @@ from itpn.models.heads import Head
 from itpn.models.spec import NetworkSpec
 from itpn.system.writing import write_whole
 from itpn.tasks.data import RunData, make_training_loader
-from itpn.tasks.evaluation import Evaluator
+from itpn.tasks.evaluation import EvaluationRequest, Evaluator
 from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
 from itpn.tasks.finetuning.module import FineTuningTask
 from itpn.tasks.finetuning.network import (
@@ -253,14 +253,15 @@ def build_evaluator(config: MultiLabelConfig, data: RunData) -> MultiLabelEvalua
     return MultiLabelEvaluator(config, data.val)
 
 
-def resolve_evaluation(config: MultiLabelConfig, found: Any, given: Any, knn: bool) -> Any:
+def resolve_evaluation(config: MultiLabelConfig, request: EvaluationRequest) -> Any:
+    found = request.checkpoint
     size = found.preprocessing["size"][0]
     model = replace(config.model, name=None, patch_size=None)
     return resolve(replace(config, model=model, data=replace(config.data, img_size=size)), found)[0], {}
 
 
-def find_evaluation_data(config: MultiLabelConfig, found: Any, model: nn.Module, given: Any, knn: bool) -> Any:
-    images = read_images(read_rows(Path(config.data.root, "val.csv")), found.metadata["classes"])
+def find_evaluation_data(config: MultiLabelConfig, model: nn.Module, request: EvaluationRequest) -> Any:
+    images = read_images(read_rows(Path(config.data.root, "val.csv")), request.checkpoint.metadata["classes"])
     return MultiLabelEvaluator(config, images), f"of {config.data.root}"
 
 
@@ -276,7 +277,7 @@ def predict(model: nn.Module, found: Any, source: Any, options: Any) -> None:
     print(options.out / "predictions.csv")
 
 
-def describe(name: str, config: MultiLabelConfig, found: Any) -> list[tuple[str, str]]:
+def describe(config: MultiLabelConfig, found: Any) -> list[tuple[str, str]]:
     backbone = find_backbone(build_recipe(config, None, found)[0])
     rows = describe_backbone(backbone, (config.data.img_size,) * 2)
     classes = f"{backbone.num_classes} classes that may occur together"

@@ -292,7 +292,7 @@ PAIRS = [
 def test_recipes_take_the_checkpoints_that_they_are_named_after(pretraining, finetuning, tmp_path):
     """Whole sizes; only the classifier is random, and all of the backbone arrives."""
     from itpn.tasks.pretraining.network import build_masked_model
-    from itpn.tasks.recipes import read_recipe
+    from itpn.tasks.recipe_files import read_recipe
 
     config = read_recipe(pretraining)[1]
     config.teacher.width = 8
@@ -525,7 +525,9 @@ def test_no_weights_to_start_from(coloured, capsys):
     assert main(["train", "classifier_small", "--data.root", str(coloured)]) == 2
     assert "give the weights to start from as --model.checkpoint FILE, or --model.scratch" in capsys.readouterr().err
     assert main(["evaluate", "itpn-pixel_nano", "--checkpoint", "x.pth"]) == 2
-    assert "is a recipe of pretraining: give one of a classifier, detector or segmenter" in capsys.readouterr().err
+    assert (
+        "is a recipe of pretraining: give one of segmentation, detection or classification" in capsys.readouterr().err
+    )
 
 
 def test_evaluating_what_has_no_classifier(tmp_path, coloured, capsys):

@@ -538,7 +538,7 @@ def test_evaluating_what_is_no_detector(shapes, trained, tmp_path, capsys):
     assert main([*command, str(trained / "model.safetensors")]) == 2
     assert "objects of class comet" in capsys.readouterr().err
     assert main([*command, str(trained / "model.safetensors"), "--knn"]) == 2
-    assert "--knn is for classes of images" in capsys.readouterr().err
+    assert "--knn is for recipes of classification, not of detection" in capsys.readouterr().err
     assert main(["predict", str(trained / "model.safetensors"), str(shapes), "--out", "x", "--min-score", "nan"]) == 2
     assert "--min-score must lie between 0 and 1" in capsys.readouterr().err
     assert main([*command, str(trained / "model.safetensors"), "--data.mean", "0.5"]) == 2
@@ -562,7 +562,7 @@ def test_other_sizes_in_evaluation(shapes, trained, tmp_path):
 
 def test_schedule_of_the_published_recipe():
     """Tenths after 9 and 11 of 12 epochs, 500 steps of warm-up from a thousandth, by hand."""
-    from itpn.tasks.recipes import read_recipe
+    from itpn.tasks.recipe_files import read_recipe
     from itpn.training.optimization import learning_rate
 
     for name, epochs in (("1x", 12), ("3x", 36)):
@@ -589,7 +589,7 @@ def test_schedule_of_the_published_recipe():
 )
 def test_published_settings(name, model, drop_path, decay):
     """REFERENCE, section 3: Mask R-CNN on COCO."""
-    from itpn.tasks.recipes import read_recipe
+    from itpn.tasks.recipe_files import read_recipe
 
     _, config = read_recipe(f"mask-rcnn_itpn-{name}_coco")
     optimizer, data = config.optimizer, config.data

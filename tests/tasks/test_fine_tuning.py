@@ -14,7 +14,7 @@ from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.classification.network import build_recipe
 from itpn.tasks.configs import ClassificationConfig
 from itpn.tasks.finetuning.module import decay_per_layer
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.training.loop import seed_pass
 from itpn.training.optimization import learning_rate, measure_run, peak_lr
 

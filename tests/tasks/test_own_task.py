@@ -19,7 +19,7 @@ from itpn.cli import main
 from itpn.errors import UserError
 from itpn.models import heads
 from itpn.tasks import spec
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.run import train
 
 RECIPE = str(Path(__file__).with_name("multilabel.py"))
@@ -129,6 +129,21 @@ def test_conversion(trained, tmp_path):
     command = ["convert", str(trained[1] / "model.safetensors"), str(tmp_path / "again.safetensors")]
     assert main([*command, "--recipe", RECIPE]) == 0
     assert itpn.load(tmp_path / "again.safetensors", task="multi_label").num_classes == 3
+
+
+def test_export(trained, tmp_path, capsys):
+    """It names no exporter: its backbone can be exported."""
+    command = ["export", str(trained[1]), "--recipe", RECIPE, "--out", str(tmp_path / "x.pt2"), "--task"]
+    assert main([*command, "multi_label"]) == 2
+    assert "cannot be exported as multi_label; give --task backbone" in capsys.readouterr().err
+    assert main([*command, "backbone"]) == 0
+
+
+def test_a_classifier_of_another_task(trained, tmp_path, capsys):
+    """The file says whose head its tensors are."""
+    command = ["evaluate", "classifier_small", "--checkpoint", str(trained[1]), "--recipe", RECIPE]
+    assert main([*command, "--data.root", str(tmp_path)]) == 2
+    assert "has no classifier: give --knn" in capsys.readouterr().err
 
 
 def test_its_weights_are_loaded_whole(trained):

@@ -8,7 +8,7 @@ from itpn.tasks.configs import OptimizerConfig, PretrainingConfig, PretrainingDa
 from itpn.tasks.pretraining.data import make_loader
 from itpn.tasks.pretraining.module import PretrainingTask, spread
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.training.config import image_size
 from itpn.training.optimization import RunLength, learning_rate, make_optimizer, measure_run, peak_lr
 

@@ -41,7 +41,7 @@ from itpn.tasks.configs import (
 from itpn.tasks.finetuning.network import resolve_with_head
 from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.pretraining.network import build_from
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.run import train
 from itpn.tasks.segmentation.inference import Segmentation, enlarge_labels
 from itpn.tasks.segmentation.module import pixel_loss

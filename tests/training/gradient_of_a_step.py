@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 import itpn.masked.masked_model
 import itpn.tasks.pretraining.module
 import itpn.training.compilation
-from itpn.tasks.recipes import read_settings
+from itpn.tasks.recipe_files import read_settings
 from itpn.tasks.run import train
 from itpn.training import loop
 

@@ -91,7 +91,7 @@ def fine_tune(config):
         (lambda c: setattr(c.teacher, "name", "ema"), "keeps no EMA"),
         (lambda c: setattr(c.probe, "root", "photos"), "cannot probe"),
         (lambda c: setattr(c.trainer, "compile", True), "does not go with --trainer.compile"),
-        (fine_tune, "is for pre-training, not for classification"),
+        (fine_tune, "is not for runs of classification"),
     ],
 )
 def test_what_cannot_be_sharded(settings, change, reason):

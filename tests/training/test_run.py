@@ -26,7 +26,7 @@ from itpn.data.loader import TrainingLoader
 from itpn.errors import NonFiniteLoss, UserError
 from itpn.tasks.pretraining import evaluation, prediction
 from itpn.tasks.pretraining.module import PretrainingTask
-from itpn.tasks.recipes import read_settings
+from itpn.tasks.recipe_files import read_settings
 from itpn.tasks.run import train
 from itpn.training import progress
 from itpn.training.checkpointing import Checkpointing

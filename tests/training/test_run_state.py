@@ -27,7 +27,7 @@ from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.writing import remove_partial_files
 from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig
 from itpn.tasks.evaluation import Validation
-from itpn.tasks.recipes import parse_settings, read_settings
+from itpn.tasks.recipe_files import parse_settings, read_settings
 from itpn.tasks.run import train
 from itpn.training import loop, run_state
 from itpn.training.checkpointing import Checkpointing

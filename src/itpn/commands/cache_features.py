@@ -24,9 +24,9 @@ class CacheFeatures(RecipeCommand):
     out: Annotated[Path, shown("DIR")]
     """Folder for the shards; give it as --data.root to train from them."""
     views: Annotated[Count, shown("N")] = 1
-    """Crops of each image, each an epoch's."""
+    """Crops per image, one per epoch."""
     half: Flag = False
-    """Features in 16 bits: half the space, not the very numbers."""
+    """Store features in half the space, rounded to float16."""
 
     def run(self) -> None:
         task = task_of(self.config)

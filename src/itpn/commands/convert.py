@@ -14,16 +14,16 @@ from itpn.system.console import Output
 
 @dataclass(frozen=True)
 class Convert:
-    """A checkpoint from one code base's names to another's."""
+    """Convert a checkpoint from one code base's format to another's."""
 
     source: Annotated[Positional[str], shown("CKPT")]
-    """A checkpoint that itpn inspect knows."""
+    """A checkpoint that `itpn inspect` knows."""
     target: Annotated[Positional[Path], shown("FILE")]
-    """The file to write: .safetensors for itpn's form, .pth or .pt for the others."""
+    """The file to write: .safetensors for itpn's format, .pth or .pt for the others."""
     to: Annotated[
         DisallowNone[Literal["itpn", "official", "mmpretrain"] | None], arg(help_behavior_hint="(optional)")
     ] = None
-    """Whose names; a .safetensors has itpn's."""
+    """Target format: itpn's, that of the authors' code or that of mmpretrain; needed for a .pth or .pt."""
     num_heads: NumHeads = None
     task_file: TaskFile = None
 

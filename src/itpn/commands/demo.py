@@ -9,10 +9,10 @@ from itpn.commands.options import shown
 
 @dataclass(frozen=True)
 class Demo:
-    """The whole story on generated images: pre-train, classify, detect, segment."""
+    """Pre-train, classify, detect and segment, on generated images."""
 
     output_dir: Annotated[Path, shown("DIR")] = Path("runs/demo")
-    """Where everything goes."""
+    """Folder for images, runs and predictions."""
 
     def run(self) -> None:
         from itpn.tasks.demo import demo

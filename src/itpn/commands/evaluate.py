@@ -1,6 +1,6 @@
 """`itpn evaluate`: a checkpoint and labelled images, in metrics."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -9,8 +9,9 @@ from itpn.checkpoints.paths import HUB, check_file
 from itpn.commands.options import Flag, RecipeCommand, shown
 from itpn.errors import UserError
 from itpn.system.console import Output, make_table, print_note
+from itpn.system.text import either
 from itpn.system.writing import make_folder, writing_to
-from itpn.tasks.spec import TaskSpec, task_of
+from itpn.tasks.spec import TaskSpec, all_tasks, task_of
 from itpn.training.config import RunConfig, freeze
 
 # settings that evaluation goes by, beside what a task adds
@@ -18,14 +19,16 @@ SETTINGS = (
     *("--evaluation.", "--data.num-workers", "--data.max-pixels", "--seed"),
     *("--trainer.precision", "--trainer.accelerator", "--trainer.devices", "--trainer.num-nodes", "--model.num-heads"),
 )
+# what to say of options that another is meant by
+HINTS = {"--model.checkpoint": "give the checkpoint as --checkpoint, not as --model.checkpoint"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(RecipeCommand):
-    """Metrics of a classifier, detector or segmenter on labelled images.
+    """Evaluate a classifier, detector or segmenter on labelled images.
 
     The recipe says where the images are (--data.root); sizes and normalisation are the checkpoint's.
-    Settings of the network and of training have no meaning here.
+    Settings of the network and of training are refused.
     """
 
     checkpoint: Annotated[str, shown("CKPT")]
@@ -33,29 +36,27 @@ class Evaluate(RecipeCommand):
     out: Annotated[Path | None, shown("DIR", "(default: `evaluation` beside the checkpoint)")] = None
     """Folder for metrics and plots."""
     knn: Flag = False
-    """Evaluate features by k-NN among the training images."""
+    """Classify by k-NN among the features of the training images, without a classifier."""
 
     def run(self) -> None:
         task = task_of(self.config)
         if task.resolve_evaluation is None:
-            raise UserError(
-                f"{self.recipe} is a recipe of {task.name}: give one of a classifier, detector or segmenter"
-            )
+            names = [other.name for other in all_tasks() if other.resolve_evaluation is not None]
+            raise UserError(f"{self.recipe} is a recipe of {task.name}: give one of {either(names)}")
         if self.knn and not task.knn:
-            raise UserError("--knn is for classes of images: give a recipe of a classifier")
-        self._check_given((*SETTINGS, *task.evaluation_options))
+            names = [other.name for other in all_tasks() if other.knn]
+            raise UserError(f"--knn is for recipes of {either(names)}, not of {task.name}")
+        self._check_given((*SETTINGS, *task.evaluation_options), {**HINTS, **task.evaluation_hints})
         check_file(self.checkpoint)
         config = replace(self.config, model=replace(self.config.model, checkpoint=self.checkpoint, scratch=False))
         config.check()
         given = {option.removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in self.given}
         self._evaluate(task, config, given)
 
-    def _check_given(self, known: tuple[str, ...]) -> None:
+    def _check_given(self, known: tuple[str, ...], hints: Mapping[str, str]) -> None:
         for option in self.given:
-            if option == "--model.checkpoint":
-                raise UserError("give the checkpoint as --checkpoint, not as --model.checkpoint")
-            if option == "--data.img-size" and "--data.test-size" in known:
-                raise UserError("images are evaluated at the checkpoint's size: give --data.test-size for another")
+            if option in hints:
+                raise UserError(hints[option])
             if not option.startswith(known):
                 raise UserError(f"{option} has no meaning here: the network is the checkpoint's, and it is not trained")
 
@@ -63,19 +64,20 @@ class Evaluate(RecipeCommand):
         """Evaluate on the images that the settings name; settings of data in ``given`` are not the checkpoint's."""
         from itpn.checkpoints.files import read_checkpoint
         from itpn.checkpoints.load import check_finite, load_found
-        from itpn.tasks.evaluation import evaluate
+        from itpn.tasks.evaluation import EvaluationRequest, evaluate
         from itpn.training.launch import quieten_libraries, start_fabric
 
         assert task.resolve_evaluation is not None
         assert task.find_evaluation_data is not None
         found = read_checkpoint(self.checkpoint)
         check_finite(found)
-        config, arguments = task.resolve_evaluation(config, found, given, self.knn)
+        request = EvaluationRequest(found, given, self.knn)
+        config, arguments = task.resolve_evaluation(config, request)
         config = freeze(config)
         if (num_heads := getattr(config.model, "num_heads", None)) is not None:
             arguments["num_heads"] = num_heads
         model, notes = load_found(found, "backbone" if self.knn else task.name, **arguments)
-        evaluator, which = task.find_evaluation_data(config, found, model, given, self.knn)
+        evaluator, which = task.find_evaluation_data(config, model, request)
         out = self.out or find_folder(self.checkpoint, self.knn)
         make_folder(out)
         quieten_libraries()

@@ -11,18 +11,18 @@ from itpn.commands.options import TaskFile, shown
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
 from itpn.system.console import RequiredOutput
-from itpn.tasks.recipes import nearest, read_recipe, recipe_files
+from itpn.tasks.recipe_files import nearest, read_recipe, recipe_files
 from itpn.tasks.spec import task_of
 
 
 @dataclass(frozen=True)
 class Info:
-    """Parameters, MACs and shapes of a recipe or model."""
+    """Show parameters, MACs and shapes of a recipe or model."""
 
     name: Annotated[Positional[str], shown("NAME")]
     """A name of `itpn list`, a recipe file, or the config.yaml of a run."""
     checkpoint: Annotated[str | None, shown("CKPT", "(optional)")] = None
-    """Gives the network of a recipe that takes it from one."""
+    """For recipes that take their network from a checkpoint: the one to take it from."""
     task_file: TaskFile = None
 
     def run(self) -> None:
@@ -36,7 +36,7 @@ class Info:
         from itpn.tasks.info import describe_model
 
         found = None if self.checkpoint is None else read_checkpoint(self.checkpoint)
-        rows = describe_model(self.name) if config is None else task_of(config).describe(self.name, config, found)
+        rows = describe_model(self.name) if config is None else task_of(config).describe(config, found)
         table = Table(title=self.name, show_header=False, title_justify="left")
         for title, text in rows:
             if title or text:

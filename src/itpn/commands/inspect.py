@@ -19,10 +19,10 @@ MISSING = {"random": "randomly initialized", "harmful": "does not fit"}
 
 @dataclass(frozen=True)
 class Inspect:
-    """What a checkpoint is, and what it can be used for."""
+    """Say what a checkpoint is, and what it can be used for."""
 
     checkpoint: Checkpoint
-    """A file of itpn, timm, the authors or mmpretrain, or hf-hub:OWNER/NAME."""
+    """A file of itpn, timm, the authors' code or mmpretrain, or hf-hub:OWNER/NAME."""
     task_file: TaskFile = None
 
     def run(self) -> None:

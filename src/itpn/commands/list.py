@@ -12,12 +12,12 @@ from itpn.commands.options import shown
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES, FAST, WITH_PYRAMID
 from itpn.system.console import RequiredOutput
-from itpn.tasks.recipes import describe, list_recipes, nearest, recipe_files
+from itpn.tasks.recipe_files import describe, list_recipes, nearest, recipe_files
 
 
 @dataclass(frozen=True)
 class List:
-    """Recipes and models."""
+    """List recipes and models."""
 
     pattern: Annotated[Positional[str], shown("[PATTERN]", "(default: all)")] = "*"
     """A part of the name, or a shell pattern, e.g. '*base*800e*'."""
@@ -41,7 +41,7 @@ class List:
 
 def describe_model(name: str) -> str:
     if name not in BACKBONES:
-        return f"model: {name.removesuffix('_pyramid')} and its pyramid, maps for detectors and segmenters"
+        return f"model: {name.removesuffix('_pyramid')} and its feature pyramid"
     settings = BACKBONES[name]
     about = ", ".join(f"{key} {value}" for key, value in settings.items() if key not in FAST)
     return f"model: {about}{', Fast-iTPN' if settings.keys() >= FAST.keys() else ''}"

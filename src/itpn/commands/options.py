@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
-from itpn.tasks.recipes import check_model_name
+from itpn.tasks.recipe_files import check_model_name
 from itpn.tasks.spec import task_of
 from itpn.training.config import check_start
 
@@ -23,11 +23,11 @@ def of_data(name: str, metavar: str, default: str, help: str) -> Any:
 
 Flag = FlagCreatePairsOff[bool]
 Checkpoint = Annotated[Positional[str], arg(metavar="CKPT")]
-MEMBERS = "Of tar shards, endings of the images to read, as jpg or seg.png, or all."
+MEMBERS = "In tar shards: endings of the members that are read as images, e.g. jpg or seg.png; or all."
 Members = Annotated[tuple[str, ...], of_data("members", "ENDING [ENDING ...]", "a sample's plain image", MEMBERS)]
-NUM_HEADS = "Attention heads, where the file cannot tell them (see itpn inspect)."
+NUM_HEADS = "Attention heads, for files that do not tell them (see `itpn inspect`)."
 NumHeads = Annotated[int | None, arg(metavar="N", help_behavior_hint="(optional)", help=NUM_HEADS)]
-TASK_FILE = "The recipe file that registers the task, where that is one of your own."
+TASK_FILE = "For tasks of your own: the recipe file that registers the task."
 TaskFile = Annotated[str | None, arg(name="recipe", metavar="FILE", help_behavior_hint="(optional)", help=TASK_FILE)]
 
 
@@ -41,7 +41,7 @@ class RecipeCommand:
     """
 
     recipe: Annotated[Positional[str], arg(metavar="RECIPE")]
-    """A name of `itpn list`, a recipe file or a run's config.yaml; its settings are options, see RECIPE --help."""
+    """A name of `itpn list`, a recipe file or a run's config.yaml. Its settings are options: give RECIPE --help."""
     config: Suppress[Any] = None
     given: Suppress[tuple[str, ...]] = ()
     task_file: TaskFile = None

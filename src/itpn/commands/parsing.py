@@ -1,5 +1,9 @@
 """Words of the command line as a command or as settings, or what is wrong with them in one line."""
 
+# Commands are not tyro's own subcommands. Of a union, tyro builds the parsers of all commands to use one; it answers
+# a misspelt command with a list instead of the nearest name; and it has to know every option beforehand, while those
+# of a recipe are known once its file is read.
+
 import contextlib
 import dataclasses
 import difflib
@@ -19,7 +23,7 @@ from itpn.commands.options import RecipeCommand
 from itpn.errors import UserError
 from itpn.system.checks import check_range
 from itpn.system.console import RequiredOutput, lost_output
-from itpn.tasks.recipes import nearest, read_recipe
+from itpn.tasks.recipe_files import nearest, read_recipe
 
 OPTION = re.compile("--?(?!inf|nan)[a-zA-Z]")
 Parsed = TypeVar("Parsed")

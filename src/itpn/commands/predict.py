@@ -20,20 +20,20 @@ from itpn.tasks.spec import find_task
 
 @dataclass(frozen=True)
 class Predict:
-    """Reconstruct, classify or detect, or write features."""
+    """Write what a checkpoint predicts for images, or features of the images."""
 
     checkpoint: Checkpoint
-    """A checkpoint of iTPN, Fast-iTPN or HiViT, see itpn inspect."""
+    """A checkpoint that `itpn inspect` knows."""
     images: Annotated[Positional[tuple[str, ...]], shown("IMAGE [IMAGE ...]", "(required)")]
     """Image files, tar shards or folders of either."""
     out: Annotated[Path | None, shown("DIR", "(default: the first new of predictions, predictions-2, ...)")] = None
     """Folder for the results."""
     seed: Annotated[int, shown("N")] = 0
-    """Of the masks of a pre-training model."""
+    """Seed of the random masks (pre-training models)."""
     min_score: Annotated[Fraction, shown("SCORE")] = 0.5
-    """Of objects, above 0.05."""
+    """Lowest score of the detections that are written; above 0.05."""
     features: Annotated[Path | None, shown("FILE", "(optional)")] = None
-    """Write features to this .safetensors or .npy file instead."""
+    """Write features of the images to this .safetensors or .npy file, and no predictions."""
     members: Members = ()
     max_pixels: Annotated[
         Count | None, of_data("max-pixels", "N", "the checkpoint's setting", "Images of more pixels are skipped.")
@@ -69,8 +69,7 @@ class Predict:
         head = spec_of(model).head
         if head is None:
             raise UserError(
-                f"checkpoint {self.checkpoint} has neither decoder, classifier, detector nor segmenter: it gives "
-                "--features FILE only"
+                f"checkpoint {self.checkpoint} has no head of any task, and predicts nothing: give --features FILE"
             )
         out = self.out or find_folder("predictions")
         make_folder(out)

@@ -15,7 +15,7 @@ from itpn.system.checks import Count, Range, Whole
 
 @dataclass(frozen=True)
 class Shrink:
-    """Images far larger than needed, once into shards of small ones to train from.
+    """Resize large images once, into shards of small ones to train from.
 
     Worth it where decoding is what training waits for: photographs of many megapixels. 512 px suit --data.img-size 224:
     the smallest random crops, a fifth of the area, are then about as large. Nothing is enlarged, and upright JPEGs that
@@ -28,13 +28,13 @@ class Shrink:
     out: Annotated[str, shown("DIR")]
     """Folder for the shards: the --data.root of training."""
     short_side: Annotated[Count, shown("PX")] = 512
-    """Height or width, the shorter."""
+    """Shorter side of the resized images."""
     quality: Annotated[int, Range(1, 100), shown("N")] = 95
-    """Of the JPEGs, 1 to 100."""
+    """JPEG quality, 1 to 100."""
     shard_size: Annotated[Count, shown("N")] = 512
-    """Images in each."""
+    """Images per shard."""
     num_workers: Annotated[Whole | None, shown("N", "(default: one for each core)")] = None
-    """Processes that shrink."""
+    """Worker processes."""
     members: Members = ()
     max_pixels: Annotated[Count | None, of_data("max-pixels", "N", "2**27", "Images of more pixels are left out.")] = (
         None

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 import unicodedata
+from collections.abc import Sequence
 
 from itpn.errors import MachineError, UserError
 
@@ -119,6 +120,12 @@ def readable(name: str) -> str:
 def one_line(text: str) -> str:
     """:func:`readable`, with line breaks and other control characters as escapes: what is printed or drawn."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], readable(text))
+
+
+def either(names: Sequence[str]) -> str:
+    """Choices in a sentence: "a", "a or b", "a, b or c"."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def as_class(name: str) -> str:

@@ -26,7 +26,7 @@ from itpn.tasks.parallel_runs import Plan, train_side_by_side
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.pretraining.prediction import mask_and_predict
-from itpn.tasks.recipes import read_recipe
+from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.inference import make_segmentation
 from itpn.training.config import AnyConfig, freeze

@@ -2,7 +2,8 @@
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -10,6 +11,7 @@ import lightning as L
 import torch
 from torch import nn
 
+from itpn.checkpoints.files import Checkpoint
 from itpn.data.batches import Batch, View, stack
 from itpn.data.evaluation import MakeView, make_evaluation_loader
 from itpn.data.normalize import Normalize
@@ -21,6 +23,20 @@ from itpn.training.module import TrainingModule
 
 Scores = TypeVar("Scores")
 Skipped = list[tuple[str, str]]  # names of images that cannot be read, and why
+
+
+@dataclass(frozen=True)
+class EvaluationRequest:
+    """What `itpn evaluate` is to evaluate.
+
+    Attributes:
+        given: names of the settings of data that were given; the others are the checkpoint's.
+        knn: features by k-NN, not the predictions of a head.
+    """
+
+    checkpoint: Checkpoint
+    given: Collection[str] = ()
+    knn: bool = False
 
 
 class Evaluator(ABC, Generic[Scores]):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from itpn.data.labelled import LabelledImages
 from itpn.data.normalize import Normalize
 from itpn.errors import refusal
 from itpn.models.backbone import find_backbone
@@ -17,16 +18,27 @@ from itpn.models.pyramid import find_pyramid
 from itpn.system.console import Output
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole, open_whole_text, write_whole
-from itpn.tasks.evaluation import nothing_readable
+from itpn.tasks.evaluation import Evaluator, Scores, nothing_readable
 
 Features = tuple[Tensor, Tensor, Tensor]  # image index int64 [n], label int64 [n], features float32 [n, C]
 
 
-def number_sets(loaders: Iterable[Iterable[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """The batches of several sets, with the number of their set."""
-    for number, loader in enumerate(loaders):
-        for batch in loader:
-            yield {**batch, "set": number}
+class FeatureEvaluator(Evaluator[Scores]):
+    """Evaluates the features of a frozen backbone: from those of some images, the classes of others are predicted.
+
+    Attributes:
+        known: the images to learn from.
+    """
+
+    known: LabelledImages
+
+    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
+        for number, images in enumerate((self.known, self.images)):
+            for batch in self.load(images, rank, world_size):
+                yield {**batch, "set": number}
+
+    def compare(self, network: nn.Module, batch: dict[str, Any]) -> Any:
+        return batch["set"], compute_features(network, self.normalize, batch)
 
 
 def compute_features(network: nn.Module, normalize: Normalize, batch: dict[str, Any]) -> Features:

@@ -2,11 +2,13 @@
 
 import functools
 import importlib
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from typing import Any
 
+from itpn.errors import UserError
 from itpn.models.heads import UnknownTask, register_head
 from itpn.training.config import RunConfig
 
@@ -22,7 +24,7 @@ class TaskSpec:
     Attributes:
         name: as ``config.task``, in files and messages.
         config: class of its settings.
-        head: () -> :class:`itpn.models.build.Head`, which builds the network and knows its tensors.
+        head: () -> :class:`itpn.models.heads.Head`, which builds the network and knows its tensors.
         check_data: (config) -> anything, for ``find_data``: finds missing images without importing torch.
         find_data: (config) -> :class:`itpn.tasks.data.RunData`, the images to train on and to evaluate on.
         resolve: (config, checkpoint, data) -> (config, notes): what the settings leave to the checkpoint (None where
@@ -44,15 +46,16 @@ class TaskSpec:
 
     Attributes:
         evaluation_options: beginnings of the options that `itpn evaluate` takes beside those of every task.
-        resolve_evaluation: (config, checkpoint, given, knn) -> (config, arguments of the network): as the checkpoint
-            was trained, but for the settings of the data that were given.
-        find_evaluation_data: (config, checkpoint, network, given, knn) -> (evaluator, which images it evaluates on).
+        evaluation_hints: what to say of an option that `itpn evaluate` does not take, where another is meant.
+        resolve_evaluation: (config, request) -> (config, arguments of the network): as the checkpoint of the
+            :class:`itpn.tasks.evaluation.EvaluationRequest` was trained, but for the settings of data that were given.
+        find_evaluation_data: (config, network, request) -> (evaluator, which images it evaluates on).
         knn: whether it can evaluate features by k-NN, without a head (`itpn evaluate --knn`).
         predict: (network, checkpoint, source, options) for `itpn predict`; options are a
             :class:`itpn.tasks.prediction.PredictionOptions`.
         export: (network, checkpoint, out, size, dynamic_size, metadata) -> :class:`itpn.tasks.export.Exported`;
             None where nothing is to be exported.
-        describe: (name, config, checkpoint) -> rows of `itpn info`, see :mod:`itpn.tasks.info`.
+        describe: (config, checkpoint) -> rows of `itpn info`, see :mod:`itpn.tasks.info`.
         cache_features: (config, found early, out, views, half) for `itpn cache-features`; None without a teacher.
     """
 
@@ -73,6 +76,7 @@ class TaskSpec:
     train: Callable[..., Any] | None = None
     check_data: Callable[..., Any] | None = None
     evaluation_options: Collection[str] = ()
+    evaluation_hints: Mapping[str, str] = field(default_factory=dict)
     resolve_evaluation: Callable[..., Any] | None = None
     find_evaluation_data: Callable[..., Any] | None = None
     knn: bool = False
@@ -96,16 +100,31 @@ def parts_in(folder: str) -> dict[str, Any]:
 
 
 _TASKS: dict[str, TaskSpec] = {}
+_MODULES: dict[str, str] = {}  # which registered them
 
 
 def register_task(spec: TaskSpec) -> TaskSpec:
     """Make a task known: a line in a package, or in a recipe file of a task of one's own.
 
-    An installed package may name a :class:`TaskSpec` as an entry point of the group ``itpn.tasks`` instead.
+    An installed package may name a :class:`TaskSpec` as an entry point of the group ``itpn.tasks`` instead. A recipe
+    file that is read again registers its task again.
+
+    Raises:
+        ValueError: its settings are of another name, or another module has registered a task of this name.
     """
+    return _register(spec, sys._getframe(1).f_globals["__name__"])
+
+
+def _register(spec: TaskSpec, module: str) -> TaskSpec:
     if spec.config.task != spec.name:
         raise ValueError(f"{spec.config.__name__}.task is {spec.config.task!r}, not {spec.name!r}")
-    _TASKS[spec.name] = spec
+    known = _TASKS.get(spec.name)
+    if known == spec:
+        return spec
+    if known is not None and module != _MODULES[spec.name]:
+        owner = getattr(sys.modules.get(_MODULES[spec.name]), "__file__", _MODULES[spec.name])
+        raise ValueError(f"{owner} has registered a task {spec.name!r} already: choose another name")
+    _TASKS[spec.name], _MODULES[spec.name] = spec, module
     register_head(spec.name, spec.head)
     return spec
 
@@ -152,6 +171,17 @@ def all_tasks() -> list[TaskSpec]:
 
 @functools.cache
 def load_installed_tasks() -> None:
-    """Register the tasks of installed packages."""
+    """Register the tasks of installed packages.
+
+    Raises:
+        UserError: one of them cannot be imported, or is no task that can be registered.
+    """
     for entry in entry_points(group=ENTRY_POINTS):
-        register_task(entry.load())
+        try:
+            _register(entry.load(), entry.module)
+        except Exception as error:  # whatever the code of others may raise
+            package = entry.module if entry.dist is None else entry.dist.name
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(
+                f"the installed package {package} cannot register its task {entry.name}; mend or uninstall it: {reason}"
+            ) from error

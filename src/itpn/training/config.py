@@ -147,12 +147,12 @@ class TrainerConfig(Settings):
     """Machines; None for what torchrun or Slurm started, else one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What several processes hold: ddp a copy of everything each, fsdp each a part of parameters, gradients and AdamW's
-    moments (pre-training alone, without visualizations)."""
+    moments (not for every task, and without visualizations)."""
     accumulate_grad_batches: Count = 1
     """Forward passes per optimizer step; the global batch grows with it."""
     compile: bool | None = None
     """Compile the network, and the EMA of its weights, with torch.compile: a minute or more at the start, faster steps.
-    None compiles on a GPU, for pre-training."""
+    None compiles on a GPU, where the task gains by it."""
     checkpoint_every_n_steps: Count = 500
     """Optimizer steps between checkpoints: what a crash loses at most."""
     keep_checkpoints: Count = 3
@@ -178,7 +178,7 @@ class RunConfig(Settings):
     free: ClassVar[Mapping[str, frozenset[str]]] = {
         "model": frozenset({"checkpoint", "grad_checkpointing"}),
         "data": frozenset({"num_workers", "max_corrupt"}),
-        "evaluation": frozenset({"every_n_epochs", "batch_size", "knn_k"}),
+        "evaluation": frozenset({"every_n_epochs", "batch_size"}),
         "trainer": frozenset(
             {
                 *("max_epochs", "max_steps", "precision", "accelerator", "devices", "num_nodes", "compile"),
@@ -221,7 +221,7 @@ class RunConfig(Settings):
 
     def sharding_problem(self) -> str | None:
         """Why the run cannot be sharded (`--trainer.strategy fsdp`); None where it can."""
-        return f"is for pre-training, not for {self.task}"
+        return f"is not for runs of {self.task}"
 
 
 def check_start(config: RunConfig, recipe: str) -> None:

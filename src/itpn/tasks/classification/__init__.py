@@ -13,6 +13,9 @@ TASK = TaskSpec(
         *("--data.root", "--data.members", "--data.val-root", "--data.val-fraction", "--data.label-fraction"),
         *("--data.test-size", "--data.crop-pct", "--data.interpolation", "--data.mean", "--data.std"),
     ),
+    evaluation_hints={
+        "--data.img-size": "images are evaluated at the checkpoint's size: give --data.test-size for another"
+    },
     resolve_evaluation=lazy(f"{__name__}.evaluation:resolve_evaluation"),
     find_evaluation_data=lazy(f"{__name__}.evaluation:find_evaluation_data"),
     export=lazy("itpn.tasks.export:export"),

@@ -1,5 +1,6 @@
 """Settings of a classifier's run: fine-tuning, training from scratch, or a probe of frozen features."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -91,6 +92,10 @@ class ClassificationConfig(RunConfig):
     """Settings of a classifier's run."""
 
     task: ClassVar[str] = "classification"
+    free: ClassVar[Mapping[str, frozenset[str]]] = {
+        **RunConfig.free,
+        "evaluation": RunConfig.free["evaluation"] | {"knn_k"},
+    }
     model: ClassificationModelConfig = field(default_factory=ClassificationModelConfig)
     data: ClassificationDataConfig = field(default_factory=ClassificationDataConfig)
     optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +32,8 @@ from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
 from itpn.tasks.classification.network import resolve
 from itpn.tasks.data import NO_IMAGES, RunData
-from itpn.tasks.evaluation import Evaluator, match_classes, real_paths
-from itpn.tasks.features import compute_features, join_sets, number_sets
+from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths
+from itpn.tasks.features import FeatureEvaluator, join_sets
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.training.config import image_size
 
@@ -96,7 +96,7 @@ class ClassificationEvaluator(Evaluator[Scores]):
         return {"accuracy": f"{'; '.join(shown)} of {len(self):,} images"}
 
 
-class KnnEvaluator(ClassificationEvaluator):
+class KnnEvaluator(FeatureEvaluator[Scores], ClassificationEvaluator):
     """k nearest neighbours among the features of training images (Wu et al. 2018), without a classifier.
 
     Args:
@@ -107,12 +107,6 @@ class KnnEvaluator(ClassificationEvaluator):
         super().__init__(config, images)
         self.about = {"by": f"{config.evaluation.knn_k} nearest neighbours"}
         self.known = known
-
-    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
-        return number_sets(self.load(images, rank, world_size) for images in (self.known, self.images))
-
-    def compare(self, network: nn.Module, batch: dict[str, Any]) -> Any:
-        return batch["set"], compute_features(network, self.normalize, batch)
 
     def score(self, parts: Sequence[Any]) -> Scores:
         (_, train_labels, train), (index, labels, test) = join_sets(parts)
@@ -144,7 +138,7 @@ def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:
 
 
 def resolve_evaluation(
-    config: ClassificationConfig, found: Checkpoint, given: Collection[str], knn: bool
+    config: ClassificationConfig, request: EvaluationRequest
 ) -> tuple[ClassificationConfig, dict[str, Any]]:
     """Settings with the checkpoint's network and images, but for the settings of the data that were given.
 
@@ -156,7 +150,9 @@ def resolve_evaluation(
     Raises:
         UserError: the checkpoint has no classifier.
     """
-    if not knn and "backbone.head.weight" not in found.tensors:
+    found, given = request.checkpoint, request.given
+    contents = found.contents
+    if not request.knn and config.task not in contents.heads:
         raise UserError(
             f"checkpoint {found.source} has no classifier: give --knn to evaluate its features, or fine-tune it first"
         )
@@ -164,7 +160,7 @@ def resolve_evaluation(
     stored = {name for name in ("mean", "std", "crop_pct", "interpolation") if name in preprocessing} - {*given}
     values: dict[str, Any] = {name: preprocessing[name] if name == "interpolation" else None for name in stored}
     data = replace(config.data, img_size=None, **values)
-    in_chans = found.contents.backbone.get("in_chans", 3)
+    in_chans = contents.backbone.get("in_chans", 3)
     model = replace(config.model, name=None, patch_size=None, in_chans=in_chans)
     seed = config.seed
     if trained_on(config, found) and "val_fraction" not in given:
@@ -177,18 +173,16 @@ def trained_on(config: ClassificationConfig, found: Checkpoint) -> bool:
     return real_paths(*found.settings.get("data", {}).get("root", ())) == real_paths(*config.data.root)
 
 
-def find_evaluation_data(
-    config: ClassificationConfig, found: Checkpoint, model: Backbone, given: Collection[str], knn: bool
-) -> tuple[Any, str]:
+def find_evaluation_data(config: ClassificationConfig, model: Backbone, request: EvaluationRequest) -> tuple[Any, str]:
     """The evaluator, and which images it evaluates on.
 
     Raises:
         UserError: no images, or classes that the model does not know.
     """
-    data = config.data
+    data, found = config.data, request.checkpoint
     which = f"of {', '.join(data.val_root or data.root)}"
     own = read_split(data.val_root or data.root, "val", optional=data.val_root is None, members=data.members)
-    if knn:
+    if request.knn:
         images = find_data(config)
         if images.val is None:
             raise UserError(f"{', '.join(data.root)}: {NO_IMAGES}")
@@ -198,7 +192,7 @@ def find_evaluation_data(
         own = read_split(data.root, "train", members=data.members)
         assert own is not None  # which is not optional
         # a folder of classes alone: a test set, unless the network was trained on it
-        if trained_on(config, found) or "val_fraction" in given:
+        if trained_on(config, found) or "val_fraction" in request.given:
             _, held_out = find_labelled(data.root, None, data.val_fraction, config.seed, data.members)
             if held_out is not None:
                 own, which = held_out, f"{data.val_fraction:.0%} held out {which}"

@@ -137,7 +137,7 @@ def build_recipe(
     return build_classifier(config, name_classes(found, num_classes or theirs["num_classes"]), found)
 
 
-def describe(name: str, config: ClassificationConfig, found: Checkpoint | None) -> Rows:
+def describe(config: ClassificationConfig, found: Checkpoint | None) -> Rows:
     backbone = find_backbone(build_recipe(config, None, found)[0])
     size = (backbone.image_shape[1], backbone.image_shape[2])
     return [

@@ -1,14 +1,13 @@
 """Evaluation of detectors: COCO's metrics."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from itpn.checkpoints.files import Checkpoint
 from itpn.data.annotations import read_objects
 from itpn.data.batches import collect
 from itpn.data.normalize import Normalize
@@ -20,7 +19,7 @@ from itpn.models.detector import Detector
 from itpn.tasks.data import tell
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
-from itpn.tasks.evaluation import Evaluator, match_classes
+from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes
 
 Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images they are of
 
@@ -113,9 +112,7 @@ def view_whole(image: Tensor, known: dict[str, Any]) -> dict[str, Any]:
 # --- itpn evaluate
 
 
-def resolve_evaluation(
-    config: DetectionConfig, found: Checkpoint, given: Collection[str], knn: bool
-) -> tuple[DetectionConfig, dict[str, Any]]:
+def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> tuple[DetectionConfig, dict[str, Any]]:
     """Settings with the checkpoint's network, and the sizes of images that were given instead of the checkpoint's.
 
     Returns:
@@ -124,8 +121,11 @@ def resolve_evaluation(
     Raises:
         UserError: the checkpoint has no detector.
     """
-    if "roi_heads.box_predictor.cls_score.weight" not in found.tensors:
-        raise UserError(f"checkpoint {found.source} has no detector: fine-tune it first (itpn train detector_small)")
+    given = request.given
+    if config.task not in request.checkpoint.contents.heads:
+        raise UserError(
+            f"checkpoint {request.checkpoint.source} has no detector: fine-tune it first (itpn train detector_small)"
+        )
     sizes: dict[str, Any] = {}
     if "img_size" in given:
         sizes = {"min_size": config.data.img_size, "max_size": config.data.longest}
@@ -135,7 +135,7 @@ def resolve_evaluation(
 
 
 def find_evaluation_data(
-    config: DetectionConfig, found: Checkpoint, model: Detector, given: Collection[str], knn: bool
+    config: DetectionConfig, model: Detector, request: EvaluationRequest
 ) -> tuple[DetectionEvaluator, str]:
     """The evaluator, and which images it evaluates on.
 
@@ -152,5 +152,5 @@ def find_evaluation_data(
     if model.has_masks and images.has_masks and images.mask_counts[1]:
         tell(f"{images.mask_counts[1]:,} objects without a mask are left out")
         images = images.with_masks()
-    images = match_classes(images, found.metadata.get("classes"), model.num_classes - 1)
+    images = match_classes(images, request.checkpoint.metadata.get("classes"), model.num_classes - 1)
     return DetectionEvaluator(config, images, model.has_masks), where

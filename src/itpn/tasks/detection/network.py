@@ -158,7 +158,7 @@ def build_recipe(
     return build_detector(config, name_classes(found, num_classes or theirs["num_classes"] - 1), masks, found)
 
 
-def describe(name: str, config: DetectionConfig, found: Checkpoint | None) -> Rows:
+def describe(config: DetectionConfig, found: Checkpoint | None) -> Rows:
     model = build_recipe(config, None, found)[0]
     assert isinstance(model, Detector)
     step = model.transform.size_divisible  # as torchvision pads an image whose sides are 3:5

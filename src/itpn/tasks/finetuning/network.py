@@ -15,7 +15,7 @@ from itpn.errors import UserError
 from itpn.models.spec import NetworkSpec, find_variant, same_sizes
 from itpn.models.variants import BACKBONES
 from itpn.tasks.finetuning.config import NetworkConfig
-from itpn.tasks.recipes import check_model_name
+from itpn.tasks.recipe_files import check_model_name
 from itpn.training.config import AnyConfig
 from itpn.training.launch import choose_devices, read_launch
 

@@ -1,25 +1,23 @@
 """How good the backbone's features are: k-NN and a linear classifier on labelled images."""
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
 
 from itpn.data.augment import EvaluationTransform
 from itpn.data.evaluation import view_labelled
 from itpn.data.labelled import LabelledImages
 from itpn.data.normalize import Normalize
 from itpn.metrics.features import knn_accuracy, linear_accuracy
-from itpn.tasks.evaluation import Evaluator
-from itpn.tasks.features import compute_features, join_sets, number_sets
+from itpn.tasks.features import FeatureEvaluator, join_sets
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import PretrainingData
 from itpn.training.config import image_size
 
 
-class ProbeEvaluator(Evaluator[dict[str, float]]):
+class ProbeEvaluator(FeatureEvaluator[dict[str, float]]):
     """Top-1 accuracy of k-NN and of a linear classifier on the mean features of frozen images.
 
     Args:
@@ -38,12 +36,6 @@ class ProbeEvaluator(Evaluator[dict[str, float]]):
     @property
     def batch_size(self) -> int:
         return int(self.config.data.batch_size)
-
-    def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
-        return number_sets(self.load(images, rank, world_size) for images in (self.known, self.images))
-
-    def compare(self, network: nn.Module, batch: dict[str, Any]) -> Any:
-        return batch["set"], compute_features(network, self.normalize, batch)
 
     def score(self, parts: Sequence[Any]) -> dict[str, float]:
         (_, train_labels, train), (_, labels, test) = join_sets(parts)

@@ -15,7 +15,7 @@ from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
 from itpn.tasks.pretraining.config import PretrainingConfig, PretrainingModelConfig, TeacherConfig, check_model
 from itpn.tasks.pretraining.data import PretrainingData
 from itpn.tasks.pretraining.weights import load_weights
-from itpn.tasks.recipes import check_model_name
+from itpn.tasks.recipe_files import check_model_name
 from itpn.training.config import image_size
 
 TASK = PretrainingConfig.task

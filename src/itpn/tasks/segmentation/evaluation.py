@@ -1,7 +1,7 @@
 """Evaluation of segmenters: mean IoU and accuracy over all pixels of a set."""
 
 import functools
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from itpn.metrics.classification import rank_classes
 from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.data import RunData
-from itpn.tasks.evaluation import Evaluator, match_classes, real_paths
+from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import resolve_with_head
 from itpn.tasks.segmentation.config import SegmentationConfig
@@ -97,7 +97,7 @@ def view_scene(table: LabelTable, max_pixels: int, image: Tensor, mask: str) -> 
 
 
 def resolve_evaluation(
-    config: SegmentationConfig, found: Checkpoint, given: Collection[str], knn: bool = False
+    config: SegmentationConfig, request: EvaluationRequest
 ) -> tuple[SegmentationConfig, dict[str, Any]]:
     """Settings with the checkpoint's network and images, but for the settings of the data that were given.
 
@@ -109,7 +109,8 @@ def resolve_evaluation(
     Raises:
         UserError: the checkpoint has no segmenter.
     """
-    if "classifier.weight" not in found.tensors:
+    found = request.checkpoint
+    if config.task not in found.contents.heads:
         raise UserError(f"checkpoint {found.source} has no segmenter: fine-tune it first (itpn train segmenter_small)")
     own, trained, data, seed = found.preprocessing, found.settings.get("data", {}), config.data, config.seed
     values: dict[str, Any] = {"mean": None, "std": None, "short_side": trained.get("short_side")}
@@ -125,7 +126,7 @@ def resolve_evaluation(
         values["img_size"] = own["size"][0]
     if "interpolation" in own:
         values["interpolation"] = own["interpolation"]
-    values = {name: value for name, value in values.items() if name not in given}
+    values = {name: value for name, value in values.items() if name not in request.given}
     if not same:
         values["val_fraction"] = 0.0  # another folder of one set is for evaluation as a whole
     model = replace(config.model, name=None, patch_size=None)
@@ -134,14 +135,14 @@ def resolve_evaluation(
 
 
 def find_evaluation_data(
-    config: SegmentationConfig, found: Checkpoint, model: Segmenter, given: Collection[str], knn: bool
+    config: SegmentationConfig, model: Segmenter, request: EvaluationRequest
 ) -> tuple[SegmentationEvaluator, str]:
     """The evaluator, and which images it evaluates on.
 
     Raises:
         UserError: no images, or masks of classes that the model does not know.
     """
-    data = config.data
+    data, found = config.data, request.checkpoint
     own, held_out = read_to_evaluate(**describe_sets(config), names=_names(config, found))
     images = match_classes(own, found.metadata.get("classes"), model.num_classes, "masks")
     which = f"{data.val_fraction:.0%} held out of " * held_out + (data.val_root or data.root)

@@ -130,7 +130,7 @@ def build_recipe(
     return build_segmenter(config, name_classes(found, num_classes or theirs["num_classes"]), found)
 
 
-def describe(name: str, config: SegmentationConfig, found: Checkpoint | None) -> Rows:
+def describe(config: SegmentationConfig, found: Checkpoint | None) -> Rows:
     model = build_recipe(config, None, found)[0]
     assert isinstance(model, Segmenter)
     step = model.backbone.backbone.patch_size

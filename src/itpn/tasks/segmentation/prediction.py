@@ -15,6 +15,7 @@ from itpn.system.text import as_file_name
 from itpn.system.writing import name_output
 from itpn.tasks.data import RunData
 from itpn.tasks.drawing import draw_labels, save_labels, save_whole, tile_images
+from itpn.tasks.evaluation import EvaluationRequest
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
 from itpn.tasks.segmentation.config import SegmentationConfig
@@ -31,7 +32,7 @@ def predict(model: Segmenter, found: Checkpoint, source: ImageSource, options: P
 
     The files say which fraction of each image is of which class.
     """
-    config = freeze(resolve_evaluation(SegmentationConfig(), found, ())[0])
+    config = freeze(resolve_evaluation(SegmentationConfig(), EvaluationRequest(found))[0])
     segment, normalize, out = make_segmentation(config), make_normalize(config), options.out
     names = found.metadata.get("classes") or [str(number) for number in range(model.num_classes)]
     colours = [tuple(colour) for colour in found.metadata.get("colours") or ()] or None
