@@ -136,7 +136,8 @@ def parse_command(name: str, words: list[str]) -> Any:
 
 def import_task(words: list[str]) -> None:
     """Import the recipe file of a task of the user's own, `--recipe FILE`, which registers it."""
-    for word, following in itertools.pairwise([*words, ""]):
-        option, equals, value = word.partition("=")
-        if option == "--recipe" and (equals or following):
-            read_recipe(value if equals else following)
+    for word, following in itertools.pairwise([*words, None]):
+        option, equals, value = str(word).partition("=")
+        given = value if equals else following
+        if option == "--recipe" and given is not None:
+            read_recipe(given)

@@ -534,7 +534,7 @@ def test_evaluating_what_has_no_classifier(tmp_path, coloured, capsys):
     path = save_public(tmp_path, "mm_pixel")
     command = ["evaluate", "classifier_small", "--data.root", str(coloured), "--out", str(tmp_path / "e")]
     assert main([*command, "--checkpoint", str(path)]) == 2
-    assert "has no classifier: give --knn" in capsys.readouterr().err
+    assert "has no classification head: give --knn" in capsys.readouterr().err
     path = save_public(tmp_path, "off_pixel_finetune")
     assert main([*command, "--checkpoint", str(path)]) == 2
     assert "the images have 3 classes and the model 10" in capsys.readouterr().err

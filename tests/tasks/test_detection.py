@@ -530,7 +530,7 @@ def test_evaluating_what_is_no_detector(shapes, trained, tmp_path, capsys):
     save_weights(tmp_path / "pretrained.safetensors", build_from(config), "test", config)
     command = ["evaluate", "detector_nano", "--data.root", str(shapes), "--checkpoint"]
     assert main([*command, str(tmp_path / "pretrained.safetensors")]) == 2
-    assert "has no detector: fine-tune it first" in capsys.readouterr().err
+    assert "has no detection head: fine-tune it first (itpn train detector_small)" in capsys.readouterr().err
     other = Path(shutil.copytree(shapes, tmp_path / "other"))
     file = other / "annotations" / "instances_val2017.json"
     file.write_text(file.read_text().replace('"star"', '"comet"'))

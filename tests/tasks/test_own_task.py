@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -95,9 +96,10 @@ def test_training_resumes_from_the_settings_of_the_run(trained, capsys):
         (["build_evaluator"], "24 images (3 classes), 32 px"),
     ],
 )
-def test_a_task_without_its_optional_parts(trained, tmp_path, capsys, without, line):
+def test_a_task_without_its_optional_parts(trained, tmp_path, capsys, monkeypatch, without, line):
     _, config = read_recipe(RECIPE)
-    spec.register_task(replace(spec.task_of(config), **dict.fromkeys(without)))
+    task = replace(spec.task_of(config), **dict.fromkeys(without))
+    monkeypatch.setitem(spec._TASKS, task.name, task)
     config.data.root, config.data.img_size, config.data.num_workers = str(trained[0]), 32, 0
     config.model.name, config.model.patch_size = "itpn_nano", 8
     config.trainer.max_steps, config.output_dir = 1, str(tmp_path)
@@ -143,7 +145,13 @@ def test_a_classifier_of_another_task(trained, tmp_path, capsys):
     """The file says whose head its tensors are."""
     command = ["evaluate", "classifier_small", "--checkpoint", str(trained[1]), "--recipe", RECIPE]
     assert main([*command, "--data.root", str(tmp_path)]) == 2
-    assert "has no classifier: give --knn" in capsys.readouterr().err
+    assert "has no classification head: give --knn" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_another_task(tmp_path, capsys):
+    itpn.save_pretrained(timm.create_model("itpn_nano", img_size=32, num_classes=3), tmp_path / "other")
+    assert main(["evaluate", RECIPE, "--checkpoint", str(tmp_path / "other"), "--data.root", str(tmp_path)]) == 2
+    assert "has no multi_label head: fine-tune it first\n" in capsys.readouterr().err
 
 
 def test_its_weights_are_loaded_whole(trained):

@@ -531,7 +531,7 @@ def test_impossible_settings(shapes, options, words, capsys, tmp_path):
 def test_evaluating_what_is_no_segmenter(shapes, trained, pretrained, tmp_path, capsys):
     command = ["evaluate", "segmenter_nano", "--data.root", str(shapes), "--checkpoint"]
     assert main([*command, str(pretrained)]) == 2
-    assert "has no segmenter: fine-tune it first" in capsys.readouterr().err
+    assert "has no segmentation head: fine-tune it first (itpn train segmenter_small)" in capsys.readouterr().err
     other = Path(shutil.copytree(shapes, tmp_path / "other"))
     (other / "classes.txt").write_text((other / "classes.txt").read_text().replace("star", "comet"))
     command[3] = str(other)

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from itpn.checkpoints.paths import HUB, check_file
 from itpn.commands.options import Flag, RecipeCommand, shown
@@ -48,7 +48,10 @@ class Evaluate(RecipeCommand):
             raise UserError(f"--knn is for recipes of {either(names)}, not of {task.name}")
         self._check_given((*SETTINGS, *task.evaluation_options), {**HINTS, **task.evaluation_hints})
         check_file(self.checkpoint)
-        config = replace(self.config, model=replace(self.config.model, checkpoint=self.checkpoint, scratch=False))
+        start: dict[str, Any] = {"checkpoint": self.checkpoint}
+        if hasattr(self.config.model, "scratch"):
+            start["scratch"] = False
+        config = replace(self.config, model=replace(self.config.model, **start))
         config.check()
         given = {option.removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in self.given}
         self._evaluate(task, config, given)
@@ -59,6 +62,14 @@ class Evaluate(RecipeCommand):
                 raise UserError(hints[option])
             if not option.startswith(known):
                 raise UserError(f"{option} has no meaning here: the network is the checkpoint's, and it is not trained")
+
+    def _check_head(self, task: TaskSpec, heads: Collection[str]) -> None:
+        if self.knn or task.name in heads:
+            return
+        recipe = task.head().recipe
+        ways = ["give --knn to evaluate its features, or "] * task.knn
+        ways += ["fine-tune it first", f" (itpn train {recipe})" if recipe else ""]
+        raise UserError(f"checkpoint {self.checkpoint} has no {task.name} head: {''.join(ways)}")
 
     def _evaluate(self, task: TaskSpec, config: RunConfig, given: Collection[str]) -> None:
         """Evaluate on the images that the settings name; settings of data in ``given`` are not the checkpoint's."""
@@ -71,6 +82,7 @@ class Evaluate(RecipeCommand):
         assert task.find_evaluation_data is not None
         found = read_checkpoint(self.checkpoint)
         check_finite(found)
+        self._check_head(task, found.contents.heads)
         request = EvaluationRequest(found, given, self.knn)
         config, arguments = task.resolve_evaluation(config, request)
         config = freeze(config)

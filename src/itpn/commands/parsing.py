@@ -13,6 +13,7 @@ import itertools
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
@@ -25,6 +26,7 @@ from itpn.system.checks import check_range
 from itpn.system.console import RequiredOutput, lost_output
 from itpn.tasks.recipe_files import nearest, read_recipe
 
+NUMBERS = {"INT": "a whole number", "FLOAT": "a number"}
 OPTION = re.compile("--?(?!inf|nan)[a-zA-Z]")
 Parsed = TypeVar("Parsed")
 AnyRecipeCommand = TypeVar("AnyRecipeCommand", bound=RecipeCommand)
@@ -75,10 +77,14 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
     fields = list(read_fields(cls))
     types = {option: field.kind for field in fields for option in field.options}
     required = [field.usage for field in fields if field.required and default is None]
-    usage = " ".join(["usage:", prog, *(field.usage for field in fields if field.usage), "[options]"])
+    usage = " ".join(["usage:", prog, *(field.usage for field in fields if field.usage), *["[options]"][: len(types)]])
     summary, details = split_doc(cls)
     if holding := next((word for word in words if "=" in word and types.get(_option(word)) is bool), None):
         raise UserError(f"{holding.partition('=')[0]} takes no value, not {holding!r}")
+    for word, following in itertools.pairwise([*words, "-"]):
+        option, equals, value = word.partition("=")
+        if Path in (kind := types.get(_option(word)), *get_args(kind)) and (value if equals else following) == "":
+            raise UserError(f"{option} is empty: give a file or folder, or leave it out")
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -170,6 +176,15 @@ def _translate(box: str, required: list[str], usage: str) -> str:
     begin = next((number for number, line in enumerate(lines) if not line.startswith("---")), 0)
     text = " ".join(itertools.takewhile(lambda line: not line.startswith(("─", "---")), lines[begin:]))
     text = re.sub(r"\[/?bold\]", "", text).partition(" Got errors:")[0].strip()
+    if wrong := re.fullmatch(
+        r"Error parsing ([^\s/]+)\S*: (invalid literal for int|could not convert string).*: ('.*')", text
+    ):
+        return f"{wrong[1]} must be {NUMBERS['INT' if wrong[2].endswith('int') else 'FLOAT']}, not {wrong[3]}"
+    if wrong := re.fullmatch(
+        r"Error parsing ([^\s/]+)\S*: no type matching (.*) could be instantiated from \[(.*)\]\.", text
+    ):
+        kinds = re.sub(r"[{}]", "", wrong[2].replace("{None}|", "")).split("|")
+        return f"{wrong[1]} must be {' or '.join(NUMBERS.get(kind, kind) for kind in kinds)}, not {wrong[3]}"
     text = text.replace(" Expected 1 values.", "").replace("{None}|", "")
     if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)\.", text):
         value, option, known = choice.groups()
@@ -182,7 +197,7 @@ def _reject(word: str, known: list[str], usage: str) -> str:
     """What to say of a word that is no option, or that has no place."""
     option = word.partition("=")[0]
     if not OPTION.match(option):
-        return f"unexpected {word!r}; {usage}, and options are written --name VALUE"
+        return f"unexpected {word!r}; {usage}" + (", and options are written --name VALUE" if known else "")
     # "--batch-size" is meant as often as "--data.batchsize": compare whole names and last parts
     by_last = {name.rpartition(".")[2].removeprefix("--"): name for name in known}
     last = option.rpartition(".")[2].removeprefix("--").replace("_", "-")

@@ -12,7 +12,7 @@ from itpn.checkpoints.paths import check_file
 from itpn.commands.options import Checkpoint, Members, TaskFile, of_data, shown
 from itpn.data.files import find_images
 from itpn.errors import UserError
-from itpn.system.checks import Count, Fraction
+from itpn.system.checks import Fraction, PositiveInt
 from itpn.system.console import print_note
 from itpn.system.writing import make_folder, writing_to
 from itpn.tasks.spec import find_task
@@ -36,7 +36,7 @@ class Predict:
     """Write features of the images to this .safetensors or .npy file, and no predictions."""
     members: Members = ()
     max_pixels: Annotated[
-        Count | None, of_data("max-pixels", "N", "the checkpoint's setting", "Images of more pixels are skipped.")
+        PositiveInt | None, of_data("max-pixels", "N", "the checkpoint's setting", "Images of more pixels are skipped.")
     ] = None
     task_file: TaskFile = None
 

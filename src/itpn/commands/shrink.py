@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from itpn.commands.options import Members, of_data, shown
 from itpn.data.files import find_splits
 from itpn.errors import UserError
-from itpn.system.checks import Count, Range, Whole
+from itpn.system.checks import NonNegativeInt, PositiveInt, Range
 
 
 @dataclass(frozen=True)
@@ -27,18 +27,18 @@ class Shrink:
     """Folders of images, or of tar shards."""
     out: Annotated[str, shown("DIR")]
     """Folder for the shards: the --data.root of training."""
-    short_side: Annotated[Count, shown("PX")] = 512
+    short_side: Annotated[PositiveInt, shown("PX")] = 512
     """Shorter side of the resized images."""
     quality: Annotated[int, Range(1, 100), shown("N")] = 95
     """JPEG quality, 1 to 100."""
-    shard_size: Annotated[Count, shown("N")] = 512
+    shard_size: Annotated[PositiveInt, shown("N")] = 512
     """Images per shard."""
-    num_workers: Annotated[Whole | None, shown("N", "(default: one for each core)")] = None
+    num_workers: Annotated[NonNegativeInt | None, shown("N", "(default: one for each core)")] = None
     """Worker processes."""
     members: Members = ()
-    max_pixels: Annotated[Count | None, of_data("max-pixels", "N", "2**27", "Images of more pixels are left out.")] = (
-        None
-    )
+    max_pixels: Annotated[
+        PositiveInt | None, of_data("max-pixels", "N", "2**27", "Images of more pixels are left out.")
+    ] = None
 
     def run(self) -> None:
         if not self.out or not all(self.images):

@@ -56,7 +56,7 @@ class Decoder(nn.Module):
         ValueError: ``width`` is not divisible by 16 and ``num_heads``.
     """
 
-    def __init__(
+    def __init__(  # many parameters: where the published decoders differ
         self,
         grid: Grid,
         heads: dict[str, int],

@@ -112,7 +112,7 @@ class Backbone(nn.Module):
 
 
 def find_backbone(model: nn.Module) -> Backbone:
-    """The backbone that a model is, or that its ``backbone`` is or has."""
+    """The first :class:`Backbone` among a model, its ``backbone``, the ``backbone`` of that, and so on."""
     while not isinstance(model, Backbone):
         model = model.backbone  # type: ignore[assignment]  # a module; otherwise an AttributeError
     return model

@@ -63,7 +63,7 @@ class Detector(TimmConventionsMixin, FasterRCNN):
         ValueError: the backbone returns other maps, or there are fewer than two classes.
     """
 
-    def __init__(
+    def __init__(  # many parameters: torchvision's own, under its names
         self,
         backbone: "PyramidBackbone | FPNBackbone",
         num_classes: int,

@@ -89,7 +89,7 @@ class HiViT(Backbone):
         ValueError: the sizes do not fit one another.
     """
 
-    def __init__(
+    def __init__(  # long, as timm's: one parameter for each option of a published network
         self,
         img_size: int | tuple[int, int] = 224,
         patch_size: int = 16,

@@ -257,7 +257,7 @@ class TransformerBlock(nn.Module):
     With ``skip`` it returns no output for the first so many tokens, [B, N - skip, C]; the others still attend to them.
     """
 
-    def __init__(
+    def __init__(  # many parameters: the options of attention and of the feed-forward layer
         self,
         dim: int,
         num_heads: int,

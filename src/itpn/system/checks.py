@@ -10,16 +10,16 @@ from itpn.errors import UserError
 
 @dataclass(frozen=True)
 class Range:
-    """In an annotation: what a number may be, from ``least`` to ``most``; ``above`` that least."""
+    """In an annotation: the range of a number, ``least`` to ``most``; with ``above``, ``least`` itself is excluded."""
 
     least: float
     most: float = math.inf
     above: bool = False
 
 
-Count = Annotated[int, Range(1)]
-Whole = Annotated[int, Range(0)]
-Amount = Annotated[float, Range(0)]
+PositiveInt = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+NonNegativeFloat = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 PositiveFraction = Annotated[float, Range(0, 1, above=True)]
 
@@ -35,7 +35,13 @@ def check_range(value: Any, hint: Any, what: str) -> None:
             continue
         if not limits.least <= value <= limits.most or value == math.inf:
             bounded = f"lie between {limits.least} and {limits.most}"
-            wanted = bounded if limits.most < math.inf else f"be at least {limits.least}"
+            wanted = (
+                bounded
+                if limits.most < math.inf
+                else f"be at least {limits.least}"
+                if value < math.inf
+                else "be finite"
+            )
             raise UserError(f"{what} must {wanted}, not {value}")
         if limits.above and value == limits.least:
             raise UserError(f"{what} must be above {limits.least}")

@@ -100,7 +100,7 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
 
 
 def teacher_width(name: str, checkpoint: str | None) -> int:
-    """Size D of this teacher's feature vectors, without building it. Fetches nothing; reads a given file.
+    """Size D of this teacher's feature vectors, without building it (of timm's). Fetches nothing; reads a given file.
 
     Raises:
         UserError: no such model or file, or the file is no checkpoint.
@@ -111,7 +111,8 @@ def teacher_width(name: str, checkpoint: str | None) -> int:
 
 
 def count_teacher_parameters(name: str, checkpoint: str | None) -> int:
-    """Number of parameters of the image tower with its projection, without building it. Fetches nothing.
+    """Number of parameters of the image tower with its projection, without building it (of timm's). Fetches
+    nothing.
 
     Raises:
         UserError: no such model or file, or the file is no checkpoint.

@@ -17,7 +17,7 @@ import yaml
 from itpn.checkpoints.older_settings import NAMES, update_settings
 from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
-from itpn.system.checks import Amount, Count, Fraction, Whole, check_range, check_type
+from itpn.system.checks import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, check_range, check_type
 from itpn.system.writing import write_whole
 from itpn.system.yaml_files import load_yaml
 
@@ -59,7 +59,7 @@ class ModelConfig(Settings):
     checkpoint: str | None = None
     """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
     initialized, and named."""
-    patch_size: Count | None = None
+    patch_size: PositiveInt | None = None
     """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
     drop_path_rate: Fraction = 0.0
     """Stochastic depth of the last backbone block; it grows from 0 block by block."""
@@ -72,9 +72,9 @@ class ModelConfig(Settings):
 class ImagesConfig(Settings):
     """How images are read and augmented."""
 
-    batch_size: Count = 512
+    batch_size: PositiveInt = 512
     """Images per process and forward pass."""
-    num_workers: Whole = 8
+    num_workers: NonNegativeInt = 8
     """Processes that read images, for each training process; 0 reads in the training process."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized."""
@@ -82,7 +82,7 @@ class ImagesConfig(Settings):
     """Probability of a horizontal flip."""
     max_corrupt: Fraction = 0.05
     """Fraction of corrupt images above which the run stops."""
-    max_pixels: Count = 2**27  # as itpn.data.decode.MAX_PIXELS
+    max_pixels: PositiveInt = 2**27  # as itpn.data.decode.MAX_PIXELS
     """Images that declare more pixels than this are refused as decompression bombs."""
 
 
@@ -102,30 +102,30 @@ class CropsConfig(ImagesConfig):
 class OptimizerConfig(Settings):
     """AdamW and its schedule: linear warm-up, then a cosine, a line or steps."""
 
-    base_lr: Amount = 1.5e-4
+    base_lr: NonNegativeFloat = 1.5e-4
     """Learning rate for a global batch of 256 images; the true one scales with the global batch."""
-    lr: Amount | None = None
+    lr: NonNegativeFloat | None = None
     """Peak learning rate as it is; overrides --optimizer.base-lr."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW's beta 1 and beta 2."""
-    weight_decay: Amount = 0.05
+    weight_decay: NonNegativeFloat = 0.05
     """Decay of everything but norms, biases, position embeddings and mask tokens."""
-    warmup_epochs: Amount = 40
+    warmup_epochs: NonNegativeFloat = 40
     """Epochs of linear warm-up."""
     max_warmup: Fraction = 0.1
     """Largest fraction of the run that the warm-up may take, for short runs."""
-    warmup_steps: Whole | None = None
+    warmup_steps: NonNegativeInt | None = None
     """Steps of linear warm-up; overrides --optimizer.warmup-epochs."""
-    warmup_start: Amount = 1e-4
+    warmup_start: NonNegativeFloat = 1e-4
     """Learning rate of the first step, as a fraction of the peak."""
     schedule: Literal["cosine", "linear", "step"] = "cosine"
     """After the warm-up: half a cosine or a line down to --optimizer.min-lr, or a tenth at each of
     --optimizer.milestones."""
     milestones: tuple[float, ...] = (9 / 12, 11 / 12)
     """Fractions of the run after which the step schedule lowers the learning rate to a tenth."""
-    min_lr: Amount = 0.0
+    min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the cosine or the line."""
-    clip_grad: Amount | None = None
+    clip_grad: NonNegativeFloat | None = None
     """Largest norm of the gradient; None does not clip."""
 
 
@@ -133,33 +133,33 @@ class OptimizerConfig(Settings):
 class TrainerConfig(Settings):
     """How long, on what, and what is written meanwhile."""
 
-    max_epochs: Whole = 800
+    max_epochs: NonNegativeInt = 800
     """Passes over the images; 0 in fine-tuning to choose by the number of images."""
-    max_steps: Count | None = None
+    max_steps: PositiveInt | None = None
     """Optimizer steps at which the run ends, if epochs do not end it before; the schedule follows."""
     precision: Literal["auto", "32-true", "bf16-mixed", "16-mixed", "32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, 32 bits on a CPU."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """What to train on."""
-    devices: Count | None = None
+    devices: PositiveInt | None = None
     """Devices of this machine; None for all GPUs (or one CPU process), or what torchrun or Slurm started."""
-    num_nodes: Count | None = None
+    num_nodes: PositiveInt | None = None
     """Machines; None for what torchrun or Slurm started, else one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What several processes hold: ddp a copy of everything each, fsdp each a part of parameters, gradients and AdamW's
     moments (not for every task, and without visualizations)."""
-    accumulate_grad_batches: Count = 1
+    accumulate_grad_batches: PositiveInt = 1
     """Forward passes per optimizer step; the global batch grows with it."""
     compile: bool | None = None
     """Compile the network, and the EMA of its weights, with torch.compile: a minute or more at the start, faster steps.
     None compiles on a GPU, where the task gains by it."""
-    checkpoint_every_n_steps: Count = 500
+    checkpoint_every_n_steps: PositiveInt = 500
     """Optimizer steps between checkpoints: what a crash loses at most."""
-    keep_checkpoints: Count = 3
+    keep_checkpoints: PositiveInt = 3
     """Newest checkpoints kept, beside the best."""
-    log_every_n_steps: Count = 10
+    log_every_n_steps: PositiveInt = 10
     """Optimizer steps between entries of metrics.csv and TensorBoard."""
-    visualize_every_n_steps: Count | None = None
+    visualize_every_n_steps: PositiveInt | None = None
     """Optimizer steps between visualizations of predictions; None for ten in a run."""
 
 
@@ -191,7 +191,7 @@ class RunConfig(Settings):
     data: Any
     optimizer: OptimizerConfig
     trainer: TrainerConfig = dataclasses.field(default_factory=TrainerConfig)
-    seed: Whole = 0
+    seed: NonNegativeInt = 0
     """All randomness of the run follows from this."""
     name: str = "default"
     """Name of the run; the same name resumes it."""
@@ -211,6 +211,8 @@ class RunConfig(Settings):
         milestones = optimizer.milestones
         if not all(0 < fraction < 1 for fraction in milestones) or list(milestones) != sorted(milestones):
             raise UserError(f"--optimizer.milestones must be rising fractions of the run, not {milestones}")
+        if not self.output_dir:
+            raise UserError("--output-dir is empty: give a folder, or leave it out")
         if not name or any(c in name for c in "/\\") or name in (".", ".."):
             raise UserError(f"--name must be a plain folder name, not {name!r}")
 

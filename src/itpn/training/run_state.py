@@ -1,4 +1,4 @@
-"""The file of a run's checkpoint: writing it, whether it is whole, and what it says beside its tensors."""
+"""The file of a run's checkpoint: reading it, whether it is whole, and what it says beside its tensors."""
 
 import errno
 import pickle

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from itpn.errors import UserError
-from itpn.system.checks import Amount, Count, Fraction, PositiveFraction, Whole
+from itpn.system.checks import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFraction, PositiveInt
 from itpn.tasks.finetuning.config import (
     EvaluationConfig,
     FineTuningConfig,
@@ -35,7 +35,7 @@ class ClassificationModelConfig(NetworkConfig):
     migrate_ratio: float | None = None
     """Fraction of the tokens that skip the last blocks of stage 3 (token migration): faster, for a little accuracy.
     None for the checkpoint's, or none."""
-    gather_window: Whole | None = None
+    gather_window: NonNegativeInt | None = None
     """Side of the windows that attention stays in, in tokens, with a gathering token each; 0 for global attention, None
     for the checkpoint's, or global."""
     ema_decay: Fraction | None = None
@@ -69,9 +69,9 @@ class ClassificationDataConfig(NormalizationConfig, CropsConfig):
     """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with std 0.5."""
     erase: Fraction = 0.25
     """Probability that a rectangle of an image is replaced by noise."""
-    mixup: Amount = 0.8
+    mixup: NonNegativeFloat = 0.8
     """Parameter of the beta distribution that two images are mixed by; 0 for no mixup."""
-    cutmix: Amount = 1.0
+    cutmix: NonNegativeFloat = 1.0
     """The same for pasting a rectangle of one image into another; with mixup, each batch draws one of the two."""
     label_smoothing: Fraction = 0.1
     """Label smoothing."""
@@ -81,9 +81,9 @@ class ClassificationDataConfig(NormalizationConfig, CropsConfig):
 class ClassificationEvaluationConfig(EvaluationConfig):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    batch_size: Count = 256
+    batch_size: PositiveInt = 256
     """Images per process and forward pass."""
-    knn_k: Count = 20
+    knn_k: PositiveInt = 20
     """`itpn evaluate --knn`: k, the number of nearest neighbours."""
 
 

@@ -146,16 +146,9 @@ def resolve_evaluation(
 
     Returns:
         The settings, and arguments of the network that differ from the checkpoint's.
-
-    Raises:
-        UserError: the checkpoint has no classifier.
     """
     found, given = request.checkpoint, request.given
     contents = found.contents
-    if not request.knn and config.task not in contents.heads:
-        raise UserError(
-            f"checkpoint {found.source} has no classifier: give --knn to evaluate its features, or fine-tune it first"
-        )
     preprocessing = found.preprocessing
     stored = {name for name in ("mean", "std", "crop_pct", "interpolation") if name in preprocessing} - {*given}
     values: dict[str, Any] = {name: preprocessing[name] if name == "interpolation" else None for name in stored}

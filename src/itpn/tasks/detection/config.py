@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.system.checks import Count, Fraction
+from itpn.system.checks import Fraction, PositiveInt
 from itpn.tasks.finetuning.config import (
     EvaluationConfig,
     FineTuningConfig,
@@ -24,11 +24,11 @@ class DetectionModelConfig(NetworkConfig):
     for backbones without a pyramid."""
     masks: bool | None = None
     """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where most objects have one."""
-    head_width: Count = 256
+    head_width: PositiveInt = 256
     """Channels of the heads."""
-    rpn_post_nms_top_n_train: Count = 2000
+    rpn_post_nms_top_n_train: PositiveInt = 2000
     """Proposals of the RPN for an image in training; half as many in evaluation."""
-    box_batch_size_per_image: Count = 512
+    box_batch_size_per_image: PositiveInt = 512
     """Proposals of an image that the heads are trained on."""
 
 
@@ -47,9 +47,9 @@ class DetectionDataConfig(NormalizationConfig, ImagesConfig):
     error."""
     empty_images: bool = False
     """Train on images without objects as well; COCO's are left out as is usual."""
-    img_size: Count = 800
+    img_size: PositiveInt = 800
     """Short side of the images in evaluation, and the largest in training, in pixels."""
-    max_size: Count | None = None
+    max_size: PositiveInt | None = None
     """Longest side; None for 5/3 of --data.img-size (1333 of 800)."""
     scales: tuple[float, float] = (0.6, 1.0)
     """Short sides in training, as fractions of --data.img-size, of which there are eleven (480, 512, ... 800)."""

@@ -12,7 +12,6 @@ from itpn.data.annotations import read_objects
 from itpn.data.batches import collect
 from itpn.data.normalize import Normalize
 from itpn.data.objects import DetectionImages, check_size
-from itpn.errors import UserError
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.detection import DetectionScores, Results, score_detections, to_results, write_detection_scores
 from itpn.models.detector import Detector
@@ -117,15 +116,8 @@ def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> t
 
     Returns:
         The settings, and arguments of the network that differ from the checkpoint's.
-
-    Raises:
-        UserError: the checkpoint has no detector.
     """
     given = request.given
-    if config.task not in request.checkpoint.contents.heads:
-        raise UserError(
-            f"checkpoint {request.checkpoint.source} has no detector: fine-tune it first (itpn train detector_small)"
-        )
     sizes: dict[str, Any] = {}
     if "img_size" in given:
         sizes = {"min_size": config.data.img_size, "max_size": config.data.longest}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from itpn.errors import UserError
-from itpn.system.checks import Amount, Count, PositiveFraction
+from itpn.system.checks import NonNegativeFloat, PositiveFraction, PositiveInt
 from itpn.training.config import ModelConfig, OptimizerConfig, Settings, check_images
 
 
@@ -14,14 +14,14 @@ class NetworkConfig(ModelConfig):
 
     scratch: bool = False
     """Start from random weights instead."""
-    num_heads: Count | None = None
+    num_heads: PositiveInt | None = None
     """Attention heads, where the checkpoint cannot tell them."""
     pos_embed: Literal["fixed", "learned"] = "learned"
     """Keep the position table as it is, or train it."""
     rel_pos_bias: bool | None = None
     """A relative position bias in each attention block, beginning at zero where the checkpoint has none; None for the
     checkpoint's, or the model's own."""
-    init_values: Amount | None = None
+    init_values: NonNegativeFloat | None = None
     """From scratch: initial layer scale; None for no layer scale. A checkpoint's own stays."""
 
 
@@ -63,9 +63,9 @@ def small_dense_optimizer() -> FineTuningConfig:
 class EvaluationConfig(Settings):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    every_n_epochs: Count = 1
+    every_n_epochs: PositiveInt = 1
     """Epochs between evaluations; there is one at the end as well."""
-    batch_size: Count = 1
+    batch_size: PositiveInt = 1
     """Images per process and forward pass."""
 
 

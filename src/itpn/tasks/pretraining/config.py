@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.system.checks import Amount, Count, Whole
+from itpn.system.checks import NonNegativeFloat, NonNegativeInt, PositiveInt
 from itpn.training.config import (
     CropsConfig,
     ModelConfig,
@@ -27,7 +27,7 @@ class PretrainingModelConfig(ModelConfig):
 
     name: str = "itpn_base"
     """Backbone, one of the models of `itpn list`."""
-    patch_size: Count = 16
+    patch_size: PositiveInt = 16
     """Side of a patch in pixels, divisible by 4."""
     in_chans: int = 3
     """Channels of the images: 3 for colour, 1 for grey."""
@@ -46,13 +46,13 @@ class PretrainingModelConfig(ModelConfig):
     masked_laterals: bool = False
     """With mask tokens: the pyramid takes stages 1 and 2 of masked patches too, although these see them (published for
     CLIP)."""
-    pixel_weight: Amount = 1.0
+    pixel_weight: NonNegativeFloat = 1.0
     """Weight of the loss on masked pixels; 0 leaves it out, as with every weight."""
-    feature_weight: Amount = 0.0
+    feature_weight: NonNegativeFloat = 0.0
     """Weight of the loss on the teacher's features, predicted from all pyramid levels together."""
-    auxiliary_weight: Amount = 0.0
+    auxiliary_weight: NonNegativeFloat = 0.0
     """Weight of the same loss on a second head after three quarters of stage 3."""
-    pyramid_weights: tuple[Amount, Amount, Amount] = (0.0, 0.0, 0.0)
+    pyramid_weights: tuple[NonNegativeFloat, NonNegativeFloat, NonNegativeFloat] = (0.0, 0.0, 0.0)
     """Weights of masked feature modelling, a head of its own for each pyramid level, finest first."""
     feature_loss: Literal["smooth_l1", "cosine", "cross_entropy"] = "smooth_l1"
     """Measure of the error in features; cross_entropy repeats a published setting and is not recommended."""
@@ -60,30 +60,30 @@ class PretrainingModelConfig(ModelConfig):
     """Patches whose features are compared."""
     norm_pix_loss: bool = True
     """Predict pixels normalized by the mean and standard deviation of their patch (He et al. 2022)."""
-    init_values: Amount | None = None
+    init_values: NonNegativeFloat | None = None
     """Initial layer scale of the backbone; None for no layer scale."""
     migrate_ratio: float = 0.0
     """Fraction of the tokens that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
-    migrate_from: Whole | None = None
+    migrate_from: NonNegativeInt | None = None
     """First block that they skip, counted from 0; None for the middle of stage 3."""
-    gather_window: Whole = 0
+    gather_window: NonNegativeInt = 0
     """Side of the windows that attention stays in, in tokens, with gathering tokens between windows. 0 for global
     attention, which is also used where masked patches are dropped."""
     gather_side: int = 1
     """Gathering tokens of a window's side; a divisor of --model.gather-window."""
-    pyramid_width: Count | None = None
+    pyramid_width: PositiveInt | None = None
     """Channels of the pyramid; None for the model's own."""
-    pyramid_depth: Whole | None = None
+    pyramid_depth: NonNegativeInt | None = None
     """Blocks per pyramid level; None for the model's own."""
-    decoder_embed_dim: Count = 512
+    decoder_embed_dim: PositiveInt = 512
     """Channels of the decoder, divisible by 16 and by its heads."""
-    decoder_depth: Whole = 6
+    decoder_depth: NonNegativeInt = 6
     """Transformer blocks of the decoder."""
-    decoder_num_heads: Count = 16
+    decoder_num_heads: PositiveInt = 16
     """Attention heads of the decoder."""
     pyramid_head_width: int = 256
     """Channels of the heads of single pyramid levels, divisible by 64."""
-    pyramid_head_depth: Whole = 1
+    pyramid_head_depth: NonNegativeInt = 1
     """Transformer blocks of the heads of single pyramid levels."""
 
 
@@ -96,7 +96,7 @@ class TeacherConfig(Settings):
     --teacher.checkpoint; `ema` for an EMA of the network itself; None for no teacher."""
     checkpoint: str | None = None
     """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
-    width: Count | None = None
+    width: PositiveInt | None = None
     """Channels of the teacher's features: read from the teacher, and kept for when it is not there."""
     normalize: bool = True
     """Normalize each feature by its own mean and standard deviation."""
@@ -104,7 +104,7 @@ class TeacherConfig(Settings):
     """ema: momentum of the EMA, lower in the first thousands of steps."""
     momentum_end: float = 1.0
     """ema: momentum at the end of the run, reached along half a cosine."""
-    min_std: Amount = 0.05
+    min_std: NonNegativeFloat = 0.05
     """Warn of a collapse when the standard deviation of the targets over a batch is smaller."""
 
 
@@ -127,9 +127,9 @@ class PretrainingDataConfig(CropsConfig):
     decode: Literal["workers", "gpu"] = "workers"
     """Where JPEGs are decoded, cropped and augmented: in the workers, or on the GPU by nvJPEG, for machines with few
     cores for each GPU."""
-    shuffle_buffer: Count = 1000
+    shuffle_buffer: PositiveInt = 1000
     """Tar shards: images held back per worker for shuffling."""
-    samples_per_epoch: Count | None = None
+    samples_per_epoch: PositiveInt | None = None
     """Tar shards: images in an epoch; None counts them once at the start."""
 
 
@@ -139,9 +139,9 @@ class ProbeConfig(Settings):
 
     root: str | None = None
     """Labelled images as of a classifier's run, with a train and a val set; None for no probe."""
-    every_n_epochs: Count = 10
+    every_n_epochs: PositiveInt = 10
     """Epochs between probes; there is one at the end as well."""
-    max_images: Count = 5000
+    max_images: PositiveInt = 5000
     """Images used of either set, evenly from all classes; at least one of each."""
 
 

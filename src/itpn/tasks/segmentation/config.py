@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.system.checks import Amount, Count, Fraction, PositiveFraction
+from itpn.system.checks import Fraction, NonNegativeFloat, PositiveFraction, PositiveInt
 from itpn.tasks.finetuning.config import (
     EvaluationConfig,
     FineTuningConfig,
@@ -21,9 +21,9 @@ class SegmentationModelConfig(NetworkConfig):
 
     neck: Literal["pyramid", "random"] = "pyramid"
     """The pre-trained pyramid, or the same pyramid randomly initialized, to compare with."""
-    head_width: Count | None = None
+    head_width: PositiveInt | None = None
     """Channels of the head; None for as many as its coarsest map has (768 for base, 1024 for large)."""
-    auxiliary_weight: Amount = 0.4
+    auxiliary_weight: NonNegativeFloat = 0.4
     """Weight of the loss of the auxiliary head; 0 leaves it out."""
     head_drop_rate: Fraction = 0.1
     """Dropout of channels before pixels are classified."""
@@ -54,9 +54,9 @@ class SegmentationDataConfig(NormalizationConfig, ImagesConfig):
     invalid_annotations: Literal["summary", "skip", "error"] = "summary"
     """Images with invalid masks are left out, with a summary of every kind or a line that counts them; or they are an
     error."""
-    img_size: Count = 512
+    img_size: PositiveInt = 512
     """Side of the crops in training, and of the windows that slide in evaluation, in pixels."""
-    short_side: Count | None = None
+    short_side: PositiveInt | None = None
     """Short side of an image of scale 1, in training and evaluation; None for --data.img-size."""
     scales: tuple[float, float] = (0.5, 2.0)
     """Smallest and largest scale in training."""
@@ -75,7 +75,7 @@ class SegmentationDataConfig(NormalizationConfig, ImagesConfig):
 class SegmentationEvaluationConfig(EvaluationConfig):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    batch_size: Count = 1
+    batch_size: PositiveInt = 1
     """Images that a process reads at a time; each is segmented by itself."""
     mode: Literal["whole", "slide"] = "slide"
     """The image as a whole, or windows of --data.img-size that slide over it."""

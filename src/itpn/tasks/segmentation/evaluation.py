@@ -16,7 +16,6 @@ from itpn.data.labelmaps import read_to_evaluate
 from itpn.data.mask_checks import LabelMaps
 from itpn.data.masks import LabelTable, name_labels
 from itpn.data.segmentation_transform import view_labels
-from itpn.errors import UserError
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores
 from itpn.models.segmenter import Segmenter
@@ -105,13 +104,8 @@ def resolve_evaluation(
 
     Returns:
         The settings, and arguments of the network that differ from the checkpoint's.
-
-    Raises:
-        UserError: the checkpoint has no segmenter.
     """
     found = request.checkpoint
-    if config.task not in found.contents.heads:
-        raise UserError(f"checkpoint {found.source} has no segmenter: fine-tune it first (itpn train segmenter_small)")
     own, trained, data, seed = found.preprocessing, found.settings.get("data", {}), config.data, config.seed
     values: dict[str, Any] = {"mean": None, "std": None, "short_side": trained.get("short_side")}
     if "reduce_zero_label" in trained:
