@@ -183,6 +183,8 @@ def _translate(box: str, required: list[str], usage: str) -> str:
     if wrong := re.fullmatch(
         r"Error parsing ([^\s/]+)\S*: no type matching (.*) could be instantiated from \[(.*)\]\.", text
     ):
+        if not wrong[3]:
+            return f"{wrong[1]} needs a value"
         kinds = re.sub(r"[{}]", "", wrong[2].replace("{None}|", "")).split("|")
         return f"{wrong[1]} must be {' or '.join(NUMBERS.get(kind, kind) for kind in kinds)}, not {wrong[3]}"
     text = text.replace(" Expected 1 values.", "").replace("{None}|", "")
