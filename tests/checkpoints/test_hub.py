@@ -89,7 +89,11 @@ def test_weights_of_another_kind_of_numbers_are_refused(tmp_path, dtype):
     save_pretrained(timm.create_model("itpn_nano", img_size=64), tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["fc_norm.weight"] = torch.ones(128, dtype=dtype)
-    save_file(tensors, tmp_path / "model.safetensors")
+    try:
+        save_file(tensors, tmp_path / "model.safetensors")
+    except KeyError:  # as older versions of safetensors say that they store no complex numbers
+        assert dtype.is_complex
+        return
     with pytest.raises(UserError, match=f"norm.weight is {str(dtype).removeprefix('torch.')}, not float"):
         from_pretrained(tmp_path)
 
