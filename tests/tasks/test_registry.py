@@ -77,7 +77,7 @@ WORDS = re.compile(r"pre-?training|classifier|detector|segmenter|classification|
 
 
 def find_texts(tree: ast.AST, with_helps: bool) -> Iterator[tuple[int, str]]:
-    """Strings that a user may read: without docstrings, and with the helps of settings only where asked for."""
+    """Strings that a user may read: without docstrings, and the help of settings only with ``with_helps``."""
     own = (ast.Module, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
     bodies = [node.body for node in ast.walk(tree) if isinstance(node, own)]
     left_out = {

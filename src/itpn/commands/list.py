@@ -34,12 +34,12 @@ class List:
         for recipe in recipes:
             table.add_row(recipe, describe(files[recipe]))
         for model in models:
-            table.add_row(model, describe_model(model))
+            table.add_row(model, summarize_model(model))
         # names must survive a narrow window or a pipe in one piece
         RequiredOutput(width=None if sys.stdout and sys.stdout.isatty() else 200).print(table, highlight=False)
 
 
-def describe_model(name: str) -> str:
+def summarize_model(name: str) -> str:
     if name not in BACKBONES:
         return f"model: {name.removesuffix('_pyramid')} and its feature pyramid"
     settings = BACKBONES[name]

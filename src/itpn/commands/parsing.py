@@ -79,12 +79,7 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
     required = [field.usage for field in fields if field.required and default is None]
     usage = " ".join(["usage:", prog, *(field.usage for field in fields if field.usage), *["[options]"][: len(types)]])
     summary, details = split_doc(cls)
-    if holding := next((word for word in words if "=" in word and types.get(_option(word)) is bool), None):
-        raise UserError(f"{holding.partition('=')[0]} takes no value, not {holding!r}")
-    for word, following in itertools.pairwise([*words, "-"]):
-        option, equals, value = word.partition("=")
-        if Path in (kind := types.get(_option(word)), *get_args(kind)) and (value if equals else following) == "":
-            raise UserError(f"{option} is empty: give a file or folder, or leave it out")
+    _check_values(words, types)
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
@@ -152,6 +147,17 @@ def split_doc(cls: Any) -> tuple[str, str]:
 def _option(word: str) -> str:
     """The option of `--section.name=VALUE`, with hyphens."""
     return word.partition("=")[0].replace("_", "-")
+
+
+def _check_values(words: Sequence[str], types: Mapping[str, Any]) -> None:
+    """Raise :class:`UserError` for what tyro would not say clearly: a switch with a value, a path without a name."""
+    for word, following in itertools.pairwise([*words, "-"]):
+        option, equals, value = word.partition("=")
+        kind = types.get(_option(word))
+        if equals and kind is bool:
+            raise UserError(f"{option} takes no value, not {word!r}")
+        if Path in (kind, *get_args(kind)) and (value if equals else following) == "":
+            raise UserError(f"{option} is empty: give a file or folder, or leave it out")
 
 
 def _say_true(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:

@@ -71,14 +71,14 @@ class Predict:
             raise UserError(
                 f"checkpoint {self.checkpoint} has no head of any task, and predicts nothing: give --features FILE"
             )
-        out = self.out or find_folder("predictions")
+        out = self.out or find_new_folder("predictions")
         make_folder(out)
         with writing_to(out):
             options = PredictionOptions(out, self.seed, self.min_score, limit)
             find_task(head).predict(model, found, source, options)
 
 
-def find_folder(name: str) -> Path:
+def find_new_folder(name: str) -> Path:
     """The first of NAME, NAME-2, NAME-3 ... that is not there, or empty: results of two checkpoints do not mix."""
     paths = (Path(name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
     return next(path for path in paths if not os.path.lexists(path) or (path.is_dir() and not os.listdir(path)))

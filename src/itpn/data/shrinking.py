@@ -98,7 +98,7 @@ def shrink(
 
 
 def _list_all(splits: dict[str, ImageSource]) -> dict[str, list[Original]]:
-    """The images of each split; what is left out is said."""
+    """The images of each split. Prints what is left out."""
     left, unread = Counter[str](), Counter[str]()
     originals = {}
     for split, source in splits.items():

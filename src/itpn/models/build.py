@@ -39,8 +39,8 @@ def build(spec: NetworkSpec) -> nn.Module:
 
 def build_backbone(spec: NetworkSpec, num_classes: int = 0, **classifier: Any) -> Backbone:
     """The backbone of a spec, with a classifier or without one."""
-    arguments = {**spec.backbone, **classifier}
-    network = _make(make_backbone, {name: name for name in BACKBONES}, arguments, num_classes=num_classes)
+    arguments = {**spec.backbone, **classifier, "num_classes": num_classes}
+    network = _make(make_backbone, {name: name for name in BACKBONES}, **arguments)
     assert isinstance(network, Backbone)
     return network
 
@@ -48,16 +48,13 @@ def build_backbone(spec: NetworkSpec, num_classes: int = 0, **classifier: Any) -
 def build_pyramid(spec: NetworkSpec, levels: str) -> PyramidBackbone:
     """Backbone and pyramid of a spec as maps, see :class:`PyramidBackbone`."""
     own = {name if name == "mlp_ratio" else f"pyramid_{name}": value for name, value in (spec.pyramid or {}).items()}
-    network = _make(make_pyramid, WITH_PYRAMID, {**own, **spec.backbone}, levels=levels)
+    network = _make(make_pyramid, WITH_PYRAMID, **{**own, **spec.backbone, "levels": levels})
     assert isinstance(network, PyramidBackbone)
     return network
 
 
-def _make(
-    make: Callable[..., nn.Module], names: Mapping[str, str], arguments: dict[str, Any], **more: Any
-) -> nn.Module:
+def _make(make: Callable[..., nn.Module], names: Mapping[str, str], **arguments: Any) -> nn.Module:
     """Through timm where it knows the network, whose settings it then carries."""
-    arguments = {name: tuple(value) if isinstance(value, list) else value for name, value in arguments.items()} | more
     variant = find_variant(arguments)
     return create_model(names[variant], **arguments) if variant and variant in names else make(**arguments)
 

@@ -194,7 +194,7 @@ def draw_story(networks: dict[str, Path], folders: ShapesFolders) -> Image.Image
         probability, label = named[row].max(dim=0)
         name = models["classify"].pretrained_cfg["label_names"][int(label)]  # folders come by the alphabet
         entry = (f"{name} {float(probability):.0%}", name_colour(CLASSES.index(name) + 1))
-        (found,) = detect(models["detect"], Normalize(3, (0.0,), (1.0,)), [scene])
+        (found,) = detect(models["detect"], [scene])
         tiles += [
             *(show(columns[name][row], LARGE) for name in ("masked", "predicted")),
             add_legend(show(singles[row], LARGE), [entry], font),

@@ -18,6 +18,7 @@ from itpn.tasks.classification.evaluation import make_evaluation_transform
 from itpn.tasks.classification.module import ClassificationTask
 from itpn.tasks.data import RunData
 from itpn.tasks.drawing import show, tile_images
+from itpn.tasks.finetuning.network import name_classes
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_batches, read_preprocessing, save_image
 
 TOP = 5  # classes of an image in predictions.csv
@@ -31,13 +32,13 @@ def predict(model: Backbone, found: Checkpoint, source: ImageSource, options: Pr
     Classes are numbers where the file has no names.
     """
     crop, normalize = read_preprocessing(found, model)
-    classes = found.metadata.get("classes")
+    classes = name_classes(found, model.num_classes)
     written = Predictions(("class", "probability", "then"), ("image", "rank", "class", "probability"))
     for number, (names, images) in enumerate(read_batches(source, crop, options.max_pixels)):
         top = model(normalize(images)).softmax(dim=-1).topk(min(TOP, model.num_classes))
         titles = []
         for name, values, indices in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
-            likeliest = [(classes[i] if classes else str(i), value) for i, value in zip(indices, values, strict=True)]
+            likeliest = [(classes[i], value) for i, value in zip(indices, values, strict=True)]
             label, value = likeliest[0]
             titles.append(f"{value:.0%} {label}")  # a long name is cut at its end
             written.add(

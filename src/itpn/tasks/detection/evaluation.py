@@ -43,7 +43,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Part:
         images = [image.to(self.device, non_blocking=True) for image in batch["image"]]
-        found = detect(network, self.normalize, images)
+        found = detect(network, images)
         seen = [int(self.images.ids[index]) for index in batch["index"].tolist()]
         results = [to_results(one, id_, self.images.class_ids) for one, id_ in zip(found, seen, strict=True)]
         return [result for own in results for result in own], seen
@@ -96,9 +96,9 @@ def _percent(value: float) -> str:
 
 
 @torch.no_grad()
-def detect(network: Any, normalize: Normalize, images: list[Tensor]) -> list[dict[str, Tensor]]:
+def detect(network: Any, images: list[Tensor]) -> list[dict[str, Tensor]]:
     """uint8 [3, any, any] each -> what torchvision's detectors give each, in the image's own pixels, on the CPU."""
-    found = network([normalize(image) for image in images])
+    found = network([image.float() / 255 for image in images])  # which subtracts mean and std itself
     return [{name: value.cpu() for name, value in one.items()} for one in found]
 
 

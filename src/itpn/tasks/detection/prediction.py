@@ -10,7 +10,6 @@ from torch import Tensor
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
-from itpn.data.normalize import Normalize
 from itpn.metrics.detection import to_results
 from itpn.models.detector import Detector
 from itpn.models.modes import eval_mode
@@ -40,10 +39,10 @@ def predict_objects(
 
     Boxes are x0, y0, x1, y1 in pixels of the image; masks are COCO's compressed run lengths.
     """
-    normalize, count = Normalize(3, (0.0,), (1.0,)), 0
+    count = 0
     written = Predictions(("objects", "likeliest"), ("image", "class", "score", "x0", "y0", "x1", "y1"))
     for number, (name, image) in enumerate(images):
-        (found,) = detect(model, normalize, [image])
+        (found,) = detect(model, [image])
         keep = found["scores"] >= min_score
         found = {key: value[keep] for key, value in found.items()}
         results = to_results(found, number, tuple(range(len(classes))))
@@ -78,7 +77,7 @@ def build_visualization(
 def draw_found(task: DetectionTask, images: list[Tensor]) -> Image.Image:
     """What the network finds in some images."""
     with eval_mode(task):  # one at a time: wide and high images together would be padded to squares
-        found = [detect(task.model, task.normalize, [image.to(task.device)])[0] for image in images]
+        found = [detect(task.model, [image.to(task.device)])[0] for image in images]
     return tile_images(
         [draw_objects(image, one, task.classes, MIN_SCORE) for image, one in zip(images, found, strict=True)]
     )

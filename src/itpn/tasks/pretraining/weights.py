@@ -1,6 +1,6 @@
 """A run that starts from the weights of a file, and which options build the file's network."""
 
-from itpn.checkpoints.contents import Contents
+from itpn.checkpoints.contents import Contents, describe_contents
 from itpn.checkpoints.files import Checkpoint
 from itpn.checkpoints.load import start_from
 from itpn.checkpoints.match import Finding
@@ -71,6 +71,4 @@ def _options(contents: Contents) -> dict[str, str | int | None]:
 
 
 def _options_of(model: MaskedImageModel) -> dict[str, str | int | None]:
-    spec = spec_of(model)
-    contents = Contents(dict(spec.backbone), dict(spec.pyramid or {}), {spec.head or "": dict(spec.options)})
-    return _options(contents)
+    return _options(describe_contents(spec_of(model), []))

@@ -17,6 +17,7 @@ from itpn.tasks.data import RunData
 from itpn.tasks.drawing import draw_labels, save_labels, save_whole, tile_images
 from itpn.tasks.evaluation import EvaluationRequest
 from itpn.tasks.finetuning.module import make_normalize
+from itpn.tasks.finetuning.network import name_classes
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.evaluation import resolve_evaluation
@@ -34,7 +35,7 @@ def predict(model: Segmenter, found: Checkpoint, source: ImageSource, options: P
     """
     config = freeze(resolve_evaluation(SegmentationConfig(), EvaluationRequest(found))[0])
     segment, normalize, out = make_segmentation(config), make_normalize(config), options.out
-    names = found.metadata.get("classes") or [str(number) for number in range(model.num_classes)]
+    names = name_classes(found, model.num_classes)
     colours = [tuple(colour) for colour in found.metadata.get("colours") or ()] or None
     written = Predictions(("classes, the largest first",), ("image", "labels", *names))
     for number, (name, image) in enumerate(read_images(source, options.max_pixels)):
