@@ -167,6 +167,17 @@ def test_heads_that_the_file_cannot_tell(tmp_path):
             assert (model(golden["input"]["image"]) - golden["output"]["logits"]).abs().max() < 2e-5
 
 
+def test_the_command_of_a_converted_file_has_the_guessed_heads(tmp_path):
+    """Without them a recipe builds its own number, and nothing would say so."""
+    save(tmp_path / "ours.safetensors", 64, name="itpn_tiny", patch_size=16, decoder_embed_dim=128)
+    convert(tmp_path / "ours.safetensors", tmp_path / "theirs.pth", "official")
+    report = itpn.inspect(tmp_path / "theirs.pth")
+    assert "decoder_num_heads=4 (32 channels each)" in report.contents.guessed
+    assert report.use("pretraining").command.endswith(
+        "--model.decoder-embed-dim 128 --model.decoder-depth 1 --model.decoder-num-heads 4"
+    )
+
+
 def save(path: Path, img_size: int | tuple[int, int] = 32, **settings: Any) -> Path:
     """A pre-training run's file."""
     given = {"name": "itpn_nano", "patch_size": 8, "decoder_depth": 1, **settings}

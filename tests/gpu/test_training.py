@@ -52,6 +52,7 @@ from itpn.training.launch import read_launch
 from itpn.training.loop import set_up, take_step
 from itpn.training.module import TrainingModule
 from itpn.training.run_folder import RunFolder
+from itpn.training.sharding import make_training_fabric
 from itpn.training.state import Job, Training
 
 SMALL = {"patch_size": 8, "decoder_embed_dim": 32, "decoder_depth": 1, "decoder_num_heads": 2, "pyramid_head_width": 64}
@@ -210,7 +211,7 @@ def fit(task: TrainingModule, device: torch.device, steps: int, observer: Observ
     trainer.precision = "bf16-mixed" if device.type == "cuda" else "32-true"
     trainer.devices, trainer.max_steps, trainer.max_epochs, trainer.compile = 1, steps, 100, False
     job = Job(task, lambda: Image.new("RGB", (1, 1)), {}, None)
-    run = set_up(task.config, read_launch(), Output(quiet=True), RunFolder(task.config, "test"), job)
+    run = set_up(make_training_fabric(task, read_launch()), Output(quiet=True), RunFolder(task.config, "test"), job)
     if resume is not None:
         restore_state(run, torch.load(resume, map_location="cpu", weights_only=True))
     batches = read_batches(run)

@@ -158,6 +158,25 @@ def test_evaluation_with_a_killed_worker(classifier, tmp_path, monkeypatch, caps
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there_leaves_no_folder(classifier, photos, tmp_path, monkeypatch, capsys):
+    images, weights = classifier
+    monkeypatch.chdir(tmp_path)
+    where, files = ["--data.root", str(images)], ["--checkpoint", str(weights)]
+    probe = ["--model.checkpoint", str(weights), "--model.freeze"]
+    capsys.readouterr()
+    for command in (
+        ["train", "itpn-pixel_nano", "--data.root", str(photos)],
+        ["train", "itpn-pixel_nano", "--data.root", str(photos), "--profile"],
+        ["train", "classifier_small", *where, *probe],
+        ["evaluate", "classifier_small", *where, *files, "--out", "evaluation"],
+        ["evaluate", "classifier_small", *where, *files, "--knn", "--out", "evaluation"],
+    ):
+        assert main([*command, "--trainer.accelerator", "gpu"]) == 2
+        assert "cannot compute on these devices: " in line(capsys)
+        assert not list(tmp_path.iterdir()), command
+
+
 def refuse_to_write(monkeypatch, number: int, name: str) -> None:
     replace_file = Path.replace
 

@@ -196,13 +196,11 @@ def test_a_run_is_prolonged_more_than_once(settings):
 def test_scaled_losses_are_clipped_and_resumed(settings, monkeypatch):
     """With fp16 gradients are unscaled before they are clipped, and the scale is part of the run's state."""
 
-    def launch_fabric(*args):
+    def make_training_fabric(*_):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6, growth_interval=2)
-        fabric = Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
-        fabric.launch()
-        return fabric
+        return Fabric(accelerator="cpu", devices=1, plugins=[MixedPrecision("16-mixed", "cpu", scaler)])
 
-    monkeypatch.setattr(loop, "launch_fabric", launch_fabric)
+    monkeypatch.setattr(loop, "make_training_fabric", make_training_fabric)
     config = settings(max_steps=1)
     config.optimizer.clip_grad, config.optimizer.betas = 0.01, (0.5, 0.95)
     state = torch.load(train(config, "test") / "checkpoints/last.ckpt", weights_only=True)

@@ -76,7 +76,7 @@ class Evaluate(RecipeCommand):
         from itpn.checkpoints.files import read_checkpoint
         from itpn.checkpoints.load import check_finite, load_found
         from itpn.tasks.evaluation import EvaluationRequest, evaluate
-        from itpn.training.launch import quieten_libraries, start_fabric
+        from itpn.training.launch import launched, make_fabric, quieten_libraries, read_launch
 
         assert task.resolve_evaluation is not None
         assert task.find_evaluation_data is not None
@@ -91,9 +91,10 @@ class Evaluate(RecipeCommand):
         model, notes = load_found(found, "backbone" if self.knn else task.name, **arguments)
         evaluator, which = task.find_evaluation_data(config, model, request)
         out = self.out or find_folder(self.checkpoint, self.knn)
-        make_folder(out)
         quieten_libraries()
-        with start_fabric(config.trainer) as fabric:
+        fabric = make_fabric(config.trainer, read_launch())
+        make_folder(out)
+        with launched(fabric):
             model.to(fabric.device).eval()
             with fabric.autocast():
                 rank, world_size = fabric.global_rank, fabric.world_size

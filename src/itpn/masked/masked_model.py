@@ -68,7 +68,7 @@ class Objective:
 
     def masked_only(self, *names: str) -> bool:
         """Whether all of these losses are of masked patches only."""
-        return self.feature_patches == "masked" or set(names) <= IMAGE_TARGETS.keys()
+        return self.feature_patches == "masked" or all(name in IMAGE_TARGETS for name in names)
 
 
 class MaskedImageModel(nn.Module):
@@ -243,7 +243,7 @@ class MaskedImageModel(nn.Module):
         weights = self.objective.weights
         if isinstance(given, Tensor):
             return dict.fromkeys(self.feature_losses or weights, given)
-        if given is not None and not given.keys() <= weights.keys():
+        if given is not None and any(name not in weights for name in given):
             raise ValueError(f"targets for {sorted(given)}, but the losses are {sorted(weights)}")
         return given or {}
 

@@ -11,7 +11,6 @@ from torch import nn
 from itpn.errors import MachineError, NonFiniteLoss, UserError
 from itpn.system.console import print_note
 from itpn.training.config import TrainerConfig
-from itpn.training.launch import Launch, choose_devices
 
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
 BACKWARD = "backpropagate"  # the function of the loop in which the backward pass runs
@@ -80,11 +79,10 @@ def describe_failure(error: Exception) -> str:
 
 
 def compile_networks(
-    networks: Sequence[nn.Module], settings: TrainerConfig, launch: Launch, by_default: bool, console: Console
+    networks: Sequence[nn.Module], settings: TrainerConfig, fabric: L.Fabric, by_default: bool, console: Console
 ) -> Compilation:
     """Compile in place, where the settings ask for it or it pays: on a GPU, if ``by_default``."""
-    cuda = choose_devices(settings, launch).cuda
-    wanted = cuda and by_default if settings.compile is None else settings.compile
+    wanted = fabric.device.type == "cuda" and by_default if settings.compile is None else settings.compile
     if not wanted or not networks:
         return Compilation()
     parts = (part for network in networks for part in network.modules())
@@ -96,4 +94,4 @@ def compile_networks(
     for network in networks:
         network.compile()
     console.print("compiling the network: the first step takes a minute or more, the others are faster for it")
-    return Compilation(networks, bool(settings.compile), console if launch.main else None)
+    return Compilation(networks, bool(settings.compile), console if fabric.is_global_zero else None)

@@ -101,15 +101,18 @@ def choose_devices(settings: TrainerConfig, launch: Launch) -> Devices:
     return Devices(count if processes > 1 or not cuda else (devices or "auto"), nodes, processes, cuda)
 
 
-def launch_fabric(settings: TrainerConfig, launch: Launch, strategy: Any) -> L.Fabric:
-    """Start or join the processes that compute together; ``strategy`` is how, where there are several.
+def make_fabric(settings: TrainerConfig, launch: Launch, strategy: Any = "ddp") -> L.Fabric:
+    """The devices that settings and whoever started this ask for, before :func:`launch_processes` and any folder.
+
+    Args:
+        strategy: how processes share the work, where there are several.
 
     Raises:
         UserError: there are no such devices.
     """
     devices = choose_devices(settings, launch)
-    try:
-        fabric = L.Fabric(
+    with _refusing_devices():
+        return L.Fabric(
             accelerator=settings.accelerator,
             devices=devices.count,
             num_nodes=devices.nodes,
@@ -117,29 +120,41 @@ def launch_fabric(settings: TrainerConfig, launch: Launch, strategy: Any) -> L.F
             precision=choose_precision(settings.precision, devices.cuda),
             plugins=[launch.environment] if devices.several else [],
         )
+
+
+def make_single_fabric(settings: TrainerConfig) -> L.Fabric:
+    """:func:`make_fabric` of one process on one device, whatever the settings say of others."""
+    return make_fabric(replace(settings, devices=1, num_nodes=1), Launch(LightningEnvironment(), True))
+
+
+def launch_processes(fabric: L.Fabric) -> None:
+    """Start or join the processes that compute together.
+
+    Raises:
+        UserError: they cannot use these devices.
+    """
+    with _refusing_devices():
         fabric.launch()
+
+
+@contextmanager
+def launched(fabric: L.Fabric) -> Iterator[None]:
+    """:func:`launch_processes`, to compute without training; at the end the processes part."""
+    launch_processes(fabric)
+    yield
+    # not after an error: the others may have ended, and would be waited for
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def _refusing_devices() -> Iterator[None]:
+    try:
+        yield
     except torch.distributed.DistError:
         raise
     except (RuntimeError, ValueError, MisconfigurationException) as error:
         raise UserError(f"cannot compute on these devices: {str(error).splitlines()[0]}") from error
-    return fabric
-
-
-@contextmanager
-def start_fabric(settings: TrainerConfig, single: bool = False) -> Iterator[L.Fabric]:
-    """The processes and devices that settings and whoever started this ask for, to compute without training.
-
-    Args:
-        single: one process alone.
-
-    Raises:
-        UserError: there are no such devices.
-    """
-    launch = Launch(LightningEnvironment(), True) if single else read_launch()
-    yield launch_fabric(replace(settings, devices=1, num_nodes=1) if single else settings, launch, "ddp")
-    # not after an error: the others may have ended, and would be waited for
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
 
 
 def choose_precision(wanted: str, cuda: bool) -> Any:

@@ -7,6 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import torch
 from torch import Tensor
@@ -18,13 +19,12 @@ from itpn.system.console import Output
 from itpn.system.text import one_line
 from itpn.training.checkpointing import Checkpointing
 from itpn.training.compilation import compile_networks
-from itpn.training.config import RunConfig
 from itpn.training.data import read_batches
-from itpn.training.launch import Launch, launch_fabric, quieten_libraries, read_launch
+from itpn.training.launch import launch_processes, quieten_libraries, read_launch
 from itpn.training.metrics_log import MetricsLog
 from itpn.training.optimization import make_optimizer, measure_run
 from itpn.training.run_folder import RunFolder
-from itpn.training.sharding import check_strategy, distribute, make_strategy
+from itpn.training.sharding import distribute, make_training_fabric
 from itpn.training.state import Job, Training
 from itpn.training.stopping import StopRequest
 from itpn.training.summary import finish, print_start, summarize, write_summary
@@ -52,7 +52,8 @@ def fit(job: Job, notes: Sequence[str] = ()) -> Path:
     quieten_libraries()
     config, recipe = job.task.config, job.task.recipe
     folder = RunFolder(config, recipe)
-    check_strategy(config, launch)  # before the folder: a refusal leaves nothing behind
+    # before the folder: a refusal leaves nothing behind
+    fabric = make_training_fabric(job.task, launch)
     try:
         if launch.main:
             folder.open(config, recipe)
@@ -63,7 +64,7 @@ def fit(job: Job, notes: Sequence[str] = ()) -> Path:
             notes = [f"the run in {folder.path} was stopped before its first checkpoint: starting at step 0", *notes]
         for note in notes:
             console.print(one_line(note), markup=False, highlight=False, soft_wrap=True)
-        run_job(config, launch, console, folder, job)
+        run_job(fabric, launch.main, console, folder, job)
         return folder.path
     finally:
         if job.task.loader is not None:
@@ -71,13 +72,13 @@ def fit(job: Job, notes: Sequence[str] = ()) -> Path:
         folder.close()
 
 
-def run_job(config: RunConfig, launch: Launch, console: Output, folder: RunFolder, job: Job) -> None:
+def run_job(fabric: L.Fabric, main: bool, console: Output, folder: RunFolder, job: Job) -> None:
     """Take the steps that are left, and write what comes of them; see :func:`fit`."""
     stop, missing = StopRequest(), None
-    resumed, step = folder.newest_checkpoint(launch.main)
+    resumed, step = folder.newest_checkpoint(main)
     stop.signals.set()
     try:
-        run = set_up(config, launch, console, folder, job)
+        run = set_up(fabric, console, folder, job)
         with open_events(folder, step if step or folder.restarted else None) as events:
             log = MetricsLog(run, events)
             checkpointing, visualizations = Checkpointing(log), Visualizations(run, events)
@@ -93,13 +94,12 @@ def run_job(config: RunConfig, launch: Launch, console: Output, folder: RunFolde
         stop.signals.restore()
 
 
-def set_up(config: RunConfig, launch: Launch, console: Output, folder: RunFolder, job: Job) -> Training:
-    """Processes and devices, data, model and optimizer."""
-    settings, task = config.trainer, job.task
-    compilation = compile_networks(task.compiled(), settings, launch, task.compiled_by_default, console)
-    # with accumulation torch's reducer fails: it counts uses in the first pass, which is not to be synchronized
-    strategy = make_strategy(static_graph=task.static_graph and settings.accumulate_grad_batches == 1)
-    fabric = launch_fabric(settings, launch, strategy)
+def set_up(fabric: L.Fabric, console: Output, folder: RunFolder, job: Job) -> Training:
+    """Processes, data, model and optimizer."""
+    task, config = job.task, job.task.config
+    settings = config.trainer
+    launch_processes(fabric)
+    compilation = compile_networks(task.compiled(), settings, fabric, task.compiled_by_default, console)
     assert task.make_loader is not None
     task.loader = task.make_loader(fabric.global_rank, fabric.world_size)
     length = measure_run(config, task.loader.images, len(task.loader), fabric.world_size)

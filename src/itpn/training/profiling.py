@@ -37,7 +37,7 @@ from itpn.training.profile_trace import (
     tell_operations,
 )
 from itpn.training.run_folder import RunFolder
-from itpn.training.sharding import check_strategy
+from itpn.training.sharding import make_training_fabric
 from itpn.training.state import Job, Training
 
 STEPS, SETTLE = 10, 2
@@ -93,7 +93,7 @@ def profile(job: Job) -> Path:
     quieten_libraries()
     config, recipe = job.task.config, job.task.recipe
     folder = RunFolder(replace(config, name=f"{config.name}/profile"), recipe)
-    check_strategy(config, launch)
+    fabric = make_training_fabric(job.task, launch)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -101,7 +101,7 @@ def profile(job: Job) -> Path:
     signals = SignalHandlers(stop_at_once)  # there is nothing to be saved
     signals.set()
     try:
-        run = set_up(config, launch, console, folder, job)
+        run = set_up(fabric, console, folder, job)
         plan = make_plan(config, run.compilation.active)
         console.print(
             f"profiling {recipe} / {config.name}: {plan.warmup} steps to warm up, {plan.timed} timed, "

@@ -14,8 +14,21 @@ from torch.nn.parallel import DistributedDataParallel
 from itpn.errors import UserError
 from itpn.models.layers import TransformerBlock
 from itpn.training.config import RunConfig
-from itpn.training.launch import Launch, choose_devices, choose_precision
+from itpn.training.launch import Launch, choose_devices, choose_precision, make_fabric
 from itpn.training.module import TrainingModule
+
+
+def make_training_fabric(task: TrainingModule, launch: Launch) -> L.Fabric:
+    """The devices of a training run, and how its processes share the work.
+
+    Raises:
+        UserError: there are no such devices, or the settings cannot be sharded.
+    """
+    config = task.config
+    check_strategy(config, launch)
+    # with accumulation torch's reducer fails: it counts uses in the first pass, which is not to be synchronized
+    strategy = make_strategy(static_graph=task.static_graph and config.trainer.accumulate_grad_batches == 1)
+    return make_fabric(config.trainer, launch, strategy)
 
 
 def check_strategy(config: RunConfig, launch: Launch) -> None:

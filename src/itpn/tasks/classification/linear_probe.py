@@ -22,7 +22,7 @@ from itpn.tasks.features import Features, compute_features, join_features
 from itpn.tasks.run import train_composed
 from itpn.tasks.spec import task_of
 from itpn.training.config import freeze
-from itpn.training.launch import describe_machine, read_launch, start_fabric
+from itpn.training.launch import describe_machine, launched, make_single_fabric, read_launch
 from itpn.training.run_folder import RunFolder
 from itpn.training.summary import write_summary
 
@@ -54,6 +54,7 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
     data = find_data(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model, notes = network.build_model(config, data, found)
+    fabric = make_single_fabric(config.trainer)
     folder.open(config, recipe)
     try:
         for note in [*_origin(found), *notes, *data.notes]:
@@ -61,7 +62,7 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
         task = ClassificationTask(model, config, recipe, data.train.classes)
         skipped: Skipped = []
         sets = [ClassificationEvaluator(config, own) for own in (data.train, data.val) if own is not None]
-        with start_fabric(config.trainer, single=True) as fabric, fabric.autocast(), torch.no_grad():
+        with launched(fabric), fabric.autocast(), torch.no_grad():
             device = fabric.device
             task.to(device).eval()
             known, *others = [_collect(task, images, skipped) for images in sets]

@@ -56,7 +56,6 @@ def describe_options(contents: Contents, model: MaskedImageModel) -> str:
 def _options(contents: Contents) -> dict[str, str | int | None]:
     """Options of `itpn train` that build the networks of a file."""
     backbone, pyramid, decoder = contents.backbone, contents.pyramid or {}, contents.decoder or {}
-    guessed = any(guess.startswith(("decoder_num_heads", "decoder_heads")) for guess in contents.guessed)
     return {
         "name": contents.variant,
         "patch-size": backbone["patch_size"],
@@ -66,7 +65,7 @@ def _options(contents: Contents) -> dict[str, str | int | None]:
         "pyramid-depth": pyramid.get("depth"),
         "decoder-embed-dim": decoder.get("width"),
         "decoder-depth": decoder.get("depth"),
-        "decoder-num-heads": decoder.get("num_heads") if decoder.get("depth") and not guessed else None,
+        "decoder-num-heads": decoder.get("num_heads") if decoder.get("depth") else None,
     }
 
 
