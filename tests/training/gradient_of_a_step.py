@@ -6,7 +6,6 @@ operations of each pass, until the next begins.
 
 import json
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -80,7 +79,6 @@ itpn.masked.masked_model.MaskedImageModel.forward = lambda self, images, mask=No
 )
 loop.take_pass, loop.update, loop.train = take_pass, update, train_on
 compile_network = torch.compile
-choose_devices = itpn.training.compilation.choose_devices
 
 
 def fail_in_the_first_process(graph, inputs):
@@ -96,7 +94,5 @@ for path in map(Path, sys.argv[1:]):
     # graphs as ever, without generating code
     torch.compile = partial(compile_network, backend=fail_in_the_first_process if failing else "aot_eager")
     # as on a GPU, where networks are compiled by default
-    itpn.training.compilation.choose_devices = lambda *args, failing=failing: replace(
-        choose_devices(*args), cuda=failing
-    )
+    itpn.training.compilation.pays = lambda device, failing=failing: failing
     train(config, recipe)

@@ -1,8 +1,8 @@
 """A run with torch.compile: compiled once, said, and left out of the speed."""
 
 import json
-from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +20,6 @@ from itpn.tasks.pretraining.module import PretrainingTask
 from itpn.tasks.run import train
 from itpn.training import compilation as compiling
 from itpn.training.compilation import compile_networks
-from itpn.training.launch import Devices, choose_devices, read_launch
 
 pytestmark = pytest.mark.compile
 
@@ -64,9 +63,9 @@ def network(monkeypatch):
 @pytest.mark.parametrize("cuda", [False, True])
 @pytest.mark.parametrize("by_default", [False, True])
 @pytest.mark.parametrize("wanted", [None, False, True])
-def test_when(monkeypatch, network, cuda, by_default, wanted):
-    monkeypatch.setattr(compiling, "choose_devices", lambda *_: Devices(1, 1, 1, cuda))
-    done = compile_networks([network], TrainerConfig(compile=wanted), read_launch(), by_default, Console(quiet=True))
+def test_when(network, cuda, by_default, wanted):
+    fabric = SimpleNamespace(device=torch.device("cuda" if cuda else "cpu"), is_global_zero=True)
+    done = compile_networks([network], TrainerConfig(compile=wanted), fabric, by_default, Console(quiet=True))
     assert done.active == bool(network.compiled) == (wanted or (wanted is None and cuda and by_default))
 
 
@@ -111,7 +110,7 @@ FAILURES = {
 def compiled_by_default(monkeypatch):
     """As on a GPU, by a backend of choice."""
     torch.compiler.reset()
-    monkeypatch.setattr(compiling, "choose_devices", lambda *args: replace(choose_devices(*args), cuda=True))
+    monkeypatch.setattr(compiling, "pays", lambda device: True)
     compile_network = torch.compile
     return lambda backend: monkeypatch.setattr(torch, "compile", partial(compile_network, backend=backend))
 

@@ -67,6 +67,11 @@ class Compilation:
         return True
 
 
+def pays(device: torch.device) -> bool:
+    """Whether steps gain more time than their compilation takes."""
+    return device.type == "cuda"
+
+
 def describe_failure(error: Exception) -> str:
     """Type and first line of what the compiler raised, or of what was raised inside it."""
     while isinstance(inner := getattr(error, "inner_exception", None), Exception):
@@ -82,7 +87,9 @@ def compile_networks(
     networks: Sequence[nn.Module], settings: TrainerConfig, fabric: L.Fabric, by_default: bool, console: Console
 ) -> Compilation:
     """Compile in place, where the settings ask for it or it pays: on a GPU, if ``by_default``."""
-    wanted = fabric.device.type == "cuda" and by_default if settings.compile is None else settings.compile
+    wanted = settings.compile
+    if wanted is None:
+        wanted = by_default and pays(fabric.device)
     if not wanted or not networks:
         return Compilation()
     parts = (part for network in networks for part in network.modules())
