@@ -32,7 +32,7 @@ from itpn.data.files import find_training_images
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.pretraining.data import make_loader
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.recipe_files import read_recipe
 from itpn.teachers.ema import EMATeacher
@@ -99,10 +99,10 @@ class Arm:
         self.momentum = config.teacher.momentum
         size = image_size(config.data)
         self.model = model
-        self.average = EMATeacher(model) if config.teacher.name == "ema" else None
-        self.task = PretrainingTask(model, config, "benchmark", teacher=self.average).to(self.device)
+        self.ema_teacher = EMATeacher(model) if config.teacher.name == "ema" else None
+        self.module = PretrainingModule(model, config, "benchmark", teacher=self.ema_teacher).to(self.device)
         self.outside: dict[str, Any] = {}
-        if config.teacher.name and self.average is None:
+        if config.teacher.name and self.ema_teacher is None:
             shape = model.eval()(torch.zeros(1, config.model.in_chans, *size, device=self.device)).prediction.shape
             self.outside["feature"] = torch.randn(batch, *shape[1:], device=self.device)
         model.train()
@@ -111,7 +111,7 @@ class Arm:
         if "fused optimizer" in without:
             self.optimizer = make_plain_optimizer(model)
         else:
-            self.optimizer = torch.optim.AdamW(self.task.parameter_groups(), fused=True)
+            self.optimizer = torch.optim.AdamW(self.module.parameter_groups(), fused=True)
         with FlopCounterMode(display=False) as counter:  # before anything is recomputed or compiled
             self._forward_backward(torch.zeros(batch, 3, *size, dtype=torch.uint8))
         self.flops = counter.get_total_flops()
@@ -120,13 +120,13 @@ class Arm:
             model.set_grad_checkpointing("selective" if "selective" in name else True)
         if "compiled" in name:
             model.compile()
-            if self.average is not None:
-                self.average.compile()
+            if self.ema_teacher is not None:
+                self.ema_teacher.compile()
 
     def _forward_backward(self, images: torch.Tensor) -> None:
-        x = self.task.normalize(images.to(self.device, non_blocking=True))
+        x = self.module.normalize(images.to(self.device, non_blocking=True))
         with self.precision:
-            loss = self.model(x, target=self.task.make_targets(self.outside, x)).loss
+            loss = self.model(x, target=self.module.make_targets(self.outside, x)).loss
         self.scaler.scale(loss).backward()
 
     def step(self, images: torch.Tensor) -> None:
@@ -134,8 +134,8 @@ class Arm:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        if self.average is not None:
-            self.average.update(self.model, self.momentum)
+        if self.ema_teacher is not None:
+            self.ema_teacher.update(self.model, self.momentum)
 
 
 def time_step(arm: Arm, images: torch.Tensor) -> float:

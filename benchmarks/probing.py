@@ -12,7 +12,7 @@ from itpn.metrics.features import knn_accuracy, linear_accuracy
 from itpn.models.modes import eval_mode
 from itpn.seeding import derive_seed
 from itpn.tasks.configs import PretrainingConfig
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.pretraining.weights import load_weights
 
@@ -38,8 +38,8 @@ def probe(config: PretrainingConfig, weights: Path | None, sets: list[tuple[Tens
     model = build_from(config)
     if weights is not None:
         load_weights(model, read_checkpoint(weights))
-    task = PretrainingTask(model, config, "probe")
-    (known, labels), (unknown, answers) = [(mean_features(task, x.split(128)), labels) for x, labels in sets]
+    module = PretrainingModule(model, config, "probe")
+    (known, labels), (unknown, answers) = [(mean_features(module, x.split(128)), labels) for x, labels in sets]
     metrics = [
         f(x, labels, y, answers) for x, y in zip(known, unknown, strict=True) for f in (knn_accuracy, linear_accuracy)
     ]
@@ -47,17 +47,17 @@ def probe(config: PretrainingConfig, weights: Path | None, sets: list[tuple[Tens
 
 
 @torch.no_grad()
-def mean_features(task: PretrainingTask, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def mean_features(module: PretrainingModule, batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """Means over an image of uint8 batches [B, 3, H, W], in eval mode, on the CPU.
 
     Returns:
         Of the last backbone stage, float32 [n, C], and of the pyramid's levels side by side, [n, 3 * width].
     """
     backbone, pyramid = [], []
-    with eval_mode(task):
+    with eval_mode(module):
         for images in batches:
-            stages = task.model.backbone.forward_stages(task.normalize(images.to(task.device)))
-            levels = [level.mean(dim=(1, 2, 3)) for level in task.model.pyramid(stages)]
+            stages = module.model.backbone.forward_stages(module.normalize(images.to(module.device)))
+            levels = [level.mean(dim=(1, 2, 3)) for level in module.model.pyramid(stages)]
             backbone.append(stages[-1].mean(dim=(1, 2, 3)).float().cpu())
             pyramid.append(torch.cat(levels, dim=1).float().cpu())
     return torch.cat(backbone), torch.cat(pyramid)

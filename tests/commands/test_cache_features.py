@@ -1,4 +1,4 @@
-"""Runs that are supervised by features: of a CLIP tower in a file, of the network's own average, of a cache."""
+"""Runs that are supervised by features: of a CLIP tower in a file, of an EMA of the network, of a cache."""
 
 import csv
 import json
@@ -72,9 +72,9 @@ def test_a_resumed_run_with_an_ema_and_block_masks_is_the_same(ema, monkeypatch,
     assert_same_run(straight, resumed)
     assert losses(straight) == losses(resumed)
     states = [torch.load(run / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for run in (straight, resumed)]
-    averages = [name for name in states[0] if name.startswith("average.")]
-    assert averages
-    assert all(torch.equal(states[0][name], states[1][name]) for name in averages)
+    copies = [name for name in states[0] if name.startswith("ema_teacher.")]
+    assert copies
+    assert all(torch.equal(states[0][name], states[1][name]) for name in copies)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
@@ -95,8 +95,8 @@ def test_the_ema_moves_once_a_step(ema, monkeypatch, accumulate):
     for step, (momentum, weight) in enumerate(seen):
         assert momentum == momentum_at(step, len(seen), 0.9, 1.0)  # 0 at first: no random start is left
         average = momentum * average + (1 - momentum) * weight
-    torch.testing.assert_close(state["state_dict"][f"average.average.module.{name}"], average)
-    assert not any("average" in key for key in load_file(run / "model.safetensors"))
+    torch.testing.assert_close(state["state_dict"][f"ema_teacher.ema.module.{name}"], average)
+    assert not any("ema" in key for key in load_file(run / "model.safetensors"))
     trained = [p for p in itpn.load(run / "model.safetensors").parameters() if p.requires_grad]
     assert len(state["optimizer_states"][0]["state"]) == len(trained)
 

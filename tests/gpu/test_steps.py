@@ -32,7 +32,7 @@ def make_images(device: torch.device, seed: int = 0) -> torch.Tensor:
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_step_waits_for_the_gpu(device, objective, checkpointing):
     model = build(objective, drop_path_rate=0.1, grad_checkpointing=checkpointing).train().to(device)
-    average = EMATeacher(model) if objective == "mfm" else None
+    teacher = EMATeacher(model) if objective == "mfm" else None
     normalize = Normalize(3, (0.5,), (0.25,)).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device=device)
@@ -40,12 +40,12 @@ def test_no_step_waits_for_the_gpu(device, objective, checkpointing):
         # the first step sets things up: state of the optimizer, libraries
         with refusing_to_wait(device) if number else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16):
-                loss = step(model, average, normalize(images))
+                loss = step(model, teacher, normalize(images))
             torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
             optimizer.step()
             optimizer.zero_grad()
-            if average is not None:
-                average.update(model, 0.99)
+            if teacher is not None:
+                teacher.update(model, 0.99)
     assert loss.isfinite()
     if device.type == "cuda":  # the mode does find a step that waits
         with refusing_to_wait(device), pytest.raises(RuntimeError, match="synchronizing"):
@@ -60,11 +60,11 @@ def test_one_graph(objective):
     torch.compiler.reset()
     counters.clear()
     model = build(objective, drop_path_rate=0.1).train().to(device)
-    average = EMATeacher(model) if objective == "mfm" else None
+    teacher = EMATeacher(model) if objective == "mfm" else None
     forward = torch.compile(model, backend="aot_eager", fullgraph=True)
     for number in range(3):
         with torch.autocast(device.type, torch.bfloat16):
-            assert step(model, average, make_images(device, number), forward).isfinite()
+            assert step(model, teacher, make_images(device, number), forward).isfinite()
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert not counters["recompiles"]
@@ -73,7 +73,7 @@ def test_one_graph(objective):
 def find_gradient(objective: str, device: torch.device, dtype: torch.dtype, compiled: bool) -> tuple[float, dict]:
     """Loss and gradients, float64 on the CPU, of one step with the same weights, images and mask."""
     model = build(objective).train().to(device)
-    average = EMATeacher(model) if objective == "mfm" else None
+    teacher = EMATeacher(model) if objective == "mfm" else None
     # the compiler of a CPU is another one, and needs a C++ compiler
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     forward = torch.compile(model, backend=backend, fullgraph=True) if compiled else model
@@ -82,7 +82,7 @@ def find_gradient(objective: str, device: torch.device, dtype: torch.dtype, comp
     # compiled code draws the random numbers of eager code, so that masks are the same
     enabled = dtype is not torch.float32
     with inductor.patch(fallback_random=True), torch.autocast(device.type, dtype, enabled=enabled):
-        loss = step(model, average, images, forward)
+        loss = step(model, teacher, images, forward)
     return float(loss.detach()), {n: p.grad.double().cpu() for n, p in model.named_parameters() if p.grad is not None}
 
 

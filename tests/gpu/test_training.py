@@ -21,7 +21,7 @@ from itpn.models.build import build
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES
 from itpn.system.console import Output
-from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.classification.module import ClassificationModule
 from itpn.tasks.configs import (
     ClassificationConfig,
     ClassificationDataConfig,
@@ -39,10 +39,10 @@ from itpn.tasks.configs import (
     SegmentationModelConfig,
     TeacherConfig,
 )
-from itpn.tasks.detection.module import DetectionTask
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.detection.module import DetectionModule
+from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.pretraining.network import build_masked_model
-from itpn.tasks.segmentation.module import SegmentationTask
+from itpn.tasks.segmentation.module import SegmentationModule
 from itpn.teachers.ema import EMATeacher
 from itpn.teachers.timm_teacher import FeatureTeacher, FeatureTower
 from itpn.training.checkpointing import collect_state, restore_state
@@ -71,7 +71,7 @@ STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.25, 0.25, 0.25)}
 LEARNING = {"lr": 1e-3, "layer_decay": 0.9, "layer_decay_over": None, "clip_grad": 1.0}
 
 
-def pretraining(photos: Path, name: str = "itpn_nano", teacher: str | None = None, **model: Any) -> PretrainingTask:
+def pretraining(photos: Path, name: str = "itpn_nano", teacher: str | None = None, **model: Any) -> PretrainingModule:
     config = PretrainingConfig(
         model=PretrainingModelConfig(name, drop_path_rate=0.1, **{**SMALL, **model}),
         teacher=TeacherConfig(teacher, width=24 if teacher == "vit" else None),
@@ -83,7 +83,7 @@ def pretraining(photos: Path, name: str = "itpn_nano", teacher: str | None = Non
     watching: Any = {None: lambda: None, "ema": lambda: EMATeacher(network), "vit": make_vit}[teacher]()
     source = find_training_images(config.data.root)
     transform = PretrainingTransform((32, 48), teacher_size=(64, 96) if teacher == "vit" else None)
-    return PretrainingTask(network, config, "test", loader_of(source, transform), watching)
+    return PretrainingModule(network, config, "test", loader_of(source, transform), watching)
 
 
 def make_vit() -> FeatureTeacher:
@@ -136,7 +136,7 @@ class View:
         return view
 
 
-def classification(photos: Path, name: str = "itpn_nano") -> ClassificationTask:
+def classification(photos: Path, name: str = "itpn_nano") -> ClassificationModule:
     config = ClassificationConfig(
         model=ClassificationModelConfig(name=name, patch_size=16, drop_path_rate=0.1, ema_decay=0.9),
         data=ClassificationDataConfig(img_size=64, crop_pct=0.9, batch_size=4, **STATISTICS),
@@ -144,10 +144,10 @@ def classification(photos: Path, name: str = "itpn_nano") -> ClassificationTask:
     )
     backbone = {**BACKBONES[name], "img_size": 64, "drop_path_rate": 0.1}
     network: Any = build(NetworkSpec(backbone, head="classification", options={"num_classes": 3}))
-    return ClassificationTask(network, config, "test", ("a", "b", "c"), loader_of(Drawn(), View("classification")))
+    return ClassificationModule(network, config, "test", ("a", "b", "c"), loader_of(Drawn(), View("classification")))
 
 
-def detection(photos: Path) -> DetectionTask:
+def detection(photos: Path) -> DetectionModule:
     from itpn.models.detector import MaskDetector
 
     config = DetectionConfig(
@@ -158,10 +158,10 @@ def detection(photos: Path) -> DetectionTask:
     backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="detection", drop_path_rate=0.1)
     sizes = {"head_width": 16, "rpn_post_nms_top_n_train": 40, "box_batch_size_per_image": 16}
     network = MaskDetector(backbone, 3, min_size=64, max_size=128, **sizes)
-    return DetectionTask(network, config, "test", ("a", "b"), loader_of(Drawn(), View("detection"), collect))
+    return DetectionModule(network, config, "test", ("a", "b"), loader_of(Drawn(), View("detection"), collect))
 
 
-def segmentation(photos: Path) -> SegmentationTask:
+def segmentation(photos: Path) -> SegmentationModule:
     pytest.importorskip("segmentation_models_pytorch", reason="needs segmentation_models_pytorch")
     from itpn.models.segmenter import Segmenter
 
@@ -172,7 +172,7 @@ def segmentation(photos: Path) -> SegmentationTask:
     )
     backbone: Any = timm.create_model("itpn_nano_pyramid", img_size=64, levels="segmentation", drop_path_rate=0.1)
     network = Segmenter(backbone, 2, head_width=16)
-    return SegmentationTask(network, config, "test", ("a", "b"), loader_of(Drawn(), View("segmentation")))
+    return SegmentationModule(network, config, "test", ("a", "b"), loader_of(Drawn(), View("segmentation")))
 
 
 TASKS: dict[str, Callable[[Path], TrainingModule]] = {
@@ -199,38 +199,40 @@ class Observer:
         self.losses.append(float(metrics["loss"]))
 
     def after_step(self, run: Training) -> None:
-        self.devices |= {p.device.type for p in run.task.parameters()}
+        self.devices |= {p.device.type for p in run.module.parameters()}
         if self.checkpoint is not None and run.step == self.checkpoint[0]:
             torch.save(collect_state(run), self.checkpoint[1])
 
 
-def fit(task: TrainingModule, device: torch.device, steps: int, observer: Observer, resume: Path | None = None) -> None:
+def fit(
+    module: TrainingModule, device: torch.device, steps: int, observer: Observer, resume: Path | None = None
+) -> None:
     """As :func:`itpn.training.loop.fit`, without a run's folder."""
-    trainer = task.config.trainer
+    trainer = module.config.trainer
     trainer.accelerator = "gpu" if device.type == "cuda" else "cpu"
     trainer.precision = "bf16-mixed" if device.type == "cuda" else "32-true"
     trainer.devices, trainer.max_steps, trainer.max_epochs, trainer.compile = 1, steps, 100, False
-    job = Job(task, lambda: Image.new("RGB", (1, 1)), {}, None)
-    run = set_up(make_training_fabric(task, read_launch()), Output(quiet=True), RunFolder(task.config, "test"), job)
+    job = Job(module, lambda: Image.new("RGB", (1, 1)), {}, None)
+    run = set_up(make_training_fabric(module, read_launch()), Output(quiet=True), RunFolder(module.config, "test"), job)
     if resume is not None:
         restore_state(run, torch.load(resume, map_location="cpu", weights_only=True))
     batches = read_batches(run)
     while run.step < steps:
         take_step(run, batches, observer.after_pass)
         observer.after_step(run)
-    task.cpu()
+    module.cpu()
 
 
 @pytest.mark.parametrize("name", TASKS)
 def test_a_few_steps_of_each_task(device, photos, name):
-    task = TASKS[name](photos)
-    before = {n: p.detach().clone() for n, p in task.model.named_parameters()}
+    module = TASKS[name](photos)
+    before = {n: p.detach().clone() for n, p in module.model.named_parameters()}
     observer = Observer()
-    fit(task, device, 2, observer)
+    fit(module, device, 2, observer)
     assert observer.devices == {device.type}
     assert len(observer.losses) == 2
     assert np.isfinite(observer.losses).all()
-    for n, parameter in task.model.named_parameters():
+    for n, parameter in module.model.named_parameters():
         assert parameter.isfinite().all(), n
         # biases of keys cannot matter; heads of a detector may have met no object
         if parameter.requires_grad and not n.startswith("roi_heads"):
@@ -274,28 +276,28 @@ def flat(state: dict[str, torch.Tensor]) -> torch.Tensor:
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_batch_is_copied_from_pinned_memory_beside_the_step(device, photos, num_workers):
-    task = pretraining(photos)
+    module = pretraining(photos)
     transform = PretrainingTransform((32, 48))
     options = {"batch_size": 4, "num_workers": num_workers, "seed": 0, "pin_memory": device.type == "cuda"}
-    task.loader = TrainingLoader(find_training_images([str(photos)]), transform, **options)
-    batch = next(iter(task.loader))
+    module.loader = TrainingLoader(find_training_images([str(photos)]), transform, **options)
+    batch = next(iter(module.loader))
     expected = batch["image"].clone()
     if device.type == "cpu":
-        assert torch.equal(copy_batch(task.loader, batch, device, None)["image"], expected)
-        task.loader.close()
+        assert torch.equal(copy_batch(module.loader, batch, device, None)["image"], expected)
+        module.loader.close()
         return
     assert batch["image"].is_pinned()
     copies = torch.cuda.Stream(device)
-    copy_batch(task.loader, batch, device, copies)  # the first takes memory
+    copy_batch(module.loader, batch, device, copies)  # the first takes memory
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         torch.cuda._sleep(2_000_000_000)  # a step that takes a second
         computed = torch.cuda.current_stream().record_event()
-        copied = copy_batch(task.loader, batch, device, copies)["image"]
+        copied = copy_batch(module.loader, batch, device, copies)["image"]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     copies.synchronize()
     assert not computed.query()  # the batch is there, and the step before still computes
     assert torch.equal(copied.cpu(), expected)
-    task.loader.close()
+    module.loader.close()

@@ -163,12 +163,12 @@ def test_losses_and_heads_must_fit():
 def test_the_ema_teacher_follows_its_student(images):
     model = build(**ALL)
     teacher = EMATeacher(model).train()
-    before = {name: p.clone() for name, p in teacher.average.module.named_parameters()}
+    before = {name: p.clone() for name, p in teacher.ema.module.named_parameters()}
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 1
     teacher.update(model, 0.75)
-    for name, parameter in teacher.average.module.named_parameters():
+    for name, parameter in teacher.ema.module.named_parameters():
         torch.testing.assert_close(parameter.detach(), before[name] + 0.25)
         assert not parameter.requires_grad
     assert not any(module.training for module in teacher.modules())

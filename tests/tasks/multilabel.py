@@ -32,7 +32,7 @@ from itpn.system.writing import write_whole
 from itpn.tasks.data import RunData, make_training_loader
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator
 from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
-from itpn.tasks.finetuning.module import FineTuningTask
+from itpn.tasks.finetuning.module import FineTuningModule
 from itpn.tasks.finetuning.network import (
     backbone_options,
     build_network,
@@ -181,7 +181,7 @@ def build_recipe(config: MultiLabelConfig, num_classes: int | None = None, found
     return build_with(config, name_classes(found, num_classes or 2), found)
 
 
-class MultiLabelModule(FineTuningTask):
+class MultiLabelModule(FineTuningModule):
     """Binary cross-entropy of each class."""
 
     def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.data import Mixup
 
 from itpn.seeding import derive_seed
-from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.classification.module import ClassificationModule
 from itpn.tasks.classification.network import build_recipe
 from itpn.tasks.configs import ClassificationConfig
 from itpn.tasks.finetuning.module import decay_per_layer
@@ -24,7 +24,7 @@ CLIP_B = "hivit-base-3324-p16_itpn-clip-pre_8xb128-coslr-100e_in1k"
 CLIP_L = "hivit-large-2240-p16_itpn-clip-pre_8xb64-coslr-50e_in1k"
 
 
-def make_task(recipe: str, init_values: float | None = None) -> ClassificationTask:
+def make_task(recipe: str, init_values: float | None = None) -> ClassificationModule:
     """Without memory for its weights, on eight processes with ImageNet-1K."""
     name, config = read_recipe(recipe)
     assert isinstance(config, ClassificationConfig)
@@ -32,8 +32,8 @@ def make_task(recipe: str, init_values: float | None = None) -> ClassificationTa
     config.data.mean, config.data.std = (0.0,), (1.0,)
     with torch.device("meta"):
         model = build_recipe(config, None, None)[0]
-    task = ClassificationTask(model, config, name, tuple(map(str, range(1000))))
-    return task
+    module = ClassificationModule(model, config, name, tuple(map(str, range(1000))))
+    return module
 
 
 @pytest.mark.parametrize(
@@ -72,11 +72,11 @@ def make_task(recipe: str, init_values: float | None = None) -> ClassificationTa
     ],
 )
 def test_learning_rates_by_layer(recipe, peak, scales):
-    task = make_task(recipe)
-    length = measure_run(task.config, images=1_281_167, passes_per_epoch=1, processes=8)
-    assert peak_lr(task.config.optimizer, length.global_batch) == pytest.approx(peak)
-    groups = task.parameter_groups()
-    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
+    module = make_task(recipe)
+    length = measure_run(module.config, images=1_281_167, passes_per_epoch=1, processes=8)
+    assert peak_lr(module.config.optimizer, length.global_batch) == pytest.approx(peak)
+    groups = module.parameter_groups()
+    names = {id(parameter): name for name, parameter in module.model.named_parameters()}
     found = {names[id(p)]: group["lr_scale"] for group in groups for p in group["params"]}
     assert set(found) == set(names.values())
     for name, scale in scales.items():
@@ -86,9 +86,9 @@ def test_learning_rates_by_layer(recipe, peak, scales):
 @pytest.mark.parametrize("recipe", [PIXEL_B, PIXEL_L, CLIP_B, CLIP_L])
 def test_what_is_not_decayed(recipe):
     """Norms, biases, position tables and layer scale (REFERENCE, section 3)."""
-    task = make_task(recipe, init_values=0.1)
-    names = {id(parameter): name for name, parameter in task.model.named_parameters()}
-    for group in task.parameter_groups():
+    module = make_task(recipe, init_values=0.1)
+    names = {id(parameter): name for name, parameter in module.model.named_parameters()}
+    for group in module.parameter_groups():
         for parameter in group["params"]:
             name = names[id(parameter)]
             spared = "norm" in name or name.endswith(("bias", "pos_embed", "bias_table", "gamma"))
@@ -142,13 +142,13 @@ def test_fast_itpn_keeps_its_global_batch():
         assert 8 * config.data.batch_size * config.trainer.accumulate_grad_batches == 1024
 
 
-def make_small_task(**data) -> ClassificationTask:
+def make_small_task(**data) -> ClassificationModule:
     config = read_recipe("classifier_small")[1]
     config.model.name, config.model.scratch, config.model.patch_size = "itpn_nano", True, 8
     config.data.img_size, config.data.mean, config.data.std = 32, (0.5,), (0.25,)
     for name, value in data.items():
         setattr(config.data, name, value)
-    return ClassificationTask(build_recipe(config, 3)[0], config, "test", ("a", "b", "c")).eval()
+    return ClassificationModule(build_recipe(config, 3)[0], config, "test", ("a", "b", "c")).eval()
 
 
 def draw_batch() -> dict[str, torch.Tensor]:
@@ -158,25 +158,25 @@ def draw_batch() -> dict[str, torch.Tensor]:
 
 
 def test_loss_is_that_of_smoothed_labels():
-    task, batch = make_small_task(erase=0.0, label_smoothing=0.2), draw_batch()
-    logits = task.model(((batch["image"] / 255) - 0.5) / 0.25)
+    module, batch = make_small_task(erase=0.0, label_smoothing=0.2), draw_batch()
+    logits = module.model(((batch["image"] / 255) - 0.5) / 0.25)
     targets = F.one_hot(batch["label"], 3) * 0.8 + 0.2 / 3
     expected = -(targets * logits.log_softmax(1)).sum(1).mean()
-    torch.testing.assert_close(task.training_step(batch)["loss"], expected)
+    torch.testing.assert_close(module.training_step(batch)["loss"], expected)
 
 
 def test_loss_is_that_of_mixed_images():
     """timm's mixup after the step's own seed, whatever was drawn before."""
-    task, batch = make_small_task(erase=0.0, mixup=0.8, cutmix=1.0), draw_batch()
+    module, batch = make_small_task(erase=0.0, mixup=0.8, cutmix=1.0), draw_batch()
     random.random(), np.random.rand(3), torch.rand(2)
     seed_pass(0, number=7, rank=0)
-    loss = task.training_step(batch)["loss"]
+    loss = module.training_step(batch)["loss"]
     seed = derive_seed(0, "step", 7, 0)
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     images, targets = Mixup(0.8, 1.0, label_smoothing=0.1, num_classes=3)(
         ((batch["image"] / 255) - 0.5) / 0.25, batch["label"]
     )
-    expected = -(targets * task.model(images).log_softmax(1)).sum(1).mean()
+    expected = -(targets * module.model(images).log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(loss, expected)
-    assert not math.isclose(float(loss), float(F.cross_entropy(task.model(images), batch["label"])))
+    assert not math.isclose(float(loss), float(F.cross_entropy(module.model(images), batch["label"])))

@@ -6,7 +6,7 @@ import torch
 from itpn.data.files import ImageSource
 from itpn.tasks.configs import OptimizerConfig, PretrainingConfig, PretrainingDataConfig
 from itpn.tasks.pretraining.data import make_loader
-from itpn.tasks.pretraining.module import PretrainingTask, spread
+from itpn.tasks.pretraining.module import PretrainingModule, spread
 from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.recipe_files import read_recipe
 from itpn.training.config import image_size
@@ -20,9 +20,9 @@ def make_config(**data) -> PretrainingConfig:
     return config
 
 
-def make_task() -> PretrainingTask:
+def make_task() -> PretrainingModule:
     config = make_config(batch_size=8)
-    return PretrainingTask(build_masked_model(config.model, image_size(config.data)), config, "test")
+    return PretrainingModule(build_masked_model(config.model, image_size(config.data)), config, "test")
 
 
 def measure(config: PretrainingConfig, world_size=1, accumulate=1, images=1_281_167) -> RunLength:
@@ -72,17 +72,17 @@ def test_short_runs_warm_up_for_a_tenth():
 
 
 def test_no_decay_on_norms_biases_positions_and_mask_token():
-    task = make_task()
-    task.config.model.pos_embed = "learned"
-    task.model.backbone.pos_embed.requires_grad_(True)
-    optimizer, _ = make_optimizer(task, measure(task.config), "32-true")
+    module = make_task()
+    module.config.model.pos_embed = "learned"
+    module.model.backbone.pos_embed.requires_grad_(True)
+    optimizer, _ = make_optimizer(module, measure(module.config), "32-true")
     assert optimizer.defaults["fused"]
     assert (optimizer.defaults["betas"], optimizer.defaults["lr"]) == ((0.9, 0.95), pytest.approx(1.5e-4 * 8 / 256))
-    names = {id(p): name for name, p in task.model.named_parameters()}
+    names = {id(p): name for name, p in module.model.named_parameters()}
     decayed = {names[id(p)] for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]}
     spared = {names[id(p)] for group in optimizer.param_groups if not group["weight_decay"] for p in group["params"]}
     assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.05}
-    assert decayed | spared == {name for name, p in task.model.named_parameters() if p.requires_grad}
+    assert decayed | spared == {name for name, p in module.model.named_parameters() if p.requires_grad}
     for name in spared:
         assert name.endswith("bias") or "norm" in name or name in ("backbone.pos_embed", "decoder.mask_token"), name
     for name in decayed:
@@ -92,11 +92,11 @@ def test_no_decay_on_norms_biases_positions_and_mask_token():
 
 
 def test_fused_steps_give_way_to_scaled_gradients_that_are_clipped():
-    task = make_task()
-    assert make_optimizer(task, measure(task.config), "16-mixed")[0].defaults["fused"]
-    task.config.optimizer.clip_grad = 1.0
-    assert not make_optimizer(task, measure(task.config), "16-mixed")[0].defaults["fused"]
-    assert make_optimizer(task, measure(task.config), "bf16-mixed")[0].defaults["fused"]
+    module = make_task()
+    assert make_optimizer(module, measure(module.config), "16-mixed")[0].defaults["fused"]
+    module.config.optimizer.clip_grad = 1.0
+    assert not make_optimizer(module, measure(module.config), "16-mixed")[0].defaults["fused"]
+    assert make_optimizer(module, measure(module.config), "bf16-mixed")[0].defaults["fused"]
 
 
 def test_spread_sees_a_collapse():
@@ -109,8 +109,8 @@ def test_spread_sees_a_collapse():
 
 
 def test_normalisation_and_back():
-    task = make_task()
+    module = make_task()
     images = torch.randint(0, 256, (2, 3, 4, 4), dtype=torch.uint8)
-    x = task.normalize(images)
+    x = module.normalize(images)
     assert x[1, 2, 3, 1].item() == pytest.approx((images[1, 2, 3, 1].item() / 255 - 0.406) / 0.225, abs=1e-6)
-    assert torch.equal(task.normalize.undo(x), images)
+    assert torch.equal(module.normalize.undo(x), images)

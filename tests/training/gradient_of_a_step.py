@@ -56,7 +56,7 @@ def take_pass(run, *args, original=loop.take_pass):
 
 def update(run, original=loop.update):
     if run.step == 0:
-        gradients = {name: whole(p.grad) for name, p in run.task.model.named_parameters() if p.grad is not None}
+        gradients = {name: whole(p.grad) for name, p in run.module.model.named_parameters() if p.grad is not None}
         if run.fabric.global_rank == 0:
             torch.save(gradients, path.with_suffix(".pt"))
     original(run)

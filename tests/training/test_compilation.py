@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from itpn.errors import MachineError
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.tasks.configs import TrainerConfig
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.run import train
 from itpn.training import compilation as compiling
 from itpn.training.compilation import compile_networks
@@ -38,7 +38,7 @@ def test_a_whole_run_compiles_once(settings, quick_compiler, capsys):
     config.teacher.name = "ema"
     config.model.pyramid_weights = (1.0, 1.0, 1.0)
     run = train(config, "small")
-    # the network and its average, once for all steps, epochs and visualizations
+    # the network and its EMA, once for all steps, epochs and visualizations
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
     assert "compiled in" in capsys.readouterr().out
@@ -157,7 +157,7 @@ def test_a_fault_of_the_network_is_no_failure_of_the_compiler(settings, compiled
 def test_later_steps_are_only_repeated_for_errors_of_the_compiler(settings, compiled_by_default, monkeypatch, capsys):
     compiled_by_default("eager")
     errors = iter([torch._dynamo.exc.Unsupported("a new graph"), ValueError("a fault")])
-    training_step = PretrainingTask.training_step
+    training_step = PretrainingModule.training_step
 
     calls = 0
 
@@ -168,7 +168,7 @@ def test_later_steps_are_only_repeated_for_errors_of_the_compiler(settings, comp
             raise error
         return training_step(self, batch)
 
-    monkeypatch.setattr(PretrainingTask, "training_step", step)
+    monkeypatch.setattr(PretrainingModule, "training_step", step)
     with pytest.raises(ValueError, match="a fault"):
         train(settings(max_steps=4), "small")
     assert "torch.compile failed: Unsupported: a new graph; steps are not compiled" in capsys.readouterr().out

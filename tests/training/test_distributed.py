@@ -30,7 +30,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
 def test_gradient_of_two_processes_is_that_of_the_whole_batch(settings, tmp_path):
     """And the processes tell one another no more than they must. So with shards of the network, also when resumed, and
     where the compiler fails in one of them."""
-    cases = dict.fromkeys(("plain", "compiled", "failing"), (1, None)) | {"average": (1, "ema")}
+    cases = dict.fromkeys(("plain", "compiled", "failing"), (1, None)) | {"ema": (1, "ema")}
     cases |= {"accumulated": (2, None), "sharded": (2, None)}
     for processes, batch in ((1, 8), (2, 4)):
         files = []

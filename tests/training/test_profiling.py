@@ -21,7 +21,7 @@ from itpn.tasks.configs import (
     FineTuningConfig,
     TrainerConfig,
 )
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.run import train
 from itpn.training import profiling
 from itpn.training.launch import Launch
@@ -178,7 +178,7 @@ def test_a_signal_while_the_trace_is_written(settings, monkeypatch):
 def test_processes_beside_the_first_take_the_same_steps(settings, monkeypatch):
     config = settings()
     steps = []
-    monkeypatch.setattr(PretrainingTask, "after_step", lambda task, step, total_steps: steps.append(step))
+    monkeypatch.setattr(PretrainingModule, "after_step", lambda task, step, total_steps: steps.append(step))
     monkeypatch.setattr(profiling, "read_launch", lambda: Launch(LightningEnvironment(), main=False))
     train(config, "test", profile=True)
     assert steps == [*range(make_plan(config, False).total)]

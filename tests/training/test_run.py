@@ -25,7 +25,7 @@ import itpn
 from itpn.data.loader import TrainingLoader
 from itpn.errors import NonFiniteLoss, UserError
 from itpn.tasks.pretraining import evaluation, prediction
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.recipe_files import read_settings
 from itpn.tasks.run import train
 from itpn.training import progress
@@ -290,9 +290,9 @@ def test_grey_images(settings):
     config = settings(max_steps=2)
     config.model.in_chans = 1
     config.data.mean, config.data.std = (0.45,), (0.25,)
-    task = PretrainingTask(itpn.load(train(config, "test") / "model.safetensors"), config, "test")
+    module = PretrainingModule(itpn.load(train(config, "test") / "model.safetensors"), config, "test")
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    grey = task.normalize.undo(task.normalize(images)).float()
+    grey = module.normalize.undo(module.normalize(images)).float()
     luma = (images * torch.tensor([0.299, 0.587, 0.114]).reshape(3, 1, 1)).sum(1, keepdim=True)
     assert (grey - luma).abs().max() <= 0.51
 

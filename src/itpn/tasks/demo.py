@@ -24,7 +24,7 @@ from itpn.tasks.detection.evaluation import detect
 from itpn.tasks.drawing import LARGE, add_legend, draw_labels, draw_objects, name_colour, show, tile_images
 from itpn.tasks.parallel_runs import Plan, train_side_by_side
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.pretraining.prediction import mask_and_predict
 from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.segmentation.config import SegmentationConfig
@@ -42,7 +42,7 @@ COLOURS = [  # of segmentation; shapes have those that they have in detection
 
 
 @dataclass(frozen=True)
-class Task:
+class Comparison:
     """A fine-tuning of the demo.
 
     Attributes:
@@ -87,9 +87,9 @@ def segmenter(folders: ShapesFolders) -> tuple[str, Any]:
 
 
 TASKS = (
-    Task("classify", classifier, 300, "val_top1", "top-1 accuracy"),
-    Task("detect", detector, 200, "val_box_ap50", "AP50 of boxes"),
-    Task("segment", segmenter, 120, "val_miou", "mean IoU"),
+    Comparison("classify", classifier, 300, "val_top1", "top-1 accuracy"),
+    Comparison("detect", detector, 200, "val_box_ap50", "AP50 of boxes"),
+    Comparison("segment", segmenter, 120, "val_miou", "mean IoU"),
 )
 
 
@@ -145,7 +145,7 @@ def plan_pretraining(folders: ShapesFolders, output_dir: Path) -> Plan:
     return Plan(recipe, settle(config, PRETRAINING_STEPS, output_dir))
 
 
-def plan(task: Task, folders: ShapesFolders, checkpoint: Path | None, output_dir: Path) -> Plan:
+def plan(task: Comparison, folders: ShapesFolders, checkpoint: Path | None, output_dir: Path) -> Plan:
     """Fine-tuning for a task from a checkpoint, or training from scratch with the same steps."""
     recipe, config = task.configure(folders)
     if checkpoint is None:
@@ -182,7 +182,7 @@ def draw_story(networks: dict[str, Path], folders: ShapesFolders) -> Image.Image
     _, config = read_recipe(RECIPE)
     assert isinstance(config, PretrainingConfig)
     normalize = Normalize(3, config.data.mean, config.data.std)
-    columns = mask_and_predict(PretrainingTask(models["pre-train"], config, RECIPE), scenes)
+    columns = mask_and_predict(PretrainingModule(models["pre-train"], config, RECIPE), scenes)
     named = models["classify"](normalize(singles)).softmax(dim=-1)
     _, segmenter = read_recipe("segmenter_nano")
     assert isinstance(segmenter, SegmentationConfig)

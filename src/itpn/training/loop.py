@@ -50,10 +50,10 @@ def fit(job: Job, notes: Sequence[str] = ()) -> Path:
     launch = read_launch()
     console = Output(quiet=not launch.main)
     quieten_libraries()
-    config, recipe = job.task.config, job.task.recipe
+    config, recipe = job.module.config, job.module.recipe
     folder = RunFolder(config, recipe)
     # before the folder: a refusal leaves nothing behind
-    fabric = make_training_fabric(job.task, launch)
+    fabric = make_training_fabric(job.module, launch)
     try:
         if launch.main:
             folder.open(config, recipe)
@@ -67,8 +67,8 @@ def fit(job: Job, notes: Sequence[str] = ()) -> Path:
         run_job(fabric, launch.main, console, folder, job)
         return folder.path
     finally:
-        if job.task.loader is not None:
-            job.task.loader.close()
+        if job.module.loader is not None:
+            job.module.loader.close()
         folder.close()
 
 
@@ -96,21 +96,23 @@ def run_job(fabric: L.Fabric, main: bool, console: Output, folder: RunFolder, jo
 
 def set_up(fabric: L.Fabric, console: Output, folder: RunFolder, job: Job) -> Training:
     """Processes, data, model and optimizer."""
-    task, config = job.task, job.task.config
+    module, config = job.module, job.module.config
     settings = config.trainer
     launch_processes(fabric)
-    compilation = compile_networks(task.compiled(), settings, fabric, task.compiled_by_default, console)
-    assert task.make_loader is not None
-    task.loader = task.make_loader(fabric.global_rank, fabric.world_size)
-    length = measure_run(config, task.loader.images, len(task.loader), fabric.world_size)
+    compilation = compile_networks(module.compiled(), settings, fabric, module.compiled_by_default, console)
+    assert module.make_loader is not None
+    module.loader = module.make_loader(fabric.global_rank, fabric.world_size)
+    length = measure_run(config, module.loader.images, len(module.loader), fabric.world_size)
     if length.total_steps < (settings.max_steps or 0):
         end = f"the run ends at step {length.total_steps}, after --trainer.max-epochs {settings.max_epochs}"
         console.print(f"{end}, before --trainer.max-steps {settings.max_steps}", highlight=False, soft_wrap=True)
-    model = distribute(fabric, task, settings.strategy == "fsdp")
-    task.prepare(fabric.device)
-    optimizer, schedule = make_optimizer(task, length, str(fabric.strategy.precision.precision))
+    model = distribute(fabric, module, settings.strategy == "fsdp")
+    module.prepare(fabric.device)
+    optimizer, schedule = make_optimizer(module, length, str(fabric.strategy.precision.precision))
     copies = torch.cuda.Stream(fabric.device) if fabric.device.type == "cuda" else None
-    return Training(job, folder, console, fabric, task.loader, length, model, optimizer, schedule, compilation, copies)
+    return Training(
+        job, folder, console, fabric, module.loader, length, model, optimizer, schedule, compilation, copies
+    )
 
 
 def train(
@@ -133,7 +135,7 @@ def train(
             batch = take_step(run, batches, log.add_pass)
             if evaluation is not None and (run.at_end or evaluation.is_due(run.step, run.length.steps_per_epoch)):
                 with pause():
-                    evaluation.update(run.fabric, run.task, run.step)
+                    evaluation.update(run.fabric, run.module, run.step)
             log.after_step(batch)
             if visualizations.due:
                 with pause():
@@ -219,8 +221,8 @@ def update(run: Training) -> None:
     clip = run.config.optimizer.clip_grad
     with run.mark("optimizer"):
         if clip:
-            run.fabric.clip_gradients(run.task, run.optimizer, max_norm=clip, error_if_nonfinite=False)
+            run.fabric.clip_gradients(run.module, run.optimizer, max_norm=clip, error_if_nonfinite=False)
         run.fabric.strategy.optimizer_step(run.optimizer)
-        run.task.after_step(run.step, run.length.total_steps)
+        run.module.after_step(run.step, run.length.total_steps)
     run.schedule.step()
     run.step += 1

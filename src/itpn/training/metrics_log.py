@@ -78,7 +78,7 @@ class MetricsLog:
         loss = float(self._sums["loss"]) / self._passes if self._passes else 0.0
         if not math.isfinite(loss):
             self.guard.stop(f"loss is {loss}", loss, batch)
-        if weights and not all(is_finite(p) for p in self.run.task.model.parameters()):
+        if weights and not all(is_finite(p) for p in self.run.module.model.parameters()):
             self.guard.stop("weights are not finite", loss, batch)
 
     def after_step(self, batch: dict[str, Any]) -> None:
@@ -103,7 +103,7 @@ class MetricsLog:
 
     def _write(self, row: dict[str, float | None]) -> None:
         run = self.run
-        warning = None if self._warned else run.task.warning(self.metrics, run.step)
+        warning = None if self._warned else run.module.warning(self.metrics, run.step)
         if warning is not None:
             self._warned = True
             run.console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)

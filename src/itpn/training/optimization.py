@@ -66,10 +66,10 @@ def learning_rate(
     return fraction
 
 
-def make_optimizer(task: TrainingModule, length: RunLength, precision: str) -> tuple[torch.optim.AdamW, LambdaLR]:
-    settings: OptimizerConfig = task.config.optimizer
+def make_optimizer(module: TrainingModule, length: RunLength, precision: str) -> tuple[torch.optim.AdamW, LambdaLR]:
+    settings: OptimizerConfig = module.config.optimizer
     peak = peak_lr(settings, length.global_batch)
-    groups = task.parameter_groups()
+    groups = module.parameter_groups()
     scales = [group.pop("lr_scale", 1.0) for group in groups]
     # loss scaling and gradient clipping together need the gradients unscaled outside a fused step
     fused = not (precision == "16-mixed" and settings.clip_grad)

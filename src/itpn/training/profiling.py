@@ -91,9 +91,9 @@ def profile(job: Job) -> Path:
     launch = read_launch()
     console = Output(quiet=not launch.main)
     quieten_libraries()
-    config, recipe = job.task.config, job.task.recipe
+    config, recipe = job.module.config, job.module.recipe
     folder = RunFolder(replace(config, name=f"{config.name}/profile"), recipe)
-    fabric = make_training_fabric(job.task, launch)
+    fabric = make_training_fabric(job.module, launch)
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -119,8 +119,8 @@ def profile(job: Job) -> Path:
         raise
     finally:
         signals.restore()
-        if job.task.loader is not None:
-            job.task.loader.close()
+        if job.module.loader is not None:
+            job.module.loader.close()
     return folder.path
 
 
@@ -204,7 +204,7 @@ def summarize(run: Training, plan: Plan, found: Record, cores: int) -> dict[str,
     operations = read_operators(found.trace.events() or ()) if device is None else device.operations
     step = sum(found.host.values()) / plan.timed
     return {
-        "recipe": run.task.recipe,
+        "recipe": run.module.recipe,
         "name": config.name,
         "task": config.task,
         "batch": batch,

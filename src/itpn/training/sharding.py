@@ -18,16 +18,16 @@ from itpn.training.launch import Launch, choose_devices, choose_precision, make_
 from itpn.training.module import TrainingModule
 
 
-def make_training_fabric(task: TrainingModule, launch: Launch) -> L.Fabric:
+def make_training_fabric(module: TrainingModule, launch: Launch) -> L.Fabric:
     """The devices of a training run, and how its processes share the work.
 
     Raises:
         UserError: there are no such devices, or the settings cannot be sharded.
     """
-    config = task.config
+    config = module.config
     check_strategy(config, launch)
     # with accumulation torch's reducer fails: it counts uses in the first pass, which is not to be synchronized
-    strategy = make_strategy(static_graph=task.static_graph and config.trainer.accumulate_grad_batches == 1)
+    strategy = make_strategy(static_graph=module.static_graph and config.trainer.accumulate_grad_batches == 1)
     return make_fabric(config.trainer, launch, strategy)
 
 
@@ -56,13 +56,13 @@ def make_strategy(static_graph: bool) -> DDPStrategy:
     return DDPStrategy(gradient_as_bucket_view=True, find_unused_parameters=False, static_graph=static_graph, **buffers)
 
 
-def distribute(fabric: L.Fabric, task: TrainingModule, sharded: bool) -> nn.Module:
+def distribute(fabric: L.Fabric, module: TrainingModule, sharded: bool) -> nn.Module:
     """Move a task to the device, and return what computes its training step."""
     if sharded:
         mesh = init_device_mesh(fabric.device.type, (fabric.world_size,))
-        shard_network(task.model, mesh, str(fabric.strategy.precision.precision))
-        return task.to(fabric.device)
-    return fabric.strategy.setup_module(task.to(fabric.device))
+        shard_network(module.model, mesh, str(fabric.strategy.precision.precision))
+        return module.to(fabric.device)
+    return fabric.strategy.setup_module(module.to(fabric.device))
 
 
 def shard_network(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:

@@ -26,7 +26,7 @@ class Job:
     """What one kind of run adds to what all kinds have.
 
     Attributes:
-        task: what is trained.
+        module: what is trained.
         draw: draws what the network predicts for sample images; None for nothing.
         rows: of the table at the start, by title; those of "data", what the images are, and "size", what is made of
             them, are shown as one.
@@ -34,7 +34,7 @@ class Job:
         evaluation: evaluates the network now and then, and adds to its metrics.
     """
 
-    task: TrainingModule
+    module: TrainingModule
     draw: Callable[[], Image.Image] | None
     rows: dict[str, str]
     images: int | None
@@ -46,7 +46,7 @@ class Training:
     """A run in this process.
 
     Attributes:
-        model: computes the training step of ``task``: itself, or DDP around it.
+        model: computes the training step of the module: itself, or DDP around it.
         step, passes: optimizer steps, and forward and backward passes, so far.
         epoch: of the last batch.
         copies: the stream on which batches come to a GPU.
@@ -69,11 +69,39 @@ class Training:
     epoch: int = 0
     mark: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
-    def __post_init__(self) -> None:
-        self.task, self.config, self.evaluation = self.job.task, self.job.task.config, self.job.evaluation
-        self.device, self.main, self.processes = self.fabric.device, self.fabric.is_global_zero, self.fabric.world_size
-        self.precision = str(self.fabric.strategy.precision.precision)
-        self.sharded: bool = self.config.trainer.strategy == "fsdp"
+    @property
+    def module(self) -> TrainingModule:
+        return self.job.module
+
+    @property
+    def config(self) -> Any:
+        return self.job.module.config
+
+    @property
+    def evaluation(self) -> Evaluation | None:
+        return self.job.evaluation
+
+    @property
+    def device(self) -> torch.device:
+        return self.fabric.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes and prints."""
+        return self.fabric.is_global_zero
+
+    @property
+    def processes(self) -> int:
+        return self.fabric.world_size
+
+    @property
+    def precision(self) -> str:
+        """Lightning's name of it."""
+        return str(self.fabric.strategy.precision.precision)
+
+    @property
+    def sharded(self) -> bool:
+        return self.config.trainer.strategy == "fsdp"
 
     @property
     def at_end(self) -> bool:

@@ -18,7 +18,7 @@ def print_start(run: Training) -> None:
     """What is about to run, as a table."""
     config, length, images, rows = run.config, run.length, run.loader.images, run.job.rows
     name = config.model.name or "a network of its own sizes"
-    parameters = sum(p.numel() for p in run.task.model.parameters()) / 1e6
+    parameters = sum(p.numel() for p in run.module.model.parameters()) / 1e6
     accumulate = config.trainer.accumulate_grad_batches
     passes = f" x {accumulate} passes" if accumulate > 1 else ""
     processes = f" x {run.processes} processes" if run.processes > 1 else ""
@@ -35,13 +35,13 @@ def print_start(run: Training) -> None:
         "device": f"{device_name(run.device)}, {run.precision}",
         "folder": str(run.folder.path),
     }
-    run.console.print(make_table(f"{run.task.recipe} / {config.name}", shown))
+    run.console.print(make_table(f"{run.module.recipe} / {config.name}", shown))
 
 
 def summarize(log: MetricsLog, finished: bool) -> dict[str, Any]:
     run, config = log.run, log.run.config
     return {
-        "recipe": run.task.recipe,
+        "recipe": run.module.recipe,
         "name": config.name,
         "task": config.task,
         "finished": finished,
@@ -71,10 +71,10 @@ def finish(log: MetricsLog, missing: bool | None, visualization: Path | None) ->
     """
     run, job, folder, console = log.run, log.run.job, log.run.folder, log.run.console
     if not run.sharded:
-        run.task.cpu()
+        run.module.cpu()
     fresh = folder.weights.with_name(f"{folder.weights.name}.tmp")
     with folder.writing(folder.weights):
-        written = run.task.save(fresh, {} if job.evaluation is None else job.evaluation.metrics)
+        written = run.module.save(fresh, {} if job.evaluation is None else job.evaluation.metrics)
         same = missing is not None and hold_the_same(fresh, folder.weights)
         fresh.unlink() if same else fresh.replace(folder.weights)
     if missing is not None:

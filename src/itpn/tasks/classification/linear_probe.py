@@ -16,7 +16,7 @@ from itpn.tasks.classification import network
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
 from itpn.tasks.classification.evaluation import ClassificationEvaluator
-from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.classification.module import ClassificationModule
 from itpn.tasks.evaluation import Skipped, nothing_readable, read_batches
 from itpn.tasks.features import Features, compute_features, join_features
 from itpn.tasks.run import train_composed
@@ -59,13 +59,13 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
     try:
         for note in [*_origin(found), *notes, *data.notes]:
             print_note(note)
-        task = ClassificationTask(model, config, recipe, data.train.classes)
+        module = ClassificationModule(model, config, recipe, data.train.classes)
         skipped: Skipped = []
         sets = [ClassificationEvaluator(config, own) for own in (data.train, data.val) if own is not None]
         with launched(fabric), fabric.autocast(), torch.no_grad():
             device = fabric.device
-            task.to(device).eval()
-            known, *others = [_collect(task, images, skipped) for images in sets]
+            module.to(device).eval()
+            known, *others = [_collect(module, images, skipped) for images in sets]
         labels, features = (x.to(device) for x in known[1:])
         normed = hasattr(model, "fc_norm")  # no other backbone need have a norm before its classifier
         if normed:
@@ -84,7 +84,7 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
         if normed:
             model.spec = spec_of(model).with_options(fc_norm=False)  # type: ignore[assignment]
         with folder.writing(folder.weights):
-            task.save(folder.weights, metrics)
+            module.save(folder.weights, metrics)
         seconds = time.perf_counter() - began
         summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True, "metrics": metrics}
         summary |= {"epochs": 1, "steps": 0, "images_seen": len(features), "images_skipped": len(skipped)}
@@ -103,11 +103,11 @@ def _origin(found: Checkpoint | None) -> list[str]:
     return [] if found is None else [f"starting from the weights of {found.source}"]
 
 
-def _collect(task: ClassificationTask, images: ClassificationEvaluator, skipped: Skipped) -> Features:
+def _collect(module: ClassificationModule, images: ClassificationEvaluator, skipped: Skipped) -> Features:
     """Features of all images of a set."""
     unread: Skipped = []
     batches = read_batches(images.batches(0, 1), unread)
-    parts = [compute_features(task.model, task.normalize, batch) for batch in batches]
+    parts = [compute_features(module.model, module.normalize, batch) for batch in batches]
     if not parts:
         raise nothing_readable(unread)
     skipped += unread

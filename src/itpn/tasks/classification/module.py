@@ -19,17 +19,17 @@ from itpn.models.backbone import Backbone
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import make_loader, make_transform
 from itpn.tasks.data import RunData
-from itpn.tasks.finetuning.module import FineTuningTask
+from itpn.tasks.finetuning.module import FineTuningModule
 from itpn.training.config import image_size
 from itpn.training.module import MakeLoader
 
 
-class ClassificationTask(FineTuningTask):
+class ClassificationModule(FineTuningModule):
     """Trains a classifier on batches of uint8 images [B, 3, H, W] and labels [B].
 
     Args:
         config: with size, mean and standard deviation of the images resolved.
-        recipe, classes, make_loader: as of :class:`FineTuningTask`.
+        recipe, classes, make_loader: as of :class:`FineTuningModule`.
     """
 
     def __init__(
@@ -90,6 +90,6 @@ class ClassificationTask(FineTuningTask):
         return own | {"interpolation": data.interpolation}
 
 
-def build_module(model: Backbone, config: ClassificationConfig, recipe: str, data: RunData) -> ClassificationTask:
+def build_module(model: Backbone, config: ClassificationConfig, recipe: str, data: RunData) -> ClassificationModule:
     loader = functools.partial(make_loader, config, data.train, make_transform(config))
-    return ClassificationTask(model, config, recipe, data.train.classes, loader)
+    return ClassificationModule(model, config, recipe, data.train.classes, loader)

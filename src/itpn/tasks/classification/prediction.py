@@ -15,7 +15,7 @@ from itpn.models.backbone import Backbone
 from itpn.models.modes import eval_mode
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.evaluation import make_evaluation_transform
-from itpn.tasks.classification.module import ClassificationTask
+from itpn.tasks.classification.module import ClassificationModule
 from itpn.tasks.data import RunData
 from itpn.tasks.drawing import show, tile_images
 from itpn.tasks.finetuning.network import name_classes
@@ -54,7 +54,7 @@ def predict(model: Backbone, found: Checkpoint, source: ImageSource, options: Pr
 
 
 def build_visualization(
-    module: ClassificationTask, config: ClassificationConfig, data: RunData
+    module: ClassificationModule, config: ClassificationConfig, data: RunData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     samples = functools.cache(lambda: read_samples(data.samples, config))
@@ -69,12 +69,12 @@ def read_samples(images: LabelledImages, config: ClassificationConfig) -> tuple[
     return pixels, [images.classes[images.labels[index]] for index, _ in chosen]
 
 
-def draw_classes(task: ClassificationTask, images: Tensor, names: list[str]) -> Image.Image:
+def draw_classes(module: ClassificationModule, images: Tensor, names: list[str]) -> Image.Image:
     """The likeliest class of each image, and the true one where that is another."""
-    with eval_mode(task), torch.no_grad():
-        probabilities = task.model(task.normalize(images.to(task.device))).float().softmax(dim=-1).cpu()
+    with eval_mode(module), torch.no_grad():
+        probabilities = module.model(module.normalize(images.to(module.device))).float().softmax(dim=-1).cpu()
     titles = []
     for row, name in zip(probabilities, names, strict=True):
-        predicted = task.classes[int(row.argmax())]
+        predicted = module.classes[int(row.argmax())]
         titles.append(f"{row.max():.0%} {predicted}" + ("" if predicted == name else f", is {name}"))
     return tile_images([*map(show, images)], titles, side=None)

@@ -12,16 +12,16 @@ from itpn.models.detector import Detector
 from itpn.tasks.data import make_training_loader
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData, make_transform
-from itpn.tasks.finetuning.module import FineTuningTask
+from itpn.tasks.finetuning.module import FineTuningModule
 from itpn.training.module import MakeLoader
 
 
-class DetectionTask(FineTuningTask):
+class DetectionModule(FineTuningModule):
     """Trains a detector on lists of uint8 images [3, any, any] and of targets (see :class:`Detector`).
 
     Args:
         model: from here on it leaves images in training mode as they are.
-        recipe, classes, make_loader: as of :class:`FineTuningTask`.
+        recipe, classes, make_loader: as of :class:`FineTuningModule`.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class DetectionTask(FineTuningTask):
         return {"mean": data.mean, "std": data.std, "min_size": data.img_size, "max_size": data.longest}
 
 
-def build_module(model: Detector, config: DetectionConfig, recipe: str, data: DetectionData) -> DetectionTask:
+def build_module(model: Detector, config: DetectionConfig, recipe: str, data: DetectionData) -> DetectionModule:
     transform = make_transform(config, data.masks)
     loader = functools.partial(make_training_loader, config, data.train, transform, collate=collect)
-    return DetectionTask(model, config, recipe, data.train.classes, loader)
+    return DetectionModule(model, config, recipe, data.train.classes, loader)

@@ -19,7 +19,7 @@ from itpn.system.writing import name_output
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.evaluation import detect
-from itpn.tasks.detection.module import DetectionTask
+from itpn.tasks.detection.module import DetectionModule
 from itpn.tasks.drawing import draw_objects, save_whole, tile_images
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
 
@@ -67,17 +67,17 @@ def predict_objects(
 
 
 def build_visualization(
-    module: DetectionTask, config: DetectionConfig, data: DetectionData
+    module: DetectionModule, config: DetectionConfig, data: DetectionData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, config.data.max_pixels)])
     return lambda: draw_found(module, samples())
 
 
-def draw_found(task: DetectionTask, images: list[Tensor]) -> Image.Image:
+def draw_found(module: DetectionModule, images: list[Tensor]) -> Image.Image:
     """What the network finds in some images."""
-    with eval_mode(task):  # one at a time: wide and high images together would be padded to squares
-        found = [detect(task.model, [image.to(task.device)])[0] for image in images]
+    with eval_mode(module):  # one at a time: wide and high images together would be padded to squares
+        found = [detect(module.model, [image.to(module.device)])[0] for image in images]
     return tile_images(
-        [draw_objects(image, one, task.classes, MIN_SCORE) for image, one in zip(images, found, strict=True)]
+        [draw_objects(image, one, module.classes, MIN_SCORE) for image, one in zip(images, found, strict=True)]
     )

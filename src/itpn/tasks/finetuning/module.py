@@ -24,7 +24,7 @@ def make_normalize(config: Any) -> Normalize:
     return Normalize(getattr(config.model, "in_chans", 3), config.data.mean, config.data.std)
 
 
-class FineTuningTask(TrainingModule):
+class FineTuningModule(TrainingModule):
     """Trains a network to name things.
 
     Args:

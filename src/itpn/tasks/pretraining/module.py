@@ -25,7 +25,7 @@ from itpn.training.config import image_size, to_dict
 from itpn.training.module import MakeLoader, TrainingModule
 
 
-class PretrainingTask(TrainingModule):
+class PretrainingModule(TrainingModule):
     """Trains a masked model on batches of uint8 images [B, 3, H, W].
 
     Args:
@@ -48,7 +48,8 @@ class PretrainingTask(TrainingModule):
         self.model: MaskedImageModel
         self.compiled_by_default = config.trainer.strategy == "ddp"
         # an EMA is part of the run's state; a frozen teacher stays out of checkpoints, in a tuple modules overlook
-        self.average = teacher if isinstance(teacher, EMATeacher) else None
+        self.ema_teacher = teacher if isinstance(teacher, EMATeacher) else None
+        self.register_load_state_dict_pre_hook(rename_earlier)
         self._frozen = (teacher,) if isinstance(teacher, FeatureTeacher) else ()
 
     @property
@@ -63,7 +64,7 @@ class PretrainingTask(TrainingModule):
         metrics = {"loss": output.loss.detach()}
         if len(output.losses) > 1:
             metrics |= {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
-        if self.average is not None:
+        if self.ema_teacher is not None:
             metrics |= {f"target_std_{name}": spread(target) for name, target in targets.items()}
         return {"loss": output.loss, "metrics": metrics}
 
@@ -80,8 +81,8 @@ class PretrainingTask(TrainingModule):
                 done before.
             images: the normalized images, which the EMA teacher sees.
         """
-        if self.average is not None:
-            return self.average(images)
+        if self.ema_teacher is not None:
+            return self.ema_teacher(images)
         if "feature" in batch:
             features = batch["feature"].float()
         elif self._frozen:
@@ -93,10 +94,10 @@ class PretrainingTask(TrainingModule):
         return dict.fromkeys(self.model.feature_losses, features)
 
     def after_step(self, step: int, total_steps: int) -> None:
-        if self.average is not None:
+        if self.ema_teacher is not None:
             settings = self.config.teacher
             momentum = momentum_at(step, total_steps, settings.momentum, settings.momentum_end)
-            self.average.update(self.model, momentum)
+            self.ema_teacher.update(self.model, momentum)
 
     def warning(self, metrics: dict[str, float | None], step: int) -> str | None:
         """The targets of the EMA teacher have become the same for all patches of all images."""
@@ -116,7 +117,7 @@ class PretrainingTask(TrainingModule):
         )
 
     def compiled(self) -> list[nn.Module]:
-        return [self.model] if self.average is None else [self.model, self.average]
+        return [self.model] if self.ema_teacher is None else [self.model, self.ema_teacher]
 
     def save(self, path: Path, metrics: Mapping[str, float | None]) -> dict[str, str]:
         model = self.model
@@ -132,10 +133,10 @@ class PretrainingTask(TrainingModule):
 
 def build_module(
     model: MaskedImageModel, config: PretrainingConfig, recipe: str, data: PretrainingData
-) -> PretrainingTask:
+) -> PretrainingModule:
     ema = EMATeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
     size = None if data.teacher is None else data.teacher.img_size
-    return PretrainingTask(
+    return PretrainingModule(
         model,
         config,
         recipe,
@@ -167,3 +168,9 @@ def spread(target: Tensor) -> Tensor:
     only its patches.
     """
     return target.std(dim=1 if len(target) == 1 else 0).mean()
+
+
+def rename_earlier(module: nn.Module, state_dict: dict[str, Any], *_: Any) -> None:
+    """Names of the EMA teacher's tensors in checkpoints of earlier versions, as `Module.load_state_dict` hooks take."""
+    for name in [name for name in state_dict if name.startswith("average.average.")]:
+        state_dict[name.replace("average.average.", "ema_teacher.ema.", 1)] = state_dict.pop(name)

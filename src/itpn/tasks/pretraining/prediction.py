@@ -18,7 +18,7 @@ from itpn.tasks.drawing import show, tile_images
 from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing, save_image
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import PretrainingData, read_samples
-from itpn.tasks.pretraining.module import PretrainingTask
+from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.training.config import freeze, from_dict
 
 
@@ -29,20 +29,20 @@ def predict(model: MaskedImageModel, found: Checkpoint, source: ImageSource, opt
     mean, std = (tuple(values.flatten().tolist()) for values in (normalize.mean, normalize.std))
     network = replace(config.model, in_chans=model.backbone.in_chans)
     config = replace(config, seed=options.seed, model=network, data=replace(config.data, mean=mean, std=std))
-    task = PretrainingTask(model, freeze(config), "predict")
+    module = PretrainingModule(model, freeze(config), "predict")
     for number, (_, images) in enumerate(read_batches(source, crop, options.max_pixels)):
-        save_image(draw_predictions(task, images), options.out, number)
+        save_image(draw_predictions(module, images), options.out, number)
 
 
 def build_visualization(
-    module: PretrainingTask, config: PretrainingConfig, data: PretrainingData
+    module: PretrainingModule, config: PretrainingConfig, data: PretrainingData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     samples = functools.cache(lambda: read_samples(data.train, config))
     return lambda: draw_predictions(module, samples())
 
 
-def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Image.Image:
+def draw_predictions(module: PretrainingModule, images: Tensor, sets: int = 2) -> Image.Image:
     """Rows of original, masked and predicted images, the latter with the visible patches kept; of features instead of
     pixels, the teacher's (where there is one) and the prediction, three principal components as colours.
 
@@ -50,37 +50,37 @@ def draw_predictions(task: PretrainingTask, images: Tensor, sets: int = 2) -> Im
         images: uint8 [n, 3, H, W].
         sets: rows side by side.
     """
-    columns = mask_and_predict(task, images)
+    columns = mask_and_predict(module, images)
     tiles = [show(image) for row in zip(*columns.values(), strict=True) for image in row]
     titles = list(columns) * min(sets, len(images))
     return tile_images(tiles, titles, per_row=len(titles), side=None)
 
 
-def mask_and_predict(task: PretrainingTask, images: Tensor) -> dict[str, Tensor]:
+def mask_and_predict(module: PretrainingModule, images: Tensor) -> dict[str, Tensor]:
     """The columns of :func:`draw_predictions` by title, uint8 [n, 3, H, W] each.
 
     The same images get the same masks, so that visualizations of a run can be compared.
     """
-    images = images.to(task.device)
-    x = task.normalize(images)
-    grid = task.model.backbone.grid_of(x.shape[-2:])
-    generator = torch.Generator().manual_seed(task.config.seed)
-    mask = task.model.draw_mask(len(x), grid, generator=generator).to(x.device)
-    if "pixel" in task.model.objective.weights:
-        masked, predicted = (task.normalize.undo(own) for own in task.model.reconstruct(x, mask)[:2])
+    images = images.to(module.device)
+    x = module.normalize(images)
+    grid = module.model.backbone.grid_of(x.shape[-2:])
+    generator = torch.Generator().manual_seed(module.config.seed)
+    mask = module.model.draw_mask(len(x), grid, generator=generator).to(x.device)
+    if "pixel" in module.model.objective.weights:
+        masked, predicted = (module.normalize.undo(own) for own in module.model.reconstruct(x, mask)[:2])
         return {"original": images, "masked": masked, "predicted": predicted}
-    masked = task.normalize.undo(x.masked_fill(task.model.mask_map(mask, grid), 0.0))
-    return {"original": images, "masked": masked, **_draw_features(task, images, x, mask, grid)}
+    masked = module.normalize.undo(x.masked_fill(module.model.mask_map(mask, grid), 0.0))
+    return {"original": images, "masked": masked, **_draw_features(module, images, x, mask, grid)}
 
 
 def _draw_features(
-    task: PretrainingTask, images: Tensor, x: Tensor, mask: Tensor, grid: tuple[int, int]
+    module: PretrainingModule, images: Tensor, x: Tensor, mask: Tensor, grid: tuple[int, int]
 ) -> dict[str, Tensor]:
     """Feature maps as images, uint8 [n, 3, H, W]."""
     batch = {"image": images}
-    if task.teacher_size is not None:
-        batch["teacher_image"] = resize(images, list(task.teacher_size), InterpolationMode.BICUBIC, antialias=True)
-    output = task.model.forward_eval(x, mask, task.make_targets(batch, x))
+    if module.teacher_size is not None:
+        batch["teacher_image"] = resize(images, list(module.teacher_size), InterpolationMode.BICUBIC, antialias=True)
+    output = module.model.forward_eval(x, mask, module.make_targets(batch, x))
     prediction = output.prediction.float()  # [n, N, D]
     target = prediction if output.target is None else output.target
     flat = target.flatten(0, 1)
@@ -97,7 +97,7 @@ def _draw_features(
     def paint(features: Tensor) -> Tensor:
         colours = (((features - mean) @ axes) / spread * 0.5 + 0.5).clamp(0, 1) * 255  # [n, N, 3]
         maps = colours.round().to(torch.uint8).transpose(1, 2).unflatten(2, grid)
-        side = task.model.backbone.patch_size
+        side = module.model.backbone.patch_size
         return maps.repeat_interleave(side, 2).repeat_interleave(side, 3)
 
     return {title: paint(features) for title, features in columns.items()}

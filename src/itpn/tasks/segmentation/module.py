@@ -10,12 +10,12 @@ from itpn.data.masks import IGNORED
 from itpn.models.segmenter import Segmenter
 from itpn.models.synced import batch_fractions
 from itpn.tasks.data import RunData, make_training_loader
-from itpn.tasks.finetuning.module import FineTuningTask
+from itpn.tasks.finetuning.module import FineTuningModule
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import make_transform
 
 
-class SegmentationTask(FineTuningTask):
+class SegmentationModule(FineTuningModule):
     """Trains a segmenter on uint8 images [B, 3, H, W] and the classes of their pixels, uint8 [B, H, W].
 
     Attributes:
@@ -43,12 +43,12 @@ class SegmentationTask(FineTuningTask):
         return {**super().describe(), "colours": colours}
 
 
-def build_module(model: Segmenter, config: SegmentationConfig, recipe: str, data: RunData) -> SegmentationTask:
+def build_module(model: Segmenter, config: SegmentationConfig, recipe: str, data: RunData) -> SegmentationModule:
     table = data.train.table
     loader = functools.partial(make_training_loader, config, data.train, make_transform(config, table))
-    task = SegmentationTask(model, config, recipe, data.train.classes, loader)
-    task.colours = table.colours
-    return task
+    module = SegmentationModule(model, config, recipe, data.train.classes, loader)
+    module.colours = table.colours
+    return module
 
 
 def pixel_loss(logits: Tensor, target: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.evaluation import resolve_evaluation
 from itpn.tasks.segmentation.inference import make_segmentation
-from itpn.tasks.segmentation.module import SegmentationTask
+from itpn.tasks.segmentation.module import SegmentationModule
 from itpn.training.config import freeze
 
 SAMPLES = 6
@@ -58,18 +58,18 @@ def predict(model: Segmenter, found: Checkpoint, source: ImageSource, options: P
 
 
 def build_visualization(
-    module: SegmentationTask, config: SegmentationConfig, data: RunData
+    module: SegmentationModule, config: SegmentationConfig, data: RunData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, config.data.max_pixels)])
     return lambda: draw_scenes(module, config, samples())
 
 
-def draw_scenes(task: SegmentationTask, config: SegmentationConfig, images: list[Tensor]) -> Image.Image:
+def draw_scenes(module: SegmentationModule, config: SegmentationConfig, images: list[Tensor]) -> Image.Image:
     """Some images under the classes of their pixels."""
     segment = make_segmentation(config)
-    with eval_mode(task):
-        labels = [segment(task.model, task.normalize, image.to(task.device)) for image in images]
+    with eval_mode(module):
+        labels = [segment(module.model, module.normalize, image.to(module.device)) for image in images]
     return tile_images(
-        [draw_labels(i, own, task.classes, task.colours) for i, own in zip(images, labels, strict=True)], per_row=3
+        [draw_labels(i, own, module.classes, module.colours) for i, own in zip(images, labels, strict=True)], per_row=3
     )
