@@ -231,9 +231,9 @@ def test_settings_are_frozen_once_they_are_resolved(settings, tmp_path, monkeypa
     config = settings(max_steps=1)
     command = partial(train, config, "test")
     if place == "run":
-        monkeypatch.setattr("itpn.tasks.run.fit", lambda job, notes: stop(job.module.config))
+        monkeypatch.setattr("itpn.tasks.run.fit", lambda job, folder, notes: stop(job.module.config))
     elif place == "module":
-        monkeypatch.setattr(loop, "run_job", lambda fabric, main, console, folder, job: stop(job.module.config))
+        monkeypatch.setattr(loop, "run_job", lambda fabric, console, folder, job, newest: stop(job.module.config))
     elif place == "profile":
         command = partial(train, config, "test", profile=True)
         monkeypatch.setattr(profiling, "set_up", lambda fabric, console, folder, job: stop(job.module.config))

@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (UserError, MachineError, NonFiniteLoss, ExportFailed) as error:
         return conclude(error)
     except RunStopped as stop:
-        if not stop.told and is_first():
+        if not stop.reported and is_first():
             print_error(f"stopped by {stop}; files that were not complete are not kept")
         end_children(GRACE)
         disconnect()

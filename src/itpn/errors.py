@@ -91,13 +91,13 @@ class RunStopped(BaseException):
     No :class:`Exception`: a decoder on the way would take it for a corrupt image.
 
     Attributes:
-        told: it has been printed how far the command came.
+        reported: it has been printed how far the command came.
     """
 
     def __init__(self, signum: int) -> None:
         super().__init__(signum)  # as it is pickled between processes
         self.signum = signum
-        self.told = False
+        self.reported = False
 
     def __str__(self) -> str:
         return signal.Signals(self.signum).name

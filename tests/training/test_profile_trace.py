@@ -9,8 +9,8 @@ from itpn.training.profile_trace import (
     group_of,
     length,
     read_device,
-    tell_device,
-    tell_operations,
+    summarize_device,
+    summarize_operations,
 )
 
 
@@ -98,18 +98,18 @@ def test_device_time():
     assert device.syncs == {"forward": 2}
     assert {op.part for op in device.operations if "flash" in op.name} == {"backward"}
 
-    metrics = tell_device(device, step_ms=0.08, steps=2)
+    metrics = summarize_device(device, step_ms=0.08, steps=2)
     assert sum(metrics["gpu_ms"].values()) == pytest.approx(0.08)
     assert metrics["gpu_ms"]["forward"] == pytest.approx(0.015)
     assert metrics["gpu_ms"]["idle"] == pytest.approx(0.014)  # of the timed step: recording had added 0.02 of idleness
     assert sum(metrics["gpu_idle_during"].values()) == pytest.approx(1)
     assert metrics["host_syncs"] == {"forward": 1}
     # a GPU that was busier than a timed step is long
-    assert sum(tell_device(device, step_ms=0.05, steps=2)["gpu_ms"].values()) == pytest.approx(0.05)
+    assert sum(summarize_device(device, step_ms=0.05, steps=2)["gpu_ms"].values()) == pytest.approx(0.05)
 
 
 def test_groups_and_longest():
-    metrics = tell_operations(read_device(make_events()).operations, steps=2)
+    metrics = summarize_operations(read_device(make_events()).operations, steps=2)
     assert sum(metrics["groups"].values()) == pytest.approx(1)
     assert metrics["groups"] == {
         "attention": pytest.approx(20 / 76),

@@ -77,7 +77,7 @@ def shrink(
                 _write_shards(out, index, shards, num_workers, max_pixels, console)
         except RunStopped as stop:
             print_note(f"stopped with {len(index.shards)} of {len(shards)} shards done; the same command resumes")
-            stop.told = True
+            stop.reported = True
             raise
         except (MachineError, OSError) as error:
             end = refusal(f"--out {out} cannot be written", error) if isinstance(error, OSError) else error
@@ -210,8 +210,8 @@ def _members(
     skipped: SkippedImages,
 ) -> Iterator[tuple[str, bytes]]:
     """The files of a shard; tells of the corrupt ones, and counts in ``record``."""
-    for original, content, size, remarks in results:
-        print_warnings({kind: (original.name, remark) for kind, remark in (remarks or {}).items()})
+    for original, content, size, warnings in results:
+        print_warnings({kind: (original.name, warning) for kind, warning in (warnings or {}).items()})
         if isinstance(content, UnreadableImage):
             record["corrupt"][original.name] = str(content)
             for message in skipped.update([(original.name, str(content))]):

@@ -67,16 +67,16 @@ def to_results(found: dict[str, Tensor], image_id: int, class_ids: tuple[int, ..
     return results
 
 
-def score_detections(images: DetectionImages, results: Results, seen: list[int], masks: bool) -> DetectionScores:
+def score_detections(images: DetectionImages, results: Results, evaluated: list[int], masks: bool) -> DetectionScores:
     """COCO's metrics of detections in some images.
 
     Args:
         results: in COCO's form.
-        seen: ids of the images that were evaluated.
+        evaluated: ids of the images that were evaluated.
         masks: judge masks as well as boxes.
     """
-    truth = describe_truth(images, set(seen))
-    scores = DetectionScores({}, {}, len(seen), sum(not one["iscrowd"] for one in truth["annotations"]))
+    truth = describe_truth(images, set(evaluated))
+    scores = DetectionScores({}, {}, len(evaluated), sum(not one["iscrowd"] for one in truth["annotations"]))
     for kind in KINDS if masks else ["box"]:
         with contextlib.redirect_stdout(io.StringIO()):  # it tells all that it does, and changes what it is given
             known = COCO(truth)
@@ -114,13 +114,13 @@ def _known(value: float) -> float:
     return float("nan") if value < 0 else value
 
 
-def describe_truth(images: DetectionImages, seen: set[int]) -> dict[str, Any]:
+def describe_truth(images: DetectionImages, evaluated: set[int]) -> dict[str, Any]:
     """What is known of some images, in COCO's form."""
     truth: dict[str, Any] = {"images": [], "annotations": []}
     truth["categories"] = [{"id": i, "name": n} for i, n in zip(images.class_ids, images.classes, strict=True)]
     for index, (height, width) in enumerate(images.sizes.tolist()):
         image_id = int(images.ids[index])
-        if image_id not in seen:
+        if image_id not in evaluated:
             continue
         truth["images"].append({"id": image_id, "height": height, "width": width, "file_name": images.name(index)})
         for known in images.objects_of(index):

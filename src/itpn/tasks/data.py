@@ -40,7 +40,7 @@ class RunData:
         return self.train if self.val is None else self.val
 
 
-def tell(line: str) -> None:
+def print_once(line: str) -> None:
     """Print a line beside the results, once for all processes."""
     if is_main_process():
         print_note(line)

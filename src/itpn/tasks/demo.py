@@ -114,7 +114,7 @@ def demo(output_dir: Path) -> None:
         train_side_by_side(plans, output_dir / "logs", console)
     except RunStopped as stop:
         console.print("stopped; the same command resumes")
-        stop.told = True
+        stop.reported = True
         raise
     table = Table("task", "steps", "metric", "from scratch", "pre-trained", title="what pre-training is worth")
     for task in TASKS:

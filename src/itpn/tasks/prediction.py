@@ -85,13 +85,13 @@ def read_batches(source: ImageSource, crop: Crop, max_pixels: int) -> Iterator[t
 
 
 def read_images(
-    source: ImageSource, max_pixels: int, crop: Crop | None = None, tell: Callable[[str], object] = print_note
+    source: ImageSource, max_pixels: int, crop: Crop | None = None, report: Callable[[str], object] = print_note
 ) -> Iterator[tuple[str, Tensor]]:
     """Decode images one after the other: name and uint8 [3, height, width]. Warnings of their values are printed.
 
     Args:
         crop: None for whole images.
-        tell: is told which images are skipped, and why.
+        report: takes which image is skipped, and why.
 
     Raises:
         UserError: none of the images can be read.
@@ -104,9 +104,9 @@ def read_images(
             pixels = image.decode()
         except UnreadableImage as error:
             reason = reason or f"; the first is {name}: {error}"
-            tell(f"skipped {name}: {error}")
+            report(f"skipped {name}: {error}")
             continue
-        print_warnings({kind: (name, remark) for kind, remark in image.warnings.items()})
+        print_warnings({kind: (name, warning) for kind, warning in image.warnings.items()})
         empty = False
         yield name, pixels if crop is None else crop(pixels)
     if empty:

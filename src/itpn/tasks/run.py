@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from itpn.checkpoints.files import read_checkpoint
+from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.seeding import derive_seed
 from itpn.system.accidents import guard
 from itpn.tasks.evaluation import Validation
@@ -45,14 +45,16 @@ def train_composed(
     spec: TaskSpec, config: RunConfig, recipe: str, found_early: Any = None, profile: bool = False
 ) -> Path:
     """As :func:`train`, from the parts that the task builds."""
-    # nothing here holds the checkpoint: while it is mapped, its room is not free once it is removed
-    job, notes = compose(spec, config, recipe, found_early, profile)
-    return profiling.profile(job) if profile else fit(job, notes)
-
-
-def compose(spec: TaskSpec, config: RunConfig, recipe: str, found_early: Any, profile: bool) -> tuple[Job, list[str]]:
-    """What is trained, and what is remarkable about it, a sentence each."""
     folder = RunFolder(config, recipe)
+    # nothing here holds the checkpoint: while it is mapped, its room is not free once it is removed
+    job, notes = compose(spec, config, folder, found_early, profile)
+    return profiling.profile(job) if profile else fit(job, folder, notes)
+
+
+def compose(
+    spec: TaskSpec, config: RunConfig, folder: RunFolder, found_early: Any, profile: bool
+) -> tuple[Job, list[str]]:
+    """What is trained, and what is remarkable about it, a sentence each."""
     begun = folder.begun and not profile
     start: Any = config.model.checkpoint
     if begun and start is not None:  # its own checkpoint knows all that it took from the start weights
@@ -65,9 +67,13 @@ def compose(spec: TaskSpec, config: RunConfig, recipe: str, found_early: Any, pr
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model, more = spec.build_model(config, data, found)
     if not begun:
-        start_notes = [] if found is None else [f"starting from the weights of {found.source}"]
-        notes = [*data.notes, *notes, *start_notes, *more]
-    return make_job(spec, config, recipe, data, model), list(notes)
+        notes = [*data.notes, *notes, *start_notes(found), *more]
+    return make_job(spec, config, folder.recipe, data, model), list(notes)
+
+
+def start_notes(checkpoint: Checkpoint | None) -> list[str]:
+    """Whose weights a run starts from."""
+    return [] if checkpoint is None else [f"starting from the weights of {checkpoint.source}"]
 
 
 def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: Any) -> Job:

@@ -1,6 +1,5 @@
 """torch.compile: which runs use it, and what happens where the compiler fails."""
 
-import traceback
 from collections.abc import Sequence
 
 import lightning as L
@@ -13,7 +12,6 @@ from itpn.system.console import print_note
 from itpn.training.config import TrainerConfig
 
 COMPILERS = ("torch._dynamo", "torch._inductor", "torch._functorch", "triton")
-BACKWARD = "backpropagate"  # the function of the loop in which the backward pass runs
 
 
 class Compilation:
@@ -35,11 +33,14 @@ class Compilation:
         self._console = console
         self.active = self.pending = bool(networks)
 
-    def gives_up(self, error: Exception, fabric: L.Fabric) -> bool:
+    def gives_up(self, error: Exception, fabric: L.Fabric, in_backward: bool) -> bool:
         """Whether the compiler made a pass fail; the networks are then taken back, and the pass can be repeated.
 
         Of a first pass anything is taken for it: what fails without the compiler as well fails again. A repeated pass
         is that of a run which was never compiled: it draws the same random numbers.
+
+        Args:
+            in_backward: whether the backward pass had begun, in which processes exchange gradients.
 
         Raises:
             MachineError: compilation is required; or other processes wait for the rest of a backward pass, which
@@ -53,7 +54,7 @@ class Compilation:
         reason = describe_failure(error)
         if self._required:
             raise MachineError(f"--trainer.compile: torch.compile failed: {reason}") from None
-        if fabric.world_size > 1 and BACKWARD in [frame.name for frame in traceback.extract_tb(error.__traceback__)]:
+        if fabric.world_size > 1 and in_backward:
             raise MachineError(f"torch.compile failed: {reason}; start again with --trainer.compile False") from None
         self.active = self.pending = False
         for network in self._networks:

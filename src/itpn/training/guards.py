@@ -23,11 +23,11 @@ class CorruptFiles:
         self.skipped = SkippedImages(run.job.images, run.config.data.max_corrupt)
         self._run = run
         self._new: list[tuple[str, str]] = []
-        self._remarks: dict[str, tuple[str, str]] = {}
+        self._warnings: dict[str, tuple[str, str]] = {}
 
     def add(self, batch: dict[str, Any]) -> None:
         self._new += batch["corrupt"]
-        self._remarks = {**batch["warnings"], **self._remarks}
+        self._warnings = {**batch["warnings"], **self._warnings}
 
     def count(self, images_seen: int) -> None:
         """Count the new ones, all processes together.
@@ -35,12 +35,12 @@ class CorruptFiles:
         Raises:
             UserError: there are too many; on every process.
         """
-        found = gather((self._new, self._remarks))
-        self._new, self._remarks = [], {}
+        found = gather((self._new, self._warnings))
+        self._new, self._warnings = [], {}
         for message in self.skipped.update(item for new, _ in found for item in new):
             print_note(f"skipped {message}", self._run.console)
-        for _, remarks in found:
-            print_warnings(remarks, self._run.console)
+        for _, warnings in found:
+            print_warnings(warnings, self._run.console)
         images = self._run.loader.images
         self.skipped.check(min(images_seen, images), epoch_ended=images_seen >= images)
 

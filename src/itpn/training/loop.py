@@ -27,16 +27,17 @@ from itpn.training.run_folder import RunFolder
 from itpn.training.sharding import distribute, make_training_fabric
 from itpn.training.state import Job, Training
 from itpn.training.stopping import StopRequest
-from itpn.training.summary import finish, print_start, summarize, write_summary
+from itpn.training.summary import complete, finish, print_start, summarize, write_summary
 from itpn.training.tensorboard import open_events
 from itpn.training.visualization import Visualizations
 
 
-def fit(job: Job, notes: Sequence[str] = ()) -> Path:
+def fit(job: Job, folder: RunFolder, notes: Sequence[str] = ()) -> Path:
     """Start or resume a run.
 
     Args:
         job: with the weights that a new run begins with.
+        folder: of the run.
         notes: what is remarkable about it, a sentence each.
 
     Returns:
@@ -51,7 +52,6 @@ def fit(job: Job, notes: Sequence[str] = ()) -> Path:
     console = Output(quiet=not launch.main)
     quieten_libraries()
     config, recipe = job.module.config, job.module.recipe
-    folder = RunFolder(config, recipe)
     # before the folder: a refusal leaves nothing behind
     fabric = make_training_fabric(job.module, launch)
     try:
@@ -64,7 +64,7 @@ def fit(job: Job, notes: Sequence[str] = ()) -> Path:
             notes = [f"the run in {folder.path} was stopped before its first checkpoint: starting at step 0", *notes]
         for note in notes:
             console.print(one_line(note), markup=False, highlight=False, soft_wrap=True)
-        run_job(fabric, launch.main, console, folder, job)
+        run_job(fabric, console, folder, job, (resumed, step))
         return folder.path
     finally:
         if job.module.loader is not None:
@@ -72,10 +72,13 @@ def fit(job: Job, notes: Sequence[str] = ()) -> Path:
         folder.close()
 
 
-def run_job(fabric: L.Fabric, main: bool, console: Output, folder: RunFolder, job: Job) -> None:
-    """Take the steps that are left, and write what comes of them; see :func:`fit`."""
-    stop, missing = StopRequest(), None
-    resumed, step = folder.newest_checkpoint(main)
+def run_job(fabric: L.Fabric, console: Output, folder: RunFolder, job: Job, newest: tuple[Path | None, int]) -> None:
+    """Take the steps that are left, and write what comes of them; see :func:`fit`.
+
+    Args:
+        newest: the checkpoint to resume from and its step.
+    """
+    stop, (resumed, step) = StopRequest(), newest
     stop.signals.set()
     try:
         run = set_up(fabric, console, folder, job)
@@ -84,12 +87,15 @@ def run_job(fabric: L.Fabric, main: bool, console: Output, folder: RunFolder, jo
             checkpointing, visualizations = Checkpointing(log), Visualizations(run, events)
             if resumed is not None:
                 checkpointing.restore(resumed)
-            if run.at_end:
+            at_end = run.at_end
+            if at_end:
                 missing = checkpointing.complete(visualizations)
             else:
                 train(run, log, checkpointing, visualizations, stop)
-        if run.main:
-            finish(log, missing, visualizations.latest)
+        if run.main and at_end:
+            complete(log, missing, visualizations.latest)
+        elif run.main:
+            finish(log, visualizations.latest)
     finally:
         stop.signals.restore()
 
@@ -151,7 +157,7 @@ def train(
             write_summary(run.folder, summarize(log, finished=False))
         line = f"stopped at step {run.step}; the same command {run.folder.describe_resuming()}"
         run.console.print(line, markup=False, highlight=False, soft_wrap=True)
-        stopped.told = True
+        stopped.reported = True
         raise
     finally:
         if log.progress is not None:
@@ -180,7 +186,7 @@ def take_pass(run: Training, batch: dict[str, Any], first: bool, last: bool) -> 
     try:
         metrics = pass_once(run, batch, first, last)
     except Exception as error:
-        if not run.compilation.gives_up(error, run.fabric):
+        if not run.compilation.gives_up(error, run.fabric, run.in_backward):
             raise
     else:
         run.compilation.pending = False
@@ -191,6 +197,8 @@ def take_pass(run: Training, batch: dict[str, Any], first: bool, last: bool) -> 
 
 
 def pass_once(run: Training, batch: dict[str, Any], first: bool, last: bool) -> dict[str, Tensor]:
+    """A forward and backward pass, the ``first`` or ``last`` of those whose gradients are accumulated."""
+    run.in_backward = False
     seed_pass(run.config.seed, run.passes, run.fabric.global_rank)
     if first:
         run.optimizer.zero_grad()
@@ -212,6 +220,8 @@ def seed_pass(seed: int, number: int, rank: int) -> None:
 
 
 def backpropagate(run: Training, loss: Tensor) -> None:
+    """Add the gradients of a pass; processes exchange them meanwhile."""
+    run.in_backward = True
     with run.mark("backward"):
         run.fabric.backward(loss / run.config.trainer.accumulate_grad_batches)
 

@@ -68,7 +68,11 @@ def draw_summary(metrics: dict[str, Any], advice: Sequence[str], folder: Path) -
         "speed": f"{metrics['images_per_second']:,.1f} images/s, {step:,.1f} ms a step of {metrics['batch']} images"
         f"{processes} (mean of {metrics['steps']} without the profiler; recording: {slower:+.0%})",
         "device": f"{metrics['device']}, {metrics['precision']}, {'' if metrics['compiled'] else 'not '}compiled",
-        **({"idle": tell_idle(metrics), "host waits": tell_syncs(syncs)} if gpu else {"idle, host waits": NOT_HERE}),
+        **(
+            {"idle": describe_idle(metrics), "host waits": describe_syncs(syncs)}
+            if gpu
+            else {"idle, host waits": NOT_HERE}
+        ),
         "peak memory": f"{metrics['peak_memory_gb']:.2f} GB"
         + (f" of {metrics['gpu_memory_gb']:.0f}" if metrics["gpu_memory_gb"] else ""),
     }
@@ -92,7 +96,7 @@ def draw_summary(metrics: dict[str, Any], advice: Sequence[str], folder: Path) -
     )
 
 
-def tell_idle(metrics: dict[str, Any]) -> str:
+def describe_idle(metrics: dict[str, Any]) -> str:
     idle = metrics["gpu_ms"]["idle"] / metrics["step_ms"]
     during = {part: idle * fraction for part, fraction in metrics["gpu_idle_during"].items()}
     longest = sorted(during.items(), key=lambda item: -item[1])
@@ -100,7 +104,7 @@ def tell_idle(metrics: dict[str, Any]) -> str:
     return f"the GPU was idle for {idle:.0%} of a step" + (f", by what the host did: {most}" if most else "")
 
 
-def tell_syncs(syncs: dict[str, float]) -> str:
+def describe_syncs(syncs: dict[str, float]) -> str:
     """How often the host stops until the GPU has caught up."""
     found = ", ".join(f"{count:.3g} in {part}" for part, count in sorted(syncs.items(), key=lambda item: -item[1]))
     return f"{sum(syncs.values()):.3g} a step for the GPU to catch up" + (f": {found}" if found else "")

@@ -148,7 +148,7 @@ def divide_gaps(gaps: Sequence[Interval], parts: Sequence[Range]) -> dict[str, f
     return times
 
 
-def tell_device(device: DeviceTime | None, step_ms: float, steps: int) -> dict[str, Any]:
+def summarize_device(device: DeviceTime | None, step_ms: float, steps: int) -> dict[str, Any]:
     """Milliseconds of a GPU in a step, by part and idle; None where there is no GPU.
 
     Recording slows the host, hardly the GPU: what it was busy is taken from the recorded steps, the length of a step
@@ -180,7 +180,7 @@ def group_of(operation: Operation) -> str:
     return "optimizer" if operation.part == "optimizer" else POINTWISE
 
 
-def tell_operations(operations: Sequence[Operation], steps: int) -> dict[str, Any]:
+def summarize_operations(operations: Sequence[Operation], steps: int) -> dict[str, Any]:
     """Fractions of groups of operations, and those operations that take longest."""
     total = sum(operation.micros for operation in operations) or 1.0
     groups: dict[str, float] = defaultdict(float)

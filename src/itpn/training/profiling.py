@@ -33,8 +33,8 @@ from itpn.training.profile_trace import (
     PARTS,
     read_device,
     read_operators,
-    tell_device,
-    tell_operations,
+    summarize_device,
+    summarize_operations,
 )
 from itpn.training.run_folder import RunFolder
 from itpn.training.sharding import make_training_fabric
@@ -115,7 +115,7 @@ def profile(job: Job) -> Path:
             report(console, folder.path, summarize(run, plan, found, max(1, cores)))
     except RunStopped as stop:
         console.print("stopped; nothing of the profile is kept")
-        stop.told = True
+        stop.reported = True
         raise
     finally:
         signals.restore()
@@ -213,8 +213,8 @@ def summarize(run: Training, plan: Plan, found: Record, cores: int) -> dict[str,
         "step_ms": 1e3 * step,
         "recorded_step_ms": 1e3 * found.recorded_seconds / plan.recorded,
         "host_ms": {part: 1e3 * seconds / plan.timed for part, seconds in found.host.items()},
-        **tell_device(device, 1e3 * step, plan.recorded),
-        **tell_operations(operations, plan.recorded),
+        **summarize_device(device, 1e3 * step, plan.recorded),
+        **summarize_operations(operations, plan.recorded),
         "compiled": run.compilation.active,
         "num_workers": config.data.num_workers,
         "cores": cores,

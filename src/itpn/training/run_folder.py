@@ -29,6 +29,7 @@ class RunFolder:
     """
 
     def __init__(self, config: RunConfig, recipe: str) -> None:
+        self.recipe = recipe
         self.path = Path(config.output_dir) / recipe / config.name
         self.checkpoints = self.path / "checkpoints"
         self.visualizations = self.path / config.visualizations
@@ -44,6 +45,8 @@ class RunFolder:
         self.restarted = False
         self._earlier: StoredSettings | None = None  # in the checkpoint
         self._last_step = 0
+        self._signature: tuple[int, ...] = ()  # of the file of `resumed`, as it was when it was read
+        self._corrupt: list[tuple[Path, str]] = []  # files and reasons, not yet put aside
         self._lock = FileLock(self.path / ".lock")
 
     @property
@@ -107,10 +110,21 @@ class RunFolder:
             UserError: there are checkpoints, but none is whole.
             MachineError: one cannot be read, which may pass; nothing is renamed.
         """
-        if self.resumed is not None:
-            return self.resumed, self._last_step
+        if self.resumed is None or self._signature != sign(self.resumed):
+            self._find_newest(main)
+        if self.resumed is not None and main:
+            for path, reason in self._corrupt:
+                print_note(f"checkpoint {path} is corrupt ({reason}): passing to the one before, {self.resumed.name}")
+                with self.writing(path):
+                    path.replace(path.with_suffix(".corrupt"))
+            self._corrupt = []
+        return self.resumed, self._last_step
+
+    def _find_newest(self, main: bool) -> None:
+        """Read checkpoints, the newest first, until one is whole."""
         names = self._list_checkpoints()
         corrupt: list[tuple[Path, str]] = []
+        self.resumed, self._last_step, self._corrupt = None, 0, corrupt
         for path in (self.checkpoints / name for name in names if name.endswith(".ckpt")):
             if not main and not os.path.lexists(path):
                 continue  # the main process has just put it aside
@@ -121,7 +135,7 @@ class RunFolder:
                 corrupt.append((path, str(error)))
                 continue
             # not the state itself: a file that is mapped takes its room after it is removed
-            self.resumed, self._last_step = path, state["global_step"]
+            self.resumed, self._last_step, self._signature = path, state["global_step"], sign(path)
             self._earlier = settings
             break
         else:
@@ -130,12 +144,6 @@ class RunFolder:
                 raise UserError(
                     f"none of the checkpoints in {self.checkpoints} can be read{reason}; choose another --name"
                 )
-            return None, 0
-        for path, reason in corrupt if main else []:
-            print_note(f"checkpoint {path} is corrupt ({reason}): passing to the one before, {self.resumed.name}")
-            with self.writing(path):
-                path.replace(path.with_suffix(".corrupt"))
-        return self.resumed, self._last_step
 
     def put_checkpoint(self, write: Callable[[IO[bytes]], None], step: int, best: bool) -> None:
         """Write ``last.ckpt``; the one before stays under its step's name. Killed at any moment, a whole one is there.
@@ -303,6 +311,15 @@ class RunFolder:
             f"there are no checkpoints in {self.checkpoints}, but {sign}: if they are on a disk that is not mounted, "
             f"mount it; to start at step 0, choose another --name or remove {self.path}"
         )
+
+
+def sign(path: Path) -> tuple[int, ...]:
+    """What changes when a file is replaced or written to; empty if it is not there."""
+    try:
+        status = path.stat()
+    except OSError:
+        return ()
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _check_same_run(earlier: StoredSettings, config: RunConfig, path: Path) -> None:

@@ -49,6 +49,7 @@ class Training:
         model: computes the training step of the module: itself, or DDP around it.
         step, passes: optimizer steps, and forward and backward passes, so far.
         epoch: of the last batch.
+        in_backward: whether the backward pass of the last pass has begun.
         copies: the stream on which batches come to a GPU.
         mark: is told which part of a step follows, by ``--profile``.
     """
@@ -67,6 +68,7 @@ class Training:
     step: int = 0
     passes: int = 0
     epoch: int = 0
+    in_backward: bool = False
     mark: Callable[[str], AbstractContextManager[Any]] = nullcontext
 
     @property

@@ -62,32 +62,54 @@ def write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
         write_whole(folder.summary, (json.dumps(summary, indent=2) + "\n").encode())
 
 
-def finish(log: MetricsLog, missing: bool | None, visualization: Path | None) -> None:
-    """Write weights and summary, and show them; of a complete run what is missing, or has other weights.
+def finish(log: MetricsLog, visualization: Path | None) -> None:
+    """Write weights and summary, and show them.
 
     Args:
-        missing: whether a run that was complete already lacks files; None where steps were taken.
         visualization: the last one.
     """
-    run, job, folder, console = log.run, log.run.job, log.run.folder, log.run.console
+    written = save_weights(log.run, log.run.folder.weights)
+    print_summary(log, write_results(log, written), visualization)
+
+
+def complete(log: MetricsLog, missing: bool, visualization: Path | None) -> None:
+    """Of a run whose steps were all taken before: write weights and summary if one is missing or has other weights.
+
+    Args:
+        missing: whether a file is missing.
+        visualization: the last one.
+    """
+    run, folder = log.run, log.run.folder
+    new = folder.weights.with_name(f"{folder.weights.name}.tmp")
+    written = save_weights(run, new)
+    with folder.writing(folder.weights):
+        same = hold_the_same(new, folder.weights)
+        new.unlink() if same else new.replace(folder.weights)
+    missing = missing or not same
+    line = f"{folder.path} is complete at step {run.step}; raise --trainer.max-epochs or max-steps to train longer, "
+    line += "or choose another --name" + ("; writing the weights and summary it lacked" if missing else "")
+    run.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if missing:
+        print_summary(log, write_results(log, written), visualization)
+
+
+def save_weights(run: Training, path: Path) -> dict[str, str]:
+    """Write the weights; what the summary says of them."""
     if not run.sharded:
         run.module.cpu()
-    fresh = folder.weights.with_name(f"{folder.weights.name}.tmp")
-    with folder.writing(folder.weights):
-        written = run.module.save(fresh, {} if job.evaluation is None else job.evaluation.metrics)
-        same = missing is not None and hold_the_same(fresh, folder.weights)
-        fresh.unlink() if same else fresh.replace(folder.weights)
-    if missing is not None:
-        missing = missing or not same
-        line = (
-            f"{folder.path} is complete at step {run.step}; raise --trainer.max-epochs or max-steps to train longer, "
-        )
-        line += "or choose another --name" + ("; writing the weights and summary it lacked" if missing else "")
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if not missing:
-            return
+    with run.folder.writing(run.folder.weights):
+        return run.module.save(path, {} if run.evaluation is None else run.evaluation.metrics)
+
+
+def write_results(log: MetricsLog, written: dict[str, str]) -> dict[str, Any]:
     summary = {**summarize(log, finished=True), **written}
-    write_summary(folder, summary)
+    write_summary(log.run.folder, summary)
+    return summary
+
+
+def print_summary(log: MetricsLog, summary: dict[str, Any], visualization: Path | None) -> None:
+    """The table at the end of a run."""
+    job, folder = log.run.job, log.run.folder
     rows = {
         "steps": f"{summary['steps']:,} ({summary['epochs']:.4g} epochs)",
         "loss": f"{summary['metrics'].get('loss', float('nan')):.4f}",
@@ -100,4 +122,4 @@ def finish(log: MetricsLog, missing: bool | None, visualization: Path | None) ->
         **({} if visualization is None else {"visualization": str(visualization)}),
         "summary": str(folder.summary),
     }
-    console.print(make_table("finished", rows))
+    log.run.console.print(make_table("finished", rows))

@@ -1,11 +1,15 @@
 """A linear classifier on frozen features, which are computed once: `--model.freeze`."""
 
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import lightning as L
 import torch
 
-from itpn.checkpoints.files import Checkpoint, read_checkpoint
+from itpn.checkpoints.files import read_checkpoint
+from itpn.data.labelled import LabelledImages
 from itpn.errors import UserError
 from itpn.metrics.classification import judge
 from itpn.metrics.features import WEIGHT_DECAYS, choose_weight_decay, fit_linear
@@ -19,7 +23,7 @@ from itpn.tasks.classification.evaluation import ClassificationEvaluator
 from itpn.tasks.classification.module import ClassificationModule
 from itpn.tasks.evaluation import Skipped, nothing_readable, read_batches
 from itpn.tasks.features import Features, compute_features, join_features
-from itpn.tasks.run import train_composed
+from itpn.tasks.run import start_notes, train_composed
 from itpn.tasks.spec import task_of
 from itpn.training.config import freeze
 from itpn.training.launch import describe_machine, launched, make_single_fabric, read_launch
@@ -49,58 +53,81 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
     folder = RunFolder(config, recipe)
     if not read_launch().main:
         return folder.path
-    found = None if config.model.checkpoint is None else read_checkpoint(config.model.checkpoint)
-    config = freeze(network.resolve(config, found)[0])
+    start = None if config.model.checkpoint is None else read_checkpoint(config.model.checkpoint)
+    config = freeze(network.resolve(config, start)[0])
     data = find_data(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, notes = network.build_model(config, data, found)
+    model, notes = network.build_model(config, data, start)
     fabric = make_single_fabric(config.trainer)
     folder.open(config, recipe)
     try:
-        for note in [*_origin(found), *notes, *data.notes]:
+        for note in [*start_notes(start), *notes, *data.notes]:
             print_note(note)
         module = ClassificationModule(model, config, recipe, data.train.classes)
-        skipped: Skipped = []
-        sets = [ClassificationEvaluator(config, own) for own in (data.train, data.val) if own is not None]
-        with launched(fabric), fabric.autocast(), torch.no_grad():
-            device = fabric.device
-            module.to(device).eval()
-            known, *others = [_collect(module, images, skipped) for images in sets]
-        labels, features = (x.to(device) for x in known[1:])
-        normed = hasattr(model, "fc_norm")  # no other backbone need have a norm before its classifier
-        if normed:
-            model.fc_norm = torch.nn.Identity()
-        weight_decay = choose_weight_decay(features, labels, len(data.train.classes))
-        model.head = fit_linear(features, labels, len(data.train.classes), weight_decay)
-        metrics = {"train_top1": float((model.head(features).argmax(dim=1) == labels).double().mean())}
-        for index, targets, own in others:
-            with torch.no_grad():
-                predicted = model.head(own.to(device)).log_softmax(dim=1).cpu()
-            scores = sets[1].score([judge(index, targets, predicted)])
-            metrics |= {f"val_{name}": value for name, value in sets[1].metrics(scores).items()}
-        for name, reason in skipped:
-            print_note(f"skipped {name}: {reason}")
-        model.cpu()
-        if normed:
-            model.spec = spec_of(model).with_options(fc_norm=False)  # type: ignore[assignment]
+        fitted = fit_probe(module, [data.train, *([] if data.val is None else [data.val])], fabric)
         with folder.writing(folder.weights):
-            module.save(folder.weights, metrics)
+            module.save(folder.weights, fitted.metrics)
+        summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True}
+        summary |= {"metrics": fitted.metrics, "epochs": 1, "steps": 0, "saved": "weights"}
+        summary |= {"images_seen": fitted.images, "images_skipped": fitted.skipped}
         seconds = time.perf_counter() - began
-        summary = {"recipe": recipe, "name": config.name, "task": config.task, "finished": True, "metrics": metrics}
-        summary |= {"epochs": 1, "steps": 0, "images_seen": len(features), "images_skipped": len(skipped)}
-        summary |= {"images_per_second": len(features) / seconds, "duration_seconds": seconds, "saved": "weights"}
-        write_summary(folder, summary | describe_machine(device, 1, str(fabric.strategy.precision.precision)))
-        rows = {"images": f"{len(features):,} to learn from, {len(data.val or ()):,} to evaluate on"}
-        rows["weight decay"] = f"{weight_decay:g}, the best of {len(WEIGHT_DECAYS)} on a fifth of the images"
-        rows |= {name: f"{value:.2%}" if "top" in name else f"{value:.4f}" for name, value in metrics.items()}
+        summary |= {"images_per_second": fitted.images / seconds, "duration_seconds": seconds}
+        write_summary(folder, summary | describe_machine(fabric.device, 1, str(fabric.strategy.precision.precision)))
+        rows = {"images": f"{fitted.images:,} to learn from, {len(data.val or ()):,} to evaluate on"}
+        rows["weight decay"] = f"{fitted.weight_decay:g}, the best of {len(WEIGHT_DECAYS)} on a fifth of the images"
+        rows |= {name: f"{value:.2%}" if "top" in name else f"{value:.4f}" for name, value in fitted.metrics.items()}
         Output().print(make_table(f"{recipe} / {config.name}", {**rows, "weights": str(folder.weights)}))
         return folder.path
     finally:
         folder.close()
 
 
-def _origin(found: Checkpoint | None) -> list[str]:
-    return [] if found is None else [f"starting from the weights of {found.source}"]
+@dataclass(frozen=True)
+class FittedProbe:
+    """What came of a linear probe.
+
+    Attributes:
+        metrics: of the training set, and of the validation set where there is one.
+        images: to learn from.
+        skipped: images that could not be read.
+    """
+
+    metrics: dict[str, float]
+    weight_decay: float
+    images: int
+    skipped: int
+
+
+def fit_probe(module: ClassificationModule, sets: Sequence[LabelledImages], fabric: L.Fabric) -> FittedProbe:
+    """Replace the classifier of a network by the best linear one on its features.
+
+    Args:
+        sets: to learn from, and to evaluate on where there is another.
+    """
+    skipped: Skipped = []
+    model, classes = module.model, len(module.classes)
+    evaluators = [ClassificationEvaluator(module.config, images) for images in sets]
+    with launched(fabric), fabric.autocast(), torch.no_grad():
+        module.to(fabric.device).eval()
+        known, *others = [_collect(module, evaluator, skipped) for evaluator in evaluators]
+    labels, features = (x.to(fabric.device) for x in known[1:])
+    normed = hasattr(model, "fc_norm")  # no other backbone need have a norm before its classifier
+    if normed:
+        model.fc_norm = torch.nn.Identity()
+    weight_decay = choose_weight_decay(features, labels, classes)
+    model.head = fit_linear(features, labels, classes, weight_decay)
+    metrics = {"train_top1": float((model.head(features).argmax(dim=1) == labels).double().mean())}
+    for index, targets, own in others:
+        with torch.no_grad():
+            predicted = model.head(own.to(fabric.device)).log_softmax(dim=1).cpu()
+        scores = evaluators[1].score([judge(index, targets, predicted)])
+        metrics |= {f"val_{name}": value for name, value in evaluators[1].metrics(scores).items()}
+    for name, reason in skipped:
+        print_note(f"skipped {name}: {reason}")
+    model.cpu()
+    if normed:
+        model.spec = spec_of(model).with_options(fc_norm=False)  # type: ignore[assignment]
+    return FittedProbe(metrics, weight_decay, len(features), len(skipped))
 
 
 def _collect(module: ClassificationModule, images: ClassificationEvaluator, skipped: Skipped) -> Features:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itpn.data.annotations import find_objects
 from itpn.data.objects import DetectionImages, DetectionTransform
 from itpn.errors import UserError
-from itpn.tasks.data import RunData, tell
+from itpn.tasks.data import RunData, print_once
 from itpn.tasks.detection.config import DetectionConfig
 
 
@@ -29,7 +29,7 @@ def find_data(config: DetectionConfig) -> DetectionData:
         UserError: none, or masks are wanted of objects that have none.
     """
     data = config.data
-    train, val = find_objects(data.root, data.val_root, data.invalid_annotations, tell, data.max_pixels)
+    train, val = find_objects(data.root, data.val_root, data.invalid_annotations, print_once, data.max_pixels)
     train = train if data.empty_images else train.with_objects()
     masked, others = train.mask_counts
     masks = masked > others if config.model.masks is None else config.model.masks

@@ -15,7 +15,7 @@ from itpn.data.objects import DetectionImages, check_size
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.detection import DetectionScores, Results, score_detections, to_results, write_detection_scores
 from itpn.models.detector import Detector
-from itpn.tasks.data import tell
+from itpn.tasks.data import print_once
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes
@@ -44,15 +44,15 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Part:
         images = [image.to(self.device, non_blocking=True) for image in batch["image"]]
         found = detect(network, images)
-        seen = [int(self.images.ids[index]) for index in batch["index"].tolist()]
-        results = [to_results(one, id_, self.images.class_ids) for one, id_ in zip(found, seen, strict=True)]
-        return [result for own in results for result in own], seen
+        evaluated = [int(self.images.ids[index]) for index in batch["index"].tolist()]
+        results = [to_results(one, id_, self.images.class_ids) for one, id_ in zip(found, evaluated, strict=True)]
+        return [result for own in results for result in own], evaluated
 
     def score(self, parts: Sequence[Part]) -> DetectionScores:
         results = sorted((one for own, _ in parts for one in own), key=lambda one: one["image_id"])
-        seen = sorted(id_ for _, ids in parts for id_ in ids)
+        evaluated = sorted(id_ for _, ids in parts for id_ in ids)
         self._results = results
-        return score_detections(self.images, results, seen, self.masks)
+        return score_detections(self.images, results, evaluated, self.masks)
 
     def metrics(self, scores: DetectionScores) -> dict[str, float]:
         flat = scores.flat()
@@ -136,13 +136,13 @@ def find_evaluation_data(
     """
     data = config.data
     where = data.val_root or data.root
-    images = read_objects(where, "val", data.invalid_annotations, tell, True, data.max_pixels)
+    images = read_objects(where, "val", data.invalid_annotations, print_once, True, data.max_pixels)
     if images is None:  # a folder with one set alone: that
-        images = read_objects(where, "train", data.invalid_annotations, tell, max_pixels=data.max_pixels)
-        tell(f"no images to evaluate on in {where}: these are those to train on")
+        images = read_objects(where, "train", data.invalid_annotations, print_once, max_pixels=data.max_pixels)
+        print_once(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
     if model.has_masks and images.has_masks and images.mask_counts[1]:
-        tell(f"{images.mask_counts[1]:,} objects without a mask are left out")
+        print_once(f"{images.mask_counts[1]:,} objects without a mask are left out")
         images = images.with_masks()
     images = match_classes(images, request.checkpoint.metadata.get("classes"), model.num_classes - 1)
     return DetectionEvaluator(config, images, model.has_masks), where

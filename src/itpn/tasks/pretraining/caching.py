@@ -21,7 +21,7 @@ from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.writing import check_settings, writing_to
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, tell_what_is_left_out
+from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, print_notes
 from itpn.teachers.timm_teacher import FeatureTeacher
 from itpn.training.config import freeze, image_size, to_dict
 from itpn.training.launch import choose_precision
@@ -51,7 +51,7 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
     config, console = freeze(config), Output()
     if config.teacher.name in (None, "ema"):
         raise UserError("only features of an outside teacher can be cached: give --teacher.name, a model of timm")
-    tell_what_is_left_out(source)
+    print_notes(source)
     teacher = make_frozen_teacher(config)
     assert teacher is not None
     # one image a batch, so that none is left over at an epoch's end; of tar shards, one worker reads all
@@ -82,7 +82,7 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
             _write_shard(out, index, number, loader, teacher, precision, skipped)
     except RunStopped as stop:
         print_note(f"stopped with {_count(out, index)} of {index.shards} shards done; the same command resumes")
-        stop.told = True
+        stop.reported = True
         raise
     except MachineError as error:
         done = f"{_count(out, index)} of {index.shards} shards are done, the same command resumes"

@@ -16,7 +16,7 @@ from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.data.shards import check_shards
 from itpn.errors import UserError
-from itpn.tasks.data import RunData, make_training_loader, tell
+from itpn.tasks.data import RunData, make_training_loader, print_once
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
@@ -56,7 +56,7 @@ def find_data(config: PretrainingConfig, source: ImageSource | None = None) -> P
         UserError: no images, features of other settings, no weights of the teacher, no GPU that decodes.
     """
     images = source or find_training_images(config.data.root, config.data.members)
-    tell_what_is_left_out(images)
+    print_notes(images)
     if config.data.decode == "gpu":
         if images.cache or not choose_devices(config.trainer, read_launch()).cuda:
             what = "is not for cached features" if images.cache else "needs a GPU, and none is used here"
@@ -84,13 +84,13 @@ def describe_teacher(config: PretrainingConfig, data: PretrainingData) -> str:
     return f"{config.teacher.name}, {where}"
 
 
-def tell_what_is_left_out(source: ImageSource) -> None:
+def print_notes(source: ImageSource) -> None:
     """Say once which images, of those that were looked for, are not read."""
     notes = list(source.notes)
     if source.shards:
         notes += check_shards(source.shards, source.members)
     for note in notes:
-        tell(note)
+        print_once(note)
 
 
 def find_probe_sets(config: PretrainingConfig) -> tuple[LabelledImages, LabelledImages] | None:

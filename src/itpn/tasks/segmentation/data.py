@@ -6,14 +6,16 @@ from itpn.data.labelmaps import find_label_maps
 from itpn.data.mask_checks import MaskRules
 from itpn.data.masks import LabelTable
 from itpn.data.segmentation_transform import SegmentationTransform
-from itpn.tasks.data import NO_IMAGES, RunData, tell
+from itpn.tasks.data import NO_IMAGES, RunData, print_once
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.config import describe_crops
 
 
 def make_rules(config: SegmentationConfig) -> MaskRules:
     data = config.data
-    return MaskRules(data.classes, data.reduce_zero_label, data.ignore, data.invalid_annotations, tell, data.max_pixels)
+    return MaskRules(
+        data.classes, data.reduce_zero_label, data.ignore, data.invalid_annotations, print_once, data.max_pixels
+    )
 
 
 def find_data(config: SegmentationConfig) -> RunData:
