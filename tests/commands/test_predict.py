@@ -320,3 +320,22 @@ def test_every_command_reads_a_checkpoint_once(tmp_path, settings, photos, monke
         assert not main(command) if isinstance(command, list) else [command()]
         assert reads == [path]
         assert len(contents) == 1, "what it holds is told once"
+
+
+@pytest.mark.parametrize(
+    ("options", "answer"),
+    [
+        (["--min-score", "0.3"], "--min-score is for checkpoints of detection, not of classification"),
+        (["--seed", "-1"], "--seed must be at least 0, not -1"),
+        (["--features", "f.npy", "--out", "x"], "--features writes no predictions: give it without --out"),
+        (["--features", "f.npy", "--seed", "1"], "--features writes no predictions: give it without --out"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(photos, capsys, tmp_path, monkeypatch, options, answer):
+    model = timm.create_model("hivit_tiny", img_size=64, num_classes=7)
+    torch.save({"model": {f"backbone.{n}": t for n, t in model.state_dict().items()}}, tmp_path / "model.pth")
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    assert main(["predict", str(tmp_path / "model.pth"), str(photos), *options]) == 2
+    assert answer in capsys.readouterr().err
+    assert not list((tmp_path / "work").iterdir())

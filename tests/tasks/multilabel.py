@@ -31,7 +31,7 @@ from itpn.models.spec import NetworkSpec
 from itpn.system.writing import write_whole
 from itpn.tasks.data import RunData, make_training_loader
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator
-from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig, check_fine_tuning
+from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, check_fine_tuning
 from itpn.tasks.finetuning.module import FineTuningModule
 from itpn.tasks.finetuning.network import (
     backbone_options,
@@ -43,7 +43,7 @@ from itpn.tasks.finetuning.network import (
 )
 from itpn.tasks.info import count_parameters, describe_backbone
 from itpn.tasks.prediction import read_batches, read_preprocessing
-from itpn.training.config import CropsConfig, RunConfig
+from itpn.training.config import CropsConfig, EvaluationConfig, RunConfig
 
 # --- settings
 

@@ -190,3 +190,33 @@ def test_an_installed_package_registers_a_task(trained, tmp_path):
     run = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
     assert "a multi-label classifier of 3 classes" in run.stdout
+
+
+def test_settings_need_no_section_for_evaluation(tmp_path):
+    """It is then evaluated after each epoch, in batches as those of training."""
+    text = (
+        Path(RECIPE)
+        .read_text()
+        .replace("    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)\n", "")
+    )
+    assert "evaluation: EvaluationConfig" not in text
+    recipe = tmp_path / "plain.py"
+    recipe.write_text(text)
+    images = write_images(tmp_path / "images")
+    options = [
+        "--model.name",
+        "itpn_nano",
+        "--model.patch-size",
+        "8",
+        "--data.img-size",
+        "32",
+        "--data.batch-size",
+        "8",
+    ]
+    options += ["--data.num-workers", "0", "--trainer.max-epochs", "2", "--data.root", str(images)]
+    assert main(["train", str(recipe), *options, "--output-dir", str(tmp_path)]) == 0
+    with open(tmp_path / "plain/default/metrics.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [bool(row["val_map"]) for row in rows] == [row["step"] in ("3", "6") for row in rows]
+    weights = str(tmp_path / "plain/default/model.safetensors")
+    assert main(["evaluate", str(recipe), "--checkpoint", weights, "--data.root", str(images)]) == 0

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from itpn.checkpoints.paths import HUB, check_file
 from itpn.commands.options import Flag, RecipeCommand, shown
@@ -48,10 +48,7 @@ class Evaluate(RecipeCommand):
             raise UserError(f"--knn is for recipes of {either(names)}, not of {task.name}")
         self._check_given((*SETTINGS, *task.evaluation_options), {**HINTS, **task.evaluation_hints})
         check_file(self.checkpoint)
-        start: dict[str, Any] = {"checkpoint": self.checkpoint}
-        if hasattr(self.config.model, "scratch"):
-            start["scratch"] = False
-        config = replace(self.config, model=replace(self.config.model, **start))
+        config = replace(self.config, model=self.config.model.of_checkpoint(self.checkpoint))
         config.check()
         given = {option.removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in self.given}
         self._evaluate(task, config, given)
@@ -86,8 +83,6 @@ class Evaluate(RecipeCommand):
         request = EvaluationRequest(found, given, self.knn)
         config, arguments = task.resolve_evaluation(config, request)
         config = freeze(config)
-        if (num_heads := getattr(config.model, "num_heads", None)) is not None:
-            arguments["num_heads"] = num_heads
         model, notes = load_found(found, "backbone" if self.knn else task.name, **arguments)
         evaluator, which = task.find_evaluation_data(config, model, request)
         out = self.out or find_folder(self.checkpoint, self.knn)

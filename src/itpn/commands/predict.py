@@ -4,7 +4,7 @@ import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional
 
@@ -12,10 +12,11 @@ from itpn.checkpoints.paths import check_file
 from itpn.commands.options import Checkpoint, Members, TaskFile, of_data, shown
 from itpn.data.files import find_images
 from itpn.errors import UserError
-from itpn.system.checks import Fraction, PositiveInt
+from itpn.system.checks import Fraction, NonNegativeInt, PositiveInt
 from itpn.system.console import print_note
+from itpn.system.text import either
 from itpn.system.writing import make_folder, writing_to
-from itpn.tasks.spec import find_task
+from itpn.tasks.spec import all_tasks, find_task
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Predict:
     """Image files, tar shards or folders of either."""
     out: Annotated[Path | None, shown("DIR", "(default: the first new of predictions, predictions-2, ...)")] = None
     """Folder for the results."""
-    seed: Annotated[int, shown("N")] = 0
-    """Seed of the random masks (pre-training models)."""
-    min_score: Annotated[Fraction, shown("SCORE")] = 0.5
-    """Lowest score of the detections that are written; above 0.05."""
+    seed: Annotated[NonNegativeInt | None, shown("N", "(default: 0)")] = None
+    """Seed of what a prediction draws at random, as masks."""
+    min_score: Annotated[Fraction | None, shown("SCORE", "(default: 0.5)")] = None
+    """Lowest score of the objects that are written; above 0.05."""
     features: Annotated[Path | None, shown("FILE", "(optional)")] = None
     """Write features of the images to this .safetensors or .npy file, and no predictions."""
     members: Members = ()
@@ -46,6 +47,8 @@ class Predict:
         check_file(self.checkpoint)
         if self.features is not None and self.features.suffix not in (".safetensors", ".npy"):
             raise UserError(f"--features {self.features} must end in .safetensors or .npy")
+        if self.features is not None and (self.out is not None or self._given()):
+            raise UserError("--features writes no predictions: give it without --out, --seed and --min-score")
         from itpn.checkpoints.files import read_checkpoint
         from itpn.checkpoints.load import check_finite, load_found
         from itpn.data.decode import MAX_PIXELS
@@ -62,6 +65,7 @@ class Predict:
         for note in notes:
             print_note(note)
         limit = self.max_pixels or found.settings.get("data", {}).get("max_pixels") or MAX_PIXELS
+        options = self._given()
         if self.features is not None:
             crop, normalize = read_preprocessing(found, model)
             write_features(model, normalize, read_batches(source, crop, limit), self.features)
@@ -71,11 +75,19 @@ class Predict:
             raise UserError(
                 f"checkpoint {self.checkpoint} has no head of any task, and predicts nothing: give --features FILE"
             )
+        task = find_task(head)
+        for name in options.keys() - {*task.prediction_options}:
+            users = [other.name for other in all_tasks() if name in other.prediction_options]
+            raise UserError(f"--{name.replace('_', '-')} is for checkpoints of {either(users)}, not of {task.name}")
         out = self.out or find_new_folder("predictions")
         make_folder(out)
         with writing_to(out):
-            options = PredictionOptions(out, self.seed, self.min_score, limit)
-            find_task(head).predict(model, found, source, options)
+            task.predict(model, found, source, PredictionOptions(out, limit, **options))
+
+    def _given(self) -> dict[str, Any]:
+        """Options that not every task goes by, where they were given."""
+        options = {"seed": self.seed, "min_score": self.min_score}
+        return {name: value for name, value in options.items() if value is not None}
 
 
 def find_new_folder(name: str) -> Path:

@@ -9,7 +9,7 @@ from itpn.tasks.classification.config import (
     ClassificationModelConfig,
 )
 from itpn.tasks.detection.config import DetectionConfig, DetectionDataConfig, DetectionModelConfig
-from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, NetworkConfig
+from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, NormalizationConfig
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,
     PretrainingDataConfig,
@@ -25,6 +25,7 @@ from itpn.tasks.segmentation.config import (
 )
 from itpn.training.config import (
     CropsConfig,
+    EvaluationConfig,
     ImagesConfig,
     ModelConfig,
     OptimizerConfig,

@@ -84,8 +84,9 @@ class Evaluator(ABC, Generic[Scores]):
 
     @property
     def batch_size(self) -> int:
-        """Images per process and forward pass."""
-        return int(self.config.evaluation.batch_size)
+        """Images per process and forward pass: of the section ``evaluation``, or else as in training."""
+        own = getattr(self.config, "evaluation", self.config.data)
+        return int(own.batch_size)
 
     def load(self, images: Any, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
         """The batches of a process, of some images."""

@@ -48,9 +48,9 @@ class PredictionOptions:
     """
 
     out: Path
-    seed: int
-    min_score: float
     max_pixels: int
+    seed: int = 0
+    min_score: float = 0.5
 
 
 def read_preprocessing(found: Checkpoint, model: nn.Module) -> tuple[Crop, Normalize]:

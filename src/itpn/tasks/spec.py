@@ -53,6 +53,7 @@ class TaskSpec:
         knn: whether it can evaluate features by k-NN, without a head (`itpn evaluate --knn`).
         predict: (network, checkpoint, source, options) for `itpn predict`; options are a
             :class:`itpn.tasks.prediction.PredictionOptions`.
+        prediction_options: which of ``seed`` and ``min_score`` it goes by; `itpn predict` refuses the others.
         export: (network, checkpoint, out, size, dynamic_size, metadata) -> :class:`itpn.tasks.export.Exported`;
             None where nothing is to be exported.
         describe: (config, checkpoint) -> rows of `itpn info`, see :mod:`itpn.tasks.info`.
@@ -69,6 +70,7 @@ class TaskSpec:
     build_module: Callable[..., Any]
     describe: Callable[..., Any]
     predict: Callable[..., None]
+    prediction_options: Collection[str] = ()
     build_visualization: Callable[..., Any] | None = None
     describe_data: Callable[..., dict[str, str]] | None = None
     build_evaluator: Callable[..., Any] | None = None

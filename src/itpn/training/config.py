@@ -67,6 +67,20 @@ class ModelConfig(Settings):
     """Recompute activations in the backward pass, for less memory: all of them, or with `selective` what is cheap,
     norms and activation functions of feed-forward layers, while results of matrix products are kept."""
 
+    def of_checkpoint(self, path: str) -> "ModelConfig":
+        """These settings with the network of a checkpoint."""
+        return dataclasses.replace(self, checkpoint=path)
+
+
+@dataclass
+class EvaluationConfig(Settings):
+    """Evaluation, of a network in training and of a checkpoint."""
+
+    every_n_epochs: PositiveInt = 1
+    """Epochs between evaluations; there is one at the end as well."""
+    batch_size: PositiveInt = 1
+    """Images per process and forward pass."""
+
 
 @dataclass
 class ImagesConfig(Settings):
@@ -218,8 +232,9 @@ class RunConfig(Settings):
 
     @property
     def evaluation_interval(self) -> int:
-        """Epochs between evaluations."""
-        return int(getattr(self, "evaluation").every_n_epochs)  # noqa: B009  # of tasks that have it
+        """Epochs between evaluations; 1 for settings without a section ``evaluation``."""
+        own = getattr(self, "evaluation", None)
+        return own.every_n_epochs if isinstance(own, EvaluationConfig) else 1
 
     def sharding_problem(self) -> str | None:
         """Why the run cannot be sharded (`--trainer.strategy fsdp`); None where it can."""

@@ -7,7 +7,6 @@ from typing import ClassVar
 from itpn.errors import UserError
 from itpn.system.checks import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFraction, PositiveInt
 from itpn.tasks.finetuning.config import (
-    EvaluationConfig,
     FineTuningConfig,
     NetworkConfig,
     NormalizationConfig,
@@ -15,6 +14,7 @@ from itpn.tasks.finetuning.config import (
 )
 from itpn.training.config import (
     CropsConfig,
+    EvaluationConfig,
     RunConfig,
     check_crops,
     check_size,

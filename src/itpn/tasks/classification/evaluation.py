@@ -35,6 +35,7 @@ from itpn.tasks.data import NO_IMAGES, RunData
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths
 from itpn.tasks.features import FeatureEvaluator, join_sets
 from itpn.tasks.finetuning.module import make_normalize
+from itpn.tasks.finetuning.network import given_heads
 from itpn.training.config import image_size
 
 
@@ -158,7 +159,7 @@ def resolve_evaluation(
     seed = config.seed
     if trained_on(config, found) and "val_fraction" not in given:
         data, seed = replace(data, val_fraction=found.settings["data"]["val_fraction"]), found.settings["seed"]
-    return resolve(replace(config, model=model, data=data, seed=seed), found)[0], {}
+    return resolve(replace(config, model=model, data=data, seed=seed), found)[0], given_heads(model)
 
 
 def trained_on(config: ClassificationConfig, found: Checkpoint) -> bool:

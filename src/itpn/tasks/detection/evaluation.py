@@ -19,6 +19,7 @@ from itpn.tasks.data import print_once
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes
+from itpn.tasks.finetuning.network import given_heads
 
 Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images they are of
 
@@ -123,7 +124,7 @@ def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> t
         sizes = {"min_size": config.data.img_size, "max_size": config.data.longest}
     elif "max_size" in given:
         sizes = {"max_size": config.data.longest}
-    return config, sizes
+    return config, {**sizes, **given_heads(config.model)}
 
 
 def find_evaluation_data(

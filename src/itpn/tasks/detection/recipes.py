@@ -1,8 +1,8 @@
 """Settings of detectors that recipe files call."""
 
 from itpn.tasks.detection.config import DetectionConfig, DetectionDataConfig, DetectionModelConfig
-from itpn.tasks.finetuning.config import EvaluationConfig, FineTuningConfig, small_dense_optimizer
-from itpn.training.config import TrainerConfig
+from itpn.tasks.finetuning.config import FineTuningConfig, small_dense_optimizer
+from itpn.training.config import EvaluationConfig, TrainerConfig
 
 
 def detection(model: str, epochs: int) -> DetectionConfig:

@@ -1,6 +1,6 @@
 """What all fine-tuning has: a network that comes from a checkpoint, learning rates by layer."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from itpn.errors import UserError
@@ -23,6 +23,9 @@ class NetworkConfig(ModelConfig):
     checkpoint's, or the model's own."""
     init_values: NonNegativeFloat | None = None
     """From scratch: initial layer scale; None for no layer scale. A checkpoint's own stays."""
+
+    def of_checkpoint(self, path: str) -> "NetworkConfig":
+        return replace(self, checkpoint=path, scratch=False)
 
 
 @dataclass
@@ -57,16 +60,6 @@ def small_dense_optimizer() -> FineTuningConfig:
         layer_decay=0.9,
         layer_decay_over=None,
     )
-
-
-@dataclass
-class EvaluationConfig(Settings):
-    """Evaluation, of a network in training and of a checkpoint."""
-
-    every_n_epochs: PositiveInt = 1
-    """Epochs between evaluations; there is one at the end as well."""
-    batch_size: PositiveInt = 1
-    """Images per process and forward pass."""
 
 
 def check_fine_tuning(config: Any) -> None:

@@ -115,6 +115,11 @@ def resolve_with_head(config: AnyConfig, found: Checkpoint | None) -> tuple[AnyC
     return replace(config, model=replace(config.model, head_width=width)), notes
 
 
+def given_heads(model: NetworkConfig) -> dict[str, Any]:
+    """Arguments of a checkpoint's network: the attention heads that the settings give."""
+    return {} if model.num_heads is None else {"num_heads": model.num_heads}
+
+
 def backbone_options(model: NetworkConfig) -> dict[str, Any]:
     """Arguments of a backbone that the settings override."""
     options: dict[str, Any] = {"pos_embed": model.pos_embed, "drop_path_rate": model.drop_path_rate}

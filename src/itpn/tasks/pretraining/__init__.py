@@ -22,5 +22,6 @@ TASK = TaskSpec(
     describe=lazy(f"{__name__}.info:describe"),
     check_data=check_data,
     evaluation_prefix="probe_",
+    prediction_options=("seed",),
     cache_features=lazy(f"{__name__}.caching:cache_features"),
 )

@@ -6,13 +6,12 @@ from typing import ClassVar, Literal
 from itpn.errors import UserError
 from itpn.system.checks import Fraction, NonNegativeFloat, PositiveFraction, PositiveInt
 from itpn.tasks.finetuning.config import (
-    EvaluationConfig,
     FineTuningConfig,
     NetworkConfig,
     NormalizationConfig,
     check_fine_tuning,
 )
-from itpn.training.config import ImagesConfig, RunConfig
+from itpn.training.config import EvaluationConfig, ImagesConfig, RunConfig
 
 
 @dataclass

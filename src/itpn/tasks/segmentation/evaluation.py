@@ -22,7 +22,7 @@ from itpn.models.segmenter import Segmenter
 from itpn.tasks.data import RunData
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths
 from itpn.tasks.finetuning.module import make_normalize
-from itpn.tasks.finetuning.network import resolve_with_head
+from itpn.tasks.finetuning.network import given_heads, resolve_with_head
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import describe_sets
 from itpn.tasks.segmentation.inference import make_segmentation
@@ -125,7 +125,7 @@ def resolve_evaluation(
         values["val_fraction"] = 0.0  # another folder of one set is for evaluation as a whole
     model = replace(config.model, name=None, patch_size=None)
     config = replace(config, model=model, data=replace(data, **values), seed=seed)
-    return resolve_with_head(config, found)[0], {}
+    return resolve_with_head(config, found)[0], given_heads(model)
 
 
 def find_evaluation_data(
