@@ -16,7 +16,7 @@ from itpn.cli import main
 from itpn.data.shapes import write_shapes
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.tasks import demo
-from itpn.tasks.parallel_runs import Plan, train_side_by_side
+from itpn.tasks.parallel_runs import PlannedRun, train_side_by_side
 
 
 def test_the_whole_story(monkeypatch, tmp_path, capsys):
@@ -45,7 +45,7 @@ def test_a_signal_stops_all_runs_and_the_same_call_resumes(settings, tmp_path):
     for title in ("one", "other"):
         config = dataclasses.replace(settings(max_steps=100), name=title)
         config.trainer.max_epochs = 100
-        plans[title] = Plan("test", config)
+        plans[title] = PlannedRun("test", config)
     folders = [plan.folder for plan in plans.values()]
 
     def stop():
@@ -68,7 +68,7 @@ def test_a_signal_stops_all_runs_and_the_same_call_resumes(settings, tmp_path):
 
 
 def test_a_process_that_was_killed_is_one_line(settings, tmp_path):
-    plan = Plan("test", settings())
+    plan = PlannedRun("test", settings())
     plan.config.trainer.max_epochs = 10**4
 
     def kill():
@@ -85,7 +85,7 @@ def test_a_process_that_was_killed_is_one_line(settings, tmp_path):
 def test_what_fails_is_told_and_nothing_follows(settings, tmp_path):
     bad, good = (dataclasses.replace(settings(), name=name) for name in ("bad", "good"))
     bad.data = dataclasses.replace(bad.data, root=(str(tmp_path / "nowhere"),))
-    plans = {"bad": Plan("test", bad), "good": Plan("test", good, after="bad")}
+    plans = {"bad": PlannedRun("test", bad), "good": PlannedRun("test", good, after="bad")}
     with pytest.raises(UserError, match="nowhere"):
         train_side_by_side(plans, tmp_path / "logs", Console(quiet=True), workers=1)
     assert not multiprocessing.active_children()

@@ -135,6 +135,9 @@ def read_split(
 
     Returns:
         None if there is no such split and it is ``optional``.
+
+    Raises:
+        UserError: there is no such split, or it has no images in folders of classes.
     """
     for root in roots:
         wanted = "a folder of class folders, tar shards or parquet files"

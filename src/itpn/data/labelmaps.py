@@ -95,6 +95,14 @@ def read_to_evaluate(
 
 
 def find_to_evaluate(root: str, masks: str | None, val_root: str | None, val_masks: str | None) -> "Pairs | None":
+    """Images to evaluate on and their masks: those of ``val_root``, or else the split ``val`` of ``root``.
+
+    Returns:
+        None if ``root`` has no such split.
+
+    Raises:
+        UserError: ``val_root`` has no images with masks.
+    """
     if val_root is None:
         return find_pairs(root, masks, "val")
     pairs = find_pairs(val_root, val_masks, "val")

@@ -41,6 +41,12 @@ def read_yolo(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: i
     """Read YOLO's layout: ``data.yaml`` has the class names and, for each split, image folders or lists of paths.
 
     Label files are in ``labels`` in place of ``images``, or beside the images.
+
+    Returns:
+        None if there is no such file, or it does not name the split.
+
+    Raises:
+        UserError: the file is invalid, or what it names does not exist.
     """
     file = next((root / name for name in ("data.yaml", "data.yml", "dataset.yaml") if (root / name).is_file()), None)
     if file is None:

@@ -257,6 +257,8 @@ class TransformerBlock(nn.Module):
     With ``skip`` it returns no output for the first so many tokens, [B, N - skip, C]; the others still attend to them.
     """
 
+    gathered_alone = True  # where parameters are sharded, those of a block are gathered when it is its turn
+
     def __init__(  # many parameters: the options of attention and of the feed-forward layer
         self,
         dim: int,

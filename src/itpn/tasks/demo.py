@@ -22,7 +22,7 @@ from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.evaluation import detect
 from itpn.tasks.drawing import LARGE, add_legend, draw_labels, draw_objects, name_colour, show, tile_images
-from itpn.tasks.parallel_runs import Plan, train_side_by_side
+from itpn.tasks.parallel_runs import PlannedRun, train_side_by_side
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.pretraining.prediction import mask_and_predict
@@ -135,17 +135,17 @@ def demo(output_dir: Path) -> None:
     )
 
 
-def plan_pretraining(folders: ShapesFolders, output_dir: Path) -> Plan:
+def plan_pretraining(folders: ShapesFolders, output_dir: Path) -> PlannedRun:
     recipe, config = read_recipe(RECIPE)
     assert isinstance(config, PretrainingConfig)
     config.data.root = (str(folders.imagefolder / "train"), str(folders.coco / "train2017"))
     config.data.img_size, config.data.batch_size = IMG_SIZE, 16
     # the most to be seen in a few minutes: many small steps, crops that keep the shapes, a light decoder
     config.model.decoder_depth, config.data.crop_scale = 1, (0.5, 1.0)
-    return Plan(recipe, settle(config, PRETRAINING_STEPS, output_dir))
+    return PlannedRun(recipe, settle(config, PRETRAINING_STEPS, output_dir))
 
 
-def plan(task: Comparison, folders: ShapesFolders, checkpoint: Path | None, output_dir: Path) -> Plan:
+def plan(task: Comparison, folders: ShapesFolders, checkpoint: Path | None, output_dir: Path) -> PlannedRun:
     """Fine-tuning for a task from a checkpoint, or training from scratch with the same steps."""
     recipe, config = task.configure(folders)
     if checkpoint is None:
@@ -155,7 +155,7 @@ def plan(task: Comparison, folders: ShapesFolders, checkpoint: Path | None, outp
         config.model.checkpoint, config.name = str(checkpoint), "pre-trained"
     config.data.img_size, config.optimizer.layer_decay = IMG_SIZE, None
     config.evaluation.every_n_epochs = 1000  # at the end
-    return Plan(recipe, settle(config, task.steps, output_dir), after=None if checkpoint is None else "pre-train")
+    return PlannedRun(recipe, settle(config, task.steps, output_dir), after=None if checkpoint is None else "pre-train")
 
 
 def settle(config: AnyConfig, steps: int, output_dir: Path) -> AnyConfig:
@@ -167,7 +167,7 @@ def settle(config: AnyConfig, steps: int, output_dir: Path) -> AnyConfig:
     return freeze(config)
 
 
-def read_metric(plan: Plan, name: str) -> float:
+def read_metric(plan: PlannedRun, name: str) -> float:
     metrics = json.loads((plan.folder.path / "summary.json").read_bytes())["metrics"]
     return float(metrics[name])
 

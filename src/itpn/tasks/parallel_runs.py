@@ -21,7 +21,7 @@ from itpn.training.run_folder import RunFolder
 
 
 @dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """A run to come.
 
     Attributes:
@@ -38,7 +38,7 @@ class Plan:
         return RunFolder(self.config, self.recipe)
 
 
-def train_side_by_side(plans: dict[str, Plan], logs: Path, console: Console, workers: int = 2) -> None:
+def train_side_by_side(plans: dict[str, PlannedRun], logs: Path, console: Console, workers: int = 2) -> None:
     """Train all plans, by title, in their order as far as what they wait for allows.
 
     Args:

@@ -27,7 +27,7 @@ CLIP_PROJECTIONS = (
 
 
 @dataclass
-class Plan:
+class TeacherPlan:
     """Arguments for building the teacher by timm."""
 
     name: str  # as the user gave it
@@ -39,13 +39,18 @@ class Plan:
     state: dict[str, Tensor] = field(default_factory=dict)  # the file's tensors; {} if weights are fetched
 
 
-def make_plan(name: str, checkpoint: str | None) -> Plan:
+def make_plan(name: str, checkpoint: str | None) -> TeacherPlan:
+    """How timm builds a teacher, by its name or by what its file holds.
+
+    Raises:
+        UserError: timm knows no such model, or the file is none of a teacher.
+    """
     if name == "clip" and checkpoint is None:
         raise UserError(f"teacher clip is read from a file: give --teacher.checkpoint FILE, {FILE_FORMS}")
     if name != "clip":
         _check_name(name)
     if checkpoint is None:
-        return Plan(name, name, projected=_is_clip(name) and not _is_fine_tuned(name))
+        return TeacherPlan(name, name, projected=_is_clip(name) and not _is_fine_tuned(name))
     state = read_tensors(checkpoint)
     if name == "clip":
         return _clip_plan(checkpoint, state)
@@ -69,10 +74,10 @@ def make_plan(name: str, checkpoint: str | None) -> Plan:
         biases = [state[f"{head}.bias"] for head in heads[:1] if f"{head}.bias" in state]
         zeros = not any(bias.any() for bias in biases)
         projected = bool(heads) and _is_clip(name) and (not _is_fine_tuned(name) if tagged else zeros)
-    return Plan(name, name, projected, {"num_classes": outputs[0] if outputs else 0}, overlay, checkpoint, state)
+    return TeacherPlan(name, name, projected, {"num_classes": outputs[0] if outputs else 0}, overlay, checkpoint, state)
 
 
-def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> Plan:
+def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> TeacherPlan:
     """Read the sizes of a CLIP ViT from the shapes of a file in OpenAI's form."""
     dims = {
         "visual.class_embedding": 1,
@@ -105,7 +110,7 @@ def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> Plan:
         "mlp_ratio": (mlp_width + 0.5) / width,  # timm multiplies and rounds down
         "num_classes": state["visual.proj"].shape[1],
     }
-    return Plan("clip", CLIP_BASE, True, options, {"input_size": (3, side, side)}, checkpoint, state)
+    return TeacherPlan("clip", CLIP_BASE, True, options, {"input_size": (3, side, side)}, checkpoint, state)
 
 
 def _check_name(name: str) -> None:

@@ -28,7 +28,7 @@ from itpn.errors import UserError
 from itpn.models.position import Grid
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
 from itpn.teachers.files import FILE_FORMS, quiet_timm
-from itpn.teachers.plan import Plan, classifiers_of, make_plan
+from itpn.teachers.plan import TeacherPlan, classifiers_of, make_plan
 
 T = TypeVar("T")
 
@@ -147,7 +147,9 @@ def _projection(model: Any) -> nn.Module:
 # --- its sizes
 
 
-def _apply_to_tower(plan: Plan, img_size: tuple[int, int] | None, function: Callable[[FeatureTower, Tensor], T]) -> T:
+def _apply_to_tower(
+    plan: TeacherPlan, img_size: tuple[int, int] | None, function: Callable[[FeatureTower, Tensor], T]
+) -> T:
     """Build a tower without weights, on the meta device, and apply a function to it.
 
     Args:
@@ -192,7 +194,7 @@ def _features(tower: FeatureTower, image: Tensor) -> _Features:
     return _Features(rows, cols, width, tower.norm_in_model)
 
 
-def _create(plan: Plan, img_size: tuple[int, int] | None, **options: Any) -> Any:
+def _create(plan: TeacherPlan, img_size: tuple[int, int] | None, **options: Any) -> Any:
     options = {**plan.options, "pretrained_cfg_overlay": plan.overlay, **options}
     if img_size is not None:
         try:
@@ -206,7 +208,7 @@ def _create(plan: Plan, img_size: tuple[int, int] | None, **options: Any) -> Any
 # --- its weights
 
 
-def _load(plan: Plan, img_size: tuple[int, int]) -> Any:
+def _load(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
     """Build the model with the weights of the file, which timm converts to its own form and to the image size."""
     if nonfinite := count_nonfinite(plan.state):
         raise UserError(f"teacher checkpoint {plan.checkpoint} has {describe_nonfinite(nonfinite)}")
@@ -249,7 +251,7 @@ def _load(plan: Plan, img_size: tuple[int, int]) -> Any:
     return model
 
 
-def _fetch(plan: Plan, img_size: tuple[int, int]) -> Any:
+def _fetch(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
     """Build the model with the weights of timm's hub."""
     cfg = get_pretrained_cfg(plan.architecture)
     instead = f"give --teacher.checkpoint FILE, {FILE_FORMS}"
@@ -265,7 +267,7 @@ def _fetch(plan: Plan, img_size: tuple[int, int]) -> Any:
         ) from error
 
 
-def _hint(plan: Plan) -> str:
+def _hint(plan: TeacherPlan) -> str:
     if plan.name != "clip" and "visual.class_embedding" in plan.state:
         return "--teacher.name clip takes the sizes from the file"
     return "give the name of the model in the file to --teacher.name"

@@ -92,6 +92,7 @@ class Devices:
 
 
 def choose_devices(settings: TrainerConfig, launch: Launch) -> Devices:
+    """The devices that settings and launcher ask for; by default all GPUs, or else one process on the CPU."""
     devices, nodes = launch.processes or settings.devices, launch.machines or settings.num_nodes or 1
     cuda = torch.cuda.is_available() and settings.accelerator in ("auto", "gpu")
     if cuda:
@@ -158,6 +159,7 @@ def _refusing_devices() -> Iterator[None]:
 
 
 def choose_precision(wanted: str, cuda: bool) -> Any:
+    """Lightning's name of a precision; "auto" is bf16 on GPUs that compute it, fp16 on others, float32 on the CPU."""
     if wanted != "auto":
         return PRECISIONS.get(wanted, wanted)
     if not cuda:

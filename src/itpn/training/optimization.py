@@ -36,6 +36,7 @@ def measure_run(config: RunConfig, images: int, passes_per_epoch: int, processes
 
 
 def peak_lr(settings: OptimizerConfig, global_batch: int) -> float:
+    """The given learning rate, or the base one, which is for 256 images a step, scaled linearly."""
     return settings.base_lr * global_batch / 256 if settings.lr is None else settings.lr
 
 
@@ -67,6 +68,11 @@ def learning_rate(
 
 
 def make_optimizer(module: TrainingModule, length: RunLength, precision: str) -> tuple[torch.optim.AdamW, LambdaLR]:
+    """AdamW over the module's groups of parameters, and its learning rate, which changes after each step.
+
+    Args:
+        precision: Lightning's name of it.
+    """
     settings: OptimizerConfig = module.config.optimizer
     peak = peak_lr(settings, length.global_batch)
     groups = module.parameter_groups()

@@ -44,7 +44,7 @@ STEPS, SETTLE = 10, 2
 
 
 @dataclass(frozen=True)
-class Plan:
+class ProfilePlan:
     """Optimizer steps: some to warm up, some that are timed alone, some to settle, some that are recorded."""
 
     warmup: int
@@ -60,12 +60,12 @@ class Plan:
         return self.record_from + self.recorded
 
 
-def make_plan(config: RunConfig, compiled: bool) -> Plan:
+def make_plan(config: RunConfig, compiled: bool) -> ProfilePlan:
     passes = config.trainer.accumulate_grad_batches
     # what workers have read ahead during the first, slow steps must be used up before waiting for data shows
     warmup = (10 if compiled else 5) + 2 * config.data.num_workers
     steps = max(2, math.ceil(STEPS / passes))
-    return Plan(math.ceil(warmup / passes), steps, steps)
+    return ProfilePlan(math.ceil(warmup / passes), steps, steps)
 
 
 def without_learning(config: AnyConfig) -> AnyConfig:
@@ -156,7 +156,7 @@ class Record:
     trace: torch.profiler.profile
 
 
-def record(run: Training, plan: Plan) -> Record:
+def record(run: Training, plan: ProfilePlan) -> Record:
     """Take the steps of a plan; only the main process records, the others take the same steps."""
     clock, batches = Clock(), read_batches(run)
     run.mark = clock.part
@@ -192,7 +192,7 @@ def record_nothing(step: int) -> ProfilerAction:
     return ProfilerAction.NONE
 
 
-def summarize(run: Training, plan: Plan, found: Record, cores: int) -> dict[str, Any]:
+def summarize(run: Training, plan: ProfilePlan, found: Record, cores: int) -> dict[str, Any]:
     """Write the trace, and find what the summary says."""
     config, batch, path = run.config, run.length.global_batch, run.folder.path / "trace.json.gz"
     write_trace(found.trace, path)

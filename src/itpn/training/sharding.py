@@ -12,7 +12,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from itpn.errors import UserError
-from itpn.models.layers import TransformerBlock
 from itpn.training.config import RunConfig
 from itpn.training.launch import Launch, choose_devices, choose_precision, make_fabric
 from itpn.training.module import TrainingModule
@@ -68,8 +67,8 @@ def distribute(fabric: L.Fabric, module: TrainingModule, sharded: bool) -> nn.Mo
 def shard_network(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
     """Divide a network in place over the processes of a mesh of one dimension.
 
-    A transformer block of stage 3, of a decoder or of a head is gathered when it is its turn, all else (stages 1 and 2,
-    the pyramid: a small part) once a pass.
+    A module whose class sets ``gathered_alone``, as transformer blocks of stage 3, decoders and heads do, is gathered
+    when it is its turn; all else (stages 1 and 2, the pyramid: a small part) once a pass.
 
     Args:
         precision: Lightning's name of it. With "bf16-mixed" parts stay float32, as they do under autocast, and are
@@ -79,6 +78,6 @@ def shard_network(model: nn.Module, mesh: DeviceMesh, precision: str) -> None:
     half = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     policy = half if precision == "bf16-mixed" else MixedPrecisionPolicy()
     for module in model.modules():
-        if isinstance(module, TransformerBlock):
+        if getattr(module, "gathered_alone", False):
             fully_shard(module, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)

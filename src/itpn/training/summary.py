@@ -39,6 +39,7 @@ def print_start(run: Training) -> None:
 
 
 def summarize(log: MetricsLog, finished: bool) -> dict[str, Any]:
+    """What ``summary.json`` says of a run; metrics are fractions from 0 to 1, durations seconds, memory GB."""
     run, config = log.run, log.run.config
     return {
         "recipe": run.module.recipe,
@@ -58,6 +59,7 @@ def summarize(log: MetricsLog, finished: bool) -> dict[str, Any]:
 
 
 def write_summary(folder: RunFolder, summary: dict[str, Any]) -> None:
+    """Write ``summary.json`` of a run."""
     with folder.writing(folder.summary):
         write_whole(folder.summary, (json.dumps(summary, indent=2) + "\n").encode())
 

@@ -55,6 +55,11 @@ def make_loader(
     rank: int,
     world_size: int,
 ) -> TrainingLoader:
+    """The training loader of a process; where images are mixed in pairs, its batches are even.
+
+    Raises:
+        UserError: there are not two images to mix.
+    """
     data = config.data
     batch_size = data.batch_size
     if data.mixup or data.cutmix:  # in pairs: of a set smaller than a batch, an even number

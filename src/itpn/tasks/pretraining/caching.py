@@ -22,7 +22,7 @@ from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.writing import check_settings, writing_to
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, print_notes
-from itpn.teachers.timm_teacher import FeatureTeacher
+from itpn.teachers.feature_teacher import FeatureTeacher
 from itpn.training.config import freeze, image_size, to_dict
 from itpn.training.launch import choose_precision
 

@@ -20,7 +20,7 @@ from itpn.tasks.pretraining.data import PretrainingData, make_loader
 from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.pretraining.weights import load_weights
 from itpn.teachers.ema import EMATeacher, momentum_at
-from itpn.teachers.timm_teacher import FeatureTeacher
+from itpn.teachers.feature_teacher import FeatureTeacher
 from itpn.training.config import image_size, to_dict
 from itpn.training.module import MakeLoader, TrainingModule
 
