@@ -62,7 +62,7 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
     layout, grid = _choose_layout(found, contents, form)
     tensors, left = ADAPTERS[layout].from_ours(found.tensors, grid)
     left += [name for name in found.others if not name.endswith("relative_position_index")]
-    _check_parts(found, left, form)
+    _check_parts(found, left, form, contents.pyramid is not None)
     metadata = _metadata(found, contents) if form == "itpn" else {}
     # before anything is written: a file that would be read as another network is never made
     unsaid = _compare(contents, _read_back(found, tensors, metadata, form).contents)
@@ -129,7 +129,7 @@ def _check_square(source: str, contents: Contents, size: tuple[int, int], form: 
     height, width = size
     if height != width:
         patch, known = contents.backbone["patch_size"], heads()
-        task = next(name for name in contents.names if name in HEADLESS or not known[name].pyramid)
+        task = next(name for name in contents.names if name in HEADLESS or (name in known and not known[name].pyramid))
         raise UserError(
             f"{source} has a table of {height // patch}x{width // patch} positions (images of "
             f"{height}x{width} px), but files of the form {form} hold square ones alone: keep this file, or "
@@ -138,11 +138,11 @@ def _check_square(source: str, contents: Contents, size: tuple[int, int], form: 
         )
 
 
-def _check_parts(found: Checkpoint, left: list[str], form: Form) -> None:
+def _check_parts(found: Checkpoint, left: list[str], form: Form, pyramid: bool) -> None:
     """A part of a network goes over whole or not at all: the rest of it would compute something else."""
     parts = {name.partition(".")[0] for name in found.tensors if name not in left}
     if lost := [name for name in left if name in found.tensors and name.partition(".")[0] in parts]:
-        part = "pyramid" if lost[0].startswith(("decoder.", "auxiliary.")) else "backbone"
+        part = "backbone" if lost[0].startswith(("backbone.", "pyramid.")) or not pyramid else "pyramid"
         raise UserError(
             f"{found.source} has {', '.join(lost[:2])}, which files of the form {form} have no place for, and computes "
             f"something else without them: use another form, or convert what itpn.save_pretrained writes "

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from itpn.checkpoints.adapters.ours import name_levels
-from itpn.checkpoints.contents import all_names
+from itpn.checkpoints.contents import HEADLESS, all_names
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import Finding, match
 from itpn.errors import UserError
 from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.build import backbone_arguments, build, make_pyramid
-from itpn.models.heads import find_head, heads
+from itpn.models.heads import find_head
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.spec import NetworkSpec
 from itpn.system.checks import check_type
@@ -62,6 +62,9 @@ def load_found(
 
     Returns:
         The network in eval mode, and what is not as in the file, a sentence each.
+
+    Raises:
+        UserError: as :func:`load`; there is no such task, or the package that has it is not there.
     """
     if task is not None and task not in all_names():
         raise UserError(f"no task {task!r}; there are {', '.join(all_names())}")
@@ -133,12 +136,14 @@ def find_spec(checkpoint: Checkpoint, task: str | None, overrides: Mapping[str, 
         spec = find_head(stored.head).from_settings(checkpoint.settings, dict(overrides))
         if spec is not None:
             return spec
-    rest = dict(overrides)
-    contents = checkpoint.contents.with_num_heads(rest.pop("num_heads", None), rest.pop("decoder_num_heads", None))
+    rest, contents = dict(overrides), checkpoint.contents
     name = task or contents.names[0]
+    head = None if name in HEADLESS else find_head(name)
+    if head is None or "num_heads" not in head.arguments:
+        contents = contents.with_num_heads(rest.pop("num_heads", None))
     spec = contents.spec(name)
-    if name in heads() and name not in contents.heads:
-        spec = replace(spec, options=heads()[name].adopt(checkpoint.preprocessing))
+    if head is not None and name not in contents.heads:
+        spec = replace(spec, options=head.adopt(checkpoint.preprocessing))
     return override(spec, rest)
 
 
@@ -149,14 +154,13 @@ def override(spec: NetworkSpec, arguments: Mapping[str, Any]) -> NetworkSpec:
         UserError: a value of another type.
     """
     known = {**signature(make_pyramid).parameters, **backbone_arguments(spec.backbone.get("kind", "hivit"))}
-    for name, value in arguments.items():
+    head, rest = None if spec.head is None else find_head(spec.head), dict(arguments)
+    own = ("num_classes",) if head is None else head.arguments
+    given = {name: rest.pop(name) for name in own if name in rest}
+    for name, value in (arguments if head is None else rest).items():
         if name in known:
             check_type(tuple(value) if isinstance(value, list) else value, known[name].annotation, name)
-    rest = dict(arguments)
-    own = heads()[spec.head].arguments if spec.head is not None else ("num_classes",)
-    options = {name: rest.pop(name) for name in own if name in rest}
-    if spec.head is None:
-        options = {}
+    options = {} if head is None else head.override(spec.options, given)
     sizes = {
         name.removeprefix("pyramid_"): rest.pop(name) for name in ("pyramid_width", "pyramid_depth") if name in rest
     }
@@ -166,7 +170,7 @@ def override(spec: NetworkSpec, arguments: Mapping[str, Any]) -> NetworkSpec:
         spec,
         levels=name_levels(rest.pop("levels", spec.levels)),
         pyramid=spec.pyramid if not sizes else {**(spec.pyramid or {}), **sizes},
-        options={**spec.options, **options},
+        options=options,
         backbone={**spec.backbone, **rest},
     )
 

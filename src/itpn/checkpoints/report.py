@@ -15,7 +15,7 @@ from itpn.models.build import build
 from itpn.models.heads import heads
 from itpn.models.spec import Options
 
-PURPOSES = {"pyramid": "detection, segmentation", "backbone": "features"}
+PURPOSES = {"pyramid": "dense prediction", "backbone": "features"}
 
 
 @dataclass
@@ -80,12 +80,13 @@ class Report:
     @property
     def summary(self) -> dict[str, str]:
         """Titles and lines of the report's first part."""
-        backbone, pyramid, decoder = self.contents.backbone, self.contents.pyramid, self.contents.decoder
+        backbone, pyramid = self.contents.backbone, self.contents.pyramid
         family = "Fast-iTPN" if backbone.get("swiglu") else "HiViT" if pyramid is None else "iTPN"
         made_for = {"pyramid": "backbone and pyramid of a detector or segmenter", "backbone": "a backbone"}.get(
             self.task
         )
-        head = heads().get(self.task)
+        known = heads()
+        head = known.get(self.task)
         if made_for is None:
             unknown = f"a network of the task {self.task!r}, which is not known here (see --recipe)"
             made_for = unknown if head is None else head.summarize(self.contents.spec(self.task))
@@ -102,9 +103,9 @@ class Report:
         }
         if pyramid:
             rows["pyramid"] = f"{pyramid['width']} channels, {_count(pyramid['depth'], 'block')} a level"
-        if decoder:
-            predicted = ", ".join(f"{width} numbers a patch ({name})" for name, width in decoder["heads"].items())
-            rows["decoder"] = f"{decoder['width']} channels, {_count(decoder['depth'], 'block')}, {predicted}"
+        for name, options in self.contents.heads.items():
+            if name in known:
+                rows = {**rows, **known[name].describe(options)}
         if self.classes:
             some = ", ".join(self.classes[:5])
             rows["classes"] = f"{some}, ... ({len(self.classes)})" if len(self.classes) > 5 else some
@@ -185,7 +186,7 @@ def _command(checkpoint: Checkpoint, contents: Contents, task: str, findings: li
     """How a file is used for a task."""
     source = checkpoint.source
     head = heads().get(task)
-    command = None if head is None else head.command(source, contents)
+    command = None if head is None else head.command(source, contents.spec(task))
     if command is not None:
         return command
     if head is not None and head.recipe is not None and task not in contents.heads:
