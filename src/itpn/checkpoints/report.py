@@ -158,27 +158,27 @@ def inspect(checkpoint: str | Path, ema: bool = False) -> Report:
     Raises:
         UserError: no such file, corrupt, with code in it, or of another network.
     """
-    found = read_checkpoint(checkpoint, ema)
-    contents = found.contents
+    file = read_checkpoint(checkpoint, ema)
+    contents = file.contents
     uses = []
     with torch.device("meta"):
         for task in all_names():
-            findings = match(found, build(contents.complete(task)))[1]
+            findings = match(file, build(contents.complete(task)))[1]
             purpose = PURPOSES[task] if task in HEADLESS else heads()[task].purpose
-            uses.append(Use(task, purpose, _command(found, contents, task, findings), findings))
+            uses.append(Use(task, purpose, _command(file, contents, task, findings), findings))
     return Report(
         source=str(checkpoint),
-        format=found.layout,
-        key=found.key,
+        format=file.layout,
+        key=file.key,
         task=contents.names[0],
-        model=found.settings.get("model", {}).get("name") or contents.variant,
+        model=file.settings.get("model", {}).get("name") or contents.variant,
         contents=contents,
-        parameters=sum(tensor.numel() for tensor in found.tensors.values()) / 1e6,
+        parameters=sum(tensor.numel() for tensor in file.tensors.values()) / 1e6,
         uses=uses,
-        leftovers=judge_others(found, classifier="backbone.head.weight" in found.tensors),
-        nonfinite=found.nonfinite,
-        classes=tuple(found.metadata.get("classes") or ()),
-        preprocessing=found.preprocessing,
+        leftovers=judge_others(file, classifier="backbone.head.weight" in file.tensors),
+        nonfinite=file.nonfinite,
+        classes=tuple(file.metadata.get("classes") or ()),
+        preprocessing=file.preprocessing,
     )
 
 
