@@ -89,13 +89,19 @@ def load_found(
     return model.eval(), notes
 
 
-def load_matching(network: nn.Module, checkpoint: Checkpoint, check: Callable[[list[Finding]], None]) -> list[Finding]:
+def load_matching(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    check: Callable[[list[Finding]], None],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> list[Finding]:
     """Copy into a network what fits of a file.
 
     Args:
         check: raises :class:`UserError` for findings with which nothing is to be loaded.
+        tensors: to load instead of the file's.
     """
-    state, findings = match(checkpoint, network)
+    state, findings = match(checkpoint, network, tensors)
     check(findings)
     network.load_state_dict(state, strict=False)
     return findings
@@ -118,10 +124,9 @@ def start_from(
     Raises:
         UserError: of ``check``, or values that are not finite.
     """
-    given = checkpoint if tensors is None else replace(checkpoint, tensors=dict(tensors))
-    findings = load_matching(network, given, check)
+    findings = load_matching(network, checkpoint, check, tensors)
     check_finite(checkpoint)
-    left_out = checkpoint.tensors.keys() - given.tensors.keys()
+    left_out = set() if tensors is None else checkpoint.tensors.keys() - tensors.keys()
     random = [f for f in findings if f.kind == "random" and not left_out & set(f.names)]
     notes = [f"{checkpoint.source} {f.text}: it is randomly initialized" for f in random]
     return notes + [f"{checkpoint.source} {f.text}" for f in findings if f.kind == "converted"]
@@ -139,9 +144,7 @@ def find_spec(checkpoint: Checkpoint, task: str | None, overrides: Mapping[str, 
     rest, contents = dict(overrides), checkpoint.contents
     name = task or contents.names[0]
     head = None if name in HEADLESS else find_head(name)
-    if head is None or "num_heads" not in head.arguments:
-        contents = contents.with_num_heads(rest.pop("num_heads", None))
-    spec = contents.spec(name)
+    spec = contents.with_num_heads(rest.pop("num_heads", None)).spec(name)
     if head is not None and name not in contents.heads:
         spec = replace(spec, options=head.adopt(checkpoint.preprocessing))
     return override(spec, rest)

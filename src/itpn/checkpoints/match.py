@@ -74,7 +74,9 @@ def find_part(name: str, parts: Mapping[str, str]) -> str | None:
     return next((title for prefix, title in parts.items() if name.startswith(prefix)), None)
 
 
-def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], list[Finding]]:
+def match(
+    checkpoint: Checkpoint, model: nn.Module, given: Tensors | None = None
+) -> tuple[dict[str, Tensor], list[Finding]]:
     """Make a file's tensors fit a network, as far as that can be done without harm.
 
     Position tables of another grid are resampled, the first layer is adapted to other channels as timm does. A part
@@ -82,6 +84,7 @@ def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], 
 
     Args:
         model: any of our networks.
+        given: tensors to take instead of the file's.
 
     Returns:
         A state dict for the model without what has to stay random, and the findings.
@@ -92,7 +95,8 @@ def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], 
     backbone, own = find_backbone(model), named_tensors(model)
     spec = getattr(model, "spec", None)
     head = heads().get(spec.head) if spec is not None else None
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "relative_position_index" not in name}
+    given = checkpoint.tensors if given is None else given
+    tensors = {name: tensor for name, tensor in given.items() if "relative_position_index" not in name}
     check_numbers(tensors, own, f"checkpoint {checkpoint.source}")
     findings = _convert(tensors, own, () if head is None else head.pixels)
     try:
@@ -104,7 +108,7 @@ def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], 
     differs = _differing_parts(checkpoint, model)
     wrong, unused = _match_parts(tensors, own, parts, differs)
     if head is not None and head.joined:
-        wrong = _join_parts(wrong, parts, head, checkpoint.tensors)
+        wrong = _join_parts(wrong, parts, head, tensors)
     findings += wrong
     tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     findings += _describe_tables([name for name in changed if name in tensors], backbone)

@@ -36,7 +36,8 @@ class Head(ABC):
         classes: beginnings of names of the tensors that know the classes.
         pixels: beginnings of names of the tensors that predict a patch's pixels, (row, col, channel): other channels of
             images change them.
-        arguments: what may be overridden by name; whatever else is overridden belongs to the backbone.
+        arguments: what may be overridden by name; whatever else is overridden belongs to the backbone, and so does
+            ``num_heads``, which commands set.
         pyramid: whether the head stands on a pyramid.
         levels: the maps that it takes from the pyramid.
         purpose: what the network is for, in a word or two.
