@@ -127,6 +127,37 @@ def test_info_and_inspect(trained, capsys):
     assert "multi-label classification │ everything is there" in out
 
 
+def test_options_of_its_head_that_heads_of_the_package_have(trained, tmp_path, capsys):
+    """No command takes them for theirs."""
+    options = '{"decoder": "linear", "auxiliary": True, "objective": 1, "heads": 3, "masks": "x", "num_heads": "two"}'
+    text = Path(RECIPE).read_text()
+    for old, new in {
+        'options={"num_classes": len(classes)}': f'options={{"num_classes": len(classes), **{options}}}',
+        "build_backbone(spec, **spec.options)": 'build_backbone(spec, spec.options["num_classes"])',
+    }.items():
+        assert text.count(old) == 1
+        text = text.replace(old, new)
+    recipe, data = tmp_path / "odd.py", ["--data.root", str(trained[0])]
+    recipe.write_text(text)
+    sizes = ["--model.name", "itpn_nano", "--model.patch-size", "8", "--data.img-size", "32", "--data.num-workers", "0"]
+    short = ["--data.batch-size", "8", "--trainer.max-steps", "1", "--output-dir", str(tmp_path)]
+    assert main(["train", str(recipe), *sizes, *short, *data]) == 0
+    run = str(tmp_path / "odd/default")
+    capsys.readouterr()
+    assert main(["inspect", run, "--recipe", str(recipe)]) == 0
+    out = capsys.readouterr().out
+    assert "a multi-label classifier of 3 classes" in out
+    assert "numbers a patch" not in out
+    for command in (
+        ["evaluate", str(recipe), "--checkpoint", run, *data],
+        ["info", f"{run}/config.yaml", "--checkpoint", run, "--recipe", str(recipe)],
+        ["predict", run, str(trained[0]), "--recipe", str(recipe), "--out", str(tmp_path)],
+        ["convert", f"{run}/model.safetensors", str(tmp_path / "again.safetensors"), "--recipe", str(recipe)],
+    ):
+        assert main(command) == 0, command
+    assert itpn.load(tmp_path / "again.safetensors").spec.options["decoder"] == "linear"
+
+
 def test_conversion(trained, tmp_path):
     command = ["convert", str(trained[1] / "model.safetensors"), str(tmp_path / "again.safetensors")]
     assert main([*command, "--recipe", RECIPE]) == 0

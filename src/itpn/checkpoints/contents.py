@@ -24,7 +24,7 @@ HEADLESS = ("pyramid", "backbone")  # networks without a head, by name
 UNSHOWN = ("num_heads", "norm_eps", "migrate_ratio", "migrate_from", "gather_window", "gather_side", "global_pool")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Contents:
     """The networks that a file has the tensors of.
 
@@ -41,11 +41,6 @@ class Contents:
     heads: dict[str, dict[str, Any]] = field(default_factory=dict)
     levels: str = "pyramid"
     guessed: list[str] = field(default_factory=list)
-
-    @property
-    def decoder(self) -> dict[str, Any] | None:
-        """Options of a decoder, in whichever head."""
-        return next((options["decoder"] for options in self.heads.values() if options.get("decoder")), None)
 
     @property
     def names(self) -> list[str]:
@@ -73,35 +68,33 @@ class Contents:
             spec = replace(spec, pyramid=PYRAMIDS.get(self.variant or "", PUBLISHED_PYRAMID))
         return spec if head is None or name in self.heads else head.complete(spec)
 
-    def with_num_heads(self, num_heads: int | None = None, decoder_num_heads: int | None = None) -> "Contents":
+    def with_num_heads(self, num_heads: int | None = None) -> "Contents":
         """The same networks with other attention heads, for files that cannot tell them.
 
         Args:
             num_heads: of stage 3; None for those that the file says, of the relative position table, of the registered
                 model with these sizes, or one for each 64 channels.
-            decoder_num_heads: of the decoder; None for one for each 32 channels, as in the published ones.
 
         Raises:
             UserError: a number that cannot be.
         """
-        numbers = {"num_heads": num_heads, "decoder_num_heads": decoder_num_heads}
-        for name, number in numbers.items():
-            check_type(number, int | None, name)
-            if number is not None and number < 1:
-                raise UserError(f"{name} must be above 0, not {number}")
-        given = {name: number for name, number in numbers.items() if number is not None}
-        contents = copy.deepcopy(self)
-        contents.guessed = [guess for guess in self.guessed if guess.partition("=")[0] not in given]
-        if num_heads is not None:
-            contents.backbone["num_heads"] = num_heads
-        if decoder_num_heads is not None and contents.decoder is not None:
-            contents.decoder["num_heads"] = decoder_num_heads
-        return contents
+        check_num_heads("num_heads", num_heads)
+        if num_heads is None:
+            return self
+        guessed = [guess for guess in self.guessed if not guess.startswith("num_heads=")]
+        return replace(self, backbone={**self.backbone, "num_heads": num_heads}, guessed=guessed)
 
     @property
     def variant(self) -> str | None:
         """The registered model with these sizes."""
         return find_variant(self.backbone)
+
+
+def check_num_heads(name: str, number: Any) -> None:
+    """Raise :class:`UserError` for a number of attention heads that cannot be."""
+    check_type(number, int | None, name)
+    if number is not None and number < 1:
+        raise UserError(f"{name} must be above 0, not {number}")
 
 
 def all_names() -> list[str]:
@@ -130,24 +123,25 @@ def read_contents(
     Raises:
         KeyError, IndexError, ValueError: tensors without which the network cannot be told are not there.
     """
-    backbone = read_backbone(tensors, grid)
-    found = Contents(backbone, read_pyramid(tensors), levels=levels)
-    found.heads = {name: own for name, head in heads().items() if (own := head.read(tensors)) is not None}
+    backbone, pyramid, guessed = read_backbone(tensors, grid), read_pyramid(tensors), []
     told = any("rel_pos" in name or "relative_position" in name for name in tensors)
     if not told and find_variant(backbone) is None:
-        found.guessed.append(f"num_heads={backbone['num_heads']} (64 channels each)")
-    if found.decoder is not None and found.decoder["depth"]:
-        found.guessed.append(f"decoder_num_heads={found.decoder['num_heads']} (32 channels each)")
-    ADAPTERS[layout].complete(found)
-    if arguments:
-        found.levels = name_levels(arguments.get("levels", found.levels))
-        own = {name: arguments[name] for name in backbone_arguments() if name in arguments}
-        classifier = {name: own.pop(name) for name in CLASSIFIER if name in own}
-        for options in found.heads.values():
-            options |= classifier
-        found.backbone |= own
-        found.guessed = []
-    return found
+        guessed.append(f"num_heads={backbone['num_heads']} (64 channels each)")
+    known = heads()
+    read = {name: own for name, head in known.items() if (own := head.read(tensors)) is not None}
+    for name, own in read.items():
+        guessed += known[name].guess(own)
+    headed = pyramid is not None and any(known[name].pyramid for name in read)
+    unshown, unsure = ADAPTERS[layout].unshown(pyramid is not None, headed)
+    # of the arguments of timm's files, those of a classifier are seen in its tensors
+    stored = {n: arguments[n] for n in backbone_arguments() if n in arguments and n not in CLASSIFIER}
+    return Contents(
+        {**backbone, **unshown, **stored},
+        pyramid,
+        {name: known[name].adjust(own, layout) for name, own in read.items()},
+        name_levels(arguments.get("levels", levels)) if arguments else levels,
+        [] if arguments else [*guessed, *unsure],
+    )
 
 
 def read_backbone(tensors: Mapping[str, Tensor], grid: Grid | None = None) -> dict[str, Any]:

@@ -57,15 +57,15 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
         MachineError: the disk is full, or there is no permission; what stood there before is unchanged.
     """
     form = _choose_form(source, target, form)
-    found = read_checkpoint(source)
-    contents = found.contents.with_num_heads(num_heads)
-    layout, grid = _choose_layout(found, contents, form)
-    tensors, left = ADAPTERS[layout].from_ours(found.tensors, grid)
-    left += [name for name in found.others if not name.endswith("relative_position_index")]
-    _check_parts(found, left, form)
-    metadata = _metadata(found, contents) if form == "itpn" else {}
+    checkpoint = read_checkpoint(source)
+    contents = checkpoint.contents.with_num_heads(num_heads)
+    layout, grid = _choose_layout(checkpoint, contents, form)
+    tensors, left = ADAPTERS[layout].from_ours(checkpoint.tensors, grid)
+    left += [name for name in checkpoint.others if not name.endswith("relative_position_index")]
+    _check_parts(checkpoint, left, form, contents.pyramid is not None)
+    metadata = _metadata(checkpoint, contents) if form == "itpn" else {}
     # before anything is written: a file that would be read as another network is never made
-    unsaid = _compare(contents, _read_back(found, tensors, metadata, form).contents)
+    unsaid = _compare(contents, _read_back(checkpoint, tensors, metadata, form).contents)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if form == "itpn":
@@ -76,7 +76,7 @@ def convert(source: str | Path, target: Path, form: Form | None = None, num_head
                 save_to(file, {"model": tensors} if form == "official" else {"meta": {}, "state_dict": tensors})
     except OSError as error:
         raise refusal(f"{target} cannot be written", error) from error
-    return Converted(layout, len(tensors), left, unsaid, found.nonfinite)
+    return Converted(layout, len(tensors), left, unsaid, checkpoint.nonfinite)
 
 
 def _choose_form(source: str | Path, target: Path, form: Form | None) -> Form:
@@ -97,13 +97,13 @@ def _choose_form(source: str | Path, target: Path, form: Form | None) -> Form:
     return form
 
 
-def _choose_layout(found: Checkpoint, contents: Contents, form: Form) -> tuple[Layout, Grid | None]:
+def _choose_layout(checkpoint: Checkpoint, contents: Contents, form: Form) -> tuple[Layout, Grid | None]:
     """Whose names a form has for a network, and the grid of its relative position tables.
 
     Raises:
         UserError: the form cannot hold the network.
     """
-    backbone, source = contents.backbone, found.source
+    backbone, source = contents.backbone, checkpoint.source
     if form == "itpn":
         return form, None
     fast = bool(backbone.get("swiglu") and backbone.get("sub_norm"))
@@ -114,7 +114,10 @@ def _choose_layout(found: Checkpoint, contents: Contents, form: Form) -> tuple[L
         raise UserError(
             f"{source} has {depths} blocks, but mmpretrain builds stages 1 and 2 of pairs: use --to official"
         )
-    tables = {"img_size": "backbone.pos_embed" in found.tensors, "rel_pos_size": backbone.get("rel_pos_bias") is True}
+    tables = {
+        "img_size": "backbone.pos_embed" in checkpoint.tensors,
+        "rel_pos_size": backbone.get("rel_pos_bias") is True,
+    }
     for name in [name for name, there in tables.items() if there]:
         _check_square(source, contents, to_2tuple(backbone.get(name) or backbone["img_size"]), form)
     if not backbone.get("rel_pos_bias"):
@@ -129,7 +132,7 @@ def _check_square(source: str, contents: Contents, size: tuple[int, int], form: 
     height, width = size
     if height != width:
         patch, known = contents.backbone["patch_size"], heads()
-        task = next(name for name in contents.names if name in HEADLESS or not known[name].pyramid)
+        task = next(name for name in contents.names if name in HEADLESS or (name in known and not known[name].pyramid))
         raise UserError(
             f"{source} has a table of {height // patch}x{width // patch} positions (images of "
             f"{height}x{width} px), but files of the form {form} hold square ones alone: keep this file, or "
@@ -138,19 +141,19 @@ def _check_square(source: str, contents: Contents, size: tuple[int, int], form: 
         )
 
 
-def _check_parts(found: Checkpoint, left: list[str], form: Form) -> None:
+def _check_parts(checkpoint: Checkpoint, left: list[str], form: Form, pyramid: bool) -> None:
     """A part of a network goes over whole or not at all: the rest of it would compute something else."""
-    parts = {name.partition(".")[0] for name in found.tensors if name not in left}
-    if lost := [name for name in left if name in found.tensors and name.partition(".")[0] in parts]:
-        part = "pyramid" if lost[0].startswith(("decoder.", "auxiliary.")) else "backbone"
+    parts = {name.partition(".")[0] for name in checkpoint.tensors if name not in left}
+    if lost := [name for name in left if name in checkpoint.tensors and name.partition(".")[0] in parts]:
+        part = "backbone" if lost[0].startswith(("backbone.", "pyramid.")) or not pyramid else "pyramid"
         raise UserError(
-            f"{found.source} has {', '.join(lost[:2])}, which files of the form {form} have no place for, and computes "
-            f"something else without them: use another form, or convert what itpn.save_pretrained writes "
-            f"of itpn.load(FILE, task={part!r})"
+            f"{checkpoint.source} has {', '.join(lost[:2])}, which files of the form {form} have no place for, and "
+            "computes something else without them: use another form, or convert what itpn.save_pretrained writes of "
+            f"itpn.load(FILE, task={part!r})"
         )
 
 
-def _read_back(found: Checkpoint, tensors: dict[str, Tensor], metadata: dict[str, Any], form: Form) -> Checkpoint:
+def _read_back(checkpoint: Checkpoint, tensors: dict[str, Tensor], metadata: dict[str, Any], form: Form) -> Checkpoint:
     """What reading the file will give.
 
     Raises:
@@ -158,9 +161,11 @@ def _read_back(found: Checkpoint, tensors: dict[str, Tensor], metadata: dict[str
     """
     layout = detect_layout(tensors)
     ours, others = ({}, {}) if layout is None else ADAPTERS[layout].to_ours(tensors)
-    if not ours or not all(name in found.tensors and _same(t, found.tensors[name]) for name, t in ours.items()):
-        raise UserError(f"{found.source} cannot be held by a file of the form {form}: use another form")
-    return Checkpoint(found.source, layout or "itpn", ours, others, metadata)
+    if not ours or not all(
+        name in checkpoint.tensors and _same(t, checkpoint.tensors[name]) for name, t in ours.items()
+    ):
+        raise UserError(f"{checkpoint.source} cannot be held by a file of the form {form}: use another form")
+    return Checkpoint(checkpoint.source, layout or "itpn", ours, others, metadata)
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -169,9 +174,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and one.dtype == other.dtype and torch.equal(*bits)
 
 
-def _compare(found: Contents, written: Contents) -> dict[str, Any]:
+def _compare(contents: Contents, written: Contents) -> dict[str, Any]:
     """Settings of the backbone that are not read back from what is written."""
-    before, after = {**DEFAULTS, **found.backbone}, {**DEFAULTS, **written.backbone}
+    before, after = {**DEFAULTS, **contents.backbone}, {**DEFAULTS, **written.backbone}
     idle = [
         *(["migrate_from"] if not before["migrate_ratio"] else []),
         *(["gather_side"] if not before["gather_window"] else []),
@@ -179,13 +184,13 @@ def _compare(found: Contents, written: Contents) -> dict[str, Any]:
     return {name: before[name] for name in DEFAULTS if before[name] != after[name] and name not in idle}
 
 
-def _metadata(found: Checkpoint, contents: Contents) -> dict[str, Any]:
+def _metadata(checkpoint: Checkpoint, contents: Contents) -> dict[str, Any]:
     """Of our file: what one of ours says already, else the network and where it came from."""
     kept = ("task", "recipe", "settings", "preprocessing", "classes", "colours", "source")
-    metadata = {name: found.metadata[name] for name in kept if name in found.metadata}
-    source = {"layout": found.layout, "file": Path(found.source).name}
-    own: dict[str, Any] = {} if found.settings else {"task": contents.names[0], "source": source}
-    if found.preprocessing:
-        own["preprocessing"] = found.preprocessing
+    metadata = {name: checkpoint.metadata[name] for name in kept if name in checkpoint.metadata}
+    source = {"layout": checkpoint.layout, "file": Path(checkpoint.source).name}
+    own: dict[str, Any] = {} if checkpoint.settings else {"task": contents.names[0], "source": source}
+    if checkpoint.preprocessing:
+        own["preprocessing"] = checkpoint.preprocessing
     guessed = {"guessed": contents.guessed} if contents.guessed else {}
     return {**own, **metadata, **guessed, "network": contents.spec(contents.names[0]).to_dict()}

@@ -192,7 +192,11 @@ def from_pretrained(source: str | Path, **overrides: Any) -> nn.Module:
 
 
 def fetch(source: str) -> Path:
-    """The ``model.safetensors`` of a hub repository, from the hub or from what was fetched before."""
+    """The ``model.safetensors`` of a hub repository, from the hub or from what was fetched before.
+
+    Raises:
+        UserError: no network, no such repository, or no such file in it.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 

@@ -10,14 +10,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from itpn.checkpoints.adapters.ours import name_levels
-from itpn.checkpoints.contents import all_names
+from itpn.checkpoints.contents import HEADLESS, all_names
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import Finding, match
 from itpn.errors import UserError
 from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.build import backbone_arguments, build, make_pyramid
-from itpn.models.heads import find_head, heads
+from itpn.models.heads import find_head
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.spec import NetworkSpec
 from itpn.system.checks import check_type
@@ -62,6 +62,9 @@ def load_found(
 
     Returns:
         The network in eval mode, and what is not as in the file, a sentence each.
+
+    Raises:
+        UserError: as :func:`load`; there is no such task, or the package that has it is not there.
     """
     if task is not None and task not in all_names():
         raise UserError(f"no task {task!r}; there are {', '.join(all_names())}")
@@ -86,13 +89,19 @@ def load_found(
     return model.eval(), notes
 
 
-def load_matching(network: nn.Module, checkpoint: Checkpoint, check: Callable[[list[Finding]], None]) -> list[Finding]:
+def load_matching(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    check: Callable[[list[Finding]], None],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> list[Finding]:
     """Copy into a network what fits of a file.
 
     Args:
         check: raises :class:`UserError` for findings with which nothing is to be loaded.
+        tensors: to load instead of the file's.
     """
-    state, findings = match(checkpoint, network)
+    state, findings = match(checkpoint, network, tensors)
     check(findings)
     network.load_state_dict(state, strict=False)
     return findings
@@ -115,10 +124,9 @@ def start_from(
     Raises:
         UserError: of ``check``, or values that are not finite.
     """
-    given = checkpoint if tensors is None else replace(checkpoint, tensors=dict(tensors))
-    findings = load_matching(network, given, check)
+    findings = load_matching(network, checkpoint, check, tensors)
     check_finite(checkpoint)
-    left_out = checkpoint.tensors.keys() - given.tensors.keys()
+    left_out = set() if tensors is None else checkpoint.tensors.keys() - tensors.keys()
     random = [f for f in findings if f.kind == "random" and not left_out & set(f.names)]
     notes = [f"{checkpoint.source} {f.text}: it is randomly initialized" for f in random]
     return notes + [f"{checkpoint.source} {f.text}" for f in findings if f.kind == "converted"]
@@ -133,12 +141,12 @@ def find_spec(checkpoint: Checkpoint, task: str | None, overrides: Mapping[str, 
         spec = find_head(stored.head).from_settings(checkpoint.settings, dict(overrides))
         if spec is not None:
             return spec
-    rest = dict(overrides)
-    contents = checkpoint.contents.with_num_heads(rest.pop("num_heads", None), rest.pop("decoder_num_heads", None))
+    rest, contents = dict(overrides), checkpoint.contents
     name = task or contents.names[0]
-    spec = contents.spec(name)
-    if name in heads() and name not in contents.heads:
-        spec = replace(spec, options=heads()[name].adopt(checkpoint.preprocessing))
+    head = None if name in HEADLESS else find_head(name)
+    spec = contents.with_num_heads(rest.pop("num_heads", None)).spec(name)
+    if head is not None and name not in contents.heads:
+        spec = replace(spec, options=head.adopt(checkpoint.preprocessing))
     return override(spec, rest)
 
 
@@ -149,14 +157,13 @@ def override(spec: NetworkSpec, arguments: Mapping[str, Any]) -> NetworkSpec:
         UserError: a value of another type.
     """
     known = {**signature(make_pyramid).parameters, **backbone_arguments(spec.backbone.get("kind", "hivit"))}
-    for name, value in arguments.items():
+    head, rest = None if spec.head is None else find_head(spec.head), dict(arguments)
+    own = ("num_classes",) if head is None else head.arguments
+    given = {name: rest.pop(name) for name in own if name in rest}
+    for name, value in (arguments if head is None else rest).items():
         if name in known:
             check_type(tuple(value) if isinstance(value, list) else value, known[name].annotation, name)
-    rest = dict(arguments)
-    own = heads()[spec.head].arguments if spec.head is not None else ("num_classes",)
-    options = {name: rest.pop(name) for name in own if name in rest}
-    if spec.head is None:
-        options = {}
+    options = {} if head is None else head.override(spec.options, given)
     sizes = {
         name.removeprefix("pyramid_"): rest.pop(name) for name in ("pyramid_width", "pyramid_depth") if name in rest
     }
@@ -166,7 +173,7 @@ def override(spec: NetworkSpec, arguments: Mapping[str, Any]) -> NetworkSpec:
         spec,
         levels=name_levels(rest.pop("levels", spec.levels)),
         pyramid=spec.pyramid if not sizes else {**(spec.pyramid or {}), **sizes},
-        options={**spec.options, **options},
+        options=options,
         backbone={**spec.backbone, **rest},
     )
 

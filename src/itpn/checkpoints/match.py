@@ -12,16 +12,15 @@ from torch import Tensor, nn
 from itpn.checkpoints.adapters.ours import read_guesses
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
 from itpn.errors import UserError
-from itpn.models.backbone import Backbone, find_backbone
-from itpn.models.heads import heads
+from itpn.models.backbone import CLASSIFIER, Backbone, find_backbone
+from itpn.models.heads import Head, heads
 from itpn.models.position import Grid
 from itpn.models.position_tables import fit_tables
 
 Tensors = Mapping[str, Tensor]
 
-# parts of networks that several heads have, by the beginning of their tensors' names
-NECKS = {"pyramid.": "pyramid", "fpn.": "feature pyramid network"}
-
+# parts of networks of several heads, by the beginning of their tensors' names
+SHARED = {"pyramid.": "pyramid", "fpn.": "feature pyramid network", **dict.fromkeys(CLASSIFIER, "classifier")}
 
 NORMALISES = "normalises tokens before their mean, which this classifier does not"
 Kind = Literal["expected", "converted", "random", "harmful"]
@@ -43,9 +42,31 @@ class Finding:
     text: str
 
 
-def all_parts() -> dict[str, str]:
-    """Titles of the parts of all networks by the beginning of their tensors' names; all or nothing each."""
-    return {prefix: title for parts in (*(h.parts for h in heads().values()), NECKS) for prefix, title in parts.items()}
+def name_parts(checkpoint: Checkpoint, head: Head | None) -> dict[str, str]:
+    """Titles of the parts of a network and of a file by the beginning of their tensors' names; all or nothing each.
+
+    Heads may have other parts under the same names: the network's own title comes first, then that of the file's head.
+
+    Args:
+        head: of the network.
+    """
+    known, theirs = heads(), checkpoint.contents.heads
+    parts = [*([] if head is None else [head.parts]), *(known[name].parts for name in theirs if name in known), SHARED]
+    unknown = next((name for name in theirs if name not in known), None)
+    outside = {_top(name) for name in checkpoint.tensors} - {"backbone.", "pyramid."}
+    if unknown is not None:
+        parts.append(dict.fromkeys(sorted(outside), f"head of the task {unknown!r}"))
+    elif not theirs:  # half a head may be there all the same
+        parts += [{p: t for p, t in own.parts.items() if _top(p) in outside} for own in known.values()]
+    titles: dict[str, str] = {}
+    for own in parts:
+        titles |= {prefix: title for prefix, title in own.items() if prefix not in titles}
+    return titles
+
+
+def _top(name: str) -> str:
+    """A tensor's name up to its first point, or one without any."""
+    return name[: name.find(".") + 1] or name
 
 
 def find_part(name: str, parts: Mapping[str, str]) -> str | None:
@@ -53,7 +74,9 @@ def find_part(name: str, parts: Mapping[str, str]) -> str | None:
     return next((title for prefix, title in parts.items() if name.startswith(prefix)), None)
 
 
-def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], list[Finding]]:
+def match(
+    checkpoint: Checkpoint, model: nn.Module, given: Tensors | None = None
+) -> tuple[dict[str, Tensor], list[Finding]]:
     """Make a file's tensors fit a network, as far as that can be done without harm.
 
     Position tables of another grid are resampled, the first layer is adapted to other channels as timm does. A part
@@ -61,6 +84,7 @@ def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], 
 
     Args:
         model: any of our networks.
+        given: tensors to take instead of the file's.
 
     Returns:
         A state dict for the model without what has to stay random, and the findings.
@@ -68,18 +92,23 @@ def match(checkpoint: Checkpoint, model: nn.Module) -> tuple[dict[str, Tensor], 
     Raises:
         UserError: weights that are complex, boolean or whole numbers, or position tables of an unknown image size.
     """
-    backbone = find_backbone(model)
-    own = named_tensors(model)
-    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if "relative_position_index" not in name}
+    backbone, own = find_backbone(model), named_tensors(model)
+    spec = getattr(model, "spec", None)
+    head = heads().get(spec.head) if spec is not None else None
+    given = checkpoint.tensors if given is None else given
+    tensors = {name: tensor for name, tensor in given.items() if "relative_position_index" not in name}
     check_numbers(tensors, own, f"checkpoint {checkpoint.source}")
-    findings = _convert(tensors, own)
+    findings = _convert(tensors, own, () if head is None else head.pixels)
     try:
         changed = fit_tables(tensors, own, backbone, checkpoint.grid)
     except ValueError as error:
         raise UserError(f"checkpoint {checkpoint.source} does not say its image size: {error}") from error
 
-    parts = all_parts()
-    wrong, unused = _match_parts(checkpoint, model, tensors, own, parts)
+    parts = name_parts(checkpoint, head)
+    differs = _differing_parts(checkpoint, model)
+    wrong, unused = _match_parts(tensors, own, parts, differs)
+    if head is not None and head.joined:
+        wrong = _join_parts(wrong, parts, head, tensors)
     findings += wrong
     tensors = {name: tensor for name, tensor in tensors.items() if name not in unused}
     findings += _describe_tables([name for name in changed if name in tensors], backbone)
@@ -101,12 +130,15 @@ def check_numbers(tensors: Tensors, own: Tensors, what: str) -> None:
 
 
 def _match_parts(
-    checkpoint: Checkpoint, model: nn.Module, tensors: Tensors, own: Tensors, parts: Mapping[str, str]
+    tensors: Tensors, own: Tensors, parts: Mapping[str, str], differs: Mapping[str, str]
 ) -> tuple[list[Finding], set[str]]:
-    """Findings about the parts of heads and the pyramid, and the names of tensors that are not to be loaded."""
+    """Findings about the parts of heads and the pyramid, and the names of tensors that are not to be loaded.
+
+    Args:
+        differs: of :func:`_differing_parts`.
+    """
     findings: list[Finding] = []
     unused: set[str] = set()
-    differs = _differing_parts(checkpoint, model)
     for part in dict.fromkeys(parts.values()):
         ours = {name for name in own if find_part(name, parts) == part}
         theirs = {name for name in tensors if find_part(name, parts) == part}
@@ -122,10 +154,6 @@ def _match_parts(
         else:
             continue
         unused |= theirs
-    for head in heads().values():
-        titles = list(head.parts.values())
-        if head.joined and not any(find_part(name, parts) in titles for name in checkpoint.tensors):
-            findings = _join_parts(findings, titles)
     return findings, unused
 
 
@@ -159,8 +187,12 @@ def _known_heads(checkpoint: Checkpoint) -> int | None:
     return None if table is None else table.shape[1]
 
 
-def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding]:
-    """Change in place what can be made to fit, tables aside."""
+def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor], pixels: tuple[str, ...]) -> list[Finding]:
+    """Change in place what can be made to fit, tables aside.
+
+    Args:
+        pixels: beginnings of names of the tensors that predict a patch's pixels.
+    """
     findings = []
     if "backbone.pos_embed" in own and "backbone.pos_embed" not in tensors:
         # the sum with a table of zeros is the network without one
@@ -174,32 +206,34 @@ def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> list[Finding
         tensors[name] = adapt_channels(there, here.shape[1])
         text = f"has {there.shape[1]} channels: its first layer was adapted to {here.shape[1]}"
         changed = [name]
-        for name in ("decoder.heads.pixel.weight", "decoder.heads.pixel.bias"):
-            if name in tensors and name in own:
-                # a patch's values are (row, col, channel): each channel is predicted as their mean was
-                mean = tensors[name].unflatten(0, (-1, there.shape[1])).mean(dim=1, keepdim=True)
-                tensors[name] = mean.expand(-1, here.shape[1], *mean.shape[2:]).flatten(0, 1)
-                changed.append(name)
+        for name in [name for name in own if name.startswith(pixels) and name in tensors]:
+            # a patch's values are (row, col, channel): each channel is predicted as their mean was
+            mean = tensors[name].unflatten(0, (-1, there.shape[1])).mean(dim=1, keepdim=True)
+            tensors[name] = mean.expand(-1, here.shape[1], *mean.shape[2:]).flatten(0, 1)
+            changed.append(name)
         text += ", and so was its prediction of pixels" if len(changed) > 1 else ""
         findings.append(Finding("converted", changed, text))
     return findings
 
 
-def _join_parts(findings: list[Finding], titles: list[str]) -> list[Finding]:
+def _join_parts(findings: list[Finding], parts: Mapping[str, str], head: Head, theirs: Tensors) -> list[Finding]:
     """One finding for a head whose parts are all missing."""
-    parts = [finding for finding in findings if finding.text in {f"has no {title}" for title in titles}]
-    if not parts:
+    titles = list(head.parts.values())
+    if any(find_part(name, parts) in titles for name in theirs):
         return findings
-    names = sorted(name for finding in parts for name in finding.names)
-    return [f for f in findings if f not in parts] + [Finding("random", names, f"has no {titles[-1]}")]
+    missing = [finding for finding in findings if finding.text in {f"has no {title}" for title in titles}]
+    if not missing:
+        return findings
+    names = sorted(name for finding in missing for name in finding.names)
+    return [f for f in findings if f not in missing] + [Finding("random", names, f"has no {titles[-1]}")]
 
 
 def _differing_parts(checkpoint: Checkpoint, model: nn.Module) -> dict[str, str]:
     """What differs although shapes agree, by the title of the part."""
-    spec = checkpoint.spec
-    if spec is None or spec.head is None or read_guesses(checkpoint.metadata):
+    spec, own = checkpoint.spec, getattr(model, "spec", None)
+    if spec is None or own is None or spec.head != own.head or read_guesses(checkpoint.metadata):
         return {}
-    head = heads().get(spec.head)
+    head = heads().get(spec.head or "")
     return {} if head is None else head.differ(spec.options, model)
 
 

@@ -73,7 +73,7 @@ def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tenso
     from itpn.checkpoints.adapters.timm import read_stored_grid
     from itpn.checkpoints.files import named_tensors
     from itpn.checkpoints.match import check_numbers
-    from itpn.models.backbone import Backbone, find_backbone
+    from itpn.models.backbone import CLASSIFIER, Backbone, find_backbone
     from itpn.models.position_tables import fit_tables
 
     layout = detect_layout(state_dict)
@@ -81,8 +81,8 @@ def filter_weights(state_dict: dict[str, Tensor], model: Any) -> dict[str, Tenso
         return state_dict  # not ours: loading it will say so
     named, _ = ADAPTERS[layout].to_ours(state_dict)
     alone = isinstance(model, Backbone)
-    parts, heads = ("backbone.",) if alone else ("backbone.", "pyramid."), ("backbone.head.", "backbone.fc_norm.")
-    tensors = {n: t for n, t in named.items() if n.startswith(parts) and (alone or not n.startswith(heads))}
+    parts = ("backbone.",) if alone else ("backbone.", "pyramid.")
+    tensors = {n: t for n, t in named.items() if n.startswith(parts) and (alone or not n.startswith(CLASSIFIER))}
     grid = read_stored_grid(model.pretrained_cfg, tensors)
     own = named_tensors(model)
     check_numbers(tensors, own, "the file")

@@ -15,7 +15,7 @@ from itpn.models.build import build
 from itpn.models.heads import heads
 from itpn.models.spec import Options
 
-PURPOSES = {"pyramid": "detection, segmentation", "backbone": "features"}
+PURPOSES = {"pyramid": "dense prediction", "backbone": "features"}
 
 
 @dataclass
@@ -80,12 +80,13 @@ class Report:
     @property
     def summary(self) -> dict[str, str]:
         """Titles and lines of the report's first part."""
-        backbone, pyramid, decoder = self.contents.backbone, self.contents.pyramid, self.contents.decoder
+        backbone, pyramid = self.contents.backbone, self.contents.pyramid
         family = "Fast-iTPN" if backbone.get("swiglu") else "HiViT" if pyramid is None else "iTPN"
         made_for = {"pyramid": "backbone and pyramid of a detector or segmenter", "backbone": "a backbone"}.get(
             self.task
         )
-        head = heads().get(self.task)
+        known = heads()
+        head = known.get(self.task)
         if made_for is None:
             unknown = f"a network of the task {self.task!r}, which is not known here (see --recipe)"
             made_for = unknown if head is None else head.summarize(self.contents.spec(self.task))
@@ -102,9 +103,9 @@ class Report:
         }
         if pyramid:
             rows["pyramid"] = f"{pyramid['width']} channels, {_count(pyramid['depth'], 'block')} a level"
-        if decoder:
-            predicted = ", ".join(f"{width} numbers a patch ({name})" for name, width in decoder["heads"].items())
-            rows["decoder"] = f"{decoder['width']} channels, {_count(decoder['depth'], 'block')}, {predicted}"
+        for name, options in self.contents.heads.items():
+            if name in known:
+                rows = {**rows, **known[name].describe(options)}
         if self.classes:
             some = ", ".join(self.classes[:5])
             rows["classes"] = f"{some}, ... ({len(self.classes)})" if len(self.classes) > 5 else some
@@ -157,27 +158,27 @@ def inspect(checkpoint: str | Path, ema: bool = False) -> Report:
     Raises:
         UserError: no such file, corrupt, with code in it, or of another network.
     """
-    found = read_checkpoint(checkpoint, ema)
-    contents = found.contents
+    file = read_checkpoint(checkpoint, ema)
+    contents = file.contents
     uses = []
     with torch.device("meta"):
         for task in all_names():
-            findings = match(found, build(contents.complete(task)))[1]
+            findings = match(file, build(contents.complete(task)))[1]
             purpose = PURPOSES[task] if task in HEADLESS else heads()[task].purpose
-            uses.append(Use(task, purpose, _command(found, contents, task, findings), findings))
+            uses.append(Use(task, purpose, _command(file, contents, task, findings), findings))
     return Report(
         source=str(checkpoint),
-        format=found.layout,
-        key=found.key,
+        format=file.layout,
+        key=file.key,
         task=contents.names[0],
-        model=found.settings.get("model", {}).get("name") or contents.variant,
+        model=file.settings.get("model", {}).get("name") or contents.variant,
         contents=contents,
-        parameters=sum(tensor.numel() for tensor in found.tensors.values()) / 1e6,
+        parameters=sum(tensor.numel() for tensor in file.tensors.values()) / 1e6,
         uses=uses,
-        leftovers=judge_others(found, classifier="backbone.head.weight" in found.tensors),
-        nonfinite=found.nonfinite,
-        classes=tuple(found.metadata.get("classes") or ()),
-        preprocessing=found.preprocessing,
+        leftovers=judge_others(file, classifier="backbone.head.weight" in file.tensors),
+        nonfinite=file.nonfinite,
+        classes=tuple(file.metadata.get("classes") or ()),
+        preprocessing=file.preprocessing,
     )
 
 
@@ -185,7 +186,7 @@ def _command(checkpoint: Checkpoint, contents: Contents, task: str, findings: li
     """How a file is used for a task."""
     source = checkpoint.source
     head = heads().get(task)
-    command = None if head is None else head.command(source, contents)
+    command = None if head is None else head.command(source, contents.spec(task))
     if command is not None:
         return command
     if head is not None and head.recipe is not None and task not in contents.heads:

@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from itpn.models.position import POSITIONS, Grid, Resample
 from itpn.models.recompute import Recompute
 
+# beginnings of names of the classifier's tensors in files, where a backbone's begin with "backbone."
+CLASSIFIER = ("backbone.head.", "backbone.fc_norm.")
+
 
 class Backbone(nn.Module):
     """A network of three stages that computes each patch of a square of pixels by itself, at least in stages 1 and 2.
@@ -24,7 +27,7 @@ class Backbone(nn.Module):
         grid_size: rows and columns of patches in the images that it is made for.
         rel_pos_grid: the same of its relative position tables; None without any.
         pos_resample: how its position table is resampled.
-        grad_checkpointing: which activations :meth:`forward_stages` keeps, see :func:`run_block`.
+        grad_checkpointing: which activations :meth:`forward_stages` keeps, see :func:`itpn.models.recompute.run_block`.
     """
 
     in_chans: int
@@ -67,7 +70,10 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: Recompute = True) -> None:
-        """As in timm; ``"selective"`` recomputes only norms and activation functions (:func:`run_block`)."""
+        """As in timm; ``"selective"`` recomputes only norms and activation functions.
+
+        See :func:`itpn.models.recompute.run_block`.
+        """
         self.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -34,7 +34,10 @@ class Head(ABC):
             loaded whole or not at all.
         joined: a file with none of the parts is said to lack the last title alone.
         classes: beginnings of names of the tensors that know the classes.
-        arguments: names of the options; whatever else is overridden belongs to the backbone.
+        pixels: beginnings of names of the tensors that predict a patch's pixels, (row, col, channel): other channels of
+            images change them.
+        arguments: what may be overridden by name; whatever else is overridden belongs to the backbone, and so does
+            ``num_heads``, which commands set.
         pyramid: whether the head stands on a pyramid.
         levels: the maps that it takes from the pyramid.
         purpose: what the network is for, in a word or two.
@@ -44,6 +47,7 @@ class Head(ABC):
     parts: Mapping[str, str]
     joined = False
     classes: tuple[str, ...] = ()
+    pixels: tuple[str, ...] = ()
     arguments: tuple[str, ...] = ()
     pyramid = True
     levels = "pyramid"
@@ -71,20 +75,52 @@ class Head(ABC):
     def summarize(self, spec: NetworkSpec) -> str:
         """What the network is, e.g. "a detector of 3 classes"."""
 
+    def describe(self, options: Options) -> dict[str, str]:
+        """Titles and lines of `itpn inspect` on a head of these options, beside :meth:`summarize`."""
+        return {}
+
+    def guess(self, options: Options) -> list[str]:
+        """Which options of :meth:`read` no tensor shows, as "name=value (reason)"; the name is one of ``arguments``."""
+        return []
+
+    def adjust(self, options: Options, layout: str) -> dict[str, Any]:
+        """Options of :meth:`read` with what the code of others does and no tensor shows.
+
+        Args:
+            layout: whose names the file has, one of :data:`itpn.checkpoints.adapters.Layout`.
+        """
+        return dict(options)
+
+    def override(self, options: Options, arguments: Options) -> dict[str, Any]:
+        """Options with others that a user gives.
+
+        Args:
+            arguments: by name, some of ``arguments``.
+
+        Raises:
+            UserError: a value that cannot be.
+        """
+        return {**options, **arguments}
+
     def adopt(self, preprocessing: Options) -> dict[str, Any]:
         """Options of a head without weights that follow from the images of the backbone's weights."""
         return {}
 
     def differ(self, options: Options, model: "nn.Module") -> dict[str, str]:
-        """What makes parts of a file unusable although all shapes agree, by title.
+        """What makes parts of a file of this head unusable although all shapes agree, by title.
 
         Args:
             options: of the file.
+            model: a network of this head.
         """
         return {}
 
-    def command(self, source: str, contents: Any) -> str | None:
-        """The command that uses a file, of such :class:`itpn.checkpoints.contents.Contents`; None for the usual one."""
+    def command(self, source: str, spec: NetworkSpec) -> str | None:
+        """The command that uses a file; None for the usual one.
+
+        Args:
+            spec: what the file has of a network with this head, without options where it has no such head.
+        """
         return None
 
     def from_settings(self, settings: dict[str, Any], overrides: dict[str, Any]) -> NetworkSpec | None:

@@ -69,7 +69,7 @@ class HiViT(Backbone):
         pos_resample: ``"exact"``, or ``"legacy"`` for the public code's resampling (see
             :func:`resample_position_table`), which with masked patches resamples at native size too.
         rel_pos_bias: a relative position bias in each stage 3 block: a table, or ``"decomposed"`` into rows and
-            columns (see :class:`Attention`).
+            columns (see :class:`itpn.models.layers.Attention`).
         rel_pos_size: image size that the relative tables are made for; None for ``img_size``.
         init_values: initial layer scale, None for no layer scale.
         layer_scale_stages: the stages that have it (only stage 3 in Fast-iTPN).

@@ -76,7 +76,12 @@ def make_folder(out: Path) -> None:
 
 @contextlib.contextmanager
 def writing_to(out: Path) -> Iterator[None]:
-    """Raise :class:`UserError` for a path where no files can be, :class:`MachineError` for a full disk and the like."""
+    """Turn an :class:`OSError` into one line.
+
+    Raises:
+        UserError: a path where no files can be.
+        MachineError: a full disk and the like.
+    """
     try:
         yield
     except OSError as error:

@@ -86,7 +86,11 @@ class TrainingModule(nn.Module, ABC):
         return None
 
     def check_same_data(self, earlier: dict[str, Any]) -> None:
-        """Raise :class:`UserError` where the checkpoint to resume from describes other data; see :meth:`describe`."""
+        """Check what :meth:`describe` said in the checkpoint to resume from.
+
+        Raises:
+            UserError: it describes other data.
+        """
 
     def forward(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The training step: what DDP wraps."""

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itpn.checkpoints.adapters.itpn import ITPN, set_auxiliary_norm
+from itpn.checkpoints.adapters.itpn import ITPN
 from itpn.checkpoints.adapters.renaming import IN_BLOCKS, Pairs, Tensors
 from itpn.models.position import Grid
 
@@ -18,8 +18,8 @@ class FastITPN(ITPN):
     def pairs_inside(self, name: str) -> Pairs:
         return [*IN_BLOCKS, ("mlp.ffn_ln", "mlp.norm")]
 
-    def complete(self, network: Any) -> None:
-        set_auxiliary_norm(network)
+    def unshown(self, pyramid: bool, headed: bool) -> tuple[dict[str, Any], list[str]]:
+        return {}, []
 
     def skip(self, tensors: Tensors) -> tuple[str, ...]:
         top = tensors.get("align_dim_16tofpn.weight")

@@ -1,8 +1,7 @@
 """The original HiViT (Zhang et al. 2023): the names of its backbone and classifier, which iTPN's authors kept."""
 
 from itpn.checkpoints.adapters.renaming import Depths, Pairs, number_blocks
-
-CLASSIFIER: Pairs = [("fc_norm", "backbone.fc_norm"), ("head", "backbone.head")]
+from itpn.models.backbone import CLASSIFIER
 
 
 def backbone_pairs(depths: Depths, position: str = "absolute_pos_embed") -> Pairs:
@@ -11,5 +10,5 @@ def backbone_pairs(depths: Depths, position: str = "absolute_pos_embed") -> Pair
         *number_blocks(depths),
         ("patch_embed", "backbone.patch_embed"),
         (position, "backbone.pos_embed"),
-        *CLASSIFIER,
+        *((own.strip(".").removeprefix("backbone."), own.strip(".")) for own in CLASSIFIER),
     ]

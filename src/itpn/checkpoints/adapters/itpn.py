@@ -34,16 +34,8 @@ class ITPN(Adapter):
         heads = FEATURE_HEADS if features else PIXEL_HEADS
         return [*backbone_pairs(depths, self.position), *PYRAMID, *heads]
 
-    def complete(self, network: Any) -> None:
-        network.backbone["pos_resample"] = "legacy"
-        set_auxiliary_norm(network)
-        if network.pyramid is not None and network.decoder is None:
-            network.backbone["norm_eps"] = 1e-5
-            network.guessed.append("norm_eps=1e-5 (as the authors' detectors and segmenters have)")
-
-
-def set_auxiliary_norm(network: Any) -> None:
-    """The public auxiliary heads have another eps in their blocks than ours."""
-    for options in network.heads.values():
-        if options.get("auxiliary"):
-            options["auxiliary"]["block_norm_eps"] = 1e-5
+    def unshown(self, pyramid: bool, headed: bool) -> tuple[dict[str, Any], list[str]]:
+        if not pyramid or headed:
+            return {"pos_resample": "legacy"}, []
+        reason = "as the authors' detectors and segmenters have"
+        return {"pos_resample": "legacy", "norm_eps": 1e-5}, [f"norm_eps=1e-5 ({reason})"]

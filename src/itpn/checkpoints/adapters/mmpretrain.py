@@ -44,13 +44,10 @@ class MMPretrain(Adapter):
         tables = [name for name in theirs if name.endswith("relative_position_bias_table")]
         return [f"{where}.relative_position_index" for where in ("backbone", *(n.rpartition(".")[0] for n in tables))]
 
-    def complete(self, network: Any) -> None:
-        network.backbone["pos_resample"] = "legacy"
-        if network.pyramid is None:
-            network.backbone["norm_eps"] = 1e-5  # the plain HiViT there
-        for options in network.heads.values():
-            if options.get("decoder"):
-                options["decoder"]["embed_norm_eps"] = 1e-5
-                network.backbone["pos_embed"] = "fixed"  # never trained there
-                if options["objective"].pop("feature_patches", None):
-                    options["objective"]["feature_loss"] = "cosine"
+    def unshown(self, pyramid: bool, headed: bool) -> tuple[dict[str, Any], list[str]]:
+        own: dict[str, Any] = {"pos_resample": "legacy"}
+        if not pyramid:
+            own["norm_eps"] = 1e-5  # the plain HiViT there
+        if headed:
+            own["pos_embed"] = "fixed"  # never trained there
+        return own, []

@@ -76,8 +76,17 @@ class Adapter:
         """Beginnings of our names that are not taken."""
         return ()
 
-    def complete(self, network: Any) -> None:
-        """Set in :class:`itpn.checkpoints.contents.Contents` what their code does and no tensor shows."""
+    def unshown(self, pyramid: bool, headed: bool) -> tuple[dict[str, Any], list[str]]:
+        """What their code does and no tensor shows; of heads :meth:`itpn.models.heads.Head.adjust` knows it.
+
+        Args:
+            pyramid: whether the file has one.
+            headed: whether it has a head on its pyramid that is read.
+
+        Returns:
+            Arguments of the backbone, and those that may be wrong, as "name=value (reason)".
+        """
+        return {}, []
 
     def to_ours(self, tensors: Tensors) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Tensors under our names: prefixes ``backbone.``, ``pyramid.``, ``decoder.``, ``auxiliary.``, or a mask token.

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
-from itpn.models.backbone import Backbone, find_backbone
+from itpn.models.backbone import CLASSIFIER, Backbone, find_backbone
 from itpn.models.build import build_backbone
-from itpn.models.heads import Head
 from itpn.models.spec import NetworkSpec
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import make_transform
 from itpn.tasks.data import RunData
 from itpn.tasks.finetuning.network import (
+    ClassesHead,
     backbone_options,
     build_network,
     find_network,
@@ -30,11 +30,11 @@ from itpn.training.config import image_size
 CROP_PCT = 0.875  # of ImageNet since the first networks
 
 
-class ClassifierHead(Head):
+class ClassifierHead(ClassesHead):
     """A linear layer on the mean of the last stage."""
 
-    parts: Mapping[str, str] = {"backbone.head.": "classifier", "backbone.fc_norm.": "classifier"}
-    classes = ("backbone.head.", "backbone.fc_norm.")
+    parts: Mapping[str, str] = dict.fromkeys(CLASSIFIER, "classifier")
+    classes = CLASSIFIER
     arguments = ("num_classes", "fc_norm")
     pyramid = False
     purpose = "classification"

@@ -11,12 +11,12 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
 from itpn.models.build import build_pyramid, make_backbone
 from itpn.models.detector import Detector, FPNBackbone, MaskDetector
-from itpn.models.heads import Head
 from itpn.models.spec import NetworkSpec, Options
 from itpn.models.variants import PUBLISHED_PYRAMID, PYRAMIDS
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.finetuning.network import (
+    ClassesHead,
     backbone_options,
     build_network,
     find_square_network,
@@ -28,7 +28,7 @@ from itpn.tasks.finetuning.network import (
 from itpn.tasks.info import Rows, describe_headed
 
 
-class DetectorHead(Head):
+class DetectorHead(ClassesHead):
     """torchvision's Mask R-CNN, or Faster R-CNN.
 
     Options are arguments of :class:`itpn.models.detector.Detector`; "masks", whether it predicts them; and "fpn_width"

@@ -12,8 +12,10 @@ from itpn.checkpoints.files import Checkpoint, named_tensors
 from itpn.checkpoints.load import build_checked, start_from
 from itpn.checkpoints.match import Finding
 from itpn.errors import UserError
-from itpn.models.spec import NetworkSpec, find_variant, same_sizes
+from itpn.models.heads import Head
+from itpn.models.spec import NetworkSpec, Options, find_variant, same_sizes
 from itpn.models.variants import BACKBONES
+from itpn.system.checks import check_type
 from itpn.tasks.finetuning.config import NetworkConfig
 from itpn.tasks.recipe_files import check_model_name
 from itpn.training.config import AnyConfig
@@ -24,6 +26,15 @@ NO_NETWORK = (
     "`itpn info` or pretrained= of itpn.get_model"
 )
 STEPS, EPOCHS = 2000, (10, 200)  # of a run that is left to scale with its images: so many steps, within these epochs
+
+
+class ClassesHead(Head):
+    """A head with ``num_classes`` among its options."""
+
+    def override(self, options: Options, arguments: Options) -> dict[str, Any]:
+        if "num_classes" in arguments:
+            check_type(arguments["num_classes"], int, "num_classes")
+        return super().override(options, arguments)
 
 
 def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int = 3) -> AnyConfig:

@@ -1,12 +1,13 @@
 """What pre-training puts on backbone and pyramid, and what checkpoints have to know of it."""
 
+import copy
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from itpn.checkpoints.contents import Contents, count_blocks
+from itpn.checkpoints.contents import check_num_heads, count_blocks
 from itpn.checkpoints.older_settings import update_settings
 from itpn.errors import UserError
 from itpn.masked.decoder import AuxiliaryHead, Decoder
@@ -34,6 +35,8 @@ class MaskedHead(Head):
         "pyramid_heads.": "set of heads for pyramid levels",
         "mask_token": "mask token",
     }
+    pixels = ("decoder.heads.pixel.",)
+    arguments = ("decoder_num_heads",)
     purpose = "continued pre-training"
 
     def build(self, spec: NetworkSpec) -> MaskedImageModel:
@@ -97,19 +100,49 @@ class MaskedHead(Head):
         decoder = spec.options.get("decoder") or {}
         return f"pre-trained to predict {' and '.join(decoder.get('heads') or spec.options.get('pyramid_heads', ()))}"
 
+    def describe(self, options: Options) -> dict[str, str]:
+        decoder = options.get("decoder")
+        if not decoder:
+            return {}
+        predicted = ", ".join(f"{width} numbers a patch ({name})" for name, width in decoder["heads"].items())
+        blocks = f"{decoder['depth']} block{'s' * (decoder['depth'] != 1)}"
+        return {"decoder": f"{decoder['width']} channels, {blocks}, {predicted}"}
+
+    def guess(self, options: Options) -> list[str]:
+        decoder = options["decoder"]
+        return [f"decoder_num_heads={decoder['num_heads']} (32 channels each)"] if decoder["depth"] else []
+
+    def adjust(self, options: Options, layout: str) -> dict[str, Any]:
+        own = copy.deepcopy(dict(options))
+        if own["auxiliary"] and layout in ("official", "official_fast"):
+            own["auxiliary"]["block_norm_eps"] = 1e-5
+        if layout == "mmpretrain":
+            own["decoder"]["embed_norm_eps"] = 1e-5
+            if own["objective"].pop("feature_patches", None):
+                own["objective"]["feature_loss"] = "cosine"
+        return own
+
+    def override(self, options: Options, arguments: Options) -> dict[str, Any]:
+        number = arguments.get("decoder_num_heads")
+        check_num_heads("decoder_num_heads", number)
+        if number is None or not options.get("decoder"):
+            return dict(options)
+        return {**options, "decoder": {**options["decoder"], "num_heads": number}}
+
     def differ(self, options: Options, model: nn.Module) -> dict[str, str]:
-        decoder, stored = getattr(model, "decoder", None), options.get("decoder")
+        assert isinstance(model, MaskedImageModel)
+        decoder, stored = model.decoder, options.get("decoder")
         if decoder is None or not stored or not len(decoder.blocks):
             return {}
         theirs, ours = stored["num_heads"], decoder.num_heads
         return {"decoder": f"it has {theirs} attention heads there and {ours} here"} if theirs != ours else {}
 
-    def command(self, source: str, contents: Contents) -> str:
-        if contents.variant is None:
-            return f"itpn.load({source!r})" if contents.decoder else ""
-        usual = build_masked_model(PretrainingModelConfig(name=contents.variant), (224, 224))
-        options = describe_options(contents, usual)
-        return f"itpn train RECIPE --model.checkpoint {source} --model.name {contents.variant} {options}".strip()
+    def command(self, source: str, spec: NetworkSpec) -> str:
+        if spec.variant is None:
+            return f"itpn.load({source!r})" if spec.options else ""
+        usual = build_masked_model(PretrainingModelConfig(name=spec.variant), (224, 224))
+        options = describe_options(spec, usual)
+        return f"itpn train RECIPE --model.checkpoint {source} --model.name {spec.variant} {options}".strip()
 
     def from_settings(self, settings: dict[str, Any], overrides: dict[str, Any]) -> NetworkSpec | None:
         if "model" in settings and "mask_ratio" not in settings["model"]:

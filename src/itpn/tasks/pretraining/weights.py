@@ -1,13 +1,13 @@
 """A run that starts from the weights of a file, and which options build the file's network."""
 
-from itpn.checkpoints.contents import Contents, describe_contents
 from itpn.checkpoints.files import Checkpoint
 from itpn.checkpoints.load import start_from
 from itpn.checkpoints.match import Finding
 from itpn.errors import UserError
 from itpn.masked.masked_model import MaskedImageModel
-from itpn.models.spec import spec_of
+from itpn.models.spec import NetworkSpec, spec_of
 from itpn.models.variants import PUBLISHED_PYRAMID, PYRAMIDS
+from itpn.tasks.pretraining.config import PretrainingConfig
 
 
 def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
@@ -37,27 +37,27 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
                 f"checkpoint {source} holds a network of {sizes}, which no model of `itpn list` has: `itpn train` "
                 "cannot start from it (itpn.load can)"
             )
-        options = describe_options(contents, model)
+        options = describe_options(contents.spec(PretrainingConfig.task), model)
         hint = f"; it takes {options}" if options else ""
         raise UserError(f"checkpoint {source} holds another model: it {problems[0]}{hint}")
 
     return start_from(model, checkpoint, check)
 
 
-def describe_options(contents: Contents, model: MaskedImageModel) -> str:
+def describe_options(spec: NetworkSpec, model: MaskedImageModel) -> str:
     """The options of `itpn train` that turn a recipe's network into the file's; empty where none would."""
-    theirs, ours = _options(contents), _options_of(model)
+    theirs, ours = _options(spec), _options(spec_of(model))
     if theirs["name"] != ours["name"]:
         own = PYRAMIDS.get(str(theirs["name"]), PUBLISHED_PYRAMID)  # comes with the name
         ours |= {"pyramid-width": own["width"], "pyramid-depth": own["depth"]}
     return " ".join(f"--model.{o} {v}" for o, v in theirs.items() if v is not None and v != ours[o])
 
 
-def _options(contents: Contents) -> dict[str, str | int | None]:
-    """Options of `itpn train` that build the networks of a file."""
-    backbone, pyramid, decoder = contents.backbone, contents.pyramid or {}, contents.decoder or {}
+def _options(spec: NetworkSpec) -> dict[str, str | int | None]:
+    """Options of `itpn train` that build a network."""
+    backbone, pyramid, decoder = spec.backbone, spec.pyramid or {}, spec.options.get("decoder") or {}
     return {
-        "name": contents.variant,
+        "name": spec.variant,
         "patch-size": backbone["patch_size"],
         "rel-pos-bias": str(bool(backbone.get("rel_pos_bias"))),
         "init-values": "0.1" if backbone.get("init_values") else "None",
@@ -67,7 +67,3 @@ def _options(contents: Contents) -> dict[str, str | int | None]:
         "decoder-depth": decoder.get("depth"),
         "decoder-num-heads": decoder.get("num_heads") if decoder.get("depth") else None,
     }
-
-
-def _options_of(model: MaskedImageModel) -> dict[str, str | int | None]:
-    return _options(describe_contents(spec_of(model), []))

@@ -30,7 +30,7 @@ def describe_data(config: SegmentationConfig, data: RunData) -> dict[str, str]:
 
 
 def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
-    """Arguments of :func:`find_label_maps` and :func:`read_to_evaluate`."""
+    """Arguments of :func:`find_label_maps` and :func:`itpn.data.labelmaps.read_to_evaluate`."""
     data = config.data
     places = {"root": data.root, "masks": data.masks, "val_root": data.val_root, "val_masks": data.val_masks}
     return {**places, "rules": make_rules(config), "val_fraction": data.val_fraction, "seed": config.seed}

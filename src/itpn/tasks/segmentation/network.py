@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
 from itpn.models.build import build_pyramid
-from itpn.models.heads import Head
 from itpn.models.segmenter import Segmenter
 from itpn.models.spec import NetworkSpec
 from itpn.tasks.data import RunData
 from itpn.tasks.finetuning.network import (
+    ClassesHead,
     backbone_options,
     build_network,
     find_square_network,
@@ -28,7 +28,7 @@ from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.launch import choose_devices, read_launch
 
 
-class SegmenterHead(Head):
+class SegmenterHead(ClassesHead):
     """UPerNet; options are arguments of :class:`itpn.models.segmenter.Segmenter`."""
 
     parts: Mapping[str, str] = {
