@@ -14,6 +14,7 @@ from torchvision.transforms.v2.functional import resize
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
 from itpn.masked.masked_model import MaskedImageModel
+from itpn.masked.targets import IMAGE_TARGETS
 from itpn.tasks.drawing import show, tile_images
 from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing, save_image
 from itpn.tasks.pretraining.config import PretrainingConfig
@@ -43,8 +44,9 @@ def build_visualization(
 
 
 def draw_predictions(module: PretrainingModule, images: Tensor, sets: int = 2) -> Image.Image:
-    """Rows of original, masked and predicted images, the latter with the visible patches kept; of features instead of
-    pixels, the teacher's (where there is one) and the prediction, three principal components as colours.
+    """Rows of original, masked and predicted images, the latter with the visible patches kept. A model that predicts no
+    pixels shows its first loss instead: target (where there is one) and prediction, three principal components as
+    colours.
 
     Args:
         images: uint8 [n, 3, H, W].
@@ -90,9 +92,13 @@ def _draw_features(
         _, _, axes = torch.pca_lowrank((flat - mean).cpu(), q=min(6, *flat.shape), center=False)
     axes = F.pad(axes[:, :3], (0, max(0, 3 - axes.shape[1]))).to(x.device)  # a single patch has one
     spread = (2 * ((flat - mean) @ axes).std(dim=0)).clamp(min=1e-6)  # two std span a colour's range
-    columns = {"predicted features": prediction}
-    if output.target is not None:
-        columns = {"teacher's features": target, **columns}
+    # which loss they are of: the first, whose error is there if its target is
+    name = next(iter(output.losses)) if output.target is not None else ""
+    titles = (f"target {name}", f"predicted {name}")
+    if name not in IMAGE_TARGETS:
+        titles = ("teacher's features", "predicted features")
+    columns = {titles[0]: target} if output.target is not None else {}
+    columns[titles[1]] = prediction
 
     def paint(features: Tensor) -> Tensor:
         colours = (((features - mean) @ axes) / spread * 0.5 + 0.5).clamp(0, 1) * 255  # [n, N, 3]
