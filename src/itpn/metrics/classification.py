@@ -167,12 +167,23 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, what
 
 
 def rank_classes(values: dict[str, float]) -> dict[str, str]:
-    """Rows with the classes with the lowest and the highest values; of few classes, with all of them."""
+    """Rows with the classes with the lowest and the highest values; of few classes, with all of them.
+
+    None of the hardest is among the easiest, nor as good as the best class, as shown: where all are alike there are no
+    such rows.
+    """
     ranked = sorted(values, key=lambda name: values[name])
-    shown = {name: f"{name} {values[name]:.0%}" for name in ranked}
+    percent = {name: f"{values[name]:.0%}" for name in ranked}
+
+    def show(names: Sequence[str]) -> str:
+        return ", ".join(f"{name} {percent[name]}" for name in names)
+
     if len(ranked) <= 6:
-        return {"classes": ", ".join(shown[name] for name in ranked[::-1])}
+        return {"classes": show(ranked[::-1])}
+    lowest, highest = percent[ranked[0]], percent[ranked[-1]]
+    if lowest == highest:
+        return {}
     return {
-        "hardest": ", ".join(shown[name] for name in ranked[:3]),
-        "easiest": ", ".join(shown[name] for name in ranked[:-4:-1]),
+        "hardest": show([name for name in ranked[:3] if percent[name] != highest]),
+        "easiest": show([name for name in ranked[:-4:-1] if percent[name] != lowest]),
     }
