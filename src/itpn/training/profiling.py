@@ -241,7 +241,7 @@ def report(console: Console, folder: Path, metrics: dict[str, Any]) -> None:
     advice = advise(metrics)
     shown = draw_summary(metrics, advice, folder)
     page = io.StringIO()
-    Console(file=page, width=100).print(shown)
+    Console(file=page, width=100).print(shown, crop=False)
     lines = "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
     write_whole(folder / "summary.txt", lines.encode())
     write_whole(folder / "summary.json", (json.dumps({**metrics, "advice": advice}, indent=2) + "\n").encode())
