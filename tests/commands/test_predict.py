@@ -46,7 +46,7 @@ def test_a_classifier_of_others(tmp_path, photos, capsys):
     with (out / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 26 * 5
-    assert Image.open(out / "prediction-0000.png").size == (4 * 228 - 32 * 4 + 4, 4 * (192 + 24) + 4)
+    assert Image.open(out / "prediction-0000.png").size == (4 * 228 - 32 * 4 + 4, 4 * (192 + 44) + 4)
 
     pixels = center_crop(decode_image((photos / "03.png").read_bytes(), 2**20), (64, 64))
     x = Normalize(3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(pixels[None])
