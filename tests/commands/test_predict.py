@@ -46,7 +46,7 @@ def test_a_classifier_of_others(tmp_path, photos, capsys):
     with (out / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 26 * 5
-    assert Image.open(out / "prediction-0000.png").size == (4 * 228 - 32 * 4 + 4, 4 * (192 + 24) + 4)
+    assert Image.open(out / "prediction-0000.png").size == (4 * 228 - 32 * 4 + 4, 4 * (192 + 44) + 4)
 
     pixels = center_crop(decode_image((photos / "03.png").read_bytes(), 2**20), (64, 64))
     x = Normalize(3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))(pixels[None])
@@ -154,10 +154,13 @@ def test_reconstructions_of_others(tmp_path, photos, capsys):
 
 
 @pytest.mark.parametrize("case", ["off_pixel_pretrain", "off_det_pixel", "off_pixel_finetune"])
-def test_features(tmp_path, photos, case):
+def test_features(tmp_path, photos, case, capsys):
+    """What is printed is what the file holds."""
     path = save_public(tmp_path, case)
+    printed = {}
     for name in ("features.safetensors", "features.npy"):
         assert main(["predict", str(path), str(photos), "--features", str(tmp_path / name)]) == 0
+        printed[name] = capsys.readouterr().out.splitlines()
     columns = load_file(tmp_path / "features.safetensors")
     with safe_open(tmp_path / "features.safetensors", "pt") as file:
         names = json.loads(file.metadata()["images"])
@@ -166,6 +169,14 @@ def test_features(tmp_path, photos, case):
     assert columns["features"].shape == (26, 64)
     assert ("pyramid_1" in columns) == (case != "off_pixel_finetune")
     np.testing.assert_array_equal(np.load(tmp_path / "features.npy"), columns["features"].numpy())
+    shapes = ", ".join(f"{name} {list(columns[name].shape)}" for name in sorted(columns))
+    assert printed["features.safetensors"] == [f"{tmp_path}/features.safetensors: {shapes}"]
+    lines = [
+        f"{tmp_path}/features.npy: features [26, 64]",
+        f"{tmp_path}/features.npy.txt: the images' names, a line each",
+        "a .safetensors file would also hold pyramid_1, pyramid_2, pyramid_3",
+    ]
+    assert printed["features.npy"] == (lines if case != "off_pixel_finetune" else lines[:2])
 
 
 def test_inspect_is_a_report_that_a_person_understands(tmp_path, capsys):

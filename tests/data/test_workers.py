@@ -9,6 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ class Misbehaving(Dataset[dict[str, Any]]):
 
 def run(action: str, workers: int = 2) -> list[int]:
     return [int(batch["image"][0]) for batch in WorkerLoader(Misbehaving(action), range(9), workers, "photos")]
+
+
+def test_more_workers_than_cores_are_no_warning(monkeypatch):
+    """In any command: torch would warn as a loader is made, and again as it is read."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert run("none") == list(range(9))
 
 
 @pytest.mark.parametrize("length", [0, 100])  # too long for a socket

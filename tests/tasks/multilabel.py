@@ -41,7 +41,7 @@ from itpn.tasks.finetuning.network import (
     name_classes,
     resolve_network,
 )
-from itpn.tasks.info import count_parameters, describe_backbone
+from itpn.tasks.info import describe_classifier
 from itpn.tasks.prediction import read_batches, read_preprocessing
 from itpn.training.config import CropsConfig, EvaluationConfig, RunConfig
 
@@ -279,9 +279,7 @@ def predict(model: nn.Module, found: Any, source: Any, options: Any) -> None:
 
 def describe(config: MultiLabelConfig, found: Any) -> list[tuple[str, str]]:
     backbone = find_backbone(build_recipe(config, None, found)[0])
-    rows = describe_backbone(backbone, (config.data.img_size,) * 2)
-    classes = f"{backbone.num_classes} classes that may occur together"
-    return [("parameters", f"{count_parameters(backbone):.2f} M with {classes}"), *rows]
+    return describe_classifier(backbone, f"{backbone.num_classes} classes that may occur together")
 
 
 TASK = itpn.register_task(

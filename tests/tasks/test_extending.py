@@ -3,18 +3,23 @@
 import csv
 from dataclasses import replace
 
+import objectives
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from itpn.masked.masked_model import MaskedImageModel, Objective
 from itpn.masked.targets import IMAGE_TARGETS, patchify
 from itpn.models.build import build
-from itpn.tasks.configs import PretrainingModelConfig
+from itpn.tasks.configs import PretrainingConfig, PretrainingModelConfig
+from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.pretraining.network import make_spec
+from itpn.tasks.pretraining.prediction import mask_and_predict
 from itpn.tasks.run import train
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
 from itpn.teachers.timm_teacher import count_teacher_parameters
+from itpn.training.config import freeze
 
 
 class ToyNetwork(nn.Module):
@@ -45,18 +50,23 @@ def test_a_teacher(settings, monkeypatch, capsys):
     assert count_teacher_parameters("toy", None) == 24 * (3 * 16 * 16 + 1)
 
 
-def test_a_pyramid_loss(monkeypatch):
-    """Mean colours of patches, predicted by a head on the coarsest level, against a slow computation."""
+def mean_colours(images, patch_size, picked):
+    return patchify(F.avg_pool2d(images, patch_size), 1, picked)
 
-    def mean_colours(images, patch_size, picked):
-        return patchify(F.avg_pool2d(images, patch_size), 1, picked)
 
-    monkeypatch.setitem(IMAGE_TARGETS, "colour_3", mean_colours)
+def build_colour_model():
+    """It predicts pixels, and the mean colours of patches by a head on the coarsest level."""
     config = PretrainingModelConfig("itpn_nano", patch_size=8, decoder_depth=1, decoder_embed_dim=32)
     spec = make_spec(config, (32, 32))
     head = {"heads": {"colour_3": 3}, "width": 64, "depth": 1, "num_heads": 1, "levels": (2,), "add_mask_tokens": True}
     objective = {**spec.options["objective"], "weights": {"pixel": 1.0, "colour_3": 1.0}}
-    model = build(replace(spec, options={**spec.options, "pyramid_heads": {"colour_3": head}, "objective": objective}))
+    return build(replace(spec, options={**spec.options, "pyramid_heads": {"colour_3": head}, "objective": objective}))
+
+
+def test_a_pyramid_loss(monkeypatch):
+    """Against a slow computation."""
+    monkeypatch.setitem(IMAGE_TARGETS, "colour_3", mean_colours)
+    model = build_colour_model()
     assert model.feature_losses == []
     for parameter in model.pyramid_heads["colour_3"].heads.parameters():
         nn.init.zeros_(parameter)  # it predicts zeros
@@ -71,3 +81,22 @@ def test_a_pyramid_loss(monkeypatch):
     for mode in (True, False):  # in training, masked patches alone are predicted
         losses = model.train(mode)(images, mask).losses
         assert losses["colour_3"].item() == pytest.approx(torch.stack(expected).mean().item(), rel=1e-5)
+
+
+def test_visualizations_name_what_they_show(monkeypatch):
+    """Pixels where they are predicted, else the first loss: its own target, or the features of a teacher."""
+    monkeypatch.setitem(IMAGE_TARGETS, "colour_3", mean_colours)
+    images = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+
+    def columns(model, teacher=None):
+        module = PretrainingModule(model, freeze(PretrainingConfig()), "test", teacher=teacher)
+        return list(mask_and_predict(module, images))
+
+    both = build_colour_model()
+    assert columns(both) == ["original", "masked", "predicted"]
+    own = MaskedImageModel(both.backbone, both.pyramid, None, Objective({"colour_3": 1.0}), None, both.pyramid_heads)
+    assert columns(own) == ["original", "masked", "target colour_3", "predicted colour_3"]
+    features = objectives.build("feature")
+    assert columns(features) == ["original", "masked", "predicted features"]
+    taught = columns(features, build_toy(None, (4, 6)))
+    assert taught == ["original", "masked", "teacher's features", "predicted features"]

@@ -120,7 +120,10 @@ def test_predictions(trained, tmp_path):
 
 def test_info_and_inspect(trained, capsys):
     assert main(["info", RECIPE]) == 0
-    assert "M with 2 classes that may occur together" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "M with 2 classes that may occur together" in out
+    assert "backbone at 224x224 px" in out
+    assert [line.split()[1:3] for line in out.splitlines() if "stride" in line] == [["stage", i] for i in "123"]
     assert main(["inspect", str(trained[1]), "--recipe", RECIPE]) == 0
     out = capsys.readouterr().out
     assert "a multi-label classifier of 3 classes" in out

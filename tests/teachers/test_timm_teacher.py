@@ -411,6 +411,12 @@ def test_unknown_names():
             with pytest.raises(UserError, match=rf"no model {name}; near it are .*\b{nearest}\b") as error:
                 function(name)
             one_line(error)
+    for name in ("nonesuch", "nonesuch.of_no_tag", "hf-hub:nobody/nonesuch"):
+        with pytest.raises(UserError, match=f"no model {name}; `ema` is the EMA of the network itself") as error:
+            build_teacher(name, None, (4, 4))
+        assert "near it" not in str(error.value)
+    with pytest.raises(UserError, match=r"near it are test_vit\.r160_in1k"):  # of a known model, its tags
+        build_teacher("test_vit.qqq", None, (4, 4))
     with pytest.raises(UserError, match=r"give --teacher\.checkpoint FILE"):
         build_teacher("clip", None, (4, 4))
 

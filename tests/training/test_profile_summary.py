@@ -106,6 +106,7 @@ def test_summary_fits_its_width(metrics):
     text = page.getvalue()
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "640.0 images/s, 100.0 ms a step of 64 images" in text
+    assert "recorded steps took 10% more time" in " ".join(text.replace("│", " ").split())
     assert "vectorized_layer_norm_kernel<c10::BFloat16" in text
     assert "at::native" not in text
     assert "calls a step\n" in text
@@ -117,3 +118,11 @@ def test_summary_fits_its_width(metrics):
         assert "2 a step for the GPU to catch up: 2 in forward" in text
     else:
         assert "n/a: the trace has no GPU" in text
+
+
+def test_recording_may_look_quicker():
+    """On a busy machine."""
+    page = io.StringIO()
+    metrics = on_cpu(recorded_step_ms=67.0)
+    Console(file=page, width=200).print(draw_summary(metrics, [], Path("runs")))
+    assert "recorded steps took 33% less time" in page.getvalue()

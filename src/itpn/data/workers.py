@@ -76,6 +76,9 @@ class WorkerLoader(DataLoader[Any]):
             timeout=POLL if num_workers else 0,
         )
 
+    def check_worker_number_rationality(self) -> None:
+        """Where torch warns of more workers than cores: there are as many as --data.num-workers says."""
+
     def __iter__(self) -> Generator[Any, None, None]:  # type: ignore[override]  # nothing else of torch's iterators is used
         if self._beats is None:
             yield from super().__iter__()

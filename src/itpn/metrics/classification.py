@@ -21,7 +21,7 @@ from torchmetrics.functional.classification import (
 from itpn.system.console import print_note
 from itpn.system.writing import open_whole, open_whole_text, write_whole
 
-LONGEST_NAME = 32  # of a class beside a row or column of a plot
+LONGEST_NAME = 40  # of a class beside a row or column of a plot
 TOP = 5
 
 
@@ -141,14 +141,15 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, what
     """Fractions of each class's images, or pixels, by predicted class; with numbers and names where they fit."""
     count = len(classes)
     fractions = confusion.double() / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    side = min(max(4.0, 0.42 * count + 2.2), 16.0)
+    side = min(max(2.5, 0.42 * count), 16.0)  # inches of the matrix; names and labels add to it
     with matplotlib.rc_context({"font.size": 9}):
-        figure = Figure(figsize=(side + 0.8, side), dpi=120, layout="constrained")
-        axes = figure.add_subplot()
+        figure = Figure(figsize=(side, side), dpi=120)
+        axes = figure.add_axes((0, 0, 1, 1))
         image = axes.imshow(fractions.numpy(), cmap="Blues", vmin=0, vmax=1)
-        figure.colorbar(image, ax=axes, label=f"fraction of the class's {what}", fraction=0.046)
+        bar = axes.inset_axes((1 + 0.2 / side, 0, 0.15 / side, 1))  # 0.2 inches away, 0.15 wide
+        figure.colorbar(image, cax=bar, label=f"fraction of the class's {what}")
         axes.set_xlabel("predicted class")
-        axes.set_ylabel("class")
+        axes.set_ylabel("true class")
         if count <= 40:
             names = [name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 1]}…" for name in classes]
             axes.set_xticks(range(count), names, rotation=90, parse_math=False)
@@ -162,16 +163,27 @@ def draw_confusion(confusion: Tensor, classes: tuple[str, ...], path: Path, what
                         text = f"{int(confusion[row, column])}" if what == "images" else f"{100 * fraction:.0f}"
                         axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=7)
         with open_whole(path) as file:
-            figure.savefig(file, format="png")
+            figure.savefig(file, format="png", bbox_inches="tight")  # as large as the longest names need
 
 
 def rank_classes(values: dict[str, float]) -> dict[str, str]:
-    """Rows with the classes with the lowest and the highest values; of few classes, with all of them."""
+    """Rows with the classes with the lowest and the highest values; of few classes, with all of them.
+
+    None of the hardest is among the easiest, nor as good as the best class, as shown: where all are alike there are no
+    such rows.
+    """
     ranked = sorted(values, key=lambda name: values[name])
-    shown = {name: f"{name} {values[name]:.0%}" for name in ranked}
+    percent = {name: f"{values[name]:.0%}" for name in ranked}
+
+    def show(names: Sequence[str]) -> str:
+        return ", ".join(f"{name} {percent[name]}" for name in names)
+
     if len(ranked) <= 6:
-        return {"classes": ", ".join(shown[name] for name in ranked[::-1])}
+        return {"classes": show(ranked[::-1])}
+    lowest, highest = percent[ranked[0]], percent[ranked[-1]]
+    if lowest == highest:
+        return {}
     return {
-        "hardest": ", ".join(shown[name] for name in ranked[:3]),
-        "easiest": ", ".join(shown[name] for name in ranked[:-4:-1]),
+        "hardest": show([name for name in ranked[:3] if percent[name] != highest]),
+        "easiest": show([name for name in ranked[:-4:-1] if percent[name] != lowest]),
     }

@@ -4,9 +4,11 @@ import contextlib
 import os
 import sys
 from collections.abc import Mapping
-from typing import IO
+from pathlib import Path
+from typing import IO, Any
 
-from rich.console import Console
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +22,9 @@ class Output(Console):
 
     As when `head` has ended, a terminal was closed, or the disk of a log is full.
     """
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        super().print(*objects, **{"crop": False, **options})  # a path that is too long is shown whole
 
     def _check_buffer(self) -> None:  # through which all goes that rich writes; it knows broken pipes alone
         try:
@@ -107,10 +112,35 @@ def forget_warnings() -> None:
     _warned.clear()
 
 
-def make_table(title: str, rows: dict[str, str]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left")
-    table.add_column()
-    table.add_column(overflow="fold")  # a path must be readable whole
-    for name, value in rows.items():
-        table.add_row(name, Text(readable(value)))  # never markup: a class may be called anything
-    return table
+def make_table(title: str, rows: Mapping[str, str | Path]) -> "RowTable":
+    """Rows of a title and a text or path each."""
+    return RowTable(title, rows)
+
+
+class RowTable:
+    """A table in which no path is broken, so that it can be copied: what does not fit follows in a line of its own."""
+
+    def __init__(self, title: str, rows: Mapping[str, str | Path]) -> None:
+        self.title = title
+        self.rows = {name: readable(str(value)) for name, value in rows.items()}
+        self.paths = {name for name, value in rows.items() if isinstance(value, Path)}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = options.max_width - max(map(cell_len, self.rows), default=0) - 7  # of borders and padding
+        below = {}
+        table = Table(show_header=False)
+        for name, value in self.rows.items():
+            words = [value] if name in self.paths else value.split()
+            if any(cell_len(word) > room for word in words):
+                below[name] = value
+            else:
+                table.add_row(name, Text(value))  # never markup: a class may be called anything
+        yield unfolded(self.title, "italic")
+        yield table
+        for name, value in below.items():
+            yield unfolded(f"{name}: {value}")
+
+
+def unfolded(text: str, style: str = "") -> Text:
+    """A line that is neither wrapped nor cut by an :class:`Output`, however narrow the terminal."""
+    return Text(readable(text), style=style, no_wrap=True, overflow="ignore")

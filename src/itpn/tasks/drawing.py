@@ -1,7 +1,7 @@
 """Visualizations: images beside one another with titles, and what a network predicts on top of an image."""
 
 import colorsys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
+from itpn.system.text import one_line
 from itpn.system.writing import open_whole
 
 HEADER, PADDING = 20, 4  # pixels
@@ -19,13 +20,18 @@ TILE = 448  # pixels: longest side of an image among others
 
 
 def tile_images(
-    images: Sequence[Image.Image], titles: Sequence[str] = (), per_row: int = 4, side: int | None = TILE
+    images: Sequence[Image.Image],
+    titles: Sequence[str] = (),
+    per_row: int = 4,
+    side: int | None = TILE,
+    captions: Sequence[str] = (),
 ) -> Image.Image:
     """Images of any size in rows.
 
     Args:
         titles: above the first of the images, or all of them.
         side: pixels of a side that larger images are reduced to; None for none.
+        captions: below the images, all of them or none.
     """
     tiles = [image.copy() for image in images]
     if side is not None:
@@ -34,17 +40,28 @@ def tile_images(
     width, height = max(tile.width for tile in tiles), max(tile.height for tile in tiles)
     columns = min(per_row, len(tiles))
     rows = [slice(first, first + columns) for first in range(0, len(tiles), columns)]
-    headers = sum(bool(titles[row]) for row in rows)
-    size = columns * (width + PADDING) + PADDING, len(rows) * (height + PADDING) + headers * HEADER + PADDING
+    lines = sum(bool(titles[row]) + bool(captions) for row in rows)
+    size = columns * (width + PADDING) + PADDING, len(rows) * (height + PADDING) + lines * HEADER + PADDING
     board, y = Image.new("RGB", size, "white"), 0
     for row in rows:
         if titles[row]:
-            _write_row(board, titles[row], width, top=y)
+            _write_row(board, titles[row], width, y, _cut_end)
             y += HEADER
         for column, tile in enumerate(tiles[row]):
             board.paste(tile, (PADDING + column * (width + PADDING), y + PADDING))
         y += height + PADDING
+        if captions:
+            _write_row(board, captions[row], width, y, _cut_middle)
+            y += HEADER
     return board
+
+
+def caption_files(names: Sequence[str]) -> list[str]:
+    """Captions of images that are read from files: their names, with the folder where two are called the same."""
+    captions = [Path(name).name for name in names]
+    if len({*captions}) < len(captions):
+        captions = ["/".join(Path(name).parts[-2:]) for name in names]
+    return [one_line(caption) for caption in captions]
 
 
 def show(image: Tensor, side: int = SMALL) -> Image.Image:
@@ -62,13 +79,26 @@ def find_scale(images: Tensor, side: int) -> int:
     return max(1, side // max(images.shape[-2:]))
 
 
-def _write_row(board: Image.Image, titles: Sequence[str], width: int, top: int) -> None:
-    """A title above each of a row of images, cut where it would run into the next."""
+def _write_row(board: Image.Image, texts: Sequence[str], width: int, top: int, cut: Callable[[str, int], str]) -> None:
+    """A text for each of a row of images, cut where it would run into the next.
+
+    Args:
+        cut: a text and a number of characters to the text with so many left out.
+    """
     draw, font = ImageDraw.Draw(board), ImageFont.load_default(size=13)
-    for column, title in enumerate(titles):
-        while title and draw.textlength(title, font=font) > width:
-            title = title[:-2] + "\u2026" if len(title) > 2 else ""
-        draw.text((PADDING + column * (width + PADDING), top + 4), title, fill="black", font=font)
+    for column, text in enumerate(texts):
+        shown = (text, *(cut(text, number) for number in range(1, len(text) + 1)))
+        fitting = next((one for one in shown if draw.textlength(one, font=font) <= width), "")
+        draw.text((PADDING + column * (width + PADDING), top + 4), fitting, fill="black", font=font)
+
+
+def _cut_end(text: str, number: int) -> str:
+    return f"{text[: len(text) - number]}\u2026"
+
+
+def _cut_middle(text: str, number: int) -> str:
+    kept = len(text) - number
+    return f"{text[: kept // 2]}\u2026{text[len(text) - (kept + 1) // 2 :]}"
 
 
 # --- objects

@@ -189,7 +189,8 @@ def check_difference(out: Path, difference: float) -> None:
 
 
 def print_exported(exported: Exported) -> None:
-    rows = {"file": f"{exported.path}, {exported.path.stat().st_size / 1e6:.1f} MB, {exported.form}"}
+    rows: dict[str, str | Path] = {"file": exported.path}
+    rows["form"] = f"{exported.form}, {exported.path.stat().st_size / 1e6:.1f} MB"
     rows |= {f"input {name}": shape for name, shape in exported.inputs.items()}
     rows |= {f"output {name}": shape for name, shape in exported.outputs.items()}
     sizes = ", ".join(f"{batch} of {height}x{width}" for batch, (height, width) in exported.checked)

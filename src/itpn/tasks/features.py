@@ -66,7 +66,8 @@ def join_sets(parts: Sequence[tuple[int, Features]]) -> tuple[Features, Features
 def write_features(
     model: nn.Module, normalize: Normalize, batches: Iterator[tuple[list[str], Tensor]], path: Path
 ) -> None:
-    """Write :func:`mean_features` of all images, a row each, and the images' names.
+    """Write :func:`mean_features` of all images, a row each, and the images' names; an .npy file takes those of the
+    last stage alone, and the names lie beside it.
 
     Raises:
         UserError: the file cannot be written.
@@ -77,19 +78,26 @@ def write_features(
         names += batch
         rows.append(mean_features(model, normalize(images)))
     columns = {name: torch.cat([row[name] for row in rows]).contiguous() for name in rows[0]}
+    levels, lines = [name for name in columns if name != "features"], []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".npy":
             with open_whole(path) as file:
                 np.save(file, columns["features"].numpy())
-            with open_whole_text(path.with_name(f"{path.name}.txt")) as text:
+            beside = path.with_name(f"{path.name}.txt")
+            with open_whole_text(beside) as text:
                 text.writelines(f"{one_line(name)}\n" for name in names)
+            columns = {"features": columns["features"]}
+            lines = [f"{beside}: the images' names, a line each"]
+            if levels:
+                lines.append(f"a .safetensors file would also hold {', '.join(levels)}")
         else:
             write_whole(path, save(columns, {"images": json.dumps(names)}))
     except OSError as error:
         raise refusal(f"--features {path} cannot be written", error) from error
     shapes = ", ".join(f"{name} {list(column.shape)}" for name, column in columns.items())
-    Output().print(f"{path}: {shapes}", markup=False, highlight=False, soft_wrap=True)
+    for line in (f"{path}: {shapes}", *lines):
+        Output().print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @torch.no_grad()

@@ -50,6 +50,21 @@ def describe_stages(backbone: Backbone, size: tuple[int, int]) -> Rows:
     return describe_maps("stage", [patches_to_map(stage, grid) for stage in stages], backbone)
 
 
+def describe_classifier(backbone: Backbone, classes: str) -> Rows:
+    """Of a backbone with a classifier, at the size of its images.
+
+    Args:
+        classes: what it tells apart, e.g. "a classifier of 10 classes".
+    """
+    size = (backbone.image_shape[1], backbone.image_shape[2])
+    return [
+        ("parameters", f"{count_parameters(backbone):.2f} M with {classes}"),
+        *describe_backbone(backbone, size),
+        ("", ""),
+        *describe_stages(backbone, size),
+    ]
+
+
 def describe_maps(name: str, maps: Any, network: Any) -> Rows:
     """The shapes of maps, finest first."""
     strides = [info["reduction"] for info in network.feature_info]

@@ -122,9 +122,12 @@ def _check_name(name: str) -> None:
             return
     known = timm.list_pretrained(f"{architecture}.*") if architecture in models else models + timm.list_pretrained()
     # names on the hub start with their owner: hf-hub:timm/NAME
-    nearest = difflib.get_close_matches(re.split("[:/]", name)[-1], known, n=3) or known[:3]
+    nearest = difflib.get_close_matches(re.split("[:/]", name)[-1], known, n=3)
+    if architecture in models:  # only its tag is unknown
+        nearest = nearest or known[:3]
+    near = f"near it are {', '.join(nearest)}; " if nearest else ""
     raise UserError(
-        f"timm has no model {name}; near it are {', '.join(nearest)}; `clip` reads any CLIP ViT from a file"
+        f"timm has no model {name}; {near}`ema` is the EMA of the network itself, `clip` reads any CLIP ViT from a file"
     )
 
 

@@ -5,7 +5,6 @@ import os
 import platform
 import resource
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -172,7 +171,6 @@ def quieten_libraries() -> None:
     for name in ("lightning.fabric", "lightning.pytorch.utilities.rank_zero"):  # what Fabric says goes to the second
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # of torch.compile: there is no GPU
-    warnings.filterwarnings("ignore", message=".*This DataLoader will create.*")  # as many as --data.num-workers
 
 
 def count_cores() -> int:

@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from itpn.system.console import make_table
+from itpn.system.console import make_table, unfolded
 
 NOT_HERE = "n/a: the trace has no GPU"
 
@@ -62,11 +62,12 @@ def advise(metrics: dict[str, Any]) -> list[str]:
 def draw_summary(metrics: dict[str, Any], advice: Sequence[str], folder: Path) -> Group:
     """The summary as tables."""
     step, gpu, syncs = metrics["step_ms"], metrics["gpu_ms"], metrics["host_syncs"]
-    slower = metrics["recorded_step_ms"] / step - 1
+    more = metrics["recorded_step_ms"] / step - 1
+    recorded = f"recorded steps took {abs(more):.0%} {'less' if more < 0 else 'more'} time"
     processes = f" on {metrics['processes']} processes" if metrics["processes"] > 1 else ""
     rows = {
         "speed": f"{metrics['images_per_second']:,.1f} images/s, {step:,.1f} ms a step of {metrics['batch']} images"
-        f"{processes} (mean of {metrics['steps']} without the profiler; recording: {slower:+.0%})",
+        f"{processes} (mean of {metrics['steps']} without the profiler; {recorded})",
         "device": f"{metrics['device']}, {metrics['precision']}, {'' if metrics['compiled'] else 'not '}compiled",
         **(
             {"idle": describe_idle(metrics), "host waits": describe_syncs(syncs)}
@@ -91,7 +92,7 @@ def draw_summary(metrics: dict[str, Any], advice: Sequence[str], folder: Path) -
         Padding(side_by_side, (1, 0)),
         longest,
         Padding(lines, (1, 0)),
-        Text(f"in {folder}: trace.json.gz, summary.txt, summary.json"),
+        unfolded(f"in {folder}: trace.json.gz, summary.txt, summary.json"),
         Text("the trace opens at https://ui.perfetto.dev or chrome://tracing"),
     )
 

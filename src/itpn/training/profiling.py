@@ -239,10 +239,10 @@ def write_trace(trace: torch.profiler.profile, path: Path) -> None:
 def report(console: Console, folder: Path, metrics: dict[str, Any]) -> None:
     """Print the summary, and write it as text and as JSON."""
     advice = advise(metrics)
-    shown = draw_summary(metrics, advice, folder)
     page = io.StringIO()
-    Console(file=page, width=100).print(shown)
+    # the folder by its name alone: it may be moved, and its path may be longer than a line
+    Console(file=page, width=100).print(draw_summary(metrics, advice, Path(folder.name)))
     lines = "".join(f"{line.rstrip()}\n" for line in page.getvalue().splitlines())
     write_whole(folder / "summary.txt", lines.encode())
     write_whole(folder / "summary.json", (json.dumps({**metrics, "advice": advice}, indent=2) + "\n").encode())
-    console.print(shown)
+    console.print(draw_summary(metrics, advice, folder))

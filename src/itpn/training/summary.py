@@ -25,7 +25,7 @@ def print_start(run: Training) -> None:
     total = f" = {length.global_batch}" if processes or passes else ""
     data = f" ({rows['data']})" if "data" in rows else ""
     size = f", {rows['size']}" if "size" in rows else ""
-    shown = {
+    shown: dict[str, str | Path] = {
         "model": f"{name}, {parameters:.2f} M parameters, patch size {config.model.patch_size}",
         **{title: row for title, row in rows.items() if title != "size"},
         "data": f"{images:,} images{data}{size}",
@@ -33,7 +33,7 @@ def print_start(run: Training) -> None:
         "steps": f"{length.total_steps:,} ({length.steps_per_epoch:,} an epoch)",
         "learning rate": f"{peak_lr(config.optimizer, length.global_batch):.3g} at its peak",
         "device": f"{device_name(run.device)}, {run.precision}",
-        "folder": str(run.folder.path),
+        "folder": run.folder.path,
     }
     run.console.print(make_table(f"{run.module.recipe} / {config.name}", shown))
 
@@ -112,16 +112,17 @@ def write_results(log: MetricsLog, written: dict[str, str]) -> dict[str, Any]:
 def print_summary(log: MetricsLog, summary: dict[str, Any], visualization: Path | None) -> None:
     """The table at the end of a run."""
     job, folder = log.run.job, log.run.folder
-    rows = {
-        "steps": f"{summary['steps']:,} ({summary['epochs']:.4g} epochs)",
+    epochs = f"{summary['epochs']:.4g}"
+    rows: dict[str, str | Path] = {
+        "steps": f"{summary['steps']:,} ({epochs} epoch{'' if epochs == '1' else 's'})",
         "loss": f"{summary['metrics'].get('loss', float('nan')):.4f}",
         **(job.evaluation.describe() if job.evaluation is not None else {}),
         "images": f"{summary['images_seen']:,} seen, {summary['images_skipped']} files skipped",
         "speed": f"{summary['images_per_second']:.1f} images/s, {summary['data_wait_fraction']:.1%} waiting for data",
         "peak memory": f"{summary['peak_memory_gb']:.2f} GB",
         "time": f"{summary['duration_seconds']:.0f} s",
-        "weights": str(folder.weights),
-        **({} if visualization is None else {"visualization": str(visualization)}),
-        "summary": str(folder.summary),
+        "weights": folder.weights,
+        **({} if visualization is None else {"visualization": visualization}),
+        "summary": folder.summary,
     }
     log.run.console.print(make_table("finished", rows))

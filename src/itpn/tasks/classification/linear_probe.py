@@ -76,7 +76,7 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
         rows = {"images": f"{fitted.images:,} to learn from, {len(data.val or ()):,} to evaluate on"}
         rows["weight decay"] = f"{fitted.weight_decay:g}, the best of {len(WEIGHT_DECAYS)} on a fifth of the images"
         rows |= {name: f"{value:.2%}" if "top" in name else f"{value:.4f}" for name, value in fitted.metrics.items()}
-        Output().print(make_table(f"{recipe} / {config.name}", {**rows, "weights": str(folder.weights)}))
+        Output().print(make_table(f"{recipe} / {config.name}", {**rows, "weights": folder.weights}))
         return folder.path
     finally:
         folder.close()

@@ -24,7 +24,7 @@ from itpn.tasks.finetuning.network import (
     resolve_network,
     scale_epochs,
 )
-from itpn.tasks.info import Rows, count_parameters, describe_backbone, describe_stages
+from itpn.tasks.info import Rows, describe_classifier
 from itpn.training.config import image_size
 
 CROP_PCT = 0.875  # of ImageNet since the first networks
@@ -139,10 +139,4 @@ def build_recipe(
 
 def describe(config: ClassificationConfig, found: Checkpoint | None) -> Rows:
     backbone = find_backbone(build_recipe(config, None, found)[0])
-    size = (backbone.image_shape[1], backbone.image_shape[2])
-    return [
-        ("parameters", f"{count_parameters(backbone):.2f} M with a classifier of {backbone.num_classes} classes"),
-        *describe_backbone(backbone, size),
-        ("", ""),
-        *describe_stages(backbone, size),
-    ]
+    return describe_classifier(backbone, f"a classifier of {backbone.num_classes} classes")

@@ -17,7 +17,7 @@ from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.evaluation import make_evaluation_transform
 from itpn.tasks.classification.module import ClassificationModule
 from itpn.tasks.data import RunData
-from itpn.tasks.drawing import show, tile_images
+from itpn.tasks.drawing import caption_files, show, tile_images
 from itpn.tasks.finetuning.network import name_classes
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_batches, read_preprocessing, save_image
 
@@ -27,7 +27,7 @@ SAMPLES = 16
 
 @torch.no_grad()
 def predict(model: Backbone, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
-    """Write the likeliest classes of images, and the images with the likeliest class above each.
+    """Write the likeliest classes of images, and the images between their likeliest class and the name of their file.
 
     Classes are numbers where the file has no names.
     """
@@ -46,7 +46,8 @@ def predict(model: Backbone, found: Checkpoint, source: ImageSource, options: Pr
                 [(name, rank, *pair) for rank, pair in enumerate(likeliest, 1)],
                 (label, f"{value:.1%}", ", ".join(f"{label} {value:.0%}" for label, value in likeliest[1:3])),
             )
-        save_image(tile_images([*map(show, images)], titles, side=None), options.out, number)
+        sheet = tile_images([*map(show, images)], titles, side=None, captions=caption_files(names))
+        save_image(sheet, options.out, number)
     written.write(options.out)
 
 

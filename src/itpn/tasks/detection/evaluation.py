@@ -66,11 +66,14 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
         counts = f"{scores.images:,} with {scores.objects:,} objects of {len(self.classes)} classes"
         rows = {"images": f"{counts}, {about['images_skipped']} skipped"}
         for kind, own in scores.metrics.items():
-            first, then = [
-                "  ".join(f"{name.upper().replace('_', ' ')} {_percent(own[name])}" for name in names)
-                for names in (list(own)[:6], list(own)[6:])
-            ]
-            rows |= {f"{kind}": first, f"{kind} recall": then}
+            shown = {name: _percent(value) for name, value in own.items()}
+            sizes = ("small", "medium", "large")
+            rows |= {
+                f"{kind} AP": f"{shown['ap']}, AP50 {shown['ap50']}, AP75 {shown['ap75']}",
+                f"{kind} AP by size": ", ".join(f"{size} {shown[f'ap_{size}']}" for size in sizes),
+                f"{kind} recall": ", ".join(f"AR{n} {shown[f'ar{n}']}" for n in (1, 10, 100)),
+                f"{kind} recall by size": ", ".join(f"{size} {shown[f'ar_{size}']}" for size in sizes),
+            }
         known = {name: v for name, v in zip(self.classes, scores.per_class["box"], strict=True) if not math.isnan(v)}
         return rows | rank_classes(known)
 
@@ -83,7 +86,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
                 if (value := metrics.get(f"{kind}_{name}")) is not None
             ]
             if shown:
-                rows[title] = f"{', '.join(shown)} of {len(self):,} images"
+                rows[title] = f"{', '.join(shown)} on {len(self):,} images"
         return rows
 
 

@@ -1,7 +1,7 @@
 """Original, masked and predicted images, or features as colours: of `itpn predict`, and while a run is trained."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,8 @@ from torchvision.transforms.v2.functional import resize
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
 from itpn.masked.masked_model import MaskedImageModel
-from itpn.tasks.drawing import show, tile_images
+from itpn.masked.targets import IMAGE_TARGETS
+from itpn.tasks.drawing import caption_files, show, tile_images
 from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing, save_image
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import PretrainingData, read_samples
@@ -30,8 +31,8 @@ def predict(model: MaskedImageModel, found: Checkpoint, source: ImageSource, opt
     network = replace(config.model, in_chans=model.backbone.in_chans)
     config = replace(config, seed=options.seed, model=network, data=replace(config.data, mean=mean, std=std))
     module = PretrainingModule(model, freeze(config), "predict")
-    for number, (_, images) in enumerate(read_batches(source, crop, options.max_pixels)):
-        save_image(draw_predictions(module, images), options.out, number)
+    for number, (names, images) in enumerate(read_batches(source, crop, options.max_pixels)):
+        save_image(draw_predictions(module, images, captions=caption_files(names)), options.out, number)
 
 
 def build_visualization(
@@ -42,18 +43,23 @@ def build_visualization(
     return lambda: draw_predictions(module, samples())
 
 
-def draw_predictions(module: PretrainingModule, images: Tensor, sets: int = 2) -> Image.Image:
-    """Rows of original, masked and predicted images, the latter with the visible patches kept; of features instead of
-    pixels, the teacher's (where there is one) and the prediction, three principal components as colours.
+def draw_predictions(
+    module: PretrainingModule, images: Tensor, sets: int = 2, captions: Sequence[str] = ()
+) -> Image.Image:
+    """Rows of original, masked and predicted images, the latter with the visible patches kept. A model that predicts no
+    pixels shows its first loss instead: target (where there is one) and prediction, three principal components as
+    colours.
 
     Args:
         images: uint8 [n, 3, H, W].
         sets: rows side by side.
+        captions: below the original images.
     """
     columns = mask_and_predict(module, images)
+    below = [text for caption in captions for text in (caption, *[""] * (len(columns) - 1))]
     tiles = [show(image) for row in zip(*columns.values(), strict=True) for image in row]
     titles = list(columns) * min(sets, len(images))
-    return tile_images(tiles, titles, per_row=len(titles), side=None)
+    return tile_images(tiles, titles, per_row=len(titles), side=None, captions=below)
 
 
 def mask_and_predict(module: PretrainingModule, images: Tensor) -> dict[str, Tensor]:
@@ -90,9 +96,13 @@ def _draw_features(
         _, _, axes = torch.pca_lowrank((flat - mean).cpu(), q=min(6, *flat.shape), center=False)
     axes = F.pad(axes[:, :3], (0, max(0, 3 - axes.shape[1]))).to(x.device)  # a single patch has one
     spread = (2 * ((flat - mean) @ axes).std(dim=0)).clamp(min=1e-6)  # two std span a colour's range
-    columns = {"predicted features": prediction}
-    if output.target is not None:
-        columns = {"teacher's features": target, **columns}
+    # which loss they are of: the first, whose error is there if its target is
+    name = next(iter(output.losses)) if output.target is not None else ""
+    titles = (f"target {name}", f"predicted {name}")
+    if name not in IMAGE_TARGETS:
+        titles = ("teacher's features", "predicted features")
+    columns = {titles[0]: target} if output.target is not None else {}
+    columns[titles[1]] = prediction
 
     def paint(features: Tensor) -> Tensor:
         colours = (((features - mean) @ axes) / spread * 0.5 + 0.5).clamp(0, 1) * 255  # [n, N, 3]

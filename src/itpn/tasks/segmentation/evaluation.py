@@ -70,7 +70,8 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
             "images": f"{scores.images:,} with {pixels:,} labelled pixels, {about['images_skipped']} skipped; of "
             f"{about['data']}",
             "mIoU": metrics["miou"],
-            "accuracy": f"{metrics['pixel_accuracy']} of the pixels, {metrics['mean_accuracy']} of the mean class's",
+            "pixel accuracy": metrics["pixel_accuracy"],
+            "mean class accuracy": metrics["mean_accuracy"],
         }
         known = {name: v for name, v in zip(self.classes, scores.iou.tolist(), strict=True) if v == v}
         return rows | rank_classes(known)
@@ -79,8 +80,8 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
         miou, mean, pixels = (metrics[name] for name in self.names)
         if miou is None or mean is None or pixels is None:
             return {}
-        shown = f"mIoU {100 * miou:.1f}, accuracy {100 * pixels:.1f}, of classes {100 * mean:.1f}"
-        return {"pixels": f"{shown} of {len(self):,} images"}
+        accuracy = f"pixel accuracy {100 * pixels:.1f} %, mean class accuracy {100 * mean:.1f} %"
+        return {"mIoU": f"{100 * miou:.1f} %, {accuracy}, on {len(self):,} images"}
 
 
 def build_evaluator(config: SegmentationConfig, data: RunData) -> SegmentationEvaluator:
