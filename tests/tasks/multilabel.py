@@ -157,28 +157,30 @@ class MultiLabelHead(Head):
         return f"a multi-label classifier of {spec.options['num_classes']} classes"
 
 
-def resolve(config: MultiLabelConfig, found: Any, data: RunData | None = None) -> tuple[MultiLabelConfig, list[str]]:
-    return resolve_network(config, found), []
+def resolve(
+    config: MultiLabelConfig, checkpoint: Any, data: RunData | None = None
+) -> tuple[MultiLabelConfig, list[str]]:
+    return resolve_network(config, checkpoint), []
 
 
-def build_model(config: MultiLabelConfig, data: RunData, found: Any) -> tuple[nn.Module, list[str]]:
-    return build_with(config, data.train.classes, found)
+def build_model(config: MultiLabelConfig, data: RunData, checkpoint: Any) -> tuple[nn.Module, list[str]]:
+    return build_with(config, data.train.classes, checkpoint)
 
 
-def build_with(config: MultiLabelConfig, classes: tuple[str, ...], found: Any) -> tuple[nn.Module, list[str]]:
+def build_with(config: MultiLabelConfig, classes: tuple[str, ...], checkpoint: Any) -> tuple[nn.Module, list[str]]:
     size = (config.data.img_size,) * 2
-    contents = find_network(config.model, found, size)
+    contents = find_network(config.model, checkpoint, size)
     theirs = contents.heads.get(config.task)
-    kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"])
+    kept, notes = keep_predictor(checkpoint, classes, None if theirs is None else theirs["num_classes"])
     backbone = {**contents.backbone, "img_size": size, **backbone_options(config.model)}
     spec = NetworkSpec(backbone, head=config.task, options={"num_classes": len(classes)})
-    network, more = build_network(spec, config.model, contents, found, () if kept else MultiLabelHead.classes)
+    network, more = build_network(spec, config.model, contents, checkpoint, () if kept else MultiLabelHead.classes)
     return network, notes + more
 
 
-def build_recipe(config: MultiLabelConfig, num_classes: int | None = None, found: Any = None) -> Any:
-    config, _ = resolve(config, found)
-    return build_with(config, name_classes(found, num_classes or 2), found)
+def build_recipe(config: MultiLabelConfig, num_classes: int | None = None, checkpoint: Any = None) -> Any:
+    config, _ = resolve(config, checkpoint)
+    return build_with(config, name_classes(checkpoint, num_classes or 2), checkpoint)
 
 
 class MultiLabelModule(FineTuningModule):
@@ -254,10 +256,10 @@ def build_evaluator(config: MultiLabelConfig, data: RunData) -> MultiLabelEvalua
 
 
 def resolve_evaluation(config: MultiLabelConfig, request: EvaluationRequest) -> Any:
-    found = request.checkpoint
-    size = found.preprocessing["size"][0]
+    checkpoint = request.checkpoint
+    size = checkpoint.preprocessing["size"][0]
     model = replace(config.model, name=None, patch_size=None)
-    return resolve(replace(config, model=model, data=replace(config.data, img_size=size)), found)[0], {}
+    return resolve(replace(config, model=model, data=replace(config.data, img_size=size)), checkpoint)[0], {}
 
 
 def find_evaluation_data(config: MultiLabelConfig, model: nn.Module, request: EvaluationRequest) -> Any:
@@ -266,19 +268,19 @@ def find_evaluation_data(config: MultiLabelConfig, model: nn.Module, request: Ev
 
 
 @torch.no_grad()
-def predict(model: nn.Module, found: Any, source: Any, options: Any) -> None:
-    crop, normalize = read_preprocessing(found, model)
+def predict(model: nn.Module, checkpoint: Any, source: Any, options: Any) -> None:
+    crop, normalize = read_preprocessing(checkpoint, model)
     lines = ["image,classes"]
     for names, images in read_batches(source, crop, options.max_pixels):
         for name, row in zip(names, model(normalize(images)).sigmoid(), strict=True):
-            own = [label for label, value in zip(found.metadata["classes"], row, strict=True) if value > 0.5]
+            own = [label for label, value in zip(checkpoint.metadata["classes"], row, strict=True) if value > 0.5]
             lines.append(f"{Path(name).name},{' '.join(own)}")
     write_whole(options.out / "predictions.csv", ("\n".join(lines) + "\n").encode())
     print(options.out / "predictions.csv")
 
 
-def describe(config: MultiLabelConfig, found: Any) -> list[tuple[str, str]]:
-    backbone = find_backbone(build_recipe(config, None, found)[0])
+def describe(config: MultiLabelConfig, checkpoint: Any) -> list[tuple[str, str]]:
+    backbone = find_backbone(build_recipe(config, None, checkpoint)[0])
     return describe_classifier(backbone, f"{backbone.num_classes} classes that may occur together")
 
 

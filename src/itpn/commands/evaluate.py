@@ -77,13 +77,13 @@ class Evaluate(RecipeCommand):
 
         assert task.resolve_evaluation is not None
         assert task.find_evaluation_data is not None
-        found = read_checkpoint(self.checkpoint)
-        check_finite(found)
-        self._check_head(task, found.contents.heads)
-        request = EvaluationRequest(found, given, self.knn)
+        checkpoint = read_checkpoint(self.checkpoint)
+        check_finite(checkpoint)
+        self._check_head(task, checkpoint.contents.heads)
+        request = EvaluationRequest(checkpoint, given, self.knn)
         config, arguments = task.resolve_evaluation(config, request)
         config = freeze(config)
-        model, notes = load_found(found, "backbone" if self.knn else task.name, **arguments)
+        model, notes = load_found(checkpoint, "backbone" if self.knn else task.name, **arguments)
         evaluator, which = task.find_evaluation_data(config, model, request)
         out = self.out or find_folder(self.checkpoint, self.knn)
         quieten_libraries()

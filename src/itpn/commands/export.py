@@ -48,18 +48,22 @@ class Export:
         from itpn.tasks.export import check_out, export, print_exported
 
         check_out(self.out)
-        found = read_checkpoint(self.checkpoint)
-        name = choose("pyramid" if self.levels else self.task, found.contents.names, HEADLESS, self.checkpoint)
+        checkpoint = read_checkpoint(self.checkpoint)
+        name = choose("pyramid" if self.levels else self.task, checkpoint.contents.names, HEADLESS, self.checkpoint)
         overrides: dict[str, Any] = {"levels": self.levels, "num_heads": self.num_heads}
-        model, notes = load_found(found, name, **{key: value for key, value in overrides.items() if value is not None})
+        model, notes = load_found(
+            checkpoint, name, **{key: value for key, value in overrides.items() if value is not None}
+        )
         for note in notes:
             print_note(note)
         metadata = {"source": Path(self.checkpoint).name, "task": name}
-        metadata |= {n: json.dumps(found.metadata[n]) for n in ("preprocessing", "classes") if n in found.metadata}
+        metadata |= {
+            n: json.dumps(checkpoint.metadata[n]) for n in ("preprocessing", "classes") if n in checkpoint.metadata
+        }
         size = (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
         write = export if name in HEADLESS else find_task(name).export
         assert write is not None
-        print_exported(write(model, found, self.out, size, self.dynamic_size, metadata))
+        print_exported(write(model, checkpoint, self.out, size, self.dynamic_size, metadata))
 
 
 def choose(wanted: str | None, names: Sequence[str], headless: Collection[str], source: str) -> str:

@@ -57,17 +57,17 @@ class Predict:
         from itpn.tasks.features import write_features
         from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing
 
-        found = read_checkpoint(self.checkpoint)
-        check_finite(found)
+        checkpoint = read_checkpoint(self.checkpoint)
+        check_finite(checkpoint)
         for note in [*source.notes, *(check_shards(source.shards, source.members) if source.shards else ())]:
             print_note(note)
-        model, notes = load_found(found)
+        model, notes = load_found(checkpoint)
         for note in notes:
             print_note(note)
-        limit = self.max_pixels or found.settings.get("data", {}).get("max_pixels") or MAX_PIXELS
+        limit = self.max_pixels or checkpoint.settings.get("data", {}).get("max_pixels") or MAX_PIXELS
         options = self._given()
         if self.features is not None:
-            crop, normalize = read_preprocessing(found, model)
+            crop, normalize = read_preprocessing(checkpoint, model)
             write_features(model, normalize, read_batches(source, crop, limit), self.features)
             return
         head = spec_of(model).head
@@ -82,7 +82,7 @@ class Predict:
         out = self.out or find_new_folder("predictions")
         make_folder(out)
         with writing_to(out):
-            task.predict(model, found, source, PredictionOptions(out, limit, **options))
+            task.predict(model, checkpoint, source, PredictionOptions(out, limit, **options))
 
     def _given(self) -> dict[str, Any]:
         """Options that not every task goes by, where they were given."""

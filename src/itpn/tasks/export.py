@@ -91,7 +91,12 @@ def check_out(out: Path) -> None:
 
 
 def export(
-    model: nn.Module, found: Checkpoint, out: Path, size: Size | None, dynamic_size: bool, metadata: Mapping[str, str]
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    out: Path,
+    size: Size | None,
+    dynamic_size: bool,
+    metadata: Mapping[str, str],
 ) -> Exported:
     """Write a backbone, pyramid or classifier, by default for images of the size of its position table."""
     height, width = size or find_backbone(model).image_shape[1:]

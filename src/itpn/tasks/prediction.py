@@ -53,15 +53,15 @@ class PredictionOptions:
     min_score: float = 0.5
 
 
-def read_preprocessing(found: Checkpoint, model: nn.Module) -> tuple[Crop, Normalize]:
+def read_preprocessing(checkpoint: Checkpoint, model: nn.Module) -> tuple[Crop, Normalize]:
     """How images are cropped and normalized: as the file says, or the largest centre crop and ImageNet's mean and std.
 
     Raises:
         UserError: the network takes other images than those of one or three channels.
     """
-    own, (channels, height, width) = found.preprocessing, find_backbone(model).image_shape
+    own, (channels, height, width) = checkpoint.preprocessing, find_backbone(model).image_shape
     if channels not in (1, 3):
-        raise UserError(f"checkpoint {found.source} is of images with {channels} channels, not of photographs")
+        raise UserError(f"checkpoint {checkpoint.source} is of images with {channels} channels, not of photographs")
     usual = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     mean, std = (values if channels == 3 else (sum(values) / 3,) for values in usual)
     normalize = Normalize(channels, tuple(own.get("mean", mean)), tuple(own.get("std", std)))

@@ -59,15 +59,15 @@ def compose(
     start: Any = config.model.checkpoint
     if begun and start is not None:  # its own checkpoint knows all that it took from the start weights
         start, _ = folder.newest_checkpoint(main=False)
-    found = None if start is None else read_checkpoint(start)
+    checkpoint = None if start is None else read_checkpoint(start)
     data = spec.find_data(config) if found_early is None else spec.find_data(config, found_early)
-    config, notes = spec.resolve(config, found, data)
+    config, notes = spec.resolve(config, checkpoint, data)
     config = freeze(profiling.without_learning(config) if profile else config)
     folder.check_same_run(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, more = spec.build_model(config, data, found)
+    model, more = spec.build_model(config, data, checkpoint)
     if not begun:
-        notes = [*data.notes, *notes, *start_notes(found), *more]
+        notes = [*data.notes, *notes, *start_notes(checkpoint), *more]
     return make_job(spec, config, folder.recipe, data, model), list(notes)
 
 

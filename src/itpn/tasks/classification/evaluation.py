@@ -148,23 +148,26 @@ def resolve_evaluation(
     Returns:
         The settings, and arguments of the network that differ from the checkpoint's.
     """
-    found, given = request.checkpoint, request.given
-    contents = found.contents
-    preprocessing = found.preprocessing
+    checkpoint, given = request.checkpoint, request.given
+    contents = checkpoint.contents
+    preprocessing = checkpoint.preprocessing
     stored = {name for name in ("mean", "std", "crop_pct", "interpolation") if name in preprocessing} - {*given}
     values: dict[str, Any] = {name: preprocessing[name] if name == "interpolation" else None for name in stored}
     data = replace(config.data, img_size=None, **values)
     in_chans = contents.backbone.get("in_chans", 3)
     model = replace(config.model, name=None, patch_size=None, in_chans=in_chans)
     seed = config.seed
-    if trained_on(config, found) and "val_fraction" not in given:
-        data, seed = replace(data, val_fraction=found.settings["data"]["val_fraction"]), found.settings["seed"]
-    return resolve(replace(config, model=model, data=data, seed=seed), found)[0], given_heads(model)
+    if trained_on(config, checkpoint) and "val_fraction" not in given:
+        data, seed = (
+            replace(data, val_fraction=checkpoint.settings["data"]["val_fraction"]),
+            checkpoint.settings["seed"],
+        )
+    return resolve(replace(config, model=model, data=data, seed=seed), checkpoint)[0], given_heads(model)
 
 
-def trained_on(config: ClassificationConfig, found: Checkpoint) -> bool:
+def trained_on(config: ClassificationConfig, checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint was trained on the folders that the settings name."""
-    return real_paths(*found.settings.get("data", {}).get("root", ())) == real_paths(*config.data.root)
+    return real_paths(*checkpoint.settings.get("data", {}).get("root", ())) == real_paths(*config.data.root)
 
 
 def find_evaluation_data(config: ClassificationConfig, model: Backbone, request: EvaluationRequest) -> tuple[Any, str]:
@@ -173,7 +176,7 @@ def find_evaluation_data(config: ClassificationConfig, model: Backbone, request:
     Raises:
         UserError: no images, or classes that the model does not know.
     """
-    data, found = config.data, request.checkpoint
+    data, checkpoint = config.data, request.checkpoint
     which = f"of {', '.join(data.val_root or data.root)}"
     own = read_split(data.val_root or data.root, "val", optional=data.val_root is None, members=data.members)
     if request.knn:
@@ -186,11 +189,11 @@ def find_evaluation_data(config: ClassificationConfig, model: Backbone, request:
         own = read_split(data.root, "train", members=data.members)
         assert own is not None  # which is not optional
         # a folder of classes alone: a test set, unless the network was trained on it
-        if trained_on(config, found) or "val_fraction" in request.given:
+        if trained_on(config, checkpoint) or "val_fraction" in request.given:
             _, held_out = find_labelled(data.root, None, data.val_fraction, config.seed, data.members)
             if held_out is not None:
                 own, which = held_out, f"{data.val_fraction:.0%} held out {which}"
-    names = found.metadata.get("classes")
+    names = checkpoint.metadata.get("classes")
     if names is not None and set(names) == set(own.classes) and list(names) != list(own.classes):
         print_note("the classes of the images come in another order than the model's: they are matched by name")
     evaluator = ClassificationEvaluator(config, match_classes(own, names, model.num_classes))

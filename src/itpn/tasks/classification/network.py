@@ -66,20 +66,22 @@ class ClassifierHead(ClassesHead):
 
 
 def resolve(
-    config: ClassificationConfig, found: Checkpoint | None, data: RunData | None = None
+    config: ClassificationConfig, checkpoint: Checkpoint | None, data: RunData | None = None
 ) -> tuple[ClassificationConfig, Sequence[str]]:
     """Settings with what they leave to the checkpoint (network, sizes, mean and std) and to the number of images.
 
     Raises:
         UserError: the checkpoint is of another network than the settings name, or images do not fit its patches.
     """
-    config = resolve_network(config, found, config.model.in_chans)
+    config = resolve_network(config, checkpoint, config.model.in_chans)
     own = config.data
     if own.img_size is None:
-        size: Any = 224 if found is None else find_network(config.model, found, (224, 224)).backbone["img_size"]
+        size: Any = (
+            224 if checkpoint is None else find_network(config.model, checkpoint, (224, 224)).backbone["img_size"]
+        )
         height, width = size if isinstance(size, list | tuple) else (size, size)
         own = replace(own, img_size=height if height == width else (height, width))
-    stored = {} if found is None else found.preprocessing
+    stored = {} if checkpoint is None else checkpoint.preprocessing
     config = replace(config, data=replace(own, crop_pct=own.crop_pct or stored.get("crop_pct", CROP_PCT)))
     config.check_sizes()
     if data is None:
@@ -88,12 +90,14 @@ def resolve(
     return scale_epochs(config, len(data.train)), ()
 
 
-def build_model(config: ClassificationConfig, data: RunData, found: Checkpoint | None) -> tuple[Backbone, list[str]]:
-    return build_classifier(config, data.train.classes, found)
+def build_model(
+    config: ClassificationConfig, data: RunData, checkpoint: Checkpoint | None
+) -> tuple[Backbone, list[str]]:
+    return build_classifier(config, data.train.classes, checkpoint)
 
 
 def build_classifier(
-    config: ClassificationConfig, classes: tuple[str, ...], found: Checkpoint | None
+    config: ClassificationConfig, classes: tuple[str, ...], checkpoint: Checkpoint | None
 ) -> tuple[Backbone, list[str]]:
     """Build a classifier, with a checkpoint's weights where there is one; its classifier if it has the same classes.
 
@@ -107,36 +111,38 @@ def build_classifier(
         UserError: the weights do not fit.
     """
     model = config.model
-    contents = find_network(model, found, image_size(config.data))
+    contents = find_network(model, checkpoint, image_size(config.data))
     theirs = contents.heads.get(config.task)
-    kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"])
+    kept, notes = keep_predictor(checkpoint, classes, None if theirs is None else theirs["num_classes"])
     options = {"num_classes": len(classes), "fc_norm": theirs.get("fc_norm", True) if kept and theirs else True}
     arguments = {"img_size": image_size(config.data), "in_chans": model.in_chans, "drop_rate": model.drop_rate}
     for name in ("migrate_ratio", "gather_window"):
         if getattr(model, name) is not None:
             arguments[name] = getattr(model, name)
     arguments |= backbone_options(model)
-    if found is not None and {**contents.backbone, **arguments}.get("rel_pos_bias"):
+    if checkpoint is not None and {**contents.backbone, **arguments}.get("rel_pos_bias"):
         arguments["rel_pos_size"] = None  # the tables follow the images
     spec = NetworkSpec({**contents.backbone, **arguments}, head=config.task, options=options)
-    network, more = build_network(spec, model, contents, found, () if kept else ClassifierHead.classes)
+    network, more = build_network(spec, model, contents, checkpoint, () if kept else ClassifierHead.classes)
     assert isinstance(network, Backbone)
     return network, notes + more
 
 
 def build_recipe(
-    config: ClassificationConfig, num_classes: int | None = None, found: Checkpoint | None = None
+    config: ClassificationConfig, num_classes: int | None = None, checkpoint: Checkpoint | None = None
 ) -> tuple[nn.Module, list[str]]:
     """The network of a recipe, with classes that have no names but those of the checkpoint.
 
     Args:
         num_classes: None for the checkpoint's own, or ImageNet's 1000.
     """
-    config, _ = resolve(config, found)
-    theirs = find_network(config.model, found, image_size(config.data)).heads.get(config.task) or {"num_classes": 1000}
-    return build_classifier(config, name_classes(found, num_classes or theirs["num_classes"]), found)
+    config, _ = resolve(config, checkpoint)
+    theirs = find_network(config.model, checkpoint, image_size(config.data)).heads.get(config.task) or {
+        "num_classes": 1000
+    }
+    return build_classifier(config, name_classes(checkpoint, num_classes or theirs["num_classes"]), checkpoint)
 
 
-def describe(config: ClassificationConfig, found: Checkpoint | None) -> Rows:
-    backbone = find_backbone(build_recipe(config, None, found)[0])
+def describe(config: ClassificationConfig, checkpoint: Checkpoint | None) -> Rows:
+    backbone = find_backbone(build_recipe(config, None, checkpoint)[0])
     return describe_classifier(backbone, f"a classifier of {backbone.num_classes} classes")

@@ -26,13 +26,13 @@ SAMPLES = 16
 
 
 @torch.no_grad()
-def predict(model: Backbone, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
+def predict(model: Backbone, checkpoint: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
     """Write the likeliest classes of images, and the images between their likeliest class and the name of their file.
 
     Classes are numbers where the file has no names.
     """
-    crop, normalize = read_preprocessing(found, model)
-    classes = name_classes(found, model.num_classes)
+    crop, normalize = read_preprocessing(checkpoint, model)
+    classes = name_classes(checkpoint, model.num_classes)
     written = Predictions(("class", "probability", "then"), ("image", "rank", "class", "probability"))
     for number, (names, images) in enumerate(read_batches(source, crop, options.max_pixels)):
         top = model(normalize(images)).softmax(dim=-1).topk(min(TOP, model.num_classes))

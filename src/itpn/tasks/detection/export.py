@@ -15,7 +15,12 @@ from itpn.tasks.export import Exported, Size, check_difference, check_out, compa
 
 
 def export(
-    model: Detector, found: Checkpoint, out: Path, size: Size | None, dynamic_size: bool, metadata: Mapping[str, str]
+    model: Detector,
+    checkpoint: Checkpoint,
+    out: Path,
+    size: Size | None,
+    dynamic_size: bool,
+    metadata: Mapping[str, str],
 ) -> Exported:
     """Write a detector for images of one size, by default its short side both ways."""
     if dynamic_size:

@@ -89,18 +89,20 @@ class DetectorHead(ClassesHead):
 
 
 def resolve(
-    config: DetectionConfig, found: Checkpoint | None, data: DetectionData
+    config: DetectionConfig, checkpoint: Checkpoint | None, data: DetectionData
 ) -> tuple[DetectionConfig, Sequence[str]]:
-    config, notes = resolve_with_head(config, found)
+    config, notes = resolve_with_head(config, checkpoint)
     return scale_epochs(config, len(data.train)), notes
 
 
-def build_model(config: DetectionConfig, data: DetectionData, found: Checkpoint | None) -> tuple[Detector, list[str]]:
-    return build_detector(config, data.train.classes, data.masks, found)
+def build_model(
+    config: DetectionConfig, data: DetectionData, checkpoint: Checkpoint | None
+) -> tuple[Detector, list[str]]:
+    return build_detector(config, data.train.classes, data.masks, checkpoint)
 
 
 def build_detector(
-    config: DetectionConfig, classes: tuple[str, ...], masks: bool, found: Checkpoint | None
+    config: DetectionConfig, classes: tuple[str, ...], masks: bool, checkpoint: Checkpoint | None
 ) -> tuple[Detector, list[str]]:
     """Build a detector, with a checkpoint's weights where there is one.
 
@@ -128,7 +130,7 @@ def build_detector(
         "rpn_post_nms_top_n_test": max(1, model.rpn_post_nms_top_n_train // 2),
         "box_batch_size_per_image": model.box_batch_size_per_image,
     }
-    contents = find_square_network(config, found)
+    contents = find_square_network(config, checkpoint)
     theirs = contents.heads.get(config.task)
     width = (contents.pyramid or PYRAMIDS.get(model.name or "", PUBLISHED_PYRAMID))["width"]
     if model.neck == "fpn":
@@ -137,29 +139,29 @@ def build_detector(
     if model.neck == "fpn":
         spec = replace(spec, pyramid=None)
     spec = spec.with_backbone(**backbone_options(model))
-    kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"] - 1)
+    kept, notes = keep_predictor(checkpoint, classes, None if theirs is None else theirs["num_classes"] - 1)
     unwanted = (*(() if kept else DetectorHead.classes), "fpn." if model.neck == "pyramid" else "pyramid.")
-    network, more = build_network(spec, model, contents, found, unwanted)
+    network, more = build_network(spec, model, contents, checkpoint, unwanted)
     assert isinstance(network, Detector)
     return network, notes + more
 
 
 def build_recipe(
-    config: DetectionConfig, num_classes: int | None = None, found: Checkpoint | None = None
+    config: DetectionConfig, num_classes: int | None = None, checkpoint: Checkpoint | None = None
 ) -> tuple[nn.Module, list[str]]:
     """The network of a recipe, with classes that have no names but those of the checkpoint.
 
     Args:
         num_classes: None for the checkpoint's own, or COCO's 80.
     """
-    config, _ = resolve_with_head(config, found)
-    theirs = find_square_network(config, found).heads.get(config.task) or {"num_classes": 81, "masks": True}
+    config, _ = resolve_with_head(config, checkpoint)
+    theirs = find_square_network(config, checkpoint).heads.get(config.task) or {"num_classes": 81, "masks": True}
     masks = theirs["masks"] if config.model.masks is None else config.model.masks
-    return build_detector(config, name_classes(found, num_classes or theirs["num_classes"] - 1), masks, found)
+    return build_detector(config, name_classes(checkpoint, num_classes or theirs["num_classes"] - 1), masks, checkpoint)
 
 
-def describe(config: DetectionConfig, found: Checkpoint | None) -> Rows:
-    model = build_recipe(config, None, found)[0]
+def describe(config: DetectionConfig, checkpoint: Checkpoint | None) -> Rows:
+    model = build_recipe(config, None, checkpoint)[0]
     assert isinstance(model, Detector)
     step = model.transform.size_divisible  # as torchvision pads an image whose sides are 3:5
     height, width = (-(-side // step) * step for side in (model.transform.min_size[-1], model.transform.max_size))

@@ -26,9 +26,9 @@ from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
 SAMPLES, MIN_SCORE = 8, 0.3  # images of a visualization, score of the boxes in them
 
 
-def predict(model: Detector, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
+def predict(model: Detector, checkpoint: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
     """Write the objects in images, see :func:`predict_objects`."""
-    names = found.metadata.get("classes") or [str(number) for number in range(1, model.num_classes)]
+    names = checkpoint.metadata.get("classes") or [str(number) for number in range(1, model.num_classes)]
     predict_objects(model, read_images(source, options.max_pixels), names, options.out, options.min_score)
 
 

@@ -37,7 +37,7 @@ class ClassesHead(Head):
         return super().override(options, arguments)
 
 
-def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int = 3) -> AnyConfig:
+def resolve_network(config: AnyConfig, checkpoint: Checkpoint | None, channels: int = 3) -> AnyConfig:
     """Settings with the checkpoint's network, patch size, mean and std, where they leave them open.
 
     Args:
@@ -49,20 +49,20 @@ def resolve_network(config: AnyConfig, found: Checkpoint | None, channels: int =
     model, data = config.model, config.data
     preprocessing: dict[str, Any] = {}
     name, patch_size = model.name, model.patch_size
-    if found is not None:
-        own = found.contents.with_num_heads(model.num_heads).backbone
+    if checkpoint is not None:
+        own = checkpoint.contents.with_num_heads(model.num_heads).backbone
         variant = find_variant(own)
         if name is not None and not same_sizes(BACKBONES.get(name, {}), own):
             sizes = f"{own['embed_dim']} channels and {'+'.join(map(str, own['depths']))} blocks"
             hint = f": give --model.name {variant}" if variant else ", which no model of `itpn list` has: leave it out"
-            raise UserError(f"checkpoint {found.source} holds a network of {sizes}, not {name}{hint}")
+            raise UserError(f"checkpoint {checkpoint.source} holds a network of {sizes}, not {name}{hint}")
         if patch_size not in (None, own["patch_size"]):
             raise UserError(
-                f"checkpoint {found.source} has patches of {own['patch_size']} px, not {patch_size}: leave out "
+                f"checkpoint {checkpoint.source} has patches of {own['patch_size']} px, not {patch_size}: leave out "
                 "--model.patch-size"
             )
         name, patch_size = name or variant, own["patch_size"]
-        preprocessing = found.preprocessing
+        preprocessing = checkpoint.preprocessing
     elif name is None:
         raise UserError(NO_NETWORK)
     else:
@@ -92,24 +92,24 @@ def scale_epochs(config: AnyConfig, images: int, processes: int | None = None) -
     return replace(config, trainer=replace(config.trainer, max_epochs=epochs))
 
 
-def find_network(model: NetworkConfig, found: Checkpoint | None, img_size: tuple[int, int]) -> Contents:
+def find_network(model: NetworkConfig, checkpoint: Checkpoint | None, img_size: tuple[int, int]) -> Contents:
     """The checkpoint's networks, or the model that the settings name, for images of a size in pixels."""
-    if found is not None:
-        return found.contents.with_num_heads(model.num_heads)
+    if checkpoint is not None:
+        return checkpoint.contents.with_num_heads(model.num_heads)
     assert model.name is not None
     assert model.patch_size is not None
     own = {**BACKBONES[model.name], "img_size": img_size, "patch_size": model.patch_size}
     return Contents({**own, "init_values": model.init_values}, None)
 
 
-def find_square_network(config: Any, found: Checkpoint | None) -> Contents:
+def find_square_network(config: Any, checkpoint: Checkpoint | None) -> Contents:
     """As :func:`find_network`, for square images of about the size of the settings, in whole patches."""
     patch = config.model.patch_size or 16
     side = max(1, round(config.data.img_size / patch)) * patch
-    return find_network(config.model, found, (side, side))
+    return find_network(config.model, checkpoint, (side, side))
 
 
-def resolve_with_head(config: AnyConfig, found: Checkpoint | None) -> tuple[AnyConfig, list[str]]:
+def resolve_with_head(config: AnyConfig, checkpoint: Checkpoint | None) -> tuple[AnyConfig, list[str]]:
     """As :func:`resolve_network`, with the width of the checkpoint's head where it has one.
 
     Returns:
@@ -118,11 +118,15 @@ def resolve_with_head(config: AnyConfig, found: Checkpoint | None) -> tuple[AnyC
     Raises:
         UserError: the checkpoint is of another network than the settings name.
     """
-    config = resolve_network(config, found)
+    config = resolve_network(config, checkpoint)
     wanted = config.model.head_width
-    theirs = find_square_network(config, found).heads.get(config.task) or {}
+    theirs = find_square_network(config, checkpoint).heads.get(config.task) or {}
     width = theirs.get("head_width", wanted)
-    notes = [] if found is None or wanted in (None, width) else [f"the head has {width} channels, as in {found.source}"]
+    notes = (
+        []
+        if checkpoint is None or wanted in (None, width)
+        else [f"the head has {width} channels, as in {checkpoint.source}"]
+    )
     return replace(config, model=replace(config.model, head_width=width)), notes
 
 
@@ -138,7 +142,11 @@ def backbone_options(model: NetworkConfig) -> dict[str, Any]:
 
 
 def build_network(
-    spec: NetworkSpec, model: NetworkConfig, contents: Contents, found: Checkpoint | None, unwanted: tuple[str, ...]
+    spec: NetworkSpec,
+    model: NetworkConfig,
+    contents: Contents,
+    checkpoint: Checkpoint | None,
+    unwanted: tuple[str, ...],
 ) -> tuple[nn.Module, list[str]]:
     """Build a network, with a checkpoint's weights where there is one.
 
@@ -154,15 +162,15 @@ def build_network(
     """
     network: Any = build_checked(spec)
     network.set_grad_checkpointing(model.grad_checkpointing)
-    if found is None:
+    if checkpoint is None:
         return network, []
     # relative positions that the file has not begin at zero
     new_tables = bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
-    tensors = {name: tensor for name, tensor in found.tensors.items() if not name.startswith(unwanted)}
-    return network, _start_from(network, found, tensors, new_tables)
+    tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(unwanted)}
+    return network, _start_from(network, checkpoint, tensors, new_tables)
 
 
-def _start_from(network: nn.Module, found: Checkpoint, tensors: dict[str, Tensor], new_tables: bool) -> list[str]:
+def _start_from(network: nn.Module, checkpoint: Checkpoint, tensors: dict[str, Tensor], new_tables: bool) -> list[str]:
     if new_tables:
         # tables of zeros change nothing, and are then learned
         own = named_tensors(network)
@@ -170,12 +178,12 @@ def _start_from(network: nn.Module, found: Checkpoint, tensors: dict[str, Tensor
 
     def check(findings: list[Finding]) -> None:
         if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
-            raise UserError(f"checkpoint {found.source} cannot be fine-tuned: it {'; it '.join(problems)}")
+            raise UserError(f"checkpoint {checkpoint.source} cannot be fine-tuned: it {'; it '.join(problems)}")
 
-    return start_from(network, found, check, tensors)
+    return start_from(network, checkpoint, check, tensors)
 
 
-def keep_predictor(found: Checkpoint | None, ours: tuple[str, ...], theirs: int | None) -> tuple[bool, list[str]]:
+def keep_predictor(checkpoint: Checkpoint | None, ours: tuple[str, ...], theirs: int | None) -> tuple[bool, list[str]]:
     """Whether a checkpoint's own predictor is kept, and what to say if not.
 
     It is if it has the same classes, or as many without names.
@@ -183,18 +191,18 @@ def keep_predictor(found: Checkpoint | None, ours: tuple[str, ...], theirs: int 
     Args:
         theirs: number of its classes; None for a file without a predictor.
     """
-    if found is None or theirs is None:
+    if checkpoint is None or theirs is None:
         return False, []
-    names = found.metadata.get("classes")
+    names = checkpoint.metadata.get("classes")
     if theirs == len(ours) and (names is None or tuple(names) == ours):
         return True, []
     some = "" if names is None else f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
     kinds = f"{theirs} class{'es' * (theirs != 1)}{some}"
-    why = f"{found.source} names {kinds}, and the images have others"
+    why = f"{checkpoint.source} names {kinds}, and the images have others"
     return False, [f"{why}: the layers that predict classes are randomly initialized"]
 
 
-def name_classes(found: Checkpoint | None, count: int) -> tuple[str, ...]:
+def name_classes(checkpoint: Checkpoint | None, count: int) -> tuple[str, ...]:
     """The names that a checkpoint has for so many classes, or else numbers."""
-    names = [] if found is None else found.metadata.get("classes") or []
+    names = [] if checkpoint is None else checkpoint.metadata.get("classes") or []
     return tuple(names if len(names) == count else map(str, range(count)))

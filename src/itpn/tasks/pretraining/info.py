@@ -19,7 +19,7 @@ from itpn.teachers.timm_teacher import count_teacher_parameters
 from itpn.training.config import image_size
 
 
-def describe(config: PretrainingConfig, found: Checkpoint | None) -> Rows:
+def describe(config: PretrainingConfig, checkpoint: Checkpoint | None) -> Rows:
     with torch.device("meta"):
         model = build_from(config)
     backbone, size = model.backbone, image_size(config.data)

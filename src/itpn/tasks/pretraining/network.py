@@ -23,7 +23,7 @@ LEVELS = ("_1", "_2", "_3")  # ends of the names of losses on single pyramid lev
 
 
 def resolve(
-    config: PretrainingConfig, found: Checkpoint | None, data: PretrainingData
+    config: PretrainingConfig, checkpoint: Checkpoint | None, data: PretrainingData
 ) -> tuple[PretrainingConfig, Sequence[str]]:
     """The width of the teacher's features goes into the settings, for when the teacher is not there."""
     width = config.teacher.width
@@ -35,9 +35,9 @@ def resolve(
 
 
 def build_model(
-    config: PretrainingConfig, data: PretrainingData, found: Checkpoint | None
+    config: PretrainingConfig, data: PretrainingData, checkpoint: Checkpoint | None
 ) -> tuple[MaskedImageModel, list[str]]:
-    return build_recipe(config, None, found)
+    return build_recipe(config, None, checkpoint)
 
 
 def make_spec(
@@ -162,8 +162,8 @@ def build_from(config: PretrainingConfig) -> MaskedImageModel:
 
 
 def build_recipe(
-    config: PretrainingConfig, num_classes: int | None = None, found: Checkpoint | None = None
+    config: PretrainingConfig, num_classes: int | None = None, checkpoint: Checkpoint | None = None
 ) -> tuple[MaskedImageModel, list[str]]:
     """The masked model of a recipe, with a checkpoint's weights where there is one; it has no classes."""
     model = build_from(config)
-    return model, [] if found is None else load_weights(model, found)
+    return model, [] if checkpoint is None else load_weights(model, checkpoint)

@@ -23,10 +23,10 @@ from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.training.config import freeze, from_dict
 
 
-def predict(model: MaskedImageModel, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
+def predict(model: MaskedImageModel, checkpoint: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
     """Write images of what the model predicts for masked patches."""
-    crop, normalize = read_preprocessing(found, model)
-    config = from_dict(found.settings, PretrainingConfig) if found.settings else PretrainingConfig()
+    crop, normalize = read_preprocessing(checkpoint, model)
+    config = from_dict(checkpoint.settings, PretrainingConfig) if checkpoint.settings else PretrainingConfig()
     mean, std = (tuple(values.flatten().tolist()) for values in (normalize.mean, normalize.std))
     network = replace(config.model, in_chans=model.backbone.in_chans)
     config = replace(config, seed=options.seed, model=network, data=replace(config.data, mean=mean, std=std))

@@ -106,8 +106,8 @@ def resolve_evaluation(
     Returns:
         The settings, and arguments of the network that differ from the checkpoint's.
     """
-    found = request.checkpoint
-    own, trained, data, seed = found.preprocessing, found.settings.get("data", {}), config.data, config.seed
+    checkpoint = request.checkpoint
+    own, trained, data, seed = checkpoint.preprocessing, checkpoint.settings.get("data", {}), config.data, config.seed
     values: dict[str, Any] = {"mean": None, "std": None, "short_side": trained.get("short_side")}
     if "reduce_zero_label" in trained:
         values["reduce_zero_label"] = trained["reduce_zero_label"]
@@ -116,7 +116,7 @@ def resolve_evaluation(
     same = real_paths(trained.get("root"), trained.get("masks")) == real_paths(data.root, data.masks)
     if same:
         values |= {name: trained[name] for name in ("val_fraction", "val_root", "val_masks")}
-        seed = found.settings["seed"]
+        seed = checkpoint.settings["seed"]
     if "size" in own:
         values["img_size"] = own["size"][0]
     if "interpolation" in own:
@@ -126,7 +126,7 @@ def resolve_evaluation(
         values["val_fraction"] = 0.0  # another folder of one set is for evaluation as a whole
     model = replace(config.model, name=None, patch_size=None)
     config = replace(config, model=model, data=replace(data, **values), seed=seed)
-    return resolve_with_head(config, found)[0], given_heads(model)
+    return resolve_with_head(config, checkpoint)[0], given_heads(model)
 
 
 def find_evaluation_data(
@@ -137,16 +137,16 @@ def find_evaluation_data(
     Raises:
         UserError: no images, or masks of classes that the model does not know.
     """
-    data, found = config.data, request.checkpoint
-    own, held_out = read_to_evaluate(**describe_sets(config), names=_names(config, found))
-    images = match_classes(own, found.metadata.get("classes"), model.num_classes, "masks")
+    data, checkpoint = config.data, request.checkpoint
+    own, held_out = read_to_evaluate(**describe_sets(config), names=_names(config, checkpoint))
+    images = match_classes(own, checkpoint.metadata.get("classes"), model.num_classes, "masks")
     which = f"{data.val_fraction:.0%} held out of " * held_out + (data.val_root or data.root)
     return SegmentationEvaluator(config, images, own.left_out), which
 
 
-def _names(config: SegmentationConfig, found: Checkpoint) -> Names | None:
+def _names(config: SegmentationConfig, checkpoint: Checkpoint) -> Names | None:
     """What labels mean to the checkpoint."""
-    classes, colours = found.metadata.get("classes"), found.metadata.get("colours")
+    classes, colours = checkpoint.metadata.get("classes"), checkpoint.metadata.get("colours")
     if classes is None:
         return None
     known = colours and [(red, green, blue) for red, green, blue in colours]

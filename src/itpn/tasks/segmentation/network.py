@@ -70,7 +70,7 @@ class SegmenterHead(ClassesHead):
 
 
 def resolve(
-    config: SegmentationConfig, found: Checkpoint | None, data: RunData
+    config: SegmentationConfig, checkpoint: Checkpoint | None, data: RunData
 ) -> tuple[SegmentationConfig, Sequence[str]]:
     processes = choose_devices(config.trainer, read_launch()).processes
     if min(config.data.batch_size * processes, len(data.train)) == 1:
@@ -78,16 +78,18 @@ def resolve(
             "batch norm needs two images at a time: give "
             + ("--data.batch-size 2 or more" if len(data.train) > 1 else f"more images than one in {config.data.root}")
         )
-    config, notes = resolve_with_head(config, found)
+    config, notes = resolve_with_head(config, checkpoint)
     return scale_epochs(config, len(data.train), processes), notes
 
 
-def build_model(config: SegmentationConfig, data: RunData, found: Checkpoint | None) -> tuple[Segmenter, list[str]]:
-    return build_segmenter(config, data.train.classes, found)
+def build_model(
+    config: SegmentationConfig, data: RunData, checkpoint: Checkpoint | None
+) -> tuple[Segmenter, list[str]]:
+    return build_segmenter(config, data.train.classes, checkpoint)
 
 
 def build_segmenter(
-    config: SegmentationConfig, classes: tuple[str, ...], found: Checkpoint | None
+    config: SegmentationConfig, classes: tuple[str, ...], checkpoint: Checkpoint | None
 ) -> tuple[Segmenter, list[str]]:
     """Build a segmenter, with a checkpoint's weights where there is one.
 
@@ -101,7 +103,7 @@ def build_segmenter(
         UserError: the weights do not fit.
     """
     model = config.model
-    contents = find_square_network(config, found)
+    contents = find_square_network(config, checkpoint)
     theirs = contents.heads.get(config.task)
     options: dict[str, Any] = {
         "num_classes": len(classes),
@@ -110,28 +112,28 @@ def build_segmenter(
         "drop_rate": model.head_drop_rate,
     }
     spec = replace(contents.complete(config.task), options=options).with_backbone(**backbone_options(model))
-    kept, notes = keep_predictor(found, classes, None if theirs is None else theirs["num_classes"])
+    kept, notes = keep_predictor(checkpoint, classes, None if theirs is None else theirs["num_classes"])
     unwanted = (*(() if kept else SegmenterHead.classes), *(("pyramid.",) if model.neck == "random" else ()))
-    network, more = build_network(spec, model, contents, found, unwanted)
+    network, more = build_network(spec, model, contents, checkpoint, unwanted)
     assert isinstance(network, Segmenter)
     return network, notes + more
 
 
 def build_recipe(
-    config: SegmentationConfig, num_classes: int | None = None, found: Checkpoint | None = None
+    config: SegmentationConfig, num_classes: int | None = None, checkpoint: Checkpoint | None = None
 ) -> tuple[nn.Module, list[str]]:
     """The network of a recipe, with classes that have no names but those of the checkpoint.
 
     Args:
         num_classes: None for the checkpoint's own, or ADE20K's 150.
     """
-    config, _ = resolve_with_head(config, found)
-    theirs = find_square_network(config, found).heads.get(config.task) or {"num_classes": 150}
-    return build_segmenter(config, name_classes(found, num_classes or theirs["num_classes"]), found)
+    config, _ = resolve_with_head(config, checkpoint)
+    theirs = find_square_network(config, checkpoint).heads.get(config.task) or {"num_classes": 150}
+    return build_segmenter(config, name_classes(checkpoint, num_classes or theirs["num_classes"]), checkpoint)
 
 
-def describe(config: SegmentationConfig, found: Checkpoint | None) -> Rows:
-    model = build_recipe(config, None, found)[0]
+def describe(config: SegmentationConfig, checkpoint: Checkpoint | None) -> Rows:
+    model = build_recipe(config, None, checkpoint)[0]
     assert isinstance(model, Segmenter)
     step = model.backbone.backbone.patch_size
     side = -(-config.data.img_size // step) * step

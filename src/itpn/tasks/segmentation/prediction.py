@@ -28,15 +28,15 @@ from itpn.training.config import freeze
 SAMPLES = 6
 
 
-def predict(model: Segmenter, found: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
+def predict(model: Segmenter, checkpoint: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
     """Each image under the classes of its pixels, and these as a PNG of class indices with a palette.
 
     The files say which fraction of each image is of which class.
     """
-    config = freeze(resolve_evaluation(SegmentationConfig(), EvaluationRequest(found))[0])
+    config = freeze(resolve_evaluation(SegmentationConfig(), EvaluationRequest(checkpoint))[0])
     segment, normalize, out = make_segmentation(config), make_normalize(config), options.out
-    names = name_classes(found, model.num_classes)
-    colours = [tuple(colour) for colour in found.metadata.get("colours") or ()] or None
+    names = name_classes(checkpoint, model.num_classes)
+    colours = [tuple(colour) for colour in checkpoint.metadata.get("colours") or ()] or None
     written = Predictions(("classes, the largest first",), ("image", "labels", *names))
     for number, (name, image) in enumerate(read_images(source, options.max_pixels)):
         labels = segment(model, normalize, image)
