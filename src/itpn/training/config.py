@@ -10,14 +10,27 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
 from itpn.checkpoints.older_settings import NAMES, update_settings
 from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
-from itpn.system.checks import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, check_range, check_type
+from itpn.system.checks import (
+    BatchSize,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    NumDevices,
+    NumWorkers,
+    PatchSize,
+    PositiveFraction,
+    PositiveInt,
+    Range,
+    check_range,
+    check_type,
+)
 from itpn.system.writing import write_whole
 from itpn.system.yaml_files import load_yaml
 
@@ -38,6 +51,10 @@ class Settings:
         super().__setattr__(name, value)
 
 
+Mean = Annotated[float, Range(-1e6, 1e6)]  # of pixels in [0, 1], and far beyond
+Std = Annotated[float, Range(1e-6, 1e6)]
+AspectRatio = Annotated[float, Range(0.001, 1000)]
+NumNodes = Annotated[int, Range(1, 100_000)]  # more than the largest clusters have
 AnySettings = TypeVar("AnySettings", bound=Settings)
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 
@@ -59,7 +76,7 @@ class ModelConfig(Settings):
     checkpoint: str | None = None
     """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
     initialized, and named."""
-    patch_size: PositiveInt | None = None
+    patch_size: PatchSize | None = None
     """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
     drop_path_rate: Fraction = 0.0
     """Stochastic depth of the last backbone block; it grows from 0 block by block."""
@@ -72,9 +89,9 @@ class ModelConfig(Settings):
 class ImagesConfig(Settings):
     """How images are read and augmented."""
 
-    batch_size: PositiveInt = 512
+    batch_size: BatchSize = 512
     """Images per process and forward pass."""
-    num_workers: NonNegativeInt = 8
+    num_workers: NumWorkers = 8
     """Processes that read images, for each training process; 0 reads in the training process."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized."""
@@ -90,9 +107,9 @@ class ImagesConfig(Settings):
 class CropsConfig(ImagesConfig):
     """Random crops of one size."""
 
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)
     """Area of a random crop as a fraction of the image's."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    crop_ratio: tuple[AspectRatio, AspectRatio] = (0.75, 1.3333333333333333)
     """Aspect ratio (width over height) of a random crop."""
     color_jitter: Fraction = 0.0
     """Largest relative change of brightness, contrast and saturation."""
@@ -106,7 +123,7 @@ class OptimizerConfig(Settings):
     """Learning rate for a global batch of 256 images; the true one scales with the global batch."""
     lr: NonNegativeFloat | None = None
     """Peak learning rate as it is; overrides --optimizer.base-lr."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's beta 1 and beta 2."""
     weight_decay: NonNegativeFloat = 0.05
     """Decay of everything but norms, biases, position embeddings and mask tokens."""
@@ -121,7 +138,7 @@ class OptimizerConfig(Settings):
     schedule: Literal["cosine", "linear", "step"] = "cosine"
     """After the warm-up: half a cosine or a line down to --optimizer.min-lr, or a tenth at each of
     --optimizer.milestones."""
-    milestones: tuple[float, ...] = (9 / 12, 11 / 12)
+    milestones: tuple[Fraction, ...] = (9 / 12, 11 / 12)
     """Fractions of the run after which the step schedule lowers the learning rate to a tenth."""
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the cosine or the line."""
@@ -133,7 +150,7 @@ class OptimizerConfig(Settings):
 class TrainerConfig(Settings):
     """How long, on what, and what is written meanwhile."""
 
-    max_epochs: NonNegativeInt = 800
+    max_epochs: Annotated[int, Range(0, 10**9)] = 800
     """Passes over the images; 0 in fine-tuning to choose by the number of images."""
     max_steps: PositiveInt | None = None
     """Optimizer steps at which the run ends, if epochs do not end it before; the schedule follows."""
@@ -141,14 +158,14 @@ class TrainerConfig(Settings):
     """auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, 32 bits on a CPU."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """What to train on."""
-    devices: PositiveInt | None = None
+    devices: NumDevices | None = None
     """Devices of this machine; None for all GPUs (or one CPU process), or what torchrun or Slurm started."""
-    num_nodes: PositiveInt | None = None
+    num_nodes: NumNodes | None = None
     """Machines; None for what torchrun or Slurm started, else one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What several processes hold: ddp a copy of everything each, fsdp each a part of parameters, gradients and AdamW's
     moments (not for every task, and without visualizations)."""
-    accumulate_grad_batches: PositiveInt = 1
+    accumulate_grad_batches: BatchSize = 1
     """Forward passes per optimizer step; the global batch grows with it."""
     compile: bool | None = None
     """Compile the network, and the EMA of its weights, with torch.compile: a minute or more at the start, faster steps.
