@@ -42,7 +42,7 @@ def test_every_recipe_is_possible_and_survives_yaml(name, tmp_path):
         config.model.checkpoint = str(tmp_path / "weights.pth")
     config.check()
     config.data.img_size, config.optimizer.lr, config.data.root = 96, 1e-5, "a"
-    if not isinstance(config, DetectionConfig):
+    if not isinstance(config, DetectionConfig | SegmentationConfig):
         config.data.img_size, config.data.root = (64, 96), ("a", "b")
     write_yaml(tmp_path / "config.yaml", name, config)
     assert read_settings(tmp_path / "config.yaml") == (name, config)

@@ -68,7 +68,7 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
     """
     from itpn.checkpoints.files import read_checkpoint
     from itpn.errors import UserError
-    from itpn.tasks.recipe_files import read_recipe
+    from itpn.tasks.recipe_files import check_recipe, read_recipe
     from itpn.tasks.spec import task_of
 
     if pretrained is True:
@@ -77,6 +77,7 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
             "pretrained='hf-hub:OWNER/NAME' of a hub repository with a model.safetensors"
         )
     config = read_recipe(recipe)[1]
+    check_recipe(config)
     classes = overrides.pop("num_classes", None)
     found = read_checkpoint(pretrained) if pretrained else None
     model, notes = task_of(config).build_recipe(override_model(config, overrides), classes, found)

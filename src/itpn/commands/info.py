@@ -11,7 +11,7 @@ from itpn.commands.options import TaskFile, shown
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
 from itpn.system.console import RequiredOutput
-from itpn.tasks.recipe_files import nearest, read_recipe, recipe_files
+from itpn.tasks.recipe_files import check_recipe, nearest, read_recipe, recipe_files
 from itpn.tasks.spec import task_of
 
 
@@ -32,6 +32,8 @@ class Info:
         config = None if self.name in known else read_recipe(self.name)[1]
         if config is None and self.checkpoint is not None:
             raise UserError("--checkpoint is for recipes; `itpn inspect` tells what a checkpoint is")
+        if config is not None:
+            check_recipe(config)
         from itpn.checkpoints.files import read_checkpoint
         from itpn.tasks.info import describe_model
 

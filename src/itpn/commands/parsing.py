@@ -24,7 +24,7 @@ from itpn.commands.options import RecipeCommand
 from itpn.errors import UserError
 from itpn.system.checks import check_range
 from itpn.system.console import RequiredOutput, lost_output
-from itpn.tasks.recipe_files import nearest, read_recipe
+from itpn.tasks.recipe_files import check_recipe, nearest, read_recipe
 
 NUMBERS = {"INT": "a whole number", "FLOAT": "a number"}
 OPTION = re.compile("--?(?!inf|nan)[a-zA-Z]")
@@ -50,6 +50,8 @@ def parse_with_recipe(cls: type[AnyRecipeCommand], words: Sequence[str], prog: s
         UserError: no such recipe, or as :func:`parse`.
     """
     name, config = read_recipe(words[0])
+    if {"-h", "--help"} & set(words):  # else with the options that change them
+        check_recipe(config)
     own = {option for field in read_fields(cls) for option in field.options}
     given = tuple(option for word in words if word.startswith("--") and (option := _option(word)) not in own)
     settings: Any = Annotated[type(config), tyro.conf.arg(name="")]

@@ -6,13 +6,23 @@ import fnmatch
 import hashlib
 import importlib.util
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES
 from itpn.tasks.spec import all_tasks, find_task
-from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml
+from itpn.training.config import (
+    RunConfig,
+    StoredSettings,
+    check_types,
+    from_dict,
+    is_folder_name,
+    not_settings,
+    read_yaml,
+)
 
 FIRST_TASK = "pretraining"  # of the first files, which did not name their task
 
@@ -49,10 +59,19 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
     if path.suffix.lower() in (".yaml", ".yml"):
         return _read_run_settings(path)
     config = getattr(_import_file(path), "config", None)
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, RunConfig) or not hasattr(config, "task"):
         kinds = ", ".join(task.config.__name__ for task in all_tasks())
         raise UserError(f"recipe file {path} must set `config` to one of {kinds} of itpn.tasks.configs")
+    _check_values(path, config)
     return path.stem, config
+
+
+def _check_values(path: Path, config: RunConfig) -> None:
+    """Raise :class:`UserError` for a setting of a file that has another type or range than it may have."""
+    try:
+        check_types(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -86,11 +105,19 @@ def read_settings(path: Path) -> tuple[str, RunConfig]:
 
 def parse_settings(path: Path, stored: StoredSettings) -> tuple[str, RunConfig]:
     """Settings that a file holds."""
+    if not isinstance(stored.recipe, str) or not is_folder_name(stored.recipe):  # its runs have a folder of that name
+        raise not_settings(path, f"its recipe must be a plain name, not {stored.recipe!r}")
+    if not isinstance(stored.task, str):
+        raise not_settings(path, f"its task must be a name, not {stored.task!r}")
     kind = find_task(stored.task or FIRST_TASK).config
     try:
-        return stored.recipe, from_dict(stored.values, kind)
+        config = from_dict(stored.values, kind)
+    except UserError as error:
+        raise not_settings(path, str(error)) from error
     except (KeyError, AttributeError, TypeError, ValueError) as error:
         raise not_settings(path, error) from error
+    _check_values(path, config)
+    return stored.recipe, config
 
 
 def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
@@ -112,6 +139,20 @@ def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
         settings = parse_settings(last, found)
         print(f"{path} is corrupt: its settings are taken from {last}", file=sys.stderr)
         return settings
+
+
+def check_recipe(config: RunConfig) -> None:
+    """Find impossible settings as a run does, where there is nothing to start from yet.
+
+    Raises:
+        UserError: the first that is found.
+    """
+    model: Any = config.model
+    if hasattr(model, "scratch"):
+        model = replace(model, scratch=True, checkpoint=None, name=model.name or next(iter(BACKBONES)))
+    replace(config, model=model).check()
+    if config.model.name is not None:
+        check_model_name(config.model.name)
 
 
 def check_model_name(name: str) -> None:

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that a mistake in an option is answered at once.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -48,7 +49,7 @@ class Settings:
             near = [names[name] for names in NAMES.values() if names.get(name) in known]
             near = near or difflib.get_close_matches(name, known, n=1)
             raise AttributeError(f"there is no setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
-        super().__setattr__(name, value)
+        super().__setattr__(name, tuple(value) if isinstance(value, list) else value)  # as in YAML
 
 
 Mean = Annotated[float, Range(-1e6, 1e6)]  # of pixels in [0, 1], and far beyond
@@ -230,7 +231,7 @@ class RunConfig(Settings):
             raise UserError(f"--optimizer.milestones must be rising fractions of the run, not {milestones}")
         if not self.output_dir:
             raise UserError("--output-dir is empty: give a folder, or leave it out")
-        if not name or any(c in name for c in "/\\") or name in (".", ".."):
+        if not is_folder_name(name):
             raise UserError(f"--name must be a plain folder name, not {name!r}")
 
     @property
@@ -266,11 +267,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def check_types(settings: Any, section: str = "") -> None:
-    """A recipe file may assign anything; find what is not of its field's type, or outside of its range."""
+    """A recipe file may assign anything; find what is not of its field's type, or outside of its range.
+
+    Raises:
+        UserError: the first that is found.
+    """
     hints, ranges = (typing.get_type_hints(type(settings), include_extras=extras) for extras in (False, True))
     for field in dataclasses.fields(settings):
-        value, path = getattr(settings, field.name), f"{section}{field.name}"
+        value, path = getattr(settings, field.name, None), f"{section}{field.name}"
         if dataclasses.is_dataclass(hints[field.name]):
+            if not isinstance(value, hints[field.name]):
+                wanted, found = hints[field.name].__name__, type(value).__name__
+                raise UserError(f"the section {path} must be of class {wanted}, not {found}")
             check_types(value, f"{path}.")
             continue
         check_type(value, hints[field.name], path)
@@ -331,9 +339,12 @@ def from_dict(settings: Mapping[str, Any], cls: Any) -> Any:
             if key not in known:
                 raise UserError(f"unknown setting {path}{key}")
             if dataclasses.is_dataclass(types[key]):
+                if not isinstance(value, Mapping):
+                    raise UserError(f"the section {key} must hold settings, not {value!r}")
                 value = build(types[key], value, f"{key}.")
             elif isinstance(value, str) and float in (types[key], *typing.get_args(types[key])):
-                value = float(value)  # YAML takes 1e-3 for text
+                with contextlib.suppress(ValueError):  # it stays what it is, which check_types finds
+                    value = float(value)  # YAML takes 1e-3 for text
             kwargs[key] = tuple(value) if isinstance(value, list) else value
         return cls(**kwargs)
 
@@ -357,13 +368,23 @@ def read_yaml(path: Path) -> StoredSettings:
     """
     try:
         values = load_yaml(path)
-        return StoredSettings(values.pop("recipe"), values.pop("task", ""), update_settings(values))
-    except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise not_settings(path, error) from error
+    if not isinstance(values, dict):
+        raise not_settings(path, "it is empty" if values is None else f"it holds a {type(values).__name__}")
+    if "recipe" not in values:
+        raise not_settings(path, "it names no recipe")
+    return StoredSettings(values.pop("recipe"), values.pop("task", ""), update_settings(values))
 
 
-def not_settings(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a run's config.yaml ({type(error).__name__}: {error})")
+def is_folder_name(name: str) -> bool:
+    """Whether a name is that of a folder in its place, and not of one elsewhere."""
+    return bool(name) and not set(name) & set("/\\\0") and name not in (".", "..")
+
+
+def not_settings(path: Path, error: Exception | str) -> UserError:
+    reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
+    return UserError(f"{path} is not a run's config.yaml ({reason})")
 
 
 def write_yaml(path: Path, recipe: str, config: RunConfig) -> None:
@@ -376,7 +397,7 @@ def override_model(config: AnyConfig, overrides: dict[str, Any]) -> AnyConfig:
     """Settings with some of the network's replaced by name, ``img_size`` among the names.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or a value that the setting cannot have.
     """
     known = [f.name for f in dataclasses.fields(config.model)] + ["img_size"]
     for name in overrides:
@@ -384,4 +405,6 @@ def override_model(config: AnyConfig, overrides: dict[str, Any]) -> AnyConfig:
             raise UserError(f"no model setting {name!r}; there are {', '.join(known)}")
     settings = dict(overrides)
     data = dataclasses.replace(config.data, img_size=settings.pop("img_size", config.data.img_size))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **settings), data=data)
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **settings), data=data)
+    check_types(changed)
+    return changed
