@@ -1,5 +1,8 @@
 """Recipe files and files of settings with mistakes in them: one clear line, from every command that reads them."""
 
+import os
+import signal
+
 import pytest
 
 import itpn
@@ -91,3 +94,72 @@ def test_a_config_yaml_with_a_mistake(tmp_path, capsys, content, answer):
         assert answer in line
         assert str(path) in line
         assert "Error" not in line or "twice" in answer
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        ("raise SystemExit(3)", "SystemExit: 3"),
+        ("import sys; sys.exit('bye')", "SystemExit: bye"),
+        ("sys = __import__('sys'); sys.exit()", "SystemExit"),
+        ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+        ("raise GeneratorExit", "GeneratorExit"),
+        ("class Mine(BaseException): pass\nraise Mine('two\\nlines')", "Mine: two lines"),
+        ("1 / 0", "ZeroDivisionError: division by zero"),
+        ("x = = 1", "SyntaxError"),
+    ],
+)
+def test_a_recipe_file_ends_no_interpreter(tmp_path, capsys, line, answer):
+    path = tmp_path / "mine.py"
+    path.write_text(line)
+    for command in (["train"], ["info"], ["train", "--help"], ["info", "itpn_nano", "--recipe"]):
+        words = [*command, str(path)] if "--recipe" in command else [command[0], str(path), *command[1:]]
+        assert f"recipe file {path} does not run: {answer}" in mistake(capsys, *words)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_a_recipe_file(tmp_path, signum):
+    path = tmp_path / "mine.py"
+    path.write_text(f"import os, time\nos.kill(os.getpid(), {int(signum)})\ntime.sleep(60)")
+    assert main(["train", str(path)]) == 128 + signum
+
+
+def test_ctrl_c_outside_of_commands(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        read_recipe(str(path))
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *("inspect LONG", "train LONG", "train LONG.py", "train LONG.yaml", "info LONG", "predict LONG data"),
+        *("train itpn-pixel_nano --recipe LONG", "train itpn-pixel_nano --model.checkpoint LONG"),
+        *("info itpn-pixel_nano --checkpoint LONG", "convert LONG a.safetensors", "export LONG --out a.onnx"),
+        *(
+            "evaluate classifier_small --checkpoint LONG",
+            "train itpn-pixel_nano --data.root LONG",
+            "shrink LONG --out x",
+        ),
+    ],
+)
+def test_a_name_that_no_file_can_have(capsys, words):
+    mistake(capsys, *words.replace("LONG", "x" * 300).split())
+
+
+@pytest.mark.parametrize("call", [itpn.load, itpn.inspect, itpn.get_model])
+def test_a_name_that_no_file_can_have_in_python(call):
+    with pytest.raises(UserError):
+        call("x" * 300)
+
+
+def test_what_is_no_recipe_file(tmp_path, capsys):
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "loop.py").symlink_to("loop.py")
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name, answer in {"folder.py": "is a folder", "pipe.yaml": "is a pipe", "loop.py": "Too many levels"}.items():
+        for command in ("train", "info"):
+            line = mistake(capsys, command, str(tmp_path / name))
+            assert answer in line
+            assert "does not exist" not in line

@@ -5,13 +5,16 @@ import difflib
 import fnmatch
 import hashlib
 import importlib.util
+import os
+import signal
+import stat
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from itpn.errors import UserError
+from itpn.errors import WRONG_PATH, RunStopped, UserError
 from itpn.models.variants import BACKBONES
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import (
@@ -52,9 +55,8 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
     """
     files = recipe_files()
     path = files.get(name, Path(name))
-    if not path.is_file():
-        if path.suffix.lower() in (".py", ".yaml", ".yml"):
-            raise UserError(f"recipe file {name} does not exist")
+    if not is_file(path):
+        check_suffix(name)
         raise UserError(f"no recipe {name!r}{nearest(name, list(files), cutoff=0.4) or '; see `itpn list`'}")
     if path.suffix.lower() in (".yaml", ".yml"):
         return _read_run_settings(path)
@@ -64,6 +66,37 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
         raise UserError(f"recipe file {path} must set `config` to one of {kinds} of itpn.tasks.configs")
     _check_values(path, config)
     return path.stem, config
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file that can be reached; no name is too long to ask.
+
+    Raises:
+        OSError: it cannot be told.
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in WRONG_PATH:
+            return False
+        raise
+
+
+def check_suffix(name: str) -> None:
+    """Raise :class:`UserError` where a name that is no file was meant as one, by its suffix."""
+    if Path(name).suffix.lower() in (".py", ".yaml", ".yml"):
+        raise UserError(f"recipe file {name} {_why_no_file(Path(name))}")
+
+
+def _why_no_file(path: Path) -> str:
+    """What a path is that is no file, after its name."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason}"
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return f"is a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file"
 
 
 def _check_values(path: Path, config: RunConfig) -> None:
@@ -87,9 +120,11 @@ def _import_file(path: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except UserError:
+    except (UserError, RunStopped):
         raise
-    except Exception as error:  # whatever a user's file may raise
+    except BaseException as error:  # whatever a user's file may raise, the end of the interpreter as well
+        if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            raise  # Ctrl-C outside of a command, in which it raises RunStopped
         raise UserError(f"recipe file {path} does not run: {type(error).__name__}: {error}") from error
     return module
 
