@@ -33,6 +33,7 @@ NumWorkers = Annotated[int, Range(0, 1024)]  # each is a process: more than the 
 NumDevices = Annotated[int, Range(1, 1024)]  # of one machine, each with a process
 Side = Annotated[int, Range(1, 2**14)]  # of a network's images in pixels: attention over them would not end before
 PatchSize = Annotated[int, Range(1, 1024)]
+Channels = Annotated[int, Range(1, 1024)]  # of images
 Width = Annotated[int, Range(1, 2**15)]  # channels: the widest transformers have 18,432
 Depth = Annotated[int, Range(0, 1000)]  # blocks: the deepest transformers have 1,000
 NumHeads = Annotated[int, Range(1, 1024)]

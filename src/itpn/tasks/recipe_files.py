@@ -16,6 +16,7 @@ from typing import Any
 
 from itpn.errors import WRONG_PATH, RunStopped, UserError
 from itpn.models.variants import BACKBONES
+from itpn.system.checks import check_type
 from itpn.tasks.spec import all_tasks, find_task
 from itpn.training.config import (
     RunConfig,
@@ -39,6 +40,7 @@ def recipe_files() -> dict[str, Path]:
 
 def list_recipes(pattern: str = "*") -> list[str]:
     """Names of recipes that match a shell pattern."""
+    check_type(pattern, str, "pattern")
     return fnmatch.filter(recipe_files(), pattern)
 
 
@@ -147,9 +149,9 @@ def parse_settings(path: Path, stored: StoredSettings) -> tuple[str, RunConfig]:
     kind = find_task(stored.task or FIRST_TASK).config
     try:
         config = from_dict(stored.values, kind)
-    except UserError as error:
+    except (UserError, TypeError) as error:
         raise not_settings(path, str(error)) from error
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, AttributeError, ValueError) as error:
         raise not_settings(path, error) from error
     _check_values(path, config)
     return stored.recipe, config

@@ -340,7 +340,7 @@ def from_dict(settings: Mapping[str, Any], cls: Any) -> Any:
                 raise UserError(f"unknown setting {path}{key}")
             if dataclasses.is_dataclass(types[key]):
                 if not isinstance(value, Mapping):
-                    raise UserError(f"the section {key} must hold settings, not {value!r}")
+                    raise TypeError(f"the section {key} must hold settings, not {value!r}")
                 value = build(types[key], value, f"{key}.")
             elif isinstance(value, str) and float in (types[key], *typing.get_args(types[key])):
                 with contextlib.suppress(ValueError):  # it stays what it is, which check_types finds

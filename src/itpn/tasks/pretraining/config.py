@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from itpn.errors import UserError
 from itpn.system.checks import (
+    Channels,
     Depth,
     Fraction,
     NonNegativeFloat,
@@ -41,7 +42,7 @@ class PretrainingModelConfig(ModelConfig):
     """Backbone, one of the models of `itpn list`."""
     patch_size: PatchSize = 16
     """Side of a patch in pixels, divisible by 4."""
-    in_chans: int = 3
+    in_chans: Channels = 3
     """Channels of the images: 3 for colour, 1 for grey."""
     pos_embed: Literal["fixed", "learned"] = "fixed"
     """Keep the sine-cosine position table of the backbone, or train it."""
@@ -190,22 +191,8 @@ class PretrainingConfig(RunConfig):
         check_crops(data)
         if not self.trainer.max_epochs:
             raise UserError("--trainer.max-epochs must be at least 1, not 0")
-        if model.patch_size % 4:
-            raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
         check_images(data.mean, data.std, model.in_chans)
-        height, width = image_size(data)
-        check_size((height, width), model.patch_size)
-        patches = (height // model.patch_size) * (width // model.patch_size)
-        if not 0 < int(patches * (1 - model.mask_ratio)) < patches:
-            raise UserError(
-                f"--model.mask-ratio {model.mask_ratio} leaves no visible or no masked patch of the {patches} "
-                "of an image; choose one between 0 and 1, a larger --data.img-size or a smaller --model.patch-size"
-            )
-        if model.decoder_embed_dim % 16 or (model.decoder_depth and model.decoder_embed_dim % model.decoder_num_heads):
-            raise UserError(
-                "--model.decoder-embed-dim must be divisible by 16 and by --model.decoder-num-heads "
-                f"{model.decoder_num_heads}, not {model.decoder_embed_dim}"
-            )
+        check_patches(model, image_size(data))
 
 
 def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
@@ -226,9 +213,27 @@ def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
         raise UserError("--model.migrate-from has no effect without --model.migrate-ratio")
     if model.pyramid_head_width < 1 or model.pyramid_head_width % 64:
         raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")
+    if model.decoder_embed_dim % 16 or (model.decoder_depth and model.decoder_embed_dim % model.decoder_num_heads):
+        raise UserError(
+            "--model.decoder-embed-dim must be divisible by 16 and by --model.decoder-num-heads "
+            f"{model.decoder_num_heads}, not {model.decoder_embed_dim}"
+        )
     check_losses(model)
     check_teacher(teacher, any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights]))
     check_masked_patches(model)
+
+
+def check_patches(model: PretrainingModelConfig, img_size: tuple[int, int]) -> None:
+    """Raise :class:`UserError` for images that are not whole patches, of which some are masked and some visible."""
+    if model.patch_size % 4:
+        raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
+    check_size(img_size, model.patch_size)
+    patches = (img_size[0] // model.patch_size) * (img_size[1] // model.patch_size)
+    if not 0 < int(patches * (1 - model.mask_ratio)) < patches:
+        raise UserError(
+            f"--model.mask-ratio {model.mask_ratio} leaves no visible or no masked patch of the {patches} "
+            "of an image; choose one between 0 and 1, a larger --data.img-size or a smaller --model.patch-size"
+        )
 
 
 def check_losses(model: PretrainingModelConfig) -> None:
