@@ -78,7 +78,7 @@ def test_lists_are_tuples(tmp_path):
         ("recipe: x\ndata: {hflip: 0.1, hflip: 0.2}", "hflip is there twice"),
         ("recipe: x\nseed: true", "seed must be a whole number, not True"),
         ("recipe: x\ntrainer: {max_steps: true}", "trainer.max_steps must be a whole number or None, not True"),
-        ("recipe: x\ndata: {mean: [true, 0.5, 0.5]}", "data.mean must be a tuple of numbers, not (True, 0.5, 0.5)"),
+        ("recipe: x\ndata: {mean: [true, 0.5, 0.5]}", "data.mean must be numbers, not (True, 0.5, 0.5)"),
         ("recipe: x\ndata: null", "the section data must hold settings, not None"),
         ("recipe: x\nmodel: [1]", "the section model must hold settings, not [1]"),
         ("recipe: x\noptimizer: {lr: fast}", "optimizer.lr must be a number or None, not 'fast'"),
@@ -163,3 +163,15 @@ def test_what_is_no_recipe_file(tmp_path, capsys):
             line = mistake(capsys, command, str(tmp_path / name))
             assert answer in line
             assert "does not exist" not in line
+
+
+def test_a_task_that_its_file_does_not_register(tmp_path, capsys):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from dataclasses import dataclass\nfrom itpn.tasks.configs import *\n\n"
+        "@dataclass\nclass Mine(PretrainingConfig):\n    task = 'mine'\n\nconfig = Mine()\n"
+    )
+    for words in (["train", str(path)], ["info", str(path)], ["train", str(path), "--help"]):
+        line = mistake(capsys, *words)
+        assert "sets a config of the task 'mine', which it does not register: call itpn.register_task" in line
+        assert "--recipe" not in line

@@ -22,7 +22,7 @@ from tyro.conf import FlagCreatePairsOff, Positional, Suppress
 from itpn.checkpoints.older_settings import NAMES
 from itpn.commands.options import RecipeCommand
 from itpn.errors import UserError
-from itpn.system.checks import check_range
+from itpn.system.checks import check_range, describe_type
 from itpn.system.console import RequiredOutput, lost_output
 from itpn.tasks.recipe_files import check_recipe, nearest, read_recipe
 
@@ -81,6 +81,7 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
     required = [field.usage for field in fields if field.required and default is None]
     usage = " ".join(["usage:", prog, *(field.usage for field in fields if field.usage), *["[options]"][: len(types)]])
     summary, details = split_doc(cls)
+    _check_repeats(words, fields)
     _check_values(words, types)
     complaint = io.StringIO()
     try:
@@ -103,9 +104,9 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
         # an unknown option may have stood where something else was expected
         unknown = [word for word in words if OPTION.match(word) and _option(word) not in {*types, "-h", "--help"}]
         if not unknown:
-            raise UserError(_translate(complaint.getvalue(), required, usage)) from None
+            raise UserError(_translate(complaint.getvalue(), required, types, usage)) from None
     if unknown:
-        raise UserError(_reject(unknown[0], list(types), usage))
+        raise UserError(_reject(unknown[0], types, usage))
     for field in fields:
         if not field.attribute:
             continue
@@ -151,15 +152,37 @@ def _option(word: str) -> str:
     return word.partition("=")[0].replace("_", "-")
 
 
+def _check_repeats(words: Sequence[str], fields: Sequence[Field]) -> None:
+    """Raise :class:`UserError` for an option that is given twice, of which tyro keeps the last."""
+    owners = {option: number for number, field in enumerate(fields) for option in field.options}
+    seen: dict[int, str] = {}
+    for option in filter(owners.__contains__, map(_option, words)):
+        field = fields[owners[option]]
+        if owners[option] in seen:
+            names = " and ".join(dict.fromkeys([seen[owners[option]], option]))
+            several = any(get_origin(part) is tuple for part in (field.kind, *get_args(field.kind)))
+            hint = "give all values after one" if several else "give it once"
+            raise UserError(f"{names} {'are the same option' if ' and ' in names else 'is given twice'}: {hint}")
+        seen[owners[option]] = option
+
+
 def _check_values(words: Sequence[str], types: Mapping[str, Any]) -> None:
-    """Raise :class:`UserError` for what tyro would not say clearly: a switch with a value, a path without a name."""
-    for word, following in itertools.pairwise([*words, "-"]):
+    """Raise :class:`UserError` for what tyro would not say clearly.
+
+    A switch with a value, a path without a name, an option of several values without one, a bare `--`.
+    """
+    if "--" in words:
+        raise UserError("unexpected '--': leave it out; a file whose name begins with a hyphen is written ./-NAME")
+    for word, following in itertools.pairwise([*words, "--"]):
         option, equals, value = word.partition("=")
         kind = types.get(_option(word))
         if equals and kind is bool:
             raise UserError(f"{option} takes no value, not {word!r}")
         if Path in (kind, *get_args(kind)) and (value if equals else following) == "":
             raise UserError(f"{option} is empty: give a file or folder, or leave it out")
+        any_number = any(get_origin(part) is tuple and get_args(part)[-1] is ... for part in (kind, *get_args(kind)))
+        if any_number and not equals and (following == "--" or OPTION.match(following)):
+            raise UserError(f"Missing value for argument '{option}'.")
 
 
 def _say_true(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
@@ -172,7 +195,7 @@ def _say_true(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _translate(box: str, required: list[str], usage: str) -> str:
+def _translate(box: str, required: list[str], types: Mapping[str, Any], usage: str) -> str:
     """tyro's framed message as one line: what is wrong, without the repeated help.
 
     The frame is one of hyphens where standard output is not in UTF-8.
@@ -188,13 +211,12 @@ def _translate(box: str, required: list[str], usage: str) -> str:
         r"Error parsing ([^\s/]+)\S*: (invalid literal for int|could not convert string).*: ('.*')", text
     ):
         return f"{wrong[1]} must be {NUMBERS['INT' if wrong[2].endswith('int') else 'FLOAT']}, not {wrong[3]}"
-    if wrong := re.fullmatch(
-        r"Error parsing ([^\s/]+)\S*: no type matching (.*) could be instantiated from \[(.*)\]\.", text
-    ):
-        if not wrong[3]:
+    given = r"(?:no type matching .* instantiated from|.*? arguments:?) \[(.*?)\](?: into .*|\.)?"
+    wrong = re.fullmatch(rf"Error parsing ([^\s/:]+)[^\s:]*: {given}", text)
+    if wrong and wrong[1] in types:
+        if not wrong[2]:
             return f"{wrong[1]} needs a value"
-        kinds = re.sub(r"[{}]", "", wrong[2].replace("{None}|", "")).split("|")
-        return f"{wrong[1]} must be {' or '.join(NUMBERS.get(kind, kind) for kind in kinds)}, not {wrong[3]}"
+        return f"{wrong[1]} must be {describe_type(types[wrong[1]], none=False)}, not {wrong[2]}"
     text = text.replace(" Expected 1 values.", "").replace("{None}|", "")
     if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)\.", text):
         value, option, known = choice.groups()
@@ -203,9 +225,12 @@ def _translate(box: str, required: list[str], usage: str) -> str:
     return text or "the options could not be understood"
 
 
-def _reject(word: str, known: list[str], usage: str) -> str:
+def _reject(word: str, types: Mapping[str, Any], usage: str) -> str:
     """What to say of a word that is no option, or that has no place."""
-    option = word.partition("=")[0]
+    option, known = word.partition("=")[0], list(types)
+    positive = option.replace("_", "-").replace(".no-", ".", 1)
+    if positive != option and bool in get_args(types.get(positive)):  # a switch that has more positions than two
+        return f"unknown option {option}; did you mean {positive} False?"
     if not OPTION.match(option):
         return f"unexpected {word!r}; {usage}" + (", and options are written --name VALUE" if known else "")
     # "--batch-size" is meant as often as "--data.batchsize": compare whole names and last parts

@@ -112,18 +112,23 @@ WORDS = {int: "whole number", float: "number", str: "text", bool: "switch"}
 COUNTS = {2: "two", 3: "three", 4: "four"}
 
 
-def describe_type(hint: Any) -> str:
-    """What an annotation asks for, in words: "a whole number or two whole numbers"."""
+def describe_type(hint: Any, none: bool = True) -> str:
+    """What an annotation asks for, in words: "a whole number or two whole numbers".
+
+    Args:
+        none: None counts, where it is allowed.
+    """
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return describe_type(parts[0])
     if origin in (Union, types.UnionType):
-        return either(list(dict.fromkeys(map(describe_type, parts))))
+        wanted = [part for part in parts if none or part is not type(None)]
+        return either(list(dict.fromkeys(map(describe_type, wanted))))
     if origin is Literal:
         return either([repr(part) for part in parts])
     if origin is tuple:
         inner = WORDS.get(get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0], "value")
-        return f"a tuple of {inner}s" if parts[-1] is ... else f"{COUNTS.get(len(parts), len(parts))} {inner}s"
+        return f"{inner}s" if parts[-1] is ... else f"{COUNTS.get(len(parts), len(parts))} {inner}s"
     if hint in (None, type(None)):
         return "None"
     if hint is bool:

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from itpn.errors import WRONG_PATH, RunStopped, UserError
+from itpn.models.heads import UnknownTask
 from itpn.models.variants import BACKBONES
 from itpn.system.checks import check_type
 from itpn.tasks.spec import all_tasks, find_task
@@ -66,6 +67,13 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
     if not isinstance(config, RunConfig) or not hasattr(config, "task"):
         kinds = ", ".join(task.config.__name__ for task in all_tasks())
         raise UserError(f"recipe file {path} must set `config` to one of {kinds} of itpn.tasks.configs")
+    try:
+        find_task(config.task)
+    except UnknownTask:
+        raise UserError(
+            f"recipe file {path} sets a config of the task {config.task!r}, which it does not register: call "
+            "itpn.register_task in it, or import what does"
+        ) from None
     _check_values(path, config)
     return path.stem, config
 

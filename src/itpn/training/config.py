@@ -227,7 +227,7 @@ class RunConfig(Settings):
         if not all(0 <= beta < 1 for beta in optimizer.betas):
             raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
         milestones = optimizer.milestones
-        if not all(0 < fraction < 1 for fraction in milestones) or list(milestones) != sorted(milestones):
+        if not all(0 < fraction < 1 for fraction in milestones) or list(milestones) != sorted({*milestones}):
             raise UserError(f"--optimizer.milestones must be rising fractions of the run, not {milestones}")
         if not self.output_dir:
             raise UserError("--output-dir is empty: give a folder, or leave it out")
