@@ -104,6 +104,18 @@ def test_help_after_a_recipe_lists_own_options_and_settings(capsys, command, rec
     assert "Probability of a horizontal flip" in " ".join(words.replace("│", "").split())
 
 
+@pytest.mark.parametrize("words", [[name] for name in COMMANDS] + [["cache-features", "itpn-mfm_nano"]])
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_a_usage_is_no_wider_than_the_window(capsys, monkeypatch, words, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = show_help(capsys, *words).splitlines()
+    lines = lines[: lines.index("")]
+    assert max(map(len, lines)) <= int(columns)
+    usage = " ".join(map(str.strip, lines))
+    for field in read_fields(COMMANDS[words[0]]) if len(words) == 1 else ():
+        assert not field.usage or field.usage in usage or "OPTIONS" in usage
+
+
 def test_help_of_all(capsys):
     assert main([]) == main(["--help"]) == main(["-h"]) == 0
     text = capsys.readouterr().out

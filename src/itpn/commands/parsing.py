@@ -12,6 +12,9 @@ import io
 import itertools
 import re
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -83,9 +86,9 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
     summary, details = split_doc(cls)
     _check_repeats(words, fields)
     _check_values(words, types)
-    complaint = io.StringIO()
+    complaint, shown = io.StringIO(), _Shown(sys.stdout)
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(shown):
             parsed, unknown = tyro.cli(
                 cls,
                 default=tyro.MISSING_NONPROP if default is None else default,
@@ -94,10 +97,9 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
                 description=summary,
                 return_unknown_args=True,
             )
-    except OSError as error:
-        raise lost_output(error) from error
     except SystemExit as stop:
         if not stop.code:
+            _print_help(shown.getvalue())
             if details:  # below the options, for tyro does not wrap it
                 RequiredOutput().print("", details, sep="\n", markup=False, highlight=False)
             raise
@@ -118,6 +120,40 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
                 raise UserError(f"Missing value for argument '{named.pop()}'.")
         check_range(value, field.hint, (field.options or (field.usage,))[-1])
     return parsed
+
+
+class _Shown(io.StringIO):
+    """Keeps what is printed, which looks as it would on another stream: in its colours and its characters."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # StringIO has none
+        return str(self._stream.encoding)
+
+
+def _print_help(text: str) -> None:
+    """Print tyro's help, with its first line, the usage, in lines as long as the window is wide.
+
+    Raises:
+        BrokenPipeError, MachineError: standard output does not take it.
+    """
+    line, rest = text.split("\n", 1)
+    line = re.sub(r"\x1b\[[0-9;]*m", "", line)  # codes of colours have no width
+    whole = re.sub(r"\[[^\[\]]*\]|--\S+ [A-Z]+", lambda part: part[0].replace(" ", "\0"), line)
+    width = shutil.get_terminal_size().columns
+    lines = textwrap.wrap(
+        whole, width, subsequent_indent=" " * 7, break_long_words=False, break_on_hyphens=False, expand_tabs=False
+    )
+    try:
+        print("\n".join(lines).replace("\0", " "), rest, sep="\n", end="", flush=True)
+    except OSError as error:
+        raise lost_output(error) from error
 
 
 def read_fields(cls: Any, prefix: str = "") -> Iterator[Field]:
