@@ -102,8 +102,8 @@ class SegmentationConfig(RunConfig):
         data, evaluation = self.data, self.evaluation
         if not 0 < data.scales[0] <= data.scales[1]:
             raise UserError(f"--data.scales needs two factors above 0, from small to large, not {data.scales}")
-        if not evaluation.scales or min(evaluation.scales) <= 0:
-            raise UserError("--evaluation.scales must be numbers above 0")
+        if not evaluation.scales:
+            raise UserError("--evaluation.scales needs a scale or more")
         if (data.val_masks is not None) and data.val_root is None:
             raise UserError("--data.val-masks needs --data.val-root, the folder of their images")
         check_fine_tuning(self)
