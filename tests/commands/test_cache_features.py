@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import options
 import pytest
 import torch
 from PIL import Image
@@ -221,7 +222,7 @@ def test_mistakes_in_caching(clip, tmp_path, capsys, change, message):
         arguments = [a for a in arguments if a not in ("--teacher.checkpoint", clip.teacher.checkpoint)]
     if "holds" in message:
         assert main(arguments) == 0
-    assert main([*arguments, *change]) == 2
+    assert main(options.change(arguments, change)) == 2
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

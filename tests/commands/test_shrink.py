@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from filelock import FileLock
+from options import change
 from PIL import Image
 
 import itpn.data.shrinking
@@ -161,13 +162,13 @@ def mistake(capsys) -> str:
 
 def test_other_settings_and_images_are_refused(large, whole, tmp_path, capsys):
     before = contents(whole)
-    for options, answer in [
+    for changed, answer in [
         (["--short-side", "33"], "holds shards with short side 32, not 33; choose another --out"),
         (["--quality", "90"], "with quality 95, not 90"),
         (["--shard-size", "6"], "with shard size 5, not 6"),
     ]:
         standard = ["--short-side", "32", "--shard-size", "5", "--num-workers", "0"]
-        assert main(["shrink", str(large), "--out", str(whole), *standard, *options]) == 2
+        assert main(change(["shrink", str(large), "--out", str(whole), *standard], changed)) == 2
         assert answer in mistake(capsys)
     draw(tmp_path / "c/00.png", 0)
     assert shrink(tmp_path, whole) == 2

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from options import change
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -119,7 +120,7 @@ def test_training_with_a_killed_worker(photos, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(loop, "take_pass", take_pass)
     command = ["train", "itpn-pixel_nano", "--data.root", str(photos), *OPTIONS, "--output-dir", str(tmp_path)]
-    command += ["--trainer.max-steps", "100"]
+    command = change(command, ["--trainer.max-steps", "100"])
     assert main([*command, "--trainer.checkpoint-every-n-steps", "2"]) == 1
     last = tmp_path / "itpn-pixel_nano/default/checkpoints/last.ckpt"
     assert re.match(

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.fabric.plugins.environments import LightningEnvironment
+from options import change
 from PIL import Image
 
 from itpn.cli import main
@@ -205,7 +206,8 @@ def test_command(photos, tmp_path, capsys):
     ],
 )
 def test_mistakes(options, complaint, photos, tmp_path, capsys):
-    assert main(["train", "itpn-pixel_nano", "--data.root", str(photos), "--output-dir", str(tmp_path), *options]) == 2
+    command = ["train", "itpn-pixel_nano", "--data.root", str(photos), "--output-dir", str(tmp_path)]
+    assert main(change(command, options)) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert complaint in said
