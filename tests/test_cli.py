@@ -173,6 +173,18 @@ def test_exit_codes(monkeypatch, photos, tmp_path, capsys, command, ending, code
     assert capsys.readouterr().err == ("itpn: loss is nan\n" if code == 1 else "")
 
 
+@pytest.mark.parametrize("columns", ["1", "2", "5", "19"])
+@pytest.mark.parametrize("words", [["train", "--help"], ["train", "itpn-pixel_nano", "--help"], ["predict"], ["list"]])
+def test_a_narrow_window(columns, words):
+    command = [sys.executable, "-m", "itpn", *words]
+    wide, narrow = (
+        subprocess.run(command, env={**os.environ, "COLUMNS": c}, capture_output=True, text=True, timeout=30)
+        for c in ("20", columns)
+    )
+    assert (narrow.returncode, narrow.stdout, narrow.stderr) == (wide.returncode, wide.stdout, wide.stderr)
+    assert wide.stdout or wide.stderr
+
+
 def test_quick_commands_do_not_import_torch():
     code = (
         "import sys; from itpn.cli import main;"

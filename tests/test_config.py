@@ -1,26 +1,34 @@
 """Settings on their way: out to YAML and back, and the impossible ones found."""
 
-from dataclasses import FrozenInstanceError
+import dataclasses
+import math
+import re
+from dataclasses import FrozenInstanceError, replace
 from functools import partial
+from typing import get_type_hints
 
 import pytest
 
+import itpn
 from itpn.cli import main
 from itpn.commands.parsing import read_fields
 from itpn.data.files import ImageSource
 from itpn.errors import UserError
 from itpn.tasks.configs import (
+    ClassificationConfig,
     DetectionConfig,
     PretrainingConfig,
     PretrainingDataConfig,
     PretrainingModelConfig,
+    SegmentationConfig,
     TeacherConfig,
+    TrainerConfig,
 )
 from itpn.tasks.pretraining import caching
 from itpn.tasks.recipe_files import list_recipes, read_recipe, read_settings
 from itpn.tasks.run import train
-from itpn.training import loop, profiling
-from itpn.training.config import from_dict, to_dict, write_yaml
+from itpn.training import launch, loop, profiling
+from itpn.training.config import check_types, from_dict, to_dict, write_yaml
 
 
 @pytest.mark.parametrize("name", list_recipes())
@@ -34,7 +42,7 @@ def test_every_recipe_is_possible_and_survives_yaml(name, tmp_path):
         config.model.checkpoint = str(tmp_path / "weights.pth")
     config.check()
     config.data.img_size, config.optimizer.lr, config.data.root = 96, 1e-5, "a"
-    if not isinstance(config, DetectionConfig):
+    if not isinstance(config, DetectionConfig | SegmentationConfig):
         config.data.img_size, config.data.root = (64, 96), ("a", "b")
     write_yaml(tmp_path / "config.yaml", name, config)
     assert read_settings(tmp_path / "config.yaml") == (name, config)
@@ -205,6 +213,79 @@ def test_impossible_settings(section, field, value):
         config.check()
     assert field.replace("_", "-") in str(error.value).replace("_", "-")
     assert "\n" not in str(error.value)
+
+
+def numbers_of(settings, section=""):
+    """All settings that hold a number: section, name, int or float, and how it is put in the setting's place."""
+    hints = get_type_hints(type(settings))
+    for field in dataclasses.fields(settings):
+        own, hint = getattr(settings, field.name), str(hints[field.name])
+        if dataclasses.is_dataclass(own):
+            yield from numbers_of(own, field.name)
+            continue
+        alone = re.sub(r"tuple\[.*?\]", "", hint)
+        for kind in (int, float):
+            if kind.__name__ in alone.replace("<class ", ""):
+                yield section, field.name, kind, lambda value: value
+            if kind.__name__ in hint and kind.__name__ not in alone:
+                length = len(own) if isinstance(own, tuple) else 2
+                yield section, field.name, kind, lambda value, length=length: (value,) * length
+
+
+@pytest.mark.parametrize("cls", [PretrainingConfig, ClassificationConfig, DetectionConfig, SegmentationConfig])
+def test_every_number_has_bounds(cls):
+    """A larger one overflows in C++, takes all memory, or is never at an end."""
+    found = list(numbers_of(cls()))
+    assert len(found) > 30
+    for section, name, kind, put in found:
+        values = (10**23, -(10**23), 10**5000) if kind is int else (math.nan, math.inf, -math.inf, 1e308, 10**400)
+        for value in values:
+            config = cls()
+            setattr(getattr(config, section) if section else config, name, put(value))
+            with pytest.raises(UserError, match=r"must (be|lie)") as error:
+                check_types(config)
+            option = f"--{section}.{name}" if section else f"--{name}"
+            assert str(error.value).startswith(option.replace("_", "-"))
+            assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "most"),
+    [
+        ("data.num-workers", "1025", "1024"),
+        ("data.batch-size", "99999999999", "1048576"),
+        ("trainer.devices", "1000001", "1024"),
+        ("trainer.num-nodes", "1000001", "100000"),
+        ("model.patch-size", "4000000000", "1024"),
+        ("model.pyramid-width", "99999999999999999999999", "32768"),
+        ("model.pyramid-depth", "99999999999999999999999", "1000"),
+        ("model.decoder-depth", "99999999999999999999999", "1000"),
+        ("model.gather-window", "99999999999999999999999", "1024"),
+        ("data.img-size", "1000000", "16384"),
+    ],
+)
+def test_a_number_that_no_machine_can_serve(capsys, option, value, most):
+    assert main(["train", "itpn-pixel_nano", f"--{option}", value]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"--{option} must lie between " in error
+    assert f" and {most}, not {value}" in error
+
+
+def test_more_processes_than_cores_can_serve(monkeypatch):
+    monkeypatch.setattr(launch, "count_cores", lambda: 2)
+    settings = TrainerConfig(accelerator="cpu", devices=17)
+    with pytest.raises(
+        UserError, match=r"--trainer\.devices 17 are more .* this machine has 2 cores, so give 16 at most"
+    ):
+        launch.choose_devices(settings, launch.read_launch())
+    assert launch.choose_devices(replace(settings, devices=16), launch.read_launch()).processes == 16
+
+
+@pytest.mark.parametrize("ratio", [math.nan, math.inf, -math.inf, 1e308, -1.0, 1.5])
+def test_a_mask_ratio_that_is_no_fraction(ratio):
+    with pytest.raises(UserError, match=r"--model\.mask-ratio must"):
+        itpn.get_model("itpn-pixel_nano", mask_ratio=ratio)
 
 
 def test_everything_is_an_option():

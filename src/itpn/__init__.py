@@ -5,6 +5,7 @@ Importing this is quick: torch and timm are imported by the calls that need them
 
 import fnmatch
 import importlib
+import os
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
+from itpn.system.checks import PositiveInt, check_range, check_type
 from itpn.tasks.recipe_files import list_recipes
 from itpn.tasks.spec import TaskSpec, load_installed_tasks, register_task
 from itpn.training.config import override_model
@@ -50,10 +52,11 @@ wrapt.register_post_import_hook(lambda _: importlib.import_module("itpn.checkpoi
 
 def list_models(pattern: str = "*") -> list[str]:
     """Names that ``timm.create_model`` knows once itpn is imported, by a shell pattern."""
+    check_type(pattern, str, "pattern")
     return fnmatch.filter([*BACKBONES, *WITH_PYRAMID.values()], pattern)
 
 
-def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: Any) -> "nn.Module":
+def get_model(recipe: str | Path, pretrained: bool | str | Path = False, **overrides: Any) -> "nn.Module":
     """Build the model of a recipe: a masked model of pre-training, a classifier, or a detector.
 
     Args:
@@ -68,7 +71,7 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
     """
     from itpn.checkpoints.files import read_checkpoint
     from itpn.errors import UserError
-    from itpn.tasks.recipe_files import read_recipe
+    from itpn.tasks.recipe_files import check_recipe, read_recipe
     from itpn.tasks.spec import task_of
 
     if pretrained is True:
@@ -76,8 +79,12 @@ def get_model(recipe: str, pretrained: bool | str | Path = False, **overrides: A
             f"no weights are published for {recipe}; give pretrained=PATH of a checkpoint, or "
             "pretrained='hf-hub:OWNER/NAME' of a hub repository with a model.safetensors"
         )
-    config = read_recipe(recipe)[1]
+    check_type(recipe, str | os.PathLike, "recipe")
+    config = read_recipe(os.fspath(recipe))[1]
+    check_recipe(config)
     classes = overrides.pop("num_classes", None)
+    check_type(classes, PositiveInt | None, "num_classes")
+    check_range(classes, PositiveInt | None, "num_classes")
     found = read_checkpoint(pretrained) if pretrained else None
     model, notes = task_of(config).build_recipe(override_model(config, overrides), classes, found)
     for note in notes:

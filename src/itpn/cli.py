@@ -3,6 +3,7 @@
 import io
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -34,6 +35,7 @@ from itpn.tasks.spec import load_installed_tasks
 
 DESCRIPTION = "Pre-train a hierarchical vision transformer together with its feature pyramid on your own images."
 
+MIN_COLUMNS = 20
 COMMANDS: dict[str, type[Any]] = {
     "list": List,
     "info": Info,
@@ -56,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 when done, 1 for a run that went wrong, 2 for a mistake of the user's, 128 and its number after a signal.
     """
     forget_warnings()
+    widen_window()
     arguments = list(sys.argv[1:] if argv is None else argv)
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -91,6 +94,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException:
         end_children(0)
         raise
+
+
+def widen_window() -> None:
+    """Let a window of a few columns, in which no help can be laid out, count as wider."""
+    if shutil.get_terminal_size().columns < MIN_COLUMNS:
+        os.environ["COLUMNS"] = str(MIN_COLUMNS)
 
 
 def run_command(arguments: list[str]) -> int:

@@ -420,13 +420,13 @@ def test_numbers_of_other_kinds_beside_the_weights(tmp_path):
     ("overrides", "words"),
     [
         ({"img_size": -64}, "image size -64x-64 is not a multiple"),
-        ({"img_size": "big"}, r"img_size must be int \| tuple\[int, int\], not 'big'"),
+        ({"img_size": "big"}, "img_size must be a whole number or two whole numbers, not 'big'"),
         ({"in_chans": 0}, "in_chans=0 must be above 0"),
-        ({"num_classes": "7"}, "num_classes must be int, not '7'"),
+        ({"num_classes": "7"}, "num_classes must be a whole number, not '7'"),
         ({"num_classes": 0}, "a classifier needs num_classes above 0; task='backbone'"),
         ({"num_heads": 0}, "num_heads must be above 0, not 0"),
         ({"migrate_ratio": 0.5, "migrate_from": 9}, "migrate_from must be one of the 2 blocks of stage 3, not 9"),
-        ({"task": "pyramid", "levels": "all", "strict": False}, "levels must be Literal"),
+        ({"task": "pyramid", "levels": "all", "strict": False}, "levels must be 'pyramid', 'pooled' or 'joined'"),
         ({"task": "pretraining"}, "`itpn train RECIPE --model.checkpoint FILE` starts from the weights"),
     ],
 )

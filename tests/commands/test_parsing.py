@@ -104,6 +104,18 @@ def test_help_after_a_recipe_lists_own_options_and_settings(capsys, command, rec
     assert "Probability of a horizontal flip" in " ".join(words.replace("│", "").split())
 
 
+@pytest.mark.parametrize("words", [[name] for name in COMMANDS] + [["cache-features", "itpn-mfm_nano"]])
+@pytest.mark.parametrize("columns", ["60", "80"])
+def test_a_usage_is_no_wider_than_the_window(capsys, monkeypatch, words, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = show_help(capsys, *words).splitlines()
+    lines = lines[: lines.index("")]
+    assert max(map(len, lines)) <= int(columns)
+    usage = " ".join(map(str.strip, lines))
+    for field in read_fields(COMMANDS[words[0]]) if len(words) == 1 else ():
+        assert not field.usage or field.usage in usage or "OPTIONS" in usage
+
+
 def test_help_of_all(capsys):
     assert main([]) == main(["--help"]) == main(["-h"]) == 0
     text = capsys.readouterr().out
@@ -134,7 +146,30 @@ def test_help_of_all(capsys):
         ("export a --out b --levels pool", "--levels: choose from joined, pooled, pyramid; did you mean pooled?"),
         ("export a --out b --no-dynamic-size", "unknown option --no-dynamic-size; did you mean --dynamic-size?"),
         ("export a --ou b", "unknown option --ou; did you mean --out?"),
-        ("export a --out b --img-size 1 2 3", "--img-size must be a whole number or INT INT, not '1', '2', '3'"),
+        (
+            "export a --out b --img-size 1 2 3",
+            "--img-size must be a whole number or two whole numbers, not '1', '2', '3'",
+        ),
+        ("export a --out b.onnx --img-size -8", "--img-size must be at least 1, not -8"),
+        ("export a --out b.onnx --img-size 0", "--img-size must be at least 1, not 0"),
+        ("export a --out b.onnx --img-size 64 1000000", "--img-size must lie between 1 and 16384, not 1000000"),
+        ("train itpn-pixel_nano --optimizer.milestones", "Missing value for argument '--optimizer.milestones'."),
+        ("train itpn-pixel_nano --data.root --seed 1", "Missing value for argument '--data.root'."),
+        ("train segmenter_small --data.ignore", "Missing value for argument '--data.ignore'."),
+        ("train itpn-pixel_nano --optimizer.milestones 0.5 0.5", "--optimizer.milestones must be rising fractions"),
+        ("train itpn-pixel_nano -- --seed 1", "unexpected '--': leave it out"),
+        ("predict a b --", "unexpected '--': leave it out"),
+        ("train itpn-pixel_nano --trainer.no-compile", "did you mean --trainer.compile False?"),
+        ("train itpn-pixel_nano --model.no-grad_checkpointing", "did you mean --model.grad-checkpointing False?"),
+        ("train detector_small --model.no-masks", "did you mean --model.masks False?"),
+        ("train itpn-pixel_nano --data.crop-scale a b", "--data.crop-scale must be two numbers, not 'a', 'b'"),
+        ("train itpn-pixel_nano --model.pyramid-weights 1 2 x", "must be three numbers, not '1', '2', 'x'"),
+        ("train itpn-pixel_nano --data.mean a", "--data.mean must be numbers, not 'a'"),
+        ("train classifier_small --data.mean [a]", "--data.mean must be numbers, not '[a]'"),
+        ("train segmenter_small --data.ignore nan", "--data.ignore must be whole numbers, not 'nan'"),
+        ("train detector_small --data.large-scale-jitter 1", "must be two numbers, not '1'"),
+        ("convert a b --to None", "--to must be 'itpn', 'official' or 'mmpretrain', not 'None'"),
+        ("info foo", "no recipe or model 'foo'; see `itpn list`"),
         ("shrink --out x", "required: DIR [DIR ...]; usage: itpn shrink DIR [DIR ...] --out DIR [options]"),
         ("train --profile", "the recipe comes first: itpn train RECIPE --profile ..."),
         ("train itpn-pixel_nano --profil", "unknown option --profil; did you mean --profile?"),
@@ -176,3 +211,25 @@ def test_choices_are_sorted():
     what, choices = str(error.value).split(": ")
     assert what == "invalid choice 'bf17' for --trainer.precision"
     assert choices == "choose from 16-mixed, 32, 32-true, auto, bf16, bf16-mixed, fp16; did you mean bf16?"
+
+
+@pytest.mark.parametrize(
+    ("words", "seed", "members", "said"),
+    [
+        (["--seed", "1", "--seed=2"], 2, (), ""),
+        (["--members", "jpg", "png"], None, ("jpg", "png"), ""),
+        (
+            ["--members", "jpg", "--data.members", "png"],
+            None,
+            ("png",),
+            "is given twice, and the last counts: give all",
+        ),
+    ],
+)
+def test_the_last_of_repeated_options_counts(capsys, words, seed, members, said):
+    """As everywhere; where one takes several values, it is said that those before are lost."""
+    parsed = parse(Predict, ["a.pt", "x", *words], "itpn predict")
+    assert (parsed.seed, parsed.members) == (seed, members)
+    error = capsys.readouterr().err
+    assert said in error
+    assert error.count("\n") == bool(said)

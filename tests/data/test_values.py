@@ -414,7 +414,7 @@ def test_one_warning_of_pages_beside_one_of_values(folder, tmp_path, capfd, work
         (folder / f"{name}.tif").write_bytes(join_tiffs(page(), page()))
     common = ("--data.root", folder, "--data.num-workers", workers, "--output-dir", tmp_path / "runs")
     for command in (
-        ("train", "itpn-pixel_nano", *common, *TINY, "--name", "p", "--trainer.max-steps", 3),
+        ("train", "itpn-pixel_nano", *common, *TINY[:-1], 3, "--name", "p"),
         ("shrink", folder, "--out", tmp_path / "small", "--num-workers", workers),
     ):
         assert run(*command) == 0

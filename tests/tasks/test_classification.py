@@ -513,7 +513,8 @@ def test_two_processes_train_and_validate(settings, tmp_path):
 def test_mistakes_are_one_line(settings, tmp_path, coloured, capsys, options, words):
     pretrained = tmp_path / "nano.pth"
     torch.save(itpn.get_model("itpn-pixel_nano", img_size=32).backbone.state_dict(), pretrained)
-    common = ["--data.root", str(coloured), "--output-dir", str(tmp_path / "runs"), "--data.num-workers", "0"]
+    common = ["--output-dir", str(tmp_path / "runs"), "--data.num-workers", "0"]
+    common += [] if "--data.root" in options else ["--data.root", str(coloured)]
     assert main(["train", "classifier_small", "--model.checkpoint", str(pretrained), *common, *options]) == 2
     error = capsys.readouterr().err
     assert words in error

@@ -513,7 +513,7 @@ def test_hostile_masks(shapes, tmp_path, damage, capsys):
         ("--data.batch-size 1", "batch norm needs two images at a time"),
         ("--data.scales 2 1", "--data.scales needs two factors above 0"),
         ("--evaluation.stride 0", "--evaluation.stride must be above 0"),
-        ("--evaluation.scales 0", "--evaluation.scales must be numbers above 0"),
+        ("--evaluation.scales 0", "--evaluation.scales must lie between 0.01 and 100, not 0.0"),
         ("--data.val-masks x", "--data.val-masks needs --data.val-root"),
         ("--data.classes nowhere.txt", "file of classes nowhere.txt does not exist"),
         ("--model.head-width 0", "--model.head-width must be at least 1"),

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from itpn.errors import UserError
+from itpn.errors import UserError, refusal
 
 HUB = "hf-hub:"  # before the name of a repository, as timm writes it
 
@@ -17,5 +17,9 @@ def check_file(checkpoint: str, what: str = "checkpoint") -> None:
         return
     if "://" in checkpoint:
         raise UserError(f"{what} {checkpoint} is an address: download the file and give its path, or {HUB}OWNER/NAME")
-    if not checkpoint or not Path(checkpoint).exists():
+    try:
+        found = bool(checkpoint) and Path(checkpoint).exists()
+    except OSError as error:  # a name that no file can have
+        raise refusal(f"{what} {checkpoint}", error) from error
+    if not found:
         raise UserError(f"{what} {checkpoint or repr(checkpoint)} does not exist")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from itpn.commands.options import Flag, RecipeCommand, shown
 from itpn.errors import UserError
-from itpn.system.checks import PositiveInt
+from itpn.system.checks import Range
 from itpn.tasks.spec import task_of
 
 
@@ -23,7 +23,7 @@ class CacheFeatures(RecipeCommand):
 
     out: Annotated[Path, shown("DIR")]
     """Folder for the shards; give it as --data.root to train from them."""
-    views: Annotated[PositiveInt, shown("N")] = 1
+    views: Annotated[int, Range(1, 10_000), shown("N")] = 1
     """Crops per image, one per epoch."""
     half: Flag = False
     """Store features in half the space, rounded to float16."""

@@ -11,6 +11,7 @@ from tyro.conf import DisallowNone, arg
 from itpn.checkpoints.paths import check_file
 from itpn.commands.options import Checkpoint, Flag, NumHeads, TaskFile, shown
 from itpn.errors import UserError
+from itpn.system.checks import Side
 from itpn.system.console import print_note
 from itpn.system.text import either
 from itpn.tasks.spec import all_tasks, find_task
@@ -30,7 +31,7 @@ class Export:
         DisallowNone[Literal["pyramid", "pooled", "joined"] | None], arg(help_behavior_hint="(optional)")
     ] = None
     """Maps: `pyramid` strides 4 to 16, `pooled` 4 to 64 (detectors), `joined` with the stages 4 to 32 (segmenters)."""
-    img_size: Annotated[int | tuple[int, int] | None, shown("PX [PX]", "(default: the checkpoint's)")] = None
+    img_size: Annotated[Side | tuple[Side, Side] | None, shown("PX [PX]", "(default: the checkpoint's)")] = None
     """Side of the input images, or height and width."""
     dynamic_size: Flag = False
     """The file takes images of any height and width, in whole patches; the batch size is always free."""

@@ -1,7 +1,6 @@
 """`itpn info`: how large a network is, what it costs, what comes out where."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from rich.table import Table
@@ -11,7 +10,7 @@ from itpn.commands.options import TaskFile, shown
 from itpn.errors import UserError
 from itpn.models.variants import BACKBONES, WITH_PYRAMID
 from itpn.system.console import RequiredOutput
-from itpn.tasks.recipe_files import nearest, read_recipe, recipe_files
+from itpn.tasks.recipe_files import check_recipe, check_suffix, is_file, nearest, read_recipe, recipe_files
 from itpn.tasks.spec import task_of
 
 
@@ -27,11 +26,15 @@ class Info:
 
     def run(self) -> None:
         known, files = [*BACKBONES, *WITH_PYRAMID.values()], recipe_files()
-        if self.name not in known and self.name not in files and not Path(self.name).is_file():
-            raise UserError(f"no recipe or model {self.name!r}{nearest(self.name, [*files, *known])}")
+        if self.name not in known and self.name not in files and not is_file(self.name):
+            check_suffix(self.name)
+            near = nearest(self.name, [*files, *known]) or "; see `itpn list`"
+            raise UserError(f"no recipe or model {self.name!r}{near}")
         config = None if self.name in known else read_recipe(self.name)[1]
         if config is None and self.checkpoint is not None:
             raise UserError("--checkpoint is for recipes; `itpn inspect` tells what a checkpoint is")
+        if config is not None:
+            check_recipe(config)
         from itpn.checkpoints.files import read_checkpoint
         from itpn.tasks.info import describe_model
 

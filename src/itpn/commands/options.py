@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from tyro.conf import FlagCreatePairsOff, Positional, Suppress, arg
 
+from itpn.system import checks
 from itpn.tasks.recipe_files import check_model_name
 from itpn.tasks.spec import task_of
 from itpn.training.config import check_start
@@ -26,7 +27,7 @@ Checkpoint = Annotated[Positional[str], arg(metavar="CKPT")]
 MEMBERS = "In tar shards: endings of the members that are read as images, e.g. jpg or seg.png; or all."
 Members = Annotated[tuple[str, ...], of_data("members", "ENDING [ENDING ...]", "a sample's plain image", MEMBERS)]
 NUM_HEADS = "Attention heads, for files that do not tell them (see `itpn inspect`)."
-NumHeads = Annotated[int | None, arg(metavar="N", help_behavior_hint="(optional)", help=NUM_HEADS)]
+NumHeads = Annotated[checks.NumHeads | None, arg(metavar="N", help_behavior_hint="(optional)", help=NUM_HEADS)]
 TASK_FILE = "For tasks of your own: the recipe file that registers the task."
 TaskFile = Annotated[str | None, arg(name="recipe", metavar="FILE", help_behavior_hint="(optional)", help=TASK_FILE)]
 

@@ -12,6 +12,9 @@ import io
 import itertools
 import re
 import shlex
+import shutil
+import sys
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -22,9 +25,9 @@ from tyro.conf import FlagCreatePairsOff, Positional, Suppress
 from itpn.checkpoints.older_settings import NAMES
 from itpn.commands.options import RecipeCommand
 from itpn.errors import UserError
-from itpn.system.checks import check_range
+from itpn.system.checks import check_range, describe_type
 from itpn.system.console import RequiredOutput, lost_output
-from itpn.tasks.recipe_files import nearest, read_recipe
+from itpn.tasks.recipe_files import check_recipe, nearest, read_recipe
 
 NUMBERS = {"INT": "a whole number", "FLOAT": "a number"}
 OPTION = re.compile("--?(?!inf|nan)[a-zA-Z]")
@@ -50,6 +53,8 @@ def parse_with_recipe(cls: type[AnyRecipeCommand], words: Sequence[str], prog: s
         UserError: no such recipe, or as :func:`parse`.
     """
     name, config = read_recipe(words[0])
+    if {"-h", "--help"} & set(words):  # else with the options that change them
+        check_recipe(config)
     own = {option for field in read_fields(cls) for option in field.options}
     given = tuple(option for word in words if word.startswith("--") and (option := _option(word)) not in own)
     settings: Any = Annotated[type(config), tyro.conf.arg(name="")]
@@ -80,9 +85,9 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
     usage = " ".join(["usage:", prog, *(field.usage for field in fields if field.usage), *["[options]"][: len(types)]])
     summary, details = split_doc(cls)
     _check_values(words, types)
-    complaint = io.StringIO()
+    complaint, shown = io.StringIO(), _Shown(sys.stdout)
     try:
-        with contextlib.redirect_stderr(complaint):
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(shown):
             parsed, unknown = tyro.cli(
                 cls,
                 default=tyro.MISSING_NONPROP if default is None else default,
@@ -91,19 +96,19 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
                 description=summary,
                 return_unknown_args=True,
             )
-    except OSError as error:
-        raise lost_output(error) from error
     except SystemExit as stop:
         if not stop.code:
+            _print_help(shown.getvalue())
             if details:  # below the options, for tyro does not wrap it
                 RequiredOutput().print("", details, sep="\n", markup=False, highlight=False)
             raise
         # an unknown option may have stood where something else was expected
         unknown = [word for word in words if OPTION.match(word) and _option(word) not in {*types, "-h", "--help"}]
         if not unknown:
-            raise UserError(_translate(complaint.getvalue(), required, usage)) from None
+            raise UserError(_translate(complaint.getvalue(), required, types, usage)) from None
     if unknown:
-        raise UserError(_reject(unknown[0], list(types), usage))
+        raise UserError(_reject(unknown[0], types, usage))
+    _note_repeats(words, fields)
     for field in fields:
         if not field.attribute:
             continue
@@ -115,6 +120,40 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
                 raise UserError(f"Missing value for argument '{named.pop()}'.")
         check_range(value, field.hint, (field.options or (field.usage,))[-1])
     return parsed
+
+
+class _Shown(io.StringIO):
+    """Keeps what is printed, which looks as it would on another stream: in its colours and its characters."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]  # StringIO has none
+        return str(self._stream.encoding)
+
+
+def _print_help(text: str) -> None:
+    """Print tyro's help, with its first line, the usage, in lines as long as the window is wide.
+
+    Raises:
+        BrokenPipeError, MachineError: standard output does not take it.
+    """
+    line, rest = text.split("\n", 1)
+    line = re.sub(r"\x1b\[[0-9;]*m", "", line)  # codes of colours have no width
+    whole = re.sub(r"\[[^\[\]]*\]|--\S+ [A-Z]+", lambda part: part[0].replace(" ", "\0"), line)
+    width = shutil.get_terminal_size().columns
+    lines = textwrap.wrap(
+        whole, width, subsequent_indent=" " * 7, break_long_words=False, break_on_hyphens=False, expand_tabs=False
+    )
+    try:
+        print("\n".join(lines).replace("\0", " "), rest, sep="\n", end="", flush=True)
+    except OSError as error:
+        raise lost_output(error) from error
 
 
 def read_fields(cls: Any, prefix: str = "") -> Iterator[Field]:
@@ -149,15 +188,33 @@ def _option(word: str) -> str:
     return word.partition("=")[0].replace("_", "-")
 
 
+def _note_repeats(words: Sequence[str], fields: Sequence[Field]) -> None:
+    """Say of an option of several values that is given twice that the last counts, as of every option."""
+    for field in fields:
+        several = any(get_origin(part) is tuple for part in (field.kind, *get_args(field.kind)))
+        if several and sum(_option(word) in field.options for word in words) > 1:
+            from itpn.system.console import print_note
+
+            print_note(f"{field.options[0]} is given twice, and the last counts: give all values after one")
+
+
 def _check_values(words: Sequence[str], types: Mapping[str, Any]) -> None:
-    """Raise :class:`UserError` for what tyro would not say clearly: a switch with a value, a path without a name."""
-    for word, following in itertools.pairwise([*words, "-"]):
+    """Raise :class:`UserError` for what tyro would not say clearly.
+
+    A switch with a value, a path without a name, an option of several values without one, a bare `--`.
+    """
+    if "--" in words:
+        raise UserError("unexpected '--': leave it out; a file whose name begins with a hyphen is written ./-NAME")
+    for word, following in itertools.pairwise([*words, "--"]):
         option, equals, value = word.partition("=")
         kind = types.get(_option(word))
         if equals and kind is bool:
             raise UserError(f"{option} takes no value, not {word!r}")
         if Path in (kind, *get_args(kind)) and (value if equals else following) == "":
             raise UserError(f"{option} is empty: give a file or folder, or leave it out")
+        any_number = any(get_origin(part) is tuple and get_args(part)[-1] is ... for part in (kind, *get_args(kind)))
+        if any_number and not equals and (following == "--" or OPTION.match(following)):
+            raise UserError(f"Missing value for argument '{option}'.")
 
 
 def _say_true(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
@@ -170,7 +227,7 @@ def _say_true(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:
     return said
 
 
-def _translate(box: str, required: list[str], usage: str) -> str:
+def _translate(box: str, required: list[str], types: Mapping[str, Any], usage: str) -> str:
     """tyro's framed message as one line: what is wrong, without the repeated help.
 
     The frame is one of hyphens where standard output is not in UTF-8.
@@ -186,13 +243,12 @@ def _translate(box: str, required: list[str], usage: str) -> str:
         r"Error parsing ([^\s/]+)\S*: (invalid literal for int|could not convert string).*: ('.*')", text
     ):
         return f"{wrong[1]} must be {NUMBERS['INT' if wrong[2].endswith('int') else 'FLOAT']}, not {wrong[3]}"
-    if wrong := re.fullmatch(
-        r"Error parsing ([^\s/]+)\S*: no type matching (.*) could be instantiated from \[(.*)\]\.", text
-    ):
-        if not wrong[3]:
+    given = r"(?:no type matching .* instantiated from|.*? arguments:?) \[(.*?)\](?: into .*|\.)?"
+    wrong = re.fullmatch(rf"Error parsing ([^\s/:]+)[^\s:]*: {given}", text)
+    if wrong and wrong[1] in types:
+        if not wrong[2]:
             return f"{wrong[1]} needs a value"
-        kinds = re.sub(r"[{}]", "", wrong[2].replace("{None}|", "")).split("|")
-        return f"{wrong[1]} must be {' or '.join(NUMBERS.get(kind, kind) for kind in kinds)}, not {wrong[3]}"
+        return f"{wrong[1]} must be {describe_type(types[wrong[1]], none=False)}, not {wrong[2]}"
     text = text.replace(" Expected 1 values.", "").replace("{None}|", "")
     if choice := re.fullmatch(r"invalid choice '(.*)' for argument '(.*)'. Expected one of \((.*)\)\.", text):
         value, option, known = choice.groups()
@@ -201,9 +257,12 @@ def _translate(box: str, required: list[str], usage: str) -> str:
     return text or "the options could not be understood"
 
 
-def _reject(word: str, known: list[str], usage: str) -> str:
+def _reject(word: str, types: Mapping[str, Any], usage: str) -> str:
     """What to say of a word that is no option, or that has no place."""
-    option = word.partition("=")[0]
+    option, known = word.partition("=")[0], list(types)
+    positive = option.replace("_", "-").replace(".no-", ".", 1)
+    if positive != option and bool in get_args(types.get(positive)):  # a switch that has more positions than two
+        return f"unknown option {option}; did you mean {positive} False?"
     if not OPTION.match(option):
         return f"unexpected {word!r}; {usage}" + (", and options are written --name VALUE" if known else "")
     # "--batch-size" is meant as often as "--data.batchsize": compare whole names and last parts

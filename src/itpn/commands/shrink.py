@@ -10,7 +10,7 @@ from tyro.conf import Positional
 from itpn.commands.options import Members, of_data, shown
 from itpn.data.files import find_splits
 from itpn.errors import UserError
-from itpn.system.checks import NonNegativeInt, PositiveInt, Range
+from itpn.system.checks import NumWorkers, PositiveInt, Range
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,13 @@ class Shrink:
     """Folders of images, or of tar shards."""
     out: Annotated[str, shown("DIR")]
     """Folder for the shards: the --data.root of training."""
-    short_side: Annotated[PositiveInt, shown("PX")] = 512
+    short_side: Annotated[int, Range(1, 2**16), shown("PX")] = 512
     """Shorter side of the resized images."""
     quality: Annotated[int, Range(1, 100), shown("N")] = 95
     """JPEG quality, 1 to 100."""
-    shard_size: Annotated[PositiveInt, shown("N")] = 512
+    shard_size: Annotated[int, Range(1, 10**6), shown("N")] = 512
     """Images per shard."""
-    num_workers: Annotated[NonNegativeInt | None, shown("N", "(default: one for each core)")] = None
+    num_workers: Annotated[NumWorkers | None, shown("N", "(default: one for each core)")] = None
     """Worker processes."""
     members: Members = ()
     max_pixels: Annotated[

@@ -30,7 +30,7 @@ from itpn.data.splits import SPLITS
 from itpn.data.walk import list_files, list_images
 from itpn.errors import UserError
 from itpn.system.text import one_line, read_lines
-from itpn.system.yaml_files import load_yaml
+from itpn.system.yaml_files import Text, load_yaml
 
 NO_LABELS = {*CLASS_FILES, "labels.txt", "names.txt", "README.txt", "readme.txt"}  # text files beside YOLO's
 LONGEST_NUMBER = 40  # characters: supervision takes hours for a class index of a million digits
@@ -131,20 +131,10 @@ def _labels_of(image: Path, root: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-class _Text(yaml.BaseLoader):
-    """Keeps every value as text, and refuses duplicate keys, of which YAML keeps the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-        if twice := next((key for key, count in keys.items() if count > 1), None):
-            raise ValueError(f"{twice} is there twice")
-        return super().construct_mapping(node, deep)
-
-
 def _read_settings(file: Path) -> dict[str, Any]:
     """Read a ``data.yaml``, every value as text: a class may be called ``no``, ``1.0`` or ``null``."""
     try:
-        settings = load_yaml(file, _Text)
+        settings = load_yaml(file, Text)
         if not isinstance(settings, dict):
             raise TypeError("it is no mapping")
         settings = {key.lower(): value for key, value in settings.items()}

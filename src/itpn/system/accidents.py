@@ -1,6 +1,7 @@
 """Accidents of the machine in any command, as one line. Without torch, for commands that do not need it."""
 
 import contextlib
+import errno
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -47,6 +48,8 @@ def guard(subject: str = "", kept: Callable[[], str] | None = None) -> Iterator[
             raise
         raise _finish(error, str(error), kept) from error
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # no accident, wherever it is found
+            raise UserError(describe_accident(error, subject)) from error
         message = describe_accident(error, subject)
         if message is None:
             raise

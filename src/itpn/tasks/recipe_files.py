@@ -5,14 +5,29 @@ import difflib
 import fnmatch
 import hashlib
 import importlib.util
+import os
+import signal
+import stat
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from itpn.errors import UserError
+from itpn.errors import WRONG_PATH, RunStopped, UserError
+from itpn.models.heads import UnknownTask
 from itpn.models.variants import BACKBONES
+from itpn.system.checks import check_type
 from itpn.tasks.spec import all_tasks, find_task
-from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml
+from itpn.training.config import (
+    RunConfig,
+    StoredSettings,
+    check_types,
+    from_dict,
+    is_folder_name,
+    not_settings,
+    read_yaml,
+)
 
 FIRST_TASK = "pretraining"  # of the first files, which did not name their task
 
@@ -26,6 +41,7 @@ def recipe_files() -> dict[str, Path]:
 
 def list_recipes(pattern: str = "*") -> list[str]:
     """Names of recipes that match a shell pattern."""
+    check_type(pattern, str, "pattern")
     return fnmatch.filter(recipe_files(), pattern)
 
 
@@ -42,17 +58,63 @@ def read_recipe(name: str) -> tuple[str, RunConfig]:
     """
     files = recipe_files()
     path = files.get(name, Path(name))
-    if not path.is_file():
-        if path.suffix.lower() in (".py", ".yaml", ".yml"):
-            raise UserError(f"recipe file {name} does not exist")
+    if not is_file(path):
+        check_suffix(name)
         raise UserError(f"no recipe {name!r}{nearest(name, list(files), cutoff=0.4) or '; see `itpn list`'}")
     if path.suffix.lower() in (".yaml", ".yml"):
         return _read_run_settings(path)
     config = getattr(_import_file(path), "config", None)
-    if not isinstance(config, RunConfig):
+    if not isinstance(config, RunConfig) or not hasattr(config, "task"):
         kinds = ", ".join(task.config.__name__ for task in all_tasks())
         raise UserError(f"recipe file {path} must set `config` to one of {kinds} of itpn.tasks.configs")
+    try:
+        find_task(config.task)
+    except UnknownTask:
+        raise UserError(
+            f"recipe file {path} sets a config of the task {config.task!r}, which it does not register: call "
+            "itpn.register_task in it, or import what does"
+        ) from None
+    _check_values(path, config)
     return path.stem, config
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a file that can be reached; no name is too long to ask.
+
+    Raises:
+        OSError: it cannot be told.
+    """
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except OSError as error:
+        if error.errno in WRONG_PATH:
+            return False
+        raise
+
+
+def check_suffix(name: str) -> None:
+    """Raise :class:`UserError` where a name that is no file was meant as one, by its suffix."""
+    if Path(name).suffix.lower() in (".py", ".yaml", ".yml"):
+        raise UserError(f"recipe file {name} {_why_no_file(Path(name))}")
+
+
+def _why_no_file(path: Path) -> str:
+    """What a path is that is no file, after its name."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        reason = error.strerror or str(error)
+        return "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason}"
+    kinds = {stat.S_IFDIR: "folder", stat.S_IFIFO: "pipe", stat.S_IFSOCK: "socket"}
+    return f"is a {kinds.get(stat.S_IFMT(mode), 'device')}, not a file"
+
+
+def _check_values(path: Path, config: RunConfig) -> None:
+    """Raise :class:`UserError` for a setting of a file that has another type or range than it may have."""
+    try:
+        check_types(config)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _import_file(path: Path) -> ModuleType:
@@ -68,9 +130,11 @@ def _import_file(path: Path) -> ModuleType:
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except UserError:
+    except (UserError, RunStopped):
         raise
-    except Exception as error:  # whatever a user's file may raise
+    except BaseException as error:  # whatever a user's file may raise, the end of the interpreter as well
+        if isinstance(error, KeyboardInterrupt) and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            raise  # Ctrl-C outside of a command, in which it raises RunStopped
         raise UserError(f"recipe file {path} does not run: {type(error).__name__}: {error}") from error
     return module
 
@@ -86,11 +150,19 @@ def read_settings(path: Path) -> tuple[str, RunConfig]:
 
 def parse_settings(path: Path, stored: StoredSettings) -> tuple[str, RunConfig]:
     """Settings that a file holds."""
+    if not isinstance(stored.recipe, str) or not is_folder_name(stored.recipe):  # its runs have a folder of that name
+        raise not_settings(path, f"its recipe must be a plain name, not {stored.recipe!r}")
+    if not isinstance(stored.task, str):
+        raise not_settings(path, f"its task must be a name, not {stored.task!r}")
     kind = find_task(stored.task or FIRST_TASK).config
     try:
-        return stored.recipe, from_dict(stored.values, kind)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        config = from_dict(stored.values, kind)
+    except (UserError, TypeError) as error:
+        raise not_settings(path, str(error)) from error
+    except (KeyError, AttributeError, ValueError) as error:
         raise not_settings(path, error) from error
+    _check_values(path, config)
+    return stored.recipe, config
 
 
 def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
@@ -112,6 +184,20 @@ def _read_run_settings(path: Path) -> tuple[str, RunConfig]:
         settings = parse_settings(last, found)
         print(f"{path} is corrupt: its settings are taken from {last}", file=sys.stderr)
         return settings
+
+
+def check_recipe(config: RunConfig) -> None:
+    """Find impossible settings as a run does, where there is nothing to start from yet.
+
+    Raises:
+        UserError: the first that is found.
+    """
+    model: Any = config.model
+    if hasattr(model, "scratch"):
+        model = replace(model, scratch=True, checkpoint=None, name=model.name or next(iter(BACKBONES)))
+    replace(config, model=model).check()
+    if config.model.name is not None:
+        check_model_name(config.model.name)
 
 
 def check_model_name(name: str) -> None:

@@ -3,6 +3,7 @@
 Nothing here imports torch, so that a mistake in an option is answered at once.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -10,14 +11,27 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 
 from itpn.checkpoints.older_settings import NAMES, update_settings
 from itpn.checkpoints.paths import check_file
 from itpn.errors import UserError
-from itpn.system.checks import Fraction, NonNegativeFloat, NonNegativeInt, PositiveInt, check_range, check_type
+from itpn.system.checks import (
+    BatchSize,
+    Fraction,
+    NonNegativeFloat,
+    NonNegativeInt,
+    NumDevices,
+    NumWorkers,
+    PatchSize,
+    PositiveFraction,
+    PositiveInt,
+    Range,
+    check_range,
+    check_type,
+)
 from itpn.system.writing import write_whole
 from itpn.system.yaml_files import load_yaml
 
@@ -35,9 +49,13 @@ class Settings:
             near = [names[name] for names in NAMES.values() if names.get(name) in known]
             near = near or difflib.get_close_matches(name, known, n=1)
             raise AttributeError(f"there is no setting {name}" + (f"; did you mean {near[0]}?" if near else ""))
-        super().__setattr__(name, value)
+        super().__setattr__(name, tuple(value) if isinstance(value, list) else value)  # as in YAML
 
 
+Mean = Annotated[float, Range(-1e6, 1e6)]  # of pixels in [0, 1], and far beyond
+Std = Annotated[float, Range(1e-6, 1e6)]
+AspectRatio = Annotated[float, Range(0.001, 1000)]
+NumNodes = Annotated[int, Range(1, 100_000)]  # more than the largest clusters have
 AnySettings = TypeVar("AnySettings", bound=Settings)
 AnyConfig = TypeVar("AnyConfig", bound=Any)
 
@@ -59,7 +77,7 @@ class ModelConfig(Settings):
     checkpoint: str | None = None
     """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
     initialized, and named."""
-    patch_size: PositiveInt | None = None
+    patch_size: PatchSize | None = None
     """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
     drop_path_rate: Fraction = 0.0
     """Stochastic depth of the last backbone block; it grows from 0 block by block."""
@@ -78,7 +96,7 @@ class EvaluationConfig(Settings):
 
     every_n_epochs: PositiveInt = 1
     """Epochs between evaluations; there is one at the end as well."""
-    batch_size: PositiveInt = 1
+    batch_size: BatchSize = 1
     """Images per process and forward pass."""
 
 
@@ -86,9 +104,9 @@ class EvaluationConfig(Settings):
 class ImagesConfig(Settings):
     """How images are read and augmented."""
 
-    batch_size: PositiveInt = 512
+    batch_size: BatchSize = 512
     """Images per process and forward pass."""
-    num_workers: NonNegativeInt = 8
+    num_workers: NumWorkers = 8
     """Processes that read images, for each training process; 0 reads in the training process."""
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     """How images are resized."""
@@ -104,9 +122,9 @@ class ImagesConfig(Settings):
 class CropsConfig(ImagesConfig):
     """Random crops of one size."""
 
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.2, 1.0)
     """Area of a random crop as a fraction of the image's."""
-    crop_ratio: tuple[float, float] = (0.75, 1.3333333333333333)
+    crop_ratio: tuple[AspectRatio, AspectRatio] = (0.75, 1.3333333333333333)
     """Aspect ratio (width over height) of a random crop."""
     color_jitter: Fraction = 0.0
     """Largest relative change of brightness, contrast and saturation."""
@@ -120,7 +138,7 @@ class OptimizerConfig(Settings):
     """Learning rate for a global batch of 256 images; the true one scales with the global batch."""
     lr: NonNegativeFloat | None = None
     """Peak learning rate as it is; overrides --optimizer.base-lr."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
     """AdamW's beta 1 and beta 2."""
     weight_decay: NonNegativeFloat = 0.05
     """Decay of everything but norms, biases, position embeddings and mask tokens."""
@@ -135,7 +153,7 @@ class OptimizerConfig(Settings):
     schedule: Literal["cosine", "linear", "step"] = "cosine"
     """After the warm-up: half a cosine or a line down to --optimizer.min-lr, or a tenth at each of
     --optimizer.milestones."""
-    milestones: tuple[float, ...] = (9 / 12, 11 / 12)
+    milestones: tuple[Fraction, ...] = (9 / 12, 11 / 12)
     """Fractions of the run after which the step schedule lowers the learning rate to a tenth."""
     min_lr: NonNegativeFloat = 0.0
     """Learning rate at the end of the cosine or the line."""
@@ -147,7 +165,7 @@ class OptimizerConfig(Settings):
 class TrainerConfig(Settings):
     """How long, on what, and what is written meanwhile."""
 
-    max_epochs: NonNegativeInt = 800
+    max_epochs: Annotated[int, Range(0, 10**9)] = 800
     """Passes over the images; 0 in fine-tuning to choose by the number of images."""
     max_steps: PositiveInt | None = None
     """Optimizer steps at which the run ends, if epochs do not end it before; the schedule follows."""
@@ -155,14 +173,14 @@ class TrainerConfig(Settings):
     """auto: bf16 on a GPU that has it, fp16 with loss scaling on one that has not, 32 bits on a CPU."""
     accelerator: Literal["auto", "cpu", "gpu", "mps"] = "auto"
     """What to train on."""
-    devices: PositiveInt | None = None
+    devices: NumDevices | None = None
     """Devices of this machine; None for all GPUs (or one CPU process), or what torchrun or Slurm started."""
-    num_nodes: PositiveInt | None = None
+    num_nodes: NumNodes | None = None
     """Machines; None for what torchrun or Slurm started, else one."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
     """What several processes hold: ddp a copy of everything each, fsdp each a part of parameters, gradients and AdamW's
     moments (not for every task, and without visualizations)."""
-    accumulate_grad_batches: PositiveInt = 1
+    accumulate_grad_batches: BatchSize = 1
     """Forward passes per optimizer step; the global batch grows with it."""
     compile: bool | None = None
     """Compile the network, and the EMA of its weights, with torch.compile: a minute or more at the start, faster steps.
@@ -223,11 +241,11 @@ class RunConfig(Settings):
         if not all(0 <= beta < 1 for beta in optimizer.betas):
             raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
         milestones = optimizer.milestones
-        if not all(0 < fraction < 1 for fraction in milestones) or list(milestones) != sorted(milestones):
+        if not all(0 < fraction < 1 for fraction in milestones) or list(milestones) != sorted({*milestones}):
             raise UserError(f"--optimizer.milestones must be rising fractions of the run, not {milestones}")
         if not self.output_dir:
             raise UserError("--output-dir is empty: give a folder, or leave it out")
-        if not name or any(c in name for c in "/\\") or name in (".", ".."):
+        if not is_folder_name(name):
             raise UserError(f"--name must be a plain folder name, not {name!r}")
 
     @property
@@ -264,11 +282,18 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 
 def check_types(settings: Any, section: str = "") -> None:
-    """A recipe file may assign anything; find what is not of its field's type, or outside of its range."""
+    """A recipe file may assign anything; find what is not of its field's type, or outside of its range.
+
+    Raises:
+        UserError: the first that is found.
+    """
     hints, ranges = (typing.get_type_hints(type(settings), include_extras=extras) for extras in (False, True))
     for field in dataclasses.fields(settings):
-        value, path = getattr(settings, field.name), f"{section}{field.name}"
+        value, path = getattr(settings, field.name, None), f"{section}{field.name}"
         if dataclasses.is_dataclass(hints[field.name]):
+            if not isinstance(value, hints[field.name]):
+                wanted, found = hints[field.name].__name__, type(value).__name__
+                raise UserError(f"the section {path} must be of class {wanted}, not {found}")
             check_types(value, f"{path}.")
             continue
         check_type(value, hints[field.name], path)
@@ -329,9 +354,12 @@ def from_dict(settings: Mapping[str, Any], cls: Any) -> Any:
             if key not in known:
                 raise UserError(f"unknown setting {path}{key}")
             if dataclasses.is_dataclass(types[key]):
+                if not isinstance(value, Mapping):
+                    raise TypeError(f"the section {key} must hold settings, not {value!r}")
                 value = build(types[key], value, f"{key}.")
             elif isinstance(value, str) and float in (types[key], *typing.get_args(types[key])):
-                value = float(value)  # YAML takes 1e-3 for text
+                with contextlib.suppress(ValueError):  # it stays what it is, which check_types finds
+                    value = float(value)  # YAML takes 1e-3 for text
             kwargs[key] = tuple(value) if isinstance(value, list) else value
         return cls(**kwargs)
 
@@ -355,13 +383,23 @@ def read_yaml(path: Path) -> StoredSettings:
     """
     try:
         values = load_yaml(path)
-        return StoredSettings(values.pop("recipe"), values.pop("task", ""), update_settings(values))
-    except (yaml.YAMLError, KeyError, AttributeError, TypeError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
         raise not_settings(path, error) from error
+    if not isinstance(values, dict):
+        raise not_settings(path, "it is empty" if values is None else f"it holds a {type(values).__name__}")
+    if "recipe" not in values:
+        raise not_settings(path, "it names no recipe")
+    return StoredSettings(values.pop("recipe"), values.pop("task", ""), update_settings(values))
 
 
-def not_settings(path: Path, error: Exception) -> UserError:
-    return UserError(f"{path} is not a run's config.yaml ({type(error).__name__}: {error})")
+def is_folder_name(name: str) -> bool:
+    """Whether a name is that of a folder in its place, and not of one elsewhere."""
+    return bool(name) and not set(name) & set("/\\\0") and name not in (".", "..")
+
+
+def not_settings(path: Path, error: Exception | str) -> UserError:
+    reason = f"{type(error).__name__}: {error}" if isinstance(error, Exception) else error
+    return UserError(f"{path} is not a run's config.yaml ({reason})")
 
 
 def write_yaml(path: Path, recipe: str, config: RunConfig) -> None:
@@ -374,7 +412,7 @@ def override_model(config: AnyConfig, overrides: dict[str, Any]) -> AnyConfig:
     """Settings with some of the network's replaced by name, ``img_size`` among the names.
 
     Raises:
-        UserError: an unknown name.
+        UserError: an unknown name, or a value that the setting cannot have.
     """
     known = [f.name for f in dataclasses.fields(config.model)] + ["img_size"]
     for name in overrides:
@@ -382,4 +420,6 @@ def override_model(config: AnyConfig, overrides: dict[str, Any]) -> AnyConfig:
             raise UserError(f"no model setting {name!r}; there are {', '.join(known)}")
     settings = dict(overrides)
     data = dataclasses.replace(config.data, img_size=settings.pop("img_size", config.data.img_size))
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **settings), data=data)
+    changed = dataclasses.replace(config, model=dataclasses.replace(config.model, **settings), data=data)
+    check_types(changed)
+    return changed

@@ -27,6 +27,7 @@ from itpn.system.environment import check_environment
 from itpn.system.processes import watch_children, watch_parent
 from itpn.training.config import TrainerConfig
 
+PROCESSES_PER_CORE = 8  # on a CPU; more only wait for one another, and their start alone takes minutes
 PRECISIONS: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
@@ -91,12 +92,21 @@ class Devices:
 
 
 def choose_devices(settings: TrainerConfig, launch: Launch) -> Devices:
-    """The devices that settings and launcher ask for; by default all GPUs, or else one process on the CPU."""
+    """The devices that settings and launcher ask for; by default all GPUs, or else one process on the CPU.
+
+    Raises:
+        UserError: on a CPU, more processes than its cores can serve.
+    """
     devices, nodes = launch.processes or settings.devices, launch.machines or settings.num_nodes or 1
     cuda = torch.cuda.is_available() and settings.accelerator in ("auto", "gpu")
     if cuda:
         torch.set_float32_matmul_precision("high")
     count = devices or (torch.cuda.device_count() if cuda else 1)
+    if not cuda and not launch.processes and count > (most := PROCESSES_PER_CORE * count_cores()):
+        raise UserError(
+            f"--trainer.devices {count} are more than its CPU can serve: this machine has {count_cores()} cores, "
+            f"so give {most} at most"
+        )
     processes = max(count * nodes, 1)
     return Devices(count if processes > 1 or not cuda else (devices or "auto"), nodes, processes, cuda)
 

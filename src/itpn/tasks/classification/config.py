@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from itpn.errors import UserError
-from itpn.system.checks import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFraction, PositiveInt
+from itpn.system.checks import BatchSize, Channels, Fraction, PositiveFraction, PositiveInt, Range, Side
 from itpn.tasks.finetuning.config import (
     FineTuningConfig,
     NetworkConfig,
@@ -28,14 +28,14 @@ class ClassificationModelConfig(NetworkConfig):
 
     freeze: bool = False
     """Train a linear classifier on features that stay as they are, computed once, and nothing else."""
-    in_chans: int = 3
+    in_chans: Channels = 3
     """Channels of the images: 3 for colour, 1 for grey."""
     drop_rate: Fraction = 0.0
     """Dropout before the classifier."""
     migrate_ratio: float | None = None
     """Fraction of the tokens that skip the last blocks of stage 3 (token migration): faster, for a little accuracy.
     None for the checkpoint's, or none."""
-    gather_window: NonNegativeInt | None = None
+    gather_window: Annotated[int, Range(0, 1024)] | None = None
     """Side of the windows that attention stays in, in tokens, with a gathering token each; 0 for global attention, None
     for the checkpoint's, or global."""
     ema_decay: Fraction | None = None
@@ -58,9 +58,9 @@ class ClassificationDataConfig(NormalizationConfig, CropsConfig):
     """Where there is no val set: fraction of the images of each class that is held out as one."""
     label_fraction: PositiveFraction = 1.0
     """Fraction of the training images of each class that is used, at least one."""
-    img_size: int | tuple[int, int] | None = None
+    img_size: Side | tuple[Side, Side] | None = None
     """Pixels of a side, or height and width; None for the checkpoint's, or 224."""
-    test_size: int | tuple[int, int] | None = None
+    test_size: Side | tuple[Side, Side] | None = None
     """Pixels of the images that are evaluated; None for --data.img-size."""
     crop_pct: PositiveFraction | None = None
     """Evaluation: the centre crop's side as a fraction of the resized image's, as timm does it; None for the
@@ -69,9 +69,9 @@ class ClassificationDataConfig(NormalizationConfig, CropsConfig):
     """timm's name of an automatic augmentation; this one is RandAugment of magnitude 9 with std 0.5."""
     erase: Fraction = 0.25
     """Probability that a rectangle of an image is replaced by noise."""
-    mixup: NonNegativeFloat = 0.8
+    mixup: Annotated[float, Range(0, 1000)] = 0.8
     """Parameter of the beta distribution that two images are mixed by; 0 for no mixup."""
-    cutmix: NonNegativeFloat = 1.0
+    cutmix: Annotated[float, Range(0, 1000)] = 1.0
     """The same for pasting a rectangle of one image into another; with mixup, each batch draws one of the two."""
     label_smoothing: Fraction = 0.1
     """Label smoothing."""
@@ -81,7 +81,7 @@ class ClassificationDataConfig(NormalizationConfig, CropsConfig):
 class ClassificationEvaluationConfig(EvaluationConfig):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    batch_size: PositiveInt = 256
+    batch_size: BatchSize = 256
     """Images per process and forward pass."""
     knn_k: PositiveInt = 20
     """`itpn evaluate --knn`: k, the number of nearest neighbours."""

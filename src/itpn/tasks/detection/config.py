@@ -1,10 +1,10 @@
 """Settings of a detector's run."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.system.checks import Fraction, PositiveInt
+from itpn.system.checks import Factor, Fraction, Range, Side, Width
 from itpn.tasks.finetuning.config import (
     FineTuningConfig,
     NetworkConfig,
@@ -12,6 +12,8 @@ from itpn.tasks.finetuning.config import (
     check_fine_tuning,
 )
 from itpn.training.config import EvaluationConfig, ImagesConfig, RunConfig
+
+Proposals = Annotated[int, Range(1, 10**6)]  # for an image
 
 
 @dataclass
@@ -23,11 +25,11 @@ class DetectionModelConfig(NetworkConfig):
     for backbones without a pyramid."""
     masks: bool | None = None
     """Predict masks (Mask R-CNN) or boxes alone (Faster R-CNN); None for masks where most objects have one."""
-    head_width: PositiveInt = 256
+    head_width: Width = 256
     """Channels of the heads."""
-    rpn_post_nms_top_n_train: PositiveInt = 2000
+    rpn_post_nms_top_n_train: Proposals = 2000
     """Proposals of the RPN for an image in training; half as many in evaluation."""
-    box_batch_size_per_image: PositiveInt = 512
+    box_batch_size_per_image: Proposals = 512
     """Proposals of an image that the heads are trained on."""
 
 
@@ -46,16 +48,16 @@ class DetectionDataConfig(NormalizationConfig, ImagesConfig):
     error."""
     empty_images: bool = False
     """Train on images without objects as well; COCO's are left out as is usual."""
-    img_size: PositiveInt = 800
+    img_size: Side = 800
     """Short side of the images in evaluation, and the largest in training, in pixels."""
-    max_size: PositiveInt | None = None
+    max_size: Side | None = None
     """Longest side; None for 5/3 of --data.img-size (1333 of 800)."""
-    scales: tuple[float, float] = (0.6, 1.0)
+    scales: tuple[Factor, Factor] = (0.6, 1.0)
     """Short sides in training, as fractions of --data.img-size, of which there are eleven (480, 512, ... 800)."""
     crop_prob: Fraction = 0.5
     """Fraction of the training images that are cropped before: resized to 1/2, 5/8 or 3/4 of --data.img-size, of which
     a crop with sides of 0.48 to 0.75 is taken (384 to 600 px of 800)."""
-    large_scale_jitter: tuple[float, float] | None = None
+    large_scale_jitter: tuple[Factor, Factor] | None = None
     """Instead of scales and crops, resize by a factor between these of a square of --data.img-size, and crop to it
     (Ghiasi et al. 2021: 0.1 2.0, of 1024 px)."""
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from itpn.errors import UserError
-from itpn.system.checks import NonNegativeFloat, PositiveFraction, PositiveInt
-from itpn.training.config import ModelConfig, OptimizerConfig, Settings, check_images
+from itpn.system.checks import NonNegativeFloat, NumHeads, PositiveFraction, PositiveInt
+from itpn.training.config import Mean, ModelConfig, OptimizerConfig, Settings, Std, check_images
 
 
 @dataclass
@@ -14,7 +14,7 @@ class NetworkConfig(ModelConfig):
 
     scratch: bool = False
     """Start from random weights instead."""
-    num_heads: PositiveInt | None = None
+    num_heads: NumHeads | None = None
     """Attention heads, where the checkpoint cannot tell them."""
     pos_embed: Literal["fixed", "learned"] = "learned"
     """Keep the position table as it is, or train it."""
@@ -32,9 +32,9 @@ class NetworkConfig(ModelConfig):
 class NormalizationConfig(Settings):
     """How the pixels of images become inputs of the network."""
 
-    mean: tuple[float, ...] | None = None
+    mean: tuple[Mean, ...] | None = None
     """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
-    std: tuple[float, ...] | None = None
+    std: tuple[Std, ...] | None = None
     """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
 
 
@@ -44,7 +44,7 @@ class FineTuningConfig(OptimizerConfig):
 
     layer_decay: PositiveFraction | None = None
     """Factor of the learning rate from layer to layer, towards the input; None for the same everywhere."""
-    layer_decay_over: int | None = 13
+    layer_decay_over: PositiveInt | None = 13
     """Layers that --optimizer.layer-decay is meant for: a network of L layers takes its power 13 / L at each, as the
     official code does. None takes it as it is."""
 

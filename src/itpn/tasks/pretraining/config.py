@@ -3,16 +3,29 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.system.checks import NonNegativeFloat, NonNegativeInt, PositiveInt
+from itpn.system.checks import (
+    Channels,
+    Depth,
+    Fraction,
+    NonNegativeFloat,
+    NumHeads,
+    PatchSize,
+    PositiveInt,
+    Range,
+    Side,
+    Width,
+)
 from itpn.training.config import (
     CropsConfig,
+    Mean,
     ModelConfig,
     OptimizerConfig,
     RunConfig,
     Settings,
+    Std,
     check_crops,
     check_images,
     check_size,
@@ -27,9 +40,9 @@ class PretrainingModelConfig(ModelConfig):
 
     name: str = "itpn_base"
     """Backbone, one of the models of `itpn list`."""
-    patch_size: PositiveInt = 16
+    patch_size: PatchSize = 16
     """Side of a patch in pixels, divisible by 4."""
-    in_chans: int = 3
+    in_chans: Channels = 3
     """Channels of the images: 3 for colour, 1 for grey."""
     pos_embed: Literal["fixed", "learned"] = "fixed"
     """Keep the sine-cosine position table of the backbone, or train it."""
@@ -39,7 +52,7 @@ class PretrainingModelConfig(ModelConfig):
     """Initial weights: Xavier uniform, or normal of std 0.02 with smaller ones in deep blocks."""
     mask: Literal["random", "block"] = "random"
     """Mask single patches, or rectangular blocks of them."""
-    mask_ratio: float = 0.75
+    mask_ratio: Fraction = 0.75
     """Fraction of the patches of an image that are masked."""
     masked_patches: Literal["dropped", "mask_token"] = "dropped"
     """Drop masked patches from the backbone, or compute all, with a mask token in their place from stage 3 on."""
@@ -64,26 +77,26 @@ class PretrainingModelConfig(ModelConfig):
     """Initial layer scale of the backbone; None for no layer scale."""
     migrate_ratio: float = 0.0
     """Fraction of the tokens that skip the last blocks of stage 3 (token migration): faster, for a little accuracy."""
-    migrate_from: NonNegativeInt | None = None
+    migrate_from: Depth | None = None
     """First block that they skip, counted from 0; None for the middle of stage 3."""
-    gather_window: NonNegativeInt = 0
+    gather_window: Annotated[int, Range(0, 1024)] = 0
     """Side of the windows that attention stays in, in tokens, with gathering tokens between windows. 0 for global
     attention, which is also used where masked patches are dropped."""
     gather_side: int = 1
     """Gathering tokens of a window's side; a divisor of --model.gather-window."""
-    pyramid_width: PositiveInt | None = None
+    pyramid_width: Width | None = None
     """Channels of the pyramid; None for the model's own."""
-    pyramid_depth: NonNegativeInt | None = None
+    pyramid_depth: Depth | None = None
     """Blocks per pyramid level; None for the model's own."""
-    decoder_embed_dim: PositiveInt = 512
+    decoder_embed_dim: Width = 512
     """Channels of the decoder, divisible by 16 and by its heads."""
-    decoder_depth: NonNegativeInt = 6
+    decoder_depth: Depth = 6
     """Transformer blocks of the decoder."""
-    decoder_num_heads: PositiveInt = 16
+    decoder_num_heads: NumHeads = 16
     """Attention heads of the decoder."""
-    pyramid_head_width: int = 256
+    pyramid_head_width: Width = 256
     """Channels of the heads of single pyramid levels, divisible by 64."""
-    pyramid_head_depth: NonNegativeInt = 1
+    pyramid_head_depth: Depth = 1
     """Transformer blocks of the heads of single pyramid levels."""
 
 
@@ -96,13 +109,13 @@ class TeacherConfig(Settings):
     --teacher.checkpoint; `ema` for an EMA of the network itself; None for no teacher."""
     checkpoint: str | None = None
     """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
-    width: PositiveInt | None = None
+    width: Width | None = None
     """Channels of the teacher's features: read from the teacher, and kept for when it is not there."""
     normalize: bool = True
     """Normalize each feature by its own mean and standard deviation."""
-    momentum: float = 0.996
+    momentum: Fraction = 0.996
     """ema: momentum of the EMA, lower in the first thousands of steps."""
-    momentum_end: float = 1.0
+    momentum_end: Fraction = 1.0
     """ema: momentum at the end of the run, reached along half a cosine."""
     min_std: NonNegativeFloat = 0.05
     """Warn of a collapse when the standard deviation of the targets over a batch is smaller."""
@@ -118,11 +131,11 @@ class PretrainingDataConfig(CropsConfig):
     members: tuple[str, ...] = ()
     """Tar shards: endings of the images to read, as `jpg` or `rgb.png`, or `all`; by default the plain one of each
     sample (`x.jpg`), not what describes it (`x.seg.png`)."""
-    img_size: int | tuple[int, int] = 224
+    img_size: Side | tuple[Side, Side] = 224
     """Pixels of a side, or height and width."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: tuple[Mean, ...] = (0.485, 0.456, 0.406)
     """Mean subtracted from each channel, of pixels in [0, 1]."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: tuple[Std, ...] = (0.229, 0.224, 0.225)
     """Standard deviation that each channel is divided by."""
     decode: Literal["workers", "gpu"] = "workers"
     """Where JPEGs are decoded, cropped and augmented: in the workers, or on the GPU by nvJPEG, for machines with few
@@ -178,22 +191,8 @@ class PretrainingConfig(RunConfig):
         check_crops(data)
         if not self.trainer.max_epochs:
             raise UserError("--trainer.max-epochs must be at least 1, not 0")
-        if model.patch_size % 4:
-            raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
         check_images(data.mean, data.std, model.in_chans)
-        height, width = image_size(data)
-        check_size((height, width), model.patch_size)
-        patches = (height // model.patch_size) * (width // model.patch_size)
-        if not 0 < int(patches * (1 - model.mask_ratio)) < patches:
-            raise UserError(
-                f"--model.mask-ratio {model.mask_ratio} leaves no visible or no masked patch of the {patches} "
-                "of an image; choose one between 0 and 1, a larger --data.img-size or a smaller --model.patch-size"
-            )
-        if model.decoder_embed_dim % 16 or (model.decoder_depth and model.decoder_embed_dim % model.decoder_num_heads):
-            raise UserError(
-                "--model.decoder-embed-dim must be divisible by 16 and by --model.decoder-num-heads "
-                f"{model.decoder_num_heads}, not {model.decoder_embed_dim}"
-            )
+        check_patches(model, image_size(data))
 
 
 def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
@@ -214,9 +213,27 @@ def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
         raise UserError("--model.migrate-from has no effect without --model.migrate-ratio")
     if model.pyramid_head_width < 1 or model.pyramid_head_width % 64:
         raise UserError(f"--model.pyramid-head-width must be divisible by 64, not {model.pyramid_head_width}")
+    if model.decoder_embed_dim % 16 or (model.decoder_depth and model.decoder_embed_dim % model.decoder_num_heads):
+        raise UserError(
+            "--model.decoder-embed-dim must be divisible by 16 and by --model.decoder-num-heads "
+            f"{model.decoder_num_heads}, not {model.decoder_embed_dim}"
+        )
     check_losses(model)
     check_teacher(teacher, any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights]))
     check_masked_patches(model)
+
+
+def check_patches(model: PretrainingModelConfig, img_size: tuple[int, int]) -> None:
+    """Raise :class:`UserError` for images that are not whole patches, of which some are masked and some visible."""
+    if model.patch_size % 4:
+        raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
+    check_size(img_size, model.patch_size)
+    patches = (img_size[0] // model.patch_size) * (img_size[1] // model.patch_size)
+    if not 0 < int(patches * (1 - model.mask_ratio)) < patches:
+        raise UserError(
+            f"--model.mask-ratio {model.mask_ratio} leaves no visible or no masked patch of the {patches} "
+            "of an image; choose one between 0 and 1, a larger --data.img-size or a smaller --model.patch-size"
+        )
 
 
 def check_losses(model: PretrainingModelConfig) -> None:

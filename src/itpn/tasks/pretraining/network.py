@@ -5,14 +5,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from itpn.checkpoints.files import Checkpoint
+from itpn.checkpoints.load import build_checked
 from itpn.data.cache import read_index
 from itpn.errors import UserError
 from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.targets import IMAGE_TARGETS
-from itpn.models.build import build
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
-from itpn.tasks.pretraining.config import PretrainingConfig, PretrainingModelConfig, TeacherConfig, check_model
+from itpn.tasks.pretraining.config import (
+    PretrainingConfig,
+    PretrainingModelConfig,
+    TeacherConfig,
+    check_model,
+    check_patches,
+)
 from itpn.tasks.pretraining.data import PretrainingData
 from itpn.tasks.pretraining.weights import load_weights
 from itpn.tasks.recipe_files import check_model_name
@@ -149,21 +155,36 @@ def target_widths(
 def build_masked_model(
     config: PretrainingModelConfig, img_size: tuple[int, int], teacher: TeacherConfig | None = None
 ) -> MaskedImageModel:
-    """Backbone, pyramid and heads of some settings, randomly initialized; arguments as of :func:`make_spec`."""
-    model = build(make_spec(config, img_size, teacher))
+    """Backbone, pyramid and heads of some settings, randomly initialized; arguments as of :func:`make_spec`.
+
+    Raises:
+        UserError: as :func:`make_spec`, or images that are not whole patches.
+    """
+    model = build_checked(make_spec(config, img_size, teacher))
     assert isinstance(model, MaskedImageModel)
     model.set_grad_checkpointing(config.grad_checkpointing)
     return model
 
 
 def build_from(config: PretrainingConfig) -> MaskedImageModel:
-    """The masked model of whole settings."""
+    """The masked model of whole settings.
+
+    Raises:
+        UserError: as :func:`build_masked_model`, or images of which nothing is masked or nothing visible.
+    """
+    check_patches(config.model, image_size(config.data))
     return build_masked_model(config.model, image_size(config.data), config.teacher)
 
 
 def build_recipe(
     config: PretrainingConfig, num_classes: int | None = None, checkpoint: Checkpoint | None = None
 ) -> tuple[MaskedImageModel, list[str]]:
-    """The masked model of a recipe, with a checkpoint's weights where there is one; it has no classes."""
+    """The masked model of a recipe, with a checkpoint's weights where there is one; it has no classes.
+
+    Raises:
+        UserError: there is such a number, or as :func:`build_from`.
+    """
+    if num_classes is not None:
+        raise UserError("a recipe of pretraining predicts no classes: leave out num_classes")
     model = build_from(config)
     return model, [] if checkpoint is None else load_weights(model, checkpoint)

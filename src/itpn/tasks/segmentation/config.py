@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from itpn.errors import UserError
-from itpn.system.checks import Fraction, NonNegativeFloat, PositiveFraction, PositiveInt
+from itpn.system.checks import BatchSize, Factor, Fraction, NonNegativeFloat, PositiveFraction, Side, Width
 from itpn.tasks.finetuning.config import (
     FineTuningConfig,
     NetworkConfig,
@@ -20,7 +20,7 @@ class SegmentationModelConfig(NetworkConfig):
 
     neck: Literal["pyramid", "random"] = "pyramid"
     """The pre-trained pyramid, or the same pyramid randomly initialized, to compare with."""
-    head_width: PositiveInt | None = None
+    head_width: Width | None = None
     """Channels of the head; None for as many as its coarsest map has (768 for base, 1024 for large)."""
     auxiliary_weight: NonNegativeFloat = 0.4
     """Weight of the loss of the auxiliary head; 0 leaves it out."""
@@ -53,11 +53,11 @@ class SegmentationDataConfig(NormalizationConfig, ImagesConfig):
     invalid_annotations: Literal["summary", "skip", "error"] = "summary"
     """Images with invalid masks are left out, with a summary of every kind or a line that counts them; or they are an
     error."""
-    img_size: PositiveInt = 512
+    img_size: Side = 512
     """Side of the crops in training, and of the windows that slide in evaluation, in pixels."""
-    short_side: PositiveInt | None = None
+    short_side: Side | None = None
     """Short side of an image of scale 1, in training and evaluation; None for --data.img-size."""
-    scales: tuple[float, float] = (0.5, 2.0)
+    scales: tuple[Factor, Factor] = (0.5, 2.0)
     """Smallest and largest scale in training."""
     max_class_fraction: Fraction = 0.75
     """Largest fraction of a crop that is of one class; a crop is drawn ten times at most to find one."""
@@ -74,13 +74,13 @@ class SegmentationDataConfig(NormalizationConfig, ImagesConfig):
 class SegmentationEvaluationConfig(EvaluationConfig):
     """Evaluation, of a network in training and of a checkpoint."""
 
-    batch_size: PositiveInt = 1
+    batch_size: BatchSize = 1
     """Images that a process reads at a time; each is segmented by itself."""
     mode: Literal["whole", "slide"] = "slide"
     """The image as a whole, or windows of --data.img-size that slide over it."""
     stride: PositiveFraction = 2 / 3
     """Stride of the windows as a fraction of their side: 341 of 512 px."""
-    scales: tuple[float, ...] = (1.0,)
+    scales: tuple[Factor, ...] = (1.0,)
     """Scales whose probabilities are averaged."""
     flip: bool = False
     """Average over the mirror image as well."""
@@ -101,8 +101,8 @@ class SegmentationConfig(RunConfig):
         data, evaluation = self.data, self.evaluation
         if not 0 < data.scales[0] <= data.scales[1]:
             raise UserError(f"--data.scales needs two factors above 0, from small to large, not {data.scales}")
-        if not evaluation.scales or min(evaluation.scales) <= 0:
-            raise UserError("--evaluation.scales must be numbers above 0")
+        if not evaluation.scales:
+            raise UserError("--evaluation.scales needs a scale or more")
         if (data.val_masks is not None) and data.val_root is None:
             raise UserError("--data.val-masks needs --data.val-root, the folder of their images")
         check_fine_tuning(self)
