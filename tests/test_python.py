@@ -20,7 +20,7 @@ from itpn.errors import UserError
         ({"mask_ratio": 1.0}, "leaves no visible or no masked patch"),
         ({"mask_ratio": "half"}, "model.mask_ratio must be a number, not 'half'"),
         ({"decoder_num_heads": 7}, "--model.decoder-embed-dim must be divisible by 16 and by"),
-        ({"drop_path_rate": float("nan")}, "--model.drop-path-rate must be finite"),
+        ({"drop_path_rate": float("nan")}, "--model.drop-path-rate must lie between 0 and 1, not nan"),
         ({"in_chans": 0}, "--model.in-chans must be at least 1, not 0"),
         ({"grad_checkpointing": "all"}, "model.grad_checkpointing must be True or False or 'selective', not 'all'"),
         ({"pyramid_width": 10**20}, "--model.pyramid-width must lie between 1 and 32768"),

@@ -286,7 +286,7 @@ def count_images(folder: str) -> int:
 
 def test_settings_of_a_run_that_are_no_file(tmp_path):
     os.mkfifo(tmp_path / "config.yaml")
-    assert "does not exist" in refused("train", tmp_path / "config.yaml")
+    assert "config.yaml is a pipe, not a file" in refused("train", tmp_path / "config.yaml")
     os.remove(tmp_path / "config.yaml")
     (tmp_path / "config.yaml").touch()
     os.truncate(tmp_path / "config.yaml", 2**33)

@@ -189,10 +189,9 @@ def _option(word: str) -> str:
 
 
 def _note_repeats(words: Sequence[str], fields: Sequence[Field]) -> None:
-    """Say of an option of several values that is given twice that the last counts, as of every option."""
+    """Say of an option of any number of values that is given twice that the last counts, as of every option."""
     for field in fields:
-        several = any(get_origin(part) is tuple for part in (field.kind, *get_args(field.kind)))
-        if several and sum(_option(word) in field.options for word in words) > 1:
+        if takes_any_number(field.kind) and sum(_option(word) in field.options for word in words) > 1:
             from itpn.system.console import print_note
 
             print_note(f"{field.options[0]} is given twice, and the last counts: give all values after one")
@@ -212,9 +211,13 @@ def _check_values(words: Sequence[str], types: Mapping[str, Any]) -> None:
             raise UserError(f"{option} takes no value, not {word!r}")
         if Path in (kind, *get_args(kind)) and (value if equals else following) == "":
             raise UserError(f"{option} is empty: give a file or folder, or leave it out")
-        any_number = any(get_origin(part) is tuple and get_args(part)[-1] is ... for part in (kind, *get_args(kind)))
-        if any_number and not equals and (following == "--" or OPTION.match(following)):
+        if takes_any_number(kind) and not equals and (following == "--" or OPTION.match(following)):
             raise UserError(f"Missing value for argument '{option}'.")
+
+
+def takes_any_number(kind: Any) -> bool:
+    """Whether an option of this type takes any number of values."""
+    return any(get_origin(part) is tuple and get_args(part)[-1] is ... for part in (kind, *get_args(kind)))
 
 
 def _say_true(words: Sequence[str], types: Mapping[str, Any]) -> list[str]:

@@ -48,12 +48,10 @@ def check_range(value: Any, hint: Any, what: str) -> None:
     Args:
         hint: the annotation with its extras, which fits the value's type.
     """
-    numbers = value if isinstance(value, tuple) else (value,)
-    for number in numbers:
+    _check_limits(value, hint, what)
+    for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, float) and not math.isfinite(number):
             raise UserError(f"{what} must be finite, not {number}")
-    _check_limits(value, hint, what)
-    for number in numbers:
         if isinstance(number, int | float):
             most = LARGEST_INT if isinstance(number, int) else LARGEST_FLOAT
             if abs(number) > most:
@@ -65,6 +63,8 @@ def _check_limits(value: Any, hint: Any, what: str) -> None:
     for limits in getattr(hint, "__metadata__", ()):
         if not isinstance(limits, Range):
             continue
+        if limits.most == math.inf and isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{what} must be finite, not {value}")
         if not limits.least <= value <= limits.most:
             one_sided = limits.most == math.inf or (isinstance(value, int) and value < limits.least)
             wanted = f"be at least {limits.least}" if one_sided else f"lie between {limits.least} and {limits.most}"
