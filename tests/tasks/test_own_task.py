@@ -25,6 +25,7 @@ from itpn.tasks.run import train
 
 RECIPE = str(Path(__file__).with_name("multilabel.py"))
 COLOURS = ("red", "green", "blue")
+SMALL = ["--model.name", "itpn_nano", "--model.patch-size", "8", "--data.img-size", "32", "--data.batch-size", "8"]
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +56,7 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     images = write_images(folder / "images")
     known = dict(spec._TASKS), dict(heads._HEADS)
-    options = [
-        "--model.name",
-        "itpn_nano",
-        "--model.patch-size",
-        "8",
-        "--data.img-size",
-        "32",
-        "--data.batch-size",
-        "8",
-    ]
-    options += ["--data.num-workers", "2", "--trainer.max-epochs", "6", "--optimizer.lr", "3e-3"]
+    options = [*SMALL, "--data.num-workers", "2", "--trainer.max-epochs", "6", "--optimizer.lr", "3e-3"]
     options += ["--data.root", str(images), "--output-dir", str(folder)]
     assert main(["train", RECIPE, *options]) == 0
     spec._TASKS, heads._HEADS = known
@@ -237,17 +228,7 @@ def test_settings_need_no_section_for_evaluation(tmp_path):
     recipe = tmp_path / "plain.py"
     recipe.write_text(text)
     images = write_images(tmp_path / "images")
-    options = [
-        "--model.name",
-        "itpn_nano",
-        "--model.patch-size",
-        "8",
-        "--data.img-size",
-        "32",
-        "--data.batch-size",
-        "8",
-    ]
-    options += ["--data.num-workers", "0", "--trainer.max-epochs", "2", "--data.root", str(images)]
+    options = [*SMALL, "--data.num-workers", "0", "--trainer.max-epochs", "2", "--data.root", str(images)]
     assert main(["train", str(recipe), *options, "--output-dir", str(tmp_path)]) == 0
     with open(tmp_path / "plain/default/metrics.csv", newline="") as file:
         rows = list(csv.DictReader(file))

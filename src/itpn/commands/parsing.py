@@ -26,7 +26,7 @@ from itpn.checkpoints.older_settings import NAMES
 from itpn.commands.options import RecipeCommand
 from itpn.errors import UserError
 from itpn.system.checks import check_range, describe_type
-from itpn.system.console import RequiredOutput, lost_output
+from itpn.system.console import RequiredOutput, lost_output, print_note
 from itpn.tasks.recipe_files import check_recipe, nearest, read_recipe
 
 NUMBERS = {"INT": "a whole number", "FLOAT": "a number"}
@@ -113,11 +113,8 @@ def parse(cls: type[Parsed], words: Sequence[str], prog: str, default: Parsed | 
         if not field.attribute:
             continue
         value = getattr(parsed, field.attribute)
-        if value == ():  # tyro takes no words for several
-            if field.required:
-                raise UserError(f"required: {field.usage}; {usage}")
-            if named := set(field.options) & set(words):
-                raise UserError(f"Missing value for argument '{named.pop()}'.")
+        if value == () and field.required:  # tyro takes no words for several
+            raise UserError(f"required: {field.usage}; {usage}")
         check_range(value, field.hint, (field.options or (field.usage,))[-1])
     return parsed
 
@@ -192,8 +189,6 @@ def _note_repeats(words: Sequence[str], fields: Sequence[Field]) -> None:
     """Say of an option of any number of values that is given twice that the last counts, as of every option."""
     for field in fields:
         if takes_any_number(field.kind) and sum(_option(word) in field.options for word in words) > 1:
-            from itpn.system.console import print_note
-
             print_note(f"{field.options[0]} is given twice, and the last counts: give all values after one")
 
 

@@ -51,12 +51,11 @@ def fit(job: Job, folder: RunFolder, notes: Sequence[str] = ()) -> Path:
     launch = read_launch()
     console = Output(quiet=not launch.main)
     quieten_libraries()
-    config, recipe = job.module.config, job.module.recipe
     # before the folder: a refusal leaves nothing behind
     fabric = make_training_fabric(job.module, launch)
     try:
         if launch.main:
-            folder.open(config, recipe)
+            folder.open(job.module.config)
         resumed, step = folder.newest_checkpoint(launch.main)
         if resumed is not None:
             notes = [f"resuming from {resumed}, step {step}", *notes]

@@ -58,7 +58,7 @@ class RunFolder:
         """
         return any(self._list_checkpoints())
 
-    def open(self, config: RunConfig, recipe: str) -> None:
+    def open(self, config: RunConfig) -> None:
         """Make the folder, take it for this process, find the checkpoint to resume from, and write the settings.
 
         Raises:
@@ -88,7 +88,7 @@ class RunFolder:
             elif (earlier := self._read_settings()) is not None:
                 _check_same_run(earlier, config, self.path)
             with self.writing(self.settings):
-                write_yaml(self.settings, recipe, config)
+                write_yaml(self.settings, self.recipe, config)
         except BaseException:
             self.close()
             raise

@@ -56,7 +56,7 @@ def make_strategy(static_graph: bool) -> DDPStrategy:
 
 
 def distribute(fabric: L.Fabric, module: TrainingModule, sharded: bool) -> nn.Module:
-    """Move a task to the device, and return what computes its training step."""
+    """Move a module to the device, and return what computes its training step."""
     if sharded:
         mesh = init_device_mesh(fabric.device.type, (fabric.world_size,))
         shard_network(module.model, mesh, str(fabric.strategy.precision.precision))

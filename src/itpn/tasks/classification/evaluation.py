@@ -158,10 +158,8 @@ def resolve_evaluation(
     model = replace(config.model, name=None, patch_size=None, in_chans=in_chans)
     seed = config.seed
     if trained_on(config, checkpoint) and "val_fraction" not in given:
-        data, seed = (
-            replace(data, val_fraction=checkpoint.settings["data"]["val_fraction"]),
-            checkpoint.settings["seed"],
-        )
+        data = replace(data, val_fraction=checkpoint.settings["data"]["val_fraction"])
+        seed = checkpoint.settings["seed"]
     return resolve(replace(config, model=model, data=data, seed=seed), checkpoint)[0], given_heads(model)
 
 

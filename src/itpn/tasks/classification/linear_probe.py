@@ -59,7 +59,7 @@ def train_linear(config: ClassificationConfig, recipe: str) -> Path:
     torch.manual_seed(derive_seed(config.seed, "weights"))
     model, notes = network.build_model(config, data, start)
     fabric = make_single_fabric(config.trainer)
-    folder.open(config, recipe)
+    folder.open(config)
     try:
         for note in [*start_notes(start), *notes, *data.notes]:
             print_note(note)
