@@ -157,13 +157,17 @@ def test_connections_are_closed_before_the_interpreter_ends(tmp_path):
 
 @pytest.mark.parametrize("command", [["demo"], ["train", "itpn-pixel_nano"]])
 @pytest.mark.parametrize(
-    ("ending", "code"),
-    [(RunStopped(signal.SIGINT), 130), (RunStopped(signal.SIGTERM), 143), (NonFiniteLoss("loss is nan"), 1)],
+    ("signum", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 143), (None, 1)],
     ids=["ctrl-c", "terminated", "not finite"],
 )
-def test_exit_codes(monkeypatch, photos, tmp_path, capsys, command, ending, code):
+def test_exit_codes(monkeypatch, photos, tmp_path, capsys, command, signum, code):
     def train(*args):
-        raise ending
+        if signum is None:
+            raise NonFiniteLoss("loss is nan")
+        stop = RunStopped(signum)
+        stop.reported = True  # as the training loop leaves it
+        raise stop
 
     monkeypatch.setattr("itpn.tasks.run.train", train)
     monkeypatch.setattr("itpn.tasks.demo.train_side_by_side", train)
