@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from itpn.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
     from itpn.checkpoints.load import load
     from itpn.checkpoints.report import inspect
+    from itpn.data.formats.reading import read_image
 
 __version__ = "0.1.0"
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "list_recipes",
     "load",
     "push_to_hub",
+    "read_image",
     "register_task",
     "save_pretrained",
 ]
@@ -44,6 +46,7 @@ _LATER = {
     "from_pretrained": "itpn.checkpoints.hub",
     "push_to_hub": "itpn.checkpoints.hub",
     "save_pretrained": "itpn.checkpoints.hub",
+    "read_image": "itpn.data.formats.reading",
 }
 
 # timm knows our models as soon as both are imported, in either order

@@ -21,7 +21,8 @@ from itpn.data.values import check_high_bytes, scale_values
 from itpn.errors import LOST
 
 # Tried in this order. A closed list, because some of Pillow's other formats run programs (EPS).
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "AVIF")
+ADDED = ("HEIF",)  # where a plugin of Pillow's has registered it
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less than most bombs
 PAGES = "it has several pages, of which the first is read; save each as a file to use them all"
@@ -57,7 +58,7 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
     """
     with reading():
         try:
-            image = Image.open(file, formats=FORMATS)
+            image = Image.open(file, formats=[*FORMATS, *(name for name in ADDED if name in Image.OPEN)])
         except UnidentifiedImageError:
             file.seek(0)
             if file.read(4) not in TIFF_HEADERS:

@@ -70,7 +70,7 @@ def _find_metadata(image: Image.Image, file: IO[bytes]) -> Iterable[bytes]:
     if image.format in ("JPEG", "MPO"):
         # Pillow joins several segments of EXIF into one
         return [data for name, data in image.applist if name == "APP1"]  # type: ignore[attr-defined]
-    return [image.info[name] for name in ("exif", "xmp") if name in image.info]
+    return [image.info[name] for name in ("exif", "xmp") if image.info.get(name)]
 
 
 def _read_exif(exif: bytes) -> int | None:

@@ -1,0 +1,1 @@
+"""Image files of science and industry: one file per library that reads them."""

@@ -1,0 +1,47 @@
+"""Photographs by Pillow and torchvision, at the depth that is stored."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.io import ImageReadMode, decode_png
+
+from itpn.data.decode import load_image, open_image
+from itpn.data.formats.image_file import Window, cut
+from itpn.data.orientation import turn_tensor
+
+BANDS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I": 1, "F": 1, "I;16": 1, "I;16B": 1}
+
+
+class PhotoImage:
+    """See :class:`itpn.data.formats.image_file.ImageFile`. A palette becomes its colours, except in TIFF."""
+
+    by_region = False
+    nodata: float | None = None
+    pages = 1
+
+    def __init__(self, source: Path | bytes, max_pixels: int | None = None) -> None:
+        self._data = source if isinstance(source, bytes) else source.read_bytes()
+        opened = open_image(io.BytesIO(self._data), max_pixels)
+        self._opened, image = opened, opened.image
+        self.height, self.width = opened.height, opened.width
+        self._deep = image.format == "PNG" and self._data[24] == 16  # Pillow reads the upper 8 bits alone
+        self._mode = image.mode
+        if image.mode in ("P", "PA") and image.format != "TIFF":
+            self._mode = "RGBA" if image.has_transparency_data else "RGB"
+        self.pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
+        kinds = {"I": np.int32, "F": np.float32, "I;16": np.uint16, "I;16B": np.uint16}
+        self.dtype = np.dtype(np.uint16 if self._deep else kinds.get(self._mode, np.uint8))
+        self.channels = {0: 1, 2: 3, 4: 2, 6: 4}[self._data[25]] if self._deep else BANDS.get(self._mode, 1)
+
+    def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
+        """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
+        if self._deep:
+            encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
+            pixels = turn_tensor(decode_png(encoded, ImageReadMode.UNCHANGED), self._opened.orientation).numpy()
+            return np.ascontiguousarray(cut(pixels, window))
+        image = load_image(self._opened)
+        pixels = np.asarray(image if image.mode == self._mode else image.convert(self._mode))
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        return np.ascontiguousarray(cut(pixels, window), self.dtype)

@@ -1,0 +1,160 @@
+"""The one reader of image files: which library reads a file is told by its first bytes."""
+
+import importlib
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from itpn.data.decode import MAX_PIXELS, TIFF_HEADERS, UnreadableImage, reading
+from itpn.data.formats.arrays import HDF5, NUMPY, ZIP, ArrayImage, Axes
+from itpn.data.formats.image_file import ImageFile
+from itpn.data.formats.photos import PhotoImage
+from itpn.errors import UserError
+
+JPEG2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
+HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+PIXEL_BYTES = 32  # 4 GiB for the largest image: 16 bands of 16 bits
+DICOM_SUFFIXES = (".dcm", ".dicom", "")  # of files that may lack the first bytes of DICOM's file format
+EXTRAS = {"tifffile": "science", "imagecodecs": "science", "h5py": "science", "pillow_heif": "science"}
+EXTRAS |= {"rasterio": "geo", "pydicom": "dicom"}
+
+
+def read_image(path: str | os.PathLike[str], page: int = 0, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Read an image file of any format with all of its channels, in the depth that is stored.
+
+    Values are those of the file: no window and no inversion is applied, and pixels without data keep their value. But:
+    the orientation is applied, complex numbers become their magnitude and bits 0 and 1; DICOM's rescaling, where there
+    is one, is applied and gives float32.
+
+    Args:
+        page: of a stack, a series or a file of several frames, counted from 0.
+        max_pixels: a larger image is refused, before memory is taken.
+
+    Returns:
+        [channels, height, width].
+
+    Raises:
+        UserError: no such file or page, of no known format, corrupt, too large, or of a format whose reader is not
+            installed.
+    """
+    try:
+        with reading():
+            image = open_file(Path(path))
+            if not 0 <= page < image.pages:
+                raise UnreadableImage(f"there is no page {page}: it has {image.pages}, counted from 0")
+            check_size(image, max_pixels)
+            return torch.from_numpy(image.read(page))
+    except UnreadableImage as error:
+        raise UserError(f"{os.fspath(path)}: {error}") from None
+
+
+def check_size(image: ImageFile, max_pixels: int) -> None:
+    """Refuse an image before memory is taken for it.
+
+    Raises:
+        UnreadableImage: it has more pixels, or more than `PIXEL_BYTES` bytes for each of them.
+    """
+    pixels = image.height * image.width
+    if pixels > max_pixels:
+        raise UnreadableImage(f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed")
+    size = pixels * image.channels * image.dtype.itemsize
+    if size > max_pixels * PIXEL_BYTES:
+        raise UnreadableImage(
+            f"{image.width}x{image.height} pixels of {image.channels} channels take {size / 2**30:.3g} GiB, more than "
+            f"the {max_pixels * PIXEL_BYTES / 2**30:.3g} allowed"
+        )
+
+
+def open_file(source: Path | bytes, axes: Axes | None = None) -> ImageFile:
+    """Read the header of an image file, or of its content.
+
+    Args:
+        axes: of arrays, see :class:`ArrayImage`.
+
+    Raises:
+        UnreadableImage: of no known format, or of one whose reader is not installed.
+        OSError: no such file.
+    """
+    head = source[:132] if isinstance(source, bytes) else _read_head(source)
+    if not head:
+        raise UnreadableImage("empty file")
+    if head[128:132] == b"DICM":  # its first 128 bytes may be those of another format
+        return _open_by("pydicom", "dicom", "DicomImage", "DICOM")(source)
+    if head[:4] in TIFF_HEADERS:
+        return _open_tiff(source)
+    if head.startswith((NUMPY, ZIP)):
+        return ArrayImage(source, axes)
+    if head.startswith(HDF5):
+        _need("h5py", "HDF5")
+        return ArrayImage(source, axes)
+    if head.startswith(JPEG2000):
+        return _open_raster(source, "JPEG 2000", "JP2OpenJPEG")
+    if head[4:8] == b"ftyp" and head[8:12] in HEIC:
+        _need("pillow_heif", "HEIC").register_heif_opener()
+    return _open_other(source)
+
+
+def _open_tiff(source: Path | bytes) -> ImageFile:
+    if find_spec("tifffile") is None:
+        with suppress(UnreadableImage):
+            image = PhotoImage(source)  # of 8 bits, or of one band
+            if image.pages == 1:
+                return image
+    return _open_by("tifffile", "tiff", "TiffImage", "TIFF of several pages, bands or planes")(source)
+
+
+def _open_other(source: Path | bytes) -> ImageFile:
+    """A photograph, or what only its name or a file beside it tells."""
+    try:
+        return PhotoImage(source)
+    except UnreadableImage as error:
+        if isinstance(source, bytes):
+            raise
+        if has_envi_header(source):
+            return _open_raster(source, "ENVI", "ENVI")
+        if source.suffix.lower() in DICOM_SUFFIXES:
+            return _open_by("pydicom", "dicom", "DicomImage", "DICOM")(source)
+        raise error
+
+
+def _read_head(path: Path) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(132)
+
+
+def has_envi_header(path: Path) -> bool:
+    """Whether the header of an ENVI file lies beside it."""
+    for header in (path.with_suffix(".hdr"), path.with_name(f"{path.name}.hdr")):
+        if header != path and header.is_file():
+            with open(header, "rb") as file:
+                if file.read(4) == b"ENVI":
+                    return True
+    return False
+
+
+def _open_raster(source: Path | bytes, kind: str, driver: str) -> ImageFile:
+    return _open_by("rasterio", "rasters", "RasterImage", kind)(source, driver)
+
+
+def _open_by(library: str, file: str, name: str, kind: str) -> Callable[..., ImageFile]:
+    _need(library, kind)
+    opener: Callable[..., ImageFile] = getattr(importlib.import_module(f"itpn.data.formats.{file}"), name)
+    return opener
+
+
+def _need(library: str, kind: str) -> Any:
+    """A library of an extra.
+
+    Raises:
+        UnreadableImage: it is not installed.
+    """
+    try:
+        return importlib.import_module(library)
+    except ImportError:
+        raise UnreadableImage(f"{kind} is read by {library}: pip install 'itpn[{EXTRAS[library]}]'") from None

@@ -1,0 +1,113 @@
+"""TIFF by tifffile and imagecodecs: pages, planes, tiles, pyramids, axes of OME and ImageJ, every compression."""
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tifffile
+
+from itpn.data.decode import UnreadableImage
+from itpn.data.formats.image_file import Window, cut, plain_dtype, to_plain
+
+CUT_OFF = "cut off: it ends before its last pixels"
+NODATA = 42113  # GDAL's tag
+IN_PAGE = "CSYX"  # axes of an image; all others (planes of a stack, moments, positions) are of several images
+
+
+class TiffImage:
+    """See :class:`itpn.data.formats.image_file.ImageFile`; of a pyramid it is the largest level."""
+
+    def __init__(self, source: Path | bytes) -> None:
+        self._file = tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if not self._file.series:
+            raise UnreadableImage("TIFF without an image")
+        self._series = self._file.series[0].levels[0]
+        self._axes, self._shape = self._series.axes, self._series.shape
+        sizes = dict(zip(self._axes, self._shape, strict=True))
+        if not {"Y", "X"} <= sizes.keys():
+            raise UnreadableImage(f"TIFF of axes {self._axes} has no rows and columns")
+        self.height, self.width = sizes["Y"], sizes["X"]
+        self.channels = sizes.get("C", 1) * sizes.get("S", 1)
+        self.pages = math.prod(size for axis, size in sizes.items() if axis not in IN_PAGE)
+        self.dtype = plain_dtype(np.dtype(self._series.dtype))
+        tag = self._series.keyframe.tags.get(NODATA)
+        self.nodata = None if tag is None else read_nodata(tag.value)
+        # one uncompressed block, or pages of more than one plane, are left to tifffile
+        planes = math.prod(size for axis, size in sizes.items() if axis not in "SYX")
+        start = self._series.dataoffset
+        self._mapped = start is not None
+        if start is not None and start + self._series.nbytes > self._file.filehandle.size:
+            raise UnreadableImage(CUT_OFF)
+        self._tiled = not self._mapped and len(self._series.pages) == planes
+        self.by_region = self._mapped or self._tiled
+
+    def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
+        """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
+        planes = [self._read_plane(number, window) for number in self._find_planes(page)]
+        return to_plain(np.concatenate(planes) if len(planes) > 1 else planes[0])
+
+    def _find_planes(self, page: int) -> np.ndarray:
+        """Numbers of the file's planes that hold the channels of a page; the samples of a pixel are of one plane."""
+        outer = {axis: size for axis, size in zip(self._axes, self._shape, strict=True) if axis not in "SYX"}
+        numbers = np.arange(math.prod(outer.values())).reshape(tuple(outer.values()))
+        if "C" in outer:
+            numbers = np.moveaxis(numbers, list(outer).index("C"), -1)
+        return numbers.reshape(self.pages, -1)[page]
+
+    def _read_plane(self, number: int, window: Window | None) -> np.ndarray:
+        """[samples, height, width] of one plane or of a window in it."""
+        if self._tiled:
+            return read_page(self._file, self._series.pages[number], window)
+        pixels = self._series.asarray(out="memmap" if self._mapped else None)
+        outer = len(self._axes.rstrip("SYX"))
+        plane, axes = pixels.reshape(-1, *self._shape[outer:])[number], self._axes[outer:]
+        return cut(np.moveaxis(plane, axes.index("S"), 0) if "S" in axes else plane[None], window)
+
+
+def read_page(file: tifffile.TiffFile, page: Any, window: Window | None) -> np.ndarray:
+    """[samples, height, width] of a TIFF page or of a window in it, of which only its tiles or strips are decoded."""
+    key = page.keyframe
+    separate = key.axes == "SYX"
+    samples, (rows, cols) = key.samplesperpixel, key.chunks[:2]
+    down, across = key.chunked[separate : separate + 2]
+    top, left, height, width = window or (0, 0, key.imagelength, key.imagewidth)
+    pixels = np.full((samples, height, width), key.nodata, key.dtype)  # chunks without bytes have no data
+    for plane in range(samples if separate else 1):
+        target = pixels[plane : plane + 1] if separate else pixels
+        for row in range(top // rows, -(-(top + height) // rows)):
+            for col in range(left // cols, -(-(left + width) // cols)):
+                chunk = read_chunk(file, page, (plane * down + row) * across + col)
+                if chunk is None:
+                    continue
+                y, x = row * rows - top, col * cols - left
+                inside = chunk[max(-y, 0) : height - y, max(-x, 0) : width - x]
+                y, x = max(y, 0), max(x, 0)
+                target[:, y : y + inside.shape[0], x : x + inside.shape[1]] = inside.transpose(2, 0, 1)
+    return pixels
+
+
+def read_chunk(file: tifffile.TiffFile, page: Any, number: int) -> np.ndarray | None:
+    """A tile or strip [height, width, samples]; None if the file has no bytes of it.
+
+    Raises:
+        UnreadableImage: the file is cut off.
+    """
+    size = page.databytecounts[number]
+    if not size:
+        return None
+    file.filehandle.seek(page.dataoffsets[number])
+    data = file.filehandle.read(size)
+    if len(data) < size:
+        raise UnreadableImage(CUT_OFF)
+    chunk = page.keyframe.decode(data, number, jpegtables=page.jpegtables)[0]
+    return None if chunk is None else chunk[0]
+
+
+def read_nodata(tag: Any) -> float | None:
+    """The number in GDAL's tag; None where it holds none."""
+    try:
+        return float(str(tag).strip(" \0"))
+    except ValueError:
+        return None
