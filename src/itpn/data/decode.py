@@ -230,14 +230,8 @@ def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> Tensor:
     return EncodedImage(data, max_pixels).decode()
 
 
-def open_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> EncodedImage:
-    """Open what a reader returns: the bytes of a file, or the error of reading it, which is raised."""
-    if isinstance(data, UnreadableImage):
-        raise data
-    return EncodedImage(data, max_pixels)
-
-
-def decode_whole(image: EncodedImage | Tensor) -> Tensor:
+def decode_whole(image: Any) -> Tensor:
+    """The pixels of a sample, or pixels as they are."""
     return image if isinstance(image, Tensor) else image.decode()
 
 

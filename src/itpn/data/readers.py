@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from itpn.data.decode import UnreadableImage, reason_of
+from itpn.data.file_types import PHOTO_SUFFIXES
 from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
 from itpn.system.text import one_line, read_bounded, readable
 
@@ -23,7 +24,7 @@ RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds, after which a network mount may be ba
 
 
 class Reader(Protocol):
-    """``reader[i]`` is an image's name, its encoded bytes or the error of reading them, and its annotation if any."""
+    """``reader[i]`` is an image's name, what `itpn.data.samples.open_sample` opens, and its annotation if any."""
 
     def __len__(self) -> int: ...
 
@@ -91,7 +92,7 @@ def remedy_of_loss(name: str, reason: str) -> str:
 
 
 class FileReader:
-    """Single files."""
+    """Single files: the content of a photograph, the path of what may be read in parts."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.names = PackedStrings(paths)
@@ -102,8 +103,10 @@ class FileReader:
     def name(self, index: int) -> str:
         return readable(self.names[index])
 
-    def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
+    def __getitem__(self, index: int) -> tuple[str, bytes | Path | UnreadableImage]:
         path = self.names[index]
+        if not path.lower().endswith(PHOTO_SUFFIXES):
+            return readable(path), Path(path)
         try:
             return readable(path), read_file(path)
         except (OSError, ValueError) as error:

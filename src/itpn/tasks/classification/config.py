@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from itpn.errors import UserError
-from itpn.system.checks import BatchSize, Channels, Fraction, PositiveFraction, PositiveInt, Range, Side
+from itpn.system.checks import BatchSize, Fraction, PositiveFraction, PositiveInt, Range, Side
 from itpn.tasks.finetuning.config import (
     FineTuningConfig,
     NetworkConfig,
@@ -28,8 +28,6 @@ class ClassificationModelConfig(NetworkConfig):
 
     freeze: bool = False
     """Train a linear classifier on features that stay as they are, computed once, and nothing else."""
-    in_chans: Channels = 3
-    """Channels of the images: 3 for colour, 1 for grey."""
     drop_rate: Fraction = 0.0
     """Dropout before the classifier."""
     migrate_ratio: float | None = None

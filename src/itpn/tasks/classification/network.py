@@ -25,6 +25,7 @@ from itpn.tasks.finetuning.network import (
     scale_epochs,
 )
 from itpn.tasks.info import Rows, describe_classifier
+from itpn.tasks.pixels import resolve_pixels
 from itpn.training.config import image_size
 
 CROP_PCT = 0.875  # of ImageNet since the first networks
@@ -73,7 +74,10 @@ def resolve(
     Raises:
         UserError: the checkpoint is of another network than the settings name, or images do not fit its patches.
     """
-    config = resolve_network(config, checkpoint, config.model.in_chans)
+    notes: list[str] = []
+    if data is not None:
+        config, notes = resolve_pixels(config, data.train, None if checkpoint is None else checkpoint.preprocessing)
+    config = resolve_network(config, checkpoint)
     own = config.data
     if own.img_size is None:
         size: Any = (
@@ -85,9 +89,9 @@ def resolve(
     config = replace(config, data=replace(own, crop_pct=own.crop_pct or stored.get("crop_pct", CROP_PCT)))
     config.check_sizes()
     if data is None:
-        return config, ()
+        return config, notes
     make_transform(config)  # a wrong name of an augmentation is found before a folder is made
-    return scale_epochs(config, len(data.train)), ()
+    return scale_epochs(config, len(data.train)), notes
 
 
 def build_model(

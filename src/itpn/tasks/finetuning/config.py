@@ -69,7 +69,7 @@ def check_fine_tuning(config: Any) -> None:
         UserError: the first that is found, with what to do.
     """
     model, data = config.model, config.data
-    check_images(data.mean or (0.0,), data.std or (1.0,), getattr(model, "in_chans", 3))
+    check_images(data, model.in_chans)
     if model.patch_size is not None and model.patch_size % 4:
         raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
     if model.checkpoint is not None:

@@ -17,6 +17,7 @@ from itpn.data.loader import TrainingLoader
 from itpn.data.shards import check_shards
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, make_training_loader, print_once
+from itpn.tasks.pixels import make_reading
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
@@ -166,12 +167,12 @@ def make_loader(
 
 
 def read_samples(source: ImageSource, config: PretrainingConfig) -> Tensor:
-    """The images of visualizations: readable ones from all over the data, uint8 [n, 3, H, W]."""
+    """The images of visualizations: readable ones from all over the data, [n, C, H, W] as they are stored."""
     if source.cache:
         return FeatureCache(source.cache).first(SAMPLES)
     if source.images:
         stride = max(1, len(source.images) // SAMPLES)
         source = replace(source, images=source.images[::stride] + source.images)
     crop = functools.partial(center_crop, img_size=image_size(config.data))
-    images = read_images(replace(source, roots=config.data.root), config.data.max_pixels, crop, lambda line: None)
+    images = read_images(replace(source, roots=config.data.root), make_reading(config), crop, lambda line: None)
     return torch.stack([image for _, image in itertools.islice(images, SAMPLES)])

@@ -1,0 +1,214 @@
+"""Opening of what readers give: photographs, and images of any number of channels and any depth.
+
+Photographs are files of 8 bits that a viewer shows in colour or grey: they become RGB, and mix freely in a data set.
+Of all other images a data set has one :class:`ImageType`: as many channels, stored in the same type of
+number.
+"""
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from itpn.data.decode import (
+    MAX_PIXELS,
+    PAGES,
+    TIFF_HEADERS,
+    EncodedImage,
+    UnreadableImage,
+    open_image,
+    reading,
+    reason_of,
+)
+from itpn.data.formats.image_file import ImageFile
+from itpn.data.formats.reading import check_size, find_heif_reader, open_file
+from itpn.data.image_type import PHOTOGRAPH, ImageType
+from itpn.data.readers import check_lost, read_file
+from itpn.errors import UserError
+
+HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
+HEAD = 32  # bytes that tell most formats
+PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
+# tags of TIFF
+BITS, PHOTOMETRIC, DESCRIPTION, SAMPLES, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 270, 277, 338, 339
+ALPHA = (1, 2)  # kinds of extra samples
+COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # photometric interpretation of a TIFF -> channels of colour
+STACKS = ("<?xml", "<OME", "ImageJ=")  # in a description: which pages are channels is said there
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the images of a data set are read.
+
+    Attributes:
+        max_pixels: larger images are refused.
+        axes: of arrays, see `itpn.data.formats.arrays.ArrayImage`.
+        nodata: the value of pixels without data; None for what each file declares.
+        type: that the images must have; None for any.
+        example: a file that has it.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    axes: Literal["CHW", "HWC"] | None = None
+    nodata: float | None = None
+    type: ImageType | None = None
+    example: str = ""
+
+
+PLAIN = Reading()
+
+
+class MixedImages(UserError):
+    """Images of a data set differ in their number of channels or their depth."""
+
+
+class StoredImage:
+    """An image that is no photograph, with the interface of :class:`itpn.data.decode.EncodedImage`.
+
+    Pixels keep the type in which they are stored (float64 becomes float32). Pixels without data are NaN in floats; in
+    integers they have the value ``nodata``.
+
+    Raises:
+        UnreadableImage: it is too large.
+    """
+
+    def __init__(self, file: ImageFile, settings: Reading) -> None:
+        self.file, self.height, self.width = file, file.height, file.width
+        self._settings = settings
+        self.warnings: dict[str, str] = {}
+        if file.pages > 1:
+            self.warnings["pages"] = PAGES
+        if file.dtype.kind in "iu" and settings.nodata is None and settings.type and file.nodata is not None:
+            self.warnings["nodata"] = (
+                f"it declares {file.nodata:g} for pixels without data, which the images before did not: give "
+                f"--data.nodata {file.nodata:g}"
+            )
+        grey_or_rgb = file.dtype == np.uint8 and (file.channels == 1 or file.rgb)
+        self.type = PHOTOGRAPH if grey_or_rgb else ImageType(file.channels, _travelling(file.dtype).name)
+
+    def decode(self) -> Tensor:
+        """All pixels, [C, height, width]; of a photograph uint8 [3, height, width]."""
+        check_size(self.file, self._settings.max_pixels)
+        return self._read(None)
+
+    def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
+        """A window, [C, height, width]; where the format allows it, without decoding the rest."""
+        if not self.file.by_region:
+            check_size(self.file, self._settings.max_pixels)
+        return self._read((top, left, height, width))
+
+    def _read(self, window: tuple[int, int, int, int] | None) -> Tensor:
+        with reading():
+            pixels = self.file.read(0, window)
+        pixels = np.require(pixels, _travelling(pixels.dtype), ["C", "W"])  # a mapped file is not to be written to
+        tensor = torch.from_numpy(mark_nodata(pixels, self.file.nodata, self._settings.nodata))
+        return tensor.expand(3, -1, -1).contiguous() if self.type.is_photo and len(tensor) == 1 else tensor
+
+
+def _travelling(stored: np.dtype) -> np.dtype:
+    """The type in which pixels travel to the device."""
+    return np.dtype(np.float32) if stored == np.float64 else stored
+
+
+def mark_nodata(pixels: np.ndarray, declared: float | None, nodata: float | None) -> np.ndarray:
+    """Pixels without data become NaN in floats, and ``nodata`` in integers.
+
+    Args:
+        declared: the value that the file declares for them.
+        nodata: that of the data set, if it is known.
+    """
+    if pixels.dtype.kind == "f":
+        missing = ~(np.abs(pixels) < HUGE)
+        for value in [value for value in (declared, nodata) if value is not None]:
+            missing |= np.isclose(pixels, value, rtol=1e-6, atol=0)
+        return np.where(missing, np.float32(np.nan), pixels) if missing.any() else pixels
+    if pixels.dtype.kind in "iu" and None not in (declared, nodata) and declared != nodata:
+        return np.where(pixels == declared, np.array(nodata).astype(pixels.dtype), pixels)
+    return pixels
+
+
+Sample = EncodedImage | StoredImage
+
+
+def open_sample(data: bytes | Path | UnreadableImage, settings: Reading = PLAIN, name: str = "") -> Sample:
+    """Read the header of what a reader gives: a file's content, its path, or the error of reading it, which is raised.
+
+    Args:
+        name: of the image, for messages.
+
+    Raises:
+        UnreadableImage: no image, corrupt, too large, or of a format whose reader is not installed.
+        MixedImages: an image of another type than the others.
+    """
+    if isinstance(data, UnreadableImage):
+        raise data
+    image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
+    if settings.type not in (None, own := type_of(image)):
+        raise MixedImages(
+            f"{settings.example} has {settings.type}, and {name} has {own}: all images of a data set need the "
+            "same channels and depth"
+        )
+    return image
+
+
+def type_of(image: Sample) -> ImageType:
+    return image.type if isinstance(image, StoredImage) else PHOTOGRAPH
+
+
+def _open_bytes(data: bytes, settings: Reading) -> Sample:
+    if not data:
+        raise UnreadableImage("empty file")
+    if is_photo_head(data[:HEAD]) or (data[:4] in TIFF_HEADERS and is_photo_tiff(data)):
+        return EncodedImage(data, settings.max_pixels)
+    return _open_stored(data, settings)
+
+
+def _open_path(path: Path, settings: Reading) -> Sample:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+        if is_photo_head(head) or (head[:4] in TIFF_HEADERS and is_photo_tiff(path)):
+            return EncodedImage(read_file(str(path)), settings.max_pixels)
+        return _open_stored(path, settings)
+    except (OSError, ValueError) as error:
+        check_lost(path, error)
+        raise UnreadableImage(reason_of(error)) from None
+
+
+def _open_stored(source: bytes | Path, settings: Reading) -> StoredImage:
+    with reading():
+        return StoredImage(open_file(source, settings.axes), settings)
+
+
+def is_photo_head(head: bytes) -> bool:
+    """Whether the first bytes of a file are those of a photograph; of TIFF and others they do not tell."""
+    if head.startswith(b"\x89PNG"):
+        return head[PNG_DEPTH : PNG_DEPTH + 1] != b"\x10"  # 16 bits
+    if head[4:8] == b"ftyp":
+        find_heif_reader(head)
+        return True
+    return head.startswith((b"\xff\xd8", b"GIF8", b"BM")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
+
+
+def is_photo_tiff(source: bytes | Path) -> bool:
+    """Whether a TIFF is a photograph: of 8 bits or less, and with the channels of its colours, and alpha perhaps."""
+    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        try:
+            image = open_image(file, max_pixels=None).image
+        except UnreadableImage:  # by Pillow
+            return False
+        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        if max(tags.get(BITS) or (1,)) > 8 or set(tags.get(SAMPLE_FORMAT) or ()) & {2, 3}:
+            return False
+        more = tags.get(SAMPLES, 1) - COLOURS.get(tags.get(PHOTOMETRIC, 1), 0)
+        if not (more == 0 or (more == 1 and (tags.get(EXTRA_SAMPLES) or (0,))[0] in ALPHA)):
+            return False
+        stacked = str(tags.get(DESCRIPTION, "")).lstrip().startswith(STACKS)
+        if not stacked or getattr(image, "n_frames", 1) == 1:
+            return True
+    stack = open_file(source)
+    return stack.channels == 1 or stack.rgb
