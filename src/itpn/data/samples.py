@@ -6,6 +6,7 @@ number.
 """
 
 import io
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +31,7 @@ from itpn.data.image_type import PHOTOGRAPH, ImageType
 from itpn.data.readers import check_lost, read_file
 from itpn.errors import UserError
 
+PART, WINDOWS = 2**24, 4  # of a larger image, statistics are of 4 x 4 windows with so many pixels together
 HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
 HEAD = 32  # bytes that tell most formats
 PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
@@ -100,6 +102,19 @@ class StoredImage:
         if not self.file.by_region:
             check_size(self.file, self._settings.max_pixels)
         return self._read((top, left, height, width))
+
+    def decode_some(self) -> np.ndarray:
+        """Pixels [C, n] for statistics: of a large image that is read by region, windows all over it."""
+        if self.height * self.width <= PART or not self.file.by_region:
+            return self.decode().flatten(1).numpy()
+        side = math.isqrt(PART) // WINDOWS
+        tops, lefts = (
+            np.linspace(0, length - min(side, length), WINDOWS).astype(int) for length in (self.height, self.width)
+        )
+        windows = [
+            (int(top), int(left), min(side, self.height), min(side, self.width)) for top in tops for left in lefts
+        ]
+        return np.concatenate([self._read(window).flatten(1).numpy() for window in windows], axis=1)
 
     def _read(self, window: tuple[int, int, int, int] | None) -> Tensor:
         with reading():

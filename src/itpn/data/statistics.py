@@ -14,7 +14,7 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.image_type import ImageType, ValueRange, to_pairs
 from itpn.data.readers import Reader
-from itpn.data.samples import Reading, open_sample, type_of
+from itpn.data.samples import Reading, StoredImage, open_sample, type_of
 from itpn.errors import UserError
 from itpn.system.text import read_text
 from itpn.system.writing import write_whole
@@ -179,7 +179,7 @@ def compute_statistics(
                     nodata = image.file.nodata  # type: ignore[union-attr]
                 settings = dataclasses.replace(settings, type=type_of(image), example=name, nodata=nodata)
                 image = open_sample(data, settings, name)
-            values = image.decode().numpy()
+            values = image.decode_some() if isinstance(image, StoredImage) else image.decode().flatten(1).numpy()
         except UnreadableImage as error:
             reason = reason or f"; the first is {name}: {error}"
             continue

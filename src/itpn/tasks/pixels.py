@@ -219,11 +219,15 @@ def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statisti
             if found.type == reading.type and found.images == len(images.images):
                 return found, one_line(str(path)), notes
             notes.append(f"{one_line(str(path))} is of other images: not used")
-    reader = SomeImages([*_first(images, SAMPLED)]) if isinstance(images, ImageSource) and images.shards else images
-    if isinstance(reader, ImageSource):
-        reader = FileReader(reader.images)
-    found = compute_statistics(reader, reading, value_range)
+    found = compute_statistics(as_reader(images), reading, value_range)
     return found, f"{found.sampled:,} of {found.images:,} images", notes
+
+
+def as_reader(images: ImageSource | Reader) -> Reader:
+    """Images by index; of shards, the first."""
+    if not isinstance(images, ImageSource):
+        return images
+    return SomeImages([*_first(images, SAMPLED)]) if images.shards else FileReader(images.images)
 
 
 def describe_statistics(statistics: Statistics, where: str) -> str:
