@@ -15,6 +15,7 @@ import numpy as np
 from itpn.data.decode import UnreadableImage, reason_of
 from itpn.data.file_types import PHOTO_SUFFIXES
 from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
+from itpn.seeding import derive_seed
 from itpn.system.text import one_line, read_bounded, readable
 
 MAX_FILE = 2**31  # bytes of an image file: float RGB of the largest image that is decoded has 1.6 GB
@@ -132,6 +133,18 @@ class Subset:
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self.files[int(self.rows[index])]
+
+
+def draw_order(images: Reader, seed: int) -> np.ndarray:
+    """A random order of images, int64 [n], by seed and file name: other folders or more images change it little."""
+    # "share" is part of the seed: another word would draw other images
+    keys = [derive_seed(seed, "share", os.path.basename(images.name(index))) for index in range(len(images))]
+    return np.argsort(np.array(keys, dtype=np.uint64), kind="stable")
+
+
+def draw_images(images: Reader, fraction: float, seed: int) -> np.ndarray:
+    """A fraction of images, at least one: indices in ascending order. A larger fraction has those of a smaller one."""
+    return np.sort(draw_order(images, seed)[: max(1, round(fraction * len(images)))])
 
 
 class TarReader:

@@ -58,8 +58,8 @@ def print_statistics(found: Statistics) -> None:
     table = Table("channel", "min", *(f"{percent} %" for percent in SHOWN), "max", "mean", "std", "0 at", "1 at")
     for channel in range(min(found.channels, CHANNELS)):
         row = [found.minimum, *(found.percentiles[percent] for percent in SHOWN), found.maximum, found.mean, found.std]
-        values = [*(values[channel] for values in row), *found.value_range[channel]]
-        table.add_row(str(channel), *(f"{value:.5g}" for value in values))
+        numbers = [*(values[channel] for values in row), *found.value_range[channel]]
+        table.add_row(str(channel), *(f"{value:.5g}" for value in numbers))
     console.print(table)
     if found.channels > CHANNELS:
         print_note(f"{found.channels - CHANNELS} more channels are in the file")

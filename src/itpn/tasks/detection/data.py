@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from itpn.data.annotations import find_objects
 from itpn.data.objects import DetectionImages, DetectionTransform
+from itpn.data.readers import draw_images
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, print_once
 from itpn.tasks.detection.config import DetectionConfig
@@ -31,6 +32,8 @@ def find_data(config: DetectionConfig) -> DetectionData:
     data = config.data
     train, val = find_objects(data.root, data.val_root, data.invalid_annotations, print_once, data.max_pixels)
     train = train if data.empty_images else train.with_objects()
+    if data.label_fraction < 1:
+        train = train.take(draw_images(train, data.label_fraction, config.seed))
     masked, others = train.mask_counts
     masks = masked > others if config.model.masks is None else config.model.masks
     if masks and not masked:

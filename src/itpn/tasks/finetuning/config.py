@@ -29,13 +29,17 @@ class NetworkConfig(ModelConfig):
 
 
 @dataclass
-class NormalizationConfig(Settings):
-    """How the pixels of images become inputs of the network."""
+class LabelledDataConfig(Settings):
+    """Which of the labelled images are used, and how their pixels become inputs of the network."""
 
+    label_fraction: PositiveFraction = 1.0
+    """Fraction of the training images that is used, of each class where images have classes; the same images for the
+    same seed, and those of a smaller fraction among them."""
     mean: tuple[Mean, ...] | None = None
-    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
+    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's; without one ImageNet's of
+    photographs, for that of the images of others."""
     std: tuple[Std, ...] | None = None
-    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+    """Standard deviation that each channel is divided by; None as for the mean."""
 
 
 @dataclass

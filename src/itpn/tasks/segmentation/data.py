@@ -5,6 +5,7 @@ from typing import Any
 from itpn.data.labelmaps import find_label_maps
 from itpn.data.mask_checks import MaskRules
 from itpn.data.masks import LabelTable
+from itpn.data.readers import draw_images
 from itpn.data.segmentation_transform import SegmentationTransform
 from itpn.tasks.data import NO_IMAGES, RunData, print_once
 from itpn.tasks.segmentation.config import SegmentationConfig
@@ -21,6 +22,8 @@ def make_rules(config: SegmentationConfig) -> MaskRules:
 def find_data(config: SegmentationConfig) -> RunData:
     """The images to train on, and those to evaluate on."""
     train, val = find_label_maps(**describe_sets(config))
+    if config.data.label_fraction < 1:
+        train = train.take(draw_images(train, config.data.label_fraction, config.seed))
     return RunData(train, val, () if val is not None else (NO_IMAGES,))
 
 
