@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from itpn.data.cache import FeatureCache
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
-from itpn.data.samples import MixedImages, Reading, open_sample
+from itpn.data.samples import MixedImages, Reading, WindowOf, open_sample
 from itpn.data.shards import Sample, shard_samples
 from itpn.data.workers import beat
 from itpn.errors import UserError
@@ -90,7 +90,8 @@ class BatchPlan:
             for key, data, *annotation in itertools.chain([sample], spares):
                 beat()
                 try:
-                    image = open_sample(data, self.reading, key)
+                    moved = data.move(rng) if isinstance(data, WindowOf) else data
+                    image = open_sample(moved, self.reading, key)
                     view = self.transform(image, rng, *annotation)
                 except UnreadableImage as error:
                     corrupt.append((key, str(error)))

@@ -141,6 +141,11 @@ class EncodedImage:
         """Whether it is a grey or RGB JPEG without an orientation to apply."""
         return self._is_jpeg and self._orientation == 1
 
+    @property
+    def reads_windows(self) -> bool:
+        """Whether a region is decoded without the rest."""
+        return self.is_upright_jpeg and _find_codec(os.getpid())[1] is not None
+
     def decode(self) -> Tensor:
         """Decode the whole image, uint8 [3, height, width]; see :func:`decode_image`."""
         with reading():

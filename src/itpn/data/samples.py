@@ -7,7 +7,9 @@ number.
 
 import io
 import math
-from dataclasses import dataclass
+import random
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,13 +27,16 @@ from itpn.data.decode import (
     reading,
     reason_of,
 )
-from itpn.data.formats.image_file import ImageFile
+from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reading import check_size, find_heif_reader, open_file
 from itpn.data.image_type import PHOTOGRAPH, ImageType
 from itpn.data.readers import check_lost, read_file
 from itpn.errors import UserError
 
 PART, WINDOWS = 2**24, 4  # of a larger image, statistics are of 4 x 4 windows with so many pixels together
+NO_LIMIT = 2**62
+LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can be
+REMEDY = "convert it, as by gdal_translate -of COG or vips tiffsave --tile"
 HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
 HEAD = 32  # bytes that tell most formats
 PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
@@ -89,6 +94,7 @@ class StoredImage:
                 f"it declares {file.nodata:g} for pixels without data, which the images before did not: give "
                 f"--data.nodata {file.nodata:g}"
             )
+        self.reads_windows = file.by_region
         grey_or_rgb = file.dtype == np.uint8 and (file.channels == 1 or file.rgb)
         self.type = PHOTOGRAPH if grey_or_rgb else ImageType(file.channels, _travelling(file.dtype).name)
 
@@ -146,11 +152,51 @@ def mark_nodata(pixels: np.ndarray, declared: float | None, nodata: float | None
     return pixels
 
 
-Sample = EncodedImage | StoredImage
+@dataclass(frozen=True)
+class WindowOf:
+    """A window of what a reader gives.
+
+    Attributes:
+        data: as of `itpn.data.samples.open_sample`.
+        box: top, left, height and width in pixels.
+        room: how far it can be moved up, left, down and right, within the image and half of its side.
+    """
+
+    data: bytes | Path | UnreadableImage
+    box: Window
+    room: tuple[int, int, int, int] = (0, 0, 0, 0)
+
+    def move(self, rng: random.Random) -> "WindowOf":
+        """The window at a random place around its own: training sees other windows in each epoch."""
+        up, left, down, right = self.room
+        y, x, height, width = self.box
+        return replace(self, box=(y + rng.randint(-up, down), x + rng.randint(-left, right), height, width))
 
 
-def open_sample(data: bytes | Path | UnreadableImage, settings: Reading = PLAIN, name: str = "") -> Sample:
-    """Read the header of what a reader gives: a file's content, its path, or the error of reading it, which is raised.
+class WindowSample:
+    """A window, with the interface of a whole image."""
+
+    def __init__(self, image: "Image", box: Window) -> None:
+        self.image = image
+        self.top, self.left, self.height, self.width = box
+        self.warnings = image.warnings
+
+    def decode(self) -> Any:
+        """Its pixels [C, height, width]."""
+        return self.decode_crop(0, 0, self.height, self.width, (self.height, self.width))
+
+    def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Any:
+        """A part of it, [C, height, width], or smaller by a scale of JPEG."""
+        return self.image.decode_crop(self.top + top, self.left + left, height, width, target)
+
+
+Image = EncodedImage | StoredImage
+Sample = Image | WindowSample
+
+
+def open_sample(data: bytes | Path | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = "") -> Sample:
+    """Read the header of what a reader gives: a file's content, its path, a window of either, or the error of reading
+    it, which is raised.
 
     Args:
         name: of the image, for messages.
@@ -159,6 +205,20 @@ def open_sample(data: bytes | Path | UnreadableImage, settings: Reading = PLAIN,
         UnreadableImage: no image, corrupt, too large, or of a format whose reader is not installed.
         MixedImages: an image of another type than the others.
     """
+    if isinstance(data, WindowOf):
+        image = open_image_of(data.data, replace(settings, max_pixels=NO_LIMIT), name)
+        pixels = data.box[2] * data.box[3] if image.reads_windows else image.height * image.width
+        if pixels > settings.max_pixels:
+            raise UnreadableImage(
+                f"{image.width}x{image.height} pixels, more than the {settings.max_pixels} allowed "
+                f"(--data.max-pixels), and it cannot be read in parts: {REMEDY}"
+            )
+        return WindowSample(image, data.box)
+    return open_image_of(data, settings, name)
+
+
+def open_image_of(data: bytes | Path | UnreadableImage, settings: Reading, name: str) -> Image:
+    """As :func:`open_sample`, of a whole image."""
     if isinstance(data, UnreadableImage):
         raise data
     image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
@@ -171,10 +231,12 @@ def open_sample(data: bytes | Path | UnreadableImage, settings: Reading = PLAIN,
 
 
 def type_of(image: Sample) -> ImageType:
-    return image.type if isinstance(image, StoredImage) else PHOTOGRAPH
+    """Channels and depth of an image."""
+    whole = image.image if isinstance(image, WindowSample) else image
+    return whole.type if isinstance(whole, StoredImage) else PHOTOGRAPH
 
 
-def _open_bytes(data: bytes, settings: Reading) -> Sample:
+def _open_bytes(data: bytes, settings: Reading) -> Image:
     if not data:
         raise UnreadableImage("empty file")
     if is_photo_head(data[:HEAD]) or (data[:4] in TIFF_HEADERS and is_photo_tiff(data)):
@@ -182,16 +244,26 @@ def _open_bytes(data: bytes, settings: Reading) -> Sample:
     return _open_stored(data, settings)
 
 
-def _open_path(path: Path, settings: Reading) -> Sample:
+def _open_path(path: Path, settings: Reading) -> Image:
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD)
         if is_photo_head(head) or (head[:4] in TIFF_HEADERS and is_photo_tiff(path)):
-            return EncodedImage(read_file(str(path)), settings.max_pixels)
+            return _open_photo(path, settings)
         return _open_stored(path, settings)
     except (OSError, ValueError) as error:
         check_lost(path, error)
         raise UnreadableImage(reason_of(error)) from None
+
+
+def _open_photo(path: Path, settings: Reading) -> Image:
+    """A photograph; a large TIFF, which windows are read of, stays in its file where tifffile is installed."""
+    if path.stat().st_size > LARGE_FILE:
+        with suppress(UnreadableImage):
+            image = _open_stored(path, settings)
+            if image.reads_windows and image.type.is_photo:
+                return image
+    return EncodedImage(read_file(str(path)), settings.max_pixels)
 
 
 def _open_stored(source: bytes | Path, settings: Reading) -> StoredImage:

@@ -120,6 +120,10 @@ class ImagesConfig(Settings):
     """Fraction of corrupt images above which the run stops."""
     max_pixels: PositiveInt = 2**27  # as itpn.data.decode.MAX_PIXELS
     """Images that declare more pixels than this are refused as decompression bombs."""
+    window_size: PositiveInt | None = None
+    """Side of windows in pixels, which large images are cut into: each counts as an image. None for whole images."""
+    window_overlap: NonNegativeInt = 64
+    """Pixels that neighbouring windows have in common at least."""
     axes: Literal["CHW", "HWC"] | None = None
     """Order of the axes of arrays (.npy, .npz, HDF5); None where the axis of channels is shorter than both others."""
     dtype: str | None = None
@@ -359,6 +363,10 @@ def check_images(data: Any, in_chans: int | None) -> None:
         raise UserError(f"--data.std must be above 0, not {data.std}")
     if data.dtype not in (None, PHOTO, *DTYPES):
         raise UserError(f"--data.dtype must be {PHOTO} or one of {', '.join(DTYPES)}, not {data.dtype}")
+    if data.window_size is not None and data.window_overlap >= data.window_size:
+        raise UserError(
+            f"--data.window-overlap must be below --data.window-size {data.window_size}, not {data.window_overlap}"
+        )
     check_value_range(data.value_range)
 
 

@@ -139,7 +139,7 @@ def build_module(
         model,
         config,
         recipe,
-        functools.partial(make_loader, config, data.train, teacher_size=size),
+        functools.partial(make_loader, config, data.windows or data.train, teacher_size=size),
         ema or data.teacher,
     )
 

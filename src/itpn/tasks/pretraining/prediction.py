@@ -41,7 +41,7 @@ def build_visualization(
     module: PretrainingModule, config: PretrainingConfig, data: PretrainingData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
-    samples = functools.cache(lambda: read_samples(data.train, config))
+    samples = functools.cache(lambda: read_samples(data.windows or data.train, config))
     return lambda: draw_predictions(module, samples())
 
 
