@@ -23,6 +23,7 @@ from itpn.commands.options import RecipeCommand
 from itpn.commands.parsing import parse, parse_with_recipe, split_doc
 from itpn.commands.predict import Predict
 from itpn.commands.shrink import Shrink
+from itpn.commands.stats import Stats
 from itpn.commands.train import Train
 from itpn.errors import ExportFailed, MachineError, NonFiniteLoss, RunStopped, UserError
 from itpn.system.accidents import guard
@@ -41,6 +42,7 @@ COMMANDS: dict[str, type[Any]] = {
     "info": Info,
     "train": Train,
     "cache-features": CacheFeatures,
+    "stats": Stats,
     "shrink": Shrink,
     "evaluate": Evaluate,
     "predict": Predict,

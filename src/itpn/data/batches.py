@@ -12,8 +12,9 @@ import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from itpn.data.cache import FeatureCache
-from itpn.data.decode import UnreadableImage, open_sample
+from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
+from itpn.data.samples import MixedImages, Reading, WindowOf, open_sample
 from itpn.data.shards import Sample, shard_samples
 from itpn.data.workers import beat
 from itpn.errors import UserError
@@ -65,7 +66,7 @@ class BatchPlan:
     rank: int
     world_size: int
     seed: int
-    max_pixels: int
+    reading: Reading
     transform: Transform
     collate: Callable[[list[View]], Batch]
 
@@ -89,11 +90,14 @@ class BatchPlan:
             for key, data, *annotation in itertools.chain([sample], spares):
                 beat()
                 try:
-                    image = open_sample(data, self.max_pixels)
+                    moved = data.move(rng) if isinstance(data, WindowOf) else data
+                    image = open_sample(moved, self.reading, key)
                     view = self.transform(image, rng, *annotation)
                 except UnreadableImage as error:
                     corrupt.append((key, str(error)))
                     continue
+                except MixedImages as error:  # a worker process would print it with a traceback
+                    return UnreadableBatch(error=str(error))
                 views.append(view)
                 keys.append(key)
                 for kind, warning in image.warnings.items():

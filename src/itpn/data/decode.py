@@ -141,6 +141,11 @@ class EncodedImage:
         """Whether it is a grey or RGB JPEG without an orientation to apply."""
         return self._is_jpeg and self._orientation == 1
 
+    @property
+    def reads_windows(self) -> bool:
+        """Whether a region is decoded without the rest."""
+        return self.is_upright_jpeg and _find_codec(os.getpid())[1] is not None
+
     def decode(self) -> Tensor:
         """Decode the whole image, uint8 [3, height, width]; see :func:`decode_image`."""
         with reading():
@@ -230,14 +235,8 @@ def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> Tensor:
     return EncodedImage(data, max_pixels).decode()
 
 
-def open_sample(data: bytes | UnreadableImage, max_pixels: int = MAX_PIXELS) -> EncodedImage:
-    """Open what a reader returns: the bytes of a file, or the error of reading it, which is raised."""
-    if isinstance(data, UnreadableImage):
-        raise data
-    return EncodedImage(data, max_pixels)
-
-
-def decode_whole(image: EncodedImage | Tensor) -> Tensor:
+def decode_whole(image: Any) -> Tensor:
+    """The pixels of a sample, or pixels as they are."""
     return image if isinstance(image, Tensor) else image.decode()
 
 

@@ -11,8 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from itpn.data.augment import EvaluationTransform
 from itpn.data.batches import Batch, View, stack
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_sample
+from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
+from itpn.data.samples import PLAIN, MixedImages, Reading, open_sample
 from itpn.data.workers import WorkerLoader, beat
 from itpn.errors import UserError
 
@@ -24,7 +25,7 @@ def view_labelled(transform: EvaluationTransform, image: Tensor, label: int) -> 
     return {"image": transform(image), "label": torch.tensor(label)}
 
 
-def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[tuple[int, Tensor]]:
+def read_some(images: Reader, count: int, reading: Reading = PLAIN) -> list[tuple[int, Tensor]]:
     """Readable images, evenly spaced over a data set, with their indices.
 
     Raises:
@@ -37,7 +38,7 @@ def read_some(images: Reader, count: int, max_pixels: int = MAX_PIXELS) -> list[
         if len(found) == count:
             break
         try:
-            found.append((index, open_sample(images[index][1], max_pixels).decode()))
+            found.append((index, open_sample(images[index][1], reading, images.name(index)).decode()))
         except UnreadableImage as error:
             reason = reason or f"; the first is {images.name(index)}: {error}"
     if not found:
@@ -57,7 +58,7 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
     view: MakeView
     collate: Callable[[list[View]], Batch]
     batch_size: int
-    max_pixels: int
+    reading: Reading
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)
@@ -69,11 +70,13 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
             name, data, annotation = self.images[index]
             beat()
             try:
-                image = open_sample(data, self.max_pixels)
+                image = open_sample(data, self.reading, name)
                 views.append(self.view(image.decode(), annotation))
             except UnreadableImage as error:
                 corrupt.append((name, str(error)))
                 continue
+            except MixedImages as error:  # a worker process would print it with a traceback
+                return {"error": str(error)}
             indices.append(index)
             for kind, warning in image.warnings.items():
                 warnings.setdefault(kind, (name, warning))
@@ -88,11 +91,11 @@ def make_evaluation_loader(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    max_pixels: int = MAX_PIXELS,
+    reading: Reading = PLAIN,
     collate: Callable[[list[View]], Batch] = stack,
 ) -> DataLoader[dict[str, Any]]:
     """Ranks take whole batches in turn, so that the images of a batch do not depend on ``world_size``."""
-    batches = EvaluationBatches(images, view, collate, batch_size, max_pixels)
+    batches = EvaluationBatches(images, view, collate, batch_size, reading)
     return WorkerLoader(
         batches,
         range(rank, len(batches), world_size),

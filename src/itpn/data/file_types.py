@@ -11,6 +11,7 @@ IMAGE_SUFFIXES = (
     *(".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
 )
 JPEG_SUFFIXES = IMAGE_SUFFIXES[:6]
+PHOTO_SUFFIXES = (*JPEG_SUFFIXES, ".png", ".webp", ".bmp", ".gif", ".avif", ".heic", ".heif")
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in the output folder of `itpn cache-features`

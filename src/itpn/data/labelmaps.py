@@ -9,10 +9,10 @@ import numpy as np
 from itpn.data.class_names import Names, read_names
 from itpn.data.file_types import describe_file, is_image
 from itpn.data.mask_checks import LabelMaps, MaskRules, Pairs, check_masks
+from itpn.data.readers import draw_order
 from itpn.data.splits import SPLITS, split_of
 from itpn.data.walk import MASK_FOLDERS, list_images, split_places, walk
 from itpn.errors import UserError
-from itpn.seeding import derive_seed
 
 LAYOUTS = (
     "give a folder with images and annotations (or masks), each with training and validation inside, or --data.root "
@@ -54,8 +54,7 @@ def find_label_maps(
     count = min(max(1, round(val_fraction * len(train))), len(train) - 1) if val_fraction else 0
     if not count:
         return train, None
-    # "share" is part of the seed: another word would hold out other images
-    order = np.argsort([derive_seed(seed, "share", os.path.basename(train.name(i))) for i in range(len(train))])
+    order = draw_order(train, seed)
     return train.take(np.sort(order[count:])), train.take(np.sort(order[:count]))
 
 

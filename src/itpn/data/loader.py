@@ -26,10 +26,10 @@ from itpn.data.batches import (
     stack,
 )
 from itpn.data.cache import FeatureCache
-from itpn.data.decode import MAX_PIXELS
 from itpn.data.file_types import describe_unread
 from itpn.data.files import ImageSource
 from itpn.data.readers import FileReader, Reader
+from itpn.data.samples import PLAIN, Reading
 from itpn.data.shards import count_shard_images
 from itpn.data.skipped import nothing_readable
 from itpn.data.workers import WorkerLoader
@@ -41,7 +41,7 @@ class TrainingLoader:
 
     Iterating yields the rest of the current epoch; iterating again yields the next epoch. A batch is a dict:
 
-    - what the transform makes of the images: "image" uint8 [batch_size, 3, H, W], "teacher_image", "label", ...
+    - what the transform makes of the images: "image" [batch_size, C, H, W], "teacher_image", "label", ...
     - "key": the names of the images.
     - "corrupt": (name, reason) of each file that could not be read while the batch was made. The next readable image
       replaces it, so that batches keep their size.
@@ -57,18 +57,20 @@ class TrainingLoader:
 
     Args:
         source: from `find_images`, or images with labels or objects from `find_labelled` or `find_objects`.
-        transform: maps (`EncodedImage`, random.Random, annotation if any) to a dict, see `PretrainingTransform`.
+        transform: maps (image of `open_sample`, random.Random, annotation if any) to a dict, see
+            `PretrainingTransform`.
         batch_size: images in a batch of this rank.
         num_workers: worker processes; 0 reads in this process and leaves torch's global random state alone.
         rank, world_size: of this process among those that train together.
-        max_pixels: larger images count as corrupt.
+        reading: how images are read; those too large count as corrupt, those of another type end the run.
         shuffle_buffer: encoded images that each worker process keeps to shuffle those of shards.
         samples_per_epoch: images in an epoch over all ranks, for shards only; counted when None.
         collate: makes a batch of what the transform returns.
         finish_batch: see :meth:`finish`.
 
     Raises:
-        UserError: the shards hold no image; later, while iterating, no readable image was found.
+        UserError: the shards hold no image; later, while iterating, no readable image was found, or one of
+            another type.
 
     Attributes:
         images: images in one pass over the data, over all ranks.
@@ -85,7 +87,7 @@ class TrainingLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        max_pixels: int = MAX_PIXELS,
+        reading: Reading = PLAIN,
         shuffle_buffer: int = 1000,
         samples_per_epoch: int | None = None,
         pin_memory: bool = False,
@@ -99,7 +101,7 @@ class TrainingLoader:
             rank=rank,
             world_size=world_size,
             seed=seed,
-            max_pixels=max_pixels,
+            reading=reading,
             transform=transform,
             collate=collate,
         )

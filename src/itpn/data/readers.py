@@ -13,7 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from itpn.data.decode import UnreadableImage, reason_of
+from itpn.data.file_types import PHOTO_SUFFIXES
 from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
+from itpn.seeding import derive_seed
 from itpn.system.text import one_line, read_bounded, readable
 
 MAX_FILE = 2**31  # bytes of an image file: float RGB of the largest image that is decoded has 1.6 GB
@@ -23,7 +25,7 @@ RETRY_AFTER = (1.0, 5.0, 15.0)  # seconds, after which a network mount may be ba
 
 
 class Reader(Protocol):
-    """``reader[i]`` is an image's name, its encoded bytes or the error of reading them, and its annotation if any."""
+    """``reader[i]`` is an image's name, what `itpn.data.samples.open_sample` opens, and its annotation if any."""
 
     def __len__(self) -> int: ...
 
@@ -91,7 +93,7 @@ def remedy_of_loss(name: str, reason: str) -> str:
 
 
 class FileReader:
-    """Single files."""
+    """Single files: the content of a photograph, the path of what may be read in parts."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.names = PackedStrings(paths)
@@ -102,8 +104,10 @@ class FileReader:
     def name(self, index: int) -> str:
         return readable(self.names[index])
 
-    def __getitem__(self, index: int) -> tuple[str, bytes | UnreadableImage]:
+    def __getitem__(self, index: int) -> tuple[str, bytes | Path | UnreadableImage]:
         path = self.names[index]
+        if not path.lower().endswith(PHOTO_SUFFIXES):
+            return readable(path), Path(path)
         try:
             return readable(path), read_file(path)
         except (OSError, ValueError) as error:
@@ -129,6 +133,18 @@ class Subset:
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self.files[int(self.rows[index])]
+
+
+def draw_order(images: Reader, seed: int) -> np.ndarray:
+    """A random order of images, int64 [n], by seed and file name: other folders or more images change it little."""
+    # "share" is part of the seed: another word would draw other images
+    keys = [derive_seed(seed, "share", os.path.basename(images.name(index))) for index in range(len(images))]
+    return np.argsort(np.array(keys, dtype=np.uint64), kind="stable")
+
+
+def draw_images(images: Reader, fraction: float, seed: int) -> np.ndarray:
+    """A fraction of images, at least one: indices in ascending order. A larger fraction has those of a smaller one."""
+    return np.sort(draw_order(images, seed)[: max(1, round(fraction * len(images)))])
 
 
 class TarReader:

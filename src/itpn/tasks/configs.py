@@ -9,7 +9,7 @@ from itpn.tasks.classification.config import (
     ClassificationModelConfig,
 )
 from itpn.tasks.detection.config import DetectionConfig, DetectionDataConfig, DetectionModelConfig
-from itpn.tasks.finetuning.config import FineTuningConfig, NetworkConfig, NormalizationConfig
+from itpn.tasks.finetuning.config import FineTuningConfig, LabelledDataConfig, NetworkConfig
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,
     PretrainingDataConfig,

@@ -11,6 +11,8 @@ from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
 from itpn.system.console import print_note
 from itpn.system.environment import is_main_process
+from itpn.system.text import readable
+from itpn.tasks.pixels import make_reading
 from itpn.training.config import RunConfig
 
 NO_IMAGES = "there are no images to evaluate on: give --data.val-root or --data.val-fraction"
@@ -46,6 +48,13 @@ def print_once(line: str) -> None:
         print_note(line)
 
 
+def example_of(source: ImageSource | Reader) -> str:
+    """The name of the first image."""
+    if not isinstance(source, ImageSource):
+        return source.name(0)
+    return readable(source.images[0]) if source.images else f"the first image of {source.shards[0]}"
+
+
 def make_training_loader(
     config: RunConfig,
     source: ImageSource | Reader,
@@ -69,7 +78,7 @@ def make_training_loader(
         seed=config.seed,
         rank=rank,
         world_size=world_size,
-        max_pixels=config.data.max_pixels,
+        reading=make_reading(config, example_of(source)),
         pin_memory=torch.cuda.is_available(),
         **own,
     )

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from itpn.checkpoints.load import load
 from itpn.data.decode import decode_image
-from itpn.data.normalize import Normalize
 from itpn.data.scenes import CLASSES, GROUNDS
 from itpn.data.shapes import ShapesFolders, write_shapes
 from itpn.errors import RunStopped
@@ -23,6 +22,7 @@ from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.evaluation import detect
 from itpn.tasks.drawing import LARGE, add_legend, draw_labels, draw_objects, name_colour, show, tile_images
 from itpn.tasks.parallel_runs import PlannedRun, train_side_by_side
+from itpn.tasks.pixels import make_normalize
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.module import PretrainingModule
 from itpn.tasks.pretraining.prediction import mask_and_predict
@@ -181,7 +181,7 @@ def draw_story(networks: dict[str, Path], folders: ShapesFolders) -> Image.Image
     models: dict[str, Any] = {verb: load(path) for verb, path in networks.items()}
     _, config = read_recipe(RECIPE)
     assert isinstance(config, PretrainingConfig)
-    normalize = Normalize(3, config.data.mean, config.data.std)
+    normalize = make_normalize(config)
     columns = mask_and_predict(PretrainingModule(models["pre-train"], config, RECIPE), scenes)
     named = models["classify"](normalize(singles)).softmax(dim=-1)
     _, segmenter = read_recipe("segmenter_nano")
@@ -194,7 +194,7 @@ def draw_story(networks: dict[str, Path], folders: ShapesFolders) -> Image.Image
         probability, label = named[row].max(dim=0)
         name = models["classify"].pretrained_cfg["label_names"][int(label)]  # folders come by the alphabet
         entry = (f"{name} {float(probability):.0%}", name_colour(CLASSES.index(name) + 1))
-        (found,) = detect(models["detect"], [scene])
+        (found,) = detect(models["detect"], normalize, [scene])
         tiles += [
             *(show(columns[name][row], LARGE) for name in ("masked", "predicted")),
             add_legend(show(singles[row], LARGE), [entry], font),

@@ -18,6 +18,7 @@ from itpn.data.normalize import Normalize
 from itpn.distributed import gather
 from itpn.errors import UserError
 from itpn.system.console import print_warnings
+from itpn.tasks.pixels import make_reading
 from itpn.training.evaluation import Evaluation
 from itpn.training.module import TrainingModule
 
@@ -90,8 +91,8 @@ class Evaluator(ABC, Generic[Scores]):
 
     def load(self, images: Any, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
         """The batches of a process, of some images."""
-        data = self.config.data
-        loading = self.batch_size, data.num_workers, rank, world_size, data.max_pixels
+        reading = make_reading(self.config, images.name(0) if len(images) else "")
+        loading = self.batch_size, self.config.data.num_workers, rank, world_size, reading
         return make_evaluation_loader(images, self.view, *loading, collate=self.collate)
 
     def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
@@ -148,7 +149,7 @@ def evaluate(
         The scores of each network, and the images that could not be read, of all processes.
 
     Raises:
-        UserError: none of the images can be read.
+        UserError: none of the images can be read, or one is of another type.
     """
     evaluator.to(device)
     parts: list[list[Any]] = [[] for _ in networks]
@@ -169,6 +170,8 @@ def evaluate(
 def read_batches(batches: Iterable[dict[str, Any]], skipped: Skipped) -> Iterator[dict[str, Any]]:
     """Batches with at least one image. Corrupt images are added to ``skipped``, warnings are printed."""
     for batch in batches:
+        if "error" in batch:
+            raise UserError(batch["error"])
         skipped += batch["corrupt"]
         print_warnings(batch["warnings"])
         if len(batch["index"]):

@@ -13,24 +13,26 @@ import torch
 from PIL import Image
 from rich.table import Table
 from rich.text import Text
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.augment import EvaluationTransform, center_crop
-from itpn.data.decode import UnreadableImage, open_sample
+from itpn.data.decode import UnreadableImage
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
+from itpn.data.samples import Reading, open_sample
 from itpn.data.shards import read_shard
 from itpn.errors import UserError
 from itpn.models.backbone import find_backbone
 from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole_text, write_whole
+from itpn.tasks.augmentation import stored_values
 from itpn.tasks.drawing import save_whole
+from itpn.tasks.pixels import stored_normalize
 
-Crop = Callable[[Tensor], Tensor]  # of a whole image, uint8 [3, height, width]
+Crop = Callable[[Tensor], Tensor]  # of a whole image [C, height, width]
 
 PER_IMAGE = 16  # images in one of the written images
 ROWS = 20  # images in the table
@@ -57,20 +59,18 @@ def read_preprocessing(checkpoint: Checkpoint, model: nn.Module) -> tuple[Crop, 
     """How images are cropped and normalized: as the file says, or the largest centre crop and ImageNet's mean and std.
 
     Raises:
-        UserError: the network takes other images than those of one or three channels.
+        UserError: the network takes channels of which the file does not say what they are.
     """
     own, (channels, height, width) = checkpoint.preprocessing, find_backbone(model).image_shape
-    if channels not in (1, 3):
-        raise UserError(f"checkpoint {checkpoint.source} is of images with {channels} channels, not of photographs")
-    usual = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
-    mean, std = (values if channels == 3 else (sum(values) / 3,) for values in usual)
-    normalize = Normalize(channels, tuple(own.get("mean", mean)), tuple(own.get("std", std)))
+    normalize = stored_normalize(checkpoint, channels)
     if "crop_pct" in own:  # of a classifier: as it was evaluated
-        return EvaluationTransform((height, width), own["crop_pct"], own.get("interpolation", "bicubic")), normalize
-    return functools.partial(center_crop, img_size=(height, width)), normalize
+        pixels = stored_values(checkpoint, channels)
+        interpolation = own.get("interpolation", "bicubic")
+        return EvaluationTransform((height, width), own["crop_pct"], interpolation, pixels), normalize
+    return functools.partial(center_crop, img_size=(height, width), nodata=own.get("nodata")), normalize
 
 
-def read_batches(source: ImageSource, crop: Crop, max_pixels: int) -> Iterator[tuple[list[str], Tensor]]:
+def read_batches(source: ImageSource, crop: Crop, reading: Reading) -> Iterator[tuple[list[str], Tensor]]:
     """Names and uint8 images [n, 3, H, W], up to `PER_IMAGE` at a time.
 
     Args:
@@ -79,13 +79,13 @@ def read_batches(source: ImageSource, crop: Crop, max_pixels: int) -> Iterator[t
     Raises:
         UserError: none of the images can be read.
     """
-    images = read_images(source, max_pixels, crop)
+    images = read_images(source, reading, crop)
     while batch := list(itertools.islice(images, PER_IMAGE)):
         yield [name for name, _ in batch], torch.stack([image for _, image in batch])
 
 
 def read_images(
-    source: ImageSource, max_pixels: int, crop: Crop | None = None, report: Callable[[str], object] = print_note
+    source: ImageSource, reading: Reading, crop: Crop | None = None, report: Callable[[str], object] = print_note
 ) -> Iterator[tuple[str, Tensor]]:
     """Decode images one after the other: name and uint8 [3, height, width]. Warnings of their values are printed.
 
@@ -100,7 +100,7 @@ def read_images(
     shards = (read_shard(shard, source.members) for shard in source.shards)
     for name, data in itertools.chain((files[number] for number in range(len(files))), *shards):
         try:
-            image = open_sample(data, max_pixels)
+            image = open_sample(data, reading, name)
             pixels = image.decode()
         except UnreadableImage as error:
             reason = reason or f"; the first is {name}: {error}"

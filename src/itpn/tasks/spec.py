@@ -40,7 +40,8 @@ class TaskSpec:
         evaluation_prefix: of the names of metrics while a run is trained.
         build_evaluator: (config, data) -> :class:`itpn.tasks.evaluation.Evaluator`, of data with images to evaluate on.
             It serves validation and `itpn evaluate`.
-        train: (config, recipe, profile) -> run folder, for a task whose runs are not all composed of the above.
+        train: (config, recipe, profile, given) -> run folder, for a task whose runs are not all composed of the above;
+            as of :func:`itpn.tasks.run.train`.
 
     Using a checkpoint:
 

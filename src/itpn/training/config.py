@@ -8,7 +8,7 @@ import dataclasses
 import difflib
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
@@ -17,9 +17,11 @@ import yaml
 
 from itpn.checkpoints.older_settings import NAMES, update_settings
 from itpn.checkpoints.paths import check_file
+from itpn.data.image_type import DTYPES, PHOTO, check_value_range
 from itpn.errors import UserError
 from itpn.system.checks import (
     BatchSize,
+    Channels,
     Fraction,
     NonNegativeFloat,
     NonNegativeInt,
@@ -79,6 +81,8 @@ class ModelConfig(Settings):
     initialized, and named."""
     patch_size: PatchSize | None = None
     """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
+    in_chans: Channels | None = None
+    """Channels of the network's input; None for those of the images: 3 of photographs."""
     drop_path_rate: Fraction = 0.0
     """Stochastic depth of the last backbone block; it grows from 0 block by block."""
     grad_checkpointing: bool | Literal["selective"] = False
@@ -122,6 +126,20 @@ class ImagesConfig(Settings):
     """Fraction of corrupt images above which the run stops."""
     max_pixels: PositiveInt = 2**27  # as itpn.data.decode.MAX_PIXELS
     """Images that declare more pixels than this are refused as decompression bombs."""
+    window_size: PositiveInt | None = None
+    """Side of windows in pixels, which large images are cut into: each counts as an image. None for whole images."""
+    window_overlap: NonNegativeInt = 64
+    """Pixels that neighbouring windows have in common at least."""
+    axes: Literal["CHW", "HWC"] | None = None
+    """Order of the axes of arrays (.npy, .npz, HDF5); None where the axis of channels is shorter than both others."""
+    dtype: str | None = None
+    """Type of number of the stored pixels, as uint16, or `photo` for photographs of 8 bits; None for that of the first
+    image. All images need the same."""
+    value_range: tuple[str, ...] = ()
+    """Values that become 0 and 1, beyond which pixels are clipped: `dtype` for all that the type can hold; LOW HIGH; or
+    PLOW% PHIGH%, percentiles of each channel over the data set. By default `dtype` of 8 bits, 0.1% 99.9% of others."""
+    nodata: float | None = None
+    """Value of pixels without data; None for what GeoTIFFs declare. NaN is always without data."""
 
 
 @dataclass
@@ -209,6 +227,7 @@ class RunConfig(Settings):
         task: name of the task.
         visualizations: folder of a run that sample images go to.
         free: settings, by section, that may differ when a run resumes; any other would make it another run.
+        from_images: settings, by section, that images or a checkpoint fill in where they are left open.
     """
 
     task: ClassVar[str]
@@ -223,6 +242,11 @@ class RunConfig(Settings):
                 *("checkpoint_every_n_steps", "keep_checkpoints", "log_every_n_steps", "visualize_every_n_steps"),
             }
         ),
+    }
+
+    from_images: ClassVar[Mapping[str, Collection[str]]] = {
+        "model": ("in_chans",),
+        "data": ("dtype", "value_range", "nodata", "mean", "std"),
     }
 
     model: ModelConfig
@@ -328,15 +352,28 @@ def check_crops(data: CropsConfig) -> None:
         )
 
 
-def check_images(mean: tuple[float, ...], std: tuple[float, ...], in_chans: int) -> None:
-    """Raise :class:`UserError` for channels that images do not have, or numbers that do not normalize them."""
-    if in_chans not in (1, 3):
-        raise UserError(f"--model.in-chans must be 1 (grey) or 3 (colour) to train on images, not {in_chans}")
-    for option, values in {"--data.mean": mean, "--data.std": std}.items():
-        if len(values) not in (1, in_chans):
+def check_images(data: Any, in_chans: int | None) -> None:
+    """Raise :class:`UserError` for numbers that do not normalize images.
+
+    Args:
+        data: settings with mean, std and those of :class:`ImagesConfig`.
+    """
+    if data.dtype == PHOTO and in_chans not in (None, 1, 3):
+        raise UserError(f"--model.in-chans must be 1 (grey) or 3 (colour) of photographs, not {in_chans}")
+    for option, values in {"--data.mean": data.mean, "--data.std": data.std}.items():
+        if values is not None and not values:
+            raise UserError(f"{option} needs one number or one per channel")
+        if values and in_chans is not None and len(values) not in (1, in_chans):
             raise UserError(f"{option} needs one number or one per channel ({in_chans}), not {len(values)}")
-    if not all(value > 0 for value in std):
-        raise UserError(f"--data.std must be above 0, not {std}")
+    if not all(value > 0 for value in data.std or ()):
+        raise UserError(f"--data.std must be above 0, not {data.std}")
+    if data.dtype not in (None, PHOTO, *DTYPES):
+        raise UserError(f"--data.dtype must be {PHOTO} or one of {', '.join(DTYPES)}, not {data.dtype}")
+    if data.window_size is not None and data.window_overlap >= data.window_size:
+        raise UserError(
+            f"--data.window-overlap must be below --data.window-size {data.window_size}, not {data.window_overlap}"
+        )
+    check_value_range(data.value_range)
 
 
 def check_size(size: tuple[int, int], patch: int, option: str = "--data.img-size") -> None:

@@ -1,6 +1,7 @@
 """A run's folder: who may use it, what was run in it, and its checkpoints."""
 
 import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -15,7 +16,16 @@ from filelock import FileLock, Timeout
 from itpn.errors import FULL, WRONG_PATH, MachineError, UserError, refusal
 from itpn.system.console import print_note
 from itpn.system.writing import open_whole, remove_partial_files
-from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml, to_dict, write_yaml
+from itpn.training.config import (
+    AnyConfig,
+    RunConfig,
+    StoredSettings,
+    from_dict,
+    not_settings,
+    read_yaml,
+    to_dict,
+    write_yaml,
+)
 from itpn.training.metrics_file import read_steps
 from itpn.training.run_state import CorruptCheckpoint, find_settings, read_state
 
@@ -92,6 +102,19 @@ class RunFolder:
         except BaseException:
             self.close()
             raise
+
+    def restore(self, config: AnyConfig) -> AnyConfig:
+        """Settings with those that the run has found in its images before, where they leave them open."""
+        earlier = self._read_settings()
+        if earlier is None or earlier.task != config.task:
+            return config
+        sections = {}
+        for section, keys in config.from_images.items():
+            own, stored = getattr(config, section), earlier.values.get(section, {})
+            found = {name: stored[name] for name in keys if getattr(own, name, 0) in (None, ()) and name in stored}
+            values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
+            sections[section] = dataclasses.replace(own, **values)
+        return dataclasses.replace(config, **sections)
 
     def check_same_run(self, config: RunConfig) -> None:
         """Raise :class:`UserError` where the checkpoint that was found is of a run with other settings."""
@@ -331,7 +354,8 @@ def _check_same_run(earlier: StoredSettings, config: RunConfig, path: Path) -> N
         raise not_settings(path / "config.yaml", error) from error
     for section in [name for name in now if isinstance(now[name], dict)]:
         for key, value in now[section].items():
-            if value != before[section][key] and key not in config.free.get(section, frozenset()):
+            unknown = before[section][key] is None and key in config.from_images.get(section, ())  # of earlier versions
+            if value != before[section][key] and not unknown and key not in config.free.get(section, frozenset()):
                 _refuse(path, f"--{section}.{key.replace('_', '-')}", before[section][key], value)
     if before["seed"] != now["seed"]:
         _refuse(path, "--seed", before["seed"], now["seed"])

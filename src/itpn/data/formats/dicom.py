@@ -27,6 +27,7 @@ class DicomImage:
             raise UnreadableImage(f"DICOM without pixels: it has no {' and no '.join(missing)}")
         self.height, self.width = int(header.Rows), int(header.Columns)
         self.channels = int(header.get("SamplesPerPixel", 1))
+        self.rgb = self.channels == 3  # YBR is converted
         self.pages = int(header.get("NumberOfFrames") or 1)
         self._rescaled = any(name in header for name in RESCALED)
         bits, signed = int(header.BitsAllocated), bool(header.get("PixelRepresentation"))

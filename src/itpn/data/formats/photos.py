@@ -33,6 +33,7 @@ class PhotoImage:
         self.pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         kinds = {"I": np.int32, "F": np.float32, "I;16": np.uint16, "I;16B": np.uint16}
         self.dtype = np.dtype(np.uint16 if self._deep else kinds.get(self._mode, np.uint8))
+        self.rgb = self._mode == "RGB"
         self.channels = {0: 1, 2: 3, 4: 2, 6: 4}[self._data[25]] if self._deep else BANDS.get(self._mode, 1)
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:

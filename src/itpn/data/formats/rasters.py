@@ -4,10 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import rasterio
+from rasterio.enums import ColorInterp
 from rasterio.io import MemoryFile
 from rasterio.windows import Window as RasterWindow
 
 from itpn.data.formats.image_file import Window, plain_dtype, to_plain
+
+RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 
 
 class RasterImage:
@@ -25,6 +28,7 @@ class RasterImage:
         self._raster = rasterio.open(self._memory or source, driver=driver)
         self.channels, self.height, self.width = self._raster.count, self._raster.height, self._raster.width
         self.dtype = plain_dtype(np.result_type(*self._raster.dtypes))
+        self.rgb = self._raster.colorinterp == RGB
         self.nodata = self._raster.nodata
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:

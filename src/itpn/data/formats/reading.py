@@ -95,9 +95,18 @@ def open_file(source: Path | bytes, axes: Axes | None = None) -> ImageFile:
         return ArrayImage(source, axes)
     if head.startswith(JPEG2000):
         return _open_raster(source, "JPEG 2000", "JP2OpenJPEG")
+    find_heif_reader(head)
+    return _open_other(source)
+
+
+def find_heif_reader(head: bytes) -> None:
+    """Let Pillow read HEIC, if the first bytes of a file are those of one.
+
+    Raises:
+        UnreadableImage: the reader is not installed.
+    """
     if head[4:8] == b"ftyp" and head[8:12] in HEIC:
         _need("pillow_heif", "HEIC").register_heif_opener()
-    return _open_other(source)
 
 
 def _open_tiff(source: Path | bytes) -> ImageFile:

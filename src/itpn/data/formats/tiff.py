@@ -13,6 +13,7 @@ from itpn.data.formats.image_file import Window, cut, plain_dtype, to_plain
 
 CUT_OFF = "cut off: it ends before its last pixels"
 NODATA = 42113  # GDAL's tag
+RGB = (2, 6)  # photometric interpretations: RGB and YCbCr
 IN_PAGE = "CSYX"  # axes of an image; all others (planes of a stack, moments, positions) are of several images
 
 
@@ -30,6 +31,7 @@ class TiffImage:
             raise UnreadableImage(f"TIFF of axes {self._axes} has no rows and columns")
         self.height, self.width = sizes["Y"], sizes["X"]
         self.channels = sizes.get("C", 1) * sizes.get("S", 1)
+        self.rgb = sizes.get("S") == 3 == self.channels and self._series.keyframe.photometric in RGB
         self.pages = math.prod(size for axis, size in sizes.items() if axis not in IN_PAGE)
         self.dtype = plain_dtype(np.dtype(self._series.dtype))
         tag = self._series.keyframe.tags.get(NODATA)

@@ -5,11 +5,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, ClassVar
 
 from itpn.errors import UserError
-from itpn.system.checks import BatchSize, Channels, Fraction, PositiveFraction, PositiveInt, Range, Side
+from itpn.system.checks import BatchSize, Fraction, PositiveFraction, PositiveInt, Range, Side
 from itpn.tasks.finetuning.config import (
     FineTuningConfig,
+    LabelledDataConfig,
     NetworkConfig,
-    NormalizationConfig,
     check_fine_tuning,
 )
 from itpn.training.config import (
@@ -28,8 +28,6 @@ class ClassificationModelConfig(NetworkConfig):
 
     freeze: bool = False
     """Train a linear classifier on features that stay as they are, computed once, and nothing else."""
-    in_chans: Channels = 3
-    """Channels of the images: 3 for colour, 1 for grey."""
     drop_rate: Fraction = 0.0
     """Dropout before the classifier."""
     migrate_ratio: float | None = None
@@ -43,7 +41,7 @@ class ClassificationModelConfig(NetworkConfig):
 
 
 @dataclass
-class ClassificationDataConfig(NormalizationConfig, CropsConfig):
+class ClassificationDataConfig(LabelledDataConfig, CropsConfig):
     """Images with classes."""
 
     root: tuple[str, ...] = ("data/imagenet",)
@@ -56,8 +54,6 @@ class ClassificationDataConfig(NormalizationConfig, CropsConfig):
     sample (`x.jpg`), not what describes it (`x.seg.png`)."""
     val_fraction: Fraction = 0.1
     """Where there is no val set: fraction of the images of each class that is held out as one."""
-    label_fraction: PositiveFraction = 1.0
-    """Fraction of the training images of each class that is used, at least one."""
     img_size: Side | tuple[Side, Side] | None = None
     """Pixels of a side, or height and width; None for the checkpoint's, or 224."""
     test_size: Side | tuple[Side, Side] | None = None

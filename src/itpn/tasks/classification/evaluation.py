@@ -13,7 +13,6 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.augment import EvaluationTransform
 from itpn.data.evaluation import view_labelled
 from itpn.data.labelled import LabelledImages, find_labelled, read_split
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.errors import UserError
 from itpn.metrics.classification import (
     TOP,
@@ -29,6 +28,7 @@ from itpn.metrics.classification import (
 from itpn.metrics.features import knn_votes
 from itpn.models.backbone import Backbone
 from itpn.system.console import print_note
+from itpn.tasks.augmentation import pixel_values
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
 from itpn.tasks.classification.network import resolve
@@ -121,12 +121,12 @@ def build_evaluator(config: ClassificationConfig, data: RunData) -> Classificati
     return ClassificationEvaluator(config, data.val)
 
 
-def make_evaluation_transform(config: ClassificationConfig, pixels: PixelValues = PHOTOGRAPHS) -> EvaluationTransform:
+def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransform:
     data = config.data
     assert data.crop_pct is not None
     size = data.test_size or image_size(data)
     size = size if isinstance(size, tuple) else (size, size)
-    return EvaluationTransform(size, data.crop_pct, data.interpolation, pixels)
+    return EvaluationTransform(size, data.crop_pct, data.interpolation, pixel_values(config))
 
 
 def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:

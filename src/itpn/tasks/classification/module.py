@@ -20,6 +20,7 @@ from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import make_loader, make_transform
 from itpn.tasks.data import RunData
 from itpn.tasks.finetuning.module import FineTuningModule
+from itpn.tasks.pixels import describe_pixels
 from itpn.training.config import image_size
 from itpn.training.module import MakeLoader
 
@@ -86,7 +87,7 @@ class ClassificationModule(FineTuningModule):
 
     def preprocessing(self) -> dict[str, Any]:
         data = self.config.data
-        own = {"mean": data.mean, "std": data.std, "size": image_size(data), "crop_pct": data.crop_pct}
+        own = {**describe_pixels(self.config), "size": image_size(data), "crop_pct": data.crop_pct}
         return own | {"interpolation": data.interpolation}
 
 

@@ -11,6 +11,7 @@ from itpn.errors import UserError
 from itpn.models.backbone import CLASSIFIER, Backbone, find_backbone
 from itpn.models.build import build_backbone
 from itpn.models.spec import NetworkSpec
+from itpn.tasks.augmentation import replace_colours
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import make_transform
 from itpn.tasks.data import RunData
@@ -25,6 +26,7 @@ from itpn.tasks.finetuning.network import (
     scale_epochs,
 )
 from itpn.tasks.info import Rows, describe_classifier
+from itpn.tasks.pixels import resolve_pixels
 from itpn.training.config import image_size
 
 CROP_PCT = 0.875  # of ImageNet since the first networks
@@ -73,7 +75,10 @@ def resolve(
     Raises:
         UserError: the checkpoint is of another network than the settings name, or images do not fit its patches.
     """
-    config = resolve_network(config, checkpoint, config.model.in_chans)
+    notes: list[str] = []
+    if data is not None:
+        config, notes = resolve_pixels(config, data.train, None if checkpoint is None else checkpoint.preprocessing)
+    config = resolve_network(config, checkpoint)
     own = config.data
     if own.img_size is None:
         size: Any = (
@@ -85,9 +90,9 @@ def resolve(
     config = replace(config, data=replace(own, crop_pct=own.crop_pct or stored.get("crop_pct", CROP_PCT)))
     config.check_sizes()
     if data is None:
-        return config, ()
-    make_transform(config)  # a wrong name of an augmentation is found before a folder is made
-    return scale_epochs(config, len(data.train)), ()
+        return config, notes
+    make_transform(replace_colours(config)[0])  # a wrong name of an augmentation is found before a folder is made
+    return scale_epochs(config, len(data.train)), notes
 
 
 def build_model(

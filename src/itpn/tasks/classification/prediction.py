@@ -19,6 +19,7 @@ from itpn.tasks.classification.module import ClassificationModule
 from itpn.tasks.data import RunData
 from itpn.tasks.drawing import caption_files, show, tile_images
 from itpn.tasks.finetuning.network import name_classes
+from itpn.tasks.pixels import make_reading, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_batches, read_preprocessing, save_image
 
 TOP = 5  # classes of an image in predictions.csv
@@ -34,7 +35,8 @@ def predict(model: Backbone, checkpoint: Checkpoint, source: ImageSource, option
     crop, normalize = read_preprocessing(checkpoint, model)
     classes = name_classes(checkpoint, model.num_classes)
     written = Predictions(("class", "probability", "then"), ("image", "rank", "class", "probability"))
-    for number, (names, images) in enumerate(read_batches(source, crop, options.max_pixels)):
+    reading = stored_reading(checkpoint, options.max_pixels)
+    for number, (names, images) in enumerate(read_batches(source, crop, reading)):
         top = model(normalize(images)).softmax(dim=-1).topk(min(TOP, model.num_classes))
         titles = []
         for name, values, indices in zip(names, top.values.tolist(), top.indices.tolist(), strict=True):
@@ -65,7 +67,7 @@ def build_visualization(
 def read_samples(images: LabelledImages, config: ClassificationConfig) -> tuple[Tensor, list[str]]:
     """Readable images from all over a set, uint8 [n, 3, H, W], and the names of their classes."""
     transform = make_evaluation_transform(config)
-    chosen = read_some(images, SAMPLES, config.data.max_pixels)
+    chosen = read_some(images, SAMPLES, make_reading(config))
     pixels = torch.stack([transform(image) for _, image in chosen])
     return pixels, [images.classes[images.labels[index]] for index, _ in chosen]
 

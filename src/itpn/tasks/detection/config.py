@@ -7,8 +7,8 @@ from itpn.errors import UserError
 from itpn.system.checks import Factor, Fraction, Range, Side, Width
 from itpn.tasks.finetuning.config import (
     FineTuningConfig,
+    LabelledDataConfig,
     NetworkConfig,
-    NormalizationConfig,
     check_fine_tuning,
 )
 from itpn.training.config import EvaluationConfig, ImagesConfig, RunConfig
@@ -34,7 +34,7 @@ class DetectionModelConfig(NetworkConfig):
 
 
 @dataclass
-class DetectionDataConfig(NormalizationConfig, ImagesConfig):
+class DetectionDataConfig(LabelledDataConfig, ImagesConfig):
     """Images with boxes, classes and masks of objects."""
 
     root: str = "data/coco"

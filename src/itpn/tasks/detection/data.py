@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from itpn.data.annotations import find_objects
 from itpn.data.objects import DetectionImages, DetectionTransform
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues
+from itpn.data.readers import draw_images
 from itpn.errors import UserError
+from itpn.tasks.augmentation import pixel_values
 from itpn.tasks.data import RunData, print_once
 from itpn.tasks.detection.config import DetectionConfig
 
@@ -32,6 +33,8 @@ def find_data(config: DetectionConfig) -> DetectionData:
     data = config.data
     train, val = find_objects(data.root, data.val_root, data.invalid_annotations, print_once, data.max_pixels)
     train = train if data.empty_images else train.with_objects()
+    if data.label_fraction < 1:
+        train = train.take(draw_images(train, data.label_fraction, config.seed))
     masked, others = train.mask_counts
     masks = masked > others if config.model.masks is None else config.model.masks
     if masks and not masked:
@@ -73,7 +76,7 @@ def note_lost(train: DetectionImages, config: DetectionConfig, masks: bool) -> l
     return [words]
 
 
-def make_transform(config: DetectionConfig, masks: bool, pixels: PixelValues = PHOTOGRAPHS) -> DetectionTransform:
+def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
     data = config.data
     return DetectionTransform(
         data.img_size,
@@ -87,7 +90,7 @@ def make_transform(config: DetectionConfig, masks: bool, pixels: PixelValues = P
         rotate90=data.rotate90,
         channel_jitter=data.channel_jitter,
         channel_drop=data.channel_drop,
-        pixels=pixels,
+        pixels=pixel_values(config),
     )
 
 

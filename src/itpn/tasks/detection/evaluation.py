@@ -20,6 +20,7 @@ from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes
 from itpn.tasks.finetuning.network import given_heads
+from itpn.tasks.pixels import make_normalize
 
 Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images they are of
 
@@ -35,8 +36,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
     files = ("evaluation.json", "classes.csv", "results.json")
 
     def __init__(self, config: DetectionConfig, images: DetectionImages, masks: bool) -> None:
-        # the network subtracts mean and std itself
-        super().__init__(config, images, Normalize(3, (0.0,), (1.0,)), view_whole, collect)
+        super().__init__(config, images, make_normalize(config), view_whole, collect)
         self.masks = masks and images.has_masks
         kinds = ("box", "mask") if self.masks else ("box",)
         self.names = tuple(f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75"))
@@ -44,7 +44,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Part:
         images = [image.to(self.device, non_blocking=True) for image in batch["image"]]
-        found = detect(network, images)
+        found = detect(network, self.normalize, images)
         evaluated = [int(self.images.ids[index]) for index in batch["index"].tolist()]
         results = [to_results(one, id_, self.images.class_ids) for one, id_ in zip(found, evaluated, strict=True)]
         return [result for own in results for result in own], evaluated
@@ -100,9 +100,9 @@ def _percent(value: float) -> str:
 
 
 @torch.no_grad()
-def detect(network: Any, images: list[Tensor]) -> list[dict[str, Tensor]]:
-    """uint8 [3, any, any] each -> what torchvision's detectors give each, in the image's own pixels, on the CPU."""
-    found = network([image.float() / 255 for image in images])  # which subtracts mean and std itself
+def detect(network: Any, normalize: Normalize, images: list[Tensor]) -> list[dict[str, Tensor]]:
+    """[C, any, any] each as stored -> what torchvision's detectors give each, in the image's own pixels, on the CPU."""
+    found = network([normalize.scale(image) for image in images])  # which subtracts mean and std itself
     return [{name: value.cpu() for name, value in one.items()} for one in found]
 
 

@@ -7,17 +7,17 @@ import torch
 from torch import nn
 
 from itpn.data.batches import collect
-from itpn.data.normalize import Normalize
 from itpn.models.detector import Detector
 from itpn.tasks.data import make_training_loader
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData, make_transform
 from itpn.tasks.finetuning.module import FineTuningModule
+from itpn.tasks.pixels import describe_pixels
 from itpn.training.module import MakeLoader
 
 
 class DetectionModule(FineTuningModule):
-    """Trains a detector on lists of uint8 images [3, any, any] and of targets (see :class:`Detector`).
+    """Trains a detector on lists of stored images [C, any, any] and of targets (see :class:`Detector`).
 
     Args:
         model: from here on it leaves images in training mode as they are.
@@ -32,13 +32,13 @@ class DetectionModule(FineTuningModule):
         classes: tuple[str, ...],
         make_loader: MakeLoader | None = None,
     ) -> None:
-        # the network normalizes images itself, as torchvision's do
-        super().__init__(model, config, recipe, classes, make_loader, Normalize(3, (0.0,), (1.0,)))
+        super().__init__(model, config, recipe, classes, make_loader)
         self.model: Detector
         model.transform.in_training = False  # the data are of their sizes already
 
     def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
-        images = [self.normalize(image) for image in batch["image"]]
+        # the network subtracts mean and std itself, as torchvision's do
+        images = [self.normalize.scale(image) for image in batch["image"]]
         losses = self.model(images, batch["target"])
         loss = torch.stack(list(losses.values())).sum()
         return {"loss": loss, "metrics": {"loss": loss.detach(), **{n: part.detach() for n, part in losses.items()}}}
@@ -48,7 +48,7 @@ class DetectionModule(FineTuningModule):
 
     def preprocessing(self) -> dict[str, Any]:
         data = self.config.data
-        return {"mean": data.mean, "std": data.std, "min_size": data.img_size, "max_size": data.longest}
+        return {**describe_pixels(self.config), "min_size": data.img_size, "max_size": data.longest}
 
 
 def build_module(model: Detector, config: DetectionConfig, recipe: str, data: DetectionData) -> DetectionModule:

@@ -91,7 +91,7 @@ class DetectorHead(ClassesHead):
 def resolve(
     config: DetectionConfig, checkpoint: Checkpoint | None, data: DetectionData
 ) -> tuple[DetectionConfig, Sequence[str]]:
-    config, notes = resolve_with_head(config, checkpoint)
+    config, notes = resolve_with_head(config, checkpoint, data.train)
     return scale_epochs(config, len(data.train)), notes
 
 

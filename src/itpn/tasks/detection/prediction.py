@@ -10,7 +10,9 @@ from torch import Tensor
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
+from itpn.data.normalize import Normalize
 from itpn.metrics.detection import to_results
+from itpn.models.backbone import find_backbone
 from itpn.models.detector import Detector
 from itpn.models.modes import eval_mode
 from itpn.system.console import print_note
@@ -21,6 +23,7 @@ from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.evaluation import detect
 from itpn.tasks.detection.module import DetectionModule
 from itpn.tasks.drawing import draw_objects, save_whole, tile_images
+from itpn.tasks.pixels import make_reading, stored_normalize, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
 
 SAMPLES, MIN_SCORE = 8, 0.3  # images of a visualization, score of the boxes in them
@@ -29,11 +32,18 @@ SAMPLES, MIN_SCORE = 8, 0.3  # images of a visualization, score of the boxes in 
 def predict(model: Detector, checkpoint: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
     """Write the objects in images, see :func:`predict_objects`."""
     names = checkpoint.metadata.get("classes") or [str(number) for number in range(1, model.num_classes)]
-    predict_objects(model, read_images(source, options.max_pixels), names, options.out, options.min_score)
+    images = read_images(source, stored_reading(checkpoint, options.max_pixels))
+    normalize = stored_normalize(checkpoint, find_backbone(model).in_chans)
+    predict_objects(model, normalize, images, names, options.out, options.min_score)
 
 
 def predict_objects(
-    model: Detector, images: Iterator[tuple[str, Tensor]], classes: list[str], out: Path, min_score: float
+    model: Detector,
+    normalize: Normalize,
+    images: Iterator[tuple[str, Tensor]],
+    classes: list[str],
+    out: Path,
+    min_score: float,
 ) -> None:
     """Each image with the objects that are found in it, and all of them in the files.
 
@@ -42,7 +52,7 @@ def predict_objects(
     count = 0
     written = Predictions(("objects", "likeliest"), ("image", "class", "score", "x0", "y0", "x1", "y1"))
     for number, (name, image) in enumerate(images):
-        (found,) = detect(model, [image])
+        (found,) = detect(model, normalize, [image])
         keep = found["scores"] >= min_score
         found = {key: value[keep] for key, value in found.items()}
         results = to_results(found, number, tuple(range(len(classes))))
@@ -70,14 +80,14 @@ def build_visualization(
     module: DetectionModule, config: DetectionConfig, data: DetectionData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
-    samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, config.data.max_pixels)])
+    samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, make_reading(config))])
     return lambda: draw_found(module, samples())
 
 
 def draw_found(module: DetectionModule, images: list[Tensor]) -> Image.Image:
     """What the network finds in some images."""
     with eval_mode(module):  # one at a time: wide and high images together would be padded to squares
-        found = [detect(module.model, [image.to(module.device)])[0] for image in images]
+        found = [detect(module.model, module.normalize, [image.to(module.device)])[0] for image in images]
     return tile_images(
         [draw_objects(image, one, module.classes, MIN_SCORE) for image, one in zip(images, found, strict=True)]
     )

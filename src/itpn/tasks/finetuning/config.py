@@ -29,13 +29,17 @@ class NetworkConfig(ModelConfig):
 
 
 @dataclass
-class NormalizationConfig(Settings):
-    """How the pixels of images become inputs of the network."""
+class LabelledDataConfig(Settings):
+    """Which of the labelled images are used, and how their pixels become inputs of the network."""
 
+    label_fraction: PositiveFraction = 1.0
+    """Fraction of the training images that is used, of each class where images have classes; the same images for the
+    same seed, and those of a smaller fraction among them."""
     mean: tuple[Mean, ...] | None = None
-    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's, or ImageNet's."""
+    """Mean subtracted from each channel, of pixels in [0, 1]; None for the checkpoint's; without one ImageNet's of
+    photographs, for that of the images of others."""
     std: tuple[Std, ...] | None = None
-    """Standard deviation that each channel is divided by; None for the checkpoint's, or ImageNet's."""
+    """Standard deviation that each channel is divided by; None as for the mean."""
 
 
 @dataclass
@@ -69,7 +73,7 @@ def check_fine_tuning(config: Any) -> None:
         UserError: the first that is found, with what to do.
     """
     model, data = config.model, config.data
-    check_images(data.mean or (0.0,), data.std or (1.0,), getattr(model, "in_chans", 3))
+    check_images(data, model.in_chans)
     if model.patch_size is not None and model.patch_size % 4:
         raise UserError(f"--model.patch-size must be divisible by 4, not {model.patch_size}")
     if model.checkpoint is not None:

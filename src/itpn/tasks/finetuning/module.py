@@ -15,13 +15,9 @@ from itpn.errors import UserError
 from itpn.models.backbone import Backbone, find_backbone
 from itpn.models.spec import spec_of
 from itpn.tasks.finetuning.config import FineTuningConfig
+from itpn.tasks.pixels import make_normalize
 from itpn.training.config import RunConfig, to_dict
 from itpn.training.module import MakeLoader, TrainingModule
-
-
-def make_normalize(config: Any) -> Normalize:
-    """For images with the mean and std of resolved settings."""
-    return Normalize(getattr(config.model, "in_chans", 3), config.data.mean, config.data.std)
 
 
 class FineTuningModule(TrainingModule):

@@ -4,19 +4,20 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from itpn.checkpoints.contents import Contents
 from itpn.checkpoints.files import Checkpoint, named_tensors
 from itpn.checkpoints.load import build_checked, start_from
 from itpn.checkpoints.match import Finding
+from itpn.data.readers import Reader
 from itpn.errors import UserError
 from itpn.models.heads import Head
 from itpn.models.spec import NetworkSpec, Options, find_variant, same_sizes
 from itpn.models.variants import BACKBONES
 from itpn.system.checks import check_type
 from itpn.tasks.finetuning.config import NetworkConfig
+from itpn.tasks.pixels import adopt_pixels, resolve_pixels
 from itpn.tasks.recipe_files import check_model_name
 from itpn.training.config import AnyConfig
 from itpn.training.launch import choose_devices, read_launch
@@ -37,17 +38,16 @@ class ClassesHead(Head):
         return super().override(options, arguments)
 
 
-def resolve_network(config: AnyConfig, checkpoint: Checkpoint | None, channels: int = 3) -> AnyConfig:
-    """Settings with the checkpoint's network, patch size, mean and std, where they leave them open.
-
-    Args:
-        channels: of the images.
+def resolve_network(config: AnyConfig, checkpoint: Checkpoint | None) -> AnyConfig:
+    """Settings with the checkpoint's network, patch size, channels and preparation of pixels, where they leave them
+    open.
 
     Raises:
         UserError: there is no network at all, or the checkpoint is of another one than the settings name.
     """
     model, data = config.model, config.data
     preprocessing: dict[str, Any] = {}
+    own: dict[str, Any] = {}
     name, patch_size = model.name, model.patch_size
     if checkpoint is not None:
         own = checkpoint.contents.with_num_heads(model.num_heads).backbone
@@ -67,14 +67,8 @@ def resolve_network(config: AnyConfig, checkpoint: Checkpoint | None, channels: 
         raise UserError(NO_NETWORK)
     else:
         check_model_name(name)
-    values = {}
-    for what, usual in {"mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}.items():
-        stored = tuple(preprocessing.get(what, ()))
-        grey = (sum(usual) / 3,)
-        default = stored if len(stored) in (1, channels) else usual if channels == 3 else grey
-        values[what] = default if getattr(data, what) is None else getattr(data, what)
     model = replace(model, name=name, patch_size=patch_size or 16)
-    return replace(config, model=model, data=replace(data, **values))
+    return adopt_pixels(replace(config, model=model, data=data), preprocessing, grey=own.get("in_chans") == 1)
 
 
 def scale_epochs(config: AnyConfig, images: int, processes: int | None = None) -> AnyConfig:
@@ -109,8 +103,13 @@ def find_square_network(config: Any, checkpoint: Checkpoint | None) -> Contents:
     return find_network(config.model, checkpoint, (side, side))
 
 
-def resolve_with_head(config: AnyConfig, checkpoint: Checkpoint | None) -> tuple[AnyConfig, list[str]]:
+def resolve_with_head(
+    config: AnyConfig, checkpoint: Checkpoint | None, images: Reader | None = None
+) -> tuple[AnyConfig, list[str]]:
     """As :func:`resolve_network`, with the width of the checkpoint's head where it has one.
+
+    Args:
+        images: to train on, which say what their pixels are.
 
     Returns:
         The settings, and what is remarkable about them, a sentence each.
@@ -118,15 +117,15 @@ def resolve_with_head(config: AnyConfig, checkpoint: Checkpoint | None) -> tuple
     Raises:
         UserError: the checkpoint is of another network than the settings name.
     """
+    notes: list[str] = []
+    if images is not None:
+        config, notes = resolve_pixels(config, images, None if checkpoint is None else checkpoint.preprocessing)
     config = resolve_network(config, checkpoint)
     wanted = config.model.head_width
     theirs = find_square_network(config, checkpoint).heads.get(config.task) or {}
     width = theirs.get("head_width", wanted)
-    notes = (
-        []
-        if checkpoint is None or wanted in (None, width)
-        else [f"the head has {width} channels, as in {checkpoint.source}"]
-    )
+    if checkpoint is not None and wanted not in (None, width):
+        notes.append(f"the head has {width} channels, as in {checkpoint.source}")
     return replace(config, model=replace(config.model, head_width=width)), notes
 
 
@@ -138,7 +137,8 @@ def given_heads(model: NetworkConfig) -> dict[str, Any]:
 def backbone_options(model: NetworkConfig) -> dict[str, Any]:
     """Arguments of a backbone that the settings override."""
     options: dict[str, Any] = {"pos_embed": model.pos_embed, "drop_path_rate": model.drop_path_rate}
-    return options | ({} if model.rel_pos_bias is None else {"rel_pos_bias": model.rel_pos_bias})
+    given = {"rel_pos_bias": model.rel_pos_bias, "in_chans": model.in_chans}
+    return options | {name: value for name, value in given.items() if value is not None}
 
 
 def build_network(

@@ -7,7 +7,6 @@ from typing import Annotated, ClassVar, Literal
 
 from itpn.errors import UserError
 from itpn.system.checks import (
-    Channels,
     Depth,
     Fraction,
     NonNegativeFloat,
@@ -42,8 +41,6 @@ class PretrainingModelConfig(ModelConfig):
     """Backbone, one of the models of `itpn list`."""
     patch_size: PatchSize = 16
     """Side of a patch in pixels, divisible by 4."""
-    in_chans: Channels = 3
-    """Channels of the images: 3 for colour, 1 for grey."""
     pos_embed: Literal["fixed", "learned"] = "fixed"
     """Keep the sine-cosine position table of the backbone, or train it."""
     rel_pos_bias: bool | None = None
@@ -133,10 +130,11 @@ class PretrainingDataConfig(CropsConfig):
     sample (`x.jpg`), not what describes it (`x.seg.png`)."""
     img_size: Side | tuple[Side, Side] = 224
     """Pixels of a side, or height and width."""
-    mean: tuple[Mean, ...] = (0.485, 0.456, 0.406)
-    """Mean subtracted from each channel, of pixels in [0, 1]."""
-    std: tuple[Std, ...] = (0.229, 0.224, 0.225)
-    """Standard deviation that each channel is divided by."""
+    mean: tuple[Mean, ...] | None = None
+    """Mean subtracted from each channel, of pixels in [0, 1]; None for ImageNet's of photographs, for that of the
+    images of others."""
+    std: tuple[Std, ...] | None = None
+    """Standard deviation that each channel is divided by; None as for the mean."""
     decode: Literal["workers", "gpu"] = "workers"
     """Where JPEGs are decoded, cropped and augmented: in the workers, or on the GPU by nvJPEG, for machines with few
     cores for each GPU."""
@@ -191,7 +189,7 @@ class PretrainingConfig(RunConfig):
         check_crops(data)
         if not self.trainer.max_epochs:
             raise UserError("--trainer.max-epochs must be at least 1, not 0")
-        check_images(data.mean, data.std, model.in_chans)
+        check_images(data, model.in_chans)
         check_patches(model, image_size(data))
 
 

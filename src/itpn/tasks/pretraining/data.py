@@ -10,13 +10,19 @@ from torch import Tensor
 from itpn.data.augment import PretrainingTransform, center_crop
 from itpn.data.batches import stack
 from itpn.data.cache import FeatureCache, read_index
+from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource, find_training_images
 from itpn.data.gpu_decoding import GpuTransform, check_nvjpeg, collate_encoded
 from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
+from itpn.data.readers import FileReader
+from itpn.data.samples import REMEDY
 from itpn.data.shards import check_shards
+from itpn.data.windows import Windows, cut_windows
 from itpn.errors import UserError
+from itpn.tasks.augmentation import pixel_values
 from itpn.tasks.data import RunData, make_training_loader, print_once
+from itpn.tasks.pixels import make_reading
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
@@ -34,16 +40,18 @@ class PretrainingData(RunData):
     Attributes:
         train: files, shards or cached crops with features.
         val: labelled images of the probe, to learn from and to be tested on; None without a probe.
+        windows: of large images, in place of ``train``; None for whole images.
         teacher: a frozen network that gives targets; None for none, the EMA of the network itself, or cached features.
     """
 
     train: ImageSource
     val: tuple[LabelledImages, LabelledImages] | None = None
     teacher: FeatureTeacher | None = None
+    windows: Windows | None = None
 
     @property
     def count(self) -> int | None:
-        return len(self.train.images) or None
+        return len(self.windows or self.train.images) or None
 
 
 def find_data(config: PretrainingConfig, source: ImageSource | None = None) -> PretrainingData:
@@ -65,7 +73,29 @@ def find_data(config: PretrainingConfig, source: ImageSource | None = None) -> P
     if images.cache:
         check_cache(config, images.cache)
     teacher = None if images.cache else make_frozen_teacher(config)
-    return PretrainingData(images, find_probe_sets(config), (), teacher)
+    windows, notes = find_windows(config, images)
+    return PretrainingData(images, find_probe_sets(config), notes, teacher, windows)
+
+
+def find_windows(config: PretrainingConfig, images: ImageSource) -> tuple[Windows | None, tuple[str, ...]]:
+    """The windows that large images are cut into where the settings say so, and what is remarkable about them.
+
+    Raises:
+        UserError: the images are not single files.
+    """
+    data = config.data
+    if data.window_size is None:
+        return None, ()
+    if not images.images:
+        raise UserError("--data.window-size is for images in files, not for shards or cached features: leave it out")
+    files = FileReader(images.images)
+    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config))
+    notes = [f"{len(windows):,} windows of {len(files):,} images"]
+    if whole:
+        notes.append(
+            f"{len(whole):,} large images are decoded as a whole for each window, the first is {whole[0]}: {REMEDY}"
+        )
+    return windows, tuple(notes)
 
 
 def describe_data(config: PretrainingConfig, data: PretrainingData) -> dict[str, str]:
@@ -135,7 +165,7 @@ def check_cache(config: PretrainingConfig, folder: str) -> None:
 
 def make_loader(
     config: PretrainingConfig,
-    source: ImageSource,
+    source: ImageSource | Windows,
     rank: int,
     world_size: int,
     teacher_size: tuple[int, int] | None = None,
@@ -150,6 +180,10 @@ def make_loader(
         hflip=data.hflip,
         color_jitter=data.color_jitter,
         teacher_size=teacher_size,
+        rotate90=data.rotate90,
+        channel_jitter=data.channel_jitter,
+        channel_drop=data.channel_drop,
+        pixels=pixel_values(config),
     )
     on_gpu = GpuTransform(transform) if data.decode == "gpu" else None
     return make_training_loader(
@@ -165,13 +199,15 @@ def make_loader(
     )
 
 
-def read_samples(source: ImageSource, config: PretrainingConfig) -> Tensor:
-    """The images of visualizations: readable ones from all over the data, uint8 [n, 3, H, W]."""
+def read_samples(source: ImageSource | Windows, config: PretrainingConfig) -> Tensor:
+    """The images of visualizations: readable ones from all over the data, [n, C, H, W] as they are stored."""
+    crop = functools.partial(center_crop, img_size=image_size(config.data), nodata=config.data.nodata)
+    if isinstance(source, Windows):
+        return torch.stack([crop(image) for _, image in read_some(source, SAMPLES, make_reading(config))])
     if source.cache:
         return FeatureCache(source.cache).first(SAMPLES)
     if source.images:
         stride = max(1, len(source.images) // SAMPLES)
         source = replace(source, images=source.images[::stride] + source.images)
-    crop = functools.partial(center_crop, img_size=image_size(config.data))
-    images = read_images(replace(source, roots=config.data.root), config.data.max_pixels, crop, lambda line: None)
+    images = read_images(replace(source, roots=config.data.root), make_reading(config), crop, lambda line: None)
     return torch.stack([image for _, image in itertools.islice(images, SAMPLES)])

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import read_checkpoint
 from itpn.checkpoints.io import write_safetensors
-from itpn.data.normalize import Normalize
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.targets import normalize_features
 from itpn.models.spec import spec_of
+from itpn.tasks.pixels import describe_pixels, make_normalize
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import PretrainingData, make_loader
 from itpn.tasks.pretraining.network import build_from
@@ -26,7 +26,7 @@ from itpn.training.module import MakeLoader, TrainingModule
 
 
 class PretrainingModule(TrainingModule):
-    """Trains a masked model on batches of uint8 images [B, 3, H, W].
+    """Trains a masked model on batches of stored images [B, C, H, W].
 
     Args:
         recipe, make_loader: as of :class:`TrainingModule`.
@@ -43,8 +43,7 @@ class PretrainingModule(TrainingModule):
         make_loader: MakeLoader | None = None,
         teacher: FeatureTeacher | EMATeacher | None = None,
     ) -> None:
-        normalize = Normalize(config.model.in_chans, config.data.mean, config.data.std)
-        super().__init__(model, config, recipe, normalize, make_loader)
+        super().__init__(model, config, recipe, make_normalize(config), make_loader)
         self.model: MaskedImageModel
         self.compiled_by_default = config.trainer.strategy == "ddp"
         # an EMA is part of the run's state; a frozen teacher stays out of checkpoints, in a tuple modules overlook
@@ -140,19 +139,18 @@ def build_module(
         model,
         config,
         recipe,
-        functools.partial(make_loader, config, data.train, teacher_size=size),
+        functools.partial(make_loader, config, data.windows or data.train, teacher_size=size),
         ema or data.teacher,
     )
 
 
 def describe_run(model: MaskedImageModel, config: PretrainingConfig) -> dict[str, Any]:
     """What checkpoints say about themselves, beside their weights."""
-    data = config.data
     return {
         "task": config.task,
         "settings": to_dict(config),
         "network": spec_of(model).to_dict(),
-        "preprocessing": {"mean": data.mean, "std": data.std, "size": image_size(data)},
+        "preprocessing": {**describe_pixels(config), "size": image_size(config.data)},
     }
 
 

@@ -12,6 +12,7 @@ from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.targets import IMAGE_TARGETS
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
+from itpn.tasks.pixels import resolve_pixels
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,
     PretrainingModelConfig,
@@ -31,13 +32,18 @@ LEVELS = ("_1", "_2", "_3")  # ends of the names of losses on single pyramid lev
 def resolve(
     config: PretrainingConfig, checkpoint: Checkpoint | None, data: PretrainingData
 ) -> tuple[PretrainingConfig, Sequence[str]]:
-    """The width of the teacher's features goes into the settings, for when the teacher is not there."""
+    """What the images are goes into the settings, and the width of the teacher's features, for when it is not there."""
     width = config.teacher.width
     if data.teacher is not None:
         width = data.teacher.width
     elif data.train.cache and config.teacher.name not in (None, "ema"):
         width = read_index(data.train.cache).width
-    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width)), ()
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width))
+    return (
+        (config, ())
+        if data.train.cache
+        else resolve_pixels(config, data.train, None if checkpoint is None else checkpoint.preprocessing)
+    )
 
 
 def build_model(
@@ -69,10 +75,16 @@ def make_spec(
     if config.migrate_from is not None and config.migrate_from > last:
         raise UserError(f"--model.migrate-from {config.migrate_from} is past the last block of {config.name}, {last}")
     same = (
-        *("patch_size", "in_chans", "pos_embed", "init_values", "drop_path_rate", "weight_init"),
+        *("patch_size", "pos_embed", "init_values", "drop_path_rate", "weight_init"),
         *("migrate_ratio", "migrate_from", "gather_window", "gather_side"),
     )
-    backbone = {**variant, "img_size": img_size, **{name: getattr(config, name) for name in same}, **options}
+    backbone = {
+        **variant,
+        "img_size": img_size,
+        "in_chans": config.in_chans or 3,
+        **{name: getattr(config, name) for name in same},
+        **options,
+    }
     own = PYRAMIDS.get(config.name, PUBLISHED_PYRAMID)
     pyramid = {
         "width": config.pyramid_width or own["width"],
@@ -138,7 +150,7 @@ def target_widths(
     objective: Objective, config: PretrainingModelConfig, teacher: TeacherConfig, pyramid_width: int
 ) -> dict[str, int]:
     """Numbers that each loss has predicted for a patch."""
-    widths = {"pixel": config.in_chans * config.patch_size**2}
+    widths = {"pixel": (config.in_chans or 3) * config.patch_size**2}
     if teacher.name == "ema":
         # the EMA teacher has the student's own shape: its stage 3, and all tokens of a patch at each level
         widths |= dict.fromkeys(("feature", "auxiliary"), BACKBONES[config.name]["embed_dim"])

@@ -7,8 +7,8 @@ from itpn.errors import UserError
 from itpn.system.checks import BatchSize, Factor, Fraction, NonNegativeFloat, PositiveFraction, Side, Width
 from itpn.tasks.finetuning.config import (
     FineTuningConfig,
+    LabelledDataConfig,
     NetworkConfig,
-    NormalizationConfig,
     check_fine_tuning,
 )
 from itpn.training.config import EvaluationConfig, ImagesConfig, RunConfig
@@ -29,7 +29,7 @@ class SegmentationModelConfig(NetworkConfig):
 
 
 @dataclass
-class SegmentationDataConfig(NormalizationConfig, ImagesConfig):
+class SegmentationDataConfig(LabelledDataConfig, ImagesConfig):
     """Images with a class for each pixel."""
 
     root: str = "data/ade20k"

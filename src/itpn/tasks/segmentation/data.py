@@ -5,8 +5,9 @@ from typing import Any
 from itpn.data.labelmaps import find_label_maps
 from itpn.data.mask_checks import MaskRules
 from itpn.data.masks import LabelTable
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues
+from itpn.data.readers import draw_images
 from itpn.data.segmentation_transform import SegmentationTransform
+from itpn.tasks.augmentation import pixel_values
 from itpn.tasks.data import NO_IMAGES, RunData, print_once
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.config import describe_crops
@@ -22,6 +23,8 @@ def make_rules(config: SegmentationConfig) -> MaskRules:
 def find_data(config: SegmentationConfig) -> RunData:
     """The images to train on, and those to evaluate on."""
     train, val = find_label_maps(**describe_sets(config))
+    if config.data.label_fraction < 1:
+        train = train.take(draw_images(train, config.data.label_fraction, config.seed))
     return RunData(train, val, () if val is not None else (NO_IMAGES,))
 
 
@@ -37,9 +40,7 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
     return {**places, "rules": make_rules(config), "val_fraction": data.val_fraction, "seed": config.seed}
 
 
-def make_transform(
-    config: SegmentationConfig, table: LabelTable, pixels: PixelValues = PHOTOGRAPHS
-) -> SegmentationTransform:
+def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
     data = config.data
     assert data.mean is not None
     return SegmentationTransform(
@@ -51,10 +52,9 @@ def make_transform(
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,
-        fill=tuple(255 * value for value in data.mean) if pixels.photographs else None,  # None for their mean
         max_pixels=data.max_pixels,
         rotate90=data.rotate90,
         channel_jitter=data.channel_jitter,
         channel_drop=data.channel_drop,
-        pixels=pixels,
+        pixels=pixel_values(config),
     )

@@ -11,6 +11,7 @@ from itpn.models.segmenter import Segmenter
 from itpn.models.synced import batch_fractions
 from itpn.tasks.data import RunData, make_training_loader
 from itpn.tasks.finetuning.module import FineTuningModule
+from itpn.tasks.pixels import describe_pixels
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import make_transform
 
@@ -36,7 +37,7 @@ class SegmentationModule(FineTuningModule):
     def preprocessing(self) -> dict[str, Any]:
         data = self.config.data
         size = {"size": [data.img_size, data.img_size], "short_side": data.short}
-        return {"mean": data.mean, "std": data.std, "interpolation": data.interpolation, **size}
+        return {**describe_pixels(self.config), "interpolation": data.interpolation, **size}
 
     def describe(self) -> dict[str, Any]:
         colours = None if self.colours is None else [list(colour) for colour in self.colours]

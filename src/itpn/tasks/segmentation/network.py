@@ -78,7 +78,7 @@ def resolve(
             "batch norm needs two images at a time: give "
             + ("--data.batch-size 2 or more" if len(data.train) > 1 else f"more images than one in {config.data.root}")
         )
-    config, notes = resolve_with_head(config, checkpoint)
+    config, notes = resolve_with_head(config, checkpoint, data.train)
     return scale_epochs(config, len(data.train), processes), notes
 
 

@@ -18,6 +18,7 @@ from itpn.tasks.drawing import draw_labels, save_labels, save_whole, tile_images
 from itpn.tasks.evaluation import EvaluationRequest
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import name_classes
+from itpn.tasks.pixels import make_reading, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.evaluation import resolve_evaluation
@@ -38,7 +39,7 @@ def predict(model: Segmenter, checkpoint: Checkpoint, source: ImageSource, optio
     names = name_classes(checkpoint, model.num_classes)
     colours = [tuple(colour) for colour in checkpoint.metadata.get("colours") or ()] or None
     written = Predictions(("classes, the largest first",), ("image", "labels", *names))
-    for number, (name, image) in enumerate(read_images(source, options.max_pixels)):
+    for number, (name, image) in enumerate(read_images(source, stored_reading(checkpoint, options.max_pixels))):
         labels = segment(model, normalize, image)
         drawn, mask = (name_output(out, number, name, ending) for ending in (".png", "-labels.png"))
         save_whole(draw_labels(image, labels, names, colours), out / as_file_name(drawn))
@@ -61,7 +62,7 @@ def build_visualization(
     module: SegmentationModule, config: SegmentationConfig, data: RunData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
-    samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, config.data.max_pixels)])
+    samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, make_reading(config))])
     return lambda: draw_scenes(module, config, samples())
 
 

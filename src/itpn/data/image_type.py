@@ -1,0 +1,82 @@
+"""What all images of a data set have in common. Standard library only, so that settings are checked quickly."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from itpn.errors import UserError
+
+PHOTO = "photo"  # in place of a type of number: photographs of 8 bits
+DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32")
+
+ValueRange = tuple[float, float]  # the values that become 0 and 1
+
+
+@dataclass(frozen=True)
+class ImageType:
+    """Channels and depth.
+
+    Attributes:
+        dtype: name of the type of number that pixels are stored in, or `PHOTO`.
+    """
+
+    channels: int
+    dtype: str
+
+    @property
+    def is_photo(self) -> bool:
+        return self.dtype == PHOTO
+
+    def __str__(self) -> str:
+        if self.is_photo:
+            return "8 bits, grey or RGB"
+        return f"{self.channels} channel{'s' * (self.channels != 1)} of {self.dtype}"
+
+
+PHOTOGRAPH = ImageType(3, PHOTO)
+
+
+def check_value_range(value_range: Sequence[str]) -> None:
+    """Raise :class:`UserError` for what --data.value-range does not take."""
+    option, given = "--data.value-range", " ".join(value_range)
+    if tuple(value_range) in ((), ("dtype",)):
+        return
+    percent = {text.endswith("%") for text in value_range}
+    try:
+        values = [float(text.removesuffix("%")) for text in value_range]
+    except ValueError:
+        values = []
+    if not values or len(values) % 2 or len(percent) > 1 or (True in percent and len(values) != 2):
+        raise UserError(f"{option} must be dtype, LOW HIGH or PLOW% PHIGH%, not {given}")
+    for low, high in zip(values[::2], values[1::2], strict=True):
+        if not (math.isfinite(low) and math.isfinite(high) and low < high):
+            raise UserError(f"{option} needs a low value and a greater one, not {given}")
+        if True in percent and not 0 <= low < high <= 100:
+            raise UserError(f"{option} needs percentages from 0% to 100%, not {given}")
+
+
+def is_resolved(value_range: Sequence[str]) -> bool:
+    """Whether a value range is of numbers, not of percentiles or of what a type holds."""
+    return bool(value_range) and value_range[0] != "dtype" and not value_range[0].endswith("%")
+
+
+def to_pairs(value_range: Sequence[str], channels: int) -> tuple[ValueRange, ...]:
+    """Low and high of each channel, of a value range of numbers.
+
+    Raises:
+        UserError: neither one pair nor a pair for each channel.
+    """
+    values = [float(text) for text in value_range]
+    pairs = tuple(zip(values[::2], values[1::2], strict=True))
+    if len(pairs) not in (1, channels):
+        raise UserError(
+            f"--data.value-range needs a low and a high value, or a pair for each of {channels} channels, not "
+            f"{len(values)} values"
+        )
+    return pairs * channels if len(pairs) == 1 else pairs
+
+
+def to_option(pairs: Sequence[ValueRange]) -> tuple[str, ...]:
+    """Undo :func:`to_pairs`."""
+    shown = pairs[:1] if len({*pairs}) == 1 else pairs
+    return tuple(f"{value:.9g}" for pair in shown for value in pair)

@@ -1,0 +1,83 @@
+"""Windows of large images: each is read alone, where the format allows it, and counts as an image."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from itpn.data.decode import UnreadableImage
+from itpn.data.readers import Reader
+from itpn.data.samples import MixedImages, Reading, WindowOf, open_image_of
+
+THREADS = 8  # that read headers, of files which may be far away
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The windows of a reader's images, as a reader.
+
+    Attributes:
+        places: index of the image, top, left, height and width of each window, int64 [n, 5].
+        sizes: height and width of each image, int64 [images, 2].
+    """
+
+    files: Reader
+    places: np.ndarray
+    sizes: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def name(self, index: int) -> str:
+        number, top, left, _, _ = self.places[index].tolist()
+        return f"{self.files.name(number)} at {left},{top}"
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        number, top, left, height, width = self.places[index].tolist()
+        name, data, *_ = self.files[number]
+        full_height, full_width = self.sizes[number].tolist()
+        below, beside = full_height - top - height, full_width - left - width
+        room = (min(top, height // 2), min(left, width // 2), min(below, height // 2), min(beside, width // 2))
+        return f"{name} at {left},{top}", WindowOf(data, (top, left, height, width), room)
+
+
+def cut_windows(files: Reader, size: int, overlap: int, reading: Reading) -> tuple[Windows, list[str]]:
+    """Windows that cover each image; of an image smaller than a window, the image.
+
+    Args:
+        size: of a window's sides in pixels.
+        overlap: pixels that neighbours have in common at least.
+
+    Returns:
+        The windows, and the names of images whose windows cannot be read without decoding the whole.
+    """
+    unlimited = replace(reading, max_pixels=2**62)
+
+    def measure(index: int) -> tuple[int, int, str]:
+        name, data, *_ = files[index]
+        try:
+            image = open_image_of(data, unlimited, name)
+        except (UnreadableImage, MixedImages):  # said when it is to be read
+            return size, size, ""
+        whole = image.height * image.width > 4 * size**2 and not image.reads_windows
+        return image.height, image.width, name if whole else ""
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        measured = list(pool.map(measure, range(len(files))))
+    places = []
+    for index, (height, width, _) in enumerate(measured):
+        for top in spread_out(height, size, overlap):
+            for left in spread_out(width, size, overlap):
+                places.append((index, top, left, min(size, height), min(size, width)))
+    sizes = np.array([(height, width) for height, width, _ in measured], dtype=np.int64)
+    return Windows(files, np.array(places, dtype=np.int64), sizes), [name for *_, name in measured if name]
+
+
+def spread_out(length: int, size: int, overlap: int) -> Sequence[int]:
+    """Where windows begin along a side: evenly, the first at its beginning and the last at its end."""
+    if length <= size:
+        return [0]
+    count = -(-(length - overlap) // (size - overlap))
+    return np.linspace(0, length - size, count).round().astype(int).tolist()

@@ -1,0 +1,273 @@
+"""What the pixels of a run's images are, and how they become the network's input: resolved from settings, a checkpoint
+and the images, for every task alike."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from itpn.checkpoints.files import Checkpoint
+from itpn.data.decode import UnreadableImage
+from itpn.data.files import ImageSource
+from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, is_resolved, to_option, to_pairs
+from itpn.data.normalize import Normalize
+from itpn.data.readers import FileReader, Reader
+from itpn.data.samples import Reading, open_sample, type_of
+from itpn.data.shards import read_shard
+from itpn.data.statistics import SAMPLED, STATS_FILE, Statistics, compute_statistics, read_statistics
+from itpn.errors import UserError
+from itpn.system.text import one_line
+from itpn.training.config import AnyConfig, check_images
+
+TRIED = 1000  # images that are opened to find a readable one
+RESOLVED = ("dtype", "value_range", "nodata", "mean", "std")  # settings of data that images or a checkpoint fill in
+
+
+def image_type(config: Any) -> ImageType:
+    """Of resolved settings; photographs where they leave it open."""
+    dtype = config.data.dtype or PHOTO
+    return PHOTOGRAPH if dtype == PHOTO else ImageType(input_channels(config), dtype)
+
+
+def input_channels(config: Any) -> int:
+    """Of the network's input."""
+    return config.model.in_chans or 3
+
+
+def make_reading(config: Any, example: str = "") -> Reading:
+    """How images are read.
+
+    Args:
+        example: a file of them, for messages.
+    """
+    data = config.data
+    kind = None if data.dtype is None else image_type(config)
+    return Reading(data.max_pixels, data.axes, data.nodata, kind, example)
+
+
+def make_normalize(config: Any) -> Normalize:
+    """From stored pixels to the network's input."""
+    data, kind, channels = config.data, image_type(config), input_channels(config)
+    mean, std = imagenet_values(channels)
+    ranges = to_pairs(data.value_range, channels) if is_resolved(data.value_range) else None
+    return Normalize(channels, data.mean or mean, data.std or std, kind, ranges, data.nodata)
+
+
+def imagenet_values(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and std of ImageNet, for colour or grey."""
+    if channels == 3:
+        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+    return (sum(IMAGENET_DEFAULT_MEAN) / 3,), (sum(IMAGENET_DEFAULT_STD) / 3,)
+
+
+def describe_pixels(config: Any) -> dict[str, Any]:
+    """How pixels are prepared, for files of weights."""
+    data = config.data
+    own = {"mean": data.mean, "std": data.std}
+    kind = image_type(config)
+    if kind.is_photo:
+        return own
+    more = {"dtype": kind.dtype, "channels": kind.channels, "value_range": data.value_range, "nodata": data.nodata}
+    return own | more
+
+
+def stored_type(checkpoint: Checkpoint, channels: int = 3) -> ImageType:
+    """Of the images that a checkpoint is of; photographs where its file does not say it.
+
+    Args:
+        channels: of its network.
+
+    Raises:
+        UserError: photographs do not have so many.
+    """
+    own = checkpoint.preprocessing
+    if own.get("dtype", PHOTO) != PHOTO:
+        return ImageType(int(own["channels"]), str(own["dtype"]))
+    if channels not in (1, 3):
+        raise UserError(
+            f"checkpoint {checkpoint.source} is of images with {channels} channels, not of photographs, and does not "
+            "say how they were normalized"
+        )
+    return PHOTOGRAPH
+
+
+def stored_reading(checkpoint: Checkpoint, max_pixels: int) -> Reading:
+    """How the images are read that a checkpoint's network is used on."""
+    nodata = checkpoint.preprocessing.get("nodata")
+    return Reading(max_pixels, None, nodata, stored_type(checkpoint), f"checkpoint {checkpoint.source}")
+
+
+def stored_normalize(checkpoint: Checkpoint, channels: int = 3) -> Normalize:
+    """From stored pixels to the input of a checkpoint's network.
+
+    Args:
+        channels: of the network.
+
+    Raises:
+        UserError: as of :func:`stored_type`.
+    """
+    own, kind = checkpoint.preprocessing, stored_type(checkpoint, channels)
+    mean, std = imagenet_values(channels)
+    ranges = to_pairs(own["value_range"], channels) if own.get("value_range") else None
+    return Normalize(
+        channels, tuple(own.get("mean") or mean), tuple(own.get("std") or std), kind, ranges, own.get("nodata")
+    )
+
+
+def find_type(config: Any, images: ImageSource | Reader) -> tuple[ImageType, str]:
+    """The type of the first readable image, and its name.
+
+    Raises:
+        UserError: the first thousand cannot be read.
+    """
+    reading = replace(make_reading(config), type=None)
+    reason = ""
+    for name, data, *_ in _first(images):
+        try:
+            return type_of(open_sample(data, reading, name)), name
+        except UnreadableImage as error:
+            reason = reason or f"; the first is {name}: {error}"
+    raise UserError(f"no readable image was found{reason}")
+
+
+def resolve_pixels(
+    config: AnyConfig, images: ImageSource | Reader, stored: Mapping[str, Any] | None = None
+) -> tuple[AnyConfig, list[str]]:
+    """Settings with the type of the images, the channels of the network and, but for photographs, the images' own mean,
+    std and value range, where they leave them open.
+
+    Args:
+        stored: how the pixels of a checkpoint were prepared: kept for images of the same type.
+
+    Returns:
+        The settings, and what is remarkable, a sentence each.
+
+    Raises:
+        UserError: images of another type than the settings say, that differ, or of which none can be read.
+    """
+    data, model = config.data, config.model
+    kind, example = (image_type(config), "") if data.dtype and model.in_chans else find_type(config, images)
+    if data.dtype not in (None, kind.dtype):
+        raise UserError(f"--data.dtype is {data.dtype}, and {one_line(example)} has {kind}")
+    if kind.is_photo:
+        config = replace(config, data=replace(data, dtype=PHOTO))
+        check_images(config.data, model.in_chans)
+        return config, []
+    if model.in_chans not in (None, kind.channels):
+        raise UserError(f"--model.in-chans is {model.in_chans}, and {one_line(example)} has {kind}: leave it out")
+    config = replace(config, model=replace(model, in_chans=kind.channels), data=replace(data, dtype=kind.dtype))
+    same = stored is not None and (stored.get("dtype"), stored.get("channels")) == (kind.dtype, kind.channels)
+    if same and stored is not None and not data.value_range:
+        given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, ())}
+        values = {name: _plain(stored.get(name)) for name in RESOLVED if name != "dtype"}
+        config = replace(config, data=replace(config.data, **{**values, **given}))
+    notes: list[str] = []
+    data = config.data
+    if data.mean is None or data.std is None or not is_resolved(data.value_range):
+        statistics, where, notes = find_statistics(config, images)
+        notes += [*statistics.notes, describe_statistics(statistics, where)]
+        values = {
+            "mean": data.mean or round_all(statistics.scaled_mean),
+            "std": data.std or round_all(statistics.scaled_std),
+        }
+        values |= {"value_range": to_option(statistics.value_range), "nodata": statistics.nodata}
+        config = replace(config, data=replace(data, **values))
+    to_pairs(config.data.value_range, kind.channels)
+    check_images(config.data, kind.channels)
+    return config, notes
+
+
+def adopt_pixels(config: AnyConfig, stored: Mapping[str, Any], grey: bool = False) -> AnyConfig:
+    """Settings with a checkpoint's preparation of pixels, where they leave it open; else ImageNet's mean and std.
+
+    Args:
+        stored: by the checkpoint; empty where there is none.
+        grey: whether its network takes one channel.
+    """
+    data, model = config.data, config.model
+    dtype = data.dtype or stored.get("dtype", PHOTO)
+    if dtype != PHOTO and data.dtype is None:
+        channels, own = int(stored["channels"]), {name: _plain(stored.get(name)) for name in RESOLVED}
+    else:
+        channels, own = (
+            model.in_chans or (1 if grey else 3),
+            {name: _plain(stored.get(name)) for name in ("mean", "std")},
+        )
+    mean, std = imagenet_values(channels)
+    for name, usual in {"mean": mean, "std": std}.items():
+        own[name] = own[name] if len(own[name] or ()) in (1, channels) else usual
+    given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, ())}
+    model = replace(model, in_chans=model.in_chans or channels)
+    return replace(config, model=model, data=replace(data, **{**own, "dtype": dtype, **given}))
+
+
+def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statistics, str, list[str]]:
+    """Of images that are no photographs: as `itpn stats` has written them, or computed; where from; and what is
+    remarkable, a sentence each.
+
+    Raises:
+        UserError: images differ, or none can be read.
+    """
+    reading, value_range, notes = make_reading(config), config.data.value_range, list[str]()
+    if isinstance(images, ImageSource) and len(images.roots) == 1 and not value_range:
+        path = Path(images.roots[0], STATS_FILE)
+        if path.is_file():
+            found = read_statistics(path)
+            if found.type == reading.type and found.images == len(images.images):
+                return found, one_line(str(path)), notes
+            notes.append(f"{one_line(str(path))} is of other images: not used")
+    found = compute_statistics(as_reader(images), reading, value_range)
+    return found, f"{found.sampled:,} of {found.images:,} images", notes
+
+
+def as_reader(images: ImageSource | Reader) -> Reader:
+    """Images by index; of shards, the first."""
+    if not isinstance(images, ImageSource):
+        return images
+    return SomeImages([*_first(images, SAMPLED)]) if images.shards else FileReader(images.images)
+
+
+def describe_statistics(statistics: Statistics, where: str) -> str:
+    """What normalizes the images, in a sentence."""
+    lows, highs = zip(*statistics.value_range, strict=True)
+    kind = statistics.type
+    missing = f", {statistics.nodata_fraction:.2%} of the pixels without data" if statistics.nodata_fraction else ""
+    return f"{kind}: mean, std and value range ({min(lows):.6g} to {max(highs):.6g}) are those of {where}{missing}"
+
+
+def round_all(values: Sequence[float]) -> tuple[float, ...]:
+    """To the digits that a config.yaml shows."""
+    return tuple(float(f"{value:.6g}") for value in values)
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _first(images: ImageSource | Reader, count: int = TRIED) -> Any:
+    """The first images, as readers give them; files evenly spaced."""
+    if isinstance(images, ImageSource):
+        if images.shards:
+            read = itertools.chain.from_iterable(read_shard(shard, images.members) for shard in images.shards)
+            return itertools.islice(read, count)
+        images = FileReader(images.images)
+    return (images[index] for index in range(min(count, len(images))))
+
+
+class SomeImages:
+    """Images of shards that have been read, as a reader."""
+
+    def __init__(self, samples: Sequence[tuple[Any, ...]]) -> None:
+        self._samples = samples
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def __getitem__(self, index: int) -> tuple[Any, ...]:
+        return self._samples[index]
+
+    def name(self, index: int) -> str:
+        return str(self._samples[index][0])
