@@ -17,6 +17,7 @@ from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader, Reader
 from itpn.data.samples import Reading, open_sample, type_of
 from itpn.data.shards import read_shard
+from itpn.data.skipped import nothing_readable
 from itpn.data.statistics import SAMPLED, STATS_FILE, Statistics, compute_statistics, read_statistics
 from itpn.errors import UserError
 from itpn.system.text import one_line
@@ -66,8 +67,8 @@ def imagenet_values(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]
 def describe_pixels(config: Any) -> dict[str, Any]:
     """How pixels are prepared, for files of weights."""
     data = config.data
-    own = {"mean": data.mean, "std": data.std}
-    kind = image_type(config)
+    kind, (mean, std) = image_type(config), imagenet_values(input_channels(config))
+    own: dict[str, Any] = {"mean": data.mean or mean, "std": data.std or std}
     if kind.is_photo:
         return own
     more = {"dtype": kind.dtype, "channels": kind.channels, "value_range": data.value_range, "nodata": data.nodata}
@@ -122,15 +123,16 @@ def find_type(config: Any, images: ImageSource | Reader) -> tuple[ImageType, str
 
     Raises:
         UserError: the first thousand cannot be read.
+        MachineError: because the file system fails.
     """
     reading = replace(make_reading(config), type=None)
-    reason = ""
+    corrupt = []
     for name, data, *_ in _first(images):
         try:
             return type_of(open_sample(data, reading, name)), name
         except UnreadableImage as error:
-            reason = reason or f"; the first is {name}: {error}"
-    raise UserError(f"no readable image was found{reason}")
+            corrupt.append((name, str(error)))
+    raise nothing_readable(corrupt)
 
 
 def resolve_pixels(
@@ -154,7 +156,7 @@ def resolve_pixels(
         raise UserError(f"--data.dtype is {data.dtype}, and {one_line(example)} has {kind}")
     if kind.is_photo:
         config = replace(config, data=replace(data, dtype=PHOTO))
-        check_images(config.data, model.in_chans)
+        check_images(config.data, input_channels(config))
         return config, []
     if model.in_chans not in (None, kind.channels):
         raise UserError(f"--model.in-chans is {model.in_chans}, and {one_line(example)} has {kind}: leave it out")

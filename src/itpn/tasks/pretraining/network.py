@@ -12,7 +12,7 @@ from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.targets import IMAGE_TARGETS
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
-from itpn.tasks.pixels import resolve_pixels
+from itpn.tasks.pixels import adopt_pixels, resolve_pixels
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,
     PretrainingModelConfig,
@@ -39,11 +39,11 @@ def resolve(
     elif data.train.cache and config.teacher.name not in (None, "ema"):
         width = read_index(data.train.cache).width
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width))
-    return (
-        (config, ())
-        if data.train.cache
-        else resolve_pixels(config, data.train, None if checkpoint is None else checkpoint.preprocessing)
-    )
+    notes: list[str] = []
+    if not data.train.cache:
+        stored = None if checkpoint is None else checkpoint.preprocessing
+        config, notes = resolve_pixels(config, data.train, stored)
+    return adopt_pixels(config, {}), notes
 
 
 def build_model(
