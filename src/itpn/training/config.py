@@ -116,6 +116,12 @@ class ImagesConfig(Settings):
     """How images are resized."""
     hflip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    rotate90: bool = False
+    """Turn images by 0, 1, 2 or 3 quarters of a circle, for those that have no top: from above, or of a microscope."""
+    channel_jitter: Fraction = 0.0
+    """Largest relative change of brightness and contrast, drawn for each channel, of images of any channels."""
+    channel_drop: Fraction = 0.0
+    """Probability of each channel to be filled with its mean; one channel stays at least."""
     max_corrupt: Fraction = 0.05
     """Fraction of corrupt images above which the run stops."""
     max_pixels: PositiveInt = 2**27  # as itpn.data.decode.MAX_PIXELS
@@ -145,7 +151,7 @@ class CropsConfig(ImagesConfig):
     crop_ratio: tuple[AspectRatio, AspectRatio] = (0.75, 1.3333333333333333)
     """Aspect ratio (width over height) of a random crop."""
     color_jitter: Fraction = 0.0
-    """Largest relative change of brightness, contrast and saturation."""
+    """Largest relative change of brightness, contrast and saturation, of RGB photographs."""
 
 
 @dataclass

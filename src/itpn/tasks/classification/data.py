@@ -6,6 +6,7 @@ from itpn.data.augment import ClassificationTransform
 from itpn.data.class_names import join_names
 from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
+from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.errors import UserError
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.data import NO_IMAGES, RunData, make_training_loader
@@ -34,8 +35,8 @@ def describe_data(config: ClassificationConfig, data: RunData) -> dict[str, str]
     return {"data": f"{len(data.train.classes)} classes", "size": describe_crops(image_size(config.data))}
 
 
-def make_transform(config: ClassificationConfig) -> ClassificationTransform:
-    """The augmentation; UserError if there is none of that name."""
+def make_transform(config: ClassificationConfig, pixels: PixelValues = PHOTOGRAPHS) -> ClassificationTransform:
+    """The augmentation; UserError if there is none of that name, or it is not for such images."""
     data = config.data
     return ClassificationTransform(
         image_size(data),
@@ -45,6 +46,10 @@ def make_transform(config: ClassificationConfig) -> ClassificationTransform:
         hflip=data.hflip,
         color_jitter=data.color_jitter,
         auto_augment=data.auto_augment,
+        rotate90=data.rotate90,
+        channel_jitter=data.channel_jitter,
+        channel_drop=data.channel_drop,
+        pixels=pixels,
     )
 
 

@@ -13,6 +13,7 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.augment import EvaluationTransform
 from itpn.data.evaluation import view_labelled
 from itpn.data.labelled import LabelledImages, find_labelled, read_split
+from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.errors import UserError
 from itpn.metrics.classification import (
     TOP,
@@ -120,11 +121,12 @@ def build_evaluator(config: ClassificationConfig, data: RunData) -> Classificati
     return ClassificationEvaluator(config, data.val)
 
 
-def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransform:
+def make_evaluation_transform(config: ClassificationConfig, pixels: PixelValues = PHOTOGRAPHS) -> EvaluationTransform:
     data = config.data
     assert data.crop_pct is not None
     size = data.test_size or image_size(data)
-    return EvaluationTransform(size if isinstance(size, tuple) else (size, size), data.crop_pct, data.interpolation)
+    size = size if isinstance(size, tuple) else (size, size)
+    return EvaluationTransform(size, data.crop_pct, data.interpolation, pixels)
 
 
 def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:

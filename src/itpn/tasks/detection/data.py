@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from itpn.data.annotations import find_objects
 from itpn.data.objects import DetectionImages, DetectionTransform
+from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import draw_images
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, print_once
@@ -75,7 +76,7 @@ def note_lost(train: DetectionImages, config: DetectionConfig, masks: bool) -> l
     return [words]
 
 
-def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
+def make_transform(config: DetectionConfig, masks: bool, pixels: PixelValues = PHOTOGRAPHS) -> DetectionTransform:
     data = config.data
     return DetectionTransform(
         data.img_size,
@@ -86,6 +87,10 @@ def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
         hflip=data.hflip,
         interpolation=data.interpolation,
         masks=masks,
+        rotate90=data.rotate90,
+        channel_jitter=data.channel_jitter,
+        channel_drop=data.channel_drop,
+        pixels=pixels,
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 from itpn.data.labelmaps import find_label_maps
 from itpn.data.mask_checks import MaskRules
 from itpn.data.masks import LabelTable
+from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import draw_images
 from itpn.data.segmentation_transform import SegmentationTransform
 from itpn.tasks.data import NO_IMAGES, RunData, print_once
@@ -39,10 +40,11 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
     return {**places, "rules": make_rules(config), "val_fraction": data.val_fraction, "seed": config.seed}
 
 
-def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
+def make_transform(
+    config: SegmentationConfig, table: LabelTable, pixels: PixelValues = PHOTOGRAPHS
+) -> SegmentationTransform:
     data = config.data
     assert data.mean is not None
-    red, green, blue = (round(255 * value) for value in (data.mean * 3)[:3])  # one number is for all channels
     return SegmentationTransform(
         table,
         data.img_size,
@@ -52,6 +54,10 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,
-        fill=(red, green, blue),
+        fill=tuple(255 * value for value in data.mean) if pixels.photographs else None,  # None for their mean
         max_pixels=data.max_pixels,
+        rotate90=data.rotate90,
+        channel_jitter=data.channel_jitter,
+        channel_drop=data.channel_drop,
+        pixels=pixels,
     )
