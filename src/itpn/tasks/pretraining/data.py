@@ -24,7 +24,7 @@ from itpn.tasks.data import RunData, make_training_loader, print_once
 from itpn.tasks.pixels import make_reading
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
+from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
 from itpn.teachers.timm_teacher import build_teacher
 from itpn.training.config import describe_crops, image_size
 from itpn.training.launch import choose_devices, read_launch
@@ -143,7 +143,9 @@ def make_frozen_teacher(config: PretrainingConfig) -> FeatureTeacher | None:
     if name is None or name == "ema":
         return None
     rows, cols = (side // config.model.patch_size for side in image_size(config.data))
+    channels = choose_channels(name, config.teacher.channels, 3)
     teacher = build_teacher(name, config.teacher.checkpoint, (rows, cols))
+    teacher.view = None if channels == (0, 1, 2) else RGBView(channels)
     if config.teacher.width not in (None, teacher.width):
         raise UserError(f"--teacher.width is {config.teacher.width}, but {name} has {teacher.width}: leave it out")
     return teacher
