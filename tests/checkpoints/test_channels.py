@@ -25,7 +25,7 @@ def weights(tmp_path_factory):
     """A masked model of photographs whose predictions of red, green and blue differ."""
     torch.manual_seed(0)
     model = PretrainingModelConfig(name="itpn_nano", **OPTIONS)
-    config = PretrainingConfig(model=model, data=PretrainingDataConfig(img_size=32))
+    config = PretrainingConfig(model=model, data=PretrainingDataConfig(img_size=32, mean=(0.5,), std=(0.25,)))
     network = build_masked_model(model, (32, 32))
     torch.nn.init.normal_(network.decoder.heads["pixel"].bias)
     path = tmp_path_factory.mktemp("channels") / "model.safetensors"

@@ -11,7 +11,7 @@ from itpn.commands.train import Train
 from itpn.errors import UserError
 from itpn.tasks.configs import TeacherConfig
 from itpn.tasks.pretraining.config import check_teacher
-from itpn.tasks.pretraining.data import make_frozen_teacher
+from itpn.tasks.pretraining.data import make_frozen_teacher, show_to_teacher
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
@@ -107,16 +107,26 @@ def test_a_teacher_that_sees_all_channels(name):
     )
 
 
-def test_of_the_command_line(settings, monkeypatch):
-    """To the teacher of a run."""
+def test_from_the_command_line(settings, monkeypatch):
+    """To the teacher of a run, with the run's range of values."""
     monkeypatch.setitem(TEACHERS, "pixels", make_teacher)
     words = ["itpn-pixel_nano", "--teacher.name", "pixels", "--teacher.channels", "2", "1", "0"]
     teacher = parse_with_recipe(Train, words, "itpn train").config.teacher
     assert teacher.channels == (2, 1, 0)
     config = settings()
     config.teacher = teacher
-    assert make_frozen_teacher(config).view == RGBView((2, 1, 0))
+    frozen = make_frozen_teacher(config)
+    show_to_teacher(config, frozen)
+    assert frozen.view == RGBView((2, 1, 0))
+    config.model.in_chans, config.data.dtype, config.data.nodata = 4, "uint16", 7.0
+    config.data.value_range = ("0", "100", "0", "200", "50", "300", "0", "400")
+    show_to_teacher(config, frozen)
+    assert frozen.view == RGBView((2, 1, 0), [0, 0, 50, 0], [100, 200, 300, 400], 7.0)
     config.teacher = replace(teacher, channels=None)
-    assert make_frozen_teacher(config).view is None
+    with pytest.raises(UserError, match=r"^teacher pixels sees red, green and blue, and the images have 4 channels"):
+        show_to_teacher(config, frozen)
+    config.data.dtype, config.model.in_chans = "photo", 1  # grey for the network alone
+    show_to_teacher(config, frozen)
+    assert frozen.view is None
     with pytest.raises(UserError, match=r"^--teacher.channels must be three whole numbers, not '2', '1'$"):
         parse_with_recipe(Train, [*words[:3], "--teacher.channels", "2", "1"], "itpn train")
