@@ -21,6 +21,7 @@ from itpn.data.image_type import DTYPES, PHOTO, check_value_range
 from itpn.errors import UserError
 from itpn.system.checks import (
     BatchSize,
+    ChannelMap,
     Channels,
     Fraction,
     NonNegativeFloat,
@@ -79,6 +80,10 @@ class ModelConfig(Settings):
     checkpoint: str | None = None
     """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
     initialized, and named."""
+    channel_map: ChannelMap | None = None
+    """For each channel of the images the channel of --model.checkpoint, counted from 0, that the first layer and the
+    prediction of pixels take over; `-` for none, whose weights begin at zero. None repeats the channels as timm
+    does."""
     patch_size: PatchSize | None = None
     """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
     in_chans: Channels | None = None
@@ -91,7 +96,7 @@ class ModelConfig(Settings):
 
     def of_checkpoint(self, path: str) -> "ModelConfig":
         """These settings with the network of a checkpoint."""
-        return dataclasses.replace(self, checkpoint=path)
+        return dataclasses.replace(self, checkpoint=path, channel_map=None)
 
 
 @dataclass
@@ -233,7 +238,7 @@ class RunConfig(Settings):
     task: ClassVar[str]
     visualizations: ClassVar[str] = "predictions"
     free: ClassVar[Mapping[str, frozenset[str]]] = {
-        "model": frozenset({"checkpoint", "grad_checkpointing"}),
+        "model": frozenset({"checkpoint", "channel_map", "grad_checkpointing"}),
         "data": frozenset({"num_workers", "max_corrupt"}),
         "evaluation": frozenset({"every_n_epochs", "batch_size"}),
         "trainer": frozenset(
@@ -267,6 +272,8 @@ class RunConfig(Settings):
             UserError: the first that is found, with what to do.
         """
         check_types(self)
+        if self.model.channel_map is not None and self.model.checkpoint is None:
+            raise UserError("--model.channel-map says which channels of a checkpoint are kept: give --model.checkpoint")
         optimizer, name = self.optimizer, self.name
         if not all(0 <= beta < 1 for beta in optimizer.betas):
             raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")

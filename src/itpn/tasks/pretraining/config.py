@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from itpn.errors import UserError
 from itpn.system.checks import (
+    Channel,
     Depth,
     Fraction,
     NonNegativeFloat,
@@ -108,6 +109,9 @@ class TeacherConfig(Settings):
     """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
     width: Width | None = None
     """Channels of the teacher's features: read from the teacher, and kept for when it is not there."""
+    channels: tuple[Channel, Channel, Channel] | None = None
+    """Channels of the images, counted from 0, that a teacher of photographs sees as red, green and blue, scaled from
+    the images' range of values to that of photographs; of grey images 0 0 0. None for images of three channels."""
     normalize: bool = True
     """Normalize each feature by its own mean and standard deviation."""
     momentum: Fraction = 0.996
@@ -277,6 +281,8 @@ def check_teacher(teacher: TeacherConfig, features: bool) -> None:
         raise UserError(
             f"teacher {teacher.name} has nothing to do: set --model.feature-weight or --model.pyramid-weights above 0"
         )
+    if teacher.channels is not None and teacher.name in (None, "ema"):
+        raise UserError("--teacher.channels is for a teacher of photographs; the EMA of the network sees all channels")
     if teacher.checkpoint is not None:
         if teacher.name == "ema":
             raise UserError("--teacher.checkpoint has no meaning for the teacher `ema`, an EMA of the network")

@@ -199,4 +199,4 @@ def build_recipe(
     if num_classes is not None:
         raise UserError("a recipe of pretraining predicts no classes: leave out num_classes")
     model = build_from(config)
-    return model, [] if checkpoint is None else load_weights(model, checkpoint)
+    return model, [] if checkpoint is None else load_weights(model, checkpoint, config.model.channel_map)
