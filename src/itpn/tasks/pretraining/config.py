@@ -71,6 +71,12 @@ class PretrainingModelConfig(ModelConfig):
     """Patches whose features are compared."""
     norm_pix_loss: bool = True
     """Predict pixels normalized by the mean and standard deviation of their patch (He et al. 2022)."""
+    norm_pix_per: Literal["patch", "channel"] = "patch"
+    """One mean and standard deviation for all channels of a patch, as published, or one of each for each channel: where
+    a patch is flat, those of all channels leave nothing to predict but the channels' offsets."""
+    norm_pix_floor: NonNegativeFloat = 0.0
+    """Floor of that standard deviation, added in quadrature, as a multiple of --data.std: what varies less in a patch
+    becomes a small target instead of amplified noise."""
     init_values: NonNegativeFloat | None = None
     """Initial layer scale of the backbone; None for no layer scale."""
     migrate_ratio: float = 0.0
@@ -220,6 +226,8 @@ def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
             "--model.decoder-embed-dim must be divisible by 16 and by --model.decoder-num-heads "
             f"{model.decoder_num_heads}, not {model.decoder_embed_dim}"
         )
+    if model.norm_pix_floor and not model.norm_pix_loss:
+        raise UserError("--model.norm-pix-floor has no effect with --model.no-norm-pix-loss: leave one of them out")
     check_losses(model)
     check_teacher(teacher, any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights]))
     check_masked_patches(model)

@@ -141,6 +141,8 @@ def make_objective(config: PretrainingModelConfig) -> Objective:
         masked_patches=config.masked_patches,
         masked_laterals=config.masked_laterals,
         norm_pix_loss=config.norm_pix_loss,
+        norm_pix_per=config.norm_pix_per,
+        norm_pix_floor=config.norm_pix_floor,
         feature_loss=config.feature_loss,
         feature_patches=config.feature_patches,
     )
