@@ -330,9 +330,24 @@ def test_plain_tiff_needs_no_extra(tmp_path, monkeypatch):
     pixels = draw((40, 50, 3), "uint8")
     tifffile.imwrite(tmp_path / "a.tif", pixels)
     tifffile.imwrite(tmp_path / "b.tif", draw((40, 50)))
+    tifffile.imwrite(tmp_path / "c.tif", pixels[..., 0], photometric="miniswhite")
     monkeypatch.setitem(sys.modules, "tifffile", None)
     assert np.array_equal(itpn.read_image(tmp_path / "a.tif").numpy(), pixels.transpose(2, 0, 1))
     assert itpn.read_image(tmp_path / "b.tif").dtype == torch.uint16
+    assert np.array_equal(itpn.read_image(tmp_path / "c.tif").numpy(), pixels[None, ..., 0])
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("known", [True, False])
+def test_faxes(tmp_path, monkeypatch, photometric, known):
+    """As stored, by Pillow too, where imagecodecs lacks their compression."""
+    pixels = draw((40, 50), "uint8") > 200
+    Image.fromarray(pixels).save(tmp_path / "a.tif", compression="group4", tiffinfo={262: photometric})
+    if not known:
+        monkeypatch.delitem(sys.modules, "itpn.data.formats.tiff", raising=False)
+        monkeypatch.setattr(tifffile.TIFF, "DECOMPRESSORS", {1: None})
+    expected = pixels if photometric else ~pixels
+    assert np.array_equal(itpn.read_image(tmp_path / "a.tif").numpy(), expected[None])
 
 
 def test_images_that_are_too_large_take_no_memory(tmp_path):

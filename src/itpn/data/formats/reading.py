@@ -101,12 +101,16 @@ def open_file(source: Path | bytes, axes: Axes | None = None) -> ImageFile:
 
 
 def _open_tiff(source: Path | bytes) -> ImageFile:
-    if find_spec("tifffile") is None:
-        with suppress(UnreadableImage):
-            image = PhotoImage(source)  # of 8 bits, or of one band
-            if image.pages == 1:
-                return image
-    return _open_by("tifffile", "tiff", "TiffImage", "TIFF of several pages, bands or planes")(source)
+    stored: Any = None
+    if find_spec("tifffile") is not None:
+        stored = _open_by("tifffile", "tiff", "TiffImage", "TIFF")(source)
+        if stored.decodes:
+            return stored
+    with suppress(UnreadableImage):
+        image = PhotoImage(source)  # of 8 bits, or of one band; and faxes, which imagecodecs reads from Python 3.11 on
+        if image.pages == 1:
+            return image
+    return stored or _open_by("tifffile", "tiff", "TiffImage", "TIFF of several pages, bands or planes")(source)
 
 
 def _open_other(source: Path | bytes) -> ImageFile:

@@ -17,7 +17,11 @@ IN_PAGE = "CSYX"  # axes of an image; all others (planes of a stack, moments, po
 
 
 class TiffImage:
-    """See :class:`itpn.data.formats.image_file.ImageFile`; of a pyramid it is the largest level."""
+    """See :class:`itpn.data.formats.image_file.ImageFile`; of a pyramid it is the largest level.
+
+    Attributes:
+        decodes: whether its compression is known here.
+    """
 
     def __init__(self, source: Path | bytes) -> None:
         self._file = tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -34,6 +38,7 @@ class TiffImage:
         self.dtype = plain_dtype(np.dtype(self._series.dtype))
         tag = self._series.keyframe.tags.get(NODATA)
         self.nodata = None if tag is None else read_nodata(tag.value)
+        self.decodes = self._series.keyframe.compression in tifffile.TIFF.DECOMPRESSORS
         # one uncompressed block, or pages of more than one plane, are left to tifffile
         planes = math.prod(size for axis, size in sizes.items() if axis not in "SYX")
         start = self._series.dataoffset
