@@ -116,6 +116,39 @@ def test_axes_of_ome(tmp_path, axes, compression):
         check(path, flat[page], pages, page)
 
 
+TURNS = {
+    1: lambda p: p,
+    2: np.fliplr,
+    3: lambda p: np.rot90(p, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda p: np.rot90(p, -1),  # clockwise
+    7: lambda p: np.rot90(p.T, 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("form", ["uncompressed", "strips", "tiles", "planes"])
+def test_tiff_is_turned_upright(tmp_path, orientation, form):
+    """Windows are those of the turned image."""
+    pixels = draw((3, 40, 61))
+    separate = {"planarconfig": "separate", "photometric": "minisblack", "metadata": None}
+    options = {"planes": {**separate, "compression": "zlib"}, "uncompressed": separate}.get(form) or TIFFS[form]
+    stored = pixels if form in ("planes", "uncompressed") else pixels.transpose(1, 2, 0)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stored, extratags=[(274, "H", 1, orientation, True)], **options)
+    check(path, np.stack([TURNS[orientation](plane) for plane in pixels]), regions=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_no_orientation_of_tiff(tmp_path, orientation):
+    pixels = draw((40, 50))
+    tifffile.imwrite(tmp_path / "a.tif", pixels, extratags=[(274, "H", 1, orientation, True)])
+    check(tmp_path / "a.tif", pixels[None])
+
+
 def test_a_pyramid_is_its_largest_level(tmp_path):
     pixels = draw((64, 96))
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
@@ -214,6 +247,8 @@ def test_photographs(tmp_path):
     exif[274] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     check(tmp_path / "turned.png", np.rot90(pixels, -1).transpose(2, 0, 1))
+    Image.fromarray(deep := draw((40, 50))).save(tmp_path / "deep.png", exif=exif)
+    check(tmp_path / "deep.png", np.rot90(deep, -1)[None])
     image.convert("CMYK").save(tmp_path / "cmyk.tif")
     assert itpn.read_image(tmp_path / "cmyk.tif").shape == (4, 40, 50)
     palette = image.quantize(7)

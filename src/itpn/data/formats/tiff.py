@@ -10,6 +10,7 @@ import tifffile
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.formats.image_file import Window, cut, plain_dtype, to_plain
+from itpn.data.orientation import ORIENTATION, SWAPPED, XMP, choose_orientation, find_stored_window, turn_array
 
 CUT_OFF = "cut off: it ends before its last pixels"
 NODATA = 42113  # GDAL's tag
@@ -32,12 +33,15 @@ class TiffImage:
         sizes = dict(zip(self._axes, self._shape, strict=True))
         if not {"Y", "X"} <= sizes.keys():
             raise UnreadableImage(f"TIFF of axes {self._axes} has no rows and columns")
+        tags = self._series.keyframe.tags
+        self._orientation = choose_orientation(tags.valueof(ORIENTATION), tags.valueof(XMP))
         self.height, self.width = sizes["Y"], sizes["X"]
+        if self._orientation in SWAPPED:
+            self.height, self.width = self.width, self.height
         self.channels = sizes.get("C", 1) * sizes.get("S", 1)
         self.pages = math.prod(size for axis, size in sizes.items() if axis not in IN_PAGE)
         self.dtype = plain_dtype(np.dtype(self._series.dtype))
-        tag = self._series.keyframe.tags.get(NODATA)
-        self.nodata = None if tag is None else read_nodata(tag.value)
+        self.nodata = read_nodata(tags.valueof(NODATA))
         self.decodes = self._series.keyframe.compression in tifffile.TIFF.DECOMPRESSORS
         # one uncompressed block, or pages of more than one plane, are left to tifffile
         planes = math.prod(size for axis, size in sizes.items() if axis not in "SYX")
@@ -50,8 +54,10 @@ class TiffImage:
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
         """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
+        if window is not None:
+            window = find_stored_window(window, self._orientation, self.height, self.width)
         planes = [self._read_plane(number, window) for number in self._find_planes(page)]
-        return to_plain(np.concatenate(planes) if len(planes) > 1 else planes[0])
+        return to_plain(turn_array(np.concatenate(planes) if len(planes) > 1 else planes[0], self._orientation))
 
     def _find_planes(self, page: int) -> np.ndarray:
         """Numbers of the file's planes that hold the channels of a page; the samples of a pixel are of one plane."""
@@ -111,7 +117,7 @@ def read_chunk(file: tifffile.TiffFile, page: Any, number: int) -> np.ndarray | 
 
 
 def read_nodata(tag: Any) -> float | None:
-    """The number in GDAL's tag; None where it holds none."""
+    """The number in GDAL's tag; None where it holds none, or is missing."""
     try:
         return float(str(tag).strip(" \0"))
     except ValueError:
