@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from itpn.checkpoints.files import Checkpoint
@@ -14,6 +15,7 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.files import ImageSource
 from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, is_resolved, to_option, to_pairs
 from itpn.data.normalize import Normalize
+from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import FileReader, Reader
 from itpn.data.samples import Reading, open_sample, type_of
 from itpn.data.shards import read_shard
@@ -55,6 +57,23 @@ def make_normalize(config: Any) -> Normalize:
     mean, std = imagenet_values(channels)
     ranges = to_pairs(data.value_range, channels) if is_resolved(data.value_range) else None
     return Normalize(channels, data.mean or mean, data.std or std, kind, ranges, data.nodata)
+
+
+def pixel_values(config: Any) -> PixelValues:
+    """What augmentation has to know of the images of resolved settings."""
+    return values_of(make_normalize(config))
+
+
+def values_of(normalize: Normalize) -> PixelValues:
+    """What augmentation has to know of the images that are normalized so."""
+    kind = normalize.images
+    if kind.is_photo:
+        return PHOTOGRAPHS
+    mean = normalize.mean * normalize.span + normalize.low
+    low, high, own = (
+        tuple(values.flatten().tolist()) for values in (normalize.low, normalize.low + normalize.span, mean)
+    )
+    return PixelValues(False, kind.channels, getattr(torch, kind.dtype), low, high, own, normalize.nodata)
 
 
 def imagenet_values(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -6,10 +6,10 @@ from itpn.data.augment import ClassificationTransform
 from itpn.data.class_names import join_names
 from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.errors import UserError
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.data import NO_IMAGES, RunData, make_training_loader
+from itpn.tasks.pixels import pixel_values
 from itpn.training.config import describe_crops, image_size
 
 
@@ -35,7 +35,7 @@ def describe_data(config: ClassificationConfig, data: RunData) -> dict[str, str]
     return {"data": f"{len(data.train.classes)} classes", "size": describe_crops(image_size(config.data))}
 
 
-def make_transform(config: ClassificationConfig, pixels: PixelValues = PHOTOGRAPHS) -> ClassificationTransform:
+def make_transform(config: ClassificationConfig) -> ClassificationTransform:
     """The augmentation; UserError if there is none of that name, or it is not for such images."""
     data = config.data
     return ClassificationTransform(
@@ -49,7 +49,7 @@ def make_transform(config: ClassificationConfig, pixels: PixelValues = PHOTOGRAP
         rotate90=data.rotate90,
         channel_jitter=data.channel_jitter,
         channel_drop=data.channel_drop,
-        pixels=pixels,
+        pixels=pixel_values(config),
     )
 
 

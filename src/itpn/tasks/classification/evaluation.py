@@ -13,7 +13,6 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.augment import EvaluationTransform
 from itpn.data.evaluation import view_labelled
 from itpn.data.labelled import LabelledImages, find_labelled, read_split
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.errors import UserError
 from itpn.metrics.classification import (
     TOP,
@@ -37,6 +36,7 @@ from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, r
 from itpn.tasks.features import FeatureEvaluator, join_sets
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import given_heads
+from itpn.tasks.pixels import pixel_values
 from itpn.training.config import image_size
 
 
@@ -121,12 +121,12 @@ def build_evaluator(config: ClassificationConfig, data: RunData) -> Classificati
     return ClassificationEvaluator(config, data.val)
 
 
-def make_evaluation_transform(config: ClassificationConfig, pixels: PixelValues = PHOTOGRAPHS) -> EvaluationTransform:
+def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransform:
     data = config.data
     assert data.crop_pct is not None
     size = data.test_size or image_size(data)
     size = size if isinstance(size, tuple) else (size, size)
-    return EvaluationTransform(size, data.crop_pct, data.interpolation, pixels)
+    return EvaluationTransform(size, data.crop_pct, data.interpolation, pixel_values(config))
 
 
 def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 from itpn.data.annotations import find_objects
 from itpn.data.objects import DetectionImages, DetectionTransform
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import draw_images
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, print_once
 from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.pixels import pixel_values
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def note_lost(train: DetectionImages, config: DetectionConfig, masks: bool) -> l
     return [words]
 
 
-def make_transform(config: DetectionConfig, masks: bool, pixels: PixelValues = PHOTOGRAPHS) -> DetectionTransform:
+def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
     data = config.data
     return DetectionTransform(
         data.img_size,
@@ -90,7 +90,7 @@ def make_transform(config: DetectionConfig, masks: bool, pixels: PixelValues = P
         rotate90=data.rotate90,
         channel_jitter=data.channel_jitter,
         channel_drop=data.channel_drop,
-        pixels=pixels,
+        pixels=pixel_values(config),
     )
 
 

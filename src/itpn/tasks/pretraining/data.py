@@ -21,7 +21,7 @@ from itpn.data.shards import check_shards
 from itpn.data.windows import Windows, cut_windows
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, make_training_loader, print_once
-from itpn.tasks.pixels import image_type, make_normalize, make_reading
+from itpn.tasks.pixels import image_type, make_normalize, make_reading, pixel_values
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
@@ -195,6 +195,10 @@ def make_loader(
         hflip=data.hflip,
         color_jitter=data.color_jitter,
         teacher_size=teacher_size,
+        rotate90=data.rotate90,
+        channel_jitter=data.channel_jitter,
+        channel_drop=data.channel_drop,
+        pixels=pixel_values(config),
     )
     on_gpu = GpuTransform(transform) if data.decode == "gpu" else None
     return make_training_loader(
@@ -212,7 +216,7 @@ def make_loader(
 
 def read_samples(source: ImageSource | Windows, config: PretrainingConfig) -> Tensor:
     """The images of visualizations: readable ones from all over the data, [n, C, H, W] as they are stored."""
-    crop = functools.partial(center_crop, img_size=image_size(config.data))
+    crop = functools.partial(center_crop, img_size=image_size(config.data), nodata=config.data.nodata)
     if isinstance(source, Windows):
         return torch.stack([crop(image) for _, image in read_some(source, SAMPLES, make_reading(config))])
     if source.cache:

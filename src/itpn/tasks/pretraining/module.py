@@ -59,7 +59,7 @@ class PretrainingModule(TrainingModule):
     def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         images = self.normalize(batch["image"])
         targets = self.make_targets(batch, images)
-        output = self.model(images, target=targets)
+        output = self.model(images, target=targets, valid=self.normalize.find_valid(batch["image"]))
         metrics = {"loss": output.loss.detach()}
         if len(output.losses) > 1:
             metrics |= {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}

@@ -5,10 +5,10 @@ from typing import Any
 from itpn.data.labelmaps import find_label_maps
 from itpn.data.mask_checks import MaskRules
 from itpn.data.masks import LabelTable
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import draw_images
 from itpn.data.segmentation_transform import SegmentationTransform
 from itpn.tasks.data import NO_IMAGES, RunData, print_once
+from itpn.tasks.pixels import pixel_values
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.config import describe_crops
 
@@ -40,10 +40,8 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
     return {**places, "rules": make_rules(config), "val_fraction": data.val_fraction, "seed": config.seed}
 
 
-def make_transform(
-    config: SegmentationConfig, table: LabelTable, pixels: PixelValues = PHOTOGRAPHS
-) -> SegmentationTransform:
-    data = config.data
+def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
+    data, pixels = config.data, pixel_values(config)
     assert data.mean is not None
     return SegmentationTransform(
         table,
