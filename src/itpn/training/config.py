@@ -21,6 +21,7 @@ from itpn.data.image_type import DTYPES, PHOTO, check_value_range
 from itpn.errors import UserError
 from itpn.system.checks import (
     BatchSize,
+    Channel,
     ChannelMap,
     Channels,
     Fraction,
@@ -143,6 +144,9 @@ class ImagesConfig(Settings):
     value_range: tuple[str, ...] = ()
     """Values that become 0 and 1, beyond which pixels are clipped: `dtype` for all that the type can hold; LOW HIGH; or
     PLOW% PHIGH%, percentiles of each channel over the data set. By default `dtype` of 8 bits, 0.1% 99.9% of others."""
+    show_channels: tuple[Channel, ...] | None = None
+    """Channels that visualizations show as red, green and blue, counted from 0, or one that is shown in colours; None
+    for the first three."""
     nodata: float | None = None
     """Value of pixels without data; None for what GeoTIFFs declare. NaN is always without data."""
 
@@ -239,7 +243,7 @@ class RunConfig(Settings):
     visualizations: ClassVar[str] = "predictions"
     free: ClassVar[Mapping[str, frozenset[str]]] = {
         "model": frozenset({"checkpoint", "channel_map", "grad_checkpointing"}),
-        "data": frozenset({"num_workers", "max_corrupt"}),
+        "data": frozenset({"num_workers", "max_corrupt", "show_channels"}),
         "evaluation": frozenset({"every_n_epochs", "batch_size"}),
         "trainer": frozenset(
             {
@@ -376,6 +380,8 @@ def check_images(data: Any, in_chans: int | None) -> None:
         raise UserError(f"--data.std must be above 0, not {data.std}")
     if data.dtype not in (None, PHOTO, *DTYPES):
         raise UserError(f"--data.dtype must be {PHOTO} or one of {', '.join(DTYPES)}, not {data.dtype}")
+    if data.show_channels is not None and len(data.show_channels) not in (1, 3):
+        raise UserError(f"--data.show-channels needs one channel or three, not {len(data.show_channels)}")
     if data.window_size is not None and data.window_overlap >= data.window_size:
         raise UserError(
             f"--data.window-overlap must be below --data.window-size {data.window_size}, not {data.window_overlap}"
