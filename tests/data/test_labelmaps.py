@@ -526,7 +526,7 @@ def test_each_invalid_annotation_is_found_named_and_left_out(root, kind):
 def test_what_is_not_read_is_counted_by_suffix(root):
     """In both folders of a set; what is read as a file of classes is none of it."""
     images, masks = root / "images" / "training", root / "annotations" / "training"
-    for name in ("a.heic", "b.heic", "Thumbs.db", "classes.csv", ".hidden", "x/c.AVIF", "s.tar"):
+    for name in ("a.fff", "b.fff", "Thumbs.db", "classes.csv", ".hidden", "x/c.ARW", "s.tar"):
         (images / name).parent.mkdir(exist_ok=True)
         (images / name).touch()
     for name in ("a.json", "b.json", "notes"):
@@ -535,14 +535,14 @@ def test_what_is_not_read_is_counted_by_suffix(root):
     train, _ = find(root, log=logged.append, on_invalid="error")
     assert len(train) == 12
     assert logged == [
-        f"{masks}: not read: 2 .heic, 1 .avif, 1 .db, 1 .tar in {images}",
+        f"{masks}: not read: 2 .fff, 1 .arw, 1 .db, 1 .tar in {images}",
         f"{masks}: not read: 2 .json, 1 without a suffix in {masks}",
     ]
     for path in [*images.iterdir(), *masks.iterdir()]:
-        path.rename(path.with_suffix(".heic")) if path.is_file() else None
+        path.rename(path.with_suffix(".fff")) if path.is_file() else None
     with pytest.raises(
         UserError,
-        match=rf"{images} has no images that can be used: not read: 17 \.heic, 1 \.avif in {images}; not read",
+        match=rf"{images} has no images that can be used: not read: 17 \.fff, 1 \.arw in {images}; not read",
     ):
         find(root)
 

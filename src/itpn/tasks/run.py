@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def compose(
     config = freeze(profiling.without_learning(config) if profile else config)
     folder.check_same_run(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, more = spec.build_model(config, data, checkpoint)
+    # the channels of its own checkpoint are those of the images already
+    building: Any = replace(config, model=replace(config.model, channel_map=None)) if begun else config
+    model, more = spec.build_model(building, data, checkpoint)
     if not begun:
         notes = [*data.notes, *notes, *replaced, *start_notes(checkpoint), *more]
     return make_job(spec, config, folder.recipe, data, model), list(notes)

@@ -7,9 +7,9 @@ from itpn.data.class_names import join_names
 from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
-from itpn.tasks.augmentation import pixel_values
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.data import NO_IMAGES, RunData, make_training_loader
+from itpn.tasks.pixels import pixel_values
 from itpn.training.config import describe_crops, image_size
 
 

@@ -28,7 +28,6 @@ from itpn.metrics.classification import (
 from itpn.metrics.features import knn_votes
 from itpn.models.backbone import Backbone
 from itpn.system.console import print_note
-from itpn.tasks.augmentation import pixel_values
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
 from itpn.tasks.classification.network import resolve
@@ -37,6 +36,7 @@ from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, r
 from itpn.tasks.features import FeatureEvaluator, join_sets
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import given_heads
+from itpn.tasks.pixels import pixel_values
 from itpn.training.config import image_size
 
 

@@ -6,9 +6,9 @@ from itpn.data.annotations import find_objects
 from itpn.data.objects import DetectionImages, DetectionTransform
 from itpn.data.readers import draw_images
 from itpn.errors import UserError
-from itpn.tasks.augmentation import pixel_values
 from itpn.tasks.data import RunData, print_once
 from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.pixels import pixel_values
 
 
 @dataclass(frozen=True)

@@ -20,12 +20,11 @@ from itpn.data.samples import REMEDY
 from itpn.data.shards import check_shards
 from itpn.data.windows import Windows, cut_windows
 from itpn.errors import UserError
-from itpn.tasks.augmentation import pixel_values
 from itpn.tasks.data import RunData, make_training_loader, print_once
-from itpn.tasks.pixels import make_reading
+from itpn.tasks.pixels import image_type, make_normalize, make_reading, pixel_values
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
+from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
 from itpn.teachers.timm_teacher import build_teacher
 from itpn.training.config import describe_crops, image_size
 from itpn.training.launch import choose_devices, read_launch
@@ -148,6 +147,22 @@ def make_frozen_teacher(config: PretrainingConfig) -> FeatureTeacher | None:
     if config.teacher.width not in (None, teacher.width):
         raise UserError(f"--teacher.width is {config.teacher.width}, but {name} has {teacher.width}: leave it out")
     return teacher
+
+
+def show_to_teacher(config: PretrainingConfig, teacher: FeatureTeacher) -> None:
+    """Have a teacher of photographs see what the images of resolved settings are.
+
+    Raises:
+        UserError: which channels it is to see has to be said, or there are no such channels.
+    """
+    kind = image_type(config)
+    channels = choose_channels(teacher.name, config.teacher.channels, kind.channels)
+    if kind.is_photo:
+        teacher.view = None if channels == (0, 1, 2) else RGBView(channels)
+        return
+    normalize = make_normalize(config)
+    low, high = (values.flatten().tolist() for values in (normalize.low, normalize.low + normalize.span))
+    teacher.view = RGBView(channels, low, high, normalize.nodata)
 
 
 def check_cache(config: PretrainingConfig, folder: str) -> None:

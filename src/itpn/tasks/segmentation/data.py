@@ -7,8 +7,8 @@ from itpn.data.mask_checks import MaskRules
 from itpn.data.masks import LabelTable
 from itpn.data.readers import draw_images
 from itpn.data.segmentation_transform import SegmentationTransform
-from itpn.tasks.augmentation import pixel_values
 from itpn.tasks.data import NO_IMAGES, RunData, print_once
+from itpn.tasks.pixels import pixel_values
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.config import describe_crops
 
@@ -41,7 +41,7 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
 
 
 def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
-    data = config.data
+    data, pixels = config.data, pixel_values(config)
     assert data.mean is not None
     return SegmentationTransform(
         table,
@@ -52,9 +52,10 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,
+        fill=tuple(255 * value for value in data.mean) if pixels.photographs else None,  # None for their mean
         max_pixels=data.max_pixels,
         rotate90=data.rotate90,
         channel_jitter=data.channel_jitter,
         channel_drop=data.channel_drop,
-        pixels=pixel_values(config),
+        pixels=pixels,
     )
