@@ -7,10 +7,9 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from itpn.data.normalize import Normalize
+from itpn.data.pixels import resize_pixels
 from itpn.geometry import fit_sides
 from itpn.tasks.segmentation.config import SegmentationConfig
 
@@ -40,7 +39,7 @@ class Segmentation:
 
     @torch.no_grad()
     def __call__(self, model: Any, normalize: Normalize, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] -> classes of its pixels, uint8 [H, W], on the CPU.
+        """[C, H, W] as it is stored -> classes of its pixels, uint8 [H, W], on the CPU.
 
         Probabilities are kept at the size that the network sees, and brought to the image's a few rows at a time, so
         that memory grows with ``short``, not with the image.
@@ -54,7 +53,7 @@ class Segmentation:
         for scale in self.scales:
             short = scale * self.short
             sides = fit_sides(image.shape[-2:], short, 4 * short)
-            resized = resize(image, sides, InterpolationMode(self.interpolation), antialias=True)
+            resized = resize_pixels(image, sides, self.interpolation, normalize.nodata)
             x = normalize(resized[None])
             for mirrored in (False, True) if self.flip else (False,):
                 own = self._segment(model, x.flip(-1) if mirrored else x)
