@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from faster_coco_eval.core import mask as rle
 
-from itpn.data.decode import read_size, reason_of
+from itpn.data.decode import reason_of
+from itpn.data.formats.reading import read_size
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError
