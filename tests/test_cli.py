@@ -69,8 +69,11 @@ def mistake(capsys, *arguments: str) -> str:
         (["train", "itpn-pixel_nano", "--model.mask-ratio", "1"], "--model.mask-ratio 1.0 leaves no visible"),
         (["train", "itpn-pixel_nano", "--model.mask-ratio", "0"], "leaves no visible or no masked"),
         (["train", "itpn-pixel_nano", "--data.batch-size", "0"], "--data.batch-size must be at least 1"),
-        (["train", "itpn-pixel_nano", "--model.in-chans", "4"], "--model.in-chans must be 1 (grey) or 3"),
-        (["train", "itpn-pixel_nano", "--data.mean", "1", "2"], "--data.mean needs one number"),
+        (["train", "itpn-pixel_nano", "--model.in-chans", "4", "--data.dtype", "photo"], "must be 1 (grey) or 3"),
+        (
+            ["train", "itpn-pixel_nano", "--data.mean", "1", "2", "--model.in-chans", "3"],
+            "--data.mean needs one number",
+        ),
         (["train", "itpn-pixel_nano", "--name", "a/b"], "plain folder name"),
         (["train", "itpn-pixel_nano", "--model.checkpoint", "x.ckpt"], "x.ckpt does not exist"),
         (["info", "itpn_nan"], "did you mean itpn_nano?"),

@@ -88,6 +88,8 @@ def get_model(recipe: str | Path, pretrained: bool | str | Path = False, **overr
     classes = overrides.pop("num_classes", None)
     check_type(classes, PositiveInt | None, "num_classes")
     check_range(classes, PositiveInt | None, "num_classes")
+    if overrides.get("channel_map") is not None and not pretrained:
+        raise UserError("channel_map says which channels of a checkpoint are kept: give pretrained=PATH")
     found = read_checkpoint(pretrained) if pretrained else None
     model, notes = task_of(config).build_recipe(override_model(config, overrides), classes, found)
     for note in notes:

@@ -82,7 +82,7 @@ def test_help_lists_every_option(capsys, name):
         for shown in field.options or [field.usage]:
             assert shown in text
     assert "None" not in text
-    assert ("--recipe FILE" in text) == (name not in ("list", "shrink", "demo"))
+    assert ("--recipe FILE" in text) == (name not in ("list", "stats", "shrink", "demo"))
 
 
 @pytest.mark.parametrize(

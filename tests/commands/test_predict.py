@@ -88,10 +88,10 @@ def test_names_of_outputs_fit_the_file_system(tmp_path):
 
 def test_drawings_of_images_of_long_or_equal_names(tmp_path, monkeypatch, capsys):
     found = {"boxes": torch.tensor([[1.0, 2, 8, 9]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
-    monkeypatch.setattr(itpn.tasks.detection.prediction, "detect", lambda model, images: [found])
+    monkeypatch.setattr(itpn.tasks.detection.prediction, "detect", lambda model, normalize, images: [found])
     names = ["a/x.jpg", "b/x.jpg", "y" * 250 + "1.jpg", "y" * 250 + "2.jpg", readable(os.fsdecode(b"\xff[red]\n.jpg"))]
     images = ((name, torch.zeros(3, 16, 16, dtype=torch.uint8)) for name in names)
-    predict_objects(None, images, ["cat"], tmp_path, 0.5)
+    predict_objects(None, None, images, ["cat"], tmp_path, 0.5)
     assert len(list(tmp_path.glob("*.png"))) == 5
     assert [one["image"] for one in json.loads((tmp_path / "predictions.json").read_bytes())] == names
     with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:

@@ -1,14 +1,24 @@
-"""Augmentation: where crops lie, what colour jitter does, and that both views of an image are alike."""
+"""Augmentation: where crops lie, what jitter does, that both views of an image are alike, and what is no photograph."""
 
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
-from itpn.data.augment import PretrainingTransform, center_crop, draw_crop, draw_jitter
+from itpn.data.augment import (
+    ClassificationTransform,
+    EvaluationTransform,
+    PretrainingTransform,
+    center_crop,
+    draw_channels,
+    draw_crop,
+    draw_jitter,
+)
+from itpn.data.pixels import PixelValues, adjust_channels, drop_channels, mirror, resize_pixels, turn
 from itpn.errors import UserError
 
 TRANSFORM = PretrainingTransform((8, 12))
@@ -87,6 +97,8 @@ def test_impossible_settings() -> None:
         {"color_jitter": -0.1},
         {"color_jitter": 1.1},
         {"color_jitter": float("nan")},
+        {"channel_jitter": 1.1},
+        {"channel_drop": -0.1},
         {"teacher_size": (196, 0)},
     ):
         with pytest.raises(UserError):
@@ -200,3 +212,221 @@ def test_a_second_view_of_the_same_size_is_none() -> None:
     for size in ((8, 12), [8, 12]):
         transform = PretrainingTransform((8, 12), teacher_size=size)
         assert list(transform(noise(), random.Random(0))) == ["image"]
+
+
+# ---------------------------------------------------------------------------------------------- other images
+
+
+BANDS = PixelValues(False, 7, torch.int16, (0,), (10_000,), tuple(range(900, 1600, 100)), nodata=-9999)
+COUNTS = PixelValues(False, 5, torch.float32, (0.0,) * 5, (9.0,) * 5, (0.5,))
+DEEP = PixelValues(False, 1, torch.uint16, (100,), (4095,), (700,))
+KINDS = {"bands": BANDS, "counts": COUNTS, "deep": DEEP}
+
+
+def scene(pixels: PixelValues, height: int = 60, width: int = 80) -> torch.Tensor:
+    """Noise in the value range, with a corner without data where there is a value for that."""
+    rng = np.random.default_rng(0)
+    values = rng.uniform(pixels.low[0], pixels.high[0], (pixels.channels, height, width))
+    if pixels.nodata is not None:
+        values[:, :20, :30] = pixels.nodata
+    return torch.from_numpy(values).to(pixels.dtype)
+
+
+class Stored:
+    """As an encoded image that is no photograph: what it is asked for is remembered."""
+
+    def __init__(self, image: torch.Tensor) -> None:
+        self.image, (self.height, self.width), self.targets = image, image.shape[1:], []
+        self.warnings: dict[str, str] = {}
+
+    def decode(self) -> torch.Tensor:
+        return self.image
+
+    def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> torch.Tensor:
+        self.targets.append(target)
+        return self.image[:, top : top + height, left : left + width]
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one.numpy(), other.numpy(), equal_nan=one.is_floating_point())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_images_of_any_channels_are_cropped_resized_and_mirrored(kind: str) -> None:
+    pixels, image = KINDS[kind], scene(KINDS[kind])
+    transform = PretrainingTransform((24, 32), teacher_size=(21, 28), pixels=pixels)
+    flips = 0
+    for seed in range(10):
+        rng = random.Random(seed)
+        top, left, height, width = draw_crop(60, 80, (0.2, 1.0), (3 / 4, 4 / 3), rng)
+        crop, flip = image[:, top : top + height, left : left + width], rng.random() < 0.5
+        used = random.Random(seed)
+        views = transform(image, used)
+        assert used.getstate() == rng.getstate()  # nothing more is drawn
+        for name, size in (("image", (24, 32)), ("teacher_image", (21, 28))):
+            view = resize_pixels(crop, size, "bicubic", pixels.nodata)
+            assert same(views[name], mirror(view) if flip else view)
+            assert views[name].is_contiguous()
+        assert same(transform(Stored(image), random.Random(seed))["image"], views["image"])
+        flips += flip
+    assert 0 < flips < 10
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_turned_crops_are_crops_of_the_turned_image(kind: str) -> None:
+    """A gradient from left to right, and the ratio of the crop, in the image as it is shown."""
+    pixels = KINDS[kind]
+    image, seen = scene(pixels, 200, 300), set()
+    wide = PretrainingTransform((8, 24), (0.1, 0.3), (2.0, 3.0), hflip=0, rotate90=True, pixels=pixels)
+    for seed in range(40):
+        params = wide.draw_params(200, 300, random.Random(seed))
+        top, left, height, width = params.box
+        assert 0 <= top <= 200 - height
+        assert 0 <= left <= 300 - width
+        height, width = (width, height) if params.turns % 2 else (height, width)
+        assert 1.9 < width / height < 3.1
+        stored = Stored(image)
+        view = wide(stored, random.Random(seed))["image"]
+        assert view.shape == (pixels.channels, 8, 24)
+        assert stored.targets == [(24, 8) if params.turns % 2 else (8, 24)]
+        before = resize_pixels(turn(params.crop(image), params.turns), (8, 24), "bicubic", pixels.nodata)
+        difference = (view.double() - before.double()).abs()
+        assert difference.max() <= (1 if pixels.nodata is not None or pixels is DEEP else 1e-4)
+        seen.add(params.turns)
+    assert seen == {0, 1, 2, 3}
+
+
+def test_turns_and_mirrors_are_all_eight_symmetries_each_as_often() -> None:
+    image = noise(16, 16)
+    transform = PretrainingTransform((16, 16), (1.0, 1.0), (1.0, 1.0), rotate90=True)
+    counts = Counter(transform(image, random.Random(seed))["image"].numpy().tobytes() for seed in range(1600))
+    assert len(counts) == 8
+    assert all(abs(count - 200) < 5 * 13.3 for count in counts.values())  # five std
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "photographs"])
+def test_channels_are_jittered_and_dropped_after_crops_that_stay(kind: str) -> None:
+    pixels = KINDS.get(kind, PixelValues())
+    image = scene(pixels) if kind in KINDS else noise()
+    plain = PretrainingTransform((24, 32), teacher_size=(21, 28), pixels=pixels)
+    changed = PretrainingTransform((24, 32), teacher_size=(21, 28), channel_jitter=0.4, channel_drop=0.3, pixels=pixels)
+    dropped = 0
+    for seed in range(20):
+        views, others, rng = (
+            plain(image, random.Random(seed)),
+            changed(image, random.Random(seed)),
+            random.Random(seed),
+        )
+        draw_crop(60, 80, (0.2, 1.0), (3 / 4, 4 / 3), rng)
+        rng.random()
+        drawn = draw_channels(pixels.channels, 0.4, 0.3, rng)
+        dropped += len(drawn.dropped)
+        for name in ("image", "teacher_image"):
+            wanted = adjust_channels(views[name], drawn.brightness, drawn.contrast, pixels)
+            wanted = drop_channels(wanted, drawn.dropped, pixels) if drawn.dropped else wanted
+            assert same(others[name], wanted)
+            assert not same(others[name], views[name])
+            if pixels.nodata is not None:
+                assert torch.equal(others[name] == pixels.nodata, views[name] == pixels.nodata)
+    assert dropped > 0 or pixels.channels == 1
+
+
+def test_each_channel_has_numbers_of_its_own() -> None:
+    rng = random.Random(0)
+    drawn = [draw_channels(3, 0.4, 0.2, rng) for _ in range(3000)]
+    for name in ("brightness", "contrast"):
+        factors = torch.tensor([getattr(params, name) for params in drawn])
+        assert factors.shape == (3000, 3)
+        assert 0.6 <= factors.min() < 0.61
+        assert 1.39 < factors.max() <= 1.4
+        assert (factors.mean(dim=0) - 1).abs().max() < 5 * 0.231 / 3000**0.5
+        assert torch.corrcoef(factors.T).fill_diagonal_(0).abs().max() < 0.1
+    counts = Counter(channel for params in drawn for channel in params.dropped)
+    assert all(abs(counts[channel] - 592) < 5 * 22 for channel in range(3))  # less those of all three, a third of each
+    assert draw_channels(9, 0.0, 0.0, rng) == ((), (), ())
+
+
+def test_one_channel_stays_at_least() -> None:
+    rng = random.Random(0)
+    kept = Counter(tuple(sorted({0, 1, 2} - {*draw_channels(3, 0.0, 1.0, rng).dropped})) for _ in range(300))
+    assert set(kept) == {(0,), (1,), (2,)}
+    assert draw_channels(1, 0.0, 1.0, rng).dropped == ()
+
+
+def test_colours_are_for_photographs() -> None:
+    words = r"^--data.{} is for RGB photographs, not for images of 7 channels of int16: leave it out, or give --data.ch"
+    with pytest.raises(UserError, match=words.format("color-jitter")):
+        PretrainingTransform(color_jitter=0.4, pixels=BANDS)
+    with pytest.raises(UserError, match=words.format("color-jitter")):
+        ClassificationTransform((8, 8), color_jitter=0.4, pixels=BANDS)
+    with pytest.raises(UserError, match=words.format("auto-augment")):
+        ClassificationTransform((8, 8), auto_augment="rand-m9-mstd0.5-inc1", pixels=BANDS)
+    with pytest.raises(UserError, match="not for images of 1 channel of uint16"):
+        PretrainingTransform(color_jitter=0.4, pixels=DEEP)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_classifiers_see_other_images_as_pre_training_does(kind: str) -> None:
+    pixels, image = KINDS[kind], scene(KINDS[kind])
+    options = {"rotate90": True, "channel_jitter": 0.3, "channel_drop": 0.2, "pixels": pixels}
+    ours = ClassificationTransform((24, 32), (0.3, 0.9), (0.5, 2.0), "bilinear", 0.3, **options)
+    crops = PretrainingTransform((24, 32), (0.3, 0.9), (0.5, 2.0), "bilinear", 0.3, **options)
+    for seed in range(5):
+        for sample in (image, Stored(image)):
+            view = ours(sample, random.Random(seed), 4)
+            assert same(view["image"], crops(image, random.Random(seed))["image"])
+            assert int(view["label"]) == 4
+
+
+def test_photographs_of_classifiers_are_turned_before_timm_and_jittered_after() -> None:
+    image = noise()
+    own = ClassificationTransform((24, 32), auto_augment="rand-m9-mstd0.5-inc1", rotate90=True, channel_jitter=0.3)
+    timms = ClassificationTransform((24, 32), auto_augment="rand-m9-mstd0.5-inc1")
+    for seed in range(8):
+        rng = random.Random(seed)
+        turned = turn(image, rng.randrange(4))
+        drawn = draw_channels(3, 0.3, 0.0, rng)
+        wanted = drawn.apply(timms(turned, rng, 0)["image"], PixelValues())
+        assert torch.equal(own(image, random.Random(seed), 0)["image"], wanted)
+
+
+@pytest.mark.parametrize("size", [(24, 24), (24, 32), (40, 24)])
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+def test_the_evaluation_of_other_images_sees_what_that_of_photographs_sees(size, crop_pct) -> None:
+    """The same place in the same size: timm's own crop of an 8-bit copy differs by rounding alone."""
+    for height, width in ((50, 70), (71, 50), (33, 33), (200, 31), (24, 24)):
+        coarse = torch.rand(1, 3, 5, 6, generator=torch.Generator().manual_seed(1)) * 200 + 20
+        smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 255)
+        image = smooth.round().to(torch.uint8)
+        photograph = EvaluationTransform(size, crop_pct, "bilinear")(image)
+        deep = PixelValues(False, 3, torch.uint16, (0,), (65535,), (0,))
+        view = EvaluationTransform(size, crop_pct, "bilinear", deep)(image.to(torch.int32).mul(257).to(torch.uint16))
+        assert (view.dtype, view.shape, view.is_contiguous()) == (torch.uint16, photograph.shape, True)
+        assert (view.double() / 257 - photograph.double()).abs().max() < 1.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_centre_crops_of_other_images(kind: str) -> None:
+    pixels, image = KINDS[kind], scene(KINDS[kind])
+    view = center_crop(image, (16, 16), pixels.nodata)
+    assert same(view, resize_pixels(image[:, :, 10:70], (16, 16), "bicubic", pixels.nodata))
+    assert view.is_contiguous()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_evaluation_knows_what_has_no_data(kind: str) -> None:
+    pixels, image = KINDS[kind], scene(KINDS[kind])
+    if pixels is COUNTS:
+        image[:, :20, :30] = float("nan")
+    for view in (
+        EvaluationTransform((30, 30), 1.0, pixels=pixels)(image),
+        center_crop(image, (30, 30), pixels.nodata),
+    ):
+        assert view.shape == (pixels.channels, 30, 30)
+        assert view.dtype == pixels.dtype
+        empty = view.isnan() if pixels is COUNTS else view == (pixels.nodata if pixels.nodata is not None else -1)
+        assert bool(empty[:, :8, :8].all()) == (pixels is not DEEP)
+        assert not empty[:, 12:].any()
+        values = view[~empty].double()
+        assert pixels.low[0] <= values.min()
+        assert values.max() <= pixels.high[0]

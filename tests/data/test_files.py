@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from itpn.data.files import ImageSource, find_images, find_splits
+from itpn.data.walk import list_images
 from itpn.errors import MachineError, UserError
 
 
@@ -157,3 +159,60 @@ def test_needs_no_heavy_imports() -> None:
 def test_data_modules_import_no_detector():
     code = "import itpn.data.objects, itpn.data.labelmaps, sys; print({'itpn.models.detector'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
+
+
+DICOM = bytes(128) + b"DICM"
+
+
+def test_dicom_is_recognized_without_a_suffix(tmp_path: Path) -> None:
+    """Or with a number as its suffix; no other file is looked into, and the index of a disk is no image."""
+    make(tmp_path, "s/notes", "s/2.16", "s/a.txt", "s/b.dcm")
+    for name in ("s/IM0001", "s/1.2.840.113.17", "s/DICOMDIR", "s/c.txt"):
+        (tmp_path / name).write_bytes(DICOM)
+    found = find_images([tmp_path / "s"])
+    assert names(found, tmp_path) == ["s/1.2.840.113.17", "s/IM0001", "s/b.dcm"]
+    assert found.notes == ("not read: 2 without a suffix, 2 .txt, 1 .16",)
+    assert names(find_images([tmp_path / "s" / "IM0001"]), tmp_path) == ["s/IM0001"]
+    with pytest.raises(UserError, match="neither a folder, an image nor a tar shard"):
+        find_images([tmp_path / "s" / "notes"])
+
+
+def test_only_names_that_tell_nothing_are_looked_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "a.jpg", "b.txt", "c.tif", "d", "e.7", "f.tar")
+    reads: list[tuple[str, int]] = []
+    monkeypatch.setattr("itpn.data.file_types._read_start", lambda *args: reads.append(args) or b"")
+    find_images([tmp_path])
+    assert reads == [(str(tmp_path / "d"), 132), (str(tmp_path / "e.7"), 132)]
+
+
+def test_envi_is_recognized_by_its_header(tmp_path: Path) -> None:
+    make(tmp_path, "s/a.img", "s/b.dat", "s/c.bsq", "s/d.bil", "s/e.BIP", "s/f.img", "s/g.dat", "s/g.hdr")
+    for name in ("a.hdr", "b.dat.hdr", "c.hdr", "d.hdr", "e.hdr", "alone.hdr"):
+        (tmp_path / "s" / name).write_text("ENVI\nsamples = 2\n")
+    found = find_images([tmp_path / "s"])
+    assert names(found, tmp_path) == ["s/a.img", "s/b.dat", "s/c.bsq", "s/d.bil", "s/e.BIP"]
+    assert found.notes == ("not read: 2 .hdr, 1 .dat, 1 .img",)
+    make(tmp_path, "t/a.img", "t/a.hdr")
+    with pytest.raises(UserError, match=r"no images in .*t \(looked for .*\); not read: 1 \.hdr, 1 \.img$"):
+        find_images([tmp_path / "t"])
+
+
+def test_formats_of_science(tmp_path: Path) -> None:
+    kinds = ["avif", "btf", "dcm", "dicom", "heic", "heif", "j2k", "jp2", "ome.tif", "tf8"]
+    make(tmp_path, *(f"s/a.{kind}" for kind in kinds), "s/b.jxl")
+    assert names(find_images([tmp_path / "s"]), tmp_path) == [f"s/a.{kind}" for kind in kinds]
+    arrays = ["h5", "hdf5", "npy", "npz"]
+    make(tmp_path, *(f"t/a.{kind}" for kind in arrays))
+    assert names(find_images([tmp_path / "t"]), tmp_path) == [f"t/a.{kind}" for kind in arrays]
+
+
+def test_arrays_beside_images_are_none(tmp_path: Path) -> None:
+    """But features, labels or the like."""
+    make(tmp_path, "s/x/a.tif", "s/x/a.npy", "s/features.npz", "s/train.h5")
+    found = find_images([tmp_path / "s"])
+    assert names(found, tmp_path) == ["s/x/a.tif"]
+    assert found.notes == ("not read: 1 .h5, 1 .npy, 1 .npz",)
+    unread = Counter[str]()
+    assert list_images(str(tmp_path / "s"), unread) == [str(tmp_path / "s" / "x" / "a.tif")]
+    assert unread == {".h5": 1, ".npy": 1, ".npz": 1}
+    assert names(find_images([tmp_path / "s" / "x" / "a.npy"]), tmp_path) == ["s/x/a.npy"]

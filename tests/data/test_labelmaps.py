@@ -8,6 +8,7 @@ import shutil
 import struct
 import zlib
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from itpn.data.labelmaps import find_label_maps
 from itpn.data.loader import TrainingLoader
 from itpn.data.mask_checks import MaskRules, match_masks
 from itpn.data.masks import IGNORED, make_table, name_labels
+from itpn.data.pixels import PixelValues
 from itpn.data.scenes import CLASSES, GROUNDS
 from itpn.data.segmentation_transform import SegmentationTransform
 from itpn.data.shapes import write_shapes
@@ -524,7 +526,7 @@ def test_each_invalid_annotation_is_found_named_and_left_out(root, kind):
 def test_what_is_not_read_is_counted_by_suffix(root):
     """In both folders of a set; what is read as a file of classes is none of it."""
     images, masks = root / "images" / "training", root / "annotations" / "training"
-    for name in ("a.heic", "b.heic", "Thumbs.db", "classes.csv", ".hidden", "x/c.AVIF", "s.tar"):
+    for name in ("a.fff", "b.fff", "Thumbs.db", "classes.csv", ".hidden", "x/c.ARW", "s.tar"):
         (images / name).parent.mkdir(exist_ok=True)
         (images / name).touch()
     for name in ("a.json", "b.json", "notes"):
@@ -533,14 +535,14 @@ def test_what_is_not_read_is_counted_by_suffix(root):
     train, _ = find(root, log=logged.append, on_invalid="error")
     assert len(train) == 12
     assert logged == [
-        f"{masks}: not read: 2 .heic, 1 .avif, 1 .db, 1 .tar in {images}",
+        f"{masks}: not read: 2 .fff, 1 .arw, 1 .db, 1 .tar in {images}",
         f"{masks}: not read: 2 .json, 1 without a suffix in {masks}",
     ]
     for path in [*images.iterdir(), *masks.iterdir()]:
-        path.rename(path.with_suffix(".heic")) if path.is_file() else None
+        path.rename(path.with_suffix(".fff")) if path.is_file() else None
     with pytest.raises(
         UserError,
-        match=rf"{images} has no images that can be used: not read: 17 \.heic, 1 \.avif in {images}; not read",
+        match=rf"{images} has no images that can be used: not read: 17 \.fff, 1 \.arw in {images}; not read",
     ):
         find(root)
 
@@ -626,7 +628,9 @@ def painted(labels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(colours[labels]).permute(2, 0, 1).contiguous()
 
 
-@pytest.mark.parametrize("options", [{"scales": (1.0, 1.0)}, {"scales": (0.5, 2.0)}, {"hflip": 1.0}, {"size": 160}])
+@pytest.mark.parametrize(
+    "options", [{"scales": (1.0, 1.0)}, {"scales": (0.5, 2.0)}, {"hflip": 1.0}, {"size": 160}, {"rotate90": True}]
+)
 def test_the_mask_goes_where_the_pixels_go(shapes, options):
     """The mask painted as an image, through the same transform: colours are still those of the classes."""
     train, _ = find(shapes)
@@ -677,6 +681,66 @@ def test_what_is_beside_the_image_keeps_its_colour(shapes):
     beside = view["image"][:, 100:]
     assert (beside == torch.tensor([1, 2, 3])[:, None, None]).all()
     assert (view["target"][100:] == IGNORED).all()
+
+
+def test_turns_are_all_four(shapes):
+    """An image that is smaller than the crop lies in its upper left, however it is turned."""
+    train, _ = find(shapes)
+    mask, labels = train[0][2], torch.from_numpy(labels_of(train, 0))
+    pixels = painted(labels.numpy())
+    options = {"scales": (1.0, 1.0), "hflip": 0.0, "photometric": False, "rotate90": True}
+    transform = SegmentationTransform(train.table, 90, 64, **options)
+    seen = set()
+    for seed in range(20):
+        view = transform(pixels, random.Random(seed), mask)
+        turns = [
+            quarters
+            for quarters in range(4)
+            if torch.equal(crop_of(view["target"], turned := torch.rot90(labels, quarters)), turned)
+        ]
+        assert len(turns) == 1
+        wanted = torch.rot90(pixels, turns[0], (1, 2))
+        assert torch.equal(crop_of(view["image"], wanted), wanted)
+        assert (view["target"] == IGNORED).sum() == 90 * 90 - 64 * 80 + (labels == IGNORED).sum()
+        seen.add(turns[0])
+    assert seen == {0, 1, 2, 3}
+
+
+def crop_of(view: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """As much from the upper left as ``part`` has."""
+    return view[..., : part.shape[-2], : part.shape[-1]]
+
+
+@pytest.mark.parametrize("options", [{}, {"rotate90": True, "size": 200}])
+def test_images_of_any_channels_go_where_photographs_go(shapes, options):
+    """Of seven bands with a corner without data: the target is that of a photograph with the same seed."""
+    train, _ = find(shapes)
+    bands = PixelValues(False, 7, torch.uint16, (0,), (10_000,), tuple(range(1, 8)), nodata=9)
+    mask, photograph = train[0][2], painted(labels_of(train, 0))
+    image = 1000 + 100 * torch.arange(7)[:, None, None] + torch.arange(64 * 80).reshape(64, 80)
+    image[:, :20, :20] = 9
+    image = image.to(torch.uint16)
+    settings = {"size": 48, "short": 64, "photometric": False, **options}
+    for seed in range(10):
+        ours, theirs = (
+            SegmentationTransform(train.table, pixels=pixels, **settings)(one, random.Random(seed), mask)
+            for one, pixels in ((image, bands), (photograph, PixelValues()))
+        )
+        assert ours["image"].dtype == torch.uint16
+        assert ours["image"].shape == (7, *theirs["image"].shape[1:])
+        assert torch.equal(ours["target"], theirs["target"])
+        values = ours["image"].to(torch.int32)
+        assert (((values >= 1000) & (values < 7000)) | (values == 9) | (values < 8)).all()
+    beside = SegmentationTransform(train.table, 160, 64, scales=(1.0, 1.0), photometric=False, pixels=bands)
+    view = beside(image, random.Random(0), mask)["image"].to(torch.int32)
+    assert (view[:, 100:] == torch.arange(1, 8)[:, None, None]).all()
+    jittered = replace(beside, channel_jitter=0.4, channel_drop=0.3)(image, random.Random(0), mask)["image"]
+    jittered = jittered.to(torch.int32)
+    assert torch.equal(jittered == 9, view == 9)
+    assert (jittered[:, 100:] == torch.arange(1, 8)[:, None, None]).all()
+    assert not torch.equal(jittered, view)
+    with pytest.raises(UserError, match=r"--data\.photometric is for RGB photographs, not for images of 7 channels"):
+        replace(beside, photometric=True)
 
 
 def test_channels_keep_their_places(shapes):

@@ -5,6 +5,7 @@ import json
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from itpn.data.batches import collect
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.loader import TrainingLoader
 from itpn.data.objects import DetectionTransform, draw_masks, encode_mask, make_target
+from itpn.data.pixels import PixelValues, resize_pixels
 from itpn.data.scenes import CLASSES
 from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
@@ -521,7 +523,8 @@ TRANSFORMS = {
     "crops": {"crop_prob": 1.0},
     "flips": {"crop_prob": 0.0, "hflip": 1.0, "scales": (1.0, 1.0)},
     "jitter": {"large_scale_jitter": (0.3, 2.0)},
-    "all": {},
+    "turns": {"crop_prob": 0.0, "rotate90": True},
+    "all": {"rotate90": True},
 }
 
 
@@ -555,7 +558,7 @@ def test_boxes_and_masks_go_where_the_pixels_go(shapes, which):
                 assert cols[-1] <= x1 + 0.5
                 assert rows[0] >= y0 - 1.5
                 assert rows[-1] <= y1 + 0.5
-                if which in ("scales", "flips"):
+                if which in ("scales", "flips", "turns"):
                     assert abs(cols[0] - x0) < 2.5
                     assert abs(cols[-1] + 1 - x1) < 2.5
                     assert abs(rows[0] - y0) < 2.5
@@ -569,6 +572,59 @@ def test_boxes_and_masks_go_where_the_pixels_go(shapes, which):
     assert len(sizes) >= (1 if which == "flips" else 3)
     same = [transform(painted, random.Random(7), numbered)["image"] for _ in range(2)]
     assert torch.equal(*same)
+
+
+def test_turns_are_all_four_each_with_its_boxes():
+    """A mark in the upper left: an object and its box are found in each corner."""
+    mark = [[2, 3, 12, 3, 12, 9, 2, 9]]
+    one = {"bbox": [2, 3, 10, 6], "label": 0, "area": 60, "iscrowd": 0, "segmentation": mark}
+    annotation, image = {"id": 1, "size": (40, 60), "objects": [one]}, torch.zeros(3, 40, 60, dtype=torch.uint8)
+    image[:, 3:9, 2:12] = 200
+    transform = DetectionTransform(40, 60, (1.0, 1.0), 0.0, hflip=0.0, rotate90=True)
+    found = {}
+    for seed in range(20):
+        view = transform(image, random.Random(seed), annotation)
+        target, pixels = view["target"], view["image"]
+        box = target["boxes"][0].tolist()
+        found[tuple(box)] = tuple(pixels.shape[1:])
+        x0, y0, x1, y1 = map(int, box)
+        wanted = torch.zeros(pixels.shape[1:], dtype=torch.bool)
+        wanted[y0:y1, x0:x1] = True
+        assert torch.equal(pixels[0] == 200, wanted)
+        assert torch.equal(target["masks"][0] > 0, wanted)
+    assert found == {
+        (2, 3, 12, 9): (40, 60),
+        (3, 48, 9, 58): (60, 40),
+        (48, 31, 58, 37): (40, 60),
+        (31, 2, 37, 12): (60, 40),
+    }
+
+
+@pytest.mark.parametrize("options", [{}, {"large_scale_jitter": (0.3, 2.0)}, {"rotate90": True}])
+def test_images_of_any_channels_go_where_photographs_go(shapes, options):
+    """Of seven bands with a corner without data: the objects are those of a photograph with the same seed."""
+    train, _ = find_objects(str(shapes))
+    bands = PixelValues(False, 7, torch.int16, (0,), (10_000,), (500,), nodata=-1)
+    annotation = train[0][2]
+    photograph = torch.zeros(3, 64, 80, dtype=torch.uint8)
+    image = torch.arange(64 * 80, dtype=torch.int16).reshape(1, 64, 80).expand(7, -1, -1).clone()
+    image[:, :20, :20] = -1
+    for seed in range(10):
+        ours, theirs = (
+            DetectionTransform(128, 213, pixels=pixels, **options)(one, random.Random(seed), annotation)
+            for one, pixels in ((image, bands), (photograph, PixelValues()))
+        )
+        assert ours["image"].dtype == torch.int16
+        assert ours["image"].shape == (7, *theirs["image"].shape[1:])
+        assert all(torch.equal(value, theirs["target"][name]) for name, value in ours["target"].items())
+        assert ours["image"].min() >= -1
+    plain = DetectionTransform(128, 213, (1.0, 1.0), 0.0, hflip=1.0, pixels=bands)
+    changed = replace(plain, channel_jitter=0.4, channel_drop=0.3)
+    view, other = (one(image, random.Random(1), annotation)["image"] for one in (plain, changed))
+    assert torch.equal(view, resize_pixels(image, (128, 160), "bilinear", -1).flip(-1))
+    assert torch.equal(view == -1, other == -1)
+    assert (view == -1).any()
+    assert not torch.equal(view, other)
 
 
 def test_short_sides_are_the_published_ones():

@@ -116,6 +116,39 @@ def test_axes_of_ome(tmp_path, axes, compression):
         check(path, flat[page], pages, page)
 
 
+TURNS = {
+    1: lambda p: p,
+    2: np.fliplr,
+    3: lambda p: np.rot90(p, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda p: np.rot90(p, -1),  # clockwise
+    7: lambda p: np.rot90(p.T, 2),
+    8: np.rot90,
+}
+
+
+@pytest.mark.parametrize("orientation", TURNS)
+@pytest.mark.parametrize("form", ["uncompressed", "strips", "tiles", "planes"])
+def test_tiff_is_turned_upright(tmp_path, orientation, form):
+    """Windows are those of the turned image."""
+    pixels = draw((3, 40, 61))
+    separate = {"planarconfig": "separate", "photometric": "minisblack", "metadata": None}
+    options = {"planes": {**separate, "compression": "zlib"}, "uncompressed": separate}.get(form) or TIFFS[form]
+    stored = pixels if form in ("planes", "uncompressed") else pixels.transpose(1, 2, 0)
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, stored, extratags=[(274, "H", 1, orientation, True)], **options)
+    check(path, np.stack([TURNS[orientation](plane) for plane in pixels]), regions=True)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("orientation", [0, 9])
+def test_no_orientation_of_tiff(tmp_path, orientation):
+    pixels = draw((40, 50))
+    tifffile.imwrite(tmp_path / "a.tif", pixels, extratags=[(274, "H", 1, orientation, True)])
+    check(tmp_path / "a.tif", pixels[None])
+
+
 def test_a_pyramid_is_its_largest_level(tmp_path):
     pixels = draw((64, 96))
     with tifffile.TiffWriter(tmp_path / "a.ome.tif") as file:
@@ -214,6 +247,8 @@ def test_photographs(tmp_path):
     exif[274] = 6
     image.save(tmp_path / "turned.png", exif=exif)
     check(tmp_path / "turned.png", np.rot90(pixels, -1).transpose(2, 0, 1))
+    Image.fromarray(deep := draw((40, 50))).save(tmp_path / "deep.png", exif=exif)
+    check(tmp_path / "deep.png", np.rot90(deep, -1)[None])
     image.convert("CMYK").save(tmp_path / "cmyk.tif")
     assert itpn.read_image(tmp_path / "cmyk.tif").shape == (4, 40, 50)
     palette = image.quantize(7)
@@ -330,9 +365,24 @@ def test_plain_tiff_needs_no_extra(tmp_path, monkeypatch):
     pixels = draw((40, 50, 3), "uint8")
     tifffile.imwrite(tmp_path / "a.tif", pixels)
     tifffile.imwrite(tmp_path / "b.tif", draw((40, 50)))
+    tifffile.imwrite(tmp_path / "c.tif", pixels[..., 0], photometric="miniswhite")
     monkeypatch.setitem(sys.modules, "tifffile", None)
     assert np.array_equal(itpn.read_image(tmp_path / "a.tif").numpy(), pixels.transpose(2, 0, 1))
     assert itpn.read_image(tmp_path / "b.tif").dtype == torch.uint16
+    assert np.array_equal(itpn.read_image(tmp_path / "c.tif").numpy(), pixels[None, ..., 0])
+
+
+@pytest.mark.parametrize("photometric", [0, 1])
+@pytest.mark.parametrize("known", [True, False])
+def test_faxes(tmp_path, monkeypatch, photometric, known):
+    """As stored, by Pillow too, where imagecodecs lacks their compression."""
+    pixels = draw((40, 50), "uint8") > 200
+    Image.fromarray(pixels).save(tmp_path / "a.tif", compression="group4", tiffinfo={262: photometric})
+    if not known:
+        monkeypatch.delitem(sys.modules, "itpn.data.formats.tiff", raising=False)
+        monkeypatch.setattr(tifffile.TIFF, "DECOMPRESSORS", {1: None})
+    expected = pixels if photometric else ~pixels
+    assert np.array_equal(itpn.read_image(tmp_path / "a.tif").numpy(), expected[None])
 
 
 def test_images_that_are_too_large_take_no_memory(tmp_path):

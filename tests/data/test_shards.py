@@ -77,6 +77,8 @@ PLAIN = ["a.b/0.jpg", "a.b/0.seg.png", "a.b/0.cls", "a.b/1.depth.png", "a.b/1.pn
         (["0.rgb.png", "0.mask.png", "1.mask.png", "1.rgb.png"], (), ["0.rgb.png", "1.rgb.png"]),
         (["0.jpg", "2024.05.jpg", "0.mask.png"], (), ["0.jpg", "2024.05.jpg"]),  # alone of its key; a mask never is
         (["0.image.jpg", "0.mask_1.png", "0.seg2.png", "0.label-03.png"], (), ["0.image.jpg"]),
+        (["0.jpg", "0.npy", "1.npy", "2.rgb.png", "2.npz"], (), ["0.jpg", "1.npy", "2.rgb.png"]),  # features, 1.npy not
+        (["0.jpg", "0.npy", "1.jpg", "1.npy"], ("npy",), ["0.npy", "1.npy"]),
         (["0.jpg", "1.jpg", "0.seg.png", "1.seg.png"], (), ["0.jpg", "1.jpg"]),  # not beside one another
     ],
 )
@@ -123,11 +125,11 @@ def test_what_is_told_of_members(tmp_path: Path) -> None:
     ]
 
 
-UNREAD = ["1.heic", "1.HEIC", "2.avif", "3.npy", "0.seg.npy", "0.json", ".0.txt", "classes.txt", "0.cls", "README"]
+UNREAD = ["1.fff", "1.FFF", "2.arw", "3.mat", "0.seg.mat", "0.json", ".0.txt", "classes.txt", "0.cls", "README"]
 
 
 def test_members_that_cannot_be_read_are_counted_as_files_are(tmp_path: Path) -> None:
-    want = "not read: 2 .heic, 2 .npy, 1 without a suffix, 1 .avif, 1 .json"
+    want = "not read: 2 .fff, 2 .mat, 1 without a suffix, 1 .arw, 1 .json"
     (tmp_path / "files").mkdir()
     for name in ["0.jpg", *(name for name in UNREAD if not name.endswith(".cls"))]:
         (tmp_path / "files" / name).write_bytes(b"")
@@ -137,7 +139,7 @@ def test_members_that_cannot_be_read_are_counted_as_files_are(tmp_path: Path) ->
     assert check_shards([shard], ["all"]) == [f"{shard}: {want}"]  # which it cannot help
     unread = Counter[str]()
     assert len(index_shard(shard, unread=unread)) == count_shard_images([shard], unread=unread) == 1
-    assert unread == {".heic": 4, ".npy": 4, "": 2, ".avif": 2, ".json": 2}
+    assert unread == {".fff": 4, ".mat": 4, "": 2, ".arw": 2, ".json": 2}
 
 
 def add_other(shard: Path, kind: bytes, *names: str) -> None:

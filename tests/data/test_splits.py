@@ -195,12 +195,12 @@ def test_splits_of_several_roots(tmp_path: Path) -> None:
 
 
 def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
-    kinds = ("avif", "heic", "jxl", "jp2", "jpg_large")
+    kinds = ("arw", "fff", "jxl", "kdc", "jpg_large")
     root = make(tmp_path / "a", *(f"{kind}/{i}.{kind}" for kind in kinds for i in range(3)))
-    make(tmp_path / "a", "0.jpg", "1.jfif", "2.JPE", "3.AVIF", "photo", ".hidden", ".DS_Store", "x/shard.tar.gz")
+    make(tmp_path / "a", "0.jpg", "1.jfif", "2.JPE", "3.ARW", "photo", ".hidden", ".DS_Store", "x/shard.tar.gz")
     source = find_images([root])
     assert [os.path.basename(path) for path in source.images] == ["0.jpg", "1.jfif", "2.JPE"]
-    line = "not read: 4 .avif, 3 .heic, 3 .jp2, 3 .jpg_large, 3 .jxl, 1 without a suffix, 1 .tar.gz"
+    line = "not read: 4 .arw, 3 .fff, 3 .jpg_large, 3 .jxl, 3 .kdc, 1 without a suffix, 1 .tar.gz"
     assert source.notes == (line,)
     assert find_training_images([root]).notes == (line,)
     assert find_splits([root])[""].notes == (line,)
@@ -208,11 +208,11 @@ def test_what_is_not_read_is_counted_by_suffix(tmp_path: Path) -> None:
     assert find_images([root]).notes == (
         "not read: 1 .k0, 1 .k1, 1 .k10, 1 .k2, 1 .k3, 1 .k4, 1 .k5, 1 .k6, 3 of 3 other suffixes",
     )
-    root = make(tmp_path / "c", "0.heic")
-    with pytest.raises(UserError, match=r"no images in .*c \(looked for .*\); not read: 1 \.heic"):
+    root = make(tmp_path / "c", "0.fff")
+    with pytest.raises(UserError, match=r"no images in .*c \(looked for .*\); not read: 1 \.fff"):
         find_images([root])
 
 
 def test_what_a_class_folder_holds_beside_images(tmp_path: Path) -> None:
-    root = make(tmp_path, "a/0.jpg", "a/1.avif", "b/0.jfif", "b/1.avif", "readme.md")
-    assert find_labelled([root])[0].notes == (f"{root}: not read: 2 .avif",)
+    root = make(tmp_path, "a/0.jpg", "a/1.arw", "a/0.npy", "b/0.jfif", "b/1.arw", "readme.md", "features.npy")
+    assert find_labelled([root])[0].notes == (f"{root}: not read: 2 .arw, 1 .npy",)

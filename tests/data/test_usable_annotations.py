@@ -740,9 +740,9 @@ def test_labels_without_an_image_are_noted(tmp_path):
     label = "1 0.5 0.5 0.25 0.5"
     root = write_yolo(tmp_path, label, label, label)
     place = root / "labels" / "train"
-    for name in ("classes.txt", ".hidden.txt", "1.json", "heic.txt"):
+    for name in ("classes.txt", ".hidden.txt", "1.json", "fff.txt"):
         (place / name).touch()
-    (root / "images" / "train" / "heic.heic").touch()
+    (root / "images" / "train" / "fff.fff").touch()
     (root / "images" / "train" / "1.jpg").write_bytes(b"no image")
     assert not any("without an image" in line for line in read(root)[1])
     for name in ("77", "78", "79", "80"):
@@ -759,11 +759,11 @@ def test_what_is_not_read_of_yolo_is_counted_by_suffix(tmp_path):
     label = "1 0.5 0.5 0.25 0.5"
     root = write_yolo(tmp_path / "a", label, label)
     place = root / "images" / "train"
-    for name in ("a.heic", "b.heic", "Thumbs.db", "0.txt", ".hidden", "x.tar.gz"):
+    for name in ("a.fff", "b.fff", "Thumbs.db", "0.txt", ".hidden", "x.tar.gz"):
         (place / name).touch()
     images, logged = read(root)
     assert len(images) == 2
-    assert logged == [f"{root}/data.yaml: not read: 2 .heic, 1 .db, 1 .tar.gz, 1 .txt in {place}"]
+    assert logged == [f"{root}/data.yaml: not read: 2 .fff, 1 .db, 1 .tar.gz, 1 .txt in {place}"]
     root = tmp_path / "b"
     root.mkdir()
     for name in ("0", "1"):
@@ -774,8 +774,8 @@ def test_what_is_not_read_of_yolo_is_counted_by_suffix(tmp_path):
     assert [len(objects) for objects in objects_of(images)] == [1, 1]
     assert logged == []
     (root / "2.txt").write_text(label)
-    (root / "3.jp2").touch()
-    assert read(root)[1] == [f"{root}/data.yaml: not read: 1 .jp2, 1 .txt in {root}"]
+    (root / "3.kdc").touch()
+    assert read(root)[1] == [f"{root}/data.yaml: not read: 1 .kdc, 1 .txt in {root}"]
 
 
 def test_what_is_not_read_of_pascal_voc_is_counted_by_suffix(tmp_path):
@@ -783,18 +783,18 @@ def test_what_is_not_read_of_pascal_voc_is_counted_by_suffix(tmp_path):
     (root / "ImageSets" / "Main").mkdir(parents=True)
     for split, name in (("train", 0), ("val", 1)):
         (root / "ImageSets" / "Main" / f"{split}.txt").write_text(f"{name}\n")
-    for name in ("a.heic", "b.avif"):
+    for name in ("a.fff", "b.arw"):
         (root / "JPEGImages" / name).touch()
     logged: list[str] = []
     find_objects(str(root), log=logged.append)  # of two sets in one folder, once
-    assert logged == [f"{root}/ImageSets/Main/train.txt: not read: 1 .avif, 1 .heic in {root}/JPEGImages"]
+    assert logged == [f"{root}/ImageSets/Main/train.txt: not read: 1 .arw, 1 .fff in {root}/JPEGImages"]
 
 
 def test_images_of_other_formats_alone(tmp_path):
     root = write_yolo(tmp_path, "1 0.5 0.5 0.25 0.5")
-    (root / "images" / "train" / "0.jpg").rename(root / "images" / "train" / "0.heic")
+    (root / "images" / "train" / "0.jpg").rename(root / "images" / "train" / "0.fff")
     assert refusal(root) == (
-        f"{root}/data.yaml has no images that can be used: not read: 1 .heic in {root}/images/train"
+        f"{root}/data.yaml has no images that can be used: not read: 1 .fff in {root}/images/train"
     )
 
 

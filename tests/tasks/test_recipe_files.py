@@ -78,7 +78,7 @@ def test_lists_are_tuples(tmp_path):
         ("recipe: x\ndata: {hflip: 0.1, hflip: 0.2}", "hflip is there twice"),
         ("recipe: x\nseed: true", "seed must be a whole number, not True"),
         ("recipe: x\ntrainer: {max_steps: true}", "trainer.max_steps must be a whole number or None, not True"),
-        ("recipe: x\ndata: {mean: [true, 0.5, 0.5]}", "data.mean must be numbers, not (True, 0.5, 0.5)"),
+        ("recipe: x\ndata: {mean: [true, 0.5, 0.5]}", "data.mean must be numbers or None, not (True, 0.5, 0.5)"),
         ("recipe: x\ndata: null", "the section data must hold settings, not None"),
         ("recipe: x\nmodel: [1]", "the section model must hold settings, not [1]"),
         ("recipe: x\noptimizer: {lr: fast}", "optimizer.lr must be a number or None, not 'fast'"),

@@ -386,7 +386,7 @@ def test_what_pre_training_reads(tmp_path, settings, photos, capsys):
     root = tmp_path / "data"
     images = [path.read_bytes() for path in sorted(photos.iterdir())]
     for folder, names in {
-        b"Train": [b"a.jfif", b"b.JPE", b"caf\xe9.png", b"x\ny.png", b"[red].png", b"c.heic"],
+        b"Train": [b"a.jfif", b"b.JPE", b"caf\xe9.png", b"x\ny.png", b"[red].png", b"c.fff"],
         b"Val": [b"v.png"],
         b"extra": [b"e.png"],
     }.items():
@@ -400,7 +400,7 @@ def test_what_pre_training_reads(tmp_path, settings, photos, capsys):
     config.data = replace(config.data, root=(str(root),), max_corrupt=0.5, batch_size=3)
     folder = train(config, "names")
     printed = capsys.readouterr()
-    assert printed.err == f"{root}: for training: Train; left out: Val, extra\nnot read: 1 .heic\n"
+    assert printed.err == f"{root}: for training: Train; left out: Val, extra\nnot read: 1 .fff\n"
     assert "6 images (files)" in printed.out
     assert f"skipped {root}/Train/bad\\n\\xff[red].png: " in printed.out
     assert json.loads((folder / "summary.json").read_bytes())["images_skipped"] == 1

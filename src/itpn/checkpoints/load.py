@@ -20,7 +20,7 @@ from itpn.models.build import backbone_arguments, build, make_pyramid
 from itpn.models.heads import find_head
 from itpn.models.pyramid import PyramidBackbone
 from itpn.models.spec import NetworkSpec
-from itpn.system.checks import check_type
+from itpn.system.checks import ChannelMap, check_type
 
 
 def load(
@@ -44,7 +44,8 @@ def load(
         overrides: settings that differ from the file's: arguments of HiViT (``img_size``, ``in_chans``,
             ``num_classes``, ``drop_path_rate``, ...), of the head, ``levels`` of a pyramid; ``num_heads`` and
             ``decoder_num_heads`` where the file cannot tell them; for pre-training files of ours the model settings of
-            their recipe.
+            their recipe. With other ``in_chans``, ``channel_map`` says for each of them which channel of the file it
+            is, ``"-"`` for none: ``in_chans=5, channel_map=(2, 1, 0, "-", "-")``.
 
     Raises:
         UserError: no such file, corrupt, with code in it, of another network; or ``strict`` and something is missing.
@@ -68,6 +69,9 @@ def load_found(
     """
     if task is not None and task not in all_names():
         raise UserError(f"no task {task!r}; there are {', '.join(all_names())}")
+    channel_map = overrides.pop("channel_map", None)
+    channel_map = tuple(channel_map) if isinstance(channel_map, list) else channel_map
+    check_type(channel_map, ChannelMap | None, "channel_map")
     model = build_checked(find_spec(checkpoint, task, overrides))
     source = checkpoint.source
 
@@ -81,7 +85,7 @@ def load_found(
                 hint = "Pass strict=False to load it all the same: that part is randomly initialized"
             raise UserError(f"checkpoint {source} {reasons}. {hint}")
 
-    findings = load_matching(model, checkpoint, check)
+    findings = load_matching(model, checkpoint, check, channel_map=channel_map)
     describe_weights(model, checkpoint)
     notes = [f"{source} {finding.text}" for finding in findings if finding.kind != "expected"]
     if checkpoint.nonfinite:
@@ -94,14 +98,16 @@ def load_matching(
     checkpoint: Checkpoint,
     check: Callable[[list[Finding]], None],
     tensors: Mapping[str, Tensor] | None = None,
+    channel_map: ChannelMap | None = None,
 ) -> list[Finding]:
     """Copy into a network what fits of a file.
 
     Args:
         check: raises :class:`UserError` for findings with which nothing is to be loaded.
         tensors: to load instead of the file's.
+        channel_map: see :func:`itpn.checkpoints.match.match`.
     """
-    state, findings = match(checkpoint, network, tensors)
+    state, findings = match(checkpoint, network, tensors, channel_map)
     check(findings)
     network.load_state_dict(state, strict=False)
     return findings
@@ -112,11 +118,13 @@ def start_from(
     checkpoint: Checkpoint,
     check: Callable[[list[Finding]], None],
     tensors: Mapping[str, Tensor] | None = None,
+    channel_map: ChannelMap | None = None,
 ) -> list[str]:
     """:func:`load_matching` for a run: what it then trains is finite.
 
     Args:
         tensors: to start from instead of the file's. A part that these leave out on purpose is not mentioned.
+        channel_map: see :func:`itpn.checkpoints.match.match`.
 
     Returns:
         What is not as in the file, a sentence each.
@@ -124,7 +132,7 @@ def start_from(
     Raises:
         UserError: of ``check``, or values that are not finite.
     """
-    findings = load_matching(network, checkpoint, check, tensors)
+    findings = load_matching(network, checkpoint, check, tensors, channel_map)
     check_finite(checkpoint)
     left_out = set() if tensors is None else checkpoint.tensors.keys() - tensors.keys()
     random = [f for f in findings if f.kind == "random" and not left_out & set(f.names)]

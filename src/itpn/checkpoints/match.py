@@ -6,16 +6,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from timm.models._manipulate import adapt_input_conv
 from torch import Tensor, nn
 
 from itpn.checkpoints.adapters.ours import read_guesses
+from itpn.checkpoints.channels import adapt_channels, adapt_predicted, check_map, show_map
 from itpn.checkpoints.files import OTHER_HEADS, Checkpoint, named_tensors
 from itpn.errors import UserError
 from itpn.models.backbone import CLASSIFIER, Backbone, find_backbone
 from itpn.models.heads import Head, heads
 from itpn.models.position import Grid
 from itpn.models.position_tables import fit_tables
+from itpn.system.checks import ChannelMap
 
 Tensors = Mapping[str, Tensor]
 
@@ -75,22 +76,25 @@ def find_part(name: str, parts: Mapping[str, str]) -> str | None:
 
 
 def match(
-    checkpoint: Checkpoint, model: nn.Module, given: Tensors | None = None
+    checkpoint: Checkpoint, model: nn.Module, given: Tensors | None = None, channel_map: ChannelMap | None = None
 ) -> tuple[dict[str, Tensor], list[Finding]]:
     """Make a file's tensors fit a network, as far as that can be done without harm.
 
-    Position tables of another grid are resampled, the first layer is adapted to other channels as timm does. A part
-    that does not fit as a whole is left out as a whole: half a decoder is of no use.
+    Position tables of another grid are resampled, the first layer is adapted to other channels as timm does, or by a
+    map. A part that does not fit as a whole is left out as a whole: half a decoder is of no use.
 
     Args:
         model: any of our networks.
         given: tensors to take instead of the file's.
+        channel_map: for each channel of the network that of the file, "-" for none; None for timm's way, and no change
+            where there are as many.
 
     Returns:
         A state dict for the model without what has to stay random, and the findings.
 
     Raises:
-        UserError: weights that are complex, boolean or whole numbers, or position tables of an unknown image size.
+        UserError: weights that are complex, boolean or whole numbers, position tables of an unknown image size, or a
+            map of other channels.
     """
     backbone, own = find_backbone(model), named_tensors(model)
     spec = getattr(model, "spec", None)
@@ -98,7 +102,7 @@ def match(
     given = checkpoint.tensors if given is None else given
     tensors = {name: tensor for name, tensor in given.items() if "relative_position_index" not in name}
     check_numbers(tensors, own, f"checkpoint {checkpoint.source}")
-    findings = _convert(tensors, own, () if head is None else head.pixels)
+    findings = _convert(tensors, own, () if head is None else head.pixels, channel_map)
     try:
         changed = fit_tables(tensors, own, backbone, checkpoint.grid)
     except ValueError as error:
@@ -187,7 +191,9 @@ def _known_heads(checkpoint: Checkpoint) -> int | None:
     return None if table is None else table.shape[1]
 
 
-def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor], pixels: tuple[str, ...]) -> list[Finding]:
+def _convert(
+    tensors: dict[str, Tensor], own: dict[str, Tensor], pixels: tuple[str, ...], channel_map: ChannelMap | None
+) -> list[Finding]:
     """Change in place what can be made to fit, tables aside.
 
     Args:
@@ -202,17 +208,19 @@ def _convert(tensors: dict[str, Tensor], own: dict[str, Tensor], pixels: tuple[s
     there, here = tensors.get(name), own.get(name)
     if there is None or here is None:
         return findings
-    if there.shape[1] != here.shape[1] and there.shape[2:] == here.shape[2:] and len(there) == len(here):
-        tensors[name] = adapt_channels(there, here.shape[1])
-        text = f"has {there.shape[1]} channels: its first layer was adapted to {here.shape[1]}"
-        changed = [name]
-        for name in [name for name in own if name.startswith(pixels) and name in tensors]:
-            # a patch's values are (row, col, channel): each channel is predicted as their mean was
-            mean = tensors[name].unflatten(0, (-1, there.shape[1])).mean(dim=1, keepdim=True)
-            tensors[name] = mean.expand(-1, here.shape[1], *mean.shape[2:]).flatten(0, 1)
-            changed.append(name)
-        text += ", and so was its prediction of pixels" if len(changed) > 1 else ""
-        findings.append(Finding("converted", changed, text))
+    old, new = there.shape[1], here.shape[1]
+    if channel_map is not None:
+        check_map(channel_map, old, new)
+    if (old != new or channel_map is not None) and there.shape[2:] == here.shape[2:] and len(there) == len(here):
+        tensors[name] = adapt_channels(there, new, channel_map)
+        heads = [name for name in own if name.startswith(pixels) and name in tensors]
+        for head in heads:
+            tensors[head] = adapt_predicted(tensors[head], old, new, channel_map)
+        how = f"adapted to {new}" if channel_map is None else f"mapped to {show_map(channel_map)}"
+        text = f"has {old} channel{'s' * (old != 1)}: its first layer was {how}"
+        findings.append(
+            Finding("converted", [name, *heads], text + (", and so was its prediction of pixels" if heads else ""))
+        )
     return findings
 
 
@@ -250,13 +258,6 @@ def _describe_tables(changed: list[str], backbone: Backbone) -> list[Finding]:
 
 def _sides(grid: Grid) -> str:
     return f"{grid[0]}x{grid[1]}"
-
-
-def adapt_channels(weight: Tensor, channels: int) -> Tensor:
-    """A convolution of images to another number of channels, as timm does it: colours summed, or repeated."""
-    if weight.shape[1] != 3:  # which timm starts from: the same answer to a grey image
-        weight = weight.sum(dim=1, keepdim=True).repeat(1, 3, 1, 1) / 3
-    return adapt_input_conv(channels, weight)
 
 
 def judge_others(checkpoint: Checkpoint, classifier: bool) -> list[Finding]:

@@ -2,16 +2,23 @@
 
 import os
 from collections import Counter
+from collections.abc import Iterable
 
 from itpn.system.text import readable
 
-# the first six are JPEG by other names
+JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp")
+ARRAY_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5")  # often of something else, see `leave_arrays`
 IMAGE_SUFFIXES = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp"),
-    *(".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"),
+    *JPEG_SUFFIXES,
+    *(".png", ".webp", ".bmp", ".tif", ".tiff", ".btf", ".tf8", ".gif", ".avif", ".heic", ".heif"),
+    *(".jp2", ".j2k", ".dcm", ".dicom", *ARRAY_SUFFIXES),
 )
-JPEG_SUFFIXES = IMAGE_SUFFIXES[:6]
 PHOTO_SUFFIXES = (*JPEG_SUFFIXES, ".png", ".webp", ".bmp", ".gif", ".avif", ".heic", ".heif")
+COMMON_SUFFIXES = ".jpg .png .webp .tif .heic .jp2 .dcm .npy .h5 and others"  # for messages
+ENVI_SUFFIXES = (".img", ".dat", ".bsq", ".bil", ".bip")  # of images where ENVI's header is beside them
+ENVI_HEADER = ".hdr"
+DICOM_START = 132  # bytes, the last four of which are DICM
+DICOM_INDEX = "dicomdir"  # of a disk: a file of DICOM's format without an image
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in the output folder of `itpn cache-features`
@@ -55,7 +62,53 @@ def describe_unread(unread: Counter[str], before: str = "") -> str:
 
 
 def is_image(name: str) -> bool:
+    """Whether a name alone is that of an image, as in archives and lists; of files see :func:`is_image_file`."""
     return name.lower().endswith(IMAGE_SUFFIXES)
+
+
+def is_image_file(path: str) -> bool:
+    """Whether a file is an image, by its name, or else by ENVI's header beside it or by the first bytes of DICOM.
+
+    Only files without a suffix, or with a number as in ``1.2.840.113.17``, are looked into.
+    """
+    if is_image(path):
+        return True
+    name, suffix = os.path.splitext(os.path.basename(path).lower())
+    if suffix in ENVI_SUFFIXES:
+        return find_envi_header(path) is not None
+    if (suffix and not suffix[1:].isdecimal()) or name == DICOM_INDEX:
+        return False
+    return _read_start(path, DICOM_START).endswith(b"DICM")
+
+
+def find_envi_header(path: str) -> str | None:
+    """The header of an image of ENVI, a file beside it: its name with .hdr in place of its suffix, or after it."""
+    for header in (os.path.splitext(path)[0] + ENVI_HEADER, path + ENVI_HEADER):
+        if header != path and os.path.isfile(header) and _read_start(header, 4) == b"ENVI":
+            return header
+    return None
+
+
+def _read_start(path: str, size: int) -> bytes:
+    """The first bytes of a file; none of one that cannot be read, which is none of ours then."""
+    try:
+        with open(path, "rb", buffering=0) as file:
+            return file.read(size)
+    except (OSError, ValueError):
+        return b""
+
+
+def is_array(name: str) -> bool:
+    return name.lower().endswith(ARRAY_SUFFIXES)
+
+
+def leave_arrays(paths: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Images, and arrays that are none: those that other images have beside them are features, labels or the like."""
+    images = list(paths)
+    others = [path for path in images if not is_array(path)]
+    if not others or len(others) == len(images):
+        return images, []
+    return others, [path for path in images if is_array(path)]
 
 
 def is_shard(name: str) -> bool:

@@ -9,12 +9,13 @@ from pathlib import Path
 
 from itpn.data.file_types import (
     CACHE_INDEX,
+    COMMON_SUFFIXES,
     COPIES_INDEX,
-    IMAGE_SUFFIXES,
     describe_file,
     describe_unread,
-    is_image,
+    is_image_file,
     is_shard,
+    leave_arrays,
     suffix_of,
 )
 from itpn.data.splits import split_of_file
@@ -52,7 +53,7 @@ class _Found:
     places: list[str] = field(default_factory=list)
 
     def add(self, root: str, paths: Sequence[str]) -> None:
-        images = [path for path in paths if is_image(path)]
+        images = [path for path in paths if not is_shard(path)]
         self.images.update(dict.fromkeys(images))
         if images:
             self.unread.update(suffix_of(path) for path in paths if is_shard(path))
@@ -74,14 +75,16 @@ class _Found:
         if not self.images and not self.shards:
             where = ", ".join(self.places) or "an empty list of data roots"
             raise UserError(
-                f"no images in {where} (looked for {' '.join(IMAGE_SUFFIXES)} and .tar shards)"
+                f"no images in {where} (looked for {COMMON_SUFFIXES}, and .tar shards)"
                 f"{describe_unread(self.unread, '; ')}"
             )
+        images, arrays = leave_arrays(self.images)
+        unread = self.unread + Counter(suffix_of(path) for path in arrays)
         return ImageSource(
-            images=tuple(self.images),
+            images=tuple(images),
             shards=tuple(self.shards),
             roots=tuple(self.places),
-            notes=tuple(filter(None, (*notes, describe_unread(self.unread)))),
+            notes=tuple(filter(None, (*notes, describe_unread(unread)))),
             members=self.members,
         )
 
@@ -186,7 +189,7 @@ def check_root(
     root: str,
     wanted: str = "a folder of images, or tar shards",
     kinds: str = ", an image nor a tar shard",
-    is_read: Callable[[str], bool] = lambda root: is_image(root) or is_shard(root),
+    is_read: Callable[[str], bool] = lambda root: is_shard(root) or is_image_file(root),
 ) -> None:
     """Refuse a root that is not a folder or file of ``kinds``, or is an incomplete output of `itpn shrink` or in one.
 

@@ -21,8 +21,9 @@ class GpuTransform:
     """``transform``, with decoding and augmentation of JPEGs left to the device.
 
     A worker process calls it and :func:`collate_encoded`; the training process calls :meth:`finish_batch`. Random
-    parameters are those that ``transform`` draws. Files that nvJPEG cannot decode as needed (other formats, CMYK
-    JPEGs, JPEGs with an EXIF orientation) are decoded and augmented in the worker process.
+    parameters are those that ``transform`` draws. Files that nvJPEG cannot decode as needed (other formats, images of
+    other channels and depths, CMYK JPEGs, JPEGs with an EXIF orientation) are decoded and augmented in the worker
+    process.
     """
 
     def __init__(self, transform: PretrainingTransform) -> None:
@@ -30,7 +31,7 @@ class GpuTransform:
 
     def __call__(self, image: EncodedImage, rng: random.Random) -> View:
         """Of a JPEG "encoded" uint8 [bytes] and its "params"; of other files the "views"; what is missing is None."""
-        if not image.is_upright_jpeg:
+        if not getattr(image, "is_upright_jpeg", False):  # an image that is no photograph has no such thing
             return {"encoded": None, "params": None, "views": self.transform(image, rng)}
         encoded = torch.frombuffer(bytearray(image.data), dtype=torch.uint8)  # a copy: bytes are read-only
         return {"encoded": encoded, "params": self.transform.draw_params(image.height, image.width, rng), "views": None}
@@ -42,7 +43,7 @@ class GpuTransform:
         the first readable one.
 
         Returns:
-            The batch with "image" uint8 [B, 3, H, W], and "teacher_image" where ``transform`` makes one.
+            The batch with "image" [B, C, H, W], and "teacher_image" where ``transform`` makes one.
 
         Raises:
             UserError: no image of the batch can be read.
@@ -51,6 +52,9 @@ class GpuTransform:
             # nvJPEG writes at once, on its own stream, into memory that this stream may still read
             torch.cuda.current_stream(device).synchronize()
         corrupt = list(batch["corrupt"])
+        if not batch["lengths"]:  # nothing is left to decode, as of images that are no photographs
+            ready = {name: views.to(device, non_blocking=True) for name, views in batch["views"].items()}
+            return {"key": batch["key"], "corrupt": corrupt, "warnings": batch["warnings"], **ready}
         views = list(self._make_views(batch, device, corrupt))
         latest = next((view for view in views if view is not None), None)
         if latest is None:

@@ -9,7 +9,15 @@ import numpy as np
 
 from itpn.data.class_names import are_numbers, join_names, read_class_names
 from itpn.data.decode import UnreadableImage
-from itpn.data.file_types import CLASSES, IMAGE_SUFFIXES, describe_unread, is_image, is_shard, is_table
+from itpn.data.file_types import (
+    CLASSES,
+    COMMON_SUFFIXES,
+    describe_unread,
+    is_array,
+    is_image_file,
+    is_shard,
+    is_table,
+)
 from itpn.data.files import check_root
 from itpn.data.members import list_endings, split_name
 from itpn.data.readers import FileReader, Reader, Subset, TableReader, TarReader
@@ -205,13 +213,13 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
             labels += [label] * len(found)
     where = ", ".join(folders)
     for folder in folders:
-        loose = [path for path in list_files(folder) if is_image(path)]
+        loose = [path for path in list_files(folder) if is_image_file(path) and not is_array(path)]
         if loose and not paths:
             raise UserError(f"{folder} holds images ({os.path.basename(loose[0])}), but no folder for each class")
         if loose and classes:
             raise UserError(f"{loose[0]} is in no class folder; {folder} holds a folder for each class")
     if not paths:
-        hint = f" of images ({' '.join(IMAGE_SUFFIXES)})" if classes else ", tar shards with .cls or parquet files"
+        hint = f" of images ({COMMON_SUFFIXES})" if classes else ", tar shards with .cls or parquet files"
         raise UserError(f"{where} holds no class folders{hint}{describe_unread(unread, '; ')}")
     notes = tuple(filter(None, [describe_unread(unread, f"{where}: ")]))
     return LabelledImages(FileReader(paths), np.array(labels, dtype=np.int64), tuple(classes), notes)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from itpn.data.class_names import Names, read_names
-from itpn.data.file_types import describe_file, is_image
+from itpn.data.file_types import describe_file, is_shard
 from itpn.data.mask_checks import LabelMaps, MaskRules, Pairs, check_masks
 from itpn.data.readers import draw_order
 from itpn.data.splits import SPLITS, split_of
@@ -143,5 +143,5 @@ def find_pairs(root: str, masks: str | None, split: str) -> Pairs | None:
 def _find_masks(folder: Path) -> Path:
     """The folder of masks beside that of images; if there are several, the first that has images in it."""
     places = [place for name in MASK_FOLDERS if (place := folder / name).is_dir()]
-    filled = (place for place in places if any(is_image(path) for path in walk(str(place))))
+    filled = (place for place in places if not all(map(is_shard, walk(str(place)))))
     return next(filled, places[0] if places else folder / MASK_FOLDERS[0])

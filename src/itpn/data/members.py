@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from itpn.data.file_types import CLASS_FILES, IMAGE_SUFFIXES, LINK, SPECIAL, is_hidden, suffix_of
+from itpn.data.file_types import CLASS_FILES, IMAGE_SUFFIXES, LINK, SPECIAL, is_array, is_hidden, suffix_of
 from itpn.errors import UserError
 
 ALL = "all"
@@ -56,7 +56,8 @@ class Choice:
     """Chooses the images of a shard that are read.
 
     An image is plain if its ending is only its suffix (``x.jpg``). The plain images of a sample are read, or if there
-    are none its only other image (``x.rgb.png``), not counting :data:`SECONDARY` ones.
+    are none its only other image (``x.rgb.png``), not counting :data:`SECONDARY` ones. Arrays (``x.npy``) beside other
+    images are none, see :func:`itpn.data.file_types.leave_arrays`.
 
     Args:
         endings: of the members to read instead; :data:`ALL` for every image.
@@ -100,6 +101,7 @@ class Choice:
             return sample
         if self._endings:
             return [image for image in sample if image.ending in self._endings]
+        sample = [image for image in sample if not is_array(image.name)] or sample
         if plain := [image for image in sample if "." not in image.ending]:
             return plain
         first = [image for image in sample if not _is_secondary(image.ending)]

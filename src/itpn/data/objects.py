@@ -16,7 +16,9 @@ from torchvision.ops import clip_boxes_to_image
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from itpn.data.augment import draw_channels
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_whole
+from itpn.data.pixels import PHOTOGRAPHS, PixelValues, mirror, resize_pixels, turn
 from itpn.data.readers import PackedStrings, Reader, Subset
 from itpn.errors import UserError
 from itpn.geometry import fit_sides
@@ -201,6 +203,7 @@ class DetectionTransform:
         hflip: probability of a horizontal flip.
         interpolation: "bicubic" or "bilinear", always with antialiasing.
         masks: whether targets have masks.
+        rotate90, channel_jitter, channel_drop, pixels: as of :class:`itpn.data.augment.PretrainingTransform`.
     """
 
     size: int = 800
@@ -211,12 +214,17 @@ class DetectionTransform:
     hflip: float = 0.5
     interpolation: str = "bilinear"
     masks: bool = True
+    rotate90: bool = False
+    channel_jitter: float = 0.0
+    channel_drop: float = 0.0
+    pixels: PixelValues = PHOTOGRAPHS
 
     def __call__(self, image: EncodedImage | Tensor, rng: random.Random, annotation: dict[str, Any]) -> dict[str, Any]:
-        """Augment one image, encoded or uint8 [3, any, any], with its annotation.
+        """Augment one image, encoded or [C, any, any], with its annotation.
 
         Returns:
-            "image" uint8 [3, any, any] and "target", see :func:`make_target`; objects outside the crop are left out.
+            "image" [C, any, any] in the type that is stored, and "target", see :func:`make_target`; objects outside the
+            crop are left out.
 
         Raises:
             UnreadableImage: the image has another size than its annotation.
@@ -244,11 +252,14 @@ class DetectionTransform:
             )
         if rng.random() < self.hflip:
             width = image.shape[-1]
-            image = image.flip(-1)
+            image = mirror(image)
             target["boxes"][:, [0, 2]] = width - target["boxes"][:, [2, 0]]
             if self.masks:
                 target["masks"] = target["masks"].flip(-1)
-        return {"image": image.contiguous(), "target": _drop_lost(target)}
+        if self.rotate90:  # what is off draws no number
+            image, target = _turn(image, target, rng.randrange(4))
+        channels = draw_channels(self.pixels.channels, self.channel_jitter, self.channel_drop, rng)
+        return {"image": channels.apply(image, self.pixels).contiguous(), "target": _drop_lost(target)}
 
     def magnify(self, height: int, width: int) -> float:
         """The largest factor by which an image may be resized."""
@@ -271,7 +282,7 @@ class DetectionTransform:
         self, image: Tensor, target: dict[str, Tensor], height: int, width: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         scale = torch.tensor([width / image.shape[-1], height / image.shape[-2]]).repeat(2)
-        image = resize(image, [height, width], InterpolationMode(self.interpolation), antialias=True)
+        image = resize_pixels(image, (height, width), self.interpolation, self.pixels.nodata)
         target = {**target, "boxes": target["boxes"] * scale}
         if self.masks:
             target["masks"] = resize(target["masks"], [height, width], InterpolationMode.NEAREST_EXACT)
@@ -296,6 +307,19 @@ def _crop(
     if "masks" in target:
         target["masks"] = target["masks"][:, top : top + height, left : left + width]
     return image[:, top : top + height, left : left + width], target
+
+
+def _turn(image: Tensor, target: dict[str, Tensor], quarters: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rotate counterclockwise: what was right is above."""
+    target = dict(target)
+    width, height = image.shape[-1], image.shape[-2]
+    for _ in range(quarters):
+        x0, y0, x1, y1 = target["boxes"].unbind(dim=1)
+        target["boxes"] = torch.stack((y0, width - x1, y1, width - x0), dim=1)
+        width, height = height, width
+    if "masks" in target:
+        target["masks"] = turn(target["masks"], quarters)
+    return turn(image, quarters), target
 
 
 def _drop_lost(target: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 
@@ -17,6 +18,7 @@ XMP = 700  # of TIFF
 EXIF_STARTS = (b"Exif\0", b"II", b"MM")
 MAX_METADATA = 2**24  # bytes: larger metadata chunks are not read, nor unpacked
 SWAPPED = (5, 6, 7, 8)  # orientations that swap height and width
+FLIPPED_ROWS, FLIPPED_COLUMNS = (3, 4, 7, 8), (2, 3, 6, 7)  # those that reverse an axis after that
 INTEGERS = {1: "B", 3: "H", 4: "I", 8: "h", 9: "i"}  # EXIF's types: BYTE, SHORT, LONG and the signed ones
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,12 +42,20 @@ def read_orientation(image: Image.Image, file: IO[bytes]) -> int:
     """
     if image.format == "TIFF":
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
-        value, packet = tags.get(ORIENTATION), tags.get(XMP)
-        blocks = packet if isinstance(packet, tuple) else [packet]
-    else:
-        blocks = [*_find_metadata(image, file)]
-        value = next((found for exif in blocks if (found := _read_exif(exif)) is not None), None)
+        return choose_orientation(tags.get(ORIENTATION), tags.get(XMP))
+    blocks = (*_find_metadata(image, file),)
+    value = next((found for exif in blocks if (found := _read_exif(exif)) is not None), None)
+    return choose_orientation(value, blocks)
+
+
+def choose_orientation(value: Any, packets: Any) -> int:
+    """The orientation of a tag's value, or without one that of the first packet of XMP that has one; 1 without both.
+
+    Args:
+        packets: one, or a tuple of several.
+    """
     if value is None:
+        blocks = packets if isinstance(packets, tuple) else [packets]
         value = next((found for xmp in blocks if (found := _read_xmp(xmp)) is not None), 1)
     return {number: number for number in range(1, 9)}.get(value, 1)
 
@@ -59,8 +69,28 @@ def turn_tensor(pixels: Tensor, orientation: int) -> Tensor:
     """Apply an orientation to decoded pixels [..., height, width]."""
     if orientation in SWAPPED:
         pixels = pixels.transpose(-2, -1)
-    sides = [-2] * (orientation in (3, 4, 7, 8)) + [-1] * (orientation in (2, 3, 6, 7))
+    sides = [-2] * (orientation in FLIPPED_ROWS) + [-1] * (orientation in FLIPPED_COLUMNS)
     return pixels.flip(sides) if sides else pixels
+
+
+def turn_array(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """As :func:`turn_tensor`, of an array; a view."""
+    if orientation in SWAPPED:
+        pixels = pixels.swapaxes(-2, -1)
+    rows = -1 if orientation in FLIPPED_ROWS else 1
+    return pixels[..., ::rows, :: -1 if orientation in FLIPPED_COLUMNS else 1]
+
+
+def find_stored_window(
+    window: tuple[int, int, int, int], orientation: int, height: int, width: int
+) -> tuple[int, int, int, int]:
+    """Where a window (top, left, height, width) of a turned image of this height and width is among stored pixels."""
+    top, left, rows, columns = window
+    if orientation in FLIPPED_ROWS:
+        top = height - top - rows
+    if orientation in FLIPPED_COLUMNS:
+        left = width - left - columns
+    return (left, top, columns, rows) if orientation in SWAPPED else (top, left, rows, columns)
 
 
 def _find_metadata(image: Image.Image, file: IO[bytes]) -> Iterable[bytes]:

@@ -9,9 +9,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 from torchvision.transforms.v2.functional import crop, pad, resize
 
-from itpn.data.class_names import Colour
+from itpn.data.augment import check_photographs, draw_channels
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole
 from itpn.data.masks import IGNORED, LabelTable
+from itpn.data.pixels import PHOTOGRAPHS, PixelValues, mirror, pad_pixels, resize_pixels, turn
 from itpn.geometry import fit_sides
 
 CROP_TRIES = 10
@@ -38,10 +39,14 @@ class SegmentationTransform:
         scales: smallest and largest scale.
         max_fraction: largest fraction of a crop that one class may cover; after ten tries a crop is taken as it is.
         hflip: probability of a horizontal flip.
-        photometric: change brightness, contrast, saturation and hue.
+        photometric: change brightness, contrast, saturation and hue, of photographs.
         interpolation: "bicubic" or "bilinear", always with antialiasing.
-        fill: colour of the padding of images smaller than a crop.
+        fill: value of each channel in the padding of images smaller than a crop; None for the mean of ``pixels``.
         max_pixels: of a mask.
+        rotate90, channel_jitter, channel_drop, pixels: as of :class:`itpn.data.augment.PretrainingTransform`.
+
+    Raises:
+        UserError: photometric distortion of what is no photograph.
     """
 
     table: LabelTable
@@ -52,14 +57,22 @@ class SegmentationTransform:
     hflip: float = 0.5
     photometric: bool = True
     interpolation: str = "bilinear"
-    fill: Colour = (124, 116, 104)
+    fill: tuple[float, ...] | None = None
     max_pixels: int = MAX_PIXELS
+    rotate90: bool = False
+    channel_jitter: float = 0.0
+    channel_drop: float = 0.0
+    pixels: PixelValues = PHOTOGRAPHS
+
+    def __post_init__(self) -> None:
+        if self.photometric:
+            check_photographs(self.pixels, "--data.photometric", "--data.channel-jitter")
 
     def __call__(self, image: EncodedImage | Tensor, rng: random.Random, mask: str) -> dict[str, Any]:
-        """Augment one image, encoded or uint8 [3, H, W], with its mask, given by its path.
+        """Augment one image, encoded or [C, H, W], with its mask, given by its path.
 
         Returns:
-            "image" uint8 [3, size, size] and "target" uint8 [size, size].
+            "image" [C, size, size] in the type that is stored, and "target" uint8 [size, size].
 
         Raises:
             UnreadableImage: the mask cannot be read, or is of another size.
@@ -67,25 +80,28 @@ class SegmentationTransform:
         image = decode_whole(image)
         pixels, labels = self._resize(image, view_labels(image, self.table, mask, self.max_pixels), rng)
         pixels, labels = self._crop(pixels, labels, rng)
-        right, below = self.size - labels.shape[-1], self.size - labels.shape[-2]
         if rng.random() < self.hflip:
-            pixels, labels = pixels.flip(-1), labels.flip(-1)
+            pixels, labels = mirror(pixels), mirror(labels)
         if self.photometric:
             # torchvision draws from the global generator, whose state is restored
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(rng.getrandbits(63))
                 pixels = DISTORT(pixels)
-        pixels = pad(pixels, [0, 0, right, below], fill=list(self.fill))
+        turns = rng.randrange(4) if self.rotate90 else 0  # what is off draws no number
+        pixels, labels = turn(pixels, turns), turn(labels, turns)
+        channels = draw_channels(self.pixels.channels, self.channel_jitter, self.channel_drop, rng)
+        pixels = channels.apply(pixels, self.pixels)
+        right, below = self.size - labels.shape[-1], self.size - labels.shape[-2]
+        pixels = pad_pixels(pixels, right, below, self.fill or self.pixels.mean, self.pixels.nodata)
         labels = pad(labels, [0, 0, right, below], fill=IGNORED)
         return {"image": pixels.contiguous(), "target": labels[0]}
 
     def _resize(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
         short = rng.uniform(*self.scales) * self.short
         sides = fit_sides(image.shape[-2:], short, 4 * short)
-        mode = v2.InterpolationMode(self.interpolation)
         # the pixel nearest to the centre; torchvision would take its neighbour for a Mask
         nearest = resize(labels[None], sides, v2.InterpolationMode.NEAREST_EXACT)
-        return resize(image, sides, mode, antialias=True), nearest
+        return resize_pixels(image, sides, self.interpolation, self.pixels.nodata), nearest
 
     def _crop(self, image: Tensor, labels: Tensor, rng: random.Random) -> tuple[Tensor, Tensor]:
         height, width = image.shape[-2:]

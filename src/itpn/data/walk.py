@@ -11,11 +11,15 @@ from itpn.data.file_types import (
     CACHE_INDEX,
     CLASS_FILES,
     COPIES_INDEX,
+    ENVI_SUFFIXES,
     SPECIAL,
+    find_envi_header,
     is_hidden,
     is_image,
+    is_image_file,
     is_shard,
     is_table,
+    leave_arrays,
     suffix_of,
 )
 from itpn.data.splits import SPLIT_OF, join, split_folders, split_of_file, split_word
@@ -163,7 +167,7 @@ class TreeSplits:
                 found |= dict.fromkeys(paths, split)
                 self.places.setdefault(split, []).extend(paths)
         for entry in entries:
-            is_data = (is_image(entry.name) or is_shard(entry.name)) and entry.is_file()
+            is_data = entry.is_file() and (is_shard(entry.name) or is_image_file(entry.path))
             if entry.path not in found and (is_data or entry.path in named or entry.name in division.left):
                 self.left.append(os.path.relpath(entry.path, self.root))
         return found
@@ -209,10 +213,11 @@ def walk(root: str, unread: Counter[str] | None = None) -> Iterator[str]:
 
 
 def list_images(root: str, unread: Counter[str]) -> list[str]:
-    """Only the images that `walk` yields; all other files are counted by suffix."""
+    """Only the images that `walk` yields, without arrays beside other images; all other files are counted by suffix."""
     paths = list(walk(root, unread))
-    unread.update(suffix_of(path) for path in paths if not is_image(path))
-    return [path for path in paths if is_image(path)]
+    images, arrays = leave_arrays(path for path in paths if not is_shard(path))
+    unread.update(suffix_of(path) for path in (*filter(is_shard, paths), *arrays))
+    return images
 
 
 def walk_splits(
@@ -235,16 +240,23 @@ def walk_splits(
             entries = [entry for entry in entries if entry.path in named]
         splits = named or {}
         folders += [(entry.path, splits.get(entry.path, split)) for entry in reversed(entries) if entry.is_dir()]
+        headers: set[str | None] = set()  # of ENVI
+        others = []
         for entry in entries:
             # A dangling link is kept, to be reported as an unreadable image; a pipe would block its reader.
             if not entry.is_file() and not _is_dangling(entry):
                 if unread is not None and not entry.is_dir() and (is_image(entry.name) or is_shard(entry.name)):
                     unread[SPECIAL] += 1
                 continue
-            if is_image(entry.name) or is_shard(entry.name):
+            if is_shard(entry.name) or is_image_file(entry.path):
                 yield splits.get(entry.path, split), entry.path
-            elif unread is not None and entry.name not in (CACHE_INDEX, COPIES_INDEX, *CLASS_FILES):
-                unread[suffix_of(entry.name)] += 1
+                if entry.name.lower().endswith(ENVI_SUFFIXES):
+                    headers.add(find_envi_header(entry.path))
+            else:
+                others.append(entry)
+        if unread is not None:
+            known = (CACHE_INDEX, COPIES_INDEX, *CLASS_FILES)
+            unread.update(suffix_of(e.name) for e in others if e.name not in known and e.path not in headers)
 
 
 def _list(folder: str) -> list[os.DirEntry[str]]:

@@ -50,6 +50,9 @@ class Objective:
             stage 3 on.
         masked_laterals: with mask tokens, let stages 1 and 2 of masked patches, which see their pixels, into the
             pyramid.
+        norm_pix_loss: predict pixels normalized by mean and std of their patch.
+        norm_pix_per: of all channels of a patch together, or of each channel.
+        norm_pix_floor: of that std, see :func:`itpn.masked.targets.normalize_patches`.
         feature_patches: the patches that losses on features are computed on.
     """
 
@@ -59,6 +62,8 @@ class Objective:
     masked_patches: Literal["dropped", "mask_token"] = "dropped"
     masked_laterals: bool = False
     norm_pix_loss: bool = True
+    norm_pix_per: Literal["patch", "channel"] = "patch"
+    norm_pix_floor: float = 0.0
     feature_loss: str = "smooth_l1"
     feature_patches: Literal["all", "masked"] = "masked"
 
@@ -132,7 +137,11 @@ class MaskedImageModel(nn.Module):
         return [name for name in self.objective.weights if name not in IMAGE_TARGETS]
 
     def forward(
-        self, images: Tensor, mask: Tensor | None = None, target: Tensor | Mapping[str, Tensor] | None = None
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        target: Tensor | Mapping[str, Tensor] | None = None,
+        valid: Tensor | None = None,
     ) -> MaskedOutput:
         """Mask patches, predict them, and compute the losses.
 
@@ -143,12 +152,16 @@ class MaskedImageModel(nn.Module):
             target: [B, N, D], row-major, for every loss on features, or for the pixels if there is no other loss; or a
                 dict of targets by the name of the loss. The model computes the target "pixel" itself; losses on
                 features without a target are left out.
+            valid: bool [B, 1, H, W] or [B, C, H, W], False where the images hold no data (and a number all the same,
+                which the network sees). Such pixels enter neither a target's mean and std nor a loss, in which all
+                others count alike; patches without any valid pixel enter no loss. None for all valid.
 
         Raises:
-            ValueError: a mask or a target has the wrong shape; the mask masks all patches or none; or masked patches
-                are dropped and rows of the mask have different numbers of them.
+            ValueError: a mask, a target or the map of valid pixels has the wrong shape; the mask masks all patches or
+                none; or masked patches are dropped and rows of the mask have different numbers of them.
         """
         grid = self.backbone.grid_of(images.shape[-2:])
+        valid = None if valid is None else _check_valid(valid, images)
         mask, split = self._make_mask(images, mask, grid)
         given = self._name_targets(target)
         losses: dict[str, Tensor] = {}
@@ -156,18 +169,19 @@ class MaskedImageModel(nn.Module):
         for name, tokens, head in self._decode(images, mask, split, grid):
             picked = self._pick(split, name)
             prediction = head.predict(name, tokens)
-            wanted = self._target(name, images, given, picked)
+            known = None if valid is None else patchify(valid, self.backbone.patch_size, picked)  # [B, N or M, D]
+            wanted = self._target(name, images, given, picked, known)
             compared.append((prediction, wanted))
             if wanted is None:
                 continue
             if wanted.shape != prediction.shape:
                 raise ValueError(f"target of {name!r} is {list(wanted.shape)}, not {list(prediction.shape)}")
-            error = self._error(name, prediction, wanted)  # [B, N] or [B, M]
-            if self.objective.masked_only(name):
-                counted = mask if picked is None else mask.gather(1, picked)
-                losses[name] = (error * counted).sum() / counted.sum().clamp(min=1)
-            else:
+            error = self._error(name, prediction, wanted, known)  # [B, N] or [B, M]
+            counted = self._count(name, mask, picked, known)
+            if counted is None:
                 losses[name] = error.mean()
+            else:
+                losses[name] = (error * counted).sum() / counted.sum().clamp(min=1)
         weighted = [self.objective.weights[name] * part for name, part in losses.items()]
         return MaskedOutput(torch.stack(weighted).sum() if weighted else None, losses, *compared[0], mask)
 
@@ -247,7 +261,9 @@ class MaskedImageModel(nn.Module):
             raise ValueError(f"targets for {sorted(given)}, but the losses are {sorted(weights)}")
         return given or {}
 
-    def _target(self, name: str, images: Tensor, given: Mapping[str, Tensor], picked: Tensor | None) -> Tensor | None:
+    def _target(
+        self, name: str, images: Tensor, given: Mapping[str, Tensor], picked: Tensor | None, valid: Tensor | None
+    ) -> Tensor | None:
         """Target of a loss, of all patches [B, N, D] or of the picked ones [B, M, D]; None if none was given."""
         if name in given:
             target = given[name]
@@ -255,45 +271,81 @@ class MaskedImageModel(nn.Module):
         if name not in IMAGE_TARGETS:
             return None
         target = IMAGE_TARGETS[name](images, self.backbone.patch_size, picked)
-        return normalize_patches(target)[0] if name == "pixel" and self.objective.norm_pix_loss else target.float()
+        if name != "pixel" or not self.objective.norm_pix_loss:
+            return target.float()
+        return self._normalize(target, valid)[0]
 
-    def _error(self, name: str, prediction: Tensor, target: Tensor) -> Tensor:
-        """Error of each patch, [B, N] or [B, M]: the mean over its values."""
-        if name in IMAGE_TARGETS:
-            return (prediction.float() - target).square().mean(dim=-1)
-        return feature_error(prediction, target, self.objective.feature_loss)
+    def _normalize(self, pixels: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """:func:`normalize_patches` as the objective has it."""
+        channels = self.backbone.in_chans if self.objective.norm_pix_per == "channel" else 1
+        return normalize_patches(pixels, channels, self.objective.norm_pix_floor, valid)
+
+    def _error(self, name: str, prediction: Tensor, target: Tensor, valid: Tensor | None) -> Tensor:
+        """Error of each patch, [B, N] or [B, M]: the mean over its values, of pixels over the valid ones."""
+        if name not in IMAGE_TARGETS:
+            return feature_error(prediction, target, self.objective.feature_loss)
+        difference = prediction.float() - target
+        if name != "pixel" or valid is None:
+            return difference.square().mean(dim=-1)
+        return difference.masked_fill(~valid, 0.0).square().sum(dim=-1) / valid.sum(dim=-1).clamp(min=1)
+
+    def _count(self, name: str, mask: Tensor, picked: Tensor | None, valid: Tensor | None) -> Tensor | None:
+        """How much the error of each patch counts, [B, N] or [B, M]; None where all count alike.
+
+        Args:
+            valid: bool [B, N or M, D]. A patch counts by its number of valid values in the loss on pixels, and if it
+                has any in other losses.
+        """
+        counted = None
+        if self.objective.masked_only(name):
+            counted = mask if picked is None else mask.gather(1, picked)
+        if valid is None:
+            return counted
+        shown = valid.sum(dim=-1) if name == "pixel" else valid.any(dim=-1)
+        return shown if counted is None else shown * counted
 
     @torch.no_grad()
-    def reconstruct(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    def reconstruct(
+        self, images: Tensor, mask: Tensor | None = None, valid: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Reconstruct masked patches, in the range of ``images``.
+
+        Args:
+            images, mask, valid: as of :meth:`forward`.
 
         Returns:
             The images with masked patches set to zero (grey), the images with masked patches replaced by their
-            predictions, both [B, C, H, W], and the mask as a map, bool [B, 1, H, W]. Predictions of normalized pixels
-            are scaled by mean and std of their patch.
+            predictions where they are valid, both [B, C, H, W], and the mask as a map, bool [B, 1, H, W]. Predictions
+            of normalized pixels are scaled by mean and std of their patch, or of its channels.
 
         Raises:
             ValueError: the model predicts no pixels.
         """
         if "pixel" not in self.objective.weights:
             raise ValueError("this model predicts features, not pixels")
-        output = self.forward_eval(images, mask)
+        output = self.forward_eval(images, mask, valid=valid)
         patch_size, grid = self.backbone.patch_size, self.backbone.grid_of(images.shape[-2:])
         pixels = output.prediction.float()
         if self.objective.norm_pix_loss:
-            _, mean, std = normalize_patches(patchify(images, patch_size))
+            known = None if valid is None else patchify(_check_valid(valid, images), patch_size)
+            _, mean, std = self._normalize(patchify(images, patch_size), known)
             pixels = pixels * std + mean
         predicted = unpatchify(pixels, grid, patch_size)  # [B, C, H, W]
         masked = self.mask_map(output.mask, grid)
-        return images.masked_fill(masked, 0.0), torch.where(masked, predicted, images), masked
+        replaced = masked if valid is None else masked & valid
+        return images.masked_fill(masked, 0.0), torch.where(replaced, predicted, images), masked
 
     @torch.no_grad()
     def forward_eval(
-        self, images: Tensor, mask: Tensor | None = None, target: Mapping[str, Tensor] | None = None
+        self,
+        images: Tensor,
+        mask: Tensor | None = None,
+        target: Mapping[str, Tensor] | None = None,
+        valid: Tensor | None = None,
     ) -> MaskedOutput:
         """:meth:`forward` in eval mode, whatever the model's mode; not compiled, for occasional visualizations."""
         with eval_mode(self):
-            return self.forward(images, mask, target)
+            return self.forward(images, mask, target, valid)
 
     def mask_map(self, mask: Tensor, grid: Grid) -> Tensor:
         """bool [B, N] -> [B, 1, H, W]."""
@@ -322,3 +374,12 @@ def _check_mask(mask: Tensor, shape: tuple[int, int], equal: bool) -> int:
         same = "mask the same number of patches in every image, and " if equal else ""
         raise ValueError(f"a mask must {same}mask some patches, not all: found {low} to {high} of {shape[1]} masked")
     return high
+
+
+def _check_valid(valid: Tensor, images: Tensor) -> Tensor:
+    """The map of valid pixels of images [B, C, H, W], for each channel."""
+    batch, channels, *size = images.shape
+    if valid.dtype != torch.bool or valid.shape not in ((batch, 1, *size), (batch, channels, *size)):
+        wanted = f"bool [{batch}, 1 or {channels}, {size[0]}, {size[1]}]"
+        raise ValueError(f"valid must be {wanted}, not {valid.dtype} {list(valid.shape)}")
+    return valid.expand(-1, channels, -1, -1)

@@ -28,19 +28,39 @@ def patchify(images: Tensor, patch_size: int, picked: Tensor | None = None) -> T
 IMAGE_TARGETS: dict[str, Callable[[Tensor, int, Tensor | None], Tensor]] = {"pixel": patchify}
 
 
-def normalize_patches(pixels: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+def normalize_patches(
+    pixels: Tensor, channels: int = 1, floor: float = 0.0, valid: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
     """Normalize each patch by its own mean and unbiased variance (He et al. 2022, section 3).
 
     Args:
-        pixels: [B, N, D].
+        pixels: [B, N, D], the channels of a pixel side by side.
+        channels: 1 for one mean and variance a patch, as published; the number of the images' channels for one of each.
+        floor: added to the standard deviation in quadrature, so that noise in flat patches stays small.
+        valid: bool [B, N, D], the pixels that mean and variance are of; None for all.
 
     Returns:
-        The normalized pixels [B, N, D], mean and std [B, N, 1], all float32.
+        The normalized pixels, mean and std, all float32 [B, N, D]; mean and std of all channels together are [B, N, 1].
     """
-    pixels = pixels.float()
-    variance, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
-    std = (variance + eps).sqrt()
-    return (pixels - mean) / std, mean, std
+    x = pixels.float()
+    groups = x if channels == 1 else x.unflatten(-1, (-1, channels)).transpose(-1, -2)  # [B, N, D] or [B, N, C, D / C]
+    if valid is None:
+        variance, mean = torch.var_mean(groups, dim=-1, keepdim=True)
+    else:
+        picked = valid if channels == 1 else valid.unflatten(-1, (-1, channels)).transpose(-1, -2)
+        variance, mean = _masked_var_mean(groups, picked)
+    std = (variance + (eps + floor**2)).sqrt()
+    if channels > 1:  # [B, N, C, 1] -> [B, N, D]
+        mean, std = (v.squeeze(-1).repeat(1, 1, pixels.shape[-1] // channels) for v in (mean, std))
+    return (x - mean) / std, mean, std
+
+
+def _masked_var_mean(x: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    """As `torch.var_mean` over the last dimension, of the valid values alone; 0 where there are none, or too few."""
+    count = valid.sum(dim=-1, keepdim=True)
+    mean = x.masked_fill(~valid, 0.0).sum(dim=-1, keepdim=True) / count.clamp(min=1)
+    squares = (x - mean).masked_fill(~valid, 0.0).square().sum(dim=-1, keepdim=True)
+    return squares / (count - 1).clamp(min=1), mean
 
 
 def unpatchify(pixels: Tensor, grid: tuple[int, int], patch_size: int) -> Tensor:

@@ -34,6 +34,8 @@ NumDevices = Annotated[int, Range(1, 1024)]  # of one machine, each with a proce
 Side = Annotated[int, Range(1, 2**14)]  # of a network's images in pixels: attention over them would not end before
 PatchSize = Annotated[int, Range(1, 1024)]
 Channels = Annotated[int, Range(1, 1024)]  # of images
+Channel = Annotated[int, Range(0, 1023)]  # one of them, counted from 0
+ChannelMap = tuple[Channel | Literal["-"], ...]  # for each new channel the old one, or none
 Width = Annotated[int, Range(1, 2**15)]  # channels: the widest transformers have 18,432
 Depth = Annotated[int, Range(0, 1000)]  # blocks: the deepest transformers have 1,000
 NumHeads = Annotated[int, Range(1, 1024)]
@@ -127,10 +129,20 @@ def describe_type(hint: Any, none: bool = True) -> str:
     if origin is Literal:
         return either([repr(part) for part in parts])
     if origin is tuple:
-        inner = WORDS.get(get_args(parts[0])[0] if get_origin(parts[0]) is Annotated else parts[0], "value")
-        return f"{inner}s" if parts[-1] is ... else f"{COUNTS.get(len(parts), len(parts))} {inner}s"
+        inner = _describe_several(parts[0])
+        return inner if parts[-1] is ... else f"{COUNTS.get(len(parts), len(parts))} {inner}"
     if hint in (None, type(None)):
         return "None"
     if hint is bool:
         return "True or False"
     return f"a {WORDS[hint]}" if hint in WORDS else getattr(hint, "__name__", str(hint))
+
+
+def _describe_several(hint: Any) -> str:
+    """As :func:`describe_type` of the values of a tuple: "whole numbers or '-'"."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _describe_several(parts[0])
+    if origin in (Union, types.UnionType):
+        return either(list(map(_describe_several, parts)))
+    return describe_type(hint) if origin is Literal else f"{WORDS.get(hint, 'value')}s"

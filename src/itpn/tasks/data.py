@@ -52,7 +52,9 @@ def example_of(source: ImageSource | Reader) -> str:
     """The name of the first image."""
     if not isinstance(source, ImageSource):
         return source.name(0)
-    return readable(source.images[0]) if source.images else f"the first image of {source.shards[0]}"
+    if source.images:
+        return readable(source.images[0])
+    return f"the first image of {source.shards[0]}" if source.shards else ""
 
 
 def make_training_loader(

@@ -93,17 +93,17 @@ def _start_workers(count: int) -> Iterator[list[Connection]]:
     finally:
         for process in processes:
             process.terminate()  # a run writes its checkpoint first
+        for worker in workers:
+            worker.close()  # for one that was between two runs, and took the signal for its last one's
         for process in processes:
             process.join()
-        for worker in workers:
-            worker.close()
 
 
 def _train_what_comes(pipe: Connection) -> None:
     """A worker process: returns the seconds of each run, or the exception that ended it."""
     os.setsid()  # Ctrl-C is for the parent, which passes it on
     torch.set_num_threads(1)
-    with contextlib.suppress(EOFError, RunStopped):  # the parent has gone, or wants this to end
+    with contextlib.suppress(EOFError, OSError, RunStopped):  # the parent has gone, or wants this to end
         while True:
             plan, log = pipe.recv()
             began = time.perf_counter()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from itpn.checkpoints.files import Checkpoint
@@ -14,9 +15,11 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.files import ImageSource
 from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, is_resolved, to_option, to_pairs
 from itpn.data.normalize import Normalize
+from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import FileReader, Reader
 from itpn.data.samples import Reading, open_sample, type_of
 from itpn.data.shards import read_shard
+from itpn.data.skipped import nothing_readable
 from itpn.data.statistics import SAMPLED, STATS_FILE, Statistics, compute_statistics, read_statistics
 from itpn.errors import UserError
 from itpn.system.text import one_line
@@ -56,6 +59,23 @@ def make_normalize(config: Any) -> Normalize:
     return Normalize(channels, data.mean or mean, data.std or std, kind, ranges, data.nodata)
 
 
+def pixel_values(config: Any) -> PixelValues:
+    """What augmentation has to know of the images of resolved settings."""
+    return values_of(make_normalize(config))
+
+
+def values_of(normalize: Normalize) -> PixelValues:
+    """What augmentation has to know of the images that are normalized so."""
+    kind = normalize.images
+    if kind.is_photo:
+        return PHOTOGRAPHS
+    mean = normalize.mean * normalize.span + normalize.low
+    low, high, own = (
+        tuple(values.flatten().tolist()) for values in (normalize.low, normalize.low + normalize.span, mean)
+    )
+    return PixelValues(False, kind.channels, getattr(torch, kind.dtype), low, high, own, normalize.nodata)
+
+
 def imagenet_values(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of ImageNet, for colour or grey."""
     if channels == 3:
@@ -66,8 +86,8 @@ def imagenet_values(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]
 def describe_pixels(config: Any) -> dict[str, Any]:
     """How pixels are prepared, for files of weights."""
     data = config.data
-    own = {"mean": data.mean, "std": data.std}
-    kind = image_type(config)
+    kind, (mean, std) = image_type(config), imagenet_values(input_channels(config))
+    own: dict[str, Any] = {"mean": data.mean or mean, "std": data.std or std}
     if kind.is_photo:
         return own
     more = {"dtype": kind.dtype, "channels": kind.channels, "value_range": data.value_range, "nodata": data.nodata}
@@ -122,15 +142,16 @@ def find_type(config: Any, images: ImageSource | Reader) -> tuple[ImageType, str
 
     Raises:
         UserError: the first thousand cannot be read.
+        MachineError: because the file system fails.
     """
     reading = replace(make_reading(config), type=None)
-    reason = ""
+    corrupt = []
     for name, data, *_ in _first(images):
         try:
             return type_of(open_sample(data, reading, name)), name
         except UnreadableImage as error:
-            reason = reason or f"; the first is {name}: {error}"
-    raise UserError(f"no readable image was found{reason}")
+            corrupt.append((name, str(error)))
+    raise nothing_readable(corrupt)
 
 
 def resolve_pixels(
@@ -154,7 +175,7 @@ def resolve_pixels(
         raise UserError(f"--data.dtype is {data.dtype}, and {one_line(example)} has {kind}")
     if kind.is_photo:
         config = replace(config, data=replace(data, dtype=PHOTO))
-        check_images(config.data, model.in_chans)
+        check_images(config.data, input_channels(config))
         return config, []
     if model.in_chans not in (None, kind.channels):
         raise UserError(f"--model.in-chans is {model.in_chans}, and {one_line(example)} has {kind}: leave it out")

@@ -29,7 +29,7 @@ from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole_text, write_whole
 from itpn.tasks.drawing import save_whole
-from itpn.tasks.pixels import stored_normalize
+from itpn.tasks.pixels import stored_normalize, values_of
 
 Crop = Callable[[Tensor], Tensor]  # of a whole image, uint8 [3, height, width]
 
@@ -65,8 +65,9 @@ def read_preprocessing(checkpoint: Checkpoint, model: nn.Module) -> tuple[Crop, 
     own, (channels, height, width) = checkpoint.preprocessing, find_backbone(model).image_shape
     normalize = stored_normalize(checkpoint, channels)
     if "crop_pct" in own:  # of a classifier: as it was evaluated
-        return EvaluationTransform((height, width), own["crop_pct"], own.get("interpolation", "bicubic")), normalize
-    return functools.partial(center_crop, img_size=(height, width)), normalize
+        interpolation, values = own.get("interpolation", "bicubic"), values_of(normalize)
+        return EvaluationTransform((height, width), own["crop_pct"], interpolation, values), normalize
+    return functools.partial(center_crop, img_size=(height, width), nodata=normalize.nodata), normalize
 
 
 def read_batches(source: ImageSource, crop: Crop, reading: Reading) -> Iterator[tuple[list[str], Tensor]]:

@@ -1,6 +1,7 @@
 """A run of any task, composed of what its :class:`TaskSpec` builds."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def compose(
     config = freeze(profiling.without_learning(config) if profile else config)
     folder.check_same_run(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
-    model, more = spec.build_model(config, data, checkpoint)
+    # the channels of its own checkpoint are those of the images already
+    building: Any = replace(config, model=replace(config.model, channel_map=None)) if begun else config
+    model, more = spec.build_model(building, data, checkpoint)
     if not begun:
         notes = [*data.notes, *notes, *start_notes(checkpoint), *more]
     return make_job(spec, config, folder.recipe, data, model), list(notes)

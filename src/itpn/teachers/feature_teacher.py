@@ -1,11 +1,58 @@
 """A frozen teacher, whatever network it has, and the builders of teachers that are no models of timm."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from itpn.data.channels import Values, check_channels, scale_channels
+from itpn.errors import UserError
 from itpn.models.position import Grid
+
+
+@dataclass(frozen=True)
+class RGBView:
+    """What a teacher of photographs sees of images of any channels and depth.
+
+    Attributes:
+        channels: those that are its red, green and blue, by index.
+        low, high: the values that are black and white, of all channels of the images or of each.
+        nodata: the value of pixels without data, which are black; NaN always is.
+    """
+
+    channels: tuple[int, int, int]
+    low: Values = 0.0
+    high: Values = 255.0
+    nodata: float | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] of any dtype -> float32 [B, 3, H, W] in [0, 1]."""
+        return scale_channels(images, self.channels, self.low, self.high, self.nodata)
+
+
+def choose_channels(teacher: str, channels: tuple[int, int, int] | None, count: int) -> tuple[int, int, int]:
+    """The channels that a teacher of photographs sees of images.
+
+    Args:
+        teacher: its name.
+        channels: of `--teacher.channels`, if they are given.
+        count: channels of the images.
+
+    Raises:
+        UserError: they are not given and not clear, or images have no such channel.
+    """
+    if channels is None:
+        if count != 3:
+            example = "0 0 0" if count == 1 else "3 2 1"
+            have = "one channel" if count == 1 else f"{count} channels"
+            raise UserError(
+                f"teacher {teacher} sees red, green and blue, and the images have {have}: say which it sees as these, "
+                f"counted from 0, e.g. --teacher.channels {example}"
+            )
+        return (0, 1, 2)
+    check_channels("--teacher.channels", channels, count)
+    return channels
 
 
 class FeatureTeacher(nn.Module):
@@ -18,10 +65,14 @@ class FeatureTeacher(nn.Module):
         img_size: height and width in pixels of the teacher's images.
         width: size D of a feature vector.
         mean, std: normalization of its images in [0, 1], three numbers each.
+
+    Attributes:
+        view: what it sees of images that are not photographs; None for photographs as they are.
     """
 
     mean: Tensor
     std: Tensor
+    view: RGBView | None = None
 
     def __init__(
         self,
@@ -53,7 +104,7 @@ class FeatureTeacher(nn.Module):
         """Features of all patches, row-major.
 
         Args:
-            images: uint8 [B, 3, h, w], or float in [0, 1], of ``img_size``.
+            images: uint8 [B, 3, h, w], or float in [0, 1], of ``img_size``; with a view, what that is of.
 
         Returns:
             float32 [B, N, D].
@@ -63,7 +114,10 @@ class FeatureTeacher(nn.Module):
         """
         if tuple(images.shape[-2:]) != self.img_size:
             raise ValueError(f"the teacher wants images of {self.img_size} px, not {tuple(images.shape[-2:])}")
-        x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
+        if self.view is not None:
+            x = self.view(images)
+        else:
+            x = images.float() / 255 if images.dtype == torch.uint8 else images.float()
         return self.tower((x - self.mean) / self.std).flatten(1, 2).float()
 
 

@@ -21,6 +21,8 @@ from itpn.data.image_type import DTYPES, PHOTO, check_value_range
 from itpn.errors import UserError
 from itpn.system.checks import (
     BatchSize,
+    Channel,
+    ChannelMap,
     Channels,
     Fraction,
     NonNegativeFloat,
@@ -79,6 +81,10 @@ class ModelConfig(Settings):
     checkpoint: str | None = None
     """Start from the weights of any file that `itpn inspect` knows, or of hf-hub:OWNER/NAME. What it lacks is randomly
     initialized, and named."""
+    channel_map: ChannelMap | None = None
+    """For each channel of the images the channel of --model.checkpoint, counted from 0, that the first layer and the
+    prediction of pixels take over; `-` for none, whose weights begin at zero. None repeats the channels as timm
+    does."""
     patch_size: PatchSize | None = None
     """Side of a patch in pixels, divisible by 4; None for the checkpoint's, or 16."""
     in_chans: Channels | None = None
@@ -91,7 +97,7 @@ class ModelConfig(Settings):
 
     def of_checkpoint(self, path: str) -> "ModelConfig":
         """These settings with the network of a checkpoint."""
-        return dataclasses.replace(self, checkpoint=path)
+        return dataclasses.replace(self, checkpoint=path, channel_map=None)
 
 
 @dataclass
@@ -116,6 +122,12 @@ class ImagesConfig(Settings):
     """How images are resized."""
     hflip: Fraction = 0.5
     """Probability of a horizontal flip."""
+    rotate90: bool = False
+    """Turn images by 0, 1, 2 or 3 quarters of a circle, for those that have no top: from above, or of a microscope."""
+    channel_jitter: Fraction = 0.0
+    """Largest relative change of brightness and contrast, drawn for each channel, of images of any channels."""
+    channel_drop: Fraction = 0.0
+    """Probability of each channel to be filled with its mean; one channel stays at least."""
     max_corrupt: Fraction = 0.05
     """Fraction of corrupt images above which the run stops."""
     max_pixels: PositiveInt = 2**27  # as itpn.data.decode.MAX_PIXELS
@@ -132,6 +144,9 @@ class ImagesConfig(Settings):
     value_range: tuple[str, ...] = ()
     """Values that become 0 and 1, beyond which pixels are clipped: `dtype` for all that the type can hold; LOW HIGH; or
     PLOW% PHIGH%, percentiles of each channel over the data set. By default `dtype` of 8 bits, 0.1% 99.9% of others."""
+    show_channels: tuple[Channel, ...] | None = None
+    """Channels that visualizations show as red, green and blue, counted from 0, or one that is shown in colours; None
+    for the first three."""
     nodata: float | None = None
     """Value of pixels without data; None for what GeoTIFFs declare. NaN is always without data."""
 
@@ -145,7 +160,7 @@ class CropsConfig(ImagesConfig):
     crop_ratio: tuple[AspectRatio, AspectRatio] = (0.75, 1.3333333333333333)
     """Aspect ratio (width over height) of a random crop."""
     color_jitter: Fraction = 0.0
-    """Largest relative change of brightness, contrast and saturation."""
+    """Largest relative change of brightness, contrast and saturation, of RGB photographs."""
 
 
 @dataclass
@@ -227,8 +242,8 @@ class RunConfig(Settings):
     task: ClassVar[str]
     visualizations: ClassVar[str] = "predictions"
     free: ClassVar[Mapping[str, frozenset[str]]] = {
-        "model": frozenset({"checkpoint", "grad_checkpointing"}),
-        "data": frozenset({"num_workers", "max_corrupt"}),
+        "model": frozenset({"checkpoint", "channel_map", "grad_checkpointing"}),
+        "data": frozenset({"num_workers", "max_corrupt", "show_channels"}),
         "evaluation": frozenset({"every_n_epochs", "batch_size"}),
         "trainer": frozenset(
             {
@@ -261,6 +276,8 @@ class RunConfig(Settings):
             UserError: the first that is found, with what to do.
         """
         check_types(self)
+        if self.model.channel_map is not None and self.model.checkpoint is None:
+            raise UserError("--model.channel-map says which channels of a checkpoint are kept: give --model.checkpoint")
         optimizer, name = self.optimizer, self.name
         if not all(0 <= beta < 1 for beta in optimizer.betas):
             raise UserError(f"--optimizer.betas must lie between 0 and 1, not {optimizer.betas}")
@@ -363,6 +380,8 @@ def check_images(data: Any, in_chans: int | None) -> None:
         raise UserError(f"--data.std must be above 0, not {data.std}")
     if data.dtype not in (None, PHOTO, *DTYPES):
         raise UserError(f"--data.dtype must be {PHOTO} or one of {', '.join(DTYPES)}, not {data.dtype}")
+    if data.show_channels is not None and len(data.show_channels) not in (1, 3):
+        raise UserError(f"--data.show-channels needs one channel or three, not {len(data.show_channels)}")
     if data.window_size is not None and data.window_overlap >= data.window_size:
         raise UserError(
             f"--data.window-overlap must be below --data.window-size {data.window_size}, not {data.window_overlap}"

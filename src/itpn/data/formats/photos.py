@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from itpn.data.formats.image_file import Window, cut
 from itpn.data.orientation import turn_tensor
 
 BANDS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I": 1, "F": 1, "I;16": 1, "I;16B": 1}
+PHOTOMETRIC = 262  # TIFF's tag; of 0, white is zero, Pillow inverts the pixels
 
 
 class PhotoImage:
@@ -34,6 +36,8 @@ class PhotoImage:
         kinds = {"I": np.int32, "F": np.float32, "I;16": np.uint16, "I;16B": np.uint16}
         self.dtype = np.dtype(np.uint16 if self._deep else kinds.get(self._mode, np.uint8))
         self.rgb = self._mode == "RGB"
+        tags: Any = getattr(image, "tag_v2", {})
+        self._inverted = tags.get(PHOTOMETRIC) == 0 and self._mode in ("1", "L")
         self.channels = {0: 1, 2: 3, 4: 2, 6: 4}[self._data[25]] if self._deep else BANDS.get(self._mode, 1)
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
@@ -44,5 +48,7 @@ class PhotoImage:
             return np.ascontiguousarray(cut(pixels, window))
         image = load_image(self._opened)
         pixels = np.asarray(image if image.mode == self._mode else image.convert(self._mode))
+        if self._inverted:
+            pixels = ~pixels
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return np.ascontiguousarray(cut(pixels, window), self.dtype)

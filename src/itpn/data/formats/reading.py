@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, TIFF_HEADERS, UnreadableImage, reading
+from itpn.data.file_types import DICOM_START, find_envi_header
 from itpn.data.formats.arrays import HDF5, NUMPY, ZIP, ArrayImage, Axes
 from itpn.data.formats.image_file import ImageFile
 from itpn.data.formats.photos import PhotoImage
@@ -81,7 +82,7 @@ def open_file(source: Path | bytes, axes: Axes | None = None) -> ImageFile:
         UnreadableImage: of no known format, or of one whose reader is not installed.
         OSError: no such file.
     """
-    head = source[:132] if isinstance(source, bytes) else _read_head(source)
+    head = source[:DICOM_START] if isinstance(source, bytes) else _read_head(source)
     if not head:
         raise UnreadableImage("empty file")
     if head[128:132] == b"DICM":  # its first 128 bytes may be those of another format
@@ -110,12 +111,16 @@ def find_heif_reader(head: bytes) -> None:
 
 
 def _open_tiff(source: Path | bytes) -> ImageFile:
-    if find_spec("tifffile") is None:
-        with suppress(UnreadableImage):
-            image = PhotoImage(source)  # of 8 bits, or of one band
-            if image.pages == 1:
-                return image
-    return _open_by("tifffile", "tiff", "TiffImage", "TIFF of several pages, bands or planes")(source)
+    stored: Any = None
+    if find_spec("tifffile") is not None:
+        stored = _open_by("tifffile", "tiff", "TiffImage", "TIFF")(source)
+        if stored.decodes:
+            return stored
+    with suppress(UnreadableImage):
+        image = PhotoImage(source)  # of 8 bits, or of one band; and faxes, which imagecodecs reads from Python 3.11 on
+        if image.pages == 1:
+            return image
+    return stored or _open_by("tifffile", "tiff", "TiffImage", "TIFF of several pages, bands or planes")(source)
 
 
 def _open_other(source: Path | bytes) -> ImageFile:
@@ -125,7 +130,7 @@ def _open_other(source: Path | bytes) -> ImageFile:
     except UnreadableImage as error:
         if isinstance(source, bytes):
             raise
-        if has_envi_header(source):
+        if find_envi_header(os.fspath(source)):
             return _open_raster(source, "ENVI", "ENVI")
         if source.suffix.lower() in DICOM_SUFFIXES:
             return _open_by("pydicom", "dicom", "DicomImage", "DICOM")(source)
@@ -134,17 +139,7 @@ def _open_other(source: Path | bytes) -> ImageFile:
 
 def _read_head(path: Path) -> bytes:
     with open(path, "rb") as file:
-        return file.read(132)
-
-
-def has_envi_header(path: Path) -> bool:
-    """Whether the header of an ENVI file lies beside it."""
-    for header in (path.with_suffix(".hdr"), path.with_name(f"{path.name}.hdr")):
-        if header != path and header.is_file():
-            with open(header, "rb") as file:
-                if file.read(4) == b"ENVI":
-                    return True
-    return False
+        return file.read(DICOM_START)
 
 
 def _open_raster(source: Path | bytes, kind: str, driver: str) -> ImageFile:

@@ -10,6 +10,7 @@ import tifffile
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.formats.image_file import Window, cut, plain_dtype, to_plain
+from itpn.data.orientation import ORIENTATION, SWAPPED, XMP, choose_orientation, find_stored_window, turn_array
 
 CUT_OFF = "cut off: it ends before its last pixels"
 NODATA = 42113  # GDAL's tag
@@ -18,7 +19,11 @@ IN_PAGE = "CSYX"  # axes of an image; all others (planes of a stack, moments, po
 
 
 class TiffImage:
-    """See :class:`itpn.data.formats.image_file.ImageFile`; of a pyramid it is the largest level."""
+    """See :class:`itpn.data.formats.image_file.ImageFile`; of a pyramid it is the largest level.
+
+    Attributes:
+        decodes: whether its compression is known here.
+    """
 
     def __init__(self, source: Path | bytes) -> None:
         self._file = tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -29,13 +34,17 @@ class TiffImage:
         sizes = dict(zip(self._axes, self._shape, strict=True))
         if not {"Y", "X"} <= sizes.keys():
             raise UnreadableImage(f"TIFF of axes {self._axes} has no rows and columns")
+        tags = self._series.keyframe.tags
+        self._orientation = choose_orientation(tags.valueof(ORIENTATION), tags.valueof(XMP))
         self.height, self.width = sizes["Y"], sizes["X"]
+        if self._orientation in SWAPPED:
+            self.height, self.width = self.width, self.height
         self.channels = sizes.get("C", 1) * sizes.get("S", 1)
         self.rgb = sizes.get("S") == 3 == self.channels and self._series.keyframe.photometric in RGB
         self.pages = math.prod(size for axis, size in sizes.items() if axis not in IN_PAGE)
         self.dtype = plain_dtype(np.dtype(self._series.dtype))
-        tag = self._series.keyframe.tags.get(NODATA)
-        self.nodata = None if tag is None else read_nodata(tag.value)
+        self.nodata = read_nodata(tags.valueof(NODATA))
+        self.decodes = self._series.keyframe.compression in tifffile.TIFF.DECOMPRESSORS
         # one uncompressed block, or pages of more than one plane, are left to tifffile
         planes = math.prod(size for axis, size in sizes.items() if axis not in "SYX")
         start = self._series.dataoffset
@@ -47,8 +56,10 @@ class TiffImage:
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
         """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
+        if window is not None:
+            window = find_stored_window(window, self._orientation, self.height, self.width)
         planes = [self._read_plane(number, window) for number in self._find_planes(page)]
-        return to_plain(np.concatenate(planes) if len(planes) > 1 else planes[0])
+        return to_plain(turn_array(np.concatenate(planes) if len(planes) > 1 else planes[0], self._orientation))
 
     def _find_planes(self, page: int) -> np.ndarray:
         """Numbers of the file's planes that hold the channels of a page; the samples of a pixel are of one plane."""
@@ -108,7 +119,7 @@ def read_chunk(file: tifffile.TiffFile, page: Any, number: int) -> np.ndarray | 
 
 
 def read_nodata(tag: Any) -> float | None:
-    """The number in GDAL's tag; None where it holds none."""
+    """The number in GDAL's tag; None where it holds none, or is missing."""
     try:
         return float(str(tag).strip(" \0"))
     except ValueError:

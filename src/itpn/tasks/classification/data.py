@@ -9,6 +9,7 @@ from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.data import NO_IMAGES, RunData, make_training_loader
+from itpn.tasks.pixels import pixel_values
 from itpn.training.config import describe_crops, image_size
 
 
@@ -35,7 +36,7 @@ def describe_data(config: ClassificationConfig, data: RunData) -> dict[str, str]
 
 
 def make_transform(config: ClassificationConfig) -> ClassificationTransform:
-    """The augmentation; UserError if there is none of that name."""
+    """The augmentation; UserError if there is none of that name, or it is not for such images."""
     data = config.data
     return ClassificationTransform(
         image_size(data),
@@ -45,6 +46,10 @@ def make_transform(config: ClassificationConfig) -> ClassificationTransform:
         hflip=data.hflip,
         color_jitter=data.color_jitter,
         auto_augment=data.auto_augment,
+        rotate90=data.rotate90,
+        channel_jitter=data.channel_jitter,
+        channel_drop=data.channel_drop,
+        pixels=pixel_values(config),
     )
 
 

@@ -36,6 +36,7 @@ from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, r
 from itpn.tasks.features import FeatureEvaluator, join_sets
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import given_heads
+from itpn.tasks.pixels import pixel_values
 from itpn.training.config import image_size
 
 
@@ -124,7 +125,8 @@ def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransfo
     data = config.data
     assert data.crop_pct is not None
     size = data.test_size or image_size(data)
-    return EvaluationTransform(size if isinstance(size, tuple) else (size, size), data.crop_pct, data.interpolation)
+    size = size if isinstance(size, tuple) else (size, size)
+    return EvaluationTransform(size, data.crop_pct, data.interpolation, pixel_values(config))
 
 
 def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:

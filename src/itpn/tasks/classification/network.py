@@ -25,7 +25,7 @@ from itpn.tasks.finetuning.network import (
     scale_epochs,
 )
 from itpn.tasks.info import Rows, describe_classifier
-from itpn.tasks.pixels import resolve_pixels
+from itpn.tasks.pixels import image_type, resolve_pixels
 from itpn.training.config import image_size
 
 CROP_PCT = 0.875  # of ImageNet since the first networks
@@ -78,6 +78,9 @@ def resolve(
     if data is not None:
         config, notes = resolve_pixels(config, data.train, None if checkpoint is None else checkpoint.preprocessing)
     config = resolve_network(config, checkpoint)
+    if config.data.auto_augment is not None and not image_type(config).is_photo:
+        notes.append(f"--data.auto-augment {config.data.auto_augment} is for RGB photographs: left out")
+        config = replace(config, data=replace(config.data, auto_augment=None))
     own = config.data
     if own.img_size is None:
         size: Any = (

@@ -17,7 +17,7 @@ from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.evaluation import make_evaluation_transform
 from itpn.tasks.classification.module import ClassificationModule
 from itpn.tasks.data import RunData
-from itpn.tasks.drawing import caption_files, show, tile_images
+from itpn.tasks.drawing import caption_files, make_display, show, stored_display, tile_images
 from itpn.tasks.finetuning.network import name_classes
 from itpn.tasks.pixels import make_reading, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_batches, read_preprocessing, save_image
@@ -33,7 +33,7 @@ def predict(model: Backbone, checkpoint: Checkpoint, source: ImageSource, option
     Classes are numbers where the file has no names.
     """
     crop, normalize = read_preprocessing(checkpoint, model)
-    classes = name_classes(checkpoint, model.num_classes)
+    classes, display = name_classes(checkpoint, model.num_classes), stored_display(checkpoint)
     written = Predictions(("class", "probability", "then"), ("image", "rank", "class", "probability"))
     reading = stored_reading(checkpoint, options.max_pixels)
     for number, (names, images) in enumerate(read_batches(source, crop, reading)):
@@ -48,7 +48,7 @@ def predict(model: Backbone, checkpoint: Checkpoint, source: ImageSource, option
                 [(name, rank, *pair) for rank, pair in enumerate(likeliest, 1)],
                 (label, f"{value:.1%}", ", ".join(f"{label} {value:.0%}" for label, value in likeliest[1:3])),
             )
-        sheet = tile_images([*map(show, images)], titles, side=None, captions=caption_files(names))
+        sheet = tile_images([*map(show, display(images))], titles, side=None, captions=caption_files(names))
         save_image(sheet, options.out, number)
     written.write(options.out)
 
@@ -60,6 +60,7 @@ def build_visualization(
     module: ClassificationModule, config: ClassificationConfig, data: RunData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
+    make_display(config)  # which finds wrong channels before the first step
     samples = functools.cache(lambda: read_samples(data.samples, config))
     return lambda: draw_classes(module, *samples())
 
@@ -80,4 +81,4 @@ def draw_classes(module: ClassificationModule, images: Tensor, names: list[str])
     for row, name in zip(probabilities, names, strict=True):
         predicted = module.classes[int(row.argmax())]
         titles.append(f"{row.max():.0%} {predicted}" + ("" if predicted == name else f", is {name}"))
-    return tile_images([*map(show, images)], titles, side=None)
+    return tile_images([*map(show, make_display(module.config)(images))], titles, side=None)

@@ -8,6 +8,7 @@ from itpn.data.readers import draw_images
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, print_once
 from itpn.tasks.detection.config import DetectionConfig
+from itpn.tasks.pixels import pixel_values
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,10 @@ def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
         hflip=data.hflip,
         interpolation=data.interpolation,
         masks=masks,
+        rotate90=data.rotate90,
+        channel_jitter=data.channel_jitter,
+        channel_drop=data.channel_drop,
+        pixels=pixel_values(config),
     )
 
 

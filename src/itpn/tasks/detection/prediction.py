@@ -22,7 +22,7 @@ from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.evaluation import detect
 from itpn.tasks.detection.module import DetectionModule
-from itpn.tasks.drawing import draw_objects, save_whole, tile_images
+from itpn.tasks.drawing import draw_objects, make_display, save_whole, stored_display, tile_images, to_display
 from itpn.tasks.pixels import make_reading, stored_normalize, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
 
@@ -36,7 +36,7 @@ def predict(model: Detector, checkpoint: Checkpoint, source: ImageSource, option
     normalize = stored_normalize(checkpoint, find_backbone(model).in_chans)
     if options.max_detections is not None:
         model.limit_detections(options.max_detections)
-    predict_objects(model, normalize, images, names, options.out, options.min_score)
+    predict_objects(model, normalize, images, names, options.out, options.min_score, stored_display(checkpoint))
 
 
 def predict_objects(
@@ -46,6 +46,7 @@ def predict_objects(
     classes: list[str],
     out: Path,
     min_score: float,
+    display: Callable[[Tensor], Tensor] = to_display,
 ) -> None:
     """Each image with the objects that are found in it, and all of them in the files.
 
@@ -68,7 +69,7 @@ def predict_objects(
             [(name, one["class"], one["score"], *one["box"]) for one in objects],
             (str(len(objects)), ", ".join(f"{one['class']} {one['score']:.0%}" for one in objects[:4])),
         )
-        drawn = draw_objects(image, found, classes, min_score)
+        drawn = draw_objects(display(image), found, classes, min_score)
         save_whole(drawn, out / as_file_name(name_output(out, number, name, ".png")))
     written.write(out, f"{out}/0000-*.png ...")
     if not count:
@@ -82,6 +83,7 @@ def build_visualization(
     module: DetectionModule, config: DetectionConfig, data: DetectionData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
+    make_display(config)  # which finds wrong channels before the first step
     samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, make_reading(config))])
     return lambda: draw_found(module, samples())
 
@@ -90,6 +92,7 @@ def draw_found(module: DetectionModule, images: list[Tensor]) -> Image.Image:
     """What the network finds in some images."""
     with eval_mode(module):  # one at a time: wide and high images together would be padded to squares
         found = [detect(module.model, module.normalize, [image.to(module.device)])[0] for image in images]
+    shown = map(make_display(module.config), images)
     return tile_images(
-        [draw_objects(image, one, module.classes, MIN_SCORE) for image, one in zip(images, found, strict=True)]
+        [draw_objects(image, one, module.classes, MIN_SCORE) for image, one in zip(shown, found, strict=True)]
     )

@@ -25,7 +25,7 @@ class NetworkConfig(ModelConfig):
     """From scratch: initial layer scale; None for no layer scale. A checkpoint's own stays."""
 
     def of_checkpoint(self, path: str) -> "NetworkConfig":
-        return replace(self, checkpoint=path, scratch=False)
+        return replace(self, checkpoint=path, channel_map=None, scratch=False)
 
 
 @dataclass

@@ -15,7 +15,7 @@ from itpn.errors import UserError
 from itpn.models.heads import Head
 from itpn.models.spec import NetworkSpec, Options, find_variant, same_sizes
 from itpn.models.variants import BACKBONES
-from itpn.system.checks import check_type
+from itpn.system.checks import ChannelMap, check_type
 from itpn.tasks.finetuning.config import NetworkConfig
 from itpn.tasks.pixels import adopt_pixels, resolve_pixels
 from itpn.tasks.recipe_files import check_model_name
@@ -167,10 +167,16 @@ def build_network(
     # relative positions that the file has not begin at zero
     new_tables = bool(model.rel_pos_bias and not contents.backbone.get("rel_pos_bias"))
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if not name.startswith(unwanted)}
-    return network, _start_from(network, checkpoint, tensors, new_tables)
+    return network, _start_from(network, checkpoint, tensors, new_tables, model.channel_map)
 
 
-def _start_from(network: nn.Module, checkpoint: Checkpoint, tensors: dict[str, Tensor], new_tables: bool) -> list[str]:
+def _start_from(
+    network: nn.Module,
+    checkpoint: Checkpoint,
+    tensors: dict[str, Tensor],
+    new_tables: bool,
+    channel_map: ChannelMap | None,
+) -> list[str]:
     if new_tables:
         # tables of zeros change nothing, and are then learned
         own = named_tensors(network)
@@ -180,7 +186,7 @@ def _start_from(network: nn.Module, checkpoint: Checkpoint, tensors: dict[str, T
         if problems := [finding.text for finding in findings if finding.kind == "harmful"]:
             raise UserError(f"checkpoint {checkpoint.source} cannot be fine-tuned: it {'; it '.join(problems)}")
 
-    return start_from(network, checkpoint, check, tensors)
+    return start_from(network, checkpoint, check, tensors, channel_map)
 
 
 def keep_predictor(checkpoint: Checkpoint | None, ours: tuple[str, ...], theirs: int | None) -> tuple[bool, list[str]]:

@@ -33,6 +33,9 @@ CROP_SETTINGS = (
     "interpolation",
     "hflip",
     "color_jitter",
+    "rotate90",
+    "channel_jitter",
+    "channel_drop",
     "max_pixels",
     "shuffle_buffer",
     "samples_per_epoch",
@@ -105,6 +108,7 @@ def _describe_crops(config: PretrainingConfig, source: ImageSource) -> dict[str,
     settings = {key: value for key, value in to_dict(config)["data"].items() if key in CROP_SETTINGS}
     if source.members:
         settings["members"] = list(source.members)
+    settings["teacher channels"] = config.teacher.channels and list(config.teacher.channels)
     names = "\n".join(os.path.abspath(path) for path in source.images or source.shards)
     return {**settings, "seed": config.seed, "files": hashlib.sha256(os.fsencode(names)).hexdigest()}
 

@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from itpn.errors import UserError
 from itpn.system.checks import (
+    Channel,
     Depth,
     Fraction,
     NonNegativeFloat,
@@ -70,6 +71,12 @@ class PretrainingModelConfig(ModelConfig):
     """Patches whose features are compared."""
     norm_pix_loss: bool = True
     """Predict pixels normalized by the mean and standard deviation of their patch (He et al. 2022)."""
+    norm_pix_per: Literal["patch", "channel"] = "patch"
+    """One mean and standard deviation for all channels of a patch, as published, or one of each for each channel: where
+    a patch is flat, those of all channels leave nothing to predict but the channels' offsets."""
+    norm_pix_floor: NonNegativeFloat = 0.0
+    """Floor of that standard deviation, added in quadrature, as a multiple of --data.std: what varies less in a patch
+    becomes a small target instead of amplified noise."""
     init_values: NonNegativeFloat | None = None
     """Initial layer scale of the backbone; None for no layer scale."""
     migrate_ratio: float = 0.0
@@ -108,6 +115,9 @@ class TeacherConfig(Settings):
     """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
     width: Width | None = None
     """Channels of the teacher's features: read from the teacher, and kept for when it is not there."""
+    channels: tuple[Channel, Channel, Channel] | None = None
+    """Channels of the images, counted from 0, that a teacher of photographs sees as red, green and blue, scaled from
+    the images' range of values to that of photographs; of grey images 0 0 0. None for images of three channels."""
     normalize: bool = True
     """Normalize each feature by its own mean and standard deviation."""
     momentum: Fraction = 0.996
@@ -216,6 +226,8 @@ def check_model(model: PretrainingModelConfig, teacher: TeacherConfig) -> None:
             "--model.decoder-embed-dim must be divisible by 16 and by --model.decoder-num-heads "
             f"{model.decoder_num_heads}, not {model.decoder_embed_dim}"
         )
+    if model.norm_pix_floor and not model.norm_pix_loss:
+        raise UserError("--model.norm-pix-floor has no effect with --model.no-norm-pix-loss: leave one of them out")
     check_losses(model)
     check_teacher(teacher, any([model.feature_weight, model.auxiliary_weight, *model.pyramid_weights]))
     check_masked_patches(model)
@@ -277,6 +289,8 @@ def check_teacher(teacher: TeacherConfig, features: bool) -> None:
         raise UserError(
             f"teacher {teacher.name} has nothing to do: set --model.feature-weight or --model.pyramid-weights above 0"
         )
+    if teacher.channels is not None and teacher.name in (None, "ema"):
+        raise UserError("--teacher.channels is for a teacher of photographs; the EMA of the network sees all channels")
     if teacher.checkpoint is not None:
         if teacher.name == "ema":
             raise UserError("--teacher.checkpoint has no meaning for the teacher `ema`, an EMA of the network")

@@ -21,10 +21,10 @@ from itpn.data.shards import check_shards
 from itpn.data.windows import Windows, cut_windows
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, make_training_loader, print_once
-from itpn.tasks.pixels import make_reading
+from itpn.tasks.pixels import image_type, make_normalize, make_reading, pixel_values
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
+from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
 from itpn.teachers.timm_teacher import build_teacher
 from itpn.training.config import describe_crops, image_size
 from itpn.training.launch import choose_devices, read_launch
@@ -149,6 +149,22 @@ def make_frozen_teacher(config: PretrainingConfig) -> FeatureTeacher | None:
     return teacher
 
 
+def show_to_teacher(config: PretrainingConfig, teacher: FeatureTeacher) -> None:
+    """Have a teacher of photographs see what the images of resolved settings are.
+
+    Raises:
+        UserError: which channels it is to see has to be said, or there are no such channels.
+    """
+    kind = image_type(config)
+    channels = choose_channels(teacher.name, config.teacher.channels, kind.channels)
+    if kind.is_photo:
+        teacher.view = None if channels == (0, 1, 2) else RGBView(channels)
+        return
+    normalize = make_normalize(config)
+    low, high = (values.flatten().tolist() for values in (normalize.low, normalize.low + normalize.span))
+    teacher.view = RGBView(channels, low, high, normalize.nodata)
+
+
 def check_cache(config: PretrainingConfig, folder: str) -> None:
     """Refuse cached crops and features of other settings."""
     index = read_index(folder)
@@ -179,6 +195,10 @@ def make_loader(
         hflip=data.hflip,
         color_jitter=data.color_jitter,
         teacher_size=teacher_size,
+        rotate90=data.rotate90,
+        channel_jitter=data.channel_jitter,
+        channel_drop=data.channel_drop,
+        pixels=pixel_values(config),
     )
     on_gpu = GpuTransform(transform) if data.decode == "gpu" else None
     return make_training_loader(
@@ -196,7 +216,7 @@ def make_loader(
 
 def read_samples(source: ImageSource | Windows, config: PretrainingConfig) -> Tensor:
     """The images of visualizations: readable ones from all over the data, [n, C, H, W] as they are stored."""
-    crop = functools.partial(center_crop, img_size=image_size(config.data))
+    crop = functools.partial(center_crop, img_size=image_size(config.data), nodata=config.data.nodata)
     if isinstance(source, Windows):
         return torch.stack([crop(image) for _, image in read_some(source, SAMPLES, make_reading(config))])
     if source.cache:

@@ -16,7 +16,7 @@ from itpn.masked.targets import normalize_features
 from itpn.models.spec import spec_of
 from itpn.tasks.pixels import describe_pixels, make_normalize
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.tasks.pretraining.data import PretrainingData, make_loader
+from itpn.tasks.pretraining.data import PretrainingData, make_loader, show_to_teacher
 from itpn.tasks.pretraining.network import build_from
 from itpn.tasks.pretraining.weights import load_weights
 from itpn.teachers.ema import EMATeacher, momentum_at
@@ -59,7 +59,7 @@ class PretrainingModule(TrainingModule):
     def training_step(self, batch: dict[str, Any]) -> dict[str, Any]:
         images = self.normalize(batch["image"])
         targets = self.make_targets(batch, images)
-        output = self.model(images, target=targets)
+        output = self.model(images, target=targets, valid=self.normalize.find_valid(batch["image"]))
         metrics = {"loss": output.loss.detach()}
         if len(output.losses) > 1:
             metrics |= {f"loss_{name}": loss.detach() for name, loss in output.losses.items()}
@@ -135,6 +135,8 @@ def build_module(
 ) -> PretrainingModule:
     ema = EMATeacher(model, config.teacher.normalize) if config.teacher.name == "ema" else None
     size = None if data.teacher is None else data.teacher.img_size
+    if data.teacher is not None:
+        show_to_teacher(config, data.teacher)
     return PretrainingModule(
         model,
         config,

@@ -12,7 +12,7 @@ from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.targets import IMAGE_TARGETS
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
-from itpn.tasks.pixels import resolve_pixels
+from itpn.tasks.pixels import adopt_pixels, resolve_pixels
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,
     PretrainingModelConfig,
@@ -39,11 +39,11 @@ def resolve(
     elif data.train.cache and config.teacher.name not in (None, "ema"):
         width = read_index(data.train.cache).width
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width))
-    return (
-        (config, ())
-        if data.train.cache
-        else resolve_pixels(config, data.train, None if checkpoint is None else checkpoint.preprocessing)
-    )
+    notes: list[str] = []
+    if not data.train.cache:
+        stored = None if checkpoint is None else checkpoint.preprocessing
+        config, notes = resolve_pixels(config, data.train, stored)
+    return adopt_pixels(config, {}), notes
 
 
 def build_model(
@@ -141,6 +141,8 @@ def make_objective(config: PretrainingModelConfig) -> Objective:
         masked_patches=config.masked_patches,
         masked_laterals=config.masked_laterals,
         norm_pix_loss=config.norm_pix_loss,
+        norm_pix_per=config.norm_pix_per,
+        norm_pix_floor=config.norm_pix_floor,
         feature_loss=config.feature_loss,
         feature_patches=config.feature_patches,
     )
@@ -199,4 +201,4 @@ def build_recipe(
     if num_classes is not None:
         raise UserError("a recipe of pretraining predicts no classes: leave out num_classes")
     model = build_from(config)
-    return model, [] if checkpoint is None else load_weights(model, checkpoint)
+    return model, [] if checkpoint is None else load_weights(model, checkpoint, config.model.channel_map)

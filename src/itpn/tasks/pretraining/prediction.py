@@ -15,7 +15,7 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.targets import IMAGE_TARGETS
-from itpn.tasks.drawing import caption_files, show, tile_images
+from itpn.tasks.drawing import caption_files, is_photo, make_display, show, tile_images
 from itpn.tasks.pixels import stored_reading
 from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing, save_image
 from itpn.tasks.pretraining.config import PretrainingConfig
@@ -41,6 +41,7 @@ def build_visualization(
     module: PretrainingModule, config: PretrainingConfig, data: PretrainingData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
+    make_display(config)  # which finds wrong channels before the first step
     samples = functools.cache(lambda: read_samples(data.windows or data.train, config))
     return lambda: draw_predictions(module, samples())
 
@@ -53,7 +54,7 @@ def draw_predictions(
     colours.
 
     Args:
-        images: uint8 [n, 3, H, W].
+        images: [n, C, H, W] as they are stored.
         sets: rows side by side.
         captions: below the original images.
     """
@@ -69,16 +70,17 @@ def mask_and_predict(module: PretrainingModule, images: Tensor) -> dict[str, Ten
 
     The same images get the same masks, so that visualizations of a run can be compared.
     """
+    display = make_display(module.config).fit(images)
     images = images.to(module.device)
-    x = module.normalize(images)
+    original, x = display(images), module.normalize(images)
     grid = module.model.backbone.grid_of(x.shape[-2:])
     generator = torch.Generator().manual_seed(module.config.seed)
     mask = module.model.draw_mask(len(x), grid, generator=generator).to(x.device)
     if "pixel" in module.model.objective.weights:
-        masked, predicted = (module.normalize.undo(own) for own in module.model.reconstruct(x, mask)[:2])
-        return {"original": images, "masked": masked, "predicted": predicted}
-    masked = module.normalize.undo(x.masked_fill(module.model.mask_map(mask, grid), 0.0))
-    return {"original": images, "masked": masked, **_draw_features(module, images, x, mask, grid)}
+        masked, predicted = (display(module.normalize.undo(own)) for own in module.model.reconstruct(x, mask)[:2])
+        return {"original": original, "masked": masked, "predicted": predicted}
+    masked = display(module.normalize.undo(x.masked_fill(module.model.mask_map(mask, grid), 0.0)))
+    return {"original": original, "masked": masked, **_draw_features(module, images, x, mask, grid)}
 
 
 def _draw_features(
@@ -87,7 +89,8 @@ def _draw_features(
     """Feature maps as images, uint8 [n, 3, H, W]."""
     batch = {"image": images}
     if module.teacher_size is not None:
-        batch["teacher_image"] = resize(images, list(module.teacher_size), InterpolationMode.BICUBIC, antialias=True)
+        pixels = images if is_photo(images) else images.float()
+        batch["teacher_image"] = resize(pixels, list(module.teacher_size), InterpolationMode.BICUBIC, antialias=True)
     output = module.model.forward_eval(x, mask, module.make_targets(batch, x))
     prediction = output.prediction.float()  # [n, N, D]
     target = prediction if output.target is None else output.target

@@ -7,14 +7,18 @@ from itpn.errors import UserError
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.models.spec import NetworkSpec, spec_of
 from itpn.models.variants import PUBLISHED_PYRAMID, PYRAMIDS
+from itpn.system.checks import ChannelMap
 from itpn.tasks.pretraining.config import PretrainingConfig
 
 
-def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
+def load_weights(model: MaskedImageModel, checkpoint: Checkpoint, channel_map: ChannelMap | None = None) -> list[str]:
     """Copy into a run's model what fits of a file.
 
     A part that the file lacks keeps its random initialization (a decoder, heads; a pyramid, if the file has none at
     all). A backbone or pyramid of another shape is refused: it is another model.
+
+    Args:
+        channel_map: see :func:`itpn.checkpoints.match.match`.
 
     Returns:
         What is not as in the file, a sentence each.
@@ -41,7 +45,7 @@ def load_weights(model: MaskedImageModel, checkpoint: Checkpoint) -> list[str]:
         hint = f"; it takes {options}" if options else ""
         raise UserError(f"checkpoint {source} holds another model: it {problems[0]}{hint}")
 
-    return start_from(model, checkpoint, check)
+    return start_from(model, checkpoint, check, channel_map=channel_map)
 
 
 def describe_options(spec: NetworkSpec, model: MaskedImageModel) -> str:

@@ -8,6 +8,7 @@ from itpn.data.masks import LabelTable
 from itpn.data.readers import draw_images
 from itpn.data.segmentation_transform import SegmentationTransform
 from itpn.tasks.data import NO_IMAGES, RunData, print_once
+from itpn.tasks.pixels import pixel_values
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.config import describe_crops
 
@@ -40,9 +41,8 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
 
 
 def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
-    data = config.data
+    data, pixels = config.data, pixel_values(config)
     assert data.mean is not None
-    red, green, blue = (round(255 * value) for value in (data.mean * 3)[:3])  # one number is for all channels
     return SegmentationTransform(
         table,
         data.img_size,
@@ -52,6 +52,10 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,
-        fill=(red, green, blue),
+        fill=tuple(255 * value for value in data.mean) if pixels.photographs else None,  # None for their mean
         max_pixels=data.max_pixels,
+        rotate90=data.rotate90,
+        channel_jitter=data.channel_jitter,
+        channel_drop=data.channel_drop,
+        pixels=pixels,
     )

@@ -14,7 +14,7 @@ from itpn.models.segmenter import Segmenter
 from itpn.system.text import as_file_name
 from itpn.system.writing import name_output
 from itpn.tasks.data import RunData
-from itpn.tasks.drawing import draw_labels, save_labels, save_whole, tile_images
+from itpn.tasks.drawing import draw_labels, make_display, save_labels, save_whole, stored_display, tile_images
 from itpn.tasks.evaluation import EvaluationRequest
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import name_classes
@@ -36,13 +36,13 @@ def predict(model: Segmenter, checkpoint: Checkpoint, source: ImageSource, optio
     """
     config = freeze(resolve_evaluation(SegmentationConfig(), EvaluationRequest(checkpoint))[0])
     segment, normalize, out = make_segmentation(config), make_normalize(config), options.out
-    names = name_classes(checkpoint, model.num_classes)
+    names, display = name_classes(checkpoint, model.num_classes), stored_display(checkpoint)
     colours = [tuple(colour) for colour in checkpoint.metadata.get("colours") or ()] or None
     written = Predictions(("classes, the largest first",), ("image", "labels", *names))
     for number, (name, image) in enumerate(read_images(source, stored_reading(checkpoint, options.max_pixels))):
         labels = segment(model, normalize, image)
         drawn, mask = (name_output(out, number, name, ending) for ending in (".png", "-labels.png"))
-        save_whole(draw_labels(image, labels, names, colours), out / as_file_name(drawn))
+        save_whole(draw_labels(display(image), labels, names, colours), out / as_file_name(drawn))
         save_labels(labels, len(names), colours, out / as_file_name(mask))
         fractions = (labels.flatten().bincount(minlength=len(names)) / labels.numel()).tolist()
         order = sorted(range(len(names)), key=lambda row: -fractions[row])
@@ -62,15 +62,17 @@ def build_visualization(
     module: SegmentationModule, config: SegmentationConfig, data: RunData
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
+    make_display(config)  # which finds wrong channels before the first step
     samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, make_reading(config))])
     return lambda: draw_scenes(module, config, samples())
 
 
 def draw_scenes(module: SegmentationModule, config: SegmentationConfig, images: list[Tensor]) -> Image.Image:
     """Some images under the classes of their pixels."""
-    segment = make_segmentation(config)
+    segment, display = make_segmentation(config), make_display(config)
     with eval_mode(module):
         labels = [segment(module.model, module.normalize, image.to(module.device)) for image in images]
     return tile_images(
-        [draw_labels(i, own, module.classes, module.colours) for i, own in zip(images, labels, strict=True)], per_row=3
+        [draw_labels(display(i), own, module.classes, module.colours) for i, own in zip(images, labels, strict=True)],
+        per_row=3,
     )

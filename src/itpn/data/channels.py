@@ -1,0 +1,73 @@
+"""Some channels of stored images, of any depth, as numbers from 0 to 1: what people and networks of photographs see."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from itpn.errors import UserError
+
+Values = float | Sequence[float]  # one for all channels of an image, or one for each
+SAMPLED = 2**20  # pixels of a channel whose percentiles stand for those of all
+
+
+def check_channels(option: str, channels: Sequence[int], count: int) -> None:
+    """Raise :class:`UserError` where images of ``count`` channels have none of a number that an option gives."""
+    if outside := [index for index in channels if not 0 <= index < count]:
+        has = "one channel, number 0" if count == 1 else f"{count} channels, 0 to {count - 1}"
+        raise UserError(
+            f"{option} {' '.join(map(str, channels))}: there is no channel {outside[0]}, the images have {has}"
+        )
+
+
+def scale_channels(
+    images: Tensor, channels: Sequence[int], low: Values, high: Values, nodata: float | None = None
+) -> Tensor:
+    """Bring a range of values to [0, 1]; beyond it values are clipped, and pixels without data are 0.
+
+    Args:
+        images: [..., C, H, W] of any dtype.
+        channels: those that are wanted, by index; one may come several times.
+        low, high: of all C channels, or of each.
+        nodata: the value of pixels without data, beside NaN and infinite ones.
+
+    Returns:
+        float32 [..., number of channels, H, W].
+    """
+    x = pick_channels(images, channels)
+    least, most = (pick_values(values, channels).to(x.device) for values in (low, high))
+    scaled = ((x - least) / (most - least).clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
+    return scaled.masked_fill(~is_valid(x, nodata), 0.0)
+
+
+def pick_channels(images: Tensor, channels: Sequence[int]) -> Tensor:
+    """Channels of [..., C, H, W] by index, float32."""
+    return torch.stack([images[..., index, :, :].float() for index in channels], dim=-3)
+
+
+def pick_values(values: Values, channels: Sequence[int]) -> Tensor:
+    """Those of some channels, float32 [number of channels, 1, 1]."""
+    own = [values] * len(channels) if isinstance(values, int | float) else [values[index] for index in channels]
+    return torch.tensor(own, dtype=torch.float32).reshape(-1, 1, 1)
+
+
+def is_valid(values: Tensor, nodata: float | None) -> Tensor:
+    """Where there are data: bool of the shape of the values."""
+    valid = values.isfinite()
+    return valid if nodata is None else valid & (values != nodata)
+
+
+def find_percentiles(
+    images: Tensor, percents: tuple[float, float], nodata: float | None = None
+) -> tuple[list[float], list[float]]:
+    """Two percentiles of each channel of images [..., C, H, W], of all images together; 0 and 1 of one without data."""
+    lows, highs = [], []
+    for index in range(images.shape[-3]):
+        values = images[..., index, :, :].flatten()
+        values = values[:: max(1, values.numel() // SAMPLED)].float()
+        values = values[is_valid(values, nodata)]
+        fractions = values.new_tensor(percents) / 100
+        low, high = values.quantile(fractions).tolist() if len(values) else (0.0, 1.0)
+        lows.append(low)
+        highs.append(high)
+    return lows, highs
