@@ -33,6 +33,8 @@ class Predict:
     """Seed of what a prediction draws at random, as masks."""
     min_score: Annotated[Fraction | None, shown("SCORE", "(default: 0.5)")] = None
     """Lowest score of the objects that are written; above 0.05."""
+    max_detections: Annotated[PositiveInt | None, shown("N", "(default: as in training)")] = None
+    """Objects that are found in an image at most."""
     features: Annotated[Path | None, shown("FILE", "(optional)")] = None
     """Write features of the images to this .safetensors or .npy file, and no predictions."""
     members: Members = ()
@@ -48,7 +50,9 @@ class Predict:
         if self.features is not None and self.features.suffix not in (".safetensors", ".npy"):
             raise UserError(f"--features {self.features} must end in .safetensors or .npy")
         if self.features is not None and (self.out is not None or self._given()):
-            raise UserError("--features writes no predictions: give it without --out, --seed and --min-score")
+            raise UserError(
+                "--features writes no predictions: give it without --out, --seed, --min-score and --max-detections"
+            )
         from itpn.checkpoints.files import read_checkpoint
         from itpn.checkpoints.load import check_finite, load_found
         from itpn.data.decode import MAX_PIXELS
@@ -88,7 +92,7 @@ class Predict:
 
     def _given(self) -> dict[str, Any]:
         """Options that not every task goes by, where they were given."""
-        options = {"seed": self.seed, "min_score": self.min_score}
+        options = {"seed": self.seed, "min_score": self.min_score, "max_detections": self.max_detections}
         return {name: value for name, value in options.items() if value is not None}
 
 

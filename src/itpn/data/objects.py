@@ -83,6 +83,11 @@ class DetectionImages:
         full = [any(not o["iscrowd"] for o in self.objects_of(index)) for index in range(len(self))]
         return self.take(np.flatnonzero(full))
 
+    def most_objects(self) -> tuple[int, str]:
+        """The largest number of objects of an image, crowds aside, and its name."""
+        counts = [sum(not one["iscrowd"] for one in self.objects_of(index)) for index in range(len(self))]
+        return (max(counts), self.name(int(np.argmax(counts)))) if counts else (0, "")
+
     @cached_property
     def mask_counts(self) -> tuple[int, int]:
         """The number of objects with a mask, and without one."""

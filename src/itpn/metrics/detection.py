@@ -25,6 +25,7 @@ METRICS = (
     *("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large"),
     *("ar1", "ar10", "ar100", "ar_small", "ar_medium", "ar_large"),
 )
+MAX_DETECTIONS = 100  # of a class in an image, that COCO counts
 KINDS = {"box": "bbox", "mask": "segm"}
 
 
@@ -33,7 +34,8 @@ class DetectionScores:
     """Metrics of a detector on a set.
 
     Attributes:
-        metrics: by "box" or "mask", then by name (`METRICS`), from 0 to 1; NaN where there is nothing of the kind.
+        metrics: by "box" or "mask", then by name (see `name_metrics`), from 0 to 1; NaN where there is nothing of the
+            kind.
         per_class: by "box" or "mask", average precision of each class, NaN where there is nothing of it.
         images, objects: how many there were, crowds aside.
     """
@@ -67,14 +69,27 @@ def to_results(found: dict[str, Tensor], image_id: int, class_ids: tuple[int, ..
     return results
 
 
-def score_detections(images: DetectionImages, results: Results, evaluated: list[int], masks: bool) -> DetectionScores:
+def name_metrics(max_detections: int = MAX_DETECTIONS) -> tuple[str, ...]:
+    """`METRICS`, "ar100" being that of another number of detections in an image: "ar300"."""
+    return tuple(f"ar{max_detections}" if name == "ar100" else name for name in METRICS)
+
+
+def score_detections(
+    images: DetectionImages,
+    results: Results,
+    evaluated: list[int],
+    masks: bool,
+    max_detections: int = MAX_DETECTIONS,
+) -> DetectionScores:
     """COCO's metrics of detections in some images.
 
     Args:
         results: in COCO's form.
         evaluated: ids of the images that were evaluated.
         masks: judge masks as well as boxes.
+        max_detections: of a class in an image, those of the highest scores; above 10.
     """
+    names = name_metrics(max_detections)
     truth = describe_truth(images, set(evaluated))
     scores = DetectionScores({}, {}, len(evaluated), sum(not one["iscrowd"] for one in truth["annotations"]))
     for kind in KINDS if masks else ["box"]:
@@ -85,16 +100,17 @@ def score_detections(images: DetectionImages, results: Results, evaluated: list[
                 del one["bbox"]  # or else a mask's size would be its box's
             judged = COCOeval_faster(known, known.loadRes(own), KINDS[kind]) if own else None
             if judged is not None:
+                judged.params.maxDets = [1, 10, max_detections]
                 judged.evaluate()
                 judged.accumulate()
                 judged.summarize()
         if judged is None:
             present = {one["category_id"] for one in truth["annotations"] if not one["iscrowd"]}
-            scores.metrics[kind] = dict.fromkeys(METRICS, 0.0 if present else float("nan"))
+            scores.metrics[kind] = dict.fromkeys(names, 0.0 if present else float("nan"))
             scores.per_class[kind] = [0.0 if id_ in present else float("nan") for id_ in images.class_ids]
             continue
-        stats = [float(value) for value in judged.stats[: len(METRICS)]]
-        scores.metrics[kind] = {n: _known(v) for n, v in zip(METRICS, stats, strict=True)}
+        stats = [float(value) for value in judged.stats[: len(names)]]
+        scores.metrics[kind] = {n: _known(v) for n, v in zip(names, stats, strict=True)}
         precision = judged.eval["precision"]  # [thresholds, recalls, classes, areas, detections]
         order = {id_: row for row, id_ in enumerate(judged.params.catIds)}
         scores.per_class[kind] = [

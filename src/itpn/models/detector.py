@@ -31,6 +31,7 @@ from itpn.models.synced import SyncedBatchNorm2d, at_least_float32, batch_fracti
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ANCHOR_SCALE = 8  # sides of anchors, in strides of their level
+DETECTIONS = 100  # objects of an image at most, of COCO's metric and of torchvision's detectors
 POOLED = ["0", "1", "2", "3"]  # levels that the box and mask heads read; the coarsest is only for proposals
 
 
@@ -55,7 +56,7 @@ class Detector(TimmConventionsMixin, FasterRCNN):
         head_width: channels of the heads' convolutions; the linear layer has four times as many.
         box_loss_weight: weight of the generalized IoU of boxes.
         rpn_post_nms_top_n_train, rpn_post_nms_top_n_test, box_batch_size_per_image, box_score_thresh, box_nms_thresh,
-            box_detections_per_img: as in torchvision's detectors.
+            box_detections_per_img: as in torchvision's detectors, see also :meth:`limit_detections`.
         interpolation: of images that are resized, always with antialiasing.
         transform: further arguments of torchvision's GeneralizedRCNNTransform.
 
@@ -78,7 +79,7 @@ class Detector(TimmConventionsMixin, FasterRCNN):
         box_batch_size_per_image: int = 512,
         box_score_thresh: float = 0.05,
         box_nms_thresh: float = 0.5,
-        box_detections_per_img: int = 100,
+        box_detections_per_img: int = DETECTIONS,
         interpolation: Literal["bicubic", "bilinear"] = "bilinear",
         **transform: Any,
     ) -> None:
@@ -116,6 +117,14 @@ class Detector(TimmConventionsMixin, FasterRCNN):
         # from parts: FasterRCNN's own constructor has no arguments for other losses
         GeneralizedRCNN.__init__(self, backbone, rpn, heads, resize)
         self.num_classes = num_classes
+        self.limit_detections(box_detections_per_img)
+
+    def limit_detections(self, count: int) -> None:
+        """Find so many objects in an image at most; above 100, the first stage proposes twice as many at least."""
+        self.roi_heads.detections_per_img = count
+        if count > DETECTIONS:
+            for limits in (self.rpn._pre_nms_top_n, self.rpn._post_nms_top_n):
+                limits["testing"] = max(limits["testing"], 2 * count)
 
     @property
     def has_masks(self) -> bool:

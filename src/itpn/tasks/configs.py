@@ -8,7 +8,12 @@ from itpn.tasks.classification.config import (
     ClassificationEvaluationConfig,
     ClassificationModelConfig,
 )
-from itpn.tasks.detection.config import DetectionConfig, DetectionDataConfig, DetectionModelConfig
+from itpn.tasks.detection.config import (
+    DetectionConfig,
+    DetectionDataConfig,
+    DetectionEvaluationConfig,
+    DetectionModelConfig,
+)
 from itpn.tasks.finetuning.config import FineTuningConfig, LabelledDataConfig, NetworkConfig
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,

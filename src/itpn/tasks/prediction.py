@@ -45,6 +45,7 @@ class PredictionOptions:
         out: folder of the images, and of ``predictions.csv`` and ``predictions.json`` of what has classes.
         seed: of the masks of a pre-training model.
         min_score: of the objects that a detector's images and files show.
+        max_detections: objects that a detector finds in an image at most; None for the checkpoint's own limit.
         max_pixels: larger images are skipped.
     """
 
@@ -52,6 +53,7 @@ class PredictionOptions:
     max_pixels: int
     seed: int = 0
     min_score: float = 0.5
+    max_detections: int | None = None
 
 
 def read_preprocessing(checkpoint: Checkpoint, model: nn.Module) -> tuple[Crop, Normalize]:

@@ -1,5 +1,6 @@
 """Settings of a detector's run."""
 
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 
@@ -14,6 +15,7 @@ from itpn.tasks.finetuning.config import (
 from itpn.training.config import EvaluationConfig, ImagesConfig, RunConfig
 
 Proposals = Annotated[int, Range(1, 10**6)]  # for an image
+Detections = Annotated[int, Range(1, 10**5)]  # in an image
 
 
 @dataclass
@@ -68,14 +70,27 @@ class DetectionDataConfig(LabelledDataConfig, ImagesConfig):
 
 
 @dataclass
+class DetectionEvaluationConfig(EvaluationConfig):
+    """Evaluation of a detector."""
+
+    max_detections: Detections | None = None
+    """Objects that the network finds in an image at most, which AP counts. None for what the checkpoint has; in
+    training for 100, or the most objects of a training image where that is more."""
+
+
+@dataclass
 class DetectionConfig(RunConfig):
     """Settings of a detector's run."""
 
     task: ClassVar[str] = "detection"
+    from_images: ClassVar[Mapping[str, Collection[str]]] = {
+        **RunConfig.from_images,
+        "evaluation": ("max_detections",),
+    }
     model: DetectionModelConfig = field(default_factory=DetectionModelConfig)
     data: DetectionDataConfig = field(default_factory=DetectionDataConfig)
     optimizer: FineTuningConfig = field(default_factory=FineTuningConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: DetectionEvaluationConfig = field(default_factory=DetectionEvaluationConfig)
 
     def check(self) -> None:
         super().check()

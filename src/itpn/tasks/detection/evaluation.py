@@ -14,7 +14,7 @@ from itpn.data.normalize import Normalize
 from itpn.data.objects import DetectionImages, check_size
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.detection import DetectionScores, Results, score_detections, to_results, write_detection_scores
-from itpn.models.detector import Detector
+from itpn.models.detector import DETECTIONS, Detector
 from itpn.tasks.data import print_once
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
@@ -30,17 +30,22 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 
     Args:
         masks: whether the network predicts masks.
+        max_detections: that AP counts in an image; COCO's 100 at least.
     """
 
     best = "box_ap"
     files = ("evaluation.json", "classes.csv", "results.json")
 
-    def __init__(self, config: DetectionConfig, images: DetectionImages, masks: bool) -> None:
+    def __init__(
+        self, config: DetectionConfig, images: DetectionImages, masks: bool, max_detections: int = DETECTIONS
+    ) -> None:
         super().__init__(config, images, make_normalize(config), view_whole, collect)
         self.masks = masks and images.has_masks
         kinds = ("box", "mask") if self.masks else ("box",)
         self.names = tuple(f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75"))
         self._results: Results = []
+        self.max_detections = max(DETECTIONS, max_detections)
+        self.about = {"max_detections": max_detections}
 
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Part:
         images = [image.to(self.device, non_blocking=True) for image in batch["image"]]
@@ -53,7 +58,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
         results = sorted((one for own, _ in parts for one in own), key=lambda one: one["image_id"])
         evaluated = sorted(id_ for _, ids in parts for id_ in ids)
         self._results = results
-        return score_detections(self.images, results, evaluated, self.masks)
+        return score_detections(self.images, results, evaluated, self.masks, self.max_detections)
 
     def metrics(self, scores: DetectionScores) -> dict[str, float]:
         flat = scores.flat()
@@ -68,10 +73,11 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
         for kind, own in scores.metrics.items():
             shown = {name: _percent(value) for name, value in own.items()}
             sizes = ("small", "medium", "large")
+            recalls = [name for name in own if name[:2] == "ar" and name[2:].isdigit()]
             rows |= {
                 f"{kind} AP": f"{shown['ap']}, AP50 {shown['ap50']}, AP75 {shown['ap75']}",
                 f"{kind} AP by size": ", ".join(f"{size} {shown[f'ap_{size}']}" for size in sizes),
-                f"{kind} recall": ", ".join(f"AR{n} {shown[f'ar{n}']}" for n in (1, 10, 100)),
+                f"{kind} recall": ", ".join(f"{name.upper()} {shown[name]}" for name in recalls),
                 f"{kind} recall by size": ", ".join(f"{size} {shown[f'ar_{size}']}" for size in sizes),
             }
         known = {name: v for name, v in zip(self.classes, scores.per_class["box"], strict=True) if not math.isnan(v)}
@@ -92,7 +98,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 
 def build_evaluator(config: DetectionConfig, data: DetectionData) -> DetectionEvaluator:
     assert data.val is not None
-    return DetectionEvaluator(config, data.val, data.masks)
+    return DetectionEvaluator(config, data.val, data.masks, config.evaluation.max_detections or DETECTIONS)
 
 
 def _percent(value: float) -> str:
@@ -116,7 +122,8 @@ def view_whole(image: Tensor, known: dict[str, Any]) -> dict[str, Any]:
 
 
 def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> tuple[DetectionConfig, dict[str, Any]]:
-    """Settings with the checkpoint's network, and the sizes of images that were given instead of the checkpoint's.
+    """Settings with the checkpoint's network, and the sizes of images and the limit of detections that were given
+    instead of the checkpoint's.
 
     Returns:
         The settings, and arguments of the network that differ from the checkpoint's.
@@ -127,7 +134,9 @@ def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> t
         sizes = {"min_size": config.data.img_size, "max_size": config.data.longest}
     elif "max_size" in given:
         sizes = {"max_size": config.data.longest}
-    return config, {**sizes, **given_heads(config.model)}
+    limit = config.evaluation.max_detections
+    limits = {} if limit is None else {"box_detections_per_img": limit}
+    return config, {**sizes, **limits, **given_heads(config.model)}
 
 
 def find_evaluation_data(
@@ -149,4 +158,4 @@ def find_evaluation_data(
         print_once(f"{images.mask_counts[1]:,} objects without a mask are left out")
         images = images.with_masks()
     images = match_classes(images, request.checkpoint.metadata.get("classes"), model.num_classes - 1)
-    return DetectionEvaluator(config, images, model.has_masks), where
+    return DetectionEvaluator(config, images, model.has_masks, model.roi_heads.detections_per_img), where

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from itpn.checkpoints.files import Checkpoint
 from itpn.errors import UserError
 from itpn.models.build import build_pyramid, make_backbone
-from itpn.models.detector import Detector, FPNBackbone, MaskDetector
+from itpn.models.detector import DETECTIONS, Detector, FPNBackbone, MaskDetector
 from itpn.models.spec import NetworkSpec, Options
 from itpn.models.variants import PUBLISHED_PYRAMID, PYRAMIDS
+from itpn.system.text import one_line
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.finetuning.network import (
@@ -92,7 +93,23 @@ def resolve(
     config: DetectionConfig, checkpoint: Checkpoint | None, data: DetectionData
 ) -> tuple[DetectionConfig, Sequence[str]]:
     config, notes = resolve_with_head(config, checkpoint, data.train)
-    return scale_epochs(config, len(data.train)), notes
+    config, more = resolve_detections(config, data)
+    return scale_epochs(config, len(data.train)), [*notes, *more]
+
+
+def resolve_detections(config: DetectionConfig, data: DetectionData) -> tuple[DetectionConfig, list[str]]:
+    """Settings with the objects that the network finds in an image at most, where they leave it to the images; and
+    what is remarkable, a sentence each."""
+    if config.evaluation.max_detections is not None:
+        return config, []
+    most, example = data.train.most_objects()
+    limit, notes = max(DETECTIONS, most), []
+    if limit > DETECTIONS:
+        notes.append(
+            f"{limit:,} objects are found in an image at most, as many as {one_line(example)} has: "
+            "--evaluation.max-detections gives another limit"
+        )
+    return replace(config, evaluation=replace(config.evaluation, max_detections=limit)), notes
 
 
 def build_model(
@@ -129,6 +146,7 @@ def build_detector(
         "rpn_post_nms_top_n_train": model.rpn_post_nms_top_n_train,
         "rpn_post_nms_top_n_test": max(1, model.rpn_post_nms_top_n_train // 2),
         "box_batch_size_per_image": model.box_batch_size_per_image,
+        "box_detections_per_img": config.evaluation.max_detections or DETECTIONS,
     }
     contents = find_square_network(config, checkpoint)
     theirs = contents.heads.get(config.task)
@@ -157,6 +175,8 @@ def build_recipe(
     config, _ = resolve_with_head(config, checkpoint)
     theirs = find_square_network(config, checkpoint).heads.get(config.task) or {"num_classes": 81, "masks": True}
     masks = theirs["masks"] if config.model.masks is None else config.model.masks
+    limit = config.evaluation.max_detections or theirs.get("box_detections_per_img")
+    config = replace(config, evaluation=replace(config.evaluation, max_detections=limit))
     return build_detector(config, name_classes(checkpoint, num_classes or theirs["num_classes"] - 1), masks, checkpoint)
 
 

@@ -34,6 +34,8 @@ def predict(model: Detector, checkpoint: Checkpoint, source: ImageSource, option
     names = checkpoint.metadata.get("classes") or [str(number) for number in range(1, model.num_classes)]
     images = read_images(source, stored_reading(checkpoint, options.max_pixels))
     normalize = stored_normalize(checkpoint, find_backbone(model).in_chans)
+    if options.max_detections is not None:
+        model.limit_detections(options.max_detections)
     predict_objects(model, normalize, images, names, options.out, options.min_score, stored_display(checkpoint))
 
 

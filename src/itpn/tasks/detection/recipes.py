@@ -1,8 +1,13 @@
 """Settings of detectors that recipe files call."""
 
-from itpn.tasks.detection.config import DetectionConfig, DetectionDataConfig, DetectionModelConfig
+from itpn.tasks.detection.config import (
+    DetectionConfig,
+    DetectionDataConfig,
+    DetectionEvaluationConfig,
+    DetectionModelConfig,
+)
 from itpn.tasks.finetuning.config import FineTuningConfig, small_dense_optimizer
-from itpn.training.config import EvaluationConfig, TrainerConfig
+from itpn.training.config import TrainerConfig
 
 
 def detection(model: str, epochs: int) -> DetectionConfig:
@@ -46,7 +51,7 @@ def small_detection() -> DetectionConfig:
         data=DetectionDataConfig(root="data/objects", batch_size=2, num_workers=2, interpolation="bilinear"),
         optimizer=small_dense_optimizer(),
         trainer=TrainerConfig(max_epochs=0, checkpoint_every_n_steps=200),
-        evaluation=EvaluationConfig(every_n_epochs=5),
+        evaluation=DetectionEvaluationConfig(every_n_epochs=5),
     )
 
 
