@@ -195,8 +195,8 @@ def compute_statistics(
         raise UserError(f"none of the images can be read, of which statistics are needed{reason}")
     if not any(channel.count for channel in sums):
         raise UserError(
-            f"no pixel of the {len(sizes)} images that were read has a value ({reader.name(order[0])}, ...): all are NaN, "
-            "infinite or without data"
+            f"no pixel of the {len(sizes)} images that were read ({reader.name(order[0])}, ...) has a value: all are "
+            "NaN, infinite or without data"
         )
     return _collect(count, settings, sums, sizes, missing / pixels, value_range)
 
