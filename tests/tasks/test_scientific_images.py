@@ -260,7 +260,9 @@ def test_features_are_those_of_the_normalized_image(bands, pretrained, tmp_path)
     assert main(["predict", str(weights), str(bands / "plain"), "--features", str(out)]) == 0
     stored = read_preprocessing(pretrained)
     pixels = center_crop(itpn.read_image(bands / "plain/0.tif"), (32, 32)).float()
-    low, high = (torch.tensor([float(v) for v in stored["value_range"][start::2]]).reshape(-1, 1, 1) for start in (0, 1))
+    low, high = (
+        torch.tensor([float(v) for v in stored["value_range"][start::2]]).reshape(-1, 1, 1) for start in (0, 1)
+    )
     mean, std = (torch.tensor(stored[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
     x = ((pixels - low) / (high - low)).clamp(0, 1).sub(mean) / std
     expected = mean_features(itpn.load(weights), x[None])["features"]

@@ -21,6 +21,7 @@ from itpn.data.masks import IGNORED, VOID, LabelTable, make_table, pack, read_lo
 from itpn.data.orientation import SWAPPED
 from itpn.data.readers import FileReader, PackedStrings, Reader, Subset, check_lost
 from itpn.data.walk import list_images
+from itpn.data.windows import Windows
 from itpn.errors import UserError
 
 MASK_ENDINGS = (
@@ -74,6 +75,12 @@ class LabelMaps:
             UserError: a class is not in the list.
         """
         return replace(self, table=self.table.rename(classes))
+
+    def cut(self, windows: Windows) -> "LabelMaps":
+        """Windows of the images, each with the mask of the whole image."""
+        return replace(
+            self, files=windows, masks=PackedStrings([self.masks[index] for index in windows.places[:, 0].tolist()])
+        )
 
     def take(self, indices: np.ndarray) -> "LabelMaps":
         """Some of the images."""

@@ -50,6 +50,9 @@ class DetectionDataConfig(LabelledDataConfig, ImagesConfig):
     error."""
     empty_images: bool = False
     """Train on images without objects as well; COCO's are left out as is usual."""
+    window_min_visible: Fraction = 0.3
+    """Fraction of an object that must be visible in a window of --data.window-size, of the area of its mask, or else of
+    its box; it is left out of the window otherwise."""
     img_size: Side = 800
     """Short side of the images in evaluation, and the largest in training, in pixels."""
     max_size: Side | None = None
