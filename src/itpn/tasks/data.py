@@ -5,8 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from itpn.data.batches import Transform
+from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
 from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
@@ -14,7 +16,6 @@ from itpn.data.samples import REMEDY
 from itpn.data.windows import Windows, cut_windows
 from itpn.system.console import print_note
 from itpn.system.environment import is_main_process
-from itpn.system.text import readable
 from itpn.tasks.pixels import make_reading
 from itpn.training.config import RunConfig
 
@@ -71,13 +72,9 @@ def find_windows(
     return windows, tuple(notes)
 
 
-def example_of(source: ImageSource | Reader) -> str:
-    """The name of the first image."""
-    if not isinstance(source, ImageSource):
-        return source.name(0)
-    if source.images:
-        return readable(source.images[0])
-    return f"the first image of {source.shards[0]}" if source.shards else ""
+def read_samples(config: RunConfig, images: Reader, count: int) -> list[Tensor]:
+    """Some readable images, evenly spaced over a set, [C, height, width] as they are stored."""
+    return [image for _, image in read_some(images, count, make_reading(config, images))]
 
 
 def make_training_loader(
@@ -103,7 +100,7 @@ def make_training_loader(
         seed=config.seed,
         rank=rank,
         world_size=world_size,
-        reading=make_reading(config, example_of(source)),
+        reading=make_reading(config, source),
         pin_memory=torch.cuda.is_available(),
         **own,
     )

@@ -41,7 +41,9 @@ def resolve(
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width))
     if data.train.cache:
         return adopt_pixels(config, read_index(data.train.cache).settings.get("pixels") or {}), ()
-    config, notes = resolve_pixels(config, data.train, None if checkpoint is None else checkpoint.preprocessing)
+    config, notes = resolve_pixels(
+        config, data.windows or data.train, None if checkpoint is None else checkpoint.preprocessing
+    )
     return adopt_pixels(config, {}), notes
 
 
