@@ -1,6 +1,6 @@
 """How an image of any size is segmented: by windows, at several scales, mirrored."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from itpn.data.normalize import Normalize
 from itpn.data.pixels import resize_pixels
 from itpn.geometry import fit_sides
 from itpn.tasks.segmentation.config import SegmentationConfig
+from itpn.tasks.tiling import Grid, Tile, blend
 
 WINDOWS = 4  # that are segmented at a time
 ROWS = 64  # of the image that are classified at a time
@@ -46,6 +47,7 @@ class Segmentation:
         """
         return enlarge_labels(self.probabilities(model, normalize, image), image.shape[-2:])
 
+    @torch.no_grad()
     def probabilities(self, model: Any, normalize: Normalize, image: Tensor) -> Tensor:
         """[classes, h, w], means over scales and mirror images, of the size that scale 1 has."""
         base = fit_sides(image.shape[-2:], self.short, 4 * self.short)
@@ -105,6 +107,29 @@ def enlarge_labels(probabilities: Tensor, size: tuple[int, int] | torch.Size) ->
         wide = F.interpolate(mixed[None], (mixed.shape[-2], width), mode="bilinear", align_corners=False)
         labels[part] = wide[0].argmax(dim=0).to(torch.uint8).cpu()
     return labels
+
+
+def segment_tiles(
+    probabilities: Callable[[Tensor], Tensor], read: Callable[[Tile], Tensor], grid: Grid, tiles: Iterable[Tile]
+) -> Iterator[tuple[Tile, Tensor]]:
+    """Parts of a large image and the classes of their pixels, uint8 [height, width], on the CPU.
+
+    Probabilities of each class are blended where tiles overlap; then the likeliest is taken.
+
+    Args:
+        probabilities: of the pixels of a tile, as :meth:`Segmentation.probabilities` gives them.
+        read: the pixels of a tile.
+        tiles: those of the grid.
+    """
+
+    def segment(tile: Tile) -> Tensor:
+        own = probabilities(read(tile))
+        if own.shape[-2:] == (tile.height, tile.width):
+            return own
+        return F.interpolate(own[None], (tile.height, tile.width), mode="bilinear", align_corners=False)[0]
+
+    for part, blended in blend(grid, map(segment, tiles)):
+        yield part, blended.argmax(dim=0).to(torch.uint8).cpu()
 
 
 def make_segmentation(config: SegmentationConfig) -> Segmentation:
