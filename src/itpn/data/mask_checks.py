@@ -21,9 +21,20 @@ from itpn.data.masks import IGNORED, VOID, LabelTable, make_table, pack, read_lo
 from itpn.data.orientation import SWAPPED
 from itpn.data.readers import FileReader, PackedStrings, Reader, Subset, check_lost
 from itpn.data.walk import list_images
+from itpn.data.windows import Windows
 from itpn.errors import UserError
 
-MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name
+MASK_ENDINGS = (
+    "",
+    "_mask",
+    "_label",
+    "_labels",
+    "_seg",
+    "_L",
+    "_masks",
+    "_cp_masks",
+    "_gtFine_labelIds",
+)  # after the image's name
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,12 @@ class LabelMaps:
             UserError: a class is not in the list.
         """
         return replace(self, table=self.table.rename(classes))
+
+    def cut(self, windows: Windows) -> "LabelMaps":
+        """Windows of the images, each with the mask of the whole image."""
+        return replace(
+            self, files=windows, masks=PackedStrings([self.masks[index] for index in windows.places[:, 0].tolist()])
+        )
 
     def take(self, indices: np.ndarray) -> "LabelMaps":
         """Some of the images."""
@@ -292,13 +309,13 @@ def match_masks(images: Sequence[str], folder: str, others: str, invalid: Invali
     unread: Counter[str] = Counter()
     for path in list_images(others, unread):
         if not (together and path.lower().endswith(JPEG_SUFFIXES)):
-            stems.setdefault(os.path.splitext(os.path.relpath(path, others))[0], []).append(path)
+            stems.setdefault(_find_stem(path, others), []).append(path)
     if not together:
         invalid.note_unread(others, unread)
     found: dict[str, str] = {}
     spare: dict[str, list[str]] = {}
     for path in images:
-        stem = os.path.splitext(os.path.relpath(path, folder))[0]
+        stem = _find_stem(path, folder)
         names = [stem + ending for ending in MASK_ENDINGS] + [stem.removesuffix("_leftImg8bit") + MASK_ENDINGS[-1]]
         same = ([mask for mask in stems.get(name, ()) if mask != path] for name in names)
         if some := next(filter(None, same), []):
@@ -315,6 +332,12 @@ def match_masks(images: Sequence[str], folder: str, others: str, invalid: Invali
     for path in sorted(others_left.difference(*spare.values())):
         invalid.add("masks without an image", path)
     return found
+
+
+def _find_stem(path: str, folder: str) -> str:
+    """The path below a folder without its suffix, which may be .ome.tif."""
+    stem = os.path.splitext(os.path.relpath(path, folder))[0]
+    return stem[:-4] if stem.lower().endswith(".ome") else stem
 
 
 def _rank_mask(image: str, mask: str) -> tuple[bool, bool, bool, str]:

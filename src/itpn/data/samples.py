@@ -188,11 +188,13 @@ class WindowOf:
         data: as of `itpn.data.samples.open_sample`.
         box: top, left, height and width in pixels.
         room: how far it can be moved up, left, down and right, within the image and half of its side.
+        whole: height and width of the image as they are in its annotations; None where there are none.
     """
 
     data: bytes | Path | UnreadableImage
     box: Window
     room: tuple[int, int, int, int] = (0, 0, 0, 0)
+    whole: tuple[int, int] | None = None
 
     def move(self, rng: random.Random) -> "WindowOf":
         """The window at a random place around its own: training sees other windows in each epoch."""
@@ -235,6 +237,9 @@ def open_sample(data: bytes | Path | WindowOf | UnreadableImage, settings: Readi
     """
     if isinstance(data, WindowOf):
         image = open_image_of(data.data, replace(settings, max_pixels=NO_LIMIT), name)
+        if data.whole not in (None, (image.height, image.width)):
+            height, width = data.whole
+            raise UnreadableImage(f"{image.width}x{image.height} pixels, and {width}x{height} in the annotations")
         pixels = data.box[2] * data.box[3] if image.reads_windows else image.height * image.width
         if pixels > settings.max_pixels:
             raise UnreadableImage(

@@ -3,12 +3,15 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from itpn.data.batches import Transform
 from itpn.data.files import ImageSource
 from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
+from itpn.data.samples import REMEDY
+from itpn.data.windows import Windows, cut_windows
 from itpn.system.console import print_note
 from itpn.system.environment import is_main_process
 from itpn.system.text import readable
@@ -46,6 +49,26 @@ def print_once(line: str) -> None:
     """Print a line beside the results, once for all processes."""
     if is_main_process():
         print_note(line)
+
+
+def find_windows(
+    config: Any, files: Reader, annotated: np.ndarray | None = None
+) -> tuple[Windows | None, tuple[str, ...]]:
+    """The windows that images are cut into where the settings say so, and what is remarkable about them.
+
+    Args:
+        annotated: as of :func:`itpn.data.windows.cut_windows`.
+    """
+    data = config.data
+    if data.window_size is None:
+        return None, ()
+    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config), annotated)
+    notes = [f"{len(windows):,} windows of {len(files):,} images"]
+    if whole:
+        notes.append(
+            f"{len(whole):,} large images are decoded as a whole for each window, the first is {whole[0]}: {REMEDY}"
+        )
+    return windows, tuple(notes)
 
 
 def example_of(source: ImageSource | Reader) -> str:

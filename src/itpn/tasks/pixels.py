@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.decode import UnreadableImage
+from itpn.data.file_types import STATS_FILE
 from itpn.data.files import ImageSource
 from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, is_resolved, to_option, to_pairs
 from itpn.data.normalize import Normalize
@@ -20,7 +21,7 @@ from itpn.data.readers import FileReader, Reader
 from itpn.data.samples import Reading, open_sample, type_of
 from itpn.data.shards import read_shard
 from itpn.data.skipped import nothing_readable
-from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, STATS_FILE, Statistics, compute_statistics, read_statistics
+from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, read_statistics
 from itpn.errors import UserError
 from itpn.system.text import one_line
 from itpn.training.config import AnyConfig, check_images

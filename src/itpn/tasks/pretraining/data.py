@@ -16,11 +16,10 @@ from itpn.data.gpu_decoding import GpuTransform, check_nvjpeg, collate_encoded
 from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.data.readers import FileReader
-from itpn.data.samples import REMEDY
 from itpn.data.shards import check_shards
-from itpn.data.windows import Windows, cut_windows
+from itpn.data.windows import Windows
 from itpn.errors import UserError
-from itpn.tasks.data import RunData, make_training_loader, print_once
+from itpn.tasks.data import RunData, find_windows, make_training_loader, print_once
 from itpn.tasks.pixels import image_type, make_normalize, make_reading, pixel_values
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
@@ -72,29 +71,10 @@ def find_data(config: PretrainingConfig, source: ImageSource | None = None) -> P
     if images.cache:
         check_cache(config, images.cache)
     teacher = None if images.cache else make_frozen_teacher(config)
-    windows, notes = find_windows(config, images)
-    return PretrainingData(images, find_probe_sets(config), notes, teacher, windows)
-
-
-def find_windows(config: PretrainingConfig, images: ImageSource) -> tuple[Windows | None, tuple[str, ...]]:
-    """The windows that large images are cut into where the settings say so, and what is remarkable about them.
-
-    Raises:
-        UserError: the images are not single files.
-    """
-    data = config.data
-    if data.window_size is None:
-        return None, ()
-    if not images.images:
+    if config.data.window_size is not None and not images.images:
         raise UserError("--data.window-size is for images in files, not for shards or cached features: leave it out")
-    files = FileReader(images.images)
-    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config))
-    notes = [f"{len(windows):,} windows of {len(files):,} images"]
-    if whole:
-        notes.append(
-            f"{len(whole):,} large images are decoded as a whole for each window, the first is {whole[0]}: {REMEDY}"
-        )
-    return windows, tuple(notes)
+    windows, notes = find_windows(config, FileReader(images.images))
+    return PretrainingData(images, find_probe_sets(config), notes, teacher, windows)
 
 
 def describe_data(config: PretrainingConfig, data: PretrainingData) -> dict[str, str]:
