@@ -177,6 +177,20 @@ def test_cached_features_give_the_loss_of_the_live_teacher(clip, tmp_path, capsy
     assert rows(run)[-1]["loss_feature"] < rows(run)[0]["loss_feature"]
 
 
+def test_colours_of_other_images_are_not_jittered(clip, tmp_path, capsys):
+    """Of a recipe for photographs: each channel is, as in training."""
+    folder = tmp_path / "bands"
+    folder.mkdir()
+    values = np.random.default_rng(0).integers(0, 3000, (5, 40, 44), dtype=np.uint16)
+    np.save(folder / "a.npy", values)
+    clip.data.root = (str(folder),)
+    assert main([*cache_arguments(clip, tmp_path / "cache"), "--teacher.channels", "3", "2", "1"]) == 0
+    words = "images of 5 channels of uint16 are augmented by --data.channel-jitter 0.4"
+    assert words in " ".join(capsys.readouterr().err.split())
+    settings = read_index(tmp_path / "cache").settings
+    assert (settings["color_jitter"], settings["channel_jitter"]) == (0.0, 0.4)
+
+
 def test_crops_of_other_images_are_cached_as_they_are(clip, tmp_path, capsys):
     """The teacher sees three channels in the range of values, and training takes the statistics over."""
     folder, out = tmp_path / "bands", tmp_path / "cache"

@@ -21,6 +21,7 @@ from itpn.data.skipped import SkippedImages
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.writing import check_settings, writing_to
+from itpn.tasks.augmentation import replace_colours
 from itpn.tasks.pixels import adopt_pixels, describe_pixels, image_type, resolve_pixels
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, print_notes, show_to_teacher
@@ -115,9 +116,10 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
 def _resolve(config: PretrainingConfig, source: ImageSource) -> PretrainingConfig:
     """Settings with what the images are."""
     config, notes = resolve_pixels(config, source)
-    for note in notes:
+    config, replaced = replace_colours(adopt_pixels(config, {}))
+    for note in [*notes, *replaced]:
         print_note(note)
-    return freeze(adopt_pixels(config, {}))
+    return freeze(config)
 
 
 def _describe_crops(config: PretrainingConfig, source: ImageSource) -> dict[str, Any]:
