@@ -9,7 +9,7 @@ from faster_coco_eval.core import mask as rle
 from PIL import Image
 
 from itpn.data.annotations import find_objects, read_objects
-from itpn.data.instances import find_objects as find_in_labels
+from itpn.data.instances import trace_objects
 from itpn.errors import UserError
 
 HEIGHT, WIDTH = 40, 50
@@ -83,7 +83,7 @@ def test_objects_of_every_kind_of_file(tmp_path, kind):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (37, 53)])
 def test_random_labels(shape):
     labels = np.random.default_rng(0).integers(0, 4, shape, dtype=np.uint16) * 1000
-    found = find_in_labels(labels, "a.png")
+    found = trace_objects(labels, "a.png")
     assert found.labels == [n for n in np.unique(labels).tolist() if n]
     for label, one in zip(found.labels, found.annotations, strict=True):
         encoded = rle.encode(np.asfortranarray(labels == label, dtype=np.uint8))
