@@ -8,6 +8,7 @@ import tifffile
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 
+from itpn.cli import main
 from itpn.data.annotations import find_objects, read_objects
 from itpn.data.instances import trace_objects
 from itpn.errors import UserError
@@ -237,3 +238,23 @@ def test_real_label_images():
         assert all(np.array_equal(mask, labels == n) for n, mask in zip(numbers, masks, strict=True))
     assert len(logged) == 1
     assert logged[0].startswith("images without a mask: 12 (")
+
+
+@pytest.mark.parametrize(
+    ("save", "code", "line"),
+    [
+        (save_rgb, 2, "3 channels, labels have one: save one integer for each object, not its colour)"),
+        (lambda path, labels: Image.fromarray(labels.astype("u1")).save(path), 0, "2 images (1 classes"),
+    ],
+    ids=["colours", "labels"],
+)
+def test_a_run(tmp_path, capsys, save, code, line):
+    write(tmp_path / "a", None, None)
+    for number in range(2):
+        save(tmp_path / "a" / "masks" / f"{number}.png", GOOD)
+    command = ["train", "detector_nano", "--model.scratch", "--model.name", "itpn_nano", "--data.batch-size", "2"]
+    command += ["--data.num-workers", "0", "--trainer.max-steps", "1", "--output-dir", str(tmp_path / "runs")]
+    assert main([*command, "--data.root", str(tmp_path / "a")]) == code
+    printed = capsys.readouterr()
+    assert line in " ".join((printed.out + printed.err).split())
+    assert "Traceback" not in printed.err
