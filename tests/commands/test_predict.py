@@ -17,7 +17,6 @@ from public import read_golden, save_public
 from safetensors.torch import load_file, safe_open
 
 import itpn
-import itpn.tasks.detection.prediction
 from itpn.checkpoints import files, io
 from itpn.checkpoints.adapters import ADAPTERS
 from itpn.checkpoints.convert import convert
@@ -29,7 +28,8 @@ from itpn.errors import UserError
 from itpn.system.text import readable
 from itpn.system.writing import name_output
 from itpn.tasks.configs import PretrainingConfig, PretrainingDataConfig, PretrainingModelConfig
-from itpn.tasks.detection.prediction import predict_objects
+from itpn.tasks.detection.merging import Objects
+from itpn.tasks.detection.prediction import ObjectFiles
 from itpn.tasks.pretraining.module import save_weights
 from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.run import train
@@ -86,12 +86,13 @@ def test_names_of_outputs_fit_the_file_system(tmp_path):
     assert name_output(tmp_path / "not there", 7, "a" * 300, ".png") == "0007-" + "a" * 246 + ".png"
 
 
-def test_drawings_of_images_of_long_or_equal_names(tmp_path, monkeypatch, capsys):
-    found = {"boxes": torch.tensor([[1.0, 2, 8, 9]]), "labels": torch.tensor([1]), "scores": torch.tensor([0.9])}
-    monkeypatch.setattr(itpn.tasks.detection.prediction, "detect", lambda model, normalize, images: [found])
+def test_drawings_of_images_of_long_or_equal_names(tmp_path, capsys):
+    found = Objects(torch.tensor([[1.0, 2, 8, 9]]), torch.tensor([1]), torch.tensor([0.9]))
     names = ["a/x.jpg", "b/x.jpg", "y" * 250 + "1.jpg", "y" * 250 + "2.jpg", readable(os.fsdecode(b"\xff[red]\n.jpg"))]
-    images = ((name, torch.zeros(3, 16, 16, dtype=torch.uint8)) for name in names)
-    predict_objects(None, None, images, ["cat"], tmp_path, 0.5)
+    files = ObjectFiles(tmp_path, ["cat"], 0.5)
+    for name in names:
+        files.add(name, (16, 16), found, torch.zeros(3, 16, 16, dtype=torch.uint8))
+    files.finish()
     assert len(list(tmp_path.glob("*.png"))) == 5
     assert [one["image"] for one in json.loads((tmp_path / "predictions.json").read_bytes())] == names
     with (tmp_path / "predictions.csv").open(encoding="utf-8", newline="") as file:

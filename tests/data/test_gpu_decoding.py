@@ -1,6 +1,7 @@
 """Images that the training process decodes and augments equal those of the worker processes."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from itpn.data.decode import EncodedImage
 from itpn.data.files import find_images
 from itpn.data.gpu_decoding import DECODED_AT_ONCE, GpuTransform, collate_encoded
 from itpn.data.loader import TrainingLoader
+from itpn.data.pixels import PixelValues
 from itpn.errors import UserError
 from itpn.tasks.configs import (
     OptimizerConfig,
@@ -56,13 +58,15 @@ def folder(tmp_path) -> Path:
     return tmp_path / "images"
 
 
-def load(folder: Path, on_device: bool, num_workers: int = 0, batches: int = 6) -> list[dict]:
+def load(
+    folder: Path, on_device: bool, num_workers: int = 0, batches: int = 6, views: PretrainingTransform = TRANSFORM
+) -> list[dict]:
     options = {"batch_size": 4, "num_workers": num_workers, "seed": 3}
     source = find_images([folder])
     if not on_device:
-        loader = TrainingLoader(source, TRANSFORM, **options)
+        loader = TrainingLoader(source, views, **options)
         return [batch for _, batch in zip(range(batches), (b for _ in range(9) for b in loader), strict=False)]
-    transform = GpuTransform(TRANSFORM)
+    transform = GpuTransform(views)
     loader = TrainingLoader(source, transform, collate=collate_encoded, finish_batch=transform.finish_batch, **options)
     taken = [batch for _, batch in zip(range(batches), (b for _ in range(9) for b in loader), strict=False)]
     loader.close()
@@ -73,6 +77,30 @@ def load(folder: Path, on_device: bool, num_workers: int = 0, batches: int = 6) 
 def test_the_same_batches(folder, num_workers):
     for one, other in zip(load(folder, False), load(folder, True, num_workers), strict=True):
         assert one["key"] == other["key"]
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["teacher_image"], other["teacher_image"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_turned_crops_with_channels_of_their_own(folder, num_workers):
+    views = replace(TRANSFORM, rotate90=True, channel_jitter=0.3, channel_drop=0.3)
+    for one, other in zip(load(folder, False, 0, 6, views), load(folder, True, num_workers, 6, views), strict=True):
+        assert one["image"].shape == (4, 3, 24, 32)
+        assert torch.equal(one["image"], other["image"])
+        assert torch.equal(one["teacher_image"], other["teacher_image"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_images_that_are_no_photographs_are_left_to_the_workers(tmp_path, num_workers):
+    rng = np.random.default_rng(0)
+    for number in range(9):
+        np.save(tmp_path / f"{number}.npy", rng.integers(0, 5000, (4, 50, 60), dtype=np.uint16))
+    pixels = PixelValues(False, 4, torch.uint16, (0,), (5000,), (2000,), nodata=0)
+    views = PretrainingTransform((24, 32), teacher_size=(21, 28), rotate90=True, channel_jitter=0.3, pixels=pixels)
+    batches = load(tmp_path, False, 0, 4, views), load(tmp_path, True, num_workers, 4, views)
+    for one, other in zip(*batches, strict=True):
+        assert one["key"] == other["key"]
+        assert (other["image"].dtype, other["image"].shape) == (torch.uint16, (4, 4, 24, 32))
         assert torch.equal(one["image"], other["image"])
         assert torch.equal(one["teacher_image"], other["teacher_image"])
 

@@ -804,14 +804,14 @@ def test_a_mask_that_is_lost_while_training(root):
         train.table.read(str(lost))
 
 
-@pytest.mark.parametrize("place", ["itpn.data.mask_checks.open_image", "itpn.data.readers.read_bounded"])
+@pytest.mark.parametrize("place", ["itpn.data.mask_checks.read_size", "itpn.data.readers.read_bounded"])
 def test_masks_and_images_on_a_lost_disk_are_not_corrupt(root, monkeypatch, place):
     def refuse(path, *_, **options):
         raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
 
     monkeypatch.setattr("itpn.data.readers.RETRY_AFTER", ())
     monkeypatch.setattr(place, refuse)
-    kind = "images" if place.endswith("open_image") else "annotations"
+    kind = "images" if place.endswith("read_size") else "annotations"
     with pytest.raises(
         MachineError, match=rf"{root}/{kind}/training/.* cannot be read: Input/output error; look whether"
     ):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import itpn
-from itpn.data.formats.reading import open_file
+from itpn.data.formats.reading import open_file, read_size
 from itpn.errors import UserError
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "science_files"
@@ -57,3 +57,10 @@ def test_a_real_file(row):
     near = 2 if row["file"] in ("histology.avif", "exif_rotated.jpg", "pyramid_tiled.ome.tif") else 0  # lossy
     for name, function in {"min": np.min, "max": np.max, "mean": np.mean}.items():
         assert summarize(values, function) == pytest.approx(numbers(row[name]), rel=1e-4, abs=near, nan_ok=True), name
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row["file"] for row in ROWS])
+def test_the_size_of_a_real_file(row):
+    sizes = dict(zip(row["stored_axes"], map(int, row["stored_shape"].split("x")), strict=True))
+    size = UPRIGHT.get(row["file"], (0, sizes["Y"], sizes["X"]))
+    assert read_size(str(FOLDER / row["file"])) == size[1:]

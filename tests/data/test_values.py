@@ -15,7 +15,8 @@ from PIL import Image
 from samples import deep_png, encode, exif, join_tiffs, png, quarters, tiff, with_chunks
 
 from itpn.cli import main
-from itpn.data.decode import PAGES, EncodedImage, UnreadableImage, decode_image, read_size
+from itpn.data.decode import PAGES, EncodedImage, UnreadableImage, decode_image
+from itpn.data.formats.reading import read_size
 from itpn.data.headers import has_pages
 from itpn.data.masks import read_mask
 

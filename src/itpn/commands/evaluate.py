@@ -50,8 +50,7 @@ class Evaluate(RecipeCommand):
         check_file(self.checkpoint)
         config = replace(self.config, model=self.config.model.of_checkpoint(self.checkpoint))
         config.check()
-        given = {option.removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in self.given}
-        self._evaluate(task, config, given)
+        self._evaluate(task, config, self.given_data)
 
     def _check_given(self, known: tuple[str, ...], hints: Mapping[str, str]) -> None:
         for option in self.given:

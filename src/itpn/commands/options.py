@@ -47,6 +47,11 @@ class RecipeCommand:
     given: Suppress[tuple[str, ...]] = ()
     task_file: TaskFile = None
 
+    @property
+    def given_data(self) -> set[str]:
+        """Names of the settings of data that were given."""
+        return {option.removeprefix("--data.").removeprefix("no-").replace("-", "_") for option in self.given}
+
     def check(self) -> Any:
         """What can be found wrong before torch is imported.
 

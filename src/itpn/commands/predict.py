@@ -12,7 +12,7 @@ from itpn.checkpoints.paths import check_file
 from itpn.commands.options import Checkpoint, Members, TaskFile, of_data, shown
 from itpn.data.files import find_images
 from itpn.errors import UserError
-from itpn.system.checks import Fraction, NonNegativeInt, PositiveInt
+from itpn.system.checks import Fraction, NonNegativeInt, PositiveInt, Side
 from itpn.system.console import print_note
 from itpn.system.text import either
 from itpn.system.writing import make_folder, writing_to
@@ -41,6 +41,12 @@ class Predict:
     max_pixels: Annotated[
         PositiveInt | None, of_data("max-pixels", "N", "the checkpoint's setting", "Images of more pixels are skipped.")
     ] = None
+    window_size: Annotated[
+        Side | None, of_data("window-size", "PIXELS", "as the network was trained", "Cut larger images into tiles.")
+    ] = None
+    window_overlap: Annotated[
+        NonNegativeInt | None, of_data("window-overlap", "PIXELS", "a quarter of the tiles", "What tiles share.")
+    ] = None
     task_file: TaskFile = None
 
     def run(self) -> None:
@@ -50,9 +56,7 @@ class Predict:
         if self.features is not None and self.features.suffix not in (".safetensors", ".npy"):
             raise UserError(f"--features {self.features} must end in .safetensors or .npy")
         if self.features is not None and (self.out is not None or self._given()):
-            raise UserError(
-                "--features writes no predictions: give it without --out, --seed, --min-score and --max-detections"
-            )
+            raise UserError("--features writes no predictions: give it without --out and options of these")
         from itpn.checkpoints.files import read_checkpoint
         from itpn.checkpoints.load import check_finite, load_found
         from itpn.data.decode import MAX_PIXELS
@@ -93,6 +97,7 @@ class Predict:
     def _given(self) -> dict[str, Any]:
         """Options that not every task goes by, where they were given."""
         options = {"seed": self.seed, "min_score": self.min_score, "max_detections": self.max_detections}
+        options |= {"window_size": self.window_size, "window_overlap": self.window_overlap}
         return {name: value for name, value in options.items() if value is not None}
 
 

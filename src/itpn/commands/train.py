@@ -16,4 +16,4 @@ class Train(RecipeCommand):
         source = self.check()
         from itpn.tasks.run import train
 
-        train(self.config, self.recipe, source, self.profile)
+        train(self.config, self.recipe, source, self.profile, self.given_data)

@@ -88,18 +88,6 @@ def load_image(opened: OpenedImage) -> Image.Image:
     return turn_image(image, opened.orientation)
 
 
-def read_size(path: str) -> tuple[int, int]:
-    """Height and width of an image from its header, with the orientation applied.
-
-    Raises:
-        UnreadableImage: not an image.
-        OSError: no such file.
-    """
-    with open(path, "rb") as file:
-        opened = open_image(file, max_pixels=None)
-    return opened.height, opened.width
-
-
 def _check_tags(compression: str, tags: Any) -> None:
     """Refuse TIFFs of signed bytes or separate planes, which Pillow decodes wrongly without an error."""
     deep = max(tags.get(258) or (1,)) > 8

@@ -1,4 +1,4 @@
-"""What the readers of COCO's, YOLO's and Pascal VOC's layouts share. Each returns annotations in COCO's form.
+"""What the readers of the layouts of annotations share. Each returns annotations in COCO's form.
 
 A reader returns None where the folder has another layout, or lacks the split.
 """
@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 from faster_coco_eval.core import mask as rle
 
-from itpn.data.decode import read_size, reason_of
+from itpn.data.decode import reason_of
+from itpn.data.formats.reading import read_size
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError

@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
@@ -13,6 +14,7 @@ import numpy as np
 from itpn.data.class_names import Names, join_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_image, reason_of
 from itpn.data.file_types import JPEG_SUFFIXES
+from itpn.data.formats.reading import read_size
 from itpn.data.grey_masks import explain_greys
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.masks import IGNORED, VOID, LabelTable, make_table, pack, read_lossy_mask, ungrey
@@ -22,7 +24,17 @@ from itpn.data.walk import list_images
 from itpn.data.windows import Windows
 from itpn.errors import UserError
 
-MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name
+MASK_ENDINGS = (
+    "",
+    "_mask",
+    "_label",
+    "_labels",
+    "_seg",
+    "_L",
+    "_masks",
+    "_cp_masks",
+    "_gtFine_labelIds",
+)  # after the image's name
 
 
 @dataclass(frozen=True)
@@ -297,13 +309,13 @@ def match_masks(images: Sequence[str], folder: str, others: str, invalid: Invali
     unread: Counter[str] = Counter()
     for path in list_images(others, unread):
         if not (together and path.lower().endswith(JPEG_SUFFIXES)):
-            stems.setdefault(os.path.splitext(os.path.relpath(path, others))[0], []).append(path)
+            stems.setdefault(_find_stem(path, others), []).append(path)
     if not together:
         invalid.note_unread(others, unread)
     found: dict[str, str] = {}
     spare: dict[str, list[str]] = {}
     for path in images:
-        stem = os.path.splitext(os.path.relpath(path, folder))[0]
+        stem = _find_stem(path, folder)
         names = [stem + ending for ending in MASK_ENDINGS] + [stem.removesuffix("_leftImg8bit") + MASK_ENDINGS[-1]]
         same = ([mask for mask in stems.get(name, ()) if mask != path] for name in names)
         if some := next(filter(None, same), []):
@@ -322,6 +334,12 @@ def match_masks(images: Sequence[str], folder: str, others: str, invalid: Invali
     return found
 
 
+def _find_stem(path: str, folder: str) -> str:
+    """The path below a folder without its suffix, which may be .ome.tif."""
+    stem = os.path.splitext(os.path.relpath(path, folder))[0]
+    return stem[:-4] if stem.lower().endswith(".ome") else stem
+
+
 def _rank_mask(image: str, mask: str) -> tuple[bool, bool, bool, str]:
     """Sort key of masks of one name, of which the first is read."""
     suffix = os.path.splitext(mask)[1].lower()
@@ -333,8 +351,7 @@ def _find_problem(
 ) -> tuple[str, str] | None:
     """The kind of problem and an example of it; None for a valid mask."""
     try:
-        with open(image, "rb") as file:
-            opened = open_image(file, max_pixels=None)
+        height, width = read_size(image)
     except Exception as error:  # Pillow raises many types
         check_lost(image, error)
         return "images that cannot be read", f"{image}: {reason_of(error)}"
@@ -342,13 +359,23 @@ def _find_problem(
     if unknown:
         kind = "masks of labels that are neither classes (--data.classes) nor ignored (--data.ignore)"
         return kind, f"{mask}: {table.explain(min(unknown), content.coloured)}"
-    height, width = opened.height, opened.width
-    if content.size != (height, width):
-        swap = ": height and width are swapped" * (content.size == (width, height))
-        if swap and opened.orientation in SWAPPED:
-            swap += f", because EXIF rotates the image (orientation {opened.orientation})"
-        return (
-            "masks of another size than their image",
-            f"{mask}: {content.size[1]}x{content.size[0]}, the image {width}x{height}{swap}",
-        )
-    return None
+    return find_size_problem(image, (height, width), mask, content.size)
+
+
+def find_size_problem(
+    image: str, size: tuple[int, int], mask: str, mask_size: tuple[int, int]
+) -> tuple[str, str] | None:
+    """The kind of problem and an example of it, for a mask of another size (height, width) than its image."""
+    if mask_size == size:
+        return None
+    (height, width), swap = size, ""
+    if mask_size == (width, height):
+        swap = ": height and width are swapped"
+        with suppress(UnreadableImage), open(image, "rb") as file:
+            opened = open_image(file, max_pixels=None)
+            if opened.orientation in SWAPPED:
+                swap += f", because EXIF rotates the image (orientation {opened.orientation})"
+    return (
+        "masks of another size than their image",
+        f"{mask}: {mask_size[1]}x{mask_size[0]}, the image {width}x{height}{swap}",
+    )

@@ -55,15 +55,19 @@ class Reading:
         max_pixels: larger images are refused.
         axes: of arrays, see `itpn.data.formats.arrays.ArrayImage`.
         nodata: the value of pixels without data; None for what each file declares.
+        stretch: percentiles of each image and channel that become 0 and 1; None for values as they are stored.
         type: that the images must have; None for any.
-        example: a file that has it.
+        example: what has that type, for a message: "a.tif has".
+        advice: the end of that message.
     """
 
     max_pixels: int = MAX_PIXELS
     axes: Literal["CHW", "HWC"] | None = None
     nodata: float | None = None
+    stretch: tuple[float, float] | None = None
     type: ImageType | None = None
     example: str = ""
+    advice: str = ": all images of a data set need the same channels and depth"
 
 
 PLAIN = Reading()
@@ -123,11 +127,35 @@ class StoredImage:
         return np.concatenate([self._read(window).flatten(1).numpy() for window in windows], axis=1)
 
     def _read(self, window: tuple[int, int, int, int] | None) -> Tensor:
+        if self._settings.stretch is not None and window is not None:  # percentiles are of the whole image
+            top, left, height, width = window
+            return self.decode()[:, top : top + height, left : left + width]
         with reading():
             pixels = self.file.read(0, window)
         pixels = np.require(pixels, _travelling(pixels.dtype), ["C", "W"])  # a mapped file is not to be written to
-        tensor = torch.from_numpy(mark_nodata(pixels, self.file.nodata, self._settings.nodata))
+        pixels = mark_nodata(pixels, self.file.nodata, self._settings.nodata)
+        if self._settings.stretch is not None:
+            pixels = stretch_channels(pixels, self._settings.stretch, self._settings.nodata)
+        tensor = torch.from_numpy(pixels)
         return tensor.expand(3, -1, -1).contiguous() if self.type.is_photo and len(tensor) == 1 else tensor
+
+
+def stretch_channels(pixels: np.ndarray, percents: tuple[float, float], nodata: float | None) -> np.ndarray:
+    """Two percentiles of each channel become 0 and 1; float32 [C, H, W], NaN without data."""
+    valid = find_valid(pixels, nodata)
+    stretched = np.full(pixels.shape, np.nan, np.float32)
+    for own, present, target in zip(pixels, valid, stretched, strict=True):
+        if present.any():
+            low, high = np.percentile(own[present], percents)
+            target[present] = ((own[present].astype(np.float64) - low) / ((high - low) or 1.0)).clip(0, 1)
+    return stretched
+
+
+def find_valid(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    """bool, True where pixels have a value: finite, and not ``nodata``."""
+    if values.dtype.kind == "f":
+        return np.isfinite(values)
+    return np.ones(values.shape, dtype=bool) if nodata is None else values != nodata
 
 
 def _travelling(stored: np.dtype) -> np.dtype:
@@ -228,10 +256,7 @@ def open_image_of(data: bytes | Path | UnreadableImage, settings: Reading, name:
         raise data
     image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
     if settings.type not in (None, own := type_of(image)):
-        raise MixedImages(
-            f"{settings.example} has {settings.type}, and {name} has {own}: all images of a data set need the "
-            "same channels and depth"
-        )
+        raise MixedImages(f"{settings.example} {settings.type}, and {name} has {own}{settings.advice}")
     return image
 
 

@@ -1,6 +1,5 @@
 """Windows of large images: each is read alone, where the format allows it, and counts as an image."""
 
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
 from itpn.data.samples import MixedImages, Reading, WindowOf, open_image_of
+from itpn.geometry import find_starts
 
 THREADS = 8  # that read headers, of files which may be far away
 
@@ -79,16 +79,8 @@ def cut_windows(
     sizes = sizes if annotated is None else annotated
     places = []
     for index, (height, width) in enumerate(sizes.tolist()):
-        for top in spread_out(height, size, overlap):
-            for left in spread_out(width, size, overlap):
+        for top in find_starts(height, size, overlap):
+            for left in find_starts(width, size, overlap):
                 places.append((index, top, left, min(size, height), min(size, width)))
     windows = Windows(files, np.array(places, dtype=np.int64).reshape(-1, 5), sizes, annotated is not None)
     return windows, [name for *_, name in measured if name]
-
-
-def spread_out(length: int, size: int, overlap: int) -> Sequence[int]:
-    """Where windows begin along a side: evenly, the first at its beginning and the last at its end."""
-    if length <= size:
-        return [0]
-    count = -(-(length - overlap) // (size - overlap))
-    return np.linspace(0, length - size, count).round().astype(int).tolist()

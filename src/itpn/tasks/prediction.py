@@ -46,7 +46,9 @@ class PredictionOptions:
         seed: of the masks of a pre-training model.
         min_score: of the objects that a detector's images and files show.
         max_detections: objects that a detector finds in an image at most; None for the checkpoint's own limit.
-        max_pixels: larger images are skipped.
+        max_pixels: images with more are skipped, unless they are cut into tiles that can be decoded alone.
+        window_size: side of the tiles that large images are cut into; None to see `itpn.tasks.large.find_tiling`.
+        window_overlap: pixels that tiles share.
     """
 
     out: Path
@@ -54,6 +56,8 @@ class PredictionOptions:
     seed: int = 0
     min_score: float = 0.5
     max_detections: int | None = None
+    window_size: int | None = None
+    window_overlap: int | None = None
 
 
 def read_preprocessing(checkpoint: Checkpoint, model: nn.Module) -> tuple[Crop, Normalize]:

@@ -1,6 +1,7 @@
 """A run of any task, composed of what its :class:`TaskSpec` builds."""
 
 import os
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.seeding import derive_seed
 from itpn.system.accidents import guard
+from itpn.tasks.augmentation import replace_colours
 from itpn.tasks.evaluation import Validation
 from itpn.tasks.spec import TaskSpec, task_of
 from itpn.training import profiling
@@ -19,12 +21,15 @@ from itpn.training.run_folder import RunFolder
 from itpn.training.state import Job
 
 
-def train(config: RunConfig, recipe: str, found_early: Any = None, profile: bool = False) -> Path:
+def train(
+    config: RunConfig, recipe: str, found_early: Any = None, profile: bool = False, given: Collection[str] = ()
+) -> Path:
     """Run, or resume, a run; see :func:`itpn.training.loop.fit`.
 
     Args:
         found_early: what the task's ``check_data`` returned, where it was called.
         profile: take a few steps instead; see :func:`itpn.training.profiling.profile`.
+        given: names of settings of data that were given as options; the others are the recipe's.
 
     Raises:
         MachineError: an accident of the machine; the message says what is kept.
@@ -38,22 +43,27 @@ def train(config: RunConfig, recipe: str, found_early: Any = None, profile: bool
 
     with guard(f"run folder {folder.path}", kept):
         if spec.train is not None:
-            return Path(spec.train(config, recipe, profile))
-        return train_composed(spec, config, recipe, found_early, profile)
+            return Path(spec.train(config, recipe, profile, given))
+        return train_composed(spec, config, recipe, found_early, profile, given)
 
 
 def train_composed(
-    spec: TaskSpec, config: RunConfig, recipe: str, found_early: Any = None, profile: bool = False
+    spec: TaskSpec,
+    config: RunConfig,
+    recipe: str,
+    found_early: Any = None,
+    profile: bool = False,
+    given: Collection[str] = (),
 ) -> Path:
     """As :func:`train`, from the parts that the task builds."""
     folder = RunFolder(config, recipe)
     # nothing here holds the checkpoint: while it is mapped, its room is not free once it is removed
-    job, notes = compose(spec, config, folder, found_early, profile)
+    job, notes = compose(spec, config, folder, found_early, profile, given)
     return profiling.profile(job) if profile else fit(job, folder, notes)
 
 
 def compose(
-    spec: TaskSpec, config: RunConfig, folder: RunFolder, found_early: Any, profile: bool
+    spec: TaskSpec, config: RunConfig, folder: RunFolder, found_early: Any, profile: bool, given: Collection[str] = ()
 ) -> tuple[Job, list[str]]:
     """What is trained, and what is remarkable about it, a sentence each."""
     begun = folder.begun and not profile
@@ -65,6 +75,7 @@ def compose(
     checkpoint = None if start is None else read_checkpoint(start)
     data = spec.find_data(config) if found_early is None else spec.find_data(config, found_early)
     config, notes = spec.resolve(config, checkpoint, data)
+    config, replaced = replace_colours(config, given)
     config = freeze(profiling.without_learning(config) if profile else config)
     folder.check_same_run(config)
     torch.manual_seed(derive_seed(config.seed, "weights"))
@@ -72,7 +83,7 @@ def compose(
     building: Any = replace(config, model=replace(config.model, channel_map=None)) if begun else config
     model, more = spec.build_model(building, data, checkpoint)
     if not begun:
-        notes = [*data.notes, *notes, *start_notes(checkpoint), *more]
+        notes = [*data.notes, *notes, *replaced, *start_notes(checkpoint), *more]
     return make_job(spec, config, folder.recipe, data, model), list(notes)
 
 

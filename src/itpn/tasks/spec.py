@@ -40,7 +40,8 @@ class TaskSpec:
         evaluation_prefix: of the names of metrics while a run is trained.
         build_evaluator: (config, data) -> :class:`itpn.tasks.evaluation.Evaluator`, of data with images to evaluate on.
             It serves validation and `itpn evaluate`.
-        train: (config, recipe, profile) -> run folder, for a task whose runs are not all composed of the above.
+        train: (config, recipe, profile, given) -> run folder, for a task whose runs are not all composed of the above;
+            as of :func:`itpn.tasks.run.train`.
 
     Using a checkpoint:
 
@@ -53,8 +54,8 @@ class TaskSpec:
         knn: whether it can evaluate features by k-NN, without a head (`itpn evaluate --knn`).
         predict: (network, checkpoint, source, options) for `itpn predict`; options are a
             :class:`itpn.tasks.prediction.PredictionOptions`.
-        prediction_options: which of ``seed``, ``min_score`` and ``max_detections`` it goes by; `itpn predict` refuses
-            the others.
+        prediction_options: which of ``seed``, ``min_score``, ``max_detections``, ``window_size`` and ``window_overlap``
+            it goes by; `itpn predict` refuses the others.
         export: (network, checkpoint, out, size, dynamic_size, metadata) -> :class:`itpn.tasks.export.Exported`;
             None where nothing is to be exported.
         describe: (config, checkpoint) -> rows of `itpn info`, see :mod:`itpn.tasks.info`.

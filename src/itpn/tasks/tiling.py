@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from itpn.geometry import find_starts
+
 
 class Tile(NamedTuple):
     """A rectangle of an image in pixels."""
@@ -17,6 +19,11 @@ class Tile(NamedTuple):
     left: int
     height: int
     width: int
+
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """Its rows and columns, as an index of an image."""
+        return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,6 @@ class Grid:
         """The tiles, row by row."""
         height, width = min(self.size, self.height), min(self.size, self.width)
         return (Tile(top, left, height, width) for top in self.rows for left in self.cols)
-
-
-def find_starts(whole: int, size: int, overlap: int) -> list[int]:
-    """Where tiles begin along a side of ``whole`` pixels."""
-    if whole <= size:
-        return [0]
-    count = math.ceil((whole - overlap) / (size - overlap))
-    return [number * (whole - size) // (count - 1) for number in range(count)]
 
 
 def find_weights(starts: list[int], whole: int, size: int, overlap: int) -> list[Tensor]:

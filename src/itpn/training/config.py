@@ -147,6 +147,9 @@ class ImagesConfig(Settings):
     show_channels: tuple[Channel, ...] | None = None
     """Channels that visualizations show as red, green and blue, counted from 0, or one that is shown in colours; None
     for the first three."""
+    value_range_per_image: bool = False
+    """Percentiles of --data.value-range are those of each image: for images whose values cannot be compared, as X-rays
+    of several machines."""
     nodata: float | None = None
     """Value of pixels without data; None for what GeoTIFFs declare. NaN is always without data."""
 
@@ -387,6 +390,10 @@ def check_images(data: Any, in_chans: int | None) -> None:
             f"--data.window-overlap must be below --data.window-size {data.window_size}, not {data.window_overlap}"
         )
     check_value_range(data.value_range)
+    if data.value_range_per_image and data.value_range and not data.value_range[0].endswith("%"):
+        raise UserError("--data.value-range-per-image needs percentiles as --data.value-range, or none")
+    if data.value_range_per_image and data.dtype == PHOTO:
+        raise UserError("--data.value-range-per-image is not for photographs of 8 bits: leave it out")
 
 
 def check_size(size: tuple[int, int], patch: int, option: str = "--data.img-size") -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itpn.data.decode import MAX_PIXELS, TIFF_HEADERS, UnreadableImage, reading
+from itpn.data.decode import MAX_PIXELS, TIFF_HEADERS, UnreadableImage, open_image, reading
 from itpn.data.file_types import DICOM_START, find_envi_header
 from itpn.data.formats.arrays import HDF5, NUMPY, ZIP, ArrayImage, Axes
 from itpn.data.formats.image_file import ImageFile
@@ -53,6 +53,25 @@ def read_image(path: str | os.PathLike[str], page: int = 0, max_pixels: int = MA
             return torch.from_numpy(image.read(page))
     except UnreadableImage as error:
         raise UserError(f"{os.fspath(path)}: {error}") from None
+
+
+def read_size(path: str) -> tuple[int, int]:
+    """Height and width of an image of any format from its header, with the orientation applied.
+
+    Raises:
+        UnreadableImage: see :func:`open_file`.
+        OSError: no such file.
+    """
+    with open(path, "rb") as file:
+        is_dicom = file.read(DICOM_START).endswith(b"DICM")
+        file.seek(0)
+        if not is_dicom:  # Pillow reads no more than the header
+            with suppress(UnreadableImage):
+                opened = open_image(file, max_pixels=None)
+                return opened.height, opened.width
+    with reading():
+        image = open_file(Path(path))
+    return image.height, image.width
 
 
 def check_size(image: ImageFile, max_pixels: int) -> None:

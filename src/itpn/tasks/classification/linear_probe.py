@@ -1,7 +1,7 @@
 """A linear classifier on frozen features, which are computed once: `--model.freeze`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,13 +31,13 @@ from itpn.training.run_folder import RunFolder
 from itpn.training.summary import write_summary
 
 
-def train(config: ClassificationConfig, recipe: str, profile: bool = False) -> Path:
+def train(config: ClassificationConfig, recipe: str, profile: bool = False, given: Collection[str] = ()) -> Path:
     """A classifier's run: fine-tuning, or a linear classifier on frozen features."""
     if config.model.freeze:
         if profile:
             raise UserError("--profile is for steps of training, and --model.freeze takes none")
         return train_linear(config, recipe)
-    return train_composed(task_of(config), config, recipe, profile=profile)
+    return train_composed(task_of(config), config, recipe, profile=profile, given=given)
 
 
 def train_linear(config: ClassificationConfig, recipe: str) -> Path:

@@ -11,6 +11,7 @@ from itpn.errors import UserError
 from itpn.models.backbone import CLASSIFIER, Backbone, find_backbone
 from itpn.models.build import build_backbone
 from itpn.models.spec import NetworkSpec
+from itpn.tasks.augmentation import replace_colours
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import make_transform
 from itpn.tasks.data import RunData
@@ -25,7 +26,7 @@ from itpn.tasks.finetuning.network import (
     scale_epochs,
 )
 from itpn.tasks.info import Rows, describe_classifier
-from itpn.tasks.pixels import image_type, resolve_pixels
+from itpn.tasks.pixels import resolve_pixels
 from itpn.training.config import image_size
 
 CROP_PCT = 0.875  # of ImageNet since the first networks
@@ -78,9 +79,6 @@ def resolve(
     if data is not None:
         config, notes = resolve_pixels(config, data.train, None if checkpoint is None else checkpoint.preprocessing)
     config = resolve_network(config, checkpoint)
-    if config.data.auto_augment is not None and not image_type(config).is_photo:
-        notes.append(f"--data.auto-augment {config.data.auto_augment} is for RGB photographs: left out")
-        config = replace(config, data=replace(config.data, auto_augment=None))
     own = config.data
     if own.img_size is None:
         size: Any = (
@@ -93,7 +91,7 @@ def resolve(
     config.check_sizes()
     if data is None:
         return config, notes
-    make_transform(config)  # a wrong name of an augmentation is found before a folder is made
+    make_transform(replace_colours(config)[0])  # a wrong name of an augmentation is found before a folder is made
     return scale_epochs(config, len(data.train)), notes
 
 

@@ -41,8 +41,8 @@ class DetectionDataConfig(LabelledDataConfig, ImagesConfig):
 
     root: str = "data/coco"
     """A folder of COCO's layout (`train2017`, `val2017`, `annotations/instances_*.json`, or a folder for each set with
-    its JSON inside), of YOLO's (`data.yaml`) or of Pascal VOC's (`JPEGImages`, `Annotations`, `ImageSets/Main`); or a
-    JSON file of COCO's form."""
+    its JSON inside), of YOLO's (`data.yaml`), of Pascal VOC's (`JPEGImages`, `Annotations`, `ImageSets/Main`), or of
+    label images (`images` and `masks`, where each object has a number of its own); or a JSON file of COCO's form."""
     val_root: str | None = None
     """Where the images to evaluate on are, if they are not below --data.root: a folder or a JSON file likewise."""
     invalid_annotations: Literal["summary", "skip", "error"] = "summary"

@@ -1,7 +1,7 @@
 """Evaluation of detectors: COCO's metrics."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,11 @@ from itpn.models.detector import DETECTIONS, Detector
 from itpn.tasks.data import print_once
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
+from itpn.tasks.detection.merging import Objects, merge_objects, to_objects
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes
 from itpn.tasks.finetuning.network import given_heads
 from itpn.tasks.pixels import make_normalize
+from itpn.tasks.tiling import Grid, Tile
 
 Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images they are of
 
@@ -110,6 +112,22 @@ def detect(network: Any, normalize: Normalize, images: list[Tensor]) -> list[dic
     """[C, any, any] each as stored -> what torchvision's detectors give each, in the image's own pixels, on the CPU."""
     found = network([normalize.scale(image) for image in images])  # which subtracts mean and std itself
     return [{name: value.cpu() for name, value in one.items()} for one in found]
+
+
+def detect_tiles(
+    network: Detector, normalize: Normalize, read: Callable[[Tile], Tensor], grid: Grid, tiles: Iterable[Tile]
+) -> Objects:
+    """The objects of a large image from those of its tiles, as `itpn.tasks.detection.merging` joins them.
+
+    Args:
+        read: the pixels of a tile as stored.
+        tiles: those of the grid.
+    """
+    found = []
+    for tile in tiles:
+        (own,) = detect(network, normalize, [read(tile)])
+        found.append(to_objects(own).move(tile.top, tile.left))
+    return merge_objects(grid, found, network.roi_heads.nms_thresh)
 
 
 def view_whole(image: Tensor, known: dict[str, Any]) -> dict[str, Any]:

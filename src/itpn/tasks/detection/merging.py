@@ -90,7 +90,7 @@ def join_objects(parts: Sequence[Objects]) -> Objects:
 
 
 def encode_piece(piece: Piece, height: int, width: int) -> dict[str, Any]:
-    """A mask as COCO's compressed run lengths of an image, which is never drawn as a whole."""
+    """A mask as COCO's compressed run lengths of an image of this size, which is never drawn as a whole."""
     rows, cols = piece.pixels.shape
     framed = np.zeros((cols, rows + 2), np.int8)
     framed[:, 1:-1] = piece.pixels.T
@@ -104,7 +104,23 @@ def encode_piece(piece: Piece, height: int, width: int) -> dict[str, Any]:
     counts = np.diff(np.concatenate([[0], edges, [height * width]])).tolist()
     counts = counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts
     encoded: dict[str, Any] = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return encoded
+    return {"size": [height, width], "counts": encoded["counts"].decode()}
+
+
+def describe_objects(
+    objects: Objects, height: int, width: int, image_id: int, class_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """The objects of an image in COCO's form, as of `itpn.metrics.detection.to_results`."""
+    boxes = objects.boxes.clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    columns = boxes.double().tolist(), objects.labels.tolist(), objects.scores.double().tolist()
+    results = [
+        {"image_id": image_id, "category_id": class_ids[label - 1], "bbox": box, "score": score}
+        for box, label, score in zip(*columns, strict=True)
+    ]
+    for result, mask in zip(results, objects.masks or (), strict=False):
+        result["segmentation"] = encode_piece(mask, height, width)
+    return results
 
 
 # --- merging

@@ -1,17 +1,17 @@
 """The objects in images: files of `itpn predict`, and visualizations of a run."""
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from PIL import Image
+import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
-from itpn.data.normalize import Normalize
-from itpn.metrics.detection import to_results
 from itpn.models.backbone import find_backbone
 from itpn.models.detector import Detector
 from itpn.models.modes import eval_mode
@@ -20,60 +20,146 @@ from itpn.system.text import as_file_name
 from itpn.system.writing import name_output
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
-from itpn.tasks.detection.evaluation import detect
+from itpn.tasks.detection.evaluation import detect, detect_tiles
+from itpn.tasks.detection.merging import Objects, Piece, describe_objects, to_objects
 from itpn.tasks.detection.module import DetectionModule
-from itpn.tasks.drawing import draw_objects, make_display, save_whole, stored_display, tile_images, to_display
+from itpn.tasks.drawing import draw_objects, make_display, name_colour, save_whole, stored_display, tile_images
+from itpn.tasks.georeference import Georeference, make_feature, write_geojson, write_geopackage
+from itpn.tasks.large import Overview, SourceImages, find_tiling, show_tiles
 from itpn.tasks.pixels import make_reading, stored_normalize, stored_reading
-from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
+from itpn.tasks.prediction import PredictionOptions, Predictions
 
 SAMPLES, MIN_SCORE = 8, 0.3  # images of a visualization, score of the boxes in them
+NAMED = 100  # objects of an image whose names are written
 
 
 def predict(model: Detector, checkpoint: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
-    """Write the objects in images, see :func:`predict_objects`."""
+    """Each image with the objects that are found in it, and all of them in the files, see :class:`ObjectFiles`."""
     names = checkpoint.metadata.get("classes") or [str(number) for number in range(1, model.num_classes)]
-    images = read_images(source, stored_reading(checkpoint, options.max_pixels))
     normalize = stored_normalize(checkpoint, find_backbone(model).in_chans)
+    display = stored_display(checkpoint)
     if options.max_detections is not None:
         model.limit_detections(options.max_detections)
-    predict_objects(model, normalize, images, names, options.out, options.min_score, stored_display(checkpoint))
+    trained, usual = checkpoint.settings.get("data", {}), checkpoint.preprocessing.get("image_side")
+    side = usual or model.transform.min_size[-1]
+    tiling = find_tiling(options.window_size, options.window_overlap, trained, side)
+    files = ObjectFiles(options.out, names, options.min_score)
+    images = SourceImages(source, stored_reading(checkpoint, options.max_pixels))
+    for image in images:
+        with images.reading(image.name, image):
+            grid = tiling.grid(image.height, image.width, image.is_photo and image.fits)
+            if grid is None:
+                pixels = image.whole()
+                (found,) = detect(model, normalize, [pixels])
+                objects, photo, step = to_objects(found), display(pixels), 1
+            else:
+                overview = Overview(image.height, image.width)
+                tiles = show_tiles(grid, image.name)
+                objects = detect_tiles(model, normalize, overview.watch(image.read), grid, tiles)
+                photo, step = display(overview.pixels), overview.step
+            files.add(image.name, (image.height, image.width), objects, photo, step, image.place())
+    files.finish()
 
 
-def predict_objects(
-    model: Detector,
-    normalize: Normalize,
-    images: Iterator[tuple[str, Tensor]],
-    classes: list[str],
-    out: Path,
-    min_score: float,
-    display: Callable[[Tensor], Tensor] = to_display,
-) -> None:
-    """Each image with the objects that are found in it, and all of them in the files.
+class ObjectFiles:
+    """The files of `itpn predict`: drawings, and all objects as JSON and CSV; at their places on the ground as GeoJSON
+    and GeoPackage.
 
     Boxes are x0, y0, x1, y1 in pixels of the image; masks are COCO's compressed run lengths.
+
+    Args:
+        classes: their names.
+        min_score: of the objects.
     """
-    count = 0
-    written = Predictions(("objects", "likeliest"), ("image", "class", "score", "x0", "y0", "x1", "y1"))
-    for number, (name, image) in enumerate(images):
-        (found,) = detect(model, normalize, [image])
-        keep = found["scores"] >= min_score
-        found = {key: value[keep] for key, value in found.items()}
-        results = to_results(found, number, tuple(range(len(classes))))
-        objects = []
-        for result, box in zip(results, found["boxes"].tolist(), strict=True):
-            one = {"class": classes[result["category_id"]], "score": result["score"], "box": box}
-            objects.append(one | ({"mask": result["segmentation"]} if "segmentation" in result else {}))
-        count += len(objects)
-        written.add(
-            {"image": name, "size": list(image.shape[-2:]), "objects": objects},
-            [(name, one["class"], one["score"], *one["box"]) for one in objects],
-            (str(len(objects)), ", ".join(f"{one['class']} {one['score']:.0%}" for one in objects[:4])),
+
+    def __init__(self, out: Path, classes: Sequence[str], min_score: float) -> None:
+        self.out, self.classes, self.min_score = out, classes, min_score
+        self._written = Predictions(("objects", "likeliest"), ("image", "class", "score", "x0", "y0", "x1", "y1"))
+        self._count = 0
+
+    def add(
+        self,
+        name: str,
+        size: tuple[int, int],
+        objects: Objects,
+        photo: Tensor,
+        step: int = 1,
+        place: Georeference | None = None,
+    ) -> None:
+        """Write an image's files.
+
+        Args:
+            size: height and width of the image.
+            photo: uint8 [3, h, w], to be drawn on.
+            step: pixels of the image between those of ``photo``.
+        """
+        number, out = len(self._written.images), self.out
+        objects = objects.take(objects.scores >= self.min_score)
+        described = []
+        for result, box in zip(
+            describe_objects(objects, *size, number, range(len(self.classes))), objects.boxes.tolist(), strict=True
+        ):
+            one = {"class": self.classes[result["category_id"]], "score": result["score"], "box": box}
+            described.append(one | ({"mask": result["segmentation"]} if "segmentation" in result else {}))
+        self._count += len(objects)
+        record: dict[str, Any] = {"image": name, "size": list(size)}
+        if place is not None:
+            record |= self._write_places(number, name, objects, place)
+        self._written.add(
+            {**record, "objects": described},
+            [(name, one["class"], one["score"], *one["box"]) for one in described],
+            (str(len(objects)), ", ".join(f"{one['class']} {one['score']:.0%}" for one in described[:4])),
         )
-        drawn = draw_objects(display(image), found, classes, min_score)
+        drawn = draw_large(photo, objects, self.classes, step)
         save_whole(drawn, out / as_file_name(name_output(out, number, name, ".png")))
-    written.write(out, f"{out}/0000-*.png ...")
-    if not count:
-        print_note(f"no object has a score of at least {min_score:g}: a lower --min-score shows more")
+
+    def _write_places(self, number: int, name: str, objects: Objects, place: Georeference) -> dict[str, str]:
+        geojson, package = (name_output(self.out, number, name, ending) for ending in (".geojson", ".gpkg"))
+        columns = objects.labels.tolist(), objects.scores.tolist(), objects.boxes.tolist(), objects.masks
+        masks = [None] * len(objects) if objects.masks is None else objects.masks
+        features = [
+            make_feature(self.classes[label - 1], score, box, mask)
+            for label, score, box, mask in zip(*columns[:3], masks, strict=True)
+        ]
+        write_geojson(self.out / as_file_name(geojson), features, name, place)
+        write_geopackage(self.out / as_file_name(package), features, name, place)
+        return {"geojson": geojson, "geopackage": package}
+
+    def finish(self) -> None:
+        """Write what is of all images, and print where everything is."""
+        self._written.write(self.out, f"{self.out}/0000-*.png ...")
+        if not self._count:
+            print_note(f"no object has a score of at least {self.min_score:g}: a lower --min-score shows more")
+
+
+def draw_large(photo: Tensor, objects: Objects, classes: Sequence[str], step: int) -> Image.Image:
+    """An image, perhaps every n-th pixel of a larger one, with its objects; names are written of a few alone."""
+    found = {"boxes": objects.boxes / step, "labels": objects.labels, "scores": objects.scores}
+    if step == 1 and len(objects) <= NAMED:
+        if objects.masks is not None:
+            found["masks"] = torch.zeros(len(objects), 1, *photo.shape[-2:])
+            for mask, (top, left, pixels) in zip(found["masks"], objects.masks, strict=True):
+                mask[0, top : top + pixels.shape[0], left : left + pixels.shape[1]] = torch.from_numpy(pixels)
+        return draw_objects(photo, found, classes, 0.0)
+    colours = [name_colour(label) for label in objects.labels.tolist()]
+    photo = paint_masks(photo, objects.masks or [], colours, step)
+    if len(objects) <= NAMED:
+        return draw_objects(photo, found, classes, 0.0)
+    drawn = Image.fromarray(photo.permute(1, 2, 0).numpy())
+    for (x0, y0, x1, y1), colour in zip(found["boxes"].tolist(), colours, strict=True):
+        ImageDraw.Draw(drawn).rectangle((x0, y0, max(x1 - 1, x0), max(y1 - 1, y0)), outline=colour)
+    return drawn
+
+
+def paint_masks(photo: Tensor, masks: Sequence[Piece], colours: Sequence[tuple[int, int, int]], step: int) -> Tensor:
+    """An image of every n-th pixel with its masks in colour, one after the other: they are never held together."""
+    painted = photo.clone()
+    for (top, left, pixels), colour in zip(masks, colours, strict=False):
+        seen = torch.from_numpy(pixels[-top % step :: step, -left % step :: step])
+        part = painted[:, -(-top // step) :, -(-left // step) :][:, : seen.shape[0], : seen.shape[1]]
+        mixed = 0.55 * part.float() + 0.45 * torch.tensor(colour).reshape(3, 1, 1)
+        part[:, seen] = mixed.round().to(torch.uint8)[:, seen]
+    return painted
 
 
 # --- visualizations of a run

@@ -9,6 +9,7 @@ TASK = TaskSpec(
     config=SegmentationConfig,
     head=lazy(f"{__name__}.network:SegmenterHead"),
     describe=lazy(f"{__name__}.network:describe"),
+    prediction_options=("window_size", "window_overlap"),
     evaluation_options=(
         *("--data.root", "--data.masks", "--data.val-root", "--data.val-masks", "--data.classes"),
         *("--data.reduce-zero-label", "--data.no-reduce-zero-label", "--data.ignore", "--data.invalid-annotations"),

@@ -1,18 +1,18 @@
 """How an image of any size is segmented: by windows, at several scales, mirrored."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from itpn.data.normalize import Normalize
+from itpn.data.pixels import resize_pixels
 from itpn.geometry import fit_sides
 from itpn.tasks.segmentation.config import SegmentationConfig
+from itpn.tasks.tiling import Grid, Tile, blend
 
 WINDOWS = 4  # that are segmented at a time
 ROWS = 64  # of the image that are classified at a time
@@ -40,13 +40,14 @@ class Segmentation:
 
     @torch.no_grad()
     def __call__(self, model: Any, normalize: Normalize, image: Tensor) -> Tensor:
-        """uint8 [3, H, W] -> classes of its pixels, uint8 [H, W], on the CPU.
+        """[C, H, W] as it is stored -> classes of its pixels, uint8 [H, W], on the CPU.
 
         Probabilities are kept at the size that the network sees, and brought to the image's a few rows at a time, so
         that memory grows with ``short``, not with the image.
         """
         return enlarge_labels(self.probabilities(model, normalize, image), image.shape[-2:])
 
+    @torch.no_grad()
     def probabilities(self, model: Any, normalize: Normalize, image: Tensor) -> Tensor:
         """[classes, h, w], means over scales and mirror images, of the size that scale 1 has."""
         base = fit_sides(image.shape[-2:], self.short, 4 * self.short)
@@ -54,7 +55,7 @@ class Segmentation:
         for scale in self.scales:
             short = scale * self.short
             sides = fit_sides(image.shape[-2:], short, 4 * short)
-            resized = resize(image, sides, InterpolationMode(self.interpolation), antialias=True)
+            resized = resize_pixels(image, sides, self.interpolation, normalize.nodata)
             x = normalize(resized[None])
             for mirrored in (False, True) if self.flip else (False,):
                 own = self._segment(model, x.flip(-1) if mirrored else x)
@@ -106,6 +107,29 @@ def enlarge_labels(probabilities: Tensor, size: tuple[int, int] | torch.Size) ->
         wide = F.interpolate(mixed[None], (mixed.shape[-2], width), mode="bilinear", align_corners=False)
         labels[part] = wide[0].argmax(dim=0).to(torch.uint8).cpu()
     return labels
+
+
+def segment_tiles(
+    probabilities: Callable[[Tensor], Tensor], read: Callable[[Tile], Tensor], grid: Grid, tiles: Iterable[Tile]
+) -> Iterator[tuple[Tile, Tensor]]:
+    """Parts of a large image and the classes of their pixels, uint8 [height, width], on the CPU.
+
+    Probabilities of each class are blended where tiles overlap; then the likeliest is taken.
+
+    Args:
+        probabilities: of the pixels of a tile, as :meth:`Segmentation.probabilities` gives them.
+        read: the pixels of a tile.
+        tiles: those of the grid.
+    """
+
+    def segment(tile: Tile) -> Tensor:
+        own = probabilities(read(tile))
+        if own.shape[-2:] == (tile.height, tile.width):
+            return own
+        return F.interpolate(own[None], (tile.height, tile.width), mode="bilinear", align_corners=False)[0]
+
+    for part, blended in blend(grid, map(segment, tiles)):
+        yield part, blended.argmax(dim=0).to(torch.uint8).cpu()
 
 
 def make_segmentation(config: SegmentationConfig) -> Segmentation:

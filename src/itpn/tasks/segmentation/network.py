@@ -24,7 +24,6 @@ from itpn.tasks.finetuning.network import (
     scale_epochs,
 )
 from itpn.tasks.info import Rows, describe_headed
-from itpn.tasks.pixels import image_type
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.launch import choose_devices, read_launch
 
@@ -80,9 +79,6 @@ def resolve(
             + ("--data.batch-size 2 or more" if len(data.train) > 1 else f"more images than one in {config.data.root}")
         )
     config, notes = resolve_with_head(config, checkpoint, data.train)
-    if config.data.photometric and not image_type(config).is_photo:
-        notes.append("--data.photometric is for RGB photographs: left out")
-        config = replace(config, data=replace(config.data, photometric=False))
     return scale_epochs(config, len(data.train), processes), notes
 
 

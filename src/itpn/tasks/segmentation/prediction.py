@@ -1,12 +1,16 @@
 """The classes of the pixels of images: files of `itpn predict`, and visualizations of a run."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
+from itpn.data.decode import MAX_PIXELS
 from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
 from itpn.models.modes import eval_mode
@@ -14,16 +18,36 @@ from itpn.models.segmenter import Segmenter
 from itpn.system.text import as_file_name
 from itpn.system.writing import name_output
 from itpn.tasks.data import RunData
-from itpn.tasks.drawing import draw_labels, make_display, save_labels, save_whole, stored_display, tile_images
+from itpn.tasks.drawing import (
+    draw_labels,
+    make_display,
+    name_colour,
+    save_labels,
+    save_whole,
+    stored_display,
+    tile_images,
+)
 from itpn.tasks.evaluation import EvaluationRequest
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import name_classes
+from itpn.tasks.georeference import ROWS, write_raster
+from itpn.tasks.large import (
+    NO_DATA,
+    Overview,
+    SourceImage,
+    SourceImages,
+    find_missing,
+    find_tiling,
+    label_array,
+    show_tiles,
+)
 from itpn.tasks.pixels import make_reading, stored_reading
-from itpn.tasks.prediction import PredictionOptions, Predictions, read_images
+from itpn.tasks.prediction import PredictionOptions, Predictions
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.evaluation import resolve_evaluation
-from itpn.tasks.segmentation.inference import make_segmentation
+from itpn.tasks.segmentation.inference import enlarge_labels, make_segmentation, segment_tiles
 from itpn.tasks.segmentation.module import SegmentationModule
+from itpn.tasks.tiling import Grid, Tile
 from itpn.training.config import freeze
 
 SAMPLES = 6
@@ -32,27 +56,109 @@ SAMPLES = 6
 def predict(model: Segmenter, checkpoint: Checkpoint, source: ImageSource, options: PredictionOptions) -> None:
     """Each image under the classes of its pixels, and these as a PNG of class indices with a palette.
 
-    The files say which fraction of each image is of which class.
+    Of a georeferenced image they are a GeoTIFF too. The files say which fraction of each image is of which class.
     """
     config = freeze(resolve_evaluation(SegmentationConfig(), EvaluationRequest(checkpoint))[0])
-    segment, normalize, out = make_segmentation(config), make_normalize(config), options.out
+    trained, usual = checkpoint.settings.get("data", {}), checkpoint.preprocessing.get("image_side")
+    tiling = find_tiling(options.window_size, options.window_overlap, trained, usual or config.data.short)
+    segment = functools.partial(make_segmentation(config).probabilities, model, make_normalize(config))
     names, display = name_classes(checkpoint, model.num_classes), stored_display(checkpoint)
-    colours = [tuple(colour) for colour in checkpoint.metadata.get("colours") or ()] or None
-    written = Predictions(("classes, the largest first",), ("image", "labels", *names))
-    for number, (name, image) in enumerate(read_images(source, stored_reading(checkpoint, options.max_pixels))):
-        labels = segment(model, normalize, image)
-        drawn, mask = (name_output(out, number, name, ending) for ending in (".png", "-labels.png"))
-        save_whole(draw_labels(display(image), labels, names, colours), out / as_file_name(drawn))
-        save_labels(labels, len(names), colours, out / as_file_name(mask))
-        fractions = (labels.flatten().bincount(minlength=len(names)) / labels.numel()).tolist()
+    colours = [tuple(colour) for colour in checkpoint.metadata.get("colours") or ()]
+    files = LabelFiles(options.out, names, colours or [name_colour(number) for number in range(1, len(names) + 1)])
+    images = SourceImages(source, stored_reading(checkpoint, options.max_pixels))
+    for image in images:
+        with (
+            images.reading(image.name, image),
+            label_array(options.out, image.height, image.width) as labels,
+        ):
+            grid = tiling.grid(image.height, image.width, image.is_photo and image.fits)
+            fill = fill_whole if grid is None else functools.partial(fill_tiles, grid)
+            pixels, shown = fill(segment, image, labels)
+            files.add(image, labels, display(pixels), shown)
+    files.finish()
+
+
+Probabilities = Callable[[Tensor], Tensor]  # of the classes of an image's pixels
+
+
+def fill_whole(segment: Probabilities, image: SourceImage, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Classes of the pixels of an image.
+
+    Returns:
+        The pixels of the image and its classes, to be drawn.
+    """
+    pixels = image.whole()
+    found = enlarge_labels(segment(pixels), pixels.shape[-2:])
+    found[find_missing(pixels, image.nodata)] = NO_DATA
+    labels[:] = found.numpy()
+    return pixels, found
+
+
+def fill_tiles(grid: Grid, segment: Probabilities, image: SourceImage, labels: np.ndarray) -> tuple[Tensor, Tensor]:
+    """As :func:`fill_whole`, of an image in tiles; what is drawn is smaller."""
+    overview = Overview(image.height, image.width)
+
+    def read(tile: Tile) -> Tensor:
+        pixels = image.read(tile)
+        overview.add(tile, pixels)
+        labels[tile.slices][find_missing(pixels, image.nodata).numpy()] = NO_DATA  # a tile begins where none is done
+        return pixels
+
+    for part, own in segment_tiles(segment, read, grid, show_tiles(grid, image.name)):
+        known = labels[part.slices]
+        known[known != NO_DATA] = own.numpy()[known != NO_DATA]
+    shown = torch.from_numpy(labels[:: overview.step, :: overview.step].copy())
+    return overview.pixels, shown
+
+
+class LabelFiles:
+    """The files of `itpn predict`: drawings, class maps, and which fraction of each image is of which class.
+
+    Args:
+        classes: their names.
+        colours: of the classes.
+    """
+
+    def __init__(self, out: Path, classes: Sequence[str], colours: Sequence[tuple[int, int, int]]) -> None:
+        self.out, self.classes, self.colours = out, classes, colours
+        self._written = Predictions(("classes, the largest first",), ("image", "labels", *classes))
+
+    def add(self, image: SourceImage, labels: np.ndarray, photo: Tensor, shown: Tensor) -> None:
+        """Write an image's files.
+
+        Args:
+            labels: uint8 [H, W], with `NO_DATA` where there are none.
+            photo, shown: uint8 [3, h, w] and [h, w], to be drawn.
+        """
+        number, names = len(self._written.images), self.classes
+        endings = (".png", "-labels.png", "-labels.tif")
+        drawn, mask, raster = (name_output(self.out, number, image.name, ending) for ending in endings)
+        save_whole(draw_labels(photo, shown, names, self.colours), self.out / as_file_name(drawn))
+        place = image.place()
+        if place is not None:
+            write_raster(self.out / as_file_name(raster), labels, place, self.colours)
+        if place is None or labels.size <= MAX_PIXELS:
+            colours = [*self.colours, *[(0, 0, 0)] * (NO_DATA + 1 - len(self.colours))]  # or 255 would not be kept
+            save_labels(torch.from_numpy(labels), len(names), colours, self.out / as_file_name(mask))
+        else:
+            mask = raster
+        counts = np.zeros(len(names), np.int64)
+        for top in range(0, image.height, ROWS):
+            counts += np.bincount(labels[top : top + ROWS].reshape(-1), minlength=NO_DATA + 1)[: len(names)]
+        fractions = (counts / max(counts.sum(), 1)).tolist()
         order = sorted(range(len(names)), key=lambda row: -fractions[row])
         own = {names[row]: fractions[row] for row in order if fractions[row]}
-        written.add(
-            {"image": name, "size": list(image.shape[-2:]), "labels": mask, "fractions": own},
-            [(name, mask, *(own.get(name, 0.0) for name in names))],
+        size = {"size": [image.height, image.width], "labels": mask}
+        size |= {} if place is None else {"raster": raster}
+        self._written.add(
+            {"image": image.name, **size, "fractions": own},
+            [(image.name, mask, *(own.get(name, 0.0) for name in names))],
             (", ".join(f"{one} {fraction:.0%}" for one, fraction in list(own.items())[:5]),),
         )
-    written.write(out, f"{out}/0000-*.png, 0000-*-labels.png ...")
+
+    def finish(self) -> None:
+        """Write what is of all images, and print where everything is."""
+        self._written.write(self.out, f"{self.out}/0000-*.png, 0000-*-labels.png ...")
 
 
 # --- visualizations of a run
