@@ -9,12 +9,11 @@ import torch
 from itpn.data.batches import Transform
 from itpn.data.files import ImageSource
 from itpn.data.loader import TrainingLoader
-from itpn.data.readers import Reader
+from itpn.data.readers import FileReader, Reader
 from itpn.data.samples import REMEDY
 from itpn.data.windows import Windows, cut_windows
 from itpn.system.console import print_note
 from itpn.system.environment import is_main_process
-from itpn.system.text import readable
 from itpn.tasks.pixels import make_reading
 from itpn.training.config import RunConfig
 
@@ -76,7 +75,7 @@ def example_of(source: ImageSource | Reader) -> str:
     if not isinstance(source, ImageSource):
         return source.name(0)
     if source.images:
-        return readable(source.images[0])
+        return FileReader(source.images[:1]).name(0)
     return f"the first image of {source.shards[0]}" if source.shards else ""
 
 
