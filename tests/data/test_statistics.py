@@ -94,7 +94,7 @@ def test_a_value_that_stands_for_no_data(tmp_path):
 
 def test_no_value_at_all(tmp_path):
     np.save(tmp_path / "a.npy", np.full((20, 30, 2), np.nan, np.float32))
-    with pytest.raises(UserError, match="no pixel of the 1 images that were read .* has a value"):
+    with pytest.raises(UserError, match=r"no pixel of the 1 images that were read .* has a value"):
         compute_statistics(FileReader([str(tmp_path / "a.npy")]), Reading())
 
 

@@ -22,6 +22,7 @@ DICOM_INDEX = "dicomdir"  # of a disk: a file of DICOM's format without an image
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in the output folder of `itpn cache-features`
+STATS_FILE = "stats.json"  # of `itpn stats`, in the folder of the images
 COPIES_INDEX = "itpn-shrink.json"  # in the output folder of `itpn shrink`
 CLASSES = "classes.txt"  # beside shards: the name of each class, a line each
 CLASS_FILES = (CLASSES, "classes.csv", "class_dict.csv", "objectInfo150.txt")  # beside masks; the last is ADE20K's

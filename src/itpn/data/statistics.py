@@ -19,7 +19,6 @@ from itpn.errors import UserError
 from itpn.system.text import read_text
 from itpn.system.writing import write_whole
 
-STATS_FILE = "stats.json"  # in the folder of the images
 SAMPLED = 512  # images of a large data set
 VALUES = 2**22  # of each channel that percentiles of deep numbers are computed from
 PERCENTS = (0.0, 0.1, 1.0, 2.0, 5.0, 25.0, 50.0, 75.0, 95.0, 98.0, 99.0, 99.9, 100.0)

@@ -5,11 +5,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from itpn.data.batches import Transform
+from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
 from itpn.data.loader import TrainingLoader
-from itpn.data.readers import FileReader, Reader
+from itpn.data.readers import Reader
 from itpn.data.samples import REMEDY
 from itpn.data.windows import Windows, cut_windows
 from itpn.system.console import print_note
@@ -61,7 +63,7 @@ def find_windows(
     data = config.data
     if data.window_size is None:
         return None, ()
-    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config), annotated)
+    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config, files), annotated)
     notes = [f"{len(windows):,} windows of {len(files):,} images"]
     if whole:
         notes.append(
@@ -70,13 +72,9 @@ def find_windows(
     return windows, tuple(notes)
 
 
-def example_of(source: ImageSource | Reader) -> str:
-    """The name of the first image."""
-    if not isinstance(source, ImageSource):
-        return source.name(0)
-    if source.images:
-        return FileReader(source.images[:1]).name(0)
-    return f"the first image of {source.shards[0]}" if source.shards else ""
+def read_samples(config: RunConfig, images: Reader, count: int) -> list[Tensor]:
+    """Some readable images, evenly spaced over a set, [C, height, width] as they are stored."""
+    return [image for _, image in read_some(images, count, make_reading(config, images))]
 
 
 def make_training_loader(
@@ -102,7 +100,7 @@ def make_training_loader(
         seed=config.seed,
         rank=rank,
         world_size=world_size,
-        reading=make_reading(config, example_of(source)),
+        reading=make_reading(config, source),
         pin_memory=torch.cuda.is_available(),
         **own,
     )

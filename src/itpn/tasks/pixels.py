@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.decode import UnreadableImage
+from itpn.data.file_types import STATS_FILE
 from itpn.data.files import ImageSource
 from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, is_resolved, to_option, to_pairs
 from itpn.data.normalize import Normalize
@@ -20,7 +21,8 @@ from itpn.data.readers import FileReader, Reader
 from itpn.data.samples import Reading, open_sample, type_of
 from itpn.data.shards import read_shard
 from itpn.data.skipped import nothing_readable
-from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, STATS_FILE, Statistics, compute_statistics, read_statistics
+from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, read_statistics
+from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.system.text import one_line
 from itpn.training.config import AnyConfig, check_images
@@ -42,15 +44,25 @@ def input_channels(config: Any) -> int:
     return config.model.in_chans or 3
 
 
-def make_reading(config: Any, example: str = "") -> Reading:
+def make_reading(config: Any, images: ImageSource | Reader | None = None) -> Reading:
     """How images are read.
 
     Args:
-        example: a file of them, for messages.
+        images: of which the first is named in messages.
     """
     data = config.data
     kind = None if data.dtype is None else image_type(config)
-    return Reading(data.max_pixels, data.axes, data.nodata, find_stretch(data), kind, f"{example} has")
+    return Reading(data.max_pixels, data.axes, data.nodata, find_stretch(data), kind, f"{example_of(images)} has")
+
+
+def example_of(images: ImageSource | Reader | None) -> str:
+    """What is called in messages the first image."""
+    if isinstance(images, ImageSource) and not images.images:
+        return f"the first image of {images.shards[0]}" if images.shards else "the first image"
+    if images is None or (not isinstance(images, ImageSource) and not len(images)):
+        return "the first image"
+    files = FileReader(images.images[:1]) if isinstance(images, ImageSource) else images
+    return files.name(0)
 
 
 def find_stretch(data: Any) -> tuple[float, float] | None:
@@ -261,14 +273,17 @@ def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statisti
     Raises:
         UserError: images differ, or none can be read.
     """
-    reading, value_range, notes = make_reading(config), config.data.value_range, list[str]()
+    reading = make_reading(config, images)
+    value_range, notes = config.data.value_range, list[str]()
     if reading.stretch is not None:
         value_range = ("0", "1")
-    if isinstance(images, ImageSource) and len(images.roots) == 1 and not value_range:
-        path = Path(images.roots[0], STATS_FILE)
+    count = len(images.files) if isinstance(images, Windows) else len(as_reader(images))
+    roots = config.data.root if isinstance(config.data.root, tuple) else (config.data.root,)
+    if len(roots) == 1 and not value_range:
+        path = Path(roots[0], STATS_FILE)
         if path.is_file():
             found = read_statistics(path)
-            if found.type == reading.type and found.images == len(images.images):
+            if found.type == reading.type and found.images == count:
                 return found, one_line(str(path)), notes
             notes.append(f"{one_line(str(path))} is of other images: not used")
     found = compute_statistics(as_reader(images), reading, value_range)

@@ -10,7 +10,7 @@ from torchvision.io import ImageReadMode, decode_png
 
 from itpn.data.decode import load_image, open_image
 from itpn.data.formats.image_file import Window, cut
-from itpn.data.orientation import turn_tensor
+from itpn.data.orientation import turn_array
 
 BANDS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I": 1, "F": 1, "I;16": 1, "I;16B": 1}
 PHOTOMETRIC = 262  # TIFF's tag; of 0, white is zero, Pillow inverts the pixels
@@ -52,7 +52,7 @@ class PhotoImage:
         """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
         if self._deep:
             encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
-            pixels = turn_tensor(decode_png(encoded, ImageReadMode.UNCHANGED), self._opened.orientation).numpy()
+            pixels = turn_array(decode_png(encoded, ImageReadMode.UNCHANGED).numpy(), self._opened.orientation)
             return np.ascontiguousarray(cut(pixels, window))
         image = load_image(self._opened)
         pixels = np.asarray(image if image.mode == self._mode else image.convert(self._mode))

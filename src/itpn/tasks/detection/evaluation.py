@@ -21,7 +21,7 @@ from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.merging import Objects, merge_objects, to_objects
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes
 from itpn.tasks.finetuning.network import given_heads
-from itpn.tasks.pixels import make_normalize
+from itpn.tasks.pixels import adopt_pixels, make_normalize
 from itpn.tasks.tiling import Grid, Tile
 
 Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images they are of
@@ -147,6 +147,7 @@ def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> t
         The settings, and arguments of the network that differ from the checkpoint's.
     """
     given = request.given
+    config = adopt_pixels(config, request.checkpoint.preprocessing)
     sizes: dict[str, Any] = {}
     if "img_size" in given:
         sizes = {"min_size": config.data.img_size, "max_size": config.data.longest}

@@ -198,11 +198,11 @@ def read_samples(source: ImageSource | Windows, config: PretrainingConfig) -> Te
     """The images of visualizations: readable ones from all over the data, [n, C, H, W] as they are stored."""
     crop = functools.partial(center_crop, img_size=image_size(config.data), nodata=config.data.nodata)
     if isinstance(source, Windows):
-        return torch.stack([crop(image) for _, image in read_some(source, SAMPLES, make_reading(config))])
+        return torch.stack([crop(image) for _, image in read_some(source, SAMPLES, make_reading(config, source))])
     if source.cache:
         return FeatureCache(source.cache).first(SAMPLES)
     if source.images:
         stride = max(1, len(source.images) // SAMPLES)
         source = replace(source, images=source.images[::stride] + source.images)
-    images = read_images(replace(source, roots=config.data.root), make_reading(config), crop, lambda line: None)
+    images = read_images(replace(source, roots=config.data.root), make_reading(config, source), crop, lambda line: None)
     return torch.stack([image for _, image in itertools.islice(images, SAMPLES)])
