@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from itpn.data.bands import BandsOf
 from itpn.data.decode import (
     MAX_PIXELS,
     PAGES,
@@ -27,6 +28,7 @@ from itpn.data.decode import (
     reading,
     reason_of,
 )
+from itpn.data.formats.bands import BandsFile
 from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reading import check_size, find_heif_reader, open_file
 from itpn.data.image_type import PHOTOGRAPH, ImageType
@@ -191,7 +193,7 @@ class WindowOf:
         whole: height and width of the image as they are in its annotations; None where there are none.
     """
 
-    data: bytes | Path | UnreadableImage
+    data: bytes | Path | BandsOf | UnreadableImage
     box: Window
     room: tuple[int, int, int, int] = (0, 0, 0, 0)
     whole: tuple[int, int] | None = None
@@ -224,9 +226,11 @@ Image = EncodedImage | StoredImage
 Sample = Image | WindowSample
 
 
-def open_sample(data: bytes | Path | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = "") -> Sample:
-    """Read the header of what a reader gives: a file's content, its path, a window of either, or the error of reading
-    it, which is raised.
+def open_sample(
+    data: bytes | Path | BandsOf | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = ""
+) -> Sample:
+    """Read the header of what a reader gives: a file's content, its path, the paths of its bands, a window of these, or
+    the error of reading it, which is raised.
 
     Args:
         name: of the image, for messages.
@@ -250,11 +254,15 @@ def open_sample(data: bytes | Path | WindowOf | UnreadableImage, settings: Readi
     return open_image_of(data, settings, name)
 
 
-def open_image_of(data: bytes | Path | UnreadableImage, settings: Reading, name: str) -> Image:
+def open_image_of(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> Image:
     """As :func:`open_sample`, of a whole image."""
     if isinstance(data, UnreadableImage):
         raise data
-    image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
+    image: Image
+    if isinstance(data, BandsOf):
+        image = StoredImage(BandsFile(data.paths, settings.axes), settings)
+    else:
+        image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
     if settings.type not in (None, own := type_of(image)):
         raise MixedImages(f"{settings.example} {settings.type}, and {name} has {own}{settings.advice}")
     return image

@@ -63,7 +63,7 @@ def find_windows(
     data = config.data
     if data.window_size is None:
         return None, ()
-    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config), annotated)
+    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config, files), annotated)
     notes = [f"{len(windows):,} windows of {len(files):,} images"]
     if whole:
         notes.append(

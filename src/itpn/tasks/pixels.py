@@ -24,7 +24,7 @@ from itpn.data.skipped import nothing_readable
 from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, read_statistics
 from itpn.data.windows import Windows
 from itpn.errors import UserError
-from itpn.system.text import one_line, readable
+from itpn.system.text import one_line
 from itpn.training.config import AnyConfig, check_images
 
 STRETCHED, UNIT = "float32", [(0.0, 1.0)]  # type and range of images that are stretched each by itself
@@ -61,7 +61,8 @@ def example_of(images: ImageSource | Reader | None) -> str:
         return f"the first image of {images.shards[0]}" if images.shards else "the first image"
     if images is None or (not isinstance(images, ImageSource) and not len(images)):
         return "the first image"
-    return readable(images.images[0]) if isinstance(images, ImageSource) else images.name(0)
+    files = FileReader(images.images[:1]) if isinstance(images, ImageSource) else images
+    return files.name(0)
 
 
 def find_stretch(data: Any) -> tuple[float, float] | None:

@@ -61,7 +61,7 @@ def find_data(config: PretrainingConfig, source: ImageSource | None = None) -> P
     Raises:
         UserError: no images, features of other settings, no weights of the teacher, no GPU that decodes.
     """
-    images = source or find_training_images(config.data.root, config.data.members)
+    images = source or find_training_images(config.data.root, config.data.members, config.data.bands)
     print_notes(images)
     if config.data.decode == "gpu":
         if images.cache or not choose_devices(config.trainer, read_launch()).cuda:

@@ -16,7 +16,13 @@ from itpn.training.config import describe_crops
 def make_rules(config: SegmentationConfig) -> MaskRules:
     data = config.data
     return MaskRules(
-        data.classes, data.reduce_zero_label, data.ignore, data.invalid_annotations, print_once, data.max_pixels
+        data.classes,
+        data.reduce_zero_label,
+        data.ignore,
+        data.invalid_annotations,
+        print_once,
+        data.max_pixels,
+        data.bands,
     )
 
 
