@@ -56,6 +56,8 @@ def compose(
 ) -> tuple[Job, list[str]]:
     """What is trained, and what is remarkable about it, a sentence each."""
     begun = folder.begun and not profile
+    if begun:
+        config = folder.keep_chosen(config)
     start: Any = config.model.checkpoint
     if begun and start is not None:  # its own checkpoint knows all that it took from the start weights
         start, _ = folder.newest_checkpoint(main=False)

@@ -254,6 +254,10 @@ class RunConfig(Settings):
         own = getattr(self, "evaluation", None)
         return own.every_n_epochs if isinstance(own, EvaluationConfig) else 1
 
+    def keep_chosen(self, earlier: Any) -> "RunConfig":
+        """These settings, with what the run chose when it began, as of ``earlier``, where they leave it open."""
+        return self
+
     def sharding_problem(self) -> str | None:
         """Why the run cannot be sharded (`--trainer.strategy fsdp`); None where it can."""
         return f"is not for runs of {self.task}"

@@ -15,7 +15,16 @@ from filelock import FileLock, Timeout
 from itpn.errors import FULL, WRONG_PATH, MachineError, UserError, refusal
 from itpn.system.console import print_note
 from itpn.system.writing import open_whole, remove_partial_files
-from itpn.training.config import RunConfig, StoredSettings, from_dict, not_settings, read_yaml, to_dict, write_yaml
+from itpn.training.config import (
+    AnyConfig,
+    RunConfig,
+    StoredSettings,
+    from_dict,
+    not_settings,
+    read_yaml,
+    to_dict,
+    write_yaml,
+)
 from itpn.training.metrics_file import read_steps
 from itpn.training.run_state import CorruptCheckpoint, find_settings, read_state
 
@@ -97,6 +106,18 @@ class RunFolder:
         """Raise :class:`UserError` where the checkpoint that was found is of a run with other settings."""
         if self._earlier is not None:
             _check_same_run(self._earlier, config, self.path)
+
+    def keep_chosen(self, config: AnyConfig) -> AnyConfig:
+        """The settings of a run that has begun, with what it has chosen where they leave it open.
+
+        Raises:
+            UserError: the checkpoint that was found is of another task.
+        """
+        self.newest_checkpoint(main=False)
+        if self._earlier is None:
+            return config
+        kept: AnyConfig = config.keep_chosen(_settings_of(self._earlier, config, self.path))
+        return kept
 
     def close(self) -> None:
         self._lock.release()
@@ -322,13 +343,18 @@ def sign(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _check_same_run(earlier: StoredSettings, config: RunConfig, path: Path) -> None:
+def _settings_of(earlier: StoredSettings, config: RunConfig, path: Path) -> Any:
+    """What a run in this folder began with, as settings of the same task."""
     if earlier.task != config.task:
         raise UserError(f"{path} holds a run of {earlier.task}, not of {config.task}; choose another --name")
     try:
-        before, now = to_dict(from_dict(earlier.values, type(config))), to_dict(config)
+        return from_dict(earlier.values, type(config))
     except (TypeError, ValueError, AttributeError) as error:
         raise not_settings(path / "config.yaml", error) from error
+
+
+def _check_same_run(earlier: StoredSettings, config: RunConfig, path: Path) -> None:
+    before, now = to_dict(_settings_of(earlier, config, path)), to_dict(config)
     for section in [name for name in now if isinstance(now[name], dict)]:
         for key, value in now[section].items():
             if value != before[section][key] and key not in config.free.get(section, frozenset()):

@@ -1,9 +1,9 @@
 """Settings of a pre-training run."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from itpn.errors import UserError
 from itpn.system.checks import (
@@ -73,9 +73,11 @@ class PretrainingModelConfig(ModelConfig):
     """Patches whose features are compared."""
     norm_pix_loss: bool = True
     """Predict pixels normalized by the mean and standard deviation of their patch (He et al. 2022)."""
-    norm_pix_per: Literal["patch", "channel"] = "patch"
+    norm_pix_per: Literal["patch", "channel", "auto"] = "patch"
     """One mean and standard deviation for all channels of a patch, as published, or one of each for each channel: where
-    a patch is flat, those of all channels leave nothing to predict but the channels' offsets."""
+    a patch is flat, those of all channels leave little to predict but the channels' offsets. `auto`: of each channel,
+    with a floor and the data's own mean and standard deviation, if many patches of the images are flat; with these
+    statistics alone if all are grey."""
     norm_pix_floor: NonNegativeFloat = 0.0
     """Floor of that standard deviation, added in quadrature, as a multiple of --data.std: what varies less in a patch
     becomes a small target instead of amplified noise."""
@@ -184,6 +186,20 @@ class PretrainingConfig(RunConfig):
     @property
     def evaluation_interval(self) -> int:
         return self.probe.every_n_epochs
+
+    def keep_chosen(self, earlier: Any) -> "PretrainingConfig":
+        if self.model.norm_pix_per != "auto":
+            return self
+        chosen = {"norm_pix_per": earlier.model.norm_pix_per, "norm_pix_floor": earlier.model.norm_pix_floor}
+        config = replace(self, model=replace(self.model, **chosen))
+        return config.with_statistics(earlier.data.mean, earlier.data.std)
+
+    def with_statistics(self, mean: tuple[float, ...], std: tuple[float, ...]) -> "PretrainingConfig":
+        """These settings with the mean and std of images, unless others than the usual ones are given."""
+        usual = PretrainingDataConfig()
+        if (self.data.mean, self.data.std) != (usual.mean, usual.std):
+            return self
+        return replace(self, data=replace(self.data, mean=mean, std=std))
 
     def sharding_problem(self) -> str | None:
         if self.teacher.name == "ema":

@@ -165,13 +165,13 @@ def make_loader(
     )
 
 
-def read_samples(source: ImageSource, config: PretrainingConfig) -> Tensor:
+def read_samples(source: ImageSource, config: PretrainingConfig, count: int = SAMPLES) -> Tensor:
     """The images of visualizations: readable ones from all over the data, uint8 [n, 3, H, W]."""
     if source.cache:
-        return FeatureCache(source.cache).first(SAMPLES)
+        return FeatureCache(source.cache).first(count)
     if source.images:
-        stride = max(1, len(source.images) // SAMPLES)
+        stride = max(1, len(source.images) // count)
         source = replace(source, images=source.images[::stride] + source.images)
     crop = functools.partial(center_crop, img_size=image_size(config.data))
     images = read_images(replace(source, roots=config.data.root), config.data.max_pixels, crop, lambda line: None)
-    return torch.stack([image for _, image in itertools.islice(images, SAMPLES)])
+    return torch.stack([image for _, image in itertools.islice(images, count)])

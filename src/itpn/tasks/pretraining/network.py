@@ -7,11 +7,13 @@ from typing import Any
 from itpn.checkpoints.files import Checkpoint
 from itpn.checkpoints.load import build_checked
 from itpn.data.cache import read_index
+from itpn.data.normalize import Normalize
 from itpn.errors import UserError
 from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.targets import IMAGE_TARGETS
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
+from itpn.tasks.pretraining.choose_target import choose_target, measure_statistics
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,
     PretrainingModelConfig,
@@ -19,25 +21,52 @@ from itpn.tasks.pretraining.config import (
     check_model,
     check_patches,
 )
-from itpn.tasks.pretraining.data import PretrainingData
+from itpn.tasks.pretraining.data import PretrainingData, read_samples
 from itpn.tasks.pretraining.weights import load_weights
 from itpn.tasks.recipe_files import check_model_name
 from itpn.training.config import image_size
 
 TASK = PretrainingConfig.task
+TARGET_SAMPLES = 64  # images that the target of pixels is chosen by
 LEVELS = ("_1", "_2", "_3")  # ends of the names of losses on single pyramid levels, finest first
 
 
 def resolve(
     config: PretrainingConfig, checkpoint: Checkpoint | None, data: PretrainingData
 ) -> tuple[PretrainingConfig, Sequence[str]]:
-    """The width of the teacher's features goes into the settings, for when the teacher is not there."""
+    """What the settings leave open is filled in: the target of pixels, by the images, and the width of the teacher's
+    features, for when the teacher is not there."""
+    config, notes = resolve_target(config, data)
     width = config.teacher.width
     if data.teacher is not None:
         width = data.teacher.width
     elif data.train.cache and config.teacher.name not in (None, "ema"):
         width = read_index(data.train.cache).width
-    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width)), ()
+    return dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width)), notes
+
+
+def resolve_target(config: PretrainingConfig, data: PretrainingData) -> tuple[PretrainingConfig, Sequence[str]]:
+    """`--model.norm-pix-per auto` as the images ask for, with a sentence on why."""
+    model = config.model
+    if model.norm_pix_per != "auto":
+        return config, ()
+    if not (model.norm_pix_loss and model.pixel_weight):  # nothing is normalized
+        return dataclasses.replace(config, model=dataclasses.replace(model, norm_pix_per="patch")), ()
+    in_unit_range = Normalize(model.in_chans, (0.0,), (1.0,))
+    images = in_unit_range(read_samples(data.train, config, TARGET_SAMPLES))
+    chosen = choose_target(images, *measure_statistics(images), model.patch_size)
+    floor = model.norm_pix_floor or chosen.norm_pix_floor
+    model = dataclasses.replace(model, norm_pix_per=chosen.norm_pix_per, norm_pix_floor=floor)
+    config = dataclasses.replace(config, model=model)
+    if chosen.mean is None or chosen.std is None:
+        return config, ()
+    config = config.with_statistics(chosen.mean, chosen.std)
+    mean, std = (" ".join(f"{value:.3f}" for value in values) for values in (config.data.mean, config.data.std))
+    target = f", and predicted per patch and channel with a noise floor of {floor}" if chosen.norm_pix_floor else ""
+    return config, (
+        f"{chosen.reason}: pixels are normalized by mean {mean} and std {std}{target} (--model.norm-pix-per patch for "
+        "the published target)",
+    )
 
 
 def build_model(
@@ -129,7 +158,9 @@ def make_objective(config: PretrainingModelConfig) -> Objective:
         masked_patches=config.masked_patches,
         masked_laterals=config.masked_laterals,
         norm_pix_loss=config.norm_pix_loss,
-        norm_pix_per=config.norm_pix_per,
+        norm_pix_per="channel"
+        if config.norm_pix_per == "channel"
+        else "patch",  # `auto` without images is as published
         norm_pix_floor=config.norm_pix_floor,
         feature_loss=config.feature_loss,
         feature_patches=config.feature_patches,
