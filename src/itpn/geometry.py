@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 
 def find_starts(whole: int, size: int, overlap: int) -> list[int]:
-    """Where windows of ``size`` pixels begin along a side of ``whole``, evenly, that share ``overlap`` at least."""
+    """Where windows of ``size`` pixels begin along a side of ``whole`` pixels, evenly, sharing ``overlap`` at least."""
     if whole <= size:
         return [0]
     count = math.ceil((whole - overlap) / (size - overlap))

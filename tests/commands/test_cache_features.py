@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,17 +16,18 @@ from safetensors.torch import load_file
 
 import itpn
 from itpn.cli import main
-from itpn.data.cache import FeatureCache
+from itpn.data.cache import FeatureCache, read_index
 from itpn.data.files import find_training_images
+from itpn.data.image_type import to_pairs
 from itpn.errors import UserError
 from itpn.masked.targets import normalize_features
-from itpn.tasks.configs import TeacherConfig
+from itpn.tasks.configs import PretrainingConfig, TeacherConfig
 from itpn.tasks.pretraining.data import make_loader
 from itpn.tasks.pretraining.network import build_masked_model
 from itpn.tasks.run import train
 from itpn.teachers.ema import EMATeacher, momentum_at
 from itpn.teachers.timm_teacher import build_teacher
-from itpn.training.config import image_size
+from itpn.training.config import from_dict, image_size, read_yaml
 
 ALL = {"feature_weight": 0.5, "auxiliary_weight": 0.5, "pyramid_weights": (0.1, 0.2, 0.3), "pyramid_head_width": 64}
 
@@ -57,6 +59,10 @@ def clip(settings, tower):
     config.teacher = TeacherConfig("clip", checkpoint=tower)
     config.data.color_jitter = 0.4
     return config
+
+
+def mistake(capsys) -> str:
+    return capsys.readouterr().err.splitlines()[-1]
 
 
 def rows(run: Path) -> list[dict[str, float]]:
@@ -169,6 +175,61 @@ def test_cached_features_give_the_loss_of_the_live_teacher(clip, tmp_path, capsy
     summary = json.loads((run / "summary.json").read_text())
     assert summary["finished"]
     assert rows(run)[-1]["loss_feature"] < rows(run)[0]["loss_feature"]
+
+
+def test_colours_of_other_images_are_not_jittered(clip, tmp_path, capsys):
+    """Of a recipe for photographs: each channel is, as in training."""
+    folder = tmp_path / "bands"
+    folder.mkdir()
+    values = np.random.default_rng(0).integers(0, 3000, (5, 40, 44), dtype=np.uint16)
+    np.save(folder / "a.npy", values)
+    clip.data.root = (str(folder),)
+    assert main([*cache_arguments(clip, tmp_path / "cache"), "--teacher.channels", "3", "2", "1"]) == 0
+    words = "images of 5 channels of uint16 are augmented by --data.channel-jitter 0.4"
+    assert words in " ".join(capsys.readouterr().err.split())
+    settings = read_index(tmp_path / "cache").settings
+    assert (settings["color_jitter"], settings["channel_jitter"]) == (0.0, 0.4)
+
+
+def test_crops_of_other_images_are_cached_as_they_are(clip, tmp_path, capsys):
+    """The teacher sees three channels in the range of values, and training takes the statistics over."""
+    folder, out = tmp_path / "bands", tmp_path / "cache"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        values = rng.integers(0, 3000, (5, 40, 44)) + 100 * np.arange(5)[:, None, None]
+        np.save(folder / f"{number:02d}.npy", values.astype(np.uint16))
+    clip.data.root, clip.data.color_jitter = (str(folder),), 0.0
+    arguments = [*cache_arguments(clip, out), "--data.color-jitter", "0"]
+    assert main(arguments) == 2
+    assert mistake(capsys) == (
+        "itpn: teacher clip sees red, green and blue, and the images have 5 channels: say which it sees as these, "
+        "counted from 0, e.g. --teacher.channels 3 2 1"
+    )
+    arguments += ["--teacher.channels", "3", "2", "1"]
+    assert main(arguments) == 0
+    image, feature, _ = FeatureCache(out)[0]
+    assert (image.dtype, image.shape) == (torch.uint16, (5, 32, 32))
+    stored = read_index(out).settings["pixels"]
+    assert (stored["dtype"], stored["channels"], len(stored["mean"])) == ("uint16", 5, 5)
+    live = replace(clip, teacher=replace(clip.teacher, channels=(3, 2, 1)), name="live")
+    runs = [train(live, "test"), train(replace(live, data=replace(clip.data, root=(str(out),)), name="cached"), "test")]
+    for run in runs:
+        config = from_dict(read_yaml(run / "config.yaml").values, PretrainingConfig)
+        assert (config.model.in_chans, config.data.dtype) == (5, "uint16")
+        assert list(config.data.mean) == stored["mean"]
+        assert list(config.data.value_range) == stored["value_range"]
+    one = replace(config, data=replace(config.data, root=clip.data.root, batch_size=1))
+    seen = next(iter(make_loader(one, find_training_images(clip.data.root), 0, 1, (64, 64))))["teacher_image"]
+    low, high = torch.tensor(to_pairs(stored["value_range"], 5))[[3, 2, 1]].reshape(3, 2, 1, 1).unbind(1)
+    rgb = ((seen[:, [3, 2, 1]].float() - low) / (high - low)).clamp(0, 1)
+    teacher = build_teacher("clip", clip.teacher.checkpoint, (4, 4))
+    torch.testing.assert_close(feature[None], teacher(rgb), rtol=1e-4, atol=1e-5)
+
+
+def test_windows_are_not_cached(clip, tmp_path, capsys):
+    assert main([*cache_arguments(clip, tmp_path / "cache"), "--data.window-size", "96"]) == 2
+    assert mistake(capsys) == "itpn: --data.window-size is not for features that are cached: leave it out"
 
 
 def test_caching_resumes_where_it_stopped(clip, tmp_path, monkeypatch, capsys):

@@ -245,6 +245,33 @@ def test_too_many_corrupt_images(large, tmp_path, capsys):
     assert contents(out) == contents(tmp_path / "want")
 
 
+def test_images_that_are_no_photographs(large, tmp_path, capsys):
+    """They are refused before anything is written, or, where they come late, before the shard that they would be in."""
+    folder, out = tmp_path / "deep", tmp_path / "out"
+    folder.mkdir()
+    np.save(folder / "bands.npy", np.zeros((7, 40, 50), np.int16))
+    assert shrink(folder, out) == 2
+    why = (
+        "which JPEG cannot hold: itpn shrink is for photographs of 8 bits; train from the images themselves, large "
+        "ones in parts by --data.window-size"
+    )
+    assert mistake(capsys) == f"itpn: {folder}/bands.npy has 7 channels of int16, {why}"
+    assert not out.exists()
+    mixed = tmp_path / "mixed"
+    for i in range(20):
+        draw(mixed / "one" / f"{i}.png", i)
+    Image.fromarray(np.full((60, 90), 40000, np.uint16)).save(mixed / "one/x.png")
+    originals = [one.path for one in itpn.data.resized_copies.list_originals(find_images([str(mixed)]))]
+    place = originals.index(f"{mixed}/one/x.png")
+    for workers in (0, 1):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(itpn.data.shrinking, "TRIED", 0)
+            assert shrink(mixed, out, workers=workers) == 2
+        assert mistake(capsys) == f"itpn: {mixed}/one/x.png has 1 channel of uint16, {why}"
+        assert len([*out.glob("**/*.tar")]) == place // 5
+        assert not [*out.glob("**/*.tmp")]
+
+
 def test_splits_and_labels(tmp_path):
     """A root of a classifier stays one, its names of classes too; what lies beside is left out."""
     root, out = tmp_path / "root", tmp_path / "out"

@@ -141,6 +141,15 @@ def test_tiff_is_turned_upright(tmp_path, orientation, form):
     check(path, np.stack([TURNS[orientation](plane) for plane in pixels]), regions=True)
 
 
+@pytest.mark.parametrize("orientation", TURNS)
+def test_deep_png_is_turned_upright(tmp_path, orientation):
+    """Of 16 bits, which older versions of torch do not flip."""
+    pixels, exif = draw((40, 61), "uint16"), Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    check(tmp_path / "a.png", TURNS[orientation](pixels)[None])
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("orientation", [0, 9])
 def test_no_orientation_of_tiff(tmp_path, orientation):

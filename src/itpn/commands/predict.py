@@ -68,12 +68,15 @@ class Predict:
 
         checkpoint = read_checkpoint(self.checkpoint)
         check_finite(checkpoint)
+        trained = checkpoint.settings.get("data", {})
+        if source.images and trained.get("bands"):
+            source = find_images(self.images, self.members, trained["bands"])
         for note in [*source.notes, *(check_shards(source.shards, source.members) if source.shards else ())]:
             print_note(note)
         model, notes = load_found(checkpoint)
         for note in notes:
             print_note(note)
-        limit = self.max_pixels or checkpoint.settings.get("data", {}).get("max_pixels") or MAX_PIXELS
+        limit = self.max_pixels or trained.get("max_pixels") or MAX_PIXELS
         options = self._given()
         if self.features is not None:
             crop, normalize = read_preprocessing(checkpoint, model)

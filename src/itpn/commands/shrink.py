@@ -19,8 +19,8 @@ class Shrink:
 
     Worth it where decoding is what training waits for: photographs of many megapixels. 512 px suit --data.img-size 224:
     the smallest random crops, a fifth of the area, are then about as large. Nothing is enlarged, and upright JPEGs that
-    are small already stay as they are. Class folders and .cls in shards are kept as labels, train and val apart.
-    Stopped in the middle, the same command resumes.
+    are small already stay as they are. Images of more than 8 bits or other channels are refused. Class folders and .cls
+    in shards are kept as labels, train and val apart. Stopped in the middle, the same command resumes.
     """
 
     images: Annotated[Positional[tuple[str, ...]], shown("DIR [DIR ...]", "(required)")]

@@ -15,6 +15,7 @@ from itpn.system.checks import PositiveInt
 NODATA = "Value of pixels without data; NaN always is, and what a GeoTIFF declares."
 AXES = "Order of the axes of arrays (.npy, .npz, HDF5)."
 RANGE = "Values that become 0 and 1: dtype; LOW HIGH; or PLOW% PHIGH%."
+BANDS = "Of images in one file a band: the ends of the files' names, as B02.tif B03.tif."
 USUAL_RANGE = "dtype of 8 bits, 0.1% 99.9% of others"
 
 
@@ -37,6 +38,7 @@ class Stats:
     axes: Annotated[Literal["CHW", "HWC"] | None, of_data("axes", "CHW|HWC", "channels are the shorter axis", AXES)] = (
         None
     )
+    bands: Annotated[tuple[str, ...], of_data("bands", "END [END ...]", "images of one file each", BANDS)] = ()
     members: Members = ()
     max_pixels: Annotated[
         PositiveInt | None, of_data("max-pixels", "N", "2**27", "Images of more pixels are skipped.")
@@ -44,7 +46,7 @@ class Stats:
 
     def run(self) -> None:
         check_value_range(self.value_range)
-        source = find_training_images((self.images,), self.members)
+        source = find_training_images((self.images,), self.members, self.bands)
         if source.cache:
             raise UserError(f"{self.images} holds cached features: give the folder of the images")
         from itpn.data.decode import MAX_PIXELS

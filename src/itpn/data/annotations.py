@@ -1,5 +1,6 @@
 """Annotations of objects: found and checked before training."""
 
+import functools
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -11,6 +12,7 @@ import numpy as np
 from itpn.data.coco import read_coco
 from itpn.data.decode import MAX_PIXELS
 from itpn.data.files import check_root
+from itpn.data.instances import read_instances
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.layouts import Coco
 from itpn.data.numbers import is_int64, read_image_id, read_number, read_whole
@@ -24,8 +26,8 @@ from itpn.errors import UserError
 Log = Callable[[str], None]
 
 LAYOUTS = (
-    "COCO's (annotations/instances_*.json, or a folder for each set with its JSON inside), YOLO's (data.yaml) or "
-    "Pascal VOC's (JPEGImages and Annotations)"
+    "COCO's (annotations/instances_*.json, or a folder for each set with its JSON inside), YOLO's (data.yaml), "
+    "Pascal VOC's (JPEGImages and Annotations) or label images (images and masks of one integer an object)"
 )
 
 
@@ -91,7 +93,9 @@ def read_objects(
     check_root(root, f"a folder of {LAYOUTS}", " nor a JSON file", lambda root: root.lower().endswith(".json"))
     folder = Path(root)
     invalid = InvalidAnnotations()
-    for read in (read_coco, read_yolo, read_voc) if folder.is_dir() else (read_coco,):
+    undivided = split == "train" or not optional
+    readers = (read_coco, read_yolo, read_voc, functools.partial(read_instances, undivided=undivided))
+    for read in readers if folder.is_dir() else readers[:1]:
         parts = read(folder, split, invalid, max_pixels)
         if parts is not None:
             break

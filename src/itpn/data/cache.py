@@ -65,7 +65,7 @@ def shard_path(folder: str | Path, number: int) -> Path:
 
 
 def write_shard(path: Path, images: Tensor, features: Tensor, keys: list[str]) -> None:
-    """Write crops uint8 [n, 3, H, W], features [n, N, D] and names of the images; the file appears when complete."""
+    """Write crops [n, C, H, W], features [n, N, D] and names of the images; the file appears when complete."""
     tensors = {"image": images.contiguous(), "feature": features.contiguous()}
     write_whole(path, serialize(tensors, {"keys": json.dumps(keys)}))
 
@@ -92,7 +92,7 @@ class FeatureCache:
         return self.index.samples
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor, str]:
-        """Crop uint8 [3, H, W], features [N, D] and the image's name."""
+        """Crop [C, H, W], features [N, D] and the image's name."""
         shard, row = divmod(number, self.index.shard_size)
         try:
             if shard not in self._open:
@@ -111,5 +111,5 @@ class FeatureCache:
         return {**self.__dict__, "_open": {}}
 
     def first(self, count: int) -> Tensor:
-        """The first crops, uint8 [n, 3, H, W]."""
+        """The first crops, [n, C, H, W]."""
         return torch.stack([self[number][0] for number in range(min(count, len(self)))])

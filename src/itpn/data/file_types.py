@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 
+from itpn.errors import LOST, MachineError, remedy
 from itpn.system.text import readable
 
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp")
@@ -22,6 +23,7 @@ DICOM_INDEX = "dicomdir"  # of a disk: a file of DICOM's format without an image
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz")
 TABLE_SUFFIX = ".parquet"
 CACHE_INDEX = "itpn-features.json"  # in the output folder of `itpn cache-features`
+STATS_FILE = "stats.json"  # of `itpn stats`, in the folder of the images
 COPIES_INDEX = "itpn-shrink.json"  # in the output folder of `itpn shrink`
 CLASSES = "classes.txt"  # beside shards: the name of each class, a line each
 CLASS_FILES = (CLASSES, "classes.csv", "class_dict.csv", "objectInfo150.txt")  # beside masks; the last is ADE20K's
@@ -90,11 +92,17 @@ def find_envi_header(path: str) -> str | None:
 
 
 def _read_start(path: str, size: int) -> bytes:
-    """The first bytes of a file; none of one that cannot be read, which is none of ours then."""
+    """The first bytes of a file; none of one that may not be read, which does not count as an image then.
+
+    Raises:
+        MachineError: the file system fails.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read(size)
-    except (OSError, ValueError):
+    except OSError as error:
+        if error.errno in LOST:
+            raise MachineError(f"{path} cannot be read: {error.strerror}; {remedy(error)}") from None
         return b""
 
 

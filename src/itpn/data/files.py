@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from itpn.data.bands import join_bands
 from itpn.data.file_types import (
     CACHE_INDEX,
     COMMON_SUFFIXES,
@@ -47,6 +48,7 @@ class _Found:
     """What a search has found so far."""
 
     members: tuple[str, ...] = ()  # as of `ImageSource`
+    bands: tuple[str, ...] = ()  # see `itpn.data.bands.join_bands`
     images: dict[str, None] = field(default_factory=dict)  # used as an ordered set: roots may overlap
     shards: dict[str, None] = field(default_factory=dict)
     unread: Counter[str] = field(default_factory=Counter)
@@ -78,6 +80,8 @@ class _Found:
                 f"no images in {where} (looked for {COMMON_SUFFIXES}, and .tar shards)"
                 f"{describe_unread(self.unread, '; ')}"
             )
+        if self.bands:
+            return self._join(notes)
         images, arrays = leave_arrays(self.images)
         unread = self.unread + Counter(suffix_of(path) for path in arrays)
         return ImageSource(
@@ -88,8 +92,16 @@ class _Found:
             members=self.members,
         )
 
+    def _join(self, notes: Sequence[str]) -> ImageSource:
+        if self.shards:
+            raise UserError("--data.bands is for images in files, not for tar shards: leave it out")
+        images, others = join_bands(self.images, self.bands, ", ".join(self.places))
+        left = f"not among --data.bands, and not read: {others:,}" * bool(others)
+        notes = tuple(filter(None, (*notes, left, describe_unread(self.unread))))
+        return ImageSource(images=tuple(images), roots=tuple(self.places), notes=notes)
 
-def find_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> ImageSource:
+
+def find_images(roots: Sequence[Path | str], members: Sequence[str] = (), bands: Sequence[str] = ()) -> ImageSource:
     """Find the images, or else the tar shards, under some folders; a root may also be one image or one shard.
 
     Folders are searched at any depth and links to folders are followed, each folder once. Hidden files and
@@ -98,26 +110,32 @@ def find_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> Ima
 
     Args:
         members: suffixes of the images in shards, see `itpn.data.members.Choice`.
+        bands: of images in one file a band, see `itpn.data.bands.join_bands`.
 
     Raises:
-        UserError: a root is missing, unreadable or has no images, or some roots have images and others shards.
+        UserError: a root is missing, unreadable or has no images, some roots have images and others shards, or an image
+            lacks a band.
     """
-    return _find(roots, members, divided=False)
+    return _find(roots, members, bands, divided=False)
 
 
-def find_training_images(roots: Sequence[Path | str], members: Sequence[str] = ()) -> ImageSource:
+def find_training_images(
+    roots: Sequence[Path | str], members: Sequence[str] = (), bands: Sequence[str] = ()
+) -> ImageSource:
     """As `find_images`, but without validation and test splits, if names divide a folder at any depth into splits.
 
     The notes list what is left out.
     """
-    return _find(roots, members, divided=True)
+    return _find(roots, members, bands, divided=True)
 
 
-def _find(roots: Sequence[Path | str], members: Sequence[str], divided: bool) -> ImageSource:
+def _find(roots: Sequence[Path | str], members: Sequence[str], bands: Sequence[str], divided: bool) -> ImageSource:
     names = [os.fspath(root) for root in roots]
     if cache := _find_cache(names):
+        if bands:
+            raise UserError("--data.bands is for images in files, not for cached features: leave it out")
         return cache
-    found, notes = _Found(tuple(members)), list[str]()
+    found, notes = _Found(tuple(members), tuple(bands)), list[str]()
     for root in names:
         parts = TreeSplits(root) if divided else None
         pairs = _list_root(root, found.unread, parts)

@@ -1,4 +1,4 @@
-"""What the readers of COCO's, YOLO's and Pascal VOC's layouts share. Each returns annotations in COCO's form.
+"""What the readers of the layouts of annotations share. Each returns annotations in COCO's form.
 
 A reader returns None where the folder has another layout, or lacks the split.
 """

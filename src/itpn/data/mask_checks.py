@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
+from itpn.data.bands import MARK, join_bands, name_image, split_bands
 from itpn.data.class_names import Names, join_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_image, reason_of
 from itpn.data.file_types import JPEG_SUFFIXES
@@ -21,9 +22,20 @@ from itpn.data.masks import IGNORED, VOID, LabelTable, make_table, pack, read_lo
 from itpn.data.orientation import SWAPPED
 from itpn.data.readers import FileReader, PackedStrings, Reader, Subset, check_lost
 from itpn.data.walk import list_images
+from itpn.data.windows import Windows
 from itpn.errors import UserError
 
-MASK_ENDINGS = ("", "_mask", "_label", "_labels", "_seg", "_L", "_gtFine_labelIds")  # after the image's name
+MASK_ENDINGS = (
+    "",
+    "_mask",
+    "_label",
+    "_labels",
+    "_seg",
+    "_L",
+    "_masks",
+    "_cp_masks",
+    "_gtFine_labelIds",
+)  # after the image's name
 
 
 @dataclass(frozen=True)
@@ -65,6 +77,12 @@ class LabelMaps:
         """
         return replace(self, table=self.table.rename(classes))
 
+    def cut(self, windows: Windows) -> "LabelMaps":
+        """Windows of the images, each with the mask of the whole image."""
+        return replace(
+            self, files=windows, masks=PackedStrings([self.masks[index] for index in windows.places[:, 0].tolist()])
+        )
+
     def take(self, indices: np.ndarray) -> "LabelMaps":
         """Some of the images."""
         return replace(
@@ -84,6 +102,7 @@ class MaskRules:
         on_invalid: see `itpn.tasks.configs.SegmentationDataConfig`.
         log: takes the summary of invalid masks, a line at a time.
         max_pixels: of a mask.
+        bands: of images in one file a band, see `itpn.data.bands.join_bands`.
     """
 
     classes: str | None = None
@@ -92,6 +111,7 @@ class MaskRules:
     on_invalid: Literal["summary", "skip", "error"] = "summary"
     log: Callable[[str], None] = print
     max_pixels: int = MAX_PIXELS
+    bands: tuple[str, ...] = ()
 
 
 class Pairs(NamedTuple):
@@ -129,6 +149,8 @@ def check_masks(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules
     images, folder, others, unread = pairs
     invalid = InvalidAnnotations()
     invalid.note_unread(folder, unread, [rules.classes] if rules.classes else ())
+    if rules.bands:
+        images, _ = join_bands(images, rules.bands, folder)
     masks = match_masks(images, folder, others, invalid)
     table = _start_table(names, others, rules)
     contents: dict[str, MaskContent] = {}
@@ -292,13 +314,13 @@ def match_masks(images: Sequence[str], folder: str, others: str, invalid: Invali
     unread: Counter[str] = Counter()
     for path in list_images(others, unread):
         if not (together and path.lower().endswith(JPEG_SUFFIXES)):
-            stems.setdefault(os.path.splitext(os.path.relpath(path, others))[0], []).append(path)
+            stems.setdefault(_find_stem(path, others), []).append(path)
     if not together:
         invalid.note_unread(others, unread)
     found: dict[str, str] = {}
     spare: dict[str, list[str]] = {}
     for path in images:
-        stem = os.path.splitext(os.path.relpath(path, folder))[0]
+        stem = _find_stem(path, folder)
         names = [stem + ending for ending in MASK_ENDINGS] + [stem.removesuffix("_leftImg8bit") + MASK_ENDINGS[-1]]
         same = ([mask for mask in stems.get(name, ()) if mask != path] for name in names)
         if some := next(filter(None, same), []):
@@ -307,14 +329,22 @@ def match_masks(images: Sequence[str], folder: str, others: str, invalid: Invali
     found = {path: mask for path, mask in found.items() if path not in masks}
     for path in images:
         if path not in found and path not in masks:
-            invalid.add("images without a mask", path)
+            invalid.add("images without a mask", name_image(path))
     for path, mask in found.items():
         for other in spare[path]:
-            invalid.add("images with two masks", f"{path}: {mask} is read, {other} is not")
+            invalid.add("images with two masks", f"{name_image(path)}: {mask} is read, {other} is not")
     others_left = {path for paths in stems.values() for path in paths} - masks - set(images)
     for path in sorted(others_left.difference(*spare.values())):
         invalid.add("masks without an image", path)
     return found
+
+
+def _find_stem(path: str, folder: str) -> str:
+    """The path below a folder without its suffix, which may be .ome.tif."""
+    if MARK in path:
+        return os.path.relpath(name_image(path), folder)
+    stem = os.path.splitext(os.path.relpath(path, folder))[0]
+    return stem[:-4] if stem.lower().endswith(".ome") else stem
 
 
 def _rank_mask(image: str, mask: str) -> tuple[bool, bool, bool, str]:
@@ -328,15 +358,15 @@ def _find_problem(
 ) -> tuple[str, str] | None:
     """The kind of problem and an example of it; None for a valid mask."""
     try:
-        height, width = read_size(image)
+        size = read_size(first := split_bands(image)[0])
     except Exception as error:  # Pillow raises many types
         check_lost(image, error)
-        return "images that cannot be read", f"{image}: {reason_of(error)}"
+        return "images that cannot be read", f"{name_image(image)}: {reason_of(error)}"
     unknown = [value for value, index in classes.items() if index is None]
     if unknown:
         kind = "masks of labels that are neither classes (--data.classes) nor ignored (--data.ignore)"
         return kind, f"{mask}: {table.explain(min(unknown), content.coloured)}"
-    return find_size_problem(image, (height, width), mask, content.size)
+    return find_size_problem(first, size, mask, content.size)
 
 
 def find_size_problem(

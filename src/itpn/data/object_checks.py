@@ -67,7 +67,7 @@ def check_object(
         box = _check_box(numbers, one.get("problem"), checked, height, width, what, invalid)
         if box is None:
             return None
-    segmentation, encoded = _check_segmentation(one.get("segmentation"), height, width, what, invalid)
+    segmentation, encoded = _check_segmentation(one.get("segmentation"), checked, height, width, what, invalid)
     if placeholder and encoded is None:
         _check_box(numbers, one.get("problem"), checked, height, width, what, invalid)
         return None
@@ -132,18 +132,22 @@ def _check_box(
 
 
 def _check_segmentation(
-    value: Any, height: int, width: int, what: str, invalid: InvalidAnnotations
+    value: Any, checked: bool, height: int, width: int, what: str, invalid: InvalidAnnotations
 ) -> tuple[Any, dict[str, Any] | None]:
-    """The usable polygons or run lengths, unchanged and as compressed run lengths; None if there are none."""
+    """The usable polygons or run lengths, unchanged and as compressed run lengths; None if there are none.
+
+    Args:
+        checked: a reader has made the run lengths for this image.
+    """
     parts = [part for part in value if part != []] if isinstance(value, list) else value
     if not parts:
         return None, None
     usable, reason = parts, ""
     if isinstance(parts, list) and len(parts) > 1:
-        checked = [(part, _encode([part], height, width)[1]) for part in parts]
-        usable = [part for part, wrong in checked if not wrong]
-        reason = next((wrong for _, wrong in checked if wrong), "")
-    encoded, wrong = _encode(usable, height, width)
+        tried = [(part, _encode([part], checked, height, width)[1]) for part in parts]
+        usable = [part for part, wrong in tried if not wrong]
+        reason = next((wrong for _, wrong in tried if wrong), "")
+    encoded, wrong = _encode(usable, checked, height, width)
     reason = reason or wrong
     if encoded is None:
         invalid.add(UNUSABLE_MASK, f"{what}: {reason}")
@@ -155,11 +159,11 @@ def _check_segmentation(
     return usable, encoded
 
 
-def _encode(segmentation: Any, height: int, width: int) -> tuple[dict[str, Any] | None, str]:
+def _encode(segmentation: Any, checked: bool, height: int, width: int) -> tuple[dict[str, Any] | None, str]:
     """Polygons or run lengths as compressed run lengths, or None and the reason."""
     try:
         encoded = encode_mask(segmentation, height, width)
-        if isinstance(segmentation, dict):
+        if isinstance(segmentation, dict) and not checked:
             rle.decode(encoded)  # finds run lengths of another image size now, not in training
         if rle.area(encoded):
             return encoded, ""

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from itpn.data.bands import MARK, BandsOf, name_image, split_bands
 from itpn.data.decode import UnreadableImage, reason_of
 from itpn.data.file_types import PHOTO_SUFFIXES
 from itpn.errors import FORBIDDEN, LOST, MachineError, UserError, remedy
@@ -93,7 +94,7 @@ def remedy_of_loss(name: str, reason: str) -> str:
 
 
 class FileReader:
-    """Single files: the content of a photograph, the path of what may be read in parts."""
+    """Single files: the content of a photograph, the path of what may be read in parts, the paths of bands."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.names = PackedStrings(paths)
@@ -102,10 +103,12 @@ class FileReader:
         return len(self.names)
 
     def name(self, index: int) -> str:
-        return readable(self.names[index])
+        return readable(name_image(self.names[index]))
 
-    def __getitem__(self, index: int) -> tuple[str, bytes | Path | UnreadableImage]:
+    def __getitem__(self, index: int) -> tuple[str, bytes | Path | BandsOf | UnreadableImage]:
         path = self.names[index]
+        if MARK in path:
+            return readable(name_image(path)), BandsOf(tuple(map(Path, split_bands(path))))
         if not path.lower().endswith(PHOTO_SUFFIXES):
             return readable(path), Path(path)
         try:

@@ -21,9 +21,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, reason_of
-from itpn.data.file_types import COPIES_INDEX, is_shard
+from itpn.data.file_types import COPIES_INDEX, PHOTO_SUFFIXES, is_shard
 from itpn.data.files import ImageSource
 from itpn.data.readers import MAX_FILE, check_lost, is_compressed, read_file, too_large
+from itpn.data.samples import Reading, Sample, open_sample, type_of
 from itpn.data.shards import index_shard
 from itpn.data.workers import beat
 from itpn.errors import UserError
@@ -49,7 +50,7 @@ class ResizedCopy(NamedTuple):
     """The resized copy of an original."""
 
     original: Original
-    content: bytes | UnreadableImage  # a JPEG, or why the original cannot be read
+    content: bytes | UnreadableImage | UserError  # a JPEG, or why the original cannot be read, or must not be copied
     size: int = 0  # bytes of the original
     warnings: dict[str, str] | None = None  # see `EncodedImage`
 
@@ -145,17 +146,37 @@ class ResizedCopies(Dataset[ResizedCopy]):
     def __getitem__(self, original: Original) -> ResizedCopy:
         beat()
         try:
-            encoded = EncodedImage(_read(original), self.max_pixels)
-            content = resize_image(encoded, self.short_side, self.quality)
-            return ResizedCopy(original, content, len(encoded.data), encoded.warnings or None)
-        except UnreadableImage as error:
+            image = open_photo(original, self.max_pixels)
+            content = resize_image(image, self.short_side, self.quality)
+            size = os.path.getsize(original.path) if original.size < 0 else original.size
+            return ResizedCopy(original, content, size, image.warnings or None)
+        except (UnreadableImage, UserError) as error:
             return ResizedCopy(original, error)
         except (OSError, EOFError, ValueError, zlib.error) as error:
             check_lost(original.path, error)
             return ResizedCopy(original, UnreadableImage(reason_of(error)))
 
 
-def _read(original: Original) -> bytes:
+def open_photo(original: Original, max_pixels: int) -> Sample:
+    """Read the header of a photograph.
+
+    Raises:
+        UserError: it is no photograph, whose values or channels a JPEG would not hold.
+        UnreadableImage, OSError, EOFError, ValueError, zlib.error: it cannot be read.
+    """
+    image = open_sample(_read(original), Reading(max_pixels), original.name)
+    kind = type_of(image)
+    if not kind.is_photo:
+        raise UserError(
+            f"{original.name} has {kind}, which JPEG cannot hold: itpn shrink is for photographs of 8 bits; train from "
+            "the images themselves, large ones in parts by --data.window-size"
+        )
+    return image
+
+
+def _read(original: Original) -> bytes | Path:
+    if original.size < 0 and not original.path.lower().endswith(PHOTO_SUFFIXES):
+        return Path(original.path)
     if original.size > MAX_FILE:
         raise too_large(original.size)
     if is_shard(original.path) and is_compressed(original.path):
@@ -171,7 +192,7 @@ def _open_compressed(path: str) -> gzip.GzipFile:
     return gzip.open(path)
 
 
-def resize_image(encoded: EncodedImage, short_side: int, quality: int) -> bytes:
+def resize_image(photo: Sample, short_side: int, quality: int) -> bytes:
     """An image file as an upright JPEG whose short side has at most ``short_side`` pixels.
 
     Upright JPEGs, grey or RGB, that are small enough are returned unchanged.
@@ -179,11 +200,11 @@ def resize_image(encoded: EncodedImage, short_side: int, quality: int) -> bytes:
     Raises:
         UnreadableImage: it cannot be decoded, or its long side exceeds that of a JPEG.
     """
-    image = encoded.decode()  # uint8 [3, height, width]
+    image = photo.decode()  # uint8 [3, height, width]
     if min(image.shape[1:]) > short_side:
         image = resize(image, [short_side], InterpolationMode.BICUBIC, antialias=True)
-    elif encoded.is_upright_jpeg and encoded.format == "JPEG":  # not MPO, which holds several images
-        return encoded.data
+    elif isinstance(photo, EncodedImage) and photo.is_upright_jpeg and photo.format == "JPEG":
+        return photo.data  # not of MPO, which holds several images
     if max(image.shape[1:]) > LONGEST_JPEG:
         raise UnreadableImage(f"longer than the {LONGEST_JPEG:,} pixels that a JPEG can have")
     file = io.BytesIO()

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from itpn.data.bands import BandsOf
 from itpn.data.decode import (
     MAX_PIXELS,
     PAGES,
@@ -27,6 +28,7 @@ from itpn.data.decode import (
     reading,
     reason_of,
 )
+from itpn.data.formats.bands import BandsFile
 from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reading import check_size, find_heif_reader, open_file
 from itpn.data.image_type import PHOTOGRAPH, ImageType
@@ -55,15 +57,19 @@ class Reading:
         max_pixels: larger images are refused.
         axes: of arrays, see `itpn.data.formats.arrays.ArrayImage`.
         nodata: the value of pixels without data; None for what each file declares.
+        stretch: percentiles of each image and channel that become 0 and 1; None for values as they are stored.
         type: that the images must have; None for any.
-        example: a file that has it.
+        example: what has that type, for a message: "a.tif has".
+        advice: the end of that message.
     """
 
     max_pixels: int = MAX_PIXELS
     axes: Literal["CHW", "HWC"] | None = None
     nodata: float | None = None
+    stretch: tuple[float, float] | None = None
     type: ImageType | None = None
     example: str = ""
+    advice: str = ": all images of a data set need the same channels and depth"
 
 
 PLAIN = Reading()
@@ -123,11 +129,35 @@ class StoredImage:
         return np.concatenate([self._read(window).flatten(1).numpy() for window in windows], axis=1)
 
     def _read(self, window: tuple[int, int, int, int] | None) -> Tensor:
+        if self._settings.stretch is not None and window is not None:  # percentiles are of the whole image
+            top, left, height, width = window
+            return self.decode()[:, top : top + height, left : left + width]
         with reading():
             pixels = self.file.read(0, window)
         pixels = np.require(pixels, _travelling(pixels.dtype), ["C", "W"])  # a mapped file is not to be written to
-        tensor = torch.from_numpy(mark_nodata(pixels, self.file.nodata, self._settings.nodata))
+        pixels = mark_nodata(pixels, self.file.nodata, self._settings.nodata)
+        if self._settings.stretch is not None:
+            pixels = stretch_channels(pixels, self._settings.stretch, self._settings.nodata)
+        tensor = torch.from_numpy(pixels)
         return tensor.expand(3, -1, -1).contiguous() if self.type.is_photo and len(tensor) == 1 else tensor
+
+
+def stretch_channels(pixels: np.ndarray, percents: tuple[float, float], nodata: float | None) -> np.ndarray:
+    """Two percentiles of each channel become 0 and 1; float32 [C, H, W], NaN without data."""
+    valid = find_valid(pixels, nodata)
+    stretched = np.full(pixels.shape, np.nan, np.float32)
+    for own, present, target in zip(pixels, valid, stretched, strict=True):
+        if present.any():
+            low, high = np.percentile(own[present], percents)
+            target[present] = ((own[present].astype(np.float64) - low) / ((high - low) or 1.0)).clip(0, 1)
+    return stretched
+
+
+def find_valid(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    """bool, True where pixels have a value: finite, and not ``nodata``."""
+    if values.dtype.kind == "f":
+        return np.isfinite(values)
+    return np.ones(values.shape, dtype=bool) if nodata is None else values != nodata
 
 
 def _travelling(stored: np.dtype) -> np.dtype:
@@ -160,11 +190,13 @@ class WindowOf:
         data: as of `itpn.data.samples.open_sample`.
         box: top, left, height and width in pixels.
         room: how far it can be moved up, left, down and right, within the image and half of its side.
+        whole: height and width of the image as they are in its annotations; None where there are none.
     """
 
-    data: bytes | Path | UnreadableImage
+    data: bytes | Path | BandsOf | UnreadableImage
     box: Window
     room: tuple[int, int, int, int] = (0, 0, 0, 0)
+    whole: tuple[int, int] | None = None
 
     def move(self, rng: random.Random) -> "WindowOf":
         """The window at a random place around its own: training sees other windows in each epoch."""
@@ -194,9 +226,11 @@ Image = EncodedImage | StoredImage
 Sample = Image | WindowSample
 
 
-def open_sample(data: bytes | Path | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = "") -> Sample:
-    """Read the header of what a reader gives: a file's content, its path, a window of either, or the error of reading
-    it, which is raised.
+def open_sample(
+    data: bytes | Path | BandsOf | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = ""
+) -> Sample:
+    """Read the header of what a reader gives: a file's content, its path, the paths of its bands, a window of these, or
+    the error of reading it, which is raised.
 
     Args:
         name: of the image, for messages.
@@ -207,6 +241,9 @@ def open_sample(data: bytes | Path | WindowOf | UnreadableImage, settings: Readi
     """
     if isinstance(data, WindowOf):
         image = open_image_of(data.data, replace(settings, max_pixels=NO_LIMIT), name)
+        if data.whole not in (None, (image.height, image.width)):
+            height, width = data.whole
+            raise UnreadableImage(f"{image.width}x{image.height} pixels, and {width}x{height} in the annotations")
         pixels = data.box[2] * data.box[3] if image.reads_windows else image.height * image.width
         if pixels > settings.max_pixels:
             raise UnreadableImage(
@@ -217,16 +254,17 @@ def open_sample(data: bytes | Path | WindowOf | UnreadableImage, settings: Readi
     return open_image_of(data, settings, name)
 
 
-def open_image_of(data: bytes | Path | UnreadableImage, settings: Reading, name: str) -> Image:
+def open_image_of(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> Image:
     """As :func:`open_sample`, of a whole image."""
     if isinstance(data, UnreadableImage):
         raise data
-    image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
+    image: Image
+    if isinstance(data, BandsOf):
+        image = StoredImage(BandsFile(data.paths, settings.axes), settings)
+    else:
+        image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
     if settings.type not in (None, own := type_of(image)):
-        raise MixedImages(
-            f"{settings.example} has {settings.type}, and {name} has {own}: all images of a data set need the "
-            "same channels and depth"
-        )
+        raise MixedImages(f"{settings.example} {settings.type}, and {name} has {own}{settings.advice}")
     return image
 
 

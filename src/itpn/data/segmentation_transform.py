@@ -13,6 +13,7 @@ from itpn.data.augment import check_photographs, draw_channels
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole
 from itpn.data.masks import IGNORED, LabelTable
 from itpn.data.pixels import PHOTOGRAPHS, PixelValues, mirror, pad_pixels, resize_pixels, turn
+from itpn.data.samples import WindowSample
 from itpn.geometry import fit_sides
 
 CROP_TRIES = 10
@@ -68,7 +69,7 @@ class SegmentationTransform:
         if self.photometric:
             check_photographs(self.pixels, "--data.photometric", "--data.channel-jitter")
 
-    def __call__(self, image: EncodedImage | Tensor, rng: random.Random, mask: str) -> dict[str, Any]:
+    def __call__(self, image: EncodedImage | WindowSample | Tensor, rng: random.Random, mask: str) -> dict[str, Any]:
         """Augment one image, encoded or [C, H, W], with its mask, given by its path.
 
         Returns:
@@ -77,8 +78,9 @@ class SegmentationTransform:
         Raises:
             UnreadableImage: the mask cannot be read, or is of another size.
         """
+        window = image if isinstance(image, WindowSample) else None
         image = decode_whole(image)
-        pixels, labels = self._resize(image, view_labels(image, self.table, mask, self.max_pixels), rng)
+        pixels, labels = self._resize(image, view_labels(image, self.table, mask, self.max_pixels, window), rng)
         pixels, labels = self._crop(pixels, labels, rng)
         if rng.random() < self.hflip:
             pixels, labels = mirror(pixels), mirror(labels)
@@ -115,15 +117,20 @@ class SegmentationTransform:
         return crop(image, top, left, rows, columns), part
 
 
-def view_labels(image: Tensor, table: LabelTable, mask: str, max_pixels: int = MAX_PIXELS) -> Tensor:
+def view_labels(
+    image: Tensor, table: LabelTable, mask: str, max_pixels: int = MAX_PIXELS, window: WindowSample | None = None
+) -> Tensor:
     """The mask of an image, uint8 [H, W].
+
+    Args:
+        mask: path; of the whole image.
+        window: that the image is; None for a whole image.
 
     Raises:
         UnreadableImage: it cannot be read, or is of another size.
     """
     labels = table.read(mask, max_pixels)
-    if labels.shape != image.shape[-2:]:
-        raise UnreadableImage(
-            f"{image.shape[-1]}x{image.shape[-2]} pixels, and {labels.shape[1]}x{labels.shape[0]} in {mask}"
-        )
-    return labels
+    height, width = image.shape[-2:] if window is None else (window.image.height, window.image.width)
+    if labels.shape != (height, width):
+        raise UnreadableImage(f"{width}x{height} pixels, and {labels.shape[1]}x{labels.shape[0]} in {mask}")
+    return labels if window is None else crop(labels, window.top, window.left, window.height, window.width)

@@ -2,9 +2,10 @@
 
 import hashlib
 import os
+import zlib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from itpn.data.resized_copies import (
     ResizedCopies,
     ResizedCopy,
     list_originals,
+    open_photo,
     read_index,
     write_index,
     write_tar,
@@ -37,6 +39,7 @@ from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.signals import stopped_by_signals
 from itpn.system.writing import check_settings, write_whole, writing_to
 
+TRIED = 16  # images of a split whose headers are read before anything is written
 LOCK_SECONDS = 15  # the workers of a process that was killed notice within 5, and the lock is theirs as well
 
 
@@ -57,11 +60,13 @@ def shrink(
         max_pixels: larger images are left out.
 
     Raises:
-        UserError: nothing to read, the folder cannot be written or holds something else, too many corrupt images.
+        UserError: nothing to read, the folder cannot be written or holds something else, too many corrupt images, or
+            one that is no photograph.
         RunStopped: by a signal.
     """
     console = Output()
     originals = _list_all(splits)
+    _check_photos(originals, max_pixels)
     classes = _label(splits, originals)
     shards = {
         os.path.join(split, f"images-{begin // shard_size:05d}.tar"): found[begin : begin + shard_size]
@@ -114,6 +119,18 @@ def _list_all(splits: dict[str, ImageSource]) -> dict[str, list[Original]]:
     if note := describe_unread(unread):
         print_note(f"shards: {note}")
     return originals
+
+
+def _check_photos(originals: dict[str, list[Original]], max_pixels: int) -> None:
+    """Find images that are no photographs among the first, before anything is written.
+
+    Raises:
+        UserError: there are.
+    """
+    for found in originals.values():
+        for original in found[:TRIED]:
+            with suppress(UnreadableImage, OSError, EOFError, ValueError, zlib.error):  # which are counted later
+                open_photo(original, max_pixels)
 
 
 def _label(splits: dict[str, ImageSource], originals: dict[str, list[Original]]) -> list[str] | None:
@@ -212,6 +229,8 @@ def _members(
     """The files of a shard; tells of the corrupt ones, and counts in ``record``."""
     for original, content, size, warnings in results:
         print_warnings({kind: (original.name, warning) for kind, warning in (warnings or {}).items()})
+        if isinstance(content, UserError):
+            raise content
         if isinstance(content, UnreadableImage):
             record["corrupt"][original.name] = str(content)
             for message in skipped.update([(original.name, str(content))]):

@@ -14,12 +14,11 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.image_type import ImageType, ValueRange, to_pairs
 from itpn.data.readers import Reader
-from itpn.data.samples import Reading, StoredImage, open_sample, type_of
+from itpn.data.samples import Reading, StoredImage, find_valid, open_sample, type_of
 from itpn.errors import UserError
 from itpn.system.text import read_text
 from itpn.system.writing import write_whole
 
-STATS_FILE = "stats.json"  # in the folder of the images
 SAMPLED = 512  # images of a large data set
 VALUES = 2**22  # of each channel that percentiles of deep numbers are computed from
 PERCENTS = (0.0, 0.1, 1.0, 2.0, 5.0, 25.0, 50.0, 75.0, 95.0, 98.0, 99.0, 99.9, 100.0)
@@ -177,7 +176,7 @@ def compute_statistics(
                 nodata = settings.nodata
                 if nodata is None and not type_of(image).is_photo:
                     nodata = image.file.nodata  # type: ignore[union-attr]
-                settings = dataclasses.replace(settings, type=type_of(image), example=name, nodata=nodata)
+                settings = dataclasses.replace(settings, type=type_of(image), example=f"{name} has", nodata=nodata)
                 image = open_sample(data, settings, name)
             values = image.decode_some() if isinstance(image, StoredImage) else image.decode().flatten(1).numpy()
         except UnreadableImage as error:
@@ -195,8 +194,8 @@ def compute_statistics(
         raise UserError(f"none of the images can be read, of which statistics are needed{reason}")
     if not any(channel.count for channel in sums):
         raise UserError(
-            f"no pixel of the {len(sizes)} images that were read has a value ({settings.example}, ...): all are NaN, "
-            "infinite or without data"
+            f"no pixel of the {len(sizes)} images that were read ({reader.name(order[0])}, ...) has a value: all are "
+            "NaN, infinite or without data"
         )
     return _collect(count, settings, sums, sizes, missing / pixels, value_range)
 
@@ -238,12 +237,6 @@ def _collect(
         largest=max(sizes),
         notes=tuple(notes),
     )
-
-
-def find_valid(values: np.ndarray, nodata: float | None) -> np.ndarray:
-    """bool, True where pixels have a value: finite, and not ``nodata``."""
-    valid: np.ndarray = np.isfinite(values) if values.dtype.kind == "f" else np.ones(values.shape, dtype=bool)
-    return valid if nodata is None or values.dtype.kind == "f" else valid & (values != nodata)
 
 
 def find_range(value_range: Sequence[str], kind: ImageType, sums: Sequence[Distribution]) -> list[ValueRange]:

@@ -13,6 +13,7 @@ from itpn.data.file_types import (
     COPIES_INDEX,
     ENVI_SUFFIXES,
     SPECIAL,
+    STATS_FILE,
     find_envi_header,
     is_hidden,
     is_image,
@@ -255,7 +256,7 @@ def walk_splits(
             else:
                 others.append(entry)
         if unread is not None:
-            known = (CACHE_INDEX, COPIES_INDEX, *CLASS_FILES)
+            known = (CACHE_INDEX, COPIES_INDEX, STATS_FILE, *CLASS_FILES)
             unread.update(suffix_of(e.name) for e in others if e.name not in known and e.path not in headers)
 
 

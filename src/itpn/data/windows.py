@@ -21,11 +21,13 @@ class Windows:
     Attributes:
         places: index of the image, top, left, height and width of each window, int64 [n, 5].
         sizes: height and width of each image, int64 [images, 2].
+        fixed: windows are not to be moved, and the sizes are those of annotations.
     """
 
     files: Reader
     places: np.ndarray
     sizes: np.ndarray
+    fixed: bool = False
 
     def __len__(self) -> int:
         return len(self.places)
@@ -38,17 +40,24 @@ class Windows:
         number, top, left, height, width = self.places[index].tolist()
         name, data, *_ = self.files[number]
         full_height, full_width = self.sizes[number].tolist()
+        if self.fixed:
+            window = WindowOf(data, (top, left, height, width), whole=(full_height, full_width))
+            return f"{name} at {left},{top}", window
         below, beside = full_height - top - height, full_width - left - width
         room = (min(top, height // 2), min(left, width // 2), min(below, height // 2), min(beside, width // 2))
         return f"{name} at {left},{top}", WindowOf(data, (top, left, height, width), room)
 
 
-def cut_windows(files: Reader, size: int, overlap: int, reading: Reading) -> tuple[Windows, list[str]]:
+def cut_windows(
+    files: Reader, size: int, overlap: int, reading: Reading, annotated: np.ndarray | None = None
+) -> tuple[Windows, list[str]]:
     """Windows that cover each image; of an image smaller than a window, the image.
 
     Args:
         size: of a window's sides in pixels.
         overlap: pixels that neighbours have in common at least.
+        annotated: height and width of each image as its annotations say, int64 [images, 2], of windows that are not to
+            be moved; None for the images' own.
 
     Returns:
         The windows, and the names of images whose windows cannot be read without decoding the whole.
@@ -66,10 +75,12 @@ def cut_windows(files: Reader, size: int, overlap: int, reading: Reading) -> tup
 
     with ThreadPoolExecutor(THREADS) as pool:
         measured = list(pool.map(measure, range(len(files))))
+    sizes = np.array([(height, width) for height, width, _ in measured], dtype=np.int64).reshape(-1, 2)
+    sizes = sizes if annotated is None else annotated
     places = []
-    for index, (height, width, _) in enumerate(measured):
+    for index, (height, width) in enumerate(sizes.tolist()):
         for top in find_starts(height, size, overlap):
             for left in find_starts(width, size, overlap):
                 places.append((index, top, left, min(size, height), min(size, width)))
-    sizes = np.array([(height, width) for height, width, _ in measured], dtype=np.int64)
-    return Windows(files, np.array(places, dtype=np.int64), sizes), [name for *_, name in measured if name]
+    windows = Windows(files, np.array(places, dtype=np.int64).reshape(-1, 5), sizes, annotated is not None)
+    return windows, [name for *_, name in measured if name]

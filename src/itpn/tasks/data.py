@@ -3,15 +3,19 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from itpn.data.batches import Transform
+from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
 from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
+from itpn.data.samples import REMEDY
+from itpn.data.windows import Windows, cut_windows
 from itpn.system.console import print_note
 from itpn.system.environment import is_main_process
-from itpn.system.text import readable
 from itpn.tasks.pixels import make_reading
 from itpn.training.config import RunConfig
 
@@ -48,13 +52,29 @@ def print_once(line: str) -> None:
         print_note(line)
 
 
-def example_of(source: ImageSource | Reader) -> str:
-    """The name of the first image."""
-    if not isinstance(source, ImageSource):
-        return source.name(0)
-    if source.images:
-        return readable(source.images[0])
-    return f"the first image of {source.shards[0]}" if source.shards else ""
+def find_windows(
+    config: Any, files: Reader, annotated: np.ndarray | None = None
+) -> tuple[Windows | None, tuple[str, ...]]:
+    """The windows that images are cut into where the settings say so, and what is remarkable about them.
+
+    Args:
+        annotated: as of :func:`itpn.data.windows.cut_windows`.
+    """
+    data = config.data
+    if data.window_size is None:
+        return None, ()
+    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config, files), annotated)
+    notes = [f"{len(windows):,} windows of {len(files):,} images"]
+    if whole:
+        notes.append(
+            f"{len(whole):,} large images are decoded as a whole for each window, the first is {whole[0]}: {REMEDY}"
+        )
+    return windows, tuple(notes)
+
+
+def read_samples(config: RunConfig, images: Reader, count: int) -> list[Tensor]:
+    """Some readable images, evenly spaced over a set, [C, height, width] as they are stored."""
+    return [image for _, image in read_some(images, count, make_reading(config, images))]
 
 
 def make_training_loader(
@@ -80,7 +100,7 @@ def make_training_loader(
         seed=config.seed,
         rank=rank,
         world_size=world_size,
-        reading=make_reading(config, example_of(source)),
+        reading=make_reading(config, source),
         pin_memory=torch.cuda.is_available(),
         **own,
     )

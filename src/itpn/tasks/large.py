@@ -14,6 +14,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from itpn.data.bands import BandsOf
 from itpn.data.decode import TIFF_HEADERS, UnreadableImage
 from itpn.data.decode import reading as reading_errors
 from itpn.data.files import ImageSource
@@ -192,8 +193,9 @@ class SourceImages:
         for name, data in itertools.chain((files[number] for number in range(len(files))), *shards):
             image = None
             with self.reading(name):
-                path = data if isinstance(data, Path) else None
-                image = SourceImage(name, self._open(name, data), path, self._settings)
+                path = data.paths[0] if isinstance(data, BandsOf) else data
+                opened = self._open(name, data)
+                image = SourceImage(name, opened, path if isinstance(path, Path) else None, self._settings)
             if image is not None:
                 yield image
         if not self._done:
@@ -215,7 +217,7 @@ class SourceImages:
             self._reason = self._reason or f"; the first is {name}: {error}"
             self._report(f"skipped {name}: {error}")
 
-    def _open(self, name: str, data: bytes | Path | UnreadableImage) -> Sample:
+    def _open(self, name: str, data: bytes | Path | BandsOf | UnreadableImage) -> Sample:
         try:
             return open_sample(data, self._settings, name)
         except UnreadableImage as error:

@@ -12,6 +12,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.decode import UnreadableImage
+from itpn.data.file_types import STATS_FILE
 from itpn.data.files import ImageSource
 from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, is_resolved, to_option, to_pairs
 from itpn.data.normalize import Normalize
@@ -20,13 +21,16 @@ from itpn.data.readers import FileReader, Reader
 from itpn.data.samples import Reading, open_sample, type_of
 from itpn.data.shards import read_shard
 from itpn.data.skipped import nothing_readable
-from itpn.data.statistics import SAMPLED, STATS_FILE, Statistics, compute_statistics, read_statistics
+from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, read_statistics
+from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.system.text import one_line
 from itpn.training.config import AnyConfig, check_images
 
+STRETCHED, UNIT = "float32", [(0.0, 1.0)]  # type and range of images that are stretched each by itself
 TRIED = 1000  # images that are opened to find a readable one
-RESOLVED = ("dtype", "value_range", "nodata", "mean", "std")  # settings of data that images or a checkpoint fill in
+# settings of data that images or a checkpoint fill in
+RESOLVED = ("dtype", "value_range", "value_range_per_image", "nodata", "mean", "std")
 
 
 def image_type(config: Any) -> ImageType:
@@ -40,21 +44,41 @@ def input_channels(config: Any) -> int:
     return config.model.in_chans or 3
 
 
-def make_reading(config: Any, example: str = "") -> Reading:
+def make_reading(config: Any, images: ImageSource | Reader | None = None) -> Reading:
     """How images are read.
 
     Args:
-        example: a file of them, for messages.
+        images: of which the first is named in messages.
     """
     data = config.data
     kind = None if data.dtype is None else image_type(config)
-    return Reading(data.max_pixels, data.axes, data.nodata, kind, example)
+    return Reading(data.max_pixels, data.axes, data.nodata, find_stretch(data), kind, f"{example_of(images)} has")
+
+
+def example_of(images: ImageSource | Reader | None) -> str:
+    """What is called in messages the first image."""
+    if isinstance(images, ImageSource) and not images.images:
+        return f"the first image of {images.shards[0]}" if images.shards else "the first image"
+    if images is None or (not isinstance(images, ImageSource) and not len(images)):
+        return "the first image"
+    files = FileReader(images.images[:1]) if isinstance(images, ImageSource) else images
+    return files.name(0)
+
+
+def find_stretch(data: Any) -> tuple[float, float] | None:
+    """The percentiles of each image that settings of data ask for; None where they do not."""
+    if not data.value_range_per_image:
+        return None
+    low, high = (float(text.rstrip("%")) for text in data.value_range or DEFAULT_RANGE)
+    return low, high
 
 
 def make_normalize(config: Any) -> Normalize:
     """From stored pixels to the network's input."""
     data, kind, channels = config.data, image_type(config), input_channels(config)
     mean, std = imagenet_values(channels)
+    if data.value_range_per_image:  # the images are stretched when they are read
+        return Normalize(channels, data.mean or mean, data.std or std, ImageType(channels, STRETCHED), UNIT)
     ranges = to_pairs(data.value_range, channels) if is_resolved(data.value_range) else None
     return Normalize(channels, data.mean or mean, data.std or std, kind, ranges, data.nodata)
 
@@ -91,7 +115,7 @@ def describe_pixels(config: Any) -> dict[str, Any]:
     if kind.is_photo:
         return own
     more = {"dtype": kind.dtype, "channels": kind.channels, "value_range": data.value_range, "nodata": data.nodata}
-    return own | more
+    return own | more | ({"value_range_per_image": True} if data.value_range_per_image else {})
 
 
 def stored_type(checkpoint: Checkpoint, channels: int = 3) -> ImageType:
@@ -116,8 +140,20 @@ def stored_type(checkpoint: Checkpoint, channels: int = 3) -> ImageType:
 
 def stored_reading(checkpoint: Checkpoint, max_pixels: int) -> Reading:
     """How the images are read that a checkpoint's network is used on."""
-    nodata = checkpoint.preprocessing.get("nodata")
-    return Reading(max_pixels, None, nodata, stored_type(checkpoint), f"checkpoint {checkpoint.source}")
+    own = checkpoint.preprocessing
+    stretch = None
+    if own.get("value_range_per_image"):
+        low, high = (float(text.rstrip("%")) for text in own["value_range"])
+        stretch = low, high
+    return Reading(
+        max_pixels,
+        None,
+        own.get("nodata"),
+        stretch,
+        stored_type(checkpoint),
+        f"checkpoint {checkpoint.source} takes",
+        "",
+    )
 
 
 def stored_normalize(checkpoint: Checkpoint, channels: int = 3) -> Normalize:
@@ -131,10 +167,11 @@ def stored_normalize(checkpoint: Checkpoint, channels: int = 3) -> Normalize:
     """
     own, kind = checkpoint.preprocessing, stored_type(checkpoint, channels)
     mean, std = imagenet_values(channels)
+    mean, std = tuple(own.get("mean") or mean), tuple(own.get("std") or std)
+    if own.get("value_range_per_image"):
+        return Normalize(channels, mean, std, ImageType(channels, STRETCHED), UNIT)
     ranges = to_pairs(own["value_range"], channels) if own.get("value_range") else None
-    return Normalize(
-        channels, tuple(own.get("mean") or mean), tuple(own.get("std") or std), kind, ranges, own.get("nodata")
-    )
+    return Normalize(channels, mean, std, kind, ranges, own.get("nodata"))
 
 
 def find_type(config: Any, images: ImageSource | Reader) -> tuple[ImageType, str]:
@@ -182,21 +219,25 @@ def resolve_pixels(
     config = replace(config, model=replace(model, in_chans=kind.channels), data=replace(data, dtype=kind.dtype))
     same = stored is not None and (stored.get("dtype"), stored.get("channels")) == (kind.dtype, kind.channels)
     if same and stored is not None and not data.value_range:
-        given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, ())}
+        given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, (), False)}
         values = {name: _plain(stored.get(name)) for name in RESOLVED if name != "dtype"}
         config = replace(config, data=replace(config.data, **{**values, **given}))
     notes: list[str] = []
     data = config.data
-    if data.mean is None or data.std is None or not is_resolved(data.value_range):
+    if data.value_range_per_image and not data.value_range:
+        data = replace(data, value_range=DEFAULT_RANGE)
+    if data.mean is None or data.std is None or not (is_resolved(data.value_range) or data.value_range_per_image):
         statistics, where, notes = find_statistics(config, images)
         notes += [*statistics.notes, describe_statistics(statistics, where)]
         values = {
             "mean": data.mean or round_all(statistics.scaled_mean),
             "std": data.std or round_all(statistics.scaled_std),
         }
-        values |= {"value_range": to_option(statistics.value_range), "nodata": statistics.nodata}
+        if not data.value_range_per_image:
+            values |= {"value_range": to_option(statistics.value_range), "nodata": statistics.nodata}
         config = replace(config, data=replace(data, **values))
-    to_pairs(config.data.value_range, kind.channels)
+    if not config.data.value_range_per_image:
+        to_pairs(config.data.value_range, kind.channels)
     check_images(config.data, kind.channels)
     return config, notes
 
@@ -220,7 +261,7 @@ def adopt_pixels(config: AnyConfig, stored: Mapping[str, Any], grey: bool = Fals
     mean, std = imagenet_values(channels)
     for name, usual in {"mean": mean, "std": std}.items():
         own[name] = own[name] if len(own[name] or ()) in (1, channels) else usual
-    given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, ())}
+    given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, (), False)}
     model = replace(model, in_chans=model.in_chans or channels)
     return replace(config, model=model, data=replace(data, **{**own, "dtype": dtype, **given}))
 
@@ -232,12 +273,17 @@ def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statisti
     Raises:
         UserError: images differ, or none can be read.
     """
-    reading, value_range, notes = make_reading(config), config.data.value_range, list[str]()
-    if isinstance(images, ImageSource) and len(images.roots) == 1 and not value_range:
-        path = Path(images.roots[0], STATS_FILE)
+    reading = make_reading(config, images)
+    value_range, notes = config.data.value_range, list[str]()
+    if reading.stretch is not None:
+        value_range = ("0", "1")
+    count = len(images.files) if isinstance(images, Windows) else len(as_reader(images))
+    roots = config.data.root if isinstance(config.data.root, tuple) else (config.data.root,)
+    if len(roots) == 1 and not value_range:
+        path = Path(roots[0], STATS_FILE)
         if path.is_file():
             found = read_statistics(path)
-            if found.type == reading.type and found.images == len(images.images):
+            if found.type == reading.type and found.images == count:
                 return found, one_line(str(path)), notes
             notes.append(f"{one_line(str(path))} is of other images: not used")
     found = compute_statistics(as_reader(images), reading, value_range)

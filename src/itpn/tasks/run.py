@@ -101,7 +101,10 @@ def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: A
         validation = Validation(module, evaluator, config.evaluation_interval, spec.evaluation_prefix)
     draw = None if spec.build_visualization is None else spec.build_visualization(module, config, data)
     rows = {} if spec.describe_data is None else dict(spec.describe_data(config, data))
+    cut = getattr(config.data, "window_size", None) is not None
+    if cut:
+        rows["unit"] = "windows"
     if evaluator is not None:
         known = [rows["data"]] if "data" in rows else []
-        rows["data"] = ", ".join([*known, f"{len(evaluator):,} more to evaluate on"])
+        rows["data"] = ", ".join([*known, f"{len(evaluator):,} {'whole images' if cut else 'more'} to evaluate on"])
     return Job(module, draw, rows, data.count, validation)

@@ -31,7 +31,8 @@ def report_statistics(
         print_note(note)
     reader = as_reader(source)
     total = len(reader) if sample is None else min(sample, len(reader))
-    with Progress(console=Output(stderr=True), transient=True) as progress:
+    console = Output(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("reading", total=total)
         found = compute_statistics(
             reader, reading, value_range, sample, lambda read: progress.update(task, completed=read)

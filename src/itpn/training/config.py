@@ -17,6 +17,7 @@ import yaml
 
 from itpn.checkpoints.older_settings import NAMES, update_settings
 from itpn.checkpoints.paths import check_file
+from itpn.data.bands import check_bands
 from itpn.data.image_type import DTYPES, PHOTO, check_value_range
 from itpn.errors import UserError
 from itpn.system.checks import (
@@ -136,6 +137,9 @@ class ImagesConfig(Settings):
     """Side of windows in pixels, which large images are cut into: each counts as an image. None for whole images."""
     window_overlap: NonNegativeInt = 64
     """Pixels that neighbouring windows have in common at least."""
+    bands: tuple[str, ...] = ()
+    """Of images in one file a band, the ends of the files' names in the order of the channels, as `B02.tif B03.tif`:
+    files of a folder whose names begin alike make an image."""
     axes: Literal["CHW", "HWC"] | None = None
     """Order of the axes of arrays (.npy, .npz, HDF5); None where the axis of channels is shorter than both others."""
     dtype: str | None = None
@@ -147,6 +151,9 @@ class ImagesConfig(Settings):
     show_channels: tuple[Channel, ...] | None = None
     """Channels that visualizations show as red, green and blue, counted from 0, or one that is shown in colours; None
     for the first three."""
+    value_range_per_image: bool = False
+    """Percentiles of --data.value-range are those of each image: for images whose values cannot be compared, as X-rays
+    of several machines."""
     nodata: float | None = None
     """Value of pixels without data; None for what GeoTIFFs declare. NaN is always without data."""
 
@@ -382,11 +389,16 @@ def check_images(data: Any, in_chans: int | None) -> None:
         raise UserError(f"--data.dtype must be {PHOTO} or one of {', '.join(DTYPES)}, not {data.dtype}")
     if data.show_channels is not None and len(data.show_channels) not in (1, 3):
         raise UserError(f"--data.show-channels needs one channel or three, not {len(data.show_channels)}")
+    check_bands(data.bands)
     if data.window_size is not None and data.window_overlap >= data.window_size:
         raise UserError(
             f"--data.window-overlap must be below --data.window-size {data.window_size}, not {data.window_overlap}"
         )
     check_value_range(data.value_range)
+    if data.value_range_per_image and data.value_range and not data.value_range[0].endswith("%"):
+        raise UserError("--data.value-range-per-image needs percentiles as --data.value-range, or none")
+    if data.value_range_per_image and data.dtype == PHOTO:
+        raise UserError("--data.value-range-per-image is not for photographs of 8 bits: leave it out")
 
 
 def check_size(size: tuple[int, int], patch: int, option: str = "--data.img-size") -> None:

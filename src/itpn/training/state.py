@@ -28,8 +28,8 @@ class Job:
     Attributes:
         module: what is trained.
         draw: draws what the network predicts for sample images; None for nothing.
-        rows: of the table at the start, by title; those of "data", what the images are, and "size", what is made of
-            them, are shown as one.
+        rows: of the table at the start, by title; those of "data", what the images are, "unit", "windows" where
+            they are cut, and "size", what is made of them, are shown as one.
         images: single files, of which only a fraction may be corrupt; None where that is not known beforehand.
         evaluation: evaluates the network now and then, and adds to its metrics.
     """

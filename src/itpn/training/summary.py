@@ -27,8 +27,8 @@ def print_start(run: Training) -> None:
     size = f", {rows['size']}" if "size" in rows else ""
     shown: dict[str, str | Path] = {
         "model": f"{name}, {parameters:.2f} M parameters, patch size {config.model.patch_size}",
-        **{title: row for title, row in rows.items() if title != "size"},
-        "data": f"{images:,} images{data}{size}",
+        **{title: row for title, row in rows.items() if title not in ("size", "unit")},
+        "data": f"{images:,} {rows.get('unit', 'images')}{data}{size}",
         "batch": f"{min(config.data.batch_size, images)}{processes}{passes}{total}",
         "steps": f"{length.total_steps:,} ({length.steps_per_epoch:,} an epoch)",
         "learning rate": f"{peak_lr(config.optimizer, length.global_batch):.3g} at its peak",

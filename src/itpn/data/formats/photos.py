@@ -10,27 +10,35 @@ from torchvision.io import ImageReadMode, decode_png
 
 from itpn.data.decode import load_image, open_image
 from itpn.data.formats.image_file import Window, cut
-from itpn.data.orientation import turn_tensor
+from itpn.data.orientation import turn_array
 
 BANDS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I": 1, "F": 1, "I;16": 1, "I;16B": 1}
 PHOTOMETRIC = 262  # TIFF's tag; of 0, white is zero, Pillow inverts the pixels
 
 
 class PhotoImage:
-    """See :class:`itpn.data.formats.image_file.ImageFile`. A palette becomes its colours, except in TIFF."""
+    """See :class:`itpn.data.formats.image_file.ImageFile`. A palette becomes its colours, except in TIFF.
+
+    Args:
+        indices: keep those of a palette.
+
+    Attributes:
+        has_palette: whether a palette becomes its colours.
+    """
 
     by_region = False
     nodata: float | None = None
     pages = 1
 
-    def __init__(self, source: Path | bytes, max_pixels: int | None = None) -> None:
+    def __init__(self, source: Path | bytes, max_pixels: int | None = None, indices: bool = False) -> None:
         self._data = source if isinstance(source, bytes) else source.read_bytes()
         opened = open_image(io.BytesIO(self._data), max_pixels)
         self._opened, image = opened, opened.image
         self.height, self.width = opened.height, opened.width
         self._deep = image.format == "PNG" and self._data[24] == 16  # Pillow reads the upper 8 bits alone
         self._mode = image.mode
-        if image.mode in ("P", "PA") and image.format != "TIFF":
+        self.has_palette = image.mode in ("P", "PA") and image.format != "TIFF" and not indices
+        if self.has_palette:
             self._mode = "RGBA" if image.has_transparency_data else "RGB"
         self.pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         kinds = {"I": np.int32, "F": np.float32, "I;16": np.uint16, "I;16B": np.uint16}
@@ -44,7 +52,7 @@ class PhotoImage:
         """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
         if self._deep:
             encoded = torch.frombuffer(bytearray(self._data), dtype=torch.uint8)
-            pixels = turn_tensor(decode_png(encoded, ImageReadMode.UNCHANGED), self._opened.orientation).numpy()
+            pixels = turn_array(decode_png(encoded, ImageReadMode.UNCHANGED).numpy(), self._opened.orientation)
             return np.ascontiguousarray(cut(pixels, window))
         image = load_image(self._opened)
         pixels = np.asarray(image if image.mode == self._mode else image.convert(self._mode))

@@ -100,6 +100,10 @@ class ClassificationConfig(RunConfig):
     def check(self) -> None:
         super().check()
         model, data = self.model, self.data
+        if data.bands:
+            raise UserError("--data.bands is for pre-training and segmentation: leave it out")
+        if data.window_size is not None:
+            raise UserError("--data.window-size is not for classifiers, as a class is of a whole image: leave it out")
         check_crops(data)
         if data.val_fraction == 1:
             raise UserError("--data.val-fraction must be below 1: nothing would be left to train on")

@@ -41,8 +41,8 @@ class DetectionDataConfig(LabelledDataConfig, ImagesConfig):
 
     root: str = "data/coco"
     """A folder of COCO's layout (`train2017`, `val2017`, `annotations/instances_*.json`, or a folder for each set with
-    its JSON inside), of YOLO's (`data.yaml`) or of Pascal VOC's (`JPEGImages`, `Annotations`, `ImageSets/Main`); or a
-    JSON file of COCO's form."""
+    its JSON inside), of YOLO's (`data.yaml`), of Pascal VOC's (`JPEGImages`, `Annotations`, `ImageSets/Main`), or of
+    label images (`images` and `masks`, where each object has a number of its own); or a JSON file of COCO's form."""
     val_root: str | None = None
     """Where the images to evaluate on are, if they are not below --data.root: a folder or a JSON file likewise."""
     invalid_annotations: Literal["summary", "skip", "error"] = "summary"
@@ -50,6 +50,9 @@ class DetectionDataConfig(LabelledDataConfig, ImagesConfig):
     error."""
     empty_images: bool = False
     """Train on images without objects as well; COCO's are left out as is usual."""
+    window_min_visible: Fraction = 0.3
+    """Fraction of an object that must be visible in a window of --data.window-size, of the area of its mask, or else of
+    its box; it is left out of the window otherwise."""
     img_size: Side = 800
     """Short side of the images in evaluation, and the largest in training, in pixels."""
     max_size: Side | None = None
@@ -95,6 +98,8 @@ class DetectionConfig(RunConfig):
     def check(self) -> None:
         super().check()
         data = self.data
+        if data.bands:
+            raise UserError("--data.bands is for pre-training and segmentation: leave it out")
         if data.longest < data.img_size:
             raise UserError(f"--data.max-size must be at least --data.img-size {data.img_size}, not {data.max_size}")
         for option, factors in {"scales": data.scales, "large-scale-jitter": data.large_scale_jitter}.items():

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 from itpn.data.annotations import find_objects
+from itpn.data.object_windows import cut_objects
 from itpn.data.objects import DetectionImages, DetectionTransform
 from itpn.data.readers import draw_images
+from itpn.data.samples import NO_LIMIT
 from itpn.errors import UserError
-from itpn.tasks.data import RunData, print_once
+from itpn.tasks.data import RunData, find_windows, print_once
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.pixels import pixel_values
 
@@ -17,11 +19,13 @@ class DetectionData(RunData):
 
     Attributes:
         masks: whether masks are learned.
+        whole: the images that those to train on are windows of; None where they are not cut.
     """
 
     train: DetectionImages
     val: DetectionImages | None = None
     masks: bool = True
+    whole: DetectionImages | None = None
 
 
 def find_data(config: DetectionConfig) -> DetectionData:
@@ -31,7 +35,8 @@ def find_data(config: DetectionConfig) -> DetectionData:
         UserError: none, or masks are wanted of objects that have none.
     """
     data = config.data
-    train, val = find_objects(data.root, data.val_root, data.invalid_annotations, print_once, data.max_pixels)
+    limit = data.max_pixels if data.window_size is None else NO_LIMIT  # windows of larger images are read
+    train, val = find_objects(data.root, data.val_root, data.invalid_annotations, print_once, limit)
     train = train if data.empty_images else train.with_objects()
     if data.label_fraction < 1:
         train = train.take(draw_images(train, data.label_fraction, config.seed))
@@ -49,12 +54,37 @@ def find_data(config: DetectionConfig) -> DetectionData:
         notes.append(f"{words} are left out: --model.masks False learns all boxes")
         train, val = train.with_masks(), None if val is None else val.with_masks()
         train = train if data.empty_images else train.with_objects()
+    whole = None if data.window_size is None else train
+    train, more = cut_into_windows(train, config)
+    notes += more
     notes += note_lost(train, config, masks)
     if val is None or not len(val.with_objects()):
         what = "images" if val is None else "objects"
         notes.append(f"there are no {what} to evaluate on: give --data.val-root")
         val = None
-    return DetectionData(train, val, tuple(notes), masks)
+    return DetectionData(train, val, tuple(notes), masks, whole)
+
+
+def cut_into_windows(images: DetectionImages, config: DetectionConfig) -> tuple[DetectionImages, list[str]]:
+    """The windows that images are cut into where the settings say so, with their objects, and what is remarkable.
+
+    Raises:
+        UserError: none has an object.
+    """
+    data = config.data
+    windows, notes = find_windows(config, images.files, images.sizes)
+    if windows is None:
+        return images, []
+    cut = cut_objects(images, windows, data.window_min_visible)
+    full = cut.with_objects()
+    if not len(full):
+        raise UserError(
+            f"no window of {data.window_size} px has {data.window_min_visible:.0%} of an object in {data.root}: give "
+            "--data.window-size above the size of objects, or a lower --data.window-min-visible"
+        )
+    if data.empty_images or len(full) == len(cut):
+        return cut, list(notes)
+    return full, [*notes, f"{len(cut) - len(full):,} windows without objects are left out (--data.empty-images)"]
 
 
 def note_lost(train: DetectionImages, config: DetectionConfig, masks: bool) -> list[str]:

@@ -66,7 +66,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
         results: Results = []
         for id_, image in zip(evaluated, batch["image"], strict=True):
             height, width = image.shape[-2:]
-            grid = self.tiling.grid(height, width, self.normalize.images.is_photo)
+            grid = self._cut(height, width)
             if grid is None:
                 whole.append((id_, image))
             else:
@@ -79,11 +79,17 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
             results += to_results(own, id_, self.images.class_ids)
         return results, evaluated
 
+    def _cut(self, height: int, width: int) -> Grid | None:
+        """The tiles of an image of a size; None for one that is evaluated as a whole."""
+        return self.tiling.grid(int(height), int(width), self.normalize.images.is_photo)
+
     def score(self, parts: Sequence[Part]) -> DetectionScores:
         results = sorted((one for own, _ in parts for one in own), key=lambda one: one["image_id"])
         evaluated = sorted(id_ for _, ids in parts for id_ in ids)
         self._results = results
-        found = Counter(one["image_id"] for one in results)  # in an image of many tiles more than the network's limit
+        # an image of many tiles has more than the network finds in one
+        cut = {id_ for id_, (h, w) in zip(self.images.ids, self.images.sizes, strict=True) if self._cut(h, w)}
+        found = Counter(one["image_id"] for one in results if one["image_id"] in cut)
         most = max([self.max_detections, *found.values()])
         return score_detections(self.images, results, evaluated, self.masks, most)
 
@@ -173,12 +179,12 @@ def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> t
         The settings, and arguments of the network that differ from the checkpoint's.
     """
     given = request.given
+    config = adopt_pixels(config, request.checkpoint.preprocessing)
     sizes: dict[str, Any] = {}
     if "img_size" in given:
         sizes = {"min_size": config.data.img_size, "max_size": config.data.longest}
     elif "max_size" in given:
         sizes = {"max_size": config.data.longest}
-    config = adopt_pixels(config, request.checkpoint.preprocessing)
     windows = trained_windows(request.checkpoint.settings.get("data", {}), given)
     config = replace(config, data=replace(config.data, **windows))
     limit = config.evaluation.max_detections

@@ -10,7 +10,6 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
-from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
 from itpn.models.backbone import find_backbone
 from itpn.models.detector import Detector
@@ -18,6 +17,7 @@ from itpn.models.modes import eval_mode
 from itpn.system.console import print_note
 from itpn.system.text import as_file_name
 from itpn.system.writing import name_output
+from itpn.tasks.data import read_samples
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.evaluation import detect, detect_tiles
@@ -26,7 +26,7 @@ from itpn.tasks.detection.module import DetectionModule
 from itpn.tasks.drawing import draw_objects, make_display, name_colour, save_whole, stored_display, tile_images
 from itpn.tasks.georeference import Georeference, make_feature, write_geojson, write_geopackage
 from itpn.tasks.large import Overview, SourceImages, find_tiling, show_tiles
-from itpn.tasks.pixels import make_reading, stored_normalize, stored_reading
+from itpn.tasks.pixels import stored_normalize, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions
 
 SAMPLES, MIN_SCORE = 8, 0.3  # images of a visualization, score of the boxes in them
@@ -170,7 +170,7 @@ def build_visualization(
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     make_display(config)  # which finds wrong channels before the first step
-    samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, make_reading(config))])
+    samples = functools.cache(lambda: read_samples(config, data.samples, SAMPLES))
     return lambda: draw_found(module, samples())
 
 

@@ -11,7 +11,7 @@ def check_data(config: PretrainingConfig) -> ImageSource:
     Raises:
         UserError: a folder is missing or without images.
     """
-    return find_training_images(config.data.root, config.data.members)
+    return find_training_images(config.data.root, config.data.members, config.data.bands)
 
 
 TASK = TaskSpec(

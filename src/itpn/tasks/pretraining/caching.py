@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +21,10 @@ from itpn.data.skipped import SkippedImages
 from itpn.errors import MachineError, RunStopped, UserError
 from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.writing import check_settings, writing_to
+from itpn.tasks.augmentation import replace_colours
+from itpn.tasks.pixels import adopt_pixels, describe_pixels, image_type, resolve_pixels
 from itpn.tasks.pretraining.config import PretrainingConfig
-from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, print_notes
+from itpn.tasks.pretraining.data import make_frozen_teacher, make_loader, print_notes, show_to_teacher
 from itpn.teachers.feature_teacher import FeatureTeacher
 from itpn.training.config import freeze, image_size, to_dict
 from itpn.training.launch import choose_precision
@@ -33,6 +36,9 @@ CROP_SETTINGS = (
     "interpolation",
     "hflip",
     "color_jitter",
+    "rotate90",
+    "channel_jitter",
+    "channel_drop",
     "rotate90",
     "channel_jitter",
     "channel_drop",
@@ -51,12 +57,16 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
     Raises:
         UserError: no teacher to run, the folder cannot be written or holds features of other settings.
     """
-    config, console = freeze(config), Output()
+    console = Output()
     if config.teacher.name in (None, "ema"):
         raise UserError("only features of an outside teacher can be cached: give --teacher.name, a model of timm")
+    if config.data.window_size is not None:
+        raise UserError("--data.window-size is not for features that are cached: leave it out")
     print_notes(source)
+    config = _resolve(config, source)
     teacher = make_frozen_teacher(config)
     assert teacher is not None
+    show_to_teacher(config, teacher)
     # one image a batch, so that none is left over at an epoch's end; of tar shards, one worker reads all
     workers = min(1, config.data.num_workers) if source.shards else config.data.num_workers
     one = replace(config.data, batch_size=1, num_workers=workers, decode="workers")
@@ -103,11 +113,22 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
     )
 
 
+def _resolve(config: PretrainingConfig, source: ImageSource) -> PretrainingConfig:
+    """Settings with what the images are."""
+    config, notes = resolve_pixels(config, source)
+    config, replaced = replace_colours(adopt_pixels(config, {}))
+    for note in [*notes, *replaced]:
+        print_note(note)
+    return freeze(config)
+
+
 def _describe_crops(config: PretrainingConfig, source: ImageSource) -> dict[str, Any]:
     """What decides which crop of which image is where."""
     settings = {key: value for key, value in to_dict(config)["data"].items() if key in CROP_SETTINGS}
     if source.members:
         settings["members"] = list(source.members)
+    if not image_type(config).is_photo:  # whose statistics training is to take over
+        settings["pixels"] = json.loads(json.dumps(describe_pixels(config)))
     settings["teacher channels"] = config.teacher.channels and list(config.teacher.channels)
     names = "\n".join(os.path.abspath(path) for path in source.images or source.shards)
     return {**settings, "seed": config.seed, "files": hashlib.sha256(os.fsencode(names)).hexdigest()}

@@ -16,11 +16,10 @@ from itpn.data.gpu_decoding import GpuTransform, check_nvjpeg, collate_encoded
 from itpn.data.labelled import LabelledImages, draw_fraction, find_labelled
 from itpn.data.loader import TrainingLoader
 from itpn.data.readers import FileReader
-from itpn.data.samples import REMEDY
 from itpn.data.shards import check_shards
-from itpn.data.windows import Windows, cut_windows
+from itpn.data.windows import Windows
 from itpn.errors import UserError
-from itpn.tasks.data import RunData, make_training_loader, print_once
+from itpn.tasks.data import RunData, find_windows, make_training_loader, print_once
 from itpn.tasks.pixels import image_type, make_normalize, make_reading, pixel_values
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
@@ -62,7 +61,7 @@ def find_data(config: PretrainingConfig, source: ImageSource | None = None) -> P
     Raises:
         UserError: no images, features of other settings, no weights of the teacher, no GPU that decodes.
     """
-    images = source or find_training_images(config.data.root, config.data.members)
+    images = source or find_training_images(config.data.root, config.data.members, config.data.bands)
     print_notes(images)
     if config.data.decode == "gpu":
         if images.cache or not choose_devices(config.trainer, read_launch()).cuda:
@@ -72,29 +71,10 @@ def find_data(config: PretrainingConfig, source: ImageSource | None = None) -> P
     if images.cache:
         check_cache(config, images.cache)
     teacher = None if images.cache else make_frozen_teacher(config)
-    windows, notes = find_windows(config, images)
-    return PretrainingData(images, find_probe_sets(config), notes, teacher, windows)
-
-
-def find_windows(config: PretrainingConfig, images: ImageSource) -> tuple[Windows | None, tuple[str, ...]]:
-    """The windows that large images are cut into where the settings say so, and what is remarkable about them.
-
-    Raises:
-        UserError: the images are not single files.
-    """
-    data = config.data
-    if data.window_size is None:
-        return None, ()
-    if not images.images:
+    if config.data.window_size is not None and not images.images:
         raise UserError("--data.window-size is for images in files, not for shards or cached features: leave it out")
-    files = FileReader(images.images)
-    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config))
-    notes = [f"{len(windows):,} windows of {len(files):,} images"]
-    if whole:
-        notes.append(
-            f"{len(whole):,} large images are decoded as a whole for each window, the first is {whole[0]}: {REMEDY}"
-        )
-    return windows, tuple(notes)
+    windows, notes = find_windows(config, FileReader(images.images))
+    return PretrainingData(images, find_probe_sets(config), notes, teacher, windows)
 
 
 def describe_data(config: PretrainingConfig, data: PretrainingData) -> dict[str, str]:
@@ -218,11 +198,11 @@ def read_samples(source: ImageSource | Windows, config: PretrainingConfig) -> Te
     """The images of visualizations: readable ones from all over the data, [n, C, H, W] as they are stored."""
     crop = functools.partial(center_crop, img_size=image_size(config.data), nodata=config.data.nodata)
     if isinstance(source, Windows):
-        return torch.stack([crop(image) for _, image in read_some(source, SAMPLES, make_reading(config))])
+        return torch.stack([crop(image) for _, image in read_some(source, SAMPLES, make_reading(config, source))])
     if source.cache:
         return FeatureCache(source.cache).first(SAMPLES)
     if source.images:
         stride = max(1, len(source.images) // SAMPLES)
         source = replace(source, images=source.images[::stride] + source.images)
-    images = read_images(replace(source, roots=config.data.root), make_reading(config), crop, lambda line: None)
+    images = read_images(replace(source, roots=config.data.root), make_reading(config, source), crop, lambda line: None)
     return torch.stack([image for _, image in itertools.islice(images, SAMPLES)])

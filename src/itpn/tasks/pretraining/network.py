@@ -39,10 +39,11 @@ def resolve(
     elif data.train.cache and config.teacher.name not in (None, "ema"):
         width = read_index(data.train.cache).width
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width))
-    notes: list[str] = []
-    if not data.train.cache:
-        stored = None if checkpoint is None else checkpoint.preprocessing
-        config, notes = resolve_pixels(config, data.train, stored)
+    if data.train.cache:
+        return adopt_pixels(config, read_index(data.train.cache).settings.get("pixels") or {}), ()
+    config, notes = resolve_pixels(
+        config, data.windows or data.train, None if checkpoint is None else checkpoint.preprocessing
+    )
     return adopt_pixels(config, {}), notes
 
 

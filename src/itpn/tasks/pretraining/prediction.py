@@ -8,14 +8,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2.functional import resize
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
+from itpn.data.pixels import resize_pixels
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.targets import IMAGE_TARGETS
-from itpn.tasks.drawing import caption_files, is_photo, make_display, show, tile_images
+from itpn.tasks.drawing import caption_files, make_display, show, tile_images
 from itpn.tasks.pixels import stored_reading
 from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing, save_image
 from itpn.tasks.pretraining.config import PretrainingConfig
@@ -89,8 +88,8 @@ def _draw_features(
     """Feature maps as images, uint8 [n, 3, H, W]."""
     batch = {"image": images}
     if module.teacher_size is not None:
-        pixels = images if is_photo(images) else images.float()
-        batch["teacher_image"] = resize(pixels, list(module.teacher_size), InterpolationMode.BICUBIC, antialias=True)
+        size, nodata = module.teacher_size, module.normalize.nodata
+        batch["teacher_image"] = torch.stack([resize_pixels(image, size, nodata=nodata) for image in images])
     output = module.model.forward_eval(x, mask, module.make_targets(batch, x))
     prediction = output.prediction.float()  # [n, N, D]
     target = prediction if output.target is None else output.target

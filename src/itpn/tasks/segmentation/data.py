@@ -7,7 +7,7 @@ from itpn.data.mask_checks import MaskRules
 from itpn.data.masks import LabelTable
 from itpn.data.readers import draw_images
 from itpn.data.segmentation_transform import SegmentationTransform
-from itpn.tasks.data import NO_IMAGES, RunData, print_once
+from itpn.tasks.data import NO_IMAGES, RunData, find_windows, print_once
 from itpn.tasks.pixels import pixel_values
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.config import describe_crops
@@ -16,7 +16,13 @@ from itpn.training.config import describe_crops
 def make_rules(config: SegmentationConfig) -> MaskRules:
     data = config.data
     return MaskRules(
-        data.classes, data.reduce_zero_label, data.ignore, data.invalid_annotations, print_once, data.max_pixels
+        data.classes,
+        data.reduce_zero_label,
+        data.ignore,
+        data.invalid_annotations,
+        print_once,
+        data.max_pixels,
+        data.bands,
     )
 
 
@@ -25,7 +31,9 @@ def find_data(config: SegmentationConfig) -> RunData:
     train, val = find_label_maps(**describe_sets(config))
     if config.data.label_fraction < 1:
         train = train.take(draw_images(train, config.data.label_fraction, config.seed))
-    return RunData(train, val, () if val is not None else (NO_IMAGES,))
+    windows, notes = find_windows(config, train.files)
+    train = train if windows is None else train.cut(windows)
+    return RunData(train, val, notes if val is not None else (*notes, NO_IMAGES))
 
 
 def describe_data(config: SegmentationConfig, data: RunData) -> dict[str, str]:

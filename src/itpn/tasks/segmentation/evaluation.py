@@ -129,8 +129,9 @@ def resolve_evaluation(
     values: dict[str, Any] = {"mean": None, "std": None, "short_side": trained.get("short_side")}
     if "reduce_zero_label" in trained:
         values["reduce_zero_label"] = trained["reduce_zero_label"]
-    if "ignore" in trained:
-        values["ignore"] = tuple(trained["ignore"])
+    for name in ("ignore", "bands"):
+        if name in trained:
+            values[name] = tuple(trained[name])
     same = real_paths(trained.get("root"), trained.get("masks")) == real_paths(data.root, data.masks)
     if same:
         values |= {name: trained[name] for name in ("val_fraction", "val_root", "val_masks")}

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.decode import MAX_PIXELS
-from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
 from itpn.models.modes import eval_mode
 from itpn.models.segmenter import Segmenter
 from itpn.system.text import as_file_name
 from itpn.system.writing import name_output
-from itpn.tasks.data import RunData
+from itpn.tasks.data import RunData, read_samples
 from itpn.tasks.drawing import (
     draw_labels,
     make_display,
@@ -41,7 +40,7 @@ from itpn.tasks.large import (
     label_array,
     show_tiles,
 )
-from itpn.tasks.pixels import make_reading, stored_reading
+from itpn.tasks.pixels import stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.evaluation import resolve_evaluation
@@ -169,7 +168,7 @@ def build_visualization(
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     make_display(config)  # which finds wrong channels before the first step
-    samples = functools.cache(lambda: [image for _, image in read_some(data.samples, SAMPLES, make_reading(config))])
+    samples = functools.cache(lambda: read_samples(config, data.samples, SAMPLES))
     return lambda: draw_scenes(module, config, samples())
 
 

@@ -1,0 +1,230 @@
+"""What is opened: photographs, and images of any channels and depth, of which a data set has one type."""
+
+import io
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import Image
+
+from itpn.data.batches import BatchPlan, FileBatches, UnreadableBatch, stack
+from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.image_type import PHOTOGRAPH, ImageType
+from itpn.data.readers import FileReader
+from itpn.data.samples import MixedImages, Reading, StoredImage, WindowOf, open_sample, type_of
+from itpn.data.windows import cut_windows
+
+RNG = np.random.default_rng(0)
+BANDS = RNG.integers(0, 60_000, (5, 40, 60)).astype(np.uint16)
+
+
+def write(path: Path, pixels: np.ndarray, **options: object) -> Path:
+    tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="separate", **options)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "P", "CMYK", "1"])
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "JPEG"])
+def test_photographs(tmp_path, mode, kind):
+    image = Image.fromarray(RNG.integers(0, 255, (20, 30, 3)).astype(np.uint8)).convert(mode)
+    path = tmp_path / f"a.{kind.lower()}"
+    try:
+        image.save(path, kind)
+    except OSError:
+        pytest.skip(f"{kind} has no {mode}")
+    for data in (path, path.read_bytes()):
+        sample = open_sample(data)
+        assert type_of(sample) == PHOTOGRAPH
+        assert torch.equal(sample.decode(), decode_image(path.read_bytes()))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "options"),
+    [
+        (BANDS, {}),
+        (BANDS[0], {}),
+        (BANDS.astype(np.int16), {"tile": (16, 16), "compression": "deflate"}),
+        (BANDS.astype(np.float32), {}),
+        ((BANDS >> 8).astype(np.uint8), {}),
+    ],
+    ids=["five bands", "16-bit grey", "tiles", "floats", "five bands of 8 bits"],
+)
+def test_others_keep_channels_and_depth(tmp_path, pixels, options):
+    path = write(tmp_path / "a.tif", pixels, **options)
+    for data in (path, path.read_bytes()):
+        sample = open_sample(data)
+        stored = pixels if pixels.ndim == 3 else pixels[None]
+        assert type_of(sample) == ImageType(len(stored), stored.dtype.name)
+        assert (sample.height, sample.width) == stored.shape[1:]
+        assert np.array_equal(sample.decode().numpy(), stored)
+        part = sample.decode_crop(3, 7, 20, 30, (10, 10))
+        assert np.array_equal(part.numpy(), stored[:, 3:23, 7:37])
+
+
+def test_double_floats_become_single(tmp_path):
+    write(tmp_path / "a.tif", BANDS.astype(np.float64) / 3)
+    image = open_sample(tmp_path / "a.tif").decode()
+    assert image.dtype == torch.float32
+    assert np.array_equal(image.numpy(), (BANDS.astype(np.float64) / 3).astype(np.float32))
+
+
+def test_16_bit_png(tmp_path):
+    Image.fromarray(BANDS[0]).save(tmp_path / "a.png")
+    for data in (tmp_path / "a.png", (tmp_path / "a.png").read_bytes()):
+        assert type_of(open_sample(data)) == ImageType(1, "uint16")
+
+
+def test_a_fourth_band_that_is_not_alpha_stays(tmp_path):
+    pixels = (BANDS[:4] >> 8).astype(np.uint8).transpose(1, 2, 0)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extrasamples=(0,))
+    tifffile.imwrite(tmp_path / "b.tif", pixels, photometric="rgb", extrasamples=("unassalpha",))
+    assert type_of(open_sample(tmp_path / "a.tif")) == ImageType(4, "uint8")
+    assert type_of(open_sample(tmp_path / "b.tif")) == PHOTOGRAPH
+
+
+def test_grey_and_colours_of_8_bits_in_other_formats_are_photographs(tmp_path):
+    grey, rgb = (BANDS[0] >> 8).astype(np.uint8), (BANDS[:3] >> 8).astype(np.uint8)
+    np.save(tmp_path / "grey.npy", grey)
+    np.save(tmp_path / "rgb.npy", rgb.transpose(1, 2, 0))
+    np.save(tmp_path / "stains.npy", rgb)
+    assert np.array_equal(open_sample(tmp_path / "grey.npy").decode().numpy(), np.stack([grey] * 3))
+    assert np.array_equal(open_sample(tmp_path / "rgb.npy").decode().numpy(), rgb)
+    assert type_of(open_sample(tmp_path / "rgb.npy")) == type_of(open_sample(tmp_path / "grey.npy")) == PHOTOGRAPH
+    assert type_of(open_sample(tmp_path / "stains.npy")) == ImageType(3, "uint8")
+
+
+def test_a_stack_of_photographs_says_that_its_first_page_is_read(tmp_path):
+    pages = (BANDS[:4, None] >> 8).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "z.tif", pages, photometric="minisblack", imagej=True, metadata={"axes": "ZCYX"})
+    sample = open_sample(tmp_path / "z.tif")
+    assert type_of(sample) == PHOTOGRAPH
+    assert np.array_equal(sample.decode()[0].numpy(), pages[0, 0])
+    assert "several pages" in sample.warnings["pages"]
+
+
+def test_channels_of_a_stack_are_channels(tmp_path):
+    pages = (BANDS[:3] >> 8).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "c.tif", pages, photometric="minisblack", metadata={"axes": "CYX"}, ome=True)
+    assert type_of(open_sample(tmp_path / "c.tif")) == ImageType(3, "uint8")
+
+
+@pytest.mark.parametrize("pair", [("five.tif", "photo.png"), ("photo.png", "five.tif"), ("five.tif", "deep.tif")])
+def test_a_mixture_is_refused_with_two_names(tmp_path, pair):
+    write(tmp_path / "five.tif", BANDS)
+    write(tmp_path / "deep.tif", BANDS.astype(np.float32))
+    Image.new("RGB", (30, 20)).save(tmp_path / "photo.png")
+    first, second = (str(tmp_path / name) for name in pair)
+    kind = type_of(open_sample(Path(first)))
+    with pytest.raises(MixedImages, match=r"(?s)has .*, and .* has .*: all images of a data set need the same"):
+        open_sample(Path(second), Reading(type=kind, example=f"{first} has"), second)
+    plan = BatchPlan(2, 1, 0, 1, 0, Reading(type=kind, example=f"{first} has"), lambda image, rng: {}, stack)
+    batch = FileBatches(FileReader([first, second]), plan)[0]  # as a worker process makes it
+    assert isinstance(batch, UnreadableBatch)
+    assert first in batch.error
+    assert second in batch.error
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_pixels_without_data(tmp_path, dtype):
+    pixels = BANDS[:2].astype(dtype)
+    pixels[:, :5] = -9999
+    tag = (42113, "s", 0, "-9999", True)
+    path = write(tmp_path / "a.tif", pixels, extratags=[tag])
+    image = open_sample(path, Reading(nodata=-1)).decode().numpy()
+    missing = np.isnan(image) if dtype == np.float32 else image == -1
+    assert missing[:, :5].all()
+    assert missing.sum() == missing[:, :5].size
+    assert np.array_equal(image[:, 5:], pixels[:, 5:])
+    late = open_sample(path, Reading(type=ImageType(2, np.dtype(dtype).name)))  # others have not declared it
+    assert ("nodata" in late.warnings) == (dtype == np.int16)
+
+
+def test_values_that_no_sensor_measures_are_no_data(tmp_path):
+    pixels = BANDS[0].astype(np.float32)
+    pixels[0, :4] = (np.nan, np.inf, -3.4e38, 1e30)
+    image = open_sample(write(tmp_path / "a.tif", pixels)).decode()
+    assert image[0, 0, :4].isnan().all()
+    assert int(image.isnan().sum()) == 4
+
+
+def test_percentiles_of_each_image(tmp_path):
+    path = write(tmp_path / "a.tif", BANDS)
+    image = open_sample(path, Reading(stretch=(10.0, 90.0))).decode()
+    for own, stored in zip(image.numpy(), BANDS, strict=True):
+        low, high = np.percentile(stored, (10, 90))
+        assert np.allclose(own, ((stored - low) / (high - low)).clip(0, 1), atol=1e-6)
+    part = open_sample(path, Reading(stretch=(10.0, 90.0))).decode_crop(3, 7, 20, 30, (10, 10))
+    assert torch.equal(part, image[:, 3:23, 7:37])
+
+
+def test_a_corrupt_and_a_missing_file(tmp_path):
+    path = write(tmp_path / "a.tif", BANDS)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(UnreadableImage):
+        open_sample(path).decode()
+    with pytest.raises(UnreadableImage, match="No such file"):
+        open_sample(tmp_path / "missing.tif")
+    (tmp_path / "empty.tif").touch()
+    with pytest.raises(UnreadableImage, match="empty file"):
+        open_sample(tmp_path / "empty.tif")
+
+
+# --- windows
+
+
+def test_windows_cover_an_image_and_are_read_alone(tmp_path):
+    path = write(tmp_path / "a.tif", BANDS, tile=(16, 16))
+    small = write(tmp_path / "b.tif", BANDS[:, :10, :12])
+    reading = Reading(max_pixels=500)
+    windows, whole = cut_windows(FileReader([str(path), str(small)]), 20, 4, reading)
+    assert whole == []
+    seen = np.zeros(BANDS.shape[1:], int)
+    for index in range(len(windows)):
+        name, window = windows[index]
+        sample = open_sample(window, reading, name)
+        top, left, height, width = window.box
+        stored = BANDS if "a.tif" in name else BANDS[:, :10, :12]
+        assert np.array_equal(sample.decode().numpy(), stored[:, top : top + height, left : left + width])
+        if "a.tif" in name:
+            assert (height, width) == (20, 20)
+            seen[top : top + height, left : left + width] += 1
+    assert seen.min() == 1
+    assert len(windows) == 3 * 4 + 1
+
+
+def test_windows_move_within_the_image(tmp_path):
+    path = write(tmp_path / "a.tif", BANDS)
+    windows, _ = cut_windows(FileReader([str(path)]), 20, 0, Reading())
+    rng, places = random.Random(0), set()
+    for index in range(len(windows)):
+        for _ in range(50):
+            top, left, height, width = windows[index][1].move(rng).box
+            assert 0 <= top <= 40 - height
+            assert 0 <= left <= 60 - width
+            places.add((top, left))
+    assert len(places) > 150
+
+
+def test_a_window_of_what_cannot_be_read_in_parts(tmp_path):
+    buffer = io.BytesIO()
+    Image.fromarray(BANDS[0]).save(buffer, "PNG")
+    window = WindowOf(buffer.getvalue(), (3, 7, 20, 30))
+    assert np.array_equal(open_sample(window).decode()[0].numpy(), BANDS[0, 3:23, 7:37])
+    with pytest.raises(UnreadableImage, match=r"60x40 pixels, more than the 1000 allowed .* cannot be read in parts: "):
+        open_sample(window, Reading(max_pixels=1000))
+    (tmp_path / "a.png").write_bytes(buffer.getvalue())
+    _, whole = cut_windows(FileReader([str(tmp_path / "a.png")]), 8, 0, Reading())
+    assert whole == [str(tmp_path / "a.png")]
+
+
+def test_a_large_tiled_photograph_is_read_by_windows(tmp_path, monkeypatch):
+    monkeypatch.setattr("itpn.data.samples.LARGE_FILE", 1000)
+    pixels = RNG.integers(0, 255, (64, 96, 3)).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "slide.tif", pixels, photometric="rgb", tile=(16, 16))
+    sample = open_sample(tmp_path / "slide.tif")
+    assert isinstance(sample, StoredImage)
+    assert type_of(sample) == PHOTOGRAPH
+    assert np.array_equal(sample.decode().numpy(), pixels.transpose(2, 0, 1))

@@ -1,0 +1,207 @@
+"""Statistics of a data set's pixels, and the normalization that is made of them."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from itpn.cli import main
+from itpn.data.image_type import PHOTOGRAPH, ImageType, check_value_range, to_option, to_pairs
+from itpn.data.normalize import Normalize
+from itpn.data.readers import FileReader
+from itpn.data.samples import Reading
+from itpn.data.statistics import compute_statistics, read_statistics, write_statistics
+from itpn.errors import UserError
+
+RNG = np.random.default_rng(1)
+
+
+def make_set(folder, dtype, count=5, channels=3):
+    """Images of values that differ from channel to channel; their pixels [channels, all]."""
+    pixels = []
+    for number in range(count):
+        values = RNG.normal(100 * (1 + np.arange(channels)), 10, (20 + number, 30, channels))
+        values = values.astype(dtype)
+        np.save(folder / f"{number}.npy", values)
+        pixels.append(values.reshape(-1, channels).T)
+    return [str(path) for path in sorted(folder.glob("*.npy"))], np.concatenate(pixels, axis=1)
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32, np.int32])
+def test_numbers_are_those_of_numpy(tmp_path, dtype):
+    paths, pixels = make_set(tmp_path, dtype)
+    found = compute_statistics(FileReader(paths), Reading())
+    assert found.type == ImageType(3, np.dtype(dtype).name)
+    assert (found.images, found.sampled, found.smallest, found.largest) == (5, 5, (20, 30), (24, 30))
+    exact = pixels.astype(np.float64)
+    assert np.allclose(found.mean, exact.mean(axis=1))
+    assert np.allclose(found.std, exact.std(axis=1))
+    assert found.minimum == tuple(exact.min(axis=1))
+    assert found.maximum == tuple(exact.max(axis=1))
+    for percent, values in found.percentiles.items():
+        # of integers one of the values; numpy goes between two
+        wanted = np.percentile(exact, float(percent), axis=1, method="lower" if dtype != np.float32 else "linear")
+        if dtype == np.int32:
+            wanted = np.percentile(exact, float(percent), axis=1)
+        assert np.allclose(values, wanted), percent
+    low, high = (np.array(values) for values in zip(*found.value_range, strict=True))
+    scaled = ((exact - low[:, None]) / (high - low)[:, None]).clip(0, 1)
+    assert np.allclose(found.scaled_mean, scaled.mean(axis=1))
+    assert np.allclose(found.scaled_std, scaled.std(axis=1))
+
+
+@pytest.mark.parametrize(
+    ("value_range", "expected"),
+    [
+        (("dtype",), [(0, 65535)] * 2),
+        (("0", "1000"), [(0, 1000)] * 2),
+        (("0", "500", "100", "600"), [(0, 500), (100, 600)]),
+        (("0%", "100%"), None),
+    ],
+)
+def test_value_ranges(tmp_path, value_range, expected):
+    paths, pixels = make_set(tmp_path, np.uint16, channels=2)
+    found = compute_statistics(FileReader(paths), Reading(), value_range)
+    expected = expected or list(zip(pixels.min(axis=1), pixels.max(axis=1), strict=True))
+    assert [*found.value_range] == expected
+
+
+def test_no_data_enters_nothing(tmp_path):
+    paths, pixels = make_set(tmp_path, np.float32)
+    values = np.load(paths[0])
+    first = values.copy()
+    values[:5] = np.nan
+    np.save(paths[0], values)
+    found = compute_statistics(FileReader(paths), Reading())
+    kept = np.concatenate([first[5:].reshape(-1, 3).T, pixels[:, first[..., 0].size :]], axis=1).astype(np.float64)
+    assert np.allclose(found.mean, kept.mean(axis=1))
+    assert found.nodata_fraction == pytest.approx(1 - kept.size / pixels.size)
+
+
+def test_a_value_that_stands_for_no_data(tmp_path):
+    paths, _ = make_set(tmp_path, np.int16)
+    values = np.load(paths[0])
+    values[:5] = -9999
+    np.save(paths[0], values)
+    assert "give --data.nodata -9999" in compute_statistics(FileReader(paths), Reading()).notes[0]
+    found = compute_statistics(FileReader(paths), Reading(nodata=-9999))
+    assert min(found.minimum) > 0
+    assert found.nodata == -9999
+    assert not found.notes
+
+
+def test_no_value_at_all(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((20, 30, 2), np.nan, np.float32))
+    with pytest.raises(UserError, match=r"no pixel of the 1 images that were read .* has a value"):
+        compute_statistics(FileReader([str(tmp_path / "a.npy")]), Reading())
+
+
+def test_a_sample_is_spread_out_and_passes_over_corrupt_files(tmp_path):
+    paths, _ = make_set(tmp_path, np.uint16, count=9)
+    (tmp_path / "4.npy").write_bytes(b"corrupt")
+    assert compute_statistics(FileReader(paths), Reading(), sample=3).sampled == 3
+
+
+def test_the_file_is_read_again(tmp_path):
+    paths, _ = make_set(tmp_path, np.uint16)
+    found = compute_statistics(FileReader(paths), Reading())
+    write_statistics(tmp_path / "stats.json", found)
+    assert read_statistics(tmp_path / "stats.json") == found
+    for content in ("[]", "{}", "x", '{"images": 1}'):
+        (tmp_path / "stats.json").write_text(content)
+        with pytest.raises(UserError, match="is not a file of `itpn stats`"):
+            read_statistics(tmp_path / "stats.json")
+
+
+@pytest.mark.parametrize(
+    "wrong", [("1",), ("a", "b"), ("5", "5"), ("2", "1"), ("1%", "2"), ("0%", "101%"), ("nan", "1"), ("1", "2", "3")]
+)
+def test_wrong_ranges(wrong):
+    with pytest.raises(UserError, match=r"--data\.value-range"):
+        check_value_range(wrong)
+
+
+def test_ranges_as_options():
+    pairs = ((0.0, 1.5), (2.0, 3.0))
+    assert to_pairs(to_option(pairs), 2) == pairs
+    assert to_pairs(("0", "10000"), 3) == ((0.0, 10000.0),) * 3
+    assert to_option(((0.0, 1.0), (0.0, 1.0))) == ("0", "1")
+    with pytest.raises(UserError, match="a pair for each of 3 channels, not 4 values"):
+        to_pairs(("0", "1", "2", "3"), 3)
+
+
+# --- normalization
+
+
+def test_photographs_are_normalized_as_ever():
+    images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
+    normalize = Normalize(3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1))
+    mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.1)))
+    assert torch.equal(normalize(images), (images.float() / 255 - mean) / std)
+    assert torch.equal(normalize.undo(normalize(images)), images)
+    assert normalize.find_valid(images) is None
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int16", "float32"])
+def test_stored_pixels(dtype):
+    images = torch.from_numpy(RNG.integers(0, 3000, (2, 2, 4, 5)).astype(dtype))
+    ranges = ((0.0, 2000.0), (1000.0, 2000.0))
+    nodata = None if dtype == "float32" else 7.0
+    normalize = Normalize(2, (0.5,), (0.25, 0.5), ImageType(2, dtype), ranges, nodata)
+    images[0, 0, 0, 0] = float("nan") if nodata is None else 7
+    result = normalize(images)
+    assert result.dtype == torch.float32
+    for channel, (low, high) in enumerate(ranges):
+        exact = ((images[:, channel].numpy().astype(np.float64) - low) / (high - low)).clip(0, 1)
+        exact = (exact - 0.5) / (0.25, 0.5)[channel]
+        if channel == 0:
+            exact[0, 0, 0] = 0.0
+        assert np.allclose(result[:, channel].numpy(), exact, atol=1e-6)
+    assert int((~normalize.find_valid(images)).sum()) == 1
+    inside = torch.from_numpy(RNG.integers(1000, 2000, (1, 2, 4, 5)).astype(dtype))
+    assert torch.allclose(normalize.undo(normalize(inside)), inside.float(), atol=0.01)
+
+
+# --- the command
+
+
+def test_the_command(tmp_path, capsys):
+    make_set(tmp_path, np.uint16, channels=2)
+    assert main(["stats", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "5 of 5 images, 30x20 to 30x24 px, 2 channels of uint16" in out
+    assert "--data.mean " in out
+    stored = json.loads((tmp_path / "stats.json").read_text())
+    assert (stored["channels"], stored["dtype"], len(stored["mean"])) == (2, "uint16", 2)
+
+
+def test_photographs_have_statistics_too(tmp_path, capsys):
+    Image.new("L", (30, 20), 51).save(tmp_path / "a.png")
+    assert main(["stats", str(tmp_path), "--out", str(tmp_path / "b.json")]) == 0
+    assert read_statistics(tmp_path / "b.json").type == PHOTOGRAPH
+    assert "--data.mean 0.2 0.2 0.2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--value-range", "5"], "--data.value-range must be dtype, LOW HIGH or PLOW% PHIGH%, not 5"),
+        (["--out", "no/such/folder/stats.json"], "no/such/folder"),
+    ],
+)
+def test_mistakes(tmp_path, capsys, words, expected):
+    make_set(tmp_path, np.uint16)
+    assert main(["stats", str(tmp_path), *words]) in (1, 2)
+    assert expected in capsys.readouterr().err
+
+
+def test_a_mixture_is_named(tmp_path, capsys):
+    make_set(tmp_path, np.uint16)
+    np.save(tmp_path / "z.npy", np.zeros((20, 30, 4), np.uint16))
+    assert main(["stats", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert "0.npy has 3 channels of uint16" in err
+    assert "z.npy has 4 channels of uint16" in err
+    assert err.count("\n") == 1

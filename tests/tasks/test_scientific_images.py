@@ -1,0 +1,271 @@
+"""Runs of every task on images of five bands of 16 bits, from the files to predictions."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+import yaml
+from PIL import Image
+from safetensors import safe_open
+
+from itpn.cli import main
+
+BANDS = 5
+SHORT = (
+    *("--data.batch-size", "4", "--data.num-workers", "0", "--trainer.max-steps", "2", "--trainer.accelerator", "cpu"),
+    *("--trainer.visualize-every-n-steps", "1"),
+)
+SMALL = ("--data.img-size", "32", "--model.decoder-embed-dim", "32", "--model.decoder-depth", "1", *SHORT)
+
+
+def draw(number: int, dtype: str = "uint16") -> tuple[np.ndarray, np.ndarray]:
+    """Bands [5, 40, 48] with a brighter rectangle, and where that is [40, 48]."""
+    rng = np.random.default_rng(number)
+    inside = np.zeros((40, 48), bool)
+    top, left = rng.integers(2, 16, 2)
+    inside[top : top + 18, left : left + 22] = True
+    pixels = rng.normal(1000 * (1 + np.arange(BANDS))[:, None, None], 50, (BANDS, 40, 48))
+    return np.where(inside, 1.5 * pixels, pixels).astype(dtype), inside
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="separate", tile=(16, 16))
+
+
+@pytest.fixture(scope="module")
+def bands(tmp_path_factory):
+    """The same images for every task: `plain`, `classes`, `masks` and `objects`."""
+    root = tmp_path_factory.mktemp("bands")
+    for split, count in {"train": 6, "val": 3}.items():
+        objects = []
+        for number in range(count):
+            pixels, inside = draw(number + 100 * (split == "val"))
+            write(root / f"classes/{split}/{('a', 'b')[number % 2]}/{number}.tif", pixels)
+            write(root / f"masks/images/{split}/{number}.tif", pixels)
+            write(root / f"objects/{split}/{number}.tif", pixels)
+            if split == "train":
+                write(root / f"plain/{number}.tif", pixels)
+            mask = root / f"masks/annotations/{split}/{number}.png"
+            mask.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(inside.astype(np.uint8)).save(mask)
+            rows, cols = np.nonzero(inside)
+            x, y = int(cols.min()), int(rows.min())
+            w, h = int(cols.max()) - x + 1, int(rows.max()) - y + 1
+            polygon = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+            one = {"id": number + 1, "image_id": number, "category_id": 1, "bbox": [x, y, w, h], "area": w * h}
+            objects.append({**one, "iscrowd": 0, "segmentation": polygon})
+        images = [{"id": n, "file_name": f"{n}.tif", "height": 40, "width": 48} for n in range(count)]
+        coco = {"images": images, "annotations": objects, "categories": [{"id": 1, "name": "field"}]}
+        (root / "objects/annotations").mkdir(parents=True, exist_ok=True)
+        (root / f"objects/annotations/instances_{split}.json").write_text(json.dumps(coco))
+    return root
+
+
+@pytest.fixture(scope="module")
+def pretrained(bands, tmp_path_factory):
+    """The folder of a pre-training run on them."""
+    out = tmp_path_factory.mktemp("runs")
+    command = ["train", "itpn-pixel_nano", "--data.root", str(bands / "plain"), "--output-dir", str(out), *SMALL]
+    assert main(command) == 0
+    return out / "itpn-pixel_nano/default"
+
+
+def read_preprocessing(run: Path) -> dict:
+    with safe_open(run / "model.safetensors", "pt") as file:
+        return json.loads(file.metadata()["preprocessing"])
+
+
+def test_pretraining_takes_channels_and_statistics_from_the_images(bands, pretrained):
+    config = yaml.safe_load((pretrained / "config.yaml").read_text())
+    assert (config["model"]["in_chans"], config["data"]["dtype"]) == (BANDS, "uint16")
+    stored = read_preprocessing(pretrained)
+    assert (stored["channels"], stored["dtype"]) == (BANDS, "uint16")
+    assert stored["value_range"] == config["data"]["value_range"]
+    pixels = np.concatenate([draw(n)[0].reshape(BANDS, -1) for n in range(6)], axis=1).astype(np.float64)
+    low, high = (np.array(stored["value_range"], float)[start::2, None] for start in (0, 1))
+    scaled = ((pixels - low) / (high - low)).clip(0, 1)
+    assert np.allclose(stored["mean"], scaled.mean(axis=1), rtol=1e-4)
+    assert np.allclose(stored["std"], scaled.std(axis=1), rtol=1e-4)
+    assert list((pretrained / "reconstructions").glob("*.png"))
+
+
+def test_a_resumed_run_keeps_the_statistics(bands, tmp_path, capsys):
+    root = tmp_path / "images"
+    for number in range(6):
+        write(root / f"{number}.tif", draw(number)[0])
+    command = ["train", "itpn-pixel_nano", "--data.root", str(root), "--output-dir", str(tmp_path), *SMALL]
+    assert main(command) == 0
+    before = read_preprocessing(tmp_path / "itpn-pixel_nano/default")
+    for number in range(6):
+        write(root / f"{number}.tif", draw(number)[0] // 2)  # other statistics
+    assert main([*command, "--trainer.max-steps", "3"]) == 0
+    assert read_preprocessing(tmp_path / "itpn-pixel_nano/default") == before
+    assert main([*command, "--trainer.max-steps", "3", "--data.value-range", "0", "9000"]) == 2
+    assert "choose another --name" in capsys.readouterr().err
+
+
+def test_statistics_of_the_command_are_used(bands, tmp_path, capsys):
+    root = tmp_path / "images"
+    for number in range(6):
+        write(root / f"{number}.tif", draw(number)[0])
+    assert main(["stats", str(root)]) == 0
+    stored = json.loads((root / "stats.json").read_text())
+    stored["scaled_mean"] = [0.25] * BANDS
+    (root / "stats.json").write_text(json.dumps(stored))
+    capsys.readouterr()
+    command = ["train", "itpn-pixel_nano", "--data.root", str(root), "--output-dir", str(tmp_path), *SMALL]
+    assert main(command) == 0
+    assert f"are those of {root}/stats.json" in "".join(capsys.readouterr())
+    assert read_preprocessing(tmp_path / "itpn-pixel_nano/default")["mean"] == [0.25] * BANDS
+    write(root / "another.tif", draw(9)[0])
+    assert main([*command, "--name", "again"]) == 0
+    assert "stats.json is of other images: not used" in capsys.readouterr().out
+
+
+FINE_TUNING = {
+    "classifier_nano": ("classes", ("--data.img-size", "32")),
+    "segmenter_nano": ("masks", ("--data.img-size", "32")),
+    "detector_nano": ("objects", ("--data.img-size", "32", "--data.crop-prob", "0")),
+}
+
+
+@pytest.mark.parametrize("recipe", FINE_TUNING)
+def test_fine_tuning(bands, pretrained, tmp_path, capsys, recipe):
+    folder, options = FINE_TUNING[recipe]
+    name = recipe if recipe != "classifier_nano" else "classifier_small"
+    where = ["--data.root", str(bands / folder)]
+    start = ["--model.checkpoint", str(pretrained / "model.safetensors"), "--output-dir", str(tmp_path)]
+    assert main(["train", name, *where, *start, *options, *SHORT, "--evaluation.batch-size", "1"]) == 0
+    out = capsys.readouterr()
+    run = tmp_path / name / "default"
+    stored, known = read_preprocessing(run), read_preprocessing(pretrained)
+    for key in ("mean", "std", "value_range", "dtype", "channels", "nodata"):
+        assert stored[key] == known[key], key
+    assert "patch_embed" not in "".join(out)  # the first layer fits
+    weights = str(run / "model.safetensors")
+    assert main(["evaluate", name, "--checkpoint", weights, *where, "--data.num-workers", "0"]) == 0
+    summary = json.loads((run / "summary.json").read_text())["metrics"]
+    evaluated = json.loads((run / "evaluation/evaluation.json").read_text())
+    assert evaluated["images"] == 3
+    compared = [name for name in evaluated if f"val_{name}" in summary]
+    assert compared
+    for name in compared:
+        assert evaluated[name] == pytest.approx(summary[f"val_{name}"], abs=1e-6)
+    images = bands / folder / ("images/val" if folder == "masks" else "val")
+    assert main(["predict", weights, str(images), "--out", str(tmp_path / "out")]) == 0
+    with (tmp_path / "out/predictions.csv").open() as file:
+        assert recipe == "detector_nano" or len({row["image"] for row in csv.DictReader(file)}) == 3
+    capsys.readouterr()
+    Image.new("RGB", (48, 40)).save(tmp_path / "photo.png")
+    assert main(["predict", weights, str(tmp_path / "photo.png"), "--out", str(tmp_path / "no")]) == 2
+    assert "takes 5 channels of uint16, and " in capsys.readouterr().err
+
+
+def test_another_number_of_channels_is_adapted(bands, pretrained, tmp_path, capsys):
+    """Fine-tuning on three of the bands: the first layer as timm adapts it, new statistics."""
+    for split in ("train", "val"):
+        for number in range(3):
+            write(tmp_path / f"images/{split}/{number}.tif", draw(number)[0][:3])
+            (tmp_path / f"annotations/{split}").mkdir(parents=True, exist_ok=True)
+            Image.fromarray(draw(number)[1].astype(np.uint8)).save(tmp_path / f"annotations/{split}/{number}.png")
+    start = ["--model.checkpoint", str(pretrained / "model.safetensors"), "--output-dir", str(tmp_path)]
+    assert main(["train", "segmenter_nano", "--data.root", str(tmp_path), *start, "--data.img-size", "32", *SHORT]) == 0
+    stored = read_preprocessing(tmp_path / "segmenter_nano/default")
+    assert (stored["channels"], len(stored["mean"])) == (3, 3)
+
+
+def test_a_file_of_another_type_ends_a_run(bands, tmp_path, capsys):
+    for number in range(5):
+        write(tmp_path / f"images/{number}.tif", draw(number)[0])
+    write(tmp_path / "images/5.tif", draw(5)[0][:4])
+    options = ["--data.root", str(tmp_path / "images"), "--output-dir", str(tmp_path), *SMALL]
+    for more in ([], ["--data.dtype", "uint16", "--model.in-chans", "5", "--data.value-range", "0", "9000"]):
+        given = [*more, *(("--data.mean", "0.3", "--data.std", "0.2") if more else ())]
+        assert main(["train", "itpn-pixel_nano", *options, *given]) == 2
+        err = capsys.readouterr().err
+        assert "0.tif has 5 channels of uint16" in err
+        assert "5.tif has 4 channels of uint16" in err
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--model.in-chans", "3"], "--model.in-chans is 3, and .* has 5 channels of uint16: leave it out"),
+        (["--data.dtype", "int16"], "--data.dtype is int16, and .* has 5 channels of uint16"),
+        (["--data.dtype", "photo"], "--data.dtype is photo, and .* has 5 channels of uint16"),
+        (["--data.mean", "0.1", "0.2"], r"--data.mean needs one number or one per channel \(5\), not 2"),
+        (["--data.value-range", "1", "2", "3", "4"], "a pair for each of 5 channels, not 4 values"),
+        (["--data.color-jitter", "0.4"], "--data.color-jitter is for RGB photographs, not for images of 5 channels"),
+        (["--data.window-size", "32", "--data.window-overlap", "32"], "--data.window-overlap must be below"),
+    ],
+)
+def test_settings_that_images_do_not_fit(bands, tmp_path, capsys, options, expected):
+    common = ["--data.root", str(bands / "plain"), "--output-dir", str(tmp_path), *SMALL]
+    assert main(["train", "itpn-pixel_nano", *common, *options]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert re.search(expected, err), err
+
+
+def test_windows_are_trained_on(bands, tmp_path, capsys):
+    write(tmp_path / "images/scene.tif", np.concatenate([np.concatenate([draw(n)[0]] * 4, 2) for n in range(5)], 1))
+    options = ["--data.root", str(tmp_path / "images"), "--output-dir", str(tmp_path), *SMALL]
+    assert main(["train", "itpn-pixel_nano", *options, "--data.max-pixels", "20000"]) == 2
+    assert "192x200 pixels, more than the 20000 allowed" in capsys.readouterr().err
+    windows = ["--data.window-size", "48", "--data.window-overlap", "8", "--data.max-pixels", "20000"]
+    assert main(["train", "itpn-pixel_nano", *options, *windows]) == 0
+    assert "25 windows of 1 images" in capsys.readouterr().out
+
+
+def test_patches_without_data_are_no_targets(tmp_path, capsys):
+    """A run whose images have data in one corner only, and none at all in two: a finite loss that falls."""
+    for number in range(6):
+        pixels = draw(number, "float32")[0]
+        pixels[:, 24:] = np.nan
+        pixels[:, :, 24:] = np.nan
+        if number < 2:
+            pixels[:] = np.nan
+        write(tmp_path / f"images/{number}.tif", pixels)
+    options = ["--data.root", str(tmp_path / "images"), "--output-dir", str(tmp_path), *SMALL]
+    assert main(["train", "itpn-pixel_nano", *options, "--trainer.log-every-n-steps", "1"]) == 0
+    assert "of the pixels without data" in capsys.readouterr().out
+    with (tmp_path / "itpn-pixel_nano/default/metrics.csv").open() as file:
+        losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+    assert losses
+    assert all(np.isfinite(losses))
+
+
+def test_percentiles_of_each_image(bands, tmp_path):
+    options = ["--data.root", str(bands / "plain"), "--output-dir", str(tmp_path), *SMALL]
+    assert main(["train", "itpn-pixel_nano", *options, "--data.value-range-per-image"]) == 0
+    run = tmp_path / "itpn-pixel_nano/default"
+    stored = read_preprocessing(run)
+    assert (stored["value_range_per_image"], stored["value_range"]) == (True, ["0.1%", "99.9%"])
+    assert main(["predict", str(run / "model.safetensors"), str(bands / "plain"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_features_are_those_of_the_normalized_image(bands, pretrained, tmp_path):
+    from safetensors.torch import load_file
+
+    import itpn
+    from itpn.data.augment import center_crop
+    from itpn.tasks.features import mean_features
+
+    weights = pretrained / "model.safetensors"
+    out = tmp_path / "features.safetensors"
+    assert main(["predict", str(weights), str(bands / "plain"), "--features", str(out)]) == 0
+    stored = read_preprocessing(pretrained)
+    pixels = center_crop(itpn.read_image(bands / "plain/0.tif"), (32, 32)).float()
+    low, high = (
+        torch.tensor([float(v) for v in stored["value_range"][start::2]]).reshape(-1, 1, 1) for start in (0, 1)
+    )
+    mean, std = (torch.tensor(stored[name]).reshape(-1, 1, 1) for name in ("mean", "std"))
+    x = ((pixels - low) / (high - low)).clamp(0, 1).sub(mean) / std
+    expected = mean_features(itpn.load(weights), x[None])["features"]
+    assert torch.allclose(load_file(out)["features"][0], expected[0], atol=1e-5)
