@@ -112,7 +112,7 @@ def test_what_is_given_stays(cells):
     assert (config.data.mean, config.data.std) == IMAGENET
     assert resolve_for(cells, norm_pix_floor=0.3)[0].model.norm_pix_floor == 0.3
     config, notes = resolve_for(cells, norm_pix_loss=False)
-    assert (config.model.norm_pix_per, config.data.mean, notes) == ("patch", IMAGENET[0], ())
+    assert (config.model.norm_pix_per, config.data.mean, [*notes]) == ("patch", IMAGENET[0], [])
     config = read_recipe("itpn-pixel_nano")[1]
     config.data.root, config.data.mean, config.data.std = (str(cells),), (0.5,), (0.25,)
     config, (note,) = resolve(config, None, find_data(config))

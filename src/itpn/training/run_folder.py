@@ -112,10 +112,9 @@ class RunFolder:
             UserError: the run is of another task.
         """
         self.newest_checkpoint(main=False)
-        earlier = self._read_settings()
-        if earlier is None:
+        if self._earlier is None:
             return config
-        before, sections = _settings_of(earlier, config, self.path), {}
+        before, sections = _settings_of(self._earlier, config, self.path), {}
         for section, keys in config.from_images.items():
             own, known = getattr(config, section), getattr(before, section)
             found = {name: getattr(known, name) for name in keys if getattr(own, name, 0) in OPEN}

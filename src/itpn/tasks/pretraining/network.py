@@ -34,8 +34,8 @@ LEVELS = ("_1", "_2", "_3")  # ends of the names of losses on single pyramid lev
 def resolve(
     config: PretrainingConfig, checkpoint: Checkpoint | None, data: PretrainingData
 ) -> tuple[PretrainingConfig, Sequence[str]]:
-    """What the settings leave open is filled in: what the images are, how their pixels are normalized and predicted, the
-    width of the teacher's features, for when the teacher is not there."""
+    """What the settings leave open is filled in: what the images are, how their pixels are normalized and
+    predicted, and the width of the teacher's features, for when the teacher is not there."""
     width, notes = config.teacher.width, list[str]()
     if data.teacher is not None:
         width = data.teacher.width
