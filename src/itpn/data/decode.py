@@ -17,7 +17,6 @@ from torchvision.io import ImageReadMode, decode_jpeg
 from itpn.data.headers import MAX_SCANS, count_scans, has_pages
 from itpn.data.orientation import ORIENTATION, SWAPPED, read_orientation, turn_image, turn_tensor
 from itpn.data.quiet import quiet
-from itpn.data.values import check_high_bytes, scale_values
 from itpn.errors import LOST
 
 # Tried in this order. A closed list, because some of Pillow's other formats run programs (EPS).
@@ -26,6 +25,10 @@ ADDED = ("HEIF",)  # where a plugin of Pillow's has registered it
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less than most bombs
 PAGES = "it has several pages, of which the first is read; save each as a file to use them all"
+
+
+BITS = 258  # the tag of TIFF
+PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
 
 
 class UnreadableImage(Exception):
@@ -106,7 +109,7 @@ class EncodedImage:
         data: the file's content.
         height, width: in pixels, with the orientation applied.
         format: as Pillow names it.
-        warnings: after decoding, kind ("values", "pages") -> message.
+        warnings: after decoding, kind ("pages") -> message.
 
     Raises:
         UnreadableImage: see :func:`open_image`.
@@ -119,8 +122,11 @@ class EncodedImage:
         self._opened = open_image(io.BytesIO(data), max_pixels)
         self._image, self._orientation, self.height, self.width = self._opened
         self.format = self._image.format
+        self._tags: Any = getattr(self._image, "tag_v2", {})
         self.warnings: dict[str, str] = {}
         self._is_jpeg = self.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
+        if self._image.mode[0] in "IF" or is_deep_png(data) or max(self._tags.get(BITS) or (8,)) > 8:
+            raise UnreadableImage("more than 8 bits a channel: no photograph")
         if "progressive" in self._image.info and count_scans(data) > MAX_SCANS:
             raise UnreadableImage(f"a JPEG of more than {MAX_SCANS} scans, each of which takes the time of an image")
 
@@ -141,9 +147,7 @@ class EncodedImage:
                 encoded = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)  # a copy: bytes are read-only
                 pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=False)
                 return turn_tensor(pixels, self._orientation)
-            image, warning = _to_rgb(self._opened, self.data)
-            if warning is not None:
-                self.warnings["values"] = warning
+            image = _to_rgb(self._opened, self.data)
             if self.format == "TIFF" and has_pages(self.data):
                 self.warnings["pages"] = PAGES
             return _to_tensor(image)
@@ -206,19 +210,23 @@ def _find_codec(process: int) -> tuple[Any, Any]:
         return None, None
 
 
+def is_deep_png(data: bytes) -> bool:
+    """Whether the first bytes of a file are those of a PNG of 16 bits."""
+    return data.startswith(b"\x89PNG") and data[PNG_DEPTH : PNG_DEPTH + 1] == b"\x10"
+
+
 def decode_image(data: bytes, max_pixels: int | None = MAX_PIXELS) -> Tensor:
     """Decode an image file as a viewer shows it.
 
-    The orientation is applied; CMYK and palettes become RGB; more than 8 bits are scaled to 8 (see
-    `itpn.data.values.scale_values`); transparent pixels are composited over white; of an animation the first frame is
-    taken.
+    The orientation is applied; CMYK and palettes become RGB; transparent pixels are composited over white; of an
+    animation the first frame is taken.
 
     Returns:
         uint8 [3, height, width], RGB; possibly channels last in memory.
 
     Raises:
-        UnreadableImage: not an image, corrupt, truncated, or of more than ``max_pixels``; the size is checked in the
-            header, before memory is allocated.
+        UnreadableImage: not an image, corrupt, truncated, of more than 8 bits a channel, or of more than
+            ``max_pixels``; the size is checked in the header, before memory is allocated.
     """
     return EncodedImage(data, max_pixels).decode()
 
@@ -244,15 +252,11 @@ def reading() -> Iterator[None]:
             raise UnreadableImage(reason_of(error)) from None
 
 
-def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
-    """RGB the way a person sees it, and a warning about its values or None."""
-    image, stored, warning = load_image(opened), opened.image, None
+def _to_rgb(opened: OpenedImage, data: bytes) -> Image.Image:
+    """RGB the way a person sees it."""
+    image, stored = load_image(opened), opened.image
     tags: Any = getattr(stored, "tag_v2", {})
     transparent = _read_transparent(stored, data)
-    if image.mode[0] in "IF":
-        image, warning = scale_values(image, tags, transparent)
-    elif (stored.format == "PNG" and data[24] == 16) or max(tags.get(258) or (8,)) == 16:
-        warning = check_high_bytes(image, tags)
     if image.mode == "CMYK" and stored.format == "JPEG" and "adobe" not in stored.info:
         image = ImageChops.invert(image)  # Pillow assumes Adobe's, which is stored inverted
     elif image.has_transparency_data and not (tags and 338 not in tags):  # a fourth band need not be alpha
@@ -261,21 +265,19 @@ def _to_rgb(opened: OpenedImage, data: bytes) -> tuple[Image.Image, str | None]:
             image.info["transparency"] = transparent
         image = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB"), warning
+    return image.convert("RGB")
 
 
 def _read_transparent(stored: Image.Image, data: bytes) -> Any:
     """The value or colour that a PNG declares transparent, in the depth of Pillow's pixels; None if there is none.
 
-    Pillow returns it in the file's depth, but scales pixels of 2 and 4 bits to 8, and keeps the upper 8 of 16 bits.
+    Pillow returns it in the file's depth, but scales pixels of 2 and 4 bits to 8.
     """
     value = stored.info.get("transparency")
-    if stored.format != "PNG" or not isinstance(value, int | tuple) or stored.mode not in ("L", "RGB", "I", "I;16"):
+    if stored.format != "PNG" or not isinstance(value, int | tuple) or stored.mode not in ("L", "RGB"):
         return None
-    bits = data[24]
-    if isinstance(value, tuple):
-        return tuple(one >> 8 for one in value) if bits == 16 else value
-    return value * 255 // (2**bits - 1) if bits < 8 else value
+    bits = data[PNG_DEPTH]
+    return value * 255 // (2**bits - 1) if isinstance(value, int) and bits < 8 else value
 
 
 def _to_tensor(image: Image.Image) -> Tensor:

@@ -19,11 +19,13 @@ from torch import Tensor
 
 from itpn.data.bands import BandsOf
 from itpn.data.decode import (
+    BITS,
     MAX_PIXELS,
     PAGES,
     TIFF_HEADERS,
     EncodedImage,
     UnreadableImage,
+    is_deep_png,
     open_image,
     reading,
     reason_of,
@@ -41,9 +43,8 @@ LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can b
 REMEDY = "convert it, as by gdal_translate -of COG or vips tiffsave --tile"
 HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
 HEAD = 32  # bytes that tell most formats
-PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
 # tags of TIFF
-BITS, PHOTOMETRIC, DESCRIPTION, SAMPLES, EXTRA_SAMPLES, SAMPLE_FORMAT = 258, 262, 270, 277, 338, 339
+PHOTOMETRIC, DESCRIPTION, SAMPLES, EXTRA_SAMPLES, SAMPLE_FORMAT = 262, 270, 277, 338, 339
 ALPHA = (1, 2)  # kinds of extra samples
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # photometric interpretation of a TIFF -> channels of colour
 STACKS = ("<?xml", "<OME", "ImageJ=")  # in a description: which pages are channels is said there
@@ -312,7 +313,7 @@ def _open_stored(source: bytes | Path, settings: Reading) -> StoredImage:
 def is_photo_head(head: bytes) -> bool:
     """Whether the first bytes of a file are those of a photograph; of TIFF and others they do not tell."""
     if head.startswith(b"\x89PNG"):
-        return head[PNG_DEPTH : PNG_DEPTH + 1] != b"\x10"  # 16 bits
+        return not is_deep_png(head)
     if head[4:8] == b"ftyp":
         find_heif_reader(head)
         return True
