@@ -166,9 +166,7 @@ def test_what_images_are_is_in_reports_and_in_folders_for_the_hub(tmp_path, pair
         "size": [32, 32],
     }
     images = torch.randn(1, 5, 32, 32)
-    plain = timm.create_model(
-        f"local-dir:{tmp_path / 'c'}", pretrained=True
-    ).eval()
+    plain = timm.create_model(f"local-dir:{tmp_path / 'c'}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(plain(images), own(images))
     with pytest.warns(UserWarning, match="has 5 channels: its first layer was adapted to 3"):
