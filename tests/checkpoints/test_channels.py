@@ -1,11 +1,13 @@
 """A checkpoint's first layer and prediction of pixels for images of other channels."""
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 from timm.models._manipulate import adapt_input_conv
 
 import itpn
+from itpn.checkpoints.files import read_checkpoint
 from itpn.commands.parsing import parse_with_recipe
 from itpn.commands.train import Train
 from itpn.errors import UserError
@@ -129,9 +131,48 @@ def test_fine_tuning_maps_channels(weights):
     config = ClassificationConfig()
     config.model.checkpoint, config.model.in_chans, config.model.channel_map = str(weights), 4, (2, 1, 0, "-")
     config.data.img_size = 32
-    checkpoint = itpn.checkpoints.files.read_checkpoint(weights)
+    checkpoint = read_checkpoint(weights)
     network, notes = build_classifier(resolve(config, checkpoint)[0], ("cat", "dog"), checkpoint)
     stem = load_file(weights)[STEM]
     assert torch.equal(network.patch_embed.proj.weight[:, :3], stem[:, [2, 1, 0]])
     assert not network.patch_embed.proj.weight[:, 3].any()
     assert notes[-1] == f"{weights} has 3 channels: its first layer was mapped to 2 1 0 -"
+
+
+@pytest.mark.parametrize("pairs", [("0", "4000"), ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")])
+def test_what_images_are_is_in_reports_and_in_folders_for_the_hub(tmp_path, pairs):
+    model = PretrainingModelConfig(name="itpn_nano", in_chans=5, **OPTIONS)
+    data = PretrainingDataConfig(img_size=32, dtype="uint16", value_range=pairs, mean=(0.5,), std=(0.1,), nodata=7.0)
+    save_weights(
+        tmp_path / "a.safetensors",
+        build_masked_model(model, (32, 32)),
+        "test",
+        PretrainingConfig(model=model, data=data),
+    )
+    values = "values from 0 to 4000" if len(pairs) == 2 else "a range of values for each channel"
+    shown = f"5 channels of uint16, {values}, 7.0 without data"
+    assert itpn.inspect(tmp_path / "a.safetensors").summary["images"] == shown
+    own = itpn.load(tmp_path / "a.safetensors", task="backbone")
+    itpn.save_pretrained(own, tmp_path / "b")
+    itpn.save_pretrained(itpn.load(tmp_path / "b"), tmp_path / "c")
+    stored = read_checkpoint(tmp_path / "c").preprocessing
+    assert stored == {
+        "dtype": "uint16",
+        "channels": 5,
+        "value_range": list(pairs),
+        "nodata": 7.0,
+        "mean": [0.5] * 5,
+        "std": [0.1] * 5,
+        "size": [32, 32],
+    }
+    images = torch.randn(1, 5, 32, 32)
+    plain = timm.create_model(f"local-dir:{tmp_path / 'c'}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(plain(images), own(images))
+    with pytest.warns(UserWarning, match="has 5 channels: its first layer was adapted to 3"):
+        itpn.save_pretrained(itpn.load(tmp_path / "b", in_chans=3), tmp_path / "d")  # of other images than those
+    assert "dtype" not in read_checkpoint(tmp_path / "d").preprocessing
+
+
+def test_photographs_are_not_named(weights):
+    assert "images" not in itpn.inspect(weights).summary

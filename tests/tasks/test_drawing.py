@@ -1,5 +1,7 @@
 """Drawings of objects, and images beside one another."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from itpn.tasks.drawing import (
     draw_objects,
     make_display,
     name_colour,
+    stored_display,
     tile_images,
     to_display,
 )
@@ -131,6 +134,16 @@ def test_no_data_is_black_and_stretches_nothing(channels):
     assert difference.abs().max() <= 3
     nothing = torch.full((3, 8, 8), float("nan"))
     assert not to_display(nothing, channels).any()
+
+
+@pytest.mark.parametrize(
+    ("stored", "channels"),
+    [(None, None), ([3, 2, 1], [3, 2, 1]), ("321", None), ([1, 2], None), (5, None), (["a"], None)],
+)
+def test_channels_of_a_checkpoint(stored, channels):
+    """What cannot be is not shown."""
+    checkpoint = SimpleNamespace(settings={"data": {"show_channels": stored}}, preprocessing={"nodata": 5.0})
+    assert stored_display(checkpoint) == Display(channels, 5.0)
 
 
 def test_what_is_beside_images_is_stretched_as_they_are():

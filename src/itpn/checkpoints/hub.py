@@ -16,6 +16,7 @@ import torch
 from timm.models import save_for_hf
 from torch import nn
 
+from itpn.checkpoints.adapters.timm import PIXELS
 from itpn.checkpoints.io import describe_error
 from itpn.checkpoints.paths import HUB
 from itpn.errors import UserError
@@ -81,7 +82,7 @@ def save_pretrained(
     arguments |= _read_arguments(model)
     written = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # safetensors takes nothing else
     written.pretrained_cfg = {
-        **model.pretrained_cfg,
+        **{name: value for name, value in model.pretrained_cfg.items() if name != PIXELS},
         "input_size": (model.in_chans, *arguments["img_size"]),
         # timm before it recorded channels takes all weights for those of three, and would draw the first layer anew
         "first_conv": model.pretrained_cfg["first_conv"] if model.in_chans == 3 else None,
@@ -90,10 +91,11 @@ def save_pretrained(
         **(preprocessing or {}),
     }
     _check_rebuilding(written, arguments)
+    pixels = model.pretrained_cfg.get(PIXELS)
     save_for_hf(
         written,
         str(folder),
-        model_config={"label_names": names},
+        model_config={"label_names": names, **({PIXELS: pixels} if pixels else {})},
         model_args=arguments,
         safe_serialization=True,
     )

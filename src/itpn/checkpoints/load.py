@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from itpn.checkpoints.adapters.ours import name_levels
+from itpn.checkpoints.adapters.timm import PIXELS, STORED
 from itpn.checkpoints.contents import HEADLESS, all_names
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import describe_nonfinite
@@ -209,6 +210,8 @@ def describe_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     for name in ("mean", "std"):  # one number for all channels
         if name in cfg:
             cfg[name] = tuple(cfg[name]) * (model.in_chans if len(cfg[name]) == 1 else 1)
+    if own.get("channels") == model.in_chans:  # of images that are no photographs
+        cfg[PIXELS] = {name: own[name] for name in STORED if name in own}
     names = checkpoint.metadata.get("classes")
     cfg |= {"label_names": names} if names and len(names) == model.num_classes else {}
     shape = {"input_size": find_backbone(model).image_shape, "num_classes": model.num_classes}

@@ -11,6 +11,7 @@ from itpn.checkpoints.contents import HEADLESS, Contents, all_names
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
 from itpn.checkpoints.io import describe_nonfinite
 from itpn.checkpoints.match import Finding, judge_others, match
+from itpn.data.image_type import PHOTO
 from itpn.models.build import build
 from itpn.models.heads import heads
 from itpn.models.spec import Options
@@ -74,6 +75,19 @@ class Report:
     classes: tuple[str, ...] = ()
     preprocessing: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def images(self) -> str:
+        """Channels, depth and value range of the images that it is of; empty for photographs."""
+        own = self.preprocessing
+        if own.get("dtype", PHOTO) == PHOTO:
+            return ""
+        lows_and_highs = own.get("value_range")
+        values = [str(value) for value in lows_and_highs] if isinstance(lows_and_highs, list | tuple) else []
+        shown = f"{_count(own.get('channels', 0), 'channel')} of {own['dtype']}"
+        shown += f", values from {' to '.join(values)}" if len(values) == 2 else ", a range of values for each channel"
+        nodata = own.get("nodata")
+        return shown if nodata is None else f"{shown}, {nodata} without data"
+
     def use(self, task: str) -> Use:
         return next(use for use in self.uses if use.task == task)
 
@@ -101,6 +115,8 @@ class Report:
             ),
             "options": ", ".join(_describe_backbone(backbone)) or "plain",
         }
+        if self.images:
+            rows["images"] = self.images
         if pyramid:
             rows["pyramid"] = f"{pyramid['width']} channels, {_count(pyramid['depth'], 'block')} a level"
         for name, options in self.contents.heads.items():

@@ -151,7 +151,8 @@ def make_display(config: Any) -> Display:
 def stored_display(checkpoint: Checkpoint) -> Display:
     """As in the run that a checkpoint is of."""
     channels = (checkpoint.settings.get("data") or {}).get("show_channels")
-    return Display(channels, checkpoint.preprocessing.get("nodata"))
+    known = isinstance(channels, list) and len(channels) in (1, 3) and {*map(type, channels)} == {int}
+    return Display(channels if known else None, checkpoint.preprocessing.get("nodata"))
 
 
 def is_photo(images: Tensor) -> bool:

@@ -11,6 +11,9 @@ from itpn.errors import UserError
 from itpn.models.position import Grid
 from itpn.system.text import read_text
 
+PIXELS = "pixels"  # our section of config.json, of which timm knows nothing
+STORED = ("dtype", "channels", "value_range", "value_range_per_image", "nodata")  # of images that are no photographs
+
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """What a config.json says: the arguments that shapes of tensors do not tell, preprocessing, classes.
@@ -25,6 +28,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
         config = json.loads(read_text(path))
         own = config["pretrained_cfg"]
         preprocessing = {"mean": own["mean"], "std": own["std"], "size": own["input_size"][1:]}
+        preprocessing |= {name: value for name, value in config.get(PIXELS, {}).items() if name in STORED}
         arguments = config.get("model_args", {})
     except (UserError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
