@@ -195,3 +195,20 @@ def test_maps_of_another_shape_are_refused(images, valid):
 def test_a_floor_needs_normalized_pixels():
     with pytest.raises(UserError, match=r"--model\.norm-pix-floor has no effect with"):
         build(norm_pix_loss=False, norm_pix_floor=0.1)
+
+
+def test_one_graph_for_all_maps(images):
+    """Without a value that the host waits for."""
+    model, graphs = build(norm_pix_per="channel", norm_pix_floor=0.1), []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiled = torch.compile(model, backend=count, fullgraph=True)
+    for seed in range(2):
+        torch.manual_seed(seed)
+        valid = torch.rand(3, 1, 32, 48) > 0.3
+        output = compiled(images, valid=valid)
+        torch.testing.assert_close(output.loss, model(images, output.mask, valid=valid).loss)
+    assert len(graphs) == 1
