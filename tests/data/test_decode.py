@@ -23,6 +23,8 @@ from torchvision.transforms.v2.functional import resize
 
 from itpn.data import decode
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_image, open_image
+from itpn.data.image_type import ImageType
+from itpn.data.samples import open_sample, type_of
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 
