@@ -96,7 +96,7 @@ def note_lost(train: DetectionImages, config: DetectionConfig, masks: bool) -> l
     total = sum(not known["iscrowd"] for index in range(len(train)) for known in train.objects_of(index))
     words = (
         f"{lost:,} of {total:,} objects in {config.data.root} are under 1 pixel at --data.img-size "
-        f"{config.data.img_size}, and are not learned: raise it, or cut the images into tiles"
+        f"{config.data.img_size}, and are not learned: raise it, or cut the images by a smaller --data.window-size"
     )
     if lost == total:
         raise UserError(words)
