@@ -12,7 +12,7 @@ import pytest
 import itpn
 from itpn.cli import main
 from itpn.commands.parsing import read_fields
-from itpn.data.files import ImageSource
+from itpn.data.files import find_images
 from itpn.errors import UserError
 from itpn.tasks.configs import (
     ClassificationConfig,
@@ -228,7 +228,7 @@ def numbers_of(settings, section=""):
             if kind.__name__ in alone.replace("<class ", ""):
                 yield section, field.name, kind, lambda value: value
             if kind.__name__ in hint and kind.__name__ not in alone:
-                length = len(own) if isinstance(own, tuple) else 2
+                length = len(own) if isinstance(own, tuple) else 2 if "..." in hint else hint.count(kind.__name__)
                 yield section, field.name, kind, lambda value, length=length: (value,) * length
 
 
@@ -321,7 +321,7 @@ def test_settings_are_frozen_once_they_are_resolved(settings, tmp_path, monkeypa
     else:
         config.teacher.name, config.model.feature_weight = "vit_tiny_patch16_224", 1.0
         monkeypatch.setattr(caching, "make_frozen_teacher", stop)
-        source = ImageSource(config.data.root)
+        source = find_images(config.data.root)
         command = partial(caching.cache_features, config, source, tmp_path / "cache", 1, False)
     with pytest.raises(UserError, match="seen"):
         command()

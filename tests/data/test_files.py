@@ -1,5 +1,6 @@
 """What counts as data in a tree of files, and in which order."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -183,6 +184,20 @@ def test_only_names_that_tell_nothing_are_looked_into(tmp_path: Path, monkeypatc
     monkeypatch.setattr("itpn.data.file_types._read_start", lambda *args: reads.append(args) or b"")
     find_images([tmp_path])
     assert reads == [(str(tmp_path / "d"), 132), (str(tmp_path / "e.7"), 132)]
+
+
+def test_a_lost_disk_is_no_folder_without_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path, "IM0001", "a.jpg")
+
+    def refuse(path: str, *_: object, **__: object) -> None:
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr("builtins.open", refuse)
+    number = errno.EIO
+    with pytest.raises(MachineError, match=r"IM0001 cannot be read: Input/output error; look whether"):
+        find_images([tmp_path])
+    number = errno.EACCES
+    assert find_images([tmp_path]).notes == ("not read: 1 without a suffix",)
 
 
 def test_envi_is_recognized_by_its_header(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ import tifffile
 from faster_coco_eval.core import mask as rle
 from PIL import Image
 
+from itpn.cli import main
 from itpn.data.annotations import find_objects, read_objects
-from itpn.data.instances import find_objects as find_in_labels
+from itpn.data.instances import trace_objects
 from itpn.errors import UserError
 
 HEIGHT, WIDTH = 40, 50
@@ -83,7 +84,7 @@ def test_objects_of_every_kind_of_file(tmp_path, kind):
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (9, 1), (37, 53)])
 def test_random_labels(shape):
     labels = np.random.default_rng(0).integers(0, 4, shape, dtype=np.uint16) * 1000
-    found = find_in_labels(labels, "a.png")
+    found = trace_objects(labels, "a.png")
     assert found.labels == [n for n in np.unique(labels).tolist() if n]
     for label, one in zip(found.labels, found.annotations, strict=True):
         encoded = rle.encode(np.asfortranarray(labels == label, dtype=np.uint8))
@@ -237,3 +238,23 @@ def test_real_label_images():
         assert all(np.array_equal(mask, labels == n) for n, mask in zip(numbers, masks, strict=True))
     assert len(logged) == 1
     assert logged[0].startswith("images without a mask: 12 (")
+
+
+@pytest.mark.parametrize(
+    ("save", "code", "line"),
+    [
+        (save_rgb, 2, "3 channels, labels have one: save one integer for each object, not its colour)"),
+        (lambda path, labels: Image.fromarray(labels.astype("u1")).save(path), 0, "2 images (1 classes"),
+    ],
+    ids=["colours", "labels"],
+)
+def test_a_run(tmp_path, capsys, save, code, line):
+    write(tmp_path / "a", None, None)
+    for number in range(2):
+        save(tmp_path / "a" / "masks" / f"{number}.png", GOOD)
+    command = ["train", "detector_nano", "--model.scratch", "--model.name", "itpn_nano", "--data.batch-size", "2"]
+    command += ["--data.num-workers", "0", "--trainer.max-steps", "1", "--output-dir", str(tmp_path / "runs")]
+    assert main([*command, "--data.root", str(tmp_path / "a")]) == code
+    printed = capsys.readouterr()
+    assert line in " ".join((printed.out + printed.err).split())
+    assert "Traceback" not in printed.err

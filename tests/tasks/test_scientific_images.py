@@ -153,9 +153,10 @@ def test_fine_tuning(bands, pretrained, tmp_path, capsys, recipe):
     summary = json.loads((run / "summary.json").read_text())["metrics"]
     evaluated = json.loads((run / "evaluation/evaluation.json").read_text())
     assert evaluated["images"] == 3
-    for metric, value in summary.items():
-        if (short := metric.removeprefix("val_")) in evaluated and value is not None:
-            assert evaluated[short] == pytest.approx(value, abs=1e-6)
+    compared = [name for name in evaluated if f"val_{name}" in summary]
+    assert compared
+    for name in compared:
+        assert evaluated[name] == pytest.approx(summary[f"val_{name}"], abs=1e-6)
     images = bands / folder / ("images/val" if folder == "masks" else "val")
     assert main(["predict", weights, str(images), "--out", str(tmp_path / "out")]) == 0
     with (tmp_path / "out/predictions.csv").open() as file:

@@ -20,6 +20,7 @@ from filelock import FileLock
 from PIL import Image
 from safetensors import safe_open
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 import itpn
 from itpn.data.loader import TrainingLoader
@@ -65,7 +66,13 @@ def test_every_file_is_there(finished):
     expected = {"config.yaml", "metrics.csv", "model.safetensors", "summary.json", "checkpoints/last.ckpt"}
     assert expected | visualizations | {"checkpoints/best.ckpt"} <= names
     assert any("tfevents" in name for name in names)
-    assert read_settings(run / "config.yaml") == ("small", config)
+    found = {"dtype": "photo", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD}  # of the images
+    resolved = replace(
+        config,
+        model=replace(config.model, in_chans=3, norm_pix_floor=0.0),
+        data=replace(config.data, **found),
+    )
+    assert read_settings(run / "config.yaml") == ("small", resolved)
 
 
 def test_summary(finished):

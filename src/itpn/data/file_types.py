@@ -4,6 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 
+from itpn.errors import LOST, MachineError, remedy
 from itpn.system.text import readable
 
 JPEG_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".pjpeg", ".pjp")
@@ -91,11 +92,17 @@ def find_envi_header(path: str) -> str | None:
 
 
 def _read_start(path: str, size: int) -> bytes:
-    """The first bytes of a file; none of one that cannot be read, which is none of ours then."""
+    """The first bytes of a file; none of one that may not be read, which does not count as an image then.
+
+    Raises:
+        MachineError: the file system fails.
+    """
     try:
         with open(path, "rb", buffering=0) as file:
             return file.read(size)
-    except (OSError, ValueError):
+    except OSError as error:
+        if error.errno in LOST:
+            raise MachineError(f"{path} cannot be read: {error.strerror}; {remedy(error)}") from None
         return b""
 
 

@@ -64,7 +64,7 @@ def read_instances(
     labels, parts = set[int](), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         sizes = list(measure_images(masks, invalid, max_pixels))
-        jobs = [(image, size, pool.submit(read_objects, masks[str(image)], size)) for image, size in sizes]
+        jobs = [(image, size, pool.submit(scan_labels, masks[str(image)], size)) for image, size in sizes]
         for image, size, job in jobs:
             found = _take(job, str(image), masks[str(image)], size, invalid)
             if found is None:
@@ -107,7 +107,7 @@ def _take(job: Future[Objects], image: str, mask: str, size: Size, invalid: Inva
     return None
 
 
-def read_objects(path: str, size: Size) -> Objects:
+def scan_labels(path: str, size: Size) -> Objects:
     """The objects of a label image.
 
     Raises:
@@ -121,7 +121,7 @@ def read_objects(path: str, size: Size) -> Objects:
         labels = image.read()[0]
     if labels.min(initial=0) < 0:
         raise UnreadableImage(f"label {labels.min()}: labels count from 1, and 0 is the background")
-    return find_objects(labels, path)
+    return trace_objects(labels, path)
 
 
 def open_labels(path: str) -> ImageFile:
@@ -145,7 +145,7 @@ def open_labels(path: str) -> ImageFile:
     return image
 
 
-def find_objects(labels: np.ndarray, where: str) -> Objects:
+def trace_objects(labels: np.ndarray, where: str) -> Objects:
     """The objects of labels [H, W], 0 for the background."""
     height, width = labels.shape
     # COCO's run lengths go down the columns, and from the end of one to the top of the next

@@ -247,6 +247,17 @@ def match_classes(images: Any, names: Sequence[str] | None, count: int, what: st
     return images
 
 
+def trained_windows(trained: Mapping[str, Any], given: Collection[str]) -> dict[str, Any]:
+    """Settings of the windows that a network was trained on, where none were given: large images are cut likewise.
+
+    Args:
+        trained: the checkpoint's settings of data.
+        given: names of the settings of data that were given.
+    """
+    names = {"window_size", "window_overlap"}
+    return {} if names & {*given} else {name: trained[name] for name in names & trained.keys()}
+
+
 def real_paths(*paths: str | None) -> list[str | None]:
     """Places, however they were written, to see whether a network was trained on what it is evaluated on."""
     return [None if path is None else os.path.realpath(path) for path in paths]

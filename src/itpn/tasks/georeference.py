@@ -62,7 +62,8 @@ def find_georeference(path: Path) -> tuple[Georeference | None, str | None]:
                 crs, transform = file.crs, file.transform
         except RasterioError:  # which another library has read
             return None, None
-    known = crs is not None and not transform.is_identity and not transform.is_degenerate
+    earthly = crs is not None and (crs.is_geographic or crs.is_projected)  # others have no longitude and latitude
+    known = earthly and not transform.is_identity and not transform.is_degenerate
     return (Georeference(crs, transform) if known else None), None
 
 

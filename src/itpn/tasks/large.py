@@ -20,7 +20,7 @@ from itpn.data.decode import reading as reading_errors
 from itpn.data.files import ImageSource
 from itpn.data.formats.reading import open_file
 from itpn.data.readers import FileReader, Reader, read_head
-from itpn.data.samples import PLAIN, MixedImages, Reading, Sample, StoredImage, open_sample, type_of
+from itpn.data.samples import PLAIN, Reading, Sample, StoredImage, open_sample, type_of
 from itpn.data.shards import read_shard
 from itpn.errors import UserError
 from itpn.system.console import Output, print_note, print_warnings
@@ -28,15 +28,11 @@ from itpn.tasks.georeference import Georeference, find_georeference
 from itpn.tasks.tiling import Grid, Tile
 
 WHOLE = 2  # times the size of training's images: images up to there are not cut unless windows are given
-BAND = (
-    2**28
-)  # bytes of the rows of an image that are kept, so that strips of a file are decoded once for a row of tiles
+BAND = 2**28  # bytes of an image's rows that are kept: strips of a file are decoded once for a row of tiles
 IN_MEMORY = 2**24  # pixels of a class map that is not in a file
 OVERVIEW = 2048  # pixels: longest side of what is drawn of a large image
 SIZED = 10  # images whose sizes are looked at
 NO_DATA = 255  # label of pixels without data
-SHOWN = (1.0, 99.0)  # percentiles of values that become black and white
-SAMPLED = 10**6  # values of which the percentiles are
 
 
 # --- which images are cut
@@ -81,11 +77,19 @@ def find_tiling(size: int | None, overlap: int | None, trained: Mapping[str, Any
     stored = trained.get("window_size")
     side = size or stored or usual
     if overlap is None:
-        overlap = trained.get("window_overlap") if stored and side == stored else None
-    overlap = side // 4 if overlap is None else overlap
+        overlap = min(trained.get("window_overlap", side), side // 2) if stored and side == stored else side // 4
     if overlap > side // 2:
         raise UserError(f"--window-overlap must be at most half of the windows' side of {side} pixels, not {overlap}")
     return Tiling(side, overlap, bool(size or stored))
+
+
+def tiling_of_run(data: Any, usual: int) -> Tiling:
+    """How the images of a run, or those that a checkpoint is evaluated on, are cut, by resolved settings of data.
+
+    Args:
+        usual: as of :func:`find_tiling`.
+    """
+    return find_tiling(None, None, {"window_size": data.window_size, "window_overlap": data.window_overlap}, usual)
 
 
 def usual_side(images: Reader, settings: Reading) -> int | None:
@@ -216,8 +220,6 @@ class SourceImages:
     def _open(self, name: str, data: bytes | Path | BandsOf | UnreadableImage) -> Sample:
         try:
             return open_sample(data, self._settings, name)
-        except MixedImages:
-            raise
         except UnreadableImage as error:
             if isinstance(data, Path) and (image := open_regions(data, self._settings)) is not None:
                 return image

@@ -25,6 +25,11 @@ class Tile(NamedTuple):
         """Its rows and columns, as an index of an image."""
         return slice(self.top, self.top + self.height), slice(self.left, self.left + self.width)
 
+    def cut(self, pixels: Tensor) -> Tensor:
+        """Its part of an image [..., H, W]."""
+        rows, cols = self.slices
+        return pixels[..., rows, cols]
+
 
 @dataclass(frozen=True)
 class Grid:

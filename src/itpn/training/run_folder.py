@@ -29,6 +29,8 @@ from itpn.training.config import (
 from itpn.training.metrics_file import read_steps
 from itpn.training.run_state import CorruptCheckpoint, find_settings, read_state
 
+OPEN = (None, (), "auto")  # what a setting is that the images decide
+
 
 class RunFolder:
     """``OUTPUT_DIR/RECIPE/NAME``.
@@ -104,16 +106,19 @@ class RunFolder:
             raise
 
     def restore(self, config: AnyConfig) -> AnyConfig:
-        """Settings with those that the run has found in its images before, where they leave them open."""
-        earlier = self._read_settings()
-        if earlier is None or earlier.task != config.task:
+        """Settings of a run that has begun, with those that it has found in its images where they leave them open.
+
+        Raises:
+            UserError: the run is of another task.
+        """
+        self.newest_checkpoint(main=False)
+        if self._earlier is None:
             return config
-        sections = {}
+        before, sections = _settings_of(self._earlier, config, self.path), {}
         for section, keys in config.from_images.items():
-            own, stored = getattr(config, section), earlier.values.get(section, {})
-            found = {name: stored[name] for name in keys if getattr(own, name, 0) in (None, ()) and name in stored}
-            values = {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()}
-            sections[section] = dataclasses.replace(own, **values)
+            own, known = getattr(config, section), getattr(before, section)
+            found = {name: getattr(known, name) for name in keys if getattr(own, name, 0) in OPEN}
+            sections[section] = dataclasses.replace(own, **found)
         return dataclasses.replace(config, **sections)
 
     def check_same_run(self, config: RunConfig) -> None:
@@ -345,13 +350,18 @@ def sign(path: Path) -> tuple[int, ...]:
     return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def _check_same_run(earlier: StoredSettings, config: RunConfig, path: Path) -> None:
+def _settings_of(earlier: StoredSettings, config: RunConfig, path: Path) -> Any:
+    """What a run in this folder began with, as settings of the same task."""
     if earlier.task != config.task:
         raise UserError(f"{path} holds a run of {earlier.task}, not of {config.task}; choose another --name")
     try:
-        before, now = to_dict(from_dict(earlier.values, type(config))), to_dict(config)
+        return from_dict(earlier.values, type(config))
     except (TypeError, ValueError, AttributeError) as error:
         raise not_settings(path / "config.yaml", error) from error
+
+
+def _check_same_run(earlier: StoredSettings, config: RunConfig, path: Path) -> None:
+    before, now = to_dict(_settings_of(earlier, config, path)), to_dict(config)
     for section in [name for name in now if isinstance(now[name], dict)]:
         for key, value in now[section].items():
             unknown = before[section][key] is None and key in config.from_images.get(section, ())  # of earlier versions

@@ -12,6 +12,7 @@ TASK = TaskSpec(
     prediction_options=("min_score", "max_detections", "window_size", "window_overlap"),
     evaluation_options=(
         *("--data.root", "--data.val-root", "--data.invalid-annotations", "--data.img-size", "--data.max-size"),
+        *("--data.window-size", "--data.window-overlap"),
     ),
     resolve_evaluation=lazy(f"{__name__}.evaluation:resolve_evaluation"),
     find_evaluation_data=lazy(f"{__name__}.evaluation:find_evaluation_data"),

@@ -1,7 +1,10 @@
 """Evaluation of detectors: COCO's metrics."""
 
+import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +21,11 @@ from itpn.models.detector import DETECTIONS, Detector
 from itpn.tasks.data import print_once
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
-from itpn.tasks.detection.merging import Objects, merge_objects, to_objects
-from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes
+from itpn.tasks.detection.merging import Objects, describe_objects, merge_objects, to_objects
+from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, trained_windows
 from itpn.tasks.finetuning.network import given_heads
-from itpn.tasks.pixels import adopt_pixels, make_normalize
+from itpn.tasks.large import tiling_of_run, usual_side
+from itpn.tasks.pixels import adopt_pixels, make_normalize, make_reading
 from itpn.tasks.tiling import Grid, Tile
 
 Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images they are of
@@ -33,13 +37,19 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
     Args:
         masks: whether the network predicts masks.
         max_detections: that AP counts in an image; COCO's 100 at least.
+        usual: side of the images that the network was trained on.
     """
 
     best = "box_ap"
     files = ("evaluation.json", "classes.csv", "results.json")
 
     def __init__(
-        self, config: DetectionConfig, images: DetectionImages, masks: bool, max_detections: int = DETECTIONS
+        self,
+        config: DetectionConfig,
+        images: DetectionImages,
+        masks: bool,
+        max_detections: int = DETECTIONS,
+        usual: int | None = None,
     ) -> None:
         super().__init__(config, images, make_normalize(config), view_whole, collect)
         self.masks = masks and images.has_masks
@@ -47,20 +57,41 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
         self.names = tuple(f"{kind}_{name}" for kind in kinds for name in ("ap", "ap50", "ap75"))
         self._results: Results = []
         self.max_detections = max(DETECTIONS, max_detections)
+        self.tiling = tiling_of_run(config.data, usual or config.data.img_size)
         self.about = {"max_detections": max_detections}
 
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Part:
-        images = [image.to(self.device, non_blocking=True) for image in batch["image"]]
-        found = detect(network, self.normalize, images)
         evaluated = [int(self.images.ids[index]) for index in batch["index"].tolist()]
-        results = [to_results(one, id_, self.images.class_ids) for one, id_ in zip(found, evaluated, strict=True)]
-        return [result for own in results for result in own], evaluated
+        whole: list[tuple[int, Tensor]] = []
+        results: Results = []
+        for id_, image in zip(evaluated, batch["image"], strict=True):
+            height, width = image.shape[-2:]
+            grid = self._cut(height, width)
+            if grid is None:
+                whole.append((id_, image))
+            else:
+                read = functools.partial(Tile.cut, pixels=image)
+                objects = detect_tiles(network, self.normalize, read, grid, grid)
+                results += describe_objects(objects, height, width, id_, self.images.class_ids)
+        images = [image.to(self.device, non_blocking=True) for _, image in whole]
+        found = detect(network, self.normalize, images) if images else []
+        for (id_, _), own in zip(whole, found, strict=True):
+            results += to_results(own, id_, self.images.class_ids)
+        return results, evaluated
+
+    def _cut(self, height: int, width: int) -> Grid | None:
+        """The tiles of an image of a size; None for one that is evaluated as a whole."""
+        return self.tiling.grid(int(height), int(width), self.normalize.images.is_photo)
 
     def score(self, parts: Sequence[Part]) -> DetectionScores:
         results = sorted((one for own, _ in parts for one in own), key=lambda one: one["image_id"])
         evaluated = sorted(id_ for _, ids in parts for id_ in ids)
         self._results = results
-        return score_detections(self.images, results, evaluated, self.masks, self.max_detections)
+        # an image of many tiles has more than the network finds in one
+        cut = {id_ for id_, (h, w) in zip(self.images.ids, self.images.sizes, strict=True) if self._cut(h, w)}
+        found = Counter(one["image_id"] for one in results if one["image_id"] in cut)
+        most = max([self.max_detections, *found.values()])
+        return score_detections(self.images, results, evaluated, self.masks, most)
 
     def metrics(self, scores: DetectionScores) -> dict[str, float]:
         flat = scores.flat()
@@ -100,7 +131,8 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 
 def build_evaluator(config: DetectionConfig, data: DetectionData) -> DetectionEvaluator:
     assert data.val is not None
-    return DetectionEvaluator(config, data.val, data.masks, config.evaluation.max_detections or DETECTIONS)
+    most = config.evaluation.max_detections or DETECTIONS
+    return DetectionEvaluator(config, data.val, data.masks, most, usual_side(data.train, make_reading(config)))
 
 
 def _percent(value: float) -> str:
@@ -115,7 +147,7 @@ def detect(network: Any, normalize: Normalize, images: list[Tensor]) -> list[dic
 
 
 def detect_tiles(
-    network: Detector, normalize: Normalize, read: Callable[[Tile], Tensor], grid: Grid, tiles: Iterable[Tile]
+    network: Any, normalize: Normalize, read: Callable[[Tile], Tensor], grid: Grid, tiles: Iterable[Tile]
 ) -> Objects:
     """The objects of a large image from those of its tiles, as `itpn.tasks.detection.merging` joins them.
 
@@ -125,7 +157,7 @@ def detect_tiles(
     """
     found = []
     for tile in tiles:
-        (own,) = detect(network, normalize, [read(tile)])
+        (own,) = detect(network, normalize, [read(tile).to(normalize.mean.device)])
         found.append(to_objects(own).move(tile.top, tile.left))
     return merge_objects(grid, found, network.roi_heads.nms_thresh)
 
@@ -153,6 +185,8 @@ def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> t
         sizes = {"min_size": config.data.img_size, "max_size": config.data.longest}
     elif "max_size" in given:
         sizes = {"max_size": config.data.longest}
+    windows = trained_windows(request.checkpoint.settings.get("data", {}), given)
+    config = replace(config, data=replace(config.data, **windows))
     limit = config.evaluation.max_detections
     limits = {} if limit is None else {"box_detections_per_img": limit}
     return config, {**sizes, **limits, **given_heads(config.model)}
@@ -177,4 +211,5 @@ def find_evaluation_data(
         print_once(f"{images.mask_counts[1]:,} objects without a mask are left out")
         images = images.with_masks()
     images = match_classes(images, request.checkpoint.metadata.get("classes"), model.num_classes - 1)
-    return DetectionEvaluator(config, images, model.has_masks, model.roi_heads.detections_per_img), where
+    usual = request.checkpoint.preprocessing.get("image_side") or model.transform.min_size[-1]
+    return DetectionEvaluator(config, images, model.has_masks, model.roi_heads.detections_per_img, usual), where

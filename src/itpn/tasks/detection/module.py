@@ -12,7 +12,8 @@ from itpn.tasks.data import make_training_loader
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData, make_transform
 from itpn.tasks.finetuning.module import FineTuningModule
-from itpn.tasks.pixels import describe_pixels
+from itpn.tasks.large import usual_side
+from itpn.tasks.pixels import describe_pixels, make_reading
 from itpn.training.module import MakeLoader
 
 
@@ -54,4 +55,6 @@ class DetectionModule(FineTuningModule):
 def build_module(model: Detector, config: DetectionConfig, recipe: str, data: DetectionData) -> DetectionModule:
     transform = make_transform(config, data.masks)
     loader = functools.partial(make_training_loader, config, data.train, transform, collate=collect)
-    return DetectionModule(model, config, recipe, data.train.classes, loader)
+    module = DetectionModule(model, config, recipe, data.train.classes, loader)
+    module.image_side = usual_side(data.train, make_reading(config))
+    return module

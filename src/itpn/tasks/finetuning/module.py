@@ -28,7 +28,13 @@ class FineTuningModule(TrainingModule):
         classes: names of the model's classes.
         recipe, make_loader: as of :class:`TrainingModule`.
         normalize: None for the mean and std of the settings.
+
+    Attributes:
+        image_side: median short side of its images in pixels, as much of a larger image a tile is to show; None where
+            it is not known.
     """
+
+    image_side: int | None = None
 
     def __init__(
         self,
@@ -51,7 +57,10 @@ class FineTuningModule(TrainingModule):
             "task": self.config.task,
             "settings": to_dict(self.config),
             "network": spec_of(self.model).to_dict(),
-            "preprocessing": self.preprocessing(),
+            "preprocessing": {
+                **self.preprocessing(),
+                **({} if self.image_side is None else {"image_side": self.image_side}),
+            },
             "classes": list(self.classes),
         }
 

@@ -1,6 +1,6 @@
 """Settings of a pre-training run."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
@@ -71,12 +71,14 @@ class PretrainingModelConfig(ModelConfig):
     """Patches whose features are compared."""
     norm_pix_loss: bool = True
     """Predict pixels normalized by the mean and standard deviation of their patch (He et al. 2022)."""
-    norm_pix_per: Literal["patch", "channel"] = "patch"
+    norm_pix_per: Literal["patch", "channel", "auto"] = "patch"
     """One mean and standard deviation for all channels of a patch, as published, or one of each for each channel: where
-    a patch is flat, those of all channels leave nothing to predict but the channels' offsets."""
-    norm_pix_floor: NonNegativeFloat = 0.0
+    a patch is flat, those of all channels leave little to predict but the channels' offsets. `auto`: of each channel,
+    with a floor and the data's own mean and standard deviation, if many patches of the images are flat; with these
+    statistics alone if all are grey."""
+    norm_pix_floor: NonNegativeFloat | None = None
     """Floor of that standard deviation, added in quadrature, as a multiple of --data.std: what varies less in a patch
-    becomes a small target instead of amplified noise."""
+    becomes a small target instead of amplified noise. None for 0, or for what --model.norm-pix-per auto chooses."""
     init_values: NonNegativeFloat | None = None
     """Initial layer scale of the backbone; None for no layer scale."""
     migrate_ratio: float = 0.0
@@ -176,6 +178,10 @@ class PretrainingConfig(RunConfig):
         **RunConfig.free,
         "teacher": frozenset({"checkpoint", "min_std"}),
         "probe": frozenset({"root", "every_n_epochs", "max_images"}),
+    }
+    from_images: ClassVar[Mapping[str, Collection[str]]] = {
+        **RunConfig.from_images,
+        "model": (*RunConfig.from_images["model"], "norm_pix_per", "norm_pix_floor"),
     }
     model: PretrainingModelConfig = field(default_factory=PretrainingModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -194,15 +194,16 @@ def make_loader(
     )
 
 
-def read_samples(source: ImageSource | Windows, config: PretrainingConfig) -> Tensor:
-    """The images of visualizations: readable ones from all over the data, [n, C, H, W] as they are stored."""
+def read_samples(source: ImageSource | Windows, config: PretrainingConfig, count: int = SAMPLES) -> Tensor:
+    """Readable images from all over the data, at the size of crops, [n, C, H, W] as they are stored."""
     crop = functools.partial(center_crop, img_size=image_size(config.data), nodata=config.data.nodata)
+    reading = make_reading(config, source)
     if isinstance(source, Windows):
-        return torch.stack([crop(image) for _, image in read_some(source, SAMPLES, make_reading(config, source))])
+        return torch.stack([crop(image) for _, image in read_some(source, count, reading)])
     if source.cache:
-        return FeatureCache(source.cache).first(SAMPLES)
+        return FeatureCache(source.cache).first(count)
     if source.images:
-        stride = max(1, len(source.images) // SAMPLES)
+        stride = max(1, len(source.images) // count)
         source = replace(source, images=source.images[::stride] + source.images)
-    images = read_images(replace(source, roots=config.data.root), make_reading(config, source), crop, lambda line: None)
-    return torch.stack([image for _, image in itertools.islice(images, SAMPLES)])
+    images = read_images(replace(source, roots=config.data.root), reading, crop, lambda line: None)
+    return torch.stack([image for _, image in itertools.islice(images, count)])

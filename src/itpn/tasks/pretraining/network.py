@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.checkpoints.load import build_checked
@@ -12,7 +12,8 @@ from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.targets import IMAGE_TARGETS
 from itpn.models.spec import NetworkSpec
 from itpn.models.variants import BACKBONES, PUBLISHED_PYRAMID, PYRAMIDS
-from itpn.tasks.pixels import adopt_pixels, resolve_pixels
+from itpn.tasks.pixels import adopt_pixels, image_type, make_normalize, resolve_pixels, round_all
+from itpn.tasks.pretraining.choose_target import choose_target, measure_statistics
 from itpn.tasks.pretraining.config import (
     PretrainingConfig,
     PretrainingModelConfig,
@@ -20,31 +21,72 @@ from itpn.tasks.pretraining.config import (
     check_model,
     check_patches,
 )
-from itpn.tasks.pretraining.data import PretrainingData
+from itpn.tasks.pretraining.data import PretrainingData, read_samples
 from itpn.tasks.pretraining.weights import load_weights
 from itpn.tasks.recipe_files import check_model_name
 from itpn.training.config import image_size
 
 TASK = PretrainingConfig.task
+TARGET_SAMPLES = 64  # images that the target of pixels is chosen by
 LEVELS = ("_1", "_2", "_3")  # ends of the names of losses on single pyramid levels, finest first
 
 
 def resolve(
     config: PretrainingConfig, checkpoint: Checkpoint | None, data: PretrainingData
 ) -> tuple[PretrainingConfig, Sequence[str]]:
-    """What the images are goes into the settings, and the width of the teacher's features, for when it is not there."""
-    width = config.teacher.width
+    """What the settings leave open is filled in: what the images are, how their pixels are normalized and
+    predicted, and the width of the teacher's features, for when the teacher is not there."""
+    width, notes = config.teacher.width, list[str]()
     if data.teacher is not None:
         width = data.teacher.width
     elif data.train.cache and config.teacher.name not in (None, "ema"):
         width = read_index(data.train.cache).width
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width))
     if data.train.cache:
-        return adopt_pixels(config, read_index(data.train.cache).settings.get("pixels") or {}), ()
-    config, notes = resolve_pixels(
-        config, data.windows or data.train, None if checkpoint is None else checkpoint.preprocessing
+        config = adopt_pixels(config, read_index(data.train.cache).settings.get("pixels") or {})
+    else:
+        stored = None if checkpoint is None else checkpoint.preprocessing
+        config, notes = resolve_pixels(config, data.windows or data.train, stored)
+    config, more = resolve_target(config, data)
+    return adopt_pixels(config, {}), [*notes, *more]
+
+
+def resolve_target(config: PretrainingConfig, data: PretrainingData) -> tuple[PretrainingConfig, Sequence[str]]:
+    """`--model.norm-pix-per auto` as the images ask for, with a sentence on why."""
+    model = config.model
+    floor = model.norm_pix_floor
+    if model.norm_pix_per != "auto" or not (model.norm_pix_loss and model.pixel_weight):  # nothing is normalized
+        per = "patch" if model.norm_pix_per == "auto" else model.norm_pix_per
+        return with_target(config, per, floor or 0.0), ()
+    normalize = make_normalize(config)
+    stored = read_samples(data.windows or data.train, config, TARGET_SAMPLES)
+    images, valid = normalize.scale(stored), normalize.find_valid(stored)
+    measured = measure_statistics(images)
+    if valid is not None:
+        images = images.masked_fill(~valid, float("nan"))
+    if not image_type(config).is_photo:
+        measured = tuple(normalize.mean.flatten().tolist()), tuple(normalize.std.flatten().tolist())
+    chosen = choose_target(list(images), *measured, model.patch_size)
+    config = with_target(config, chosen.norm_pix_per, chosen.norm_pix_floor if floor is None else floor)
+    if chosen.mean is None or chosen.std is None:
+        return config, ()
+    own = config.data
+    config = dataclasses.replace(
+        config,
+        data=dataclasses.replace(own, mean=own.mean or round_all(chosen.mean), std=own.std or round_all(chosen.std)),
     )
-    return adopt_pixels(config, {}), notes
+    mean, std = (" ".join(f"{value:.3f}" for value in values or ()) for values in (config.data.mean, config.data.std))
+    target = ""
+    if chosen.norm_pix_floor:
+        target = f", and predicted per patch and channel with a noise floor of {config.model.norm_pix_floor}"
+    return config, (
+        f"{chosen.reason}: pixels are normalized by mean {mean} and std {std}{target} (--model.norm-pix-per patch for "
+        "the published target)",
+    )
+
+
+def with_target(config: PretrainingConfig, per: Literal["patch", "channel"], floor: float) -> PretrainingConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, norm_pix_per=per, norm_pix_floor=floor))
 
 
 def build_model(
@@ -142,8 +184,10 @@ def make_objective(config: PretrainingModelConfig) -> Objective:
         masked_patches=config.masked_patches,
         masked_laterals=config.masked_laterals,
         norm_pix_loss=config.norm_pix_loss,
-        norm_pix_per=config.norm_pix_per,
-        norm_pix_floor=config.norm_pix_floor,
+        norm_pix_per="channel"
+        if config.norm_pix_per == "channel"
+        else "patch",  # `auto` without images is as published
+        norm_pix_floor=config.norm_pix_floor or 0.0,
         feature_loss=config.feature_loss,
         feature_patches=config.feature_patches,
     )

@@ -34,7 +34,12 @@ def small_pixel_pretraining(
     width, depth, heads = decoder
     return PretrainingConfig(
         model=PretrainingModelConfig(
-            name=model, patch_size=8, decoder_embed_dim=width, decoder_depth=depth, decoder_num_heads=heads
+            name=model,
+            patch_size=8,
+            norm_pix_per="auto",
+            decoder_embed_dim=width,
+            decoder_depth=depth,
+            decoder_num_heads=heads,
         ),
         data=PretrainingDataConfig(root=("data/images",), img_size=img_size, batch_size=64, num_workers=2),
         # small batches bear a larger step per image than the published 4096

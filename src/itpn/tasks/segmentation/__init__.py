@@ -14,6 +14,7 @@ TASK = TaskSpec(
         *("--data.root", "--data.masks", "--data.val-root", "--data.val-masks", "--data.classes"),
         *("--data.reduce-zero-label", "--data.no-reduce-zero-label", "--data.ignore", "--data.invalid-annotations"),
         *("--data.img-size", "--data.short-side", "--data.interpolation", "--data.mean", "--data.std"),
+        *("--data.window-size", "--data.window-overlap"),
     ),
     resolve_evaluation=lazy(f"{__name__}.evaluation:resolve_evaluation"),
     find_evaluation_data=lazy(f"{__name__}.evaluation:find_evaluation_data"),

@@ -20,26 +20,37 @@ from itpn.metrics.classification import rank_classes
 from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.data import RunData
-from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths
+from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths, trained_windows
 from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import given_heads, resolve_with_head
+from itpn.tasks.large import tiling_of_run, usual_side
+from itpn.tasks.pixels import make_reading
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import describe_sets
-from itpn.tasks.segmentation.inference import make_segmentation
+from itpn.tasks.segmentation.inference import make_segmentation, segment_tiles
+from itpn.tasks.tiling import Tile
 
 
 class SegmentationEvaluator(Evaluator[PixelScores]):
-    """Metrics of one confusion matrix over all pixels."""
+    """Metrics of one confusion matrix over all pixels.
+
+    Args:
+        left_out: images whose masks cannot be right.
+        usual: side of the images that the network was trained on.
+    """
 
     names = ("miou", "mean_accuracy", "pixel_accuracy")
     best = "miou"
     files = ("evaluation.json", "classes.csv", "confusion.csv", "confusion.png")
 
-    def __init__(self, config: SegmentationConfig, images: LabelMaps, left_out: int = 0) -> None:
+    def __init__(
+        self, config: SegmentationConfig, images: LabelMaps, left_out: int = 0, usual: int | None = None
+    ) -> None:
         view = functools.partial(view_scene, images.table, config.data.max_pixels)
         super().__init__(config, images, make_normalize(config), view, collect)
-        self.left_out = left_out  # images whose masks cannot be right
+        self.left_out = left_out
         self.segment = make_segmentation(config)
+        self.tiling = tiling_of_run(config.data, usual or config.data.short)
         data, how = config.data, config.evaluation
         self.about: Mapping[str, Any] = {
             **{"img_size": data.img_size, "short_side": data.short, "interpolation": data.interpolation},
@@ -50,8 +61,15 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
         classes = len(self.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64)
         for image, target in zip(batch["image"], batch["target"], strict=True):
-            labels = self.segment(network, self.normalize, image.to(self.device, non_blocking=True))
-            confusion += compare(labels, target, classes)
+            grid = self.tiling.grid(target.shape[0], target.shape[1], self.normalize.images.is_photo)
+            if grid is None:
+                labels = self.segment(network, self.normalize, image.to(self.device, non_blocking=True))
+                confusion += compare(labels, target, classes)
+                continue
+            segment = functools.partial(self.segment.probabilities, network, self.normalize)
+            read = functools.partial(Tile.cut, pixels=image.to(self.device, non_blocking=True))
+            for part, own in segment_tiles(segment, read, grid, grid):
+                confusion += compare(own, target[part.slices], classes)
         return PixelScores(confusion, len(batch["image"]))
 
     def score(self, parts: Sequence[PixelScores]) -> PixelScores:
@@ -85,7 +103,7 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
 
 
 def build_evaluator(config: SegmentationConfig, data: RunData) -> SegmentationEvaluator:
-    return SegmentationEvaluator(config, data.val)
+    return SegmentationEvaluator(config, data.val, usual=usual_side(data.train, make_reading(config)))
 
 
 def view_scene(table: LabelTable, max_pixels: int, image: Tensor, mask: str) -> dict[str, Any]:
@@ -122,6 +140,7 @@ def resolve_evaluation(
         values["img_size"] = own["size"][0]
     if "interpolation" in own:
         values["interpolation"] = own["interpolation"]
+    values |= trained_windows(trained, request.given)
     values = {name: value for name, value in values.items() if name not in request.given}
     if not same:
         values["val_fraction"] = 0.0  # another folder of one set is for evaluation as a whole
@@ -142,7 +161,8 @@ def find_evaluation_data(
     own, held_out = read_to_evaluate(**describe_sets(config), names=_names(config, checkpoint))
     images = match_classes(own, checkpoint.metadata.get("classes"), model.num_classes, "masks")
     which = f"{data.val_fraction:.0%} held out of " * held_out + (data.val_root or data.root)
-    return SegmentationEvaluator(config, images, own.left_out), which
+    usual = checkpoint.preprocessing.get("image_side")
+    return SegmentationEvaluator(config, images, own.left_out, usual), which
 
 
 def _names(config: SegmentationConfig, checkpoint: Checkpoint) -> Names | None:

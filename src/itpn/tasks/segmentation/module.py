@@ -11,7 +11,8 @@ from itpn.models.segmenter import Segmenter
 from itpn.models.synced import batch_fractions
 from itpn.tasks.data import RunData, make_training_loader
 from itpn.tasks.finetuning.module import FineTuningModule
-from itpn.tasks.pixels import describe_pixels
+from itpn.tasks.large import usual_side
+from itpn.tasks.pixels import describe_pixels, make_reading
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import make_transform
 
@@ -48,7 +49,7 @@ def build_module(model: Segmenter, config: SegmentationConfig, recipe: str, data
     table = data.train.table
     loader = functools.partial(make_training_loader, config, data.train, make_transform(config, table))
     module = SegmentationModule(model, config, recipe, data.train.classes, loader)
-    module.colours = table.colours
+    module.colours, module.image_side = table.colours, usual_side(data.train, make_reading(config))
     return module
 
 
