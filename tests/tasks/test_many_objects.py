@@ -1,6 +1,7 @@
 """Images with hundreds of objects: no limit hides any of them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from itpn.data.annotations import read_objects
 from itpn.models.build import make_pyramid
 from itpn.models.detector import Detector
 from itpn.tasks.configs import DetectionConfig, DetectionDataConfig, DetectionModelConfig, TrainerConfig
+from itpn.tasks.detection.data import find_data
 from itpn.tasks.detection.evaluation import DetectionEvaluator
+from itpn.tasks.detection.network import resolve_detections
 from itpn.tasks.evaluation import evaluate
 from itpn.tasks.run import train
 from itpn.training.config import read_yaml
@@ -140,6 +143,14 @@ def test_the_limit_of_a_run_is_that_of_its_images(tmp_path, capsys):
         counts.append(len(answer["objects"]))
     assert counts[0] > counts[1] == 3
     assert main(["predict", weights, photo, "--max-detections", "0"]) == 2
+
+
+def test_the_limit_of_windows_is_that_of_a_window(tmp_path):
+    """A network that sees windows finds no more than they have."""
+    config = make_config(write_grid(tmp_path, {"train": 400}), tmp_path, "windows")
+    for size, limit in ((None, 400), (100, 13 * 13), (40, 100)):  # the last of a row is cut
+        own = replace(config, data=replace(config.data, window_size=size, window_overlap=8))
+        assert resolve_detections(own, find_data(own))[0].evaluation.max_detections == limit
 
 
 def test_a_run_of_few_objects_keeps_the_published_limit(tmp_path, capsys):

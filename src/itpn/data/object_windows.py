@@ -63,8 +63,8 @@ class _Objects:
             if "segmentation" in one:
                 mask = self._mask(index)
                 part = cut_mask(mask, window)
-                visible = int(part.sum()) / max(1, int(mask[2].sum()))
-                cut["segmentation"] = encode(part)
+                visible = int(part[2].sum()) / max(1, int(mask[2].sum()))
+                cut["segmentation"] = encode_part(part, height, width)
             else:
                 visible = (right - left0) * (bottom - top0) / (one["bbox"][2] * one["bbox"][3])
             if visible > 0 and (visible >= min_visible or one["iscrowd"]):
@@ -129,19 +129,23 @@ def _move(points: np.ndarray, offset: tuple[int, int]) -> np.ndarray:
     return np.where(np.array(offset) > 0, rounded, points)
 
 
-def cut_mask(mask: LocalMask, window: Window) -> np.ndarray:
-    """What a window has of a mask, bool [height, width]."""
+def cut_mask(mask: LocalMask, window: Window) -> LocalMask:
+    """What a window has of a mask, counted from the window's corner; an array of no pixels where it has nothing."""
     (top, left, pixels), (y, x, height, width) = mask, window
-    part = np.zeros((height, width), dtype=bool)
-    y0, x0 = max(top, y), max(left, x)
-    y1, x1 = min(top + pixels.shape[0], y + height), min(left + pixels.shape[1], x + width)
-    if y1 > y0 and x1 > x0:
-        part[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[y0 - top : y1 - top, x0 - left : x1 - left]
-    return part
+    rows = slice(max(0, y - top), max(0, y + height - top))
+    cols = slice(max(0, x - left), max(0, x + width - left))
+    return max(0, top - y), max(0, left - x), pixels[rows, cols]
 
 
-def encode(mask: np.ndarray) -> dict[str, Any]:
-    """Compressed run lengths, as JSON holds them."""
-    encoded = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
-    counts = encoded["counts"]
-    return {"size": list(mask.shape), "counts": counts.decode() if isinstance(counts, bytes) else counts}
+def encode_part(part: LocalMask, height: int, width: int) -> dict[str, Any]:
+    """A mask as compressed run lengths of its whole window, which is not drawn: most is background."""
+    top, left, pixels = part
+    cols, rows = np.nonzero(pixels.T)
+    flat = (cols + left) * height + rows + top
+    last = np.flatnonzero(np.diff(flat, append=-2) != 1)  # of each run
+    ends = flat[last] + 1
+    begins = flat[np.concatenate([[0], last[:-1] + 1])] if len(flat) else flat
+    bounds = np.stack([begins, ends], axis=1).ravel()
+    counts = np.diff(bounds, prepend=0, append=height * width).tolist()
+    encoded = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
+    return {"size": [height, width], "counts": encoded.decode() if isinstance(encoded, bytes) else encoded}

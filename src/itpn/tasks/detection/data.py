@@ -19,13 +19,11 @@ class DetectionData(RunData):
 
     Attributes:
         masks: whether masks are learned.
-        whole: the images that those to train on are windows of; None where they are not cut.
     """
 
     train: DetectionImages
     val: DetectionImages | None = None
     masks: bool = True
-    whole: DetectionImages | None = None
 
 
 def find_data(config: DetectionConfig) -> DetectionData:
@@ -54,7 +52,6 @@ def find_data(config: DetectionConfig) -> DetectionData:
         notes.append(f"{words} are left out: --model.masks False learns all boxes")
         train, val = train.with_masks(), None if val is None else val.with_masks()
         train = train if data.empty_images else train.with_objects()
-    whole = None if data.window_size is None else train
     train, more = cut_into_windows(train, config)
     notes += more
     notes += note_lost(train, config, masks)
@@ -62,7 +59,7 @@ def find_data(config: DetectionConfig) -> DetectionData:
         what = "images" if val is None else "objects"
         notes.append(f"there are no {what} to evaluate on: give --data.val-root")
         val = None
-    return DetectionData(train, val, tuple(notes), masks, whole)
+    return DetectionData(train, val, tuple(notes), masks)
 
 
 def cut_into_windows(images: DetectionImages, config: DetectionConfig) -> tuple[DetectionImages, list[str]]:
@@ -99,7 +96,7 @@ def note_lost(train: DetectionImages, config: DetectionConfig, masks: bool) -> l
     total = sum(not known["iscrowd"] for index in range(len(train)) for known in train.objects_of(index))
     words = (
         f"{lost:,} of {total:,} objects in {config.data.root} are under 1 pixel at --data.img-size "
-        f"{config.data.img_size}, and are not learned: raise it, or cut the images into tiles"
+        f"{config.data.img_size}, and are not learned: raise it, or cut the images by a smaller --data.window-size"
     )
     if lost == total:
         raise UserError(words)

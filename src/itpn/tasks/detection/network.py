@@ -102,7 +102,7 @@ def resolve_detections(config: DetectionConfig, data: DetectionData) -> tuple[De
     what is remarkable, a sentence each."""
     if config.evaluation.max_detections is not None:
         return config, []
-    most, example = (data.whole or data.train).most_objects()
+    most, example = data.train.most_objects()
     limit, notes = max(DETECTIONS, most), []
     if limit > DETECTIONS:
         notes.append(
