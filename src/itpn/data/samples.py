@@ -5,8 +5,10 @@ Of all other images a data set has one :class:`ImageType`: as many channels, sto
 number.
 """
 
+import functools
 import io
 import math
+import os
 import random
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -30,9 +32,11 @@ from itpn.data.decode import (
     reading,
     reason_of,
 )
+from itpn.data.formats.arrays import Axes
 from itpn.data.formats.bands import BandsFile
 from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reading import check_size, find_heif_reader, open_file
+from itpn.data.headers import read_tags
 from itpn.data.image_type import PHOTOGRAPH, ImageType
 from itpn.data.readers import check_lost, read_file
 from itpn.errors import UserError
@@ -65,7 +69,7 @@ class Reading:
     """
 
     max_pixels: int = MAX_PIXELS
-    axes: Literal["CHW", "HWC"] | None = None
+    axes: Axes | None = None
     nodata: float | None = None
     stretch: tuple[float, float] | None = None
     type: ImageType | None = None
@@ -241,7 +245,7 @@ def open_sample(
         MixedImages: an image of another type than the others.
     """
     if isinstance(data, WindowOf):
-        image = open_image_of(data.data, replace(settings, max_pixels=NO_LIMIT), name)
+        image = _open_for_windows(data.data, replace(settings, max_pixels=NO_LIMIT), name)
         if data.whole not in (None, (image.height, image.width)):
             height, width = data.whole
             raise UnreadableImage(f"{image.width}x{image.height} pixels, and {width}x{height} in the annotations")
@@ -264,9 +268,39 @@ def open_image_of(data: bytes | Path | BandsOf | UnreadableImage, settings: Read
         image = StoredImage(BandsFile(data.paths, settings.axes), settings)
     else:
         image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
+    return _check_type(image, settings, name)
+
+
+def _check_type(image: Image, settings: Reading, name: str) -> Image:
     if settings.type not in (None, own := type_of(image)):
         raise MixedImages(f"{settings.example} {settings.type}, and {name} has {own}{settings.advice}")
     return image
+
+
+def _open_for_windows(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> Image:
+    """As :func:`open_image_of`; a file that is read in parts stays open for its next windows."""
+    if not isinstance(data, Path):
+        return open_image_of(data, settings, name)
+    try:
+        status = data.stat()
+    except OSError as error:
+        check_lost(data, error)
+        raise UnreadableImage(reason_of(error)) from None
+    file = _keep_open(os.getpid(), data, (status.st_mtime_ns, status.st_size), settings.axes)
+    return (
+        open_image_of(data, settings, name)
+        if file is None
+        else _check_type(StoredImage(file, settings), settings, name)
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _keep_open(
+    process: int, path: Path, version: tuple[int, int], axes: Literal["CHW", "HWC"] | None
+) -> ImageFile | None:
+    """An open file that is read in parts; None for others. Each process has its own, because it moves in the file."""
+    image = open_image_of(path, Reading(NO_LIMIT, axes), str(path))
+    return image.file if isinstance(image, StoredImage) and image.reads_windows else None
 
 
 def type_of(image: Sample) -> ImageType:
@@ -323,13 +357,17 @@ def is_photo_head(head: bytes) -> bool:
 def is_photo_tiff(source: bytes | Path) -> bool:
     """Whether a TIFF is a photograph: of 8 bits or less, and with the channels of its colours, and alpha perhaps."""
     with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
+        quick = read_tags(file, (BITS, SAMPLE_FORMAT))
+        if max(quick.get(BITS) or (1,)) > 8 or set(quick.get(SAMPLE_FORMAT) or ()) & {2, 3}:
+            return False
+        file.seek(0)
         try:
             image = open_image(file, max_pixels=None).image
         except UnreadableImage:  # by Pillow
             return False
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
         if max(tags.get(BITS) or (1,)) > 8 or set(tags.get(SAMPLE_FORMAT) or ()) & {2, 3}:
-            return False
+            return False  # of a page that only Pillow finds
         more = tags.get(SAMPLES, 1) - COLOURS.get(tags.get(PHOTOMETRIC, 1), 0)
         if not (more == 0 or (more == 1 and (tags.get(EXTRA_SAMPLES) or (0,))[0] in ALPHA)):
             return False
