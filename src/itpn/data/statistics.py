@@ -202,8 +202,8 @@ def compute_statistics(
     if not sizes or settings.type is None:
         raise nothing_readable(corrupt)
     if corrupt:
-        name, reason = corrupt[0]
-        warnings["corrupt"] = f"cannot be read and left out: {len(corrupt)} of the images; the first is {name}: {reason}"
+        first = ": ".join(corrupt[0])
+        warnings["corrupt"] = f"cannot be read and left out: {len(corrupt)} of the images; the first is {first}"
     if not any(channel.count for channel in sums):
         raise UserError(
             f"no pixel of the {len(sizes)} images that were read ({reader.name(order[0])}, ...) has a value: all are "
