@@ -46,7 +46,7 @@ PLAIN = Reading()
 class StoredImage:
     """An image that is no photograph, with the interface of :class:`itpn.data.decode.EncodedImage`.
 
-    Pixels keep the type in which they are stored (float64 becomes float32). Pixels without data are NaN in floats; in
+    Pixels keep the type in which they are stored (64 bits become float32). Pixels without data are NaN in floats; in
     integers they have the value ``nodata``.
 
     Raises:
@@ -98,7 +98,8 @@ class StoredImage:
             return self.decode()[:, top : top + height, left : left + width]
         with reading():
             pixels = self.file.read(0, window)
-        pixels = np.require(pixels, _travelling(pixels.dtype), ["C", "W"])  # a mapped file is not to be written to
+        with np.errstate(over="ignore"):  # infinite, which is no data
+            pixels = np.require(pixels, _travelling(pixels.dtype), ["C", "W"])  # a mapped file is not to be written to
         pixels = mark_nodata(pixels, self.file.nodata, self._settings.nodata)
         if self._settings.stretch is not None:
             pixels = stretch_channels(pixels, self._settings.stretch, self._settings.nodata)
@@ -125,8 +126,8 @@ def find_valid(values: np.ndarray, nodata: float | None) -> np.ndarray:
 
 
 def _travelling(stored: np.dtype) -> np.dtype:
-    """The type in which pixels travel to the device."""
-    return np.dtype(np.float32) if stored == np.float64 else stored
+    """The type in which pixels travel to the device; that of 64 bits is what they become there."""
+    return np.dtype(np.float32) if stored.itemsize == 8 else stored
 
 
 def mark_nodata(pixels: np.ndarray, declared: float | None, nodata: float | None) -> np.ndarray:
@@ -137,9 +138,10 @@ def mark_nodata(pixels: np.ndarray, declared: float | None, nodata: float | None
         nodata: that of the data set, if it is known.
     """
     if pixels.dtype.kind == "f":
-        missing = ~(np.abs(pixels) < HUGE)
-        for value in [value for value in (declared, nodata) if value is not None]:
-            missing |= np.isclose(pixels, value, rtol=1e-6, atol=0)
+        with np.errstate(over="ignore"):  # of 16 bits none is as large
+            missing = ~(np.abs(pixels) < np.float64(HUGE).astype(pixels.dtype))
+            for value in [value for value in (declared, nodata) if value is not None]:
+                missing |= np.isclose(pixels, value, rtol=1e-6, atol=0)
         return np.where(missing, np.float32(np.nan), pixels) if missing.any() else pixels
     if pixels.dtype.kind in "iu" and None not in (declared, nodata) and declared != nodata:
         return np.where(pixels == declared, np.array(nodata).astype(pixels.dtype), pixels)
