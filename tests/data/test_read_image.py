@@ -1,5 +1,6 @@
 """`itpn.read_image`: every format, all channels, the stored depth, and any window without the rest."""
 
+import os
 import re
 import sys
 import tracemalloc
@@ -338,6 +339,15 @@ def test_dicom_without_its_file_format(tmp_path):
     assert np.array_equal(itpn.read_image(tmp_path / "a.dcm").numpy(), pixels[None])
 
 
+@pytest.mark.parametrize(("element", "dtype"), [("FloatPixelData", "float32"), ("DoubleFloatPixelData", "float64")])
+def test_floats_of_dicom(tmp_path, element, dtype):
+    pixels = draw((40, 50), dtype)
+    bits = 8 * pixels.dtype.itemsize
+    elements = {"PixelData": None, "PixelRepresentation": None, "BitsAllocated": bits, element: pixels.tobytes()}
+    write_dicom(tmp_path / "a.dcm", pixels, **elements)
+    check(tmp_path / "a.dcm", pixels[None])
+
+
 @pytest.mark.parametrize("missing", ["PixelData", "Rows"])
 def test_dicom_without_pixels(tmp_path, missing):
     write_dicom(tmp_path / "a.dcm", draw((40, 50)), **{missing: None})
@@ -414,6 +424,54 @@ def test_images_that_are_too_large_take_no_memory(tmp_path):
         open_file((tmp_path / "a.npy").read_bytes())
 
 
+def test_headers_that_claim_too_much_take_no_memory(tmp_path):
+    """A tile that is larger than its image, and text of a gigabyte in front of an array."""
+    tifffile.imwrite(tmp_path / "a.tif", draw((64, 64)), tile=(32, 32), compression="zlib")
+    content = bytearray((tmp_path / "a.tif").read_bytes())
+    with tifffile.TiffFile(tmp_path / "a.tif") as file:
+        for name in ("TileWidth", "TileLength"):
+            tag = file.pages[0].tags[name]
+            content[tag.valueoffset : tag.valueoffset + 2] = (60000).to_bytes(2, "little")
+    (tmp_path / "a.tif").write_bytes(content)
+    with zipfile.ZipFile(tmp_path / "a.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("image.npy", b"\x93NUMPY\x02\x00" + (2**28).to_bytes(4, "little") + bytes(2**28))
+    tracemalloc.start()
+    for name, reason in {"a.tif": "tiles of 3,600,000,000 pixels", "a.npz": "a header of so many bytes"}.items():
+        with pytest.raises(UserError, match=reason):
+            itpn.read_image(tmp_path / name)
+    assert tracemalloc.get_traced_memory()[1] < 2**26
+    tracemalloc.stop()
+
+
+def test_one_large_strip_is_not_read_by_region(tmp_path):
+    """For each window all of it would be decoded, whatever its size."""
+    for name, rows in {"a.tif": 6000, "b.tif": 16}.items():
+        zeros = np.zeros((6000, 6000), np.uint16)
+        tifffile.imwrite(tmp_path / name, zeros, compression="zlib", rowsperstrip=rows)
+        assert open_file(tmp_path / name).by_region == (rows == 16)
+
+
+def test_types_that_torch_does_not_have(tmp_path):
+    """uint64 has a second name in C, which TIFF's pixels have; floats of 80 bits become those of 64."""
+    tifffile.imwrite(tmp_path / "a.tif", draw((40, 50), "uint64"))
+    assert itpn.read_image(tmp_path / "a.tif").dtype == torch.uint64
+    np.save(tmp_path / "a.npy", draw((40, 50), "longdouble"))
+    assert itpn.read_image(tmp_path / "a.npy").dtype == torch.float64
+
+
+def test_no_data_that_the_pixels_cannot_have(tmp_path):
+    """As of a GeoTIFF that was converted from floats."""
+    for value, expected in {"-9999": None, "nan": None, "0.5": None, "7": 7}.items():
+        tifffile.imwrite(tmp_path / "a.tif", draw((40, 50)), extratags=[(42113, "s", 0, value, True)])
+        assert open_file(tmp_path / "a.tif").nodata == expected
+
+
+def test_a_pipe_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "a.npy")
+    with pytest.raises(UserError, match=r"a\.npy: not a regular file"):
+        itpn.read_image(tmp_path / "a.npy")
+
+
 def test_many_channels_count(tmp_path):
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file.create_dataset("image", (500, 10000, 10000), "f4", chunks=(1, 1000, 1000))
@@ -427,7 +485,7 @@ def test_python_objects_are_refused(tmp_path):
         itpn.read_image(tmp_path / "a.npy")
 
 
-@pytest.mark.parametrize("name", ["a.tif", "a.npy", "a.npz", "a.h5", "a.dcm", "a.jp2", "a.png"])
+@pytest.mark.parametrize("name", ["a.tif", "a.npy", "a.npz", "a.h5", "a.dcm", "a.jp2", "a.png", "a.img"])
 def test_a_file_that_is_cut_off(tmp_path, name):
     pixels = draw((200, 300))
     if name == "a.tif":
@@ -445,6 +503,10 @@ def test_a_file_that_is_cut_off(tmp_path, name):
         profile = {"width": 300, "height": 200, "count": 1, "dtype": "uint16"}
         with rasterio.open(tmp_path / name, "w", driver="JP2OpenJPEG", quality=100, reversible=True, **profile) as file:
             file.write(pixels[None] // 2)
+    elif name == "a.img":
+        profile = {"width": 300, "height": 200, "count": 1, "dtype": "uint16"}
+        with rasterio.open(tmp_path / name, "w", driver="ENVI", **profile) as file:
+            file.write(pixels[None])
     else:
         Image.fromarray(pixels).save(tmp_path / name)
     content = (tmp_path / name).read_bytes()

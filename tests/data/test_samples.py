@@ -14,7 +14,8 @@ from itpn.data.batches import BatchPlan, FileBatches, UnreadableBatch, stack
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.image_type import PHOTOGRAPH, ImageType
 from itpn.data.readers import FileReader
-from itpn.data.samples import MixedImages, Reading, StoredImage, WindowOf, open_sample, type_of
+from itpn.data.samples import MixedImages, WindowOf, open_sample, type_of
+from itpn.data.stored import Reading, StoredImage
 from itpn.data.windows import cut_windows
 
 RNG = np.random.default_rng(0)
@@ -62,6 +63,27 @@ def test_others_keep_channels_and_depth(tmp_path, pixels, options):
         assert np.array_equal(sample.decode().numpy(), stored)
         part = sample.decode_crop(3, 7, 20, 30, (10, 10))
         assert np.array_equal(part.numpy(), stored[:, 3:23, 7:37])
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+def test_integers_of_64_bits_become_floats(tmp_path, dtype):
+    """On the device they do; in a data set they are an image type of their own nowhere."""
+    np.save(tmp_path / "a.npy", BANDS.astype(dtype))
+    sample = open_sample(tmp_path / "a.npy")
+    assert type_of(sample) == ImageType(5, "float32")
+    assert np.array_equal(sample.decode().numpy(), BANDS.astype(np.float32))
+
+
+def test_values_beyond_a_type_give_no_warning(tmp_path, recwarn):
+    """They are no data; nothing is printed in the middle of a progress bar."""
+    for dtype, value in {"float64": 1e300, "float16": np.inf}.items():
+        pixels = BANDS.astype(dtype)
+        pixels[0] = value
+        np.save(tmp_path / "a.npy", pixels)
+        found = open_sample(tmp_path / "a.npy").decode()
+        assert found[0].isnan().all()
+        assert found[1:].isfinite().all()
+    assert not recwarn.list
 
 
 def test_double_floats_become_single(tmp_path):

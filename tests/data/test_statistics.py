@@ -11,8 +11,8 @@ from itpn.cli import main
 from itpn.data.image_type import PHOTOGRAPH, ImageType, check_value_range, to_option, to_pairs
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
-from itpn.data.samples import Reading
 from itpn.data.statistics import compute_statistics, read_statistics, write_statistics
+from itpn.data.stored import Reading
 from itpn.errors import UserError
 
 RNG = np.random.default_rng(1)
@@ -116,6 +116,44 @@ def test_the_file_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize(
+    "wrong",
+    [
+        {"scaled_mean": [float("nan")] * 3},
+        {"scaled_mean": ["a"] * 3},
+        {"scaled_std": [0.1]},
+        {"scaled_std": [0.1, 0, 0.1]},
+        {"value_range": [[5, 5]] * 3},
+        {"nodata": "x"},
+        {"nodata_fraction": "x"},
+    ],
+)
+def test_numbers_that_are_none_of_images(tmp_path, wrong):
+    paths, _ = make_set(tmp_path, np.uint16)
+    write_statistics(tmp_path / "stats.json", compute_statistics(FileReader(paths), Reading()))
+    content = json.loads((tmp_path / "stats.json").read_text())
+    (tmp_path / "stats.json").write_text(json.dumps(content | wrong))
+    with pytest.raises(UserError, match="is not a file of `itpn stats`"):
+        read_statistics(tmp_path / "stats.json")
+
+
+@pytest.mark.parametrize("nodata", [-9999, 0.5, 70_000])
+def test_no_data_that_no_pixel_can_be(tmp_path, nodata):
+    paths, _ = make_set(tmp_path, np.uint16)
+    with pytest.raises(UserError, match=f"--data.nodata is {nodata:g}, which no pixel of uint16 can be"):
+        compute_statistics(FileReader(paths), Reading(nodata=nodata))
+
+
+def test_channels_that_tell_nothing(tmp_path):
+    pixels = RNG.normal(size=(20, 30, 3)).astype(np.float32)
+    pixels[..., 1], pixels[..., 2] = np.nan, 5
+    np.save(tmp_path / "a.npy", pixels)
+    found = compute_statistics(FileReader([str(tmp_path / "a.npy")]), Reading())
+    assert found.notes == ("channel 1 is without data in all images", "channel 2 is of one value in all images")
+    write_statistics(tmp_path / "stats.json", found)
+    assert read_statistics(tmp_path / "stats.json") == found
+
+
+@pytest.mark.parametrize(
     "wrong", [("1",), ("a", "b"), ("5", "5"), ("2", "1"), ("1%", "2"), ("0%", "101%"), ("nan", "1"), ("1", "2", "3")]
 )
 def test_wrong_ranges(wrong):
@@ -195,6 +233,27 @@ def test_mistakes(tmp_path, capsys, words, expected):
     make_set(tmp_path, np.uint16)
     assert main(["stats", str(tmp_path), *words]) in (1, 2)
     assert expected in capsys.readouterr().err
+
+
+def test_files_that_are_not_read_whole_are_named(tmp_path, capsys):
+    make_set(tmp_path, np.uint16)
+    np.save(tmp_path / "0.npy", np.zeros((4, 20, 30, 3), np.uint16))
+    (tmp_path / "4.npy").write_bytes(b"corrupt")
+    assert main(["stats", str(tmp_path)]) == 0
+    err = capsys.readouterr().err
+    assert "0.npy: it has several pages, of which the first is read" in err
+    assert "cannot be read and left out: 1 of the images; the first is" in err
+    assert "4.npy: not an image of a known format" in err
+
+
+def test_a_place_that_cannot_be_written_is_told_before_the_work(tmp_path, capsys, monkeypatch):
+    make_set(tmp_path, np.uint16)
+    monkeypatch.setattr("itpn.tasks.statistics.compute_statistics", lambda *_: pytest.fail("it was computed"))
+    (tmp_path / "stats.json").mkdir()
+    assert main(["stats", str(tmp_path)]) == 2
+    assert "stats.json cannot be written: Is a directory" in capsys.readouterr().err
+    assert main(["stats", str(tmp_path / "0.npy")]) == 2
+    assert "is no folder, into which the numbers could be written: give --out FILE" in capsys.readouterr().err
 
 
 def test_a_mixture_is_named(tmp_path, capsys):

@@ -12,6 +12,22 @@ DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "flo
 ValueRange = tuple[float, float]  # the values that become 0 and 1
 
 
+def is_storable(value: float, dtype: str) -> bool:
+    """Whether a type of number has a value."""
+    if "int" not in dtype:
+        return True
+    bits = int(dtype.split("int")[1])
+    low = 0 if dtype.startswith("u") else -(2 ** (bits - 1))
+    return float(value).is_integer() and low <= value < low + 2**bits
+
+
+def check_nodata(nodata: float | None, kind: "ImageType") -> None:
+    """Raise :class:`UserError` for a --data.nodata that no pixel can have."""
+    dtype = "uint8" if kind.is_photo else kind.dtype
+    if nodata is not None and not is_storable(nodata, dtype):
+        raise UserError(f"--data.nodata is {nodata:g}, which no pixel of {dtype} can be: the images have {kind}")
+
+
 @dataclass(frozen=True)
 class ImageType:
     """Channels and depth.

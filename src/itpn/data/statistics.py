@@ -12,13 +12,16 @@ from typing import Any
 import numpy as np
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.image_type import ImageType, ValueRange, to_pairs
+from itpn.data.image_type import ImageType, ValueRange, check_nodata, to_pairs
 from itpn.data.readers import Reader
-from itpn.data.samples import Reading, StoredImage, find_valid, open_sample, type_of
+from itpn.data.samples import open_sample, type_of
+from itpn.data.skipped import nothing_readable
+from itpn.data.stored import Reading, StoredImage, find_valid
 from itpn.errors import UserError
 from itpn.system.text import read_text
 from itpn.system.writing import write_whole
 
+UNWRITTEN = ("notes", "warnings")
 SAMPLED = 512  # images of a large data set
 VALUES = 2**22  # of each channel that percentiles of deep numbers are computed from
 PERCENTS = (0.0, 0.1, 1.0, 2.0, 5.0, 25.0, 50.0, 75.0, 95.0, 98.0, 99.0, 99.9, 100.0)
@@ -40,7 +43,8 @@ class Statistics:
         value_range: the values that become 0 and 1.
         scaled_mean, scaled_std: after that.
         smallest, largest: height and width.
-        notes: what is remarkable, a sentence each.
+        notes: what is remarkable of the values, a sentence each.
+        warnings: what is remarkable of the files, which training says too.
     """
 
     images: int
@@ -60,6 +64,7 @@ class Statistics:
     smallest: tuple[int, int]
     largest: tuple[int, int]
     notes: tuple[str, ...] = field(default=(), compare=False)
+    warnings: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def type(self) -> ImageType:
@@ -156,6 +161,7 @@ def compute_statistics(
 
     Raises:
         UserError: no image can be read, images differ in channels or depth, or no pixel has a value.
+        MachineError: no image can be read because the file system fails.
     """
     count = len(reader)
     wanted = count if sample is None else min(sample, count)
@@ -164,7 +170,8 @@ def compute_statistics(
     sums: list[Distribution] = []
     sizes: list[tuple[int, int]] = []
     missing = pixels = 0
-    reason = ""
+    corrupt: list[tuple[str, str]] = []
+    warnings: dict[str, str] = {}
     # where those in the sample are corrupt, others
     for index in itertools.chain(order, sorted({*range(min(count, 1000))} - {*order})):
         if len(sizes) == wanted:
@@ -174,14 +181,17 @@ def compute_statistics(
             image = open_sample(data, settings, name)
             if settings.type is None:
                 nodata = settings.nodata
+                check_nodata(nodata, type_of(image))
                 if nodata is None and not type_of(image).is_photo:
                     nodata = image.file.nodata  # type: ignore[union-attr]
                 settings = dataclasses.replace(settings, type=type_of(image), example=f"{name} has", nodata=nodata)
                 image = open_sample(data, settings, name)
             values = image.decode_some() if isinstance(image, StoredImage) else image.decode().flatten(1).numpy()
         except UnreadableImage as error:
-            reason = reason or f"; the first is {name}: {error}"
+            corrupt.append((name, str(error)))
             continue
+        for subject, warning in image.warnings.items():
+            warnings.setdefault(subject, f"{name}: {warning}")
         if not sums:
             sums = [Distribution(values.dtype, per_image) for _ in range(len(values))]
         valid = find_valid(values, settings.nodata)
@@ -191,13 +201,17 @@ def compute_statistics(
         pixels, missing = pixels + valid.size, missing + int(valid.size - valid.sum())
         progress(len(sizes))
     if not sizes or settings.type is None:
-        raise UserError(f"none of the images can be read, of which statistics are needed{reason}")
+        raise nothing_readable(corrupt)
+    if corrupt:
+        first = ": ".join(corrupt[0])
+        warnings["corrupt"] = f"cannot be read and left out: {len(corrupt)} of the images; the first is {first}"
     if not any(channel.count for channel in sums):
         raise UserError(
             f"no pixel of the {len(sizes)} images that were read ({reader.name(order[0])}, ...) has a value: all are "
             "NaN, infinite or without data"
         )
-    return _collect(count, settings, sums, sizes, missing / pixels, value_range)
+    found = _collect(count, settings, sums, sizes, missing / pixels, value_range)
+    return dataclasses.replace(found, warnings=tuple(warnings.values()))
 
 
 def _collect(
@@ -217,14 +231,19 @@ def _collect(
     notes = [
         f"the least value is {value:g}: if it stands for no data, give --data.nodata {value:g}" for value in suspicious
     ]
+    groups = {
+        "without data in all images": [str(index) for index, channel in enumerate(sums) if not channel.count],
+        "of one value in all images": [str(index) for index, own in enumerate(sums) if own.minimum == own.maximum],
+    }
+    notes += [f"channel {', '.join(found)} is {what}" for what, found in groups.items() if found]
     is_float = not settings.type.is_photo and np.dtype(settings.type.dtype).kind == "f"
     return Statistics(
         images=images,
         sampled=len(sizes),
         channels=settings.type.channels,
         dtype=settings.type.dtype,
-        minimum=tuple(channel.minimum for channel in sums),
-        maximum=tuple(channel.maximum for channel in sums),
+        minimum=tuple(channel.minimum if channel.count else 0.0 for channel in sums),
+        maximum=tuple(channel.maximum if channel.count else 0.0 for channel in sums),
         mean=tuple(channel.mean for channel in sums),
         std=tuple(channel.std for channel in sums),
         percentiles={f"{percent:g}": tuple(own[i] for own in percentiles) for i, percent in enumerate(PERCENTS)},
@@ -268,7 +287,7 @@ def dtype_range(kind: ImageType) -> ValueRange:
 
 def write_statistics(path: Path, statistics: Statistics) -> None:
     """Write ``stats.json``."""
-    content = {name: value for name, value in dataclasses.asdict(statistics).items() if name != "notes"}
+    content = {name: value for name, value in dataclasses.asdict(statistics).items() if name not in UNWRITTEN}
     write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -286,8 +305,20 @@ def read_statistics(path: Path) -> Statistics:
             name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
         }
         statistics = Statistics(**own)
-        if len(statistics.scaled_mean) != len(statistics.value_range):
-            raise ValueError("different numbers of channels")
+        _check(statistics)
         return statistics
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(f"{path} is not a file of `itpn stats` ({type(error).__name__}: {error}): remove it") from error
+
+
+def _check(own: Statistics) -> None:
+    """Raise :class:`ValueError` or :class:`TypeError` for numbers that cannot be those of images."""
+    channels = (own.minimum, own.maximum, own.mean, own.std, own.scaled_mean, own.scaled_std)
+    lists = [*channels, *own.percentiles.values()]
+    if any(len(values) != own.channels for values in (*lists, own.value_range)):
+        raise ValueError("different numbers of channels")
+    numbers = itertools.chain(*lists, *own.value_range, (own.nodata_fraction, own.nodata or 0.0))
+    if not all(math.isfinite(number) for number in numbers):
+        raise ValueError("numbers that are not finite")
+    if min(own.scaled_std) <= 0 or any(low >= high for low, high in own.value_range):
+        raise ValueError("a standard deviation or value range of 0")

@@ -1,9 +1,11 @@
 """Output: files that appear under their name when they are complete, or not at all, and the folders that hold them."""
 
 import contextlib
+import errno
 import io
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -86,6 +88,19 @@ def writing_to(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise refusal(f"--out {out} cannot be written", error) from error
+
+
+def check_writable(out: Path) -> None:
+    """Refuse a file that cannot be written, before the work whose results it is for.
+
+    Raises:
+        UserError, MachineError: as of :func:`writing_to`.
+    """
+    with writing_to(out):
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
 
 
 def name_output(folder: Path, number: int, name: str, ending: str) -> str:

@@ -14,14 +14,15 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.decode import UnreadableImage
 from itpn.data.file_types import STATS_FILE
 from itpn.data.files import ImageSource
-from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, is_resolved, to_option, to_pairs
+from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, check_nodata, is_resolved, to_option, to_pairs
 from itpn.data.normalize import Normalize
 from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import FileReader, Reader
-from itpn.data.samples import Reading, open_sample, type_of
+from itpn.data.samples import open_sample, type_of
 from itpn.data.shards import read_shard
 from itpn.data.skipped import nothing_readable
 from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, read_statistics
+from itpn.data.stored import Reading
 from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.system.text import one_line
@@ -210,6 +211,7 @@ def resolve_pixels(
     kind, example = (image_type(config), "") if data.dtype and model.in_chans else find_type(config, images)
     if data.dtype not in (None, kind.dtype):
         raise UserError(f"--data.dtype is {data.dtype}, and {one_line(example)} has {kind}")
+    check_nodata(data.nodata, kind)
     if kind.is_photo:
         config = replace(config, data=replace(data, dtype=PHOTO))
         check_images(config.data, input_channels(config))

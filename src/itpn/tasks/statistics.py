@@ -7,11 +7,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from itpn.data.files import ImageSource
-from itpn.data.samples import Reading
 from itpn.data.statistics import Statistics, compute_statistics, write_statistics
+from itpn.data.stored import Reading
 from itpn.system.console import Output, print_note
 from itpn.system.text import one_line
-from itpn.system.writing import writing_to
+from itpn.system.writing import check_writable, writing_to
 from itpn.tasks.pixels import as_reader
 
 SHOWN = ("1", "50", "99")  # percentiles in the table
@@ -27,6 +27,7 @@ def report_statistics(
         UserError: no image can be read, or images differ in channels or depth.
         MachineError: the file cannot be written.
     """
+    check_writable(out)
     for note in source.notes:
         print_note(note)
     reader = as_reader(source)
@@ -37,7 +38,7 @@ def report_statistics(
         found = compute_statistics(
             reader, reading, value_range, sample, lambda read: progress.update(task, completed=read)
         )
-    for note in found.notes:
+    for note in (*found.warnings, *found.notes):
         print_note(note)
     print_statistics(found)
     with writing_to(out):

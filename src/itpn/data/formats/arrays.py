@@ -14,6 +14,7 @@ from itpn.data.formats.image_file import Window, plain_dtype, to_plain
 
 Axes = Literal["CHW", "HWC"]
 NUMPY, ZIP, HDF5 = b"\x93NUMPY", b"PK\3\4", b"\x89HDF\r\n\x1a\n"  # magic bytes
+MAX_HEADER = 2**16  # bytes of text in a .npy file; NumPy reads no more than 10,000, but up to 4 GiB to find out
 NAMES = ("image", "images", "data", "arr_0")  # of the array of an image, in a file of several
 
 
@@ -102,6 +103,10 @@ def read_head(path: Path) -> bytes:
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Shape, whether the first axis varies fastest, and type of a .npy file, whose values begin at the position."""
     version = np.lib.format.read_magic(file)
+    at, width = file.tell(), 2 if version == (1, 0) else 4
+    if int.from_bytes(file.read(width), "little") > MAX_HEADER:
+        raise UnreadableImage("a header of so many bytes is none of an array")
+    file.seek(at)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
     shape, fortran, dtype = read(file)
     if dtype.hasobject:

@@ -4,6 +4,10 @@ from typing import Protocol
 
 import numpy as np
 
+from itpn.data.image_type import is_storable
+
+CUT_OFF = "cut off: it ends before its last pixels"
+
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
@@ -43,10 +47,19 @@ def cut(pixels: np.ndarray, window: Window | None) -> np.ndarray:
 
 def plain_dtype(stored: np.dtype) -> np.dtype:
     """The type of pixels: of complex numbers the magnitude, of bits 0 and 1, in this machine's byte order."""
+    if stored.kind in "uif":  # torch knows no C type's other names, and no float of more than 64 bits
+        return np.dtype(f"{stored.kind}{min(stored.itemsize, 8)}")
     return np.dtype({"c": np.float32, "b": np.uint8}.get(stored.kind, stored.newbyteorder("=")))
+
+
+def keep_storable(nodata: float | None, dtype: np.dtype) -> float | None:
+    """The value that a file declares for pixels without data; None for one that its pixels cannot have."""
+    return nodata if nodata is None or is_storable(nodata, dtype.name) else None
 
 
 def to_plain(pixels: np.ndarray) -> np.ndarray:
     """Pixels in their :func:`plain_dtype`, contiguous."""
     dtype = plain_dtype(pixels.dtype)
-    return np.ascontiguousarray(np.abs(pixels) if pixels.dtype.kind == "c" else pixels, dtype)
+    with np.errstate(over="ignore"):  # infinite, which is no data
+        # a view, as uint64 has two names in C
+        return np.ascontiguousarray(np.abs(pixels) if pixels.dtype.kind == "c" else pixels, dtype).view(dtype)

@@ -8,7 +8,8 @@ from rasterio.enums import ColorInterp
 from rasterio.io import MemoryFile
 from rasterio.windows import Window as RasterWindow
 
-from itpn.data.formats.image_file import Window, plain_dtype, to_plain
+from itpn.data.decode import UnreadableImage
+from itpn.data.formats.image_file import CUT_OFF, Window, keep_storable, plain_dtype, to_plain
 
 RGB = (ColorInterp.red, ColorInterp.green, ColorInterp.blue)
 
@@ -28,8 +29,12 @@ class RasterImage:
         self._raster = rasterio.open(self._memory or source, driver=driver)
         self.channels, self.height, self.width = self._raster.count, self._raster.height, self._raster.width
         self.dtype = plain_dtype(np.result_type(*self._raster.dtypes))
+        size = sum(np.dtype(dtype).itemsize for dtype in self._raster.dtypes) * self.height * self.width
+        packed = "file_compression" in self._raster.tags(ns="ENVI")
+        if driver == "ENVI" and isinstance(source, Path) and not packed and source.stat().st_size < size:
+            raise UnreadableImage(CUT_OFF)  # GDAL reads zeros
         self.rgb = self._raster.colorinterp == RGB
-        self.nodata = self._raster.nodata
+        self.nodata = keep_storable(self._raster.nodata, self.dtype)
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
         """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""

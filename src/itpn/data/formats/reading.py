@@ -157,6 +157,8 @@ def _open_other(source: Path | bytes) -> ImageFile:
 
 
 def _read_head(path: Path) -> bytes:
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise UnreadableImage("not a regular file")  # to open a pipe would block
     with open(path, "rb") as file:
         return file.read(DICOM_START)
 

@@ -9,11 +9,11 @@ import numpy as np
 import tifffile
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.formats.image_file import Window, cut, plain_dtype, to_plain
+from itpn.data.formats.image_file import CUT_OFF, Window, cut, keep_storable, plain_dtype, to_plain
 from itpn.data.orientation import ORIENTATION, SWAPPED, XMP, choose_orientation, find_stored_window, turn_array
 
-CUT_OFF = "cut off: it ends before its last pixels"
 NODATA = 42113  # GDAL's tag
+CHUNK = 2**24  # pixels of a tile or strip that is decoded for a window
 RGB = (2, 6)  # photometric interpretations: RGB and YCbCr
 IN_PAGE = "CSYX"  # axes of an image; all others (planes of a stack, moments, positions) are of several images
 
@@ -43,7 +43,7 @@ class TiffImage:
         self.rgb = sizes.get("S") == 3 == self.channels and self._series.keyframe.photometric in RGB
         self.pages = math.prod(size for axis, size in sizes.items() if axis not in IN_PAGE)
         self.dtype = plain_dtype(np.dtype(self._series.dtype))
-        self.nodata = read_nodata(tags.valueof(NODATA))
+        self.nodata = keep_storable(read_nodata(tags.valueof(NODATA)), self.dtype)
         self.decodes = self._series.keyframe.compression in tifffile.TIFF.DECOMPRESSORS
         # one uncompressed block, or pages of more than one plane, are left to tifffile
         planes = math.prod(size for axis, size in sizes.items() if axis not in "SYX")
@@ -52,7 +52,11 @@ class TiffImage:
         if start is not None and start + self._series.nbytes > self._file.filehandle.size:
             raise UnreadableImage(CUT_OFF)
         self._tiled = not self._mapped and len(self._series.pages) == planes
-        self.by_region = self._mapped or self._tiled
+        chunk = math.prod(self._series.keyframe.chunks[:2])
+        if chunk > max(CHUNK, self.height * self.width):
+            raise UnreadableImage(f"tiles of {chunk:,} pixels in an image of {self.width}x{self.height}")
+        # an image that is compressed as one strip is decoded whole for each window
+        self.by_region = self._mapped or (self._tiled and chunk <= CHUNK)
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
         """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
