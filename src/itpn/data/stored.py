@@ -61,8 +61,8 @@ class StoredImage:
             self.warnings["pages"] = PAGES
         if file.dtype.kind in "iu" and settings.nodata is None and settings.type and file.nodata is not None:
             self.warnings["nodata"] = (
-                f"it declares {file.nodata:g} for pixels without data, which the images before did not: give "
-                f"--data.nodata {file.nodata:g}"
+                f"it declares {file.nodata:g} for pixels without data, unlike the images that statistics are of: "
+                "they count as values"
             )
         self.reads_windows = file.by_region
         grey_or_rgb = file.dtype == np.uint8 and (file.channels == 1 or file.rgb)
