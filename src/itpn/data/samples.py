@@ -40,6 +40,7 @@ from itpn.errors import UserError
 PART, WINDOWS = 2**24, 4  # of a larger image, statistics are of 4 x 4 windows with so many pixels together
 NO_LIMIT = 2**62
 LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can be
+TRAINED = "the training images have"
 REMEDY = "convert it, as by gdal_translate -of COG or vips tiffsave --tile"
 HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
 HEAD = 32  # bytes that tell most formats
@@ -267,7 +268,8 @@ def open_image_of(data: bytes | Path | BandsOf | UnreadableImage, settings: Read
     else:
         image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
     if settings.type not in (None, own := type_of(image)):
-        raise MixedImages(f"{settings.example} {settings.type}, and {name} has {own}{settings.advice}")
+        example = TRAINED if settings.example == f"{name} has" else settings.example  # which has changed since
+        raise MixedImages(f"{example} {settings.type}, and {name} has {own}{settings.advice}")
     return image
 
 
