@@ -135,7 +135,7 @@ def main() -> None:
         parser.error("give a recipe of pre-training, and --batch-size of at least 1")
     size, batch = image_size(config.data), options.batch_size
     model = build_masked_model(config.model, size, config.teacher).train()
-    images = torch.zeros(batch, config.model.in_chans, *size)
+    images = torch.zeros(batch, config.model.in_chans or 3, *size)
     kept_in_all = {}
     for name, how in {"nothing recomputed": False, "selective": "selective", "all": True}.items():
         model.set_grad_checkpointing(how)  # type: ignore[arg-type]

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from itpn.checkpoints.load import load
 from itpn.data.augment import center_crop
-from itpn.data.decode import open_sample
+from itpn.data.decode import decode_image
 from itpn.data.normalize import Normalize
 from itpn.masked.targets import normalize_patches, patchify
 from itpn.tasks.recipe_files import read_recipe
@@ -48,7 +48,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 def read_images(folder: Path) -> list[Tensor]:
     """uint8 [3, H, W] each."""
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in (".png", ".jpg"))
-    return [open_sample(path.read_bytes(), 2**27).decode() for path in files]
+    return [decode_image(path.read_bytes()) for path in files]
 
 
 def measure_statistics(images: list[Tensor]) -> Statistics:

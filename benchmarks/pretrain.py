@@ -103,7 +103,7 @@ class Arm:
         self.module = PretrainingModule(model, config, "benchmark", teacher=self.ema_teacher).to(self.device)
         self.outside: dict[str, Any] = {}
         if config.teacher.name and self.ema_teacher is None:
-            shape = model.eval()(torch.zeros(1, config.model.in_chans, *size, device=self.device)).prediction.shape
+            shape = model.eval()(torch.zeros(1, config.model.in_chans or 3, *size, device=self.device)).prediction.shape
             self.outside["feature"] = torch.randn(batch, *shape[1:], device=self.device)
         model.train()
         without = [saving for saving in SAVINGS if name in ("plain", f"no {saving}")]

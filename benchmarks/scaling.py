@@ -59,7 +59,7 @@ def count(config: PretrainingConfig) -> tuple[int, float, float]:
     """
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = build_from(config).to(torch.bfloat16).train()
-        images = torch.zeros(IMAGES, config.model.in_chans, *image_size(config.data), dtype=torch.bfloat16)
+        images = torch.zeros(IMAGES, config.model.in_chans or 3, *image_size(config.data), dtype=torch.bfloat16)
         patches = model.backbone.grid_size[0] * model.backbone.grid_size[1]
         targets = {n: torch.zeros(IMAGES, patches, config.teacher.width or 512) for n in model.feature_losses}
         if config.teacher.name is not None:

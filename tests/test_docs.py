@@ -29,7 +29,7 @@ def test_files_of_the_repository_exist(page):
 def test_options_and_recipes_exist(page):
     text = page.read_text()
     known = {option for task in all_tasks() for field in read_fields(task.config) for option in field.options}
-    for option in re.findall(r"--(?:model|teacher|data|optimizer|trainer|probe|evaluation)\.[a-z-]+", text):
+    for option in re.findall(r"--(?:model|teacher|data|optimizer|trainer|probe|evaluation)\.[a-z0-9-]+", text):
         assert option in known, option
     for recipe in re.findall(r"(?<![\w-])(?:fast-)?itpn-[a-z]+_[\w-]*\w", text):
         assert recipe in list_recipes() or recipe.endswith("coslr"), recipe

@@ -14,7 +14,8 @@ from itpn.data.batches import BatchPlan, FileBatches, UnreadableBatch, stack
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.image_type import PHOTOGRAPH, ImageType
 from itpn.data.readers import FileReader
-from itpn.data.samples import MixedImages, Reading, StoredImage, WindowOf, open_sample, type_of
+from itpn.data.samples import MixedImages, WindowOf, open_sample, type_of
+from itpn.data.stored import Reading, StoredImage
 from itpn.data.windows import cut_windows
 
 RNG = np.random.default_rng(0)

@@ -11,8 +11,8 @@ from itpn.cli import main
 from itpn.data.image_type import PHOTOGRAPH, ImageType, check_value_range, to_option, to_pairs
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
-from itpn.data.samples import Reading
 from itpn.data.statistics import compute_statistics, read_statistics, write_statistics
+from itpn.data.stored import Reading
 from itpn.errors import UserError
 
 RNG = np.random.default_rng(1)

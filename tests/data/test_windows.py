@@ -19,8 +19,9 @@ from itpn.data.mask_checks import MaskRules
 from itpn.data.object_windows import cut_objects, decode_counts, draw_local
 from itpn.data.objects import draw_masks, encode_mask, make_target
 from itpn.data.readers import FileReader
-from itpn.data.samples import PLAIN, open_sample
+from itpn.data.samples import open_sample
 from itpn.data.segmentation_transform import SegmentationTransform
+from itpn.data.stored import PLAIN
 from itpn.data.windows import cut_windows
 from itpn.tasks.configs import (
     DetectionConfig,

@@ -15,7 +15,8 @@ from itpn.data.bands import name_image, split_bands
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import find_images
 from itpn.data.readers import FileReader
-from itpn.data.samples import PLAIN, Reading, StoredImage, WindowOf, open_sample
+from itpn.data.samples import WindowOf, open_sample
+from itpn.data.stored import PLAIN, Reading, StoredImage
 from itpn.data.windows import cut_windows
 from itpn.errors import UserError
 from itpn.training.config import read_yaml

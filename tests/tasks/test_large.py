@@ -26,7 +26,8 @@ import itpn.tasks.large
 from itpn.cli import main
 from itpn.data.annotations import read_objects
 from itpn.data.readers import FileReader
-from itpn.data.samples import PLAIN, open_sample
+from itpn.data.samples import open_sample
+from itpn.data.stored import PLAIN
 from itpn.errors import UserError
 from itpn.metrics.segmentation import PixelScores, compare
 from itpn.tasks.configs import (

@@ -50,7 +50,7 @@ class Stats:
         if source.cache:
             raise UserError(f"{self.images} holds cached features: give the folder of the images")
         from itpn.data.decode import MAX_PIXELS
-        from itpn.data.samples import Reading
+        from itpn.data.stored import Reading
         from itpn.tasks.statistics import report_statistics
 
         if self.out is None and not Path(self.images).is_dir():

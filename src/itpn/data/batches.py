@@ -14,8 +14,9 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from itpn.data.cache import FeatureCache
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
-from itpn.data.samples import MixedImages, Reading, WindowOf, open_sample
+from itpn.data.samples import MixedImages, WindowOf, open_sample
 from itpn.data.shards import Sample, shard_samples
+from itpn.data.stored import Reading
 from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed

@@ -13,7 +13,8 @@ from itpn.data.augment import EvaluationTransform
 from itpn.data.batches import Batch, View, stack
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
-from itpn.data.samples import PLAIN, MixedImages, Reading, open_sample
+from itpn.data.samples import MixedImages, open_sample
+from itpn.data.stored import PLAIN, Reading
 from itpn.data.workers import WorkerLoader, beat
 from itpn.errors import UserError
 

@@ -2,7 +2,10 @@
 
 import io
 import re
+import struct
+from collections.abc import Collection
 from contextlib import suppress
+from typing import IO
 
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -10,6 +13,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
 SUBFILE = 254  # the tag of TIFF: 1 for a smaller copy, 4 for a mask
 OLD_SUBFILE = 255  # its forerunner: 2 for a smaller copy
+INTEGERS = {1: "B", 3: "H", 4: "I"}  # types of a tag
+MAX_TAGS, MAX_VALUES = 4096, 2**16  # of a page, and of a tag: one for each channel
 MAX_COPIES = 64  # reduced copies of a TIFF's page, each half as wide as the one before; more are a cycle
 JPEG_MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")  # without those inside a scan's data
 
@@ -30,6 +35,35 @@ def has_pages(tiff: bytes) -> bool:
             if not tags.next:
                 return False
     return False
+
+
+def read_tags(file: IO[bytes], wanted: Collection[int]) -> dict[int, tuple[int, ...]]:
+    """Numbers of some tags of a TIFF's first page, those of the types BYTE, SHORT and LONG; none of a corrupt file.
+
+    Libraries read all tags, which takes as long as decoding a small image.
+    """
+    with suppress(struct.error, OverflowError):
+        start = file.read(16)
+        order = {b"II": "<", b"MM": ">"}[start[:2]]
+        big = struct.unpack_from(f"{order}H", start, 2)[0] == 43
+        (place,) = struct.unpack_from(f"{order}Q" if big else f"{order}I", start, 8 if big else 4)
+        file.seek(place)
+        counter, entry = ("Q", f"{order}HHQ8s") if big else ("H", f"{order}HHI4s")
+        (count,) = struct.unpack(order + counter, file.read(8 if big else 2))
+        size = struct.calcsize(entry)
+        directory = file.read(size * min(count, MAX_TAGS))
+        found = {}
+        for tag, kind, number, value in struct.iter_unpack(entry, directory):
+            form = INTEGERS.get(kind)
+            if tag not in wanted or form is None or number > MAX_VALUES:
+                continue
+            length = struct.calcsize(form) * number
+            if length > len(value):
+                file.seek(struct.unpack(f"{order}Q" if big else f"{order}I", value)[0])
+                value = file.read(length)
+            found[tag] = struct.unpack_from(f"{order}{number}{form}", value)
+        return found
+    return {}
 
 
 def count_scans(data: bytes) -> int:

@@ -29,9 +29,9 @@ from itpn.data.cache import FeatureCache
 from itpn.data.file_types import describe_unread
 from itpn.data.files import ImageSource
 from itpn.data.readers import FileReader, Reader
-from itpn.data.samples import PLAIN, Reading
 from itpn.data.shards import count_shard_images
 from itpn.data.skipped import nothing_readable
+from itpn.data.stored import PLAIN, Reading
 from itpn.data.workers import WorkerLoader
 from itpn.errors import UserError
 

@@ -24,8 +24,9 @@ from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, reason_o
 from itpn.data.file_types import COPIES_INDEX, PHOTO_SUFFIXES, is_shard
 from itpn.data.files import ImageSource
 from itpn.data.readers import MAX_FILE, check_lost, is_compressed, read_file, too_large
-from itpn.data.samples import Reading, Sample, open_sample, type_of
+from itpn.data.samples import Sample, open_sample, type_of
 from itpn.data.shards import index_shard
+from itpn.data.stored import Reading
 from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed

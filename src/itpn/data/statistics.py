@@ -14,8 +14,9 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.image_type import ImageType, ValueRange, check_nodata, to_pairs
 from itpn.data.readers import Reader
-from itpn.data.samples import Reading, StoredImage, find_valid, open_sample, type_of
+from itpn.data.samples import open_sample, type_of
 from itpn.data.skipped import nothing_readable
+from itpn.data.stored import Reading, StoredImage, find_valid
 from itpn.errors import UserError
 from itpn.system.text import read_text
 from itpn.system.writing import write_whole

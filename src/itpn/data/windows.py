@@ -8,7 +8,8 @@ import numpy as np
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
-from itpn.data.samples import MixedImages, Reading, WindowOf, open_image_of
+from itpn.data.samples import MixedImages, WindowOf, open_image_of
+from itpn.data.stored import Reading
 from itpn.geometry import find_starts
 
 THREADS = 8  # that read headers, of files which may be far away

@@ -20,8 +20,9 @@ from itpn.data.decode import reading as reading_errors
 from itpn.data.files import ImageSource
 from itpn.data.formats.reading import open_file
 from itpn.data.readers import FileReader, Reader, read_head
-from itpn.data.samples import PLAIN, Reading, Sample, StoredImage, open_sample, type_of
+from itpn.data.samples import Sample, open_sample, type_of
 from itpn.data.shards import read_shard
+from itpn.data.stored import PLAIN, Reading, StoredImage
 from itpn.errors import UserError
 from itpn.system.console import Output, print_note, print_warnings
 from itpn.tasks.georeference import Georeference, find_georeference

@@ -18,10 +18,11 @@ from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, check_nodata, is_
 from itpn.data.normalize import Normalize
 from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import FileReader, Reader
-from itpn.data.samples import TRAINED, Reading, open_sample, type_of
+from itpn.data.samples import TRAINED, open_sample, type_of
 from itpn.data.shards import read_shard
 from itpn.data.skipped import nothing_readable
 from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, read_statistics
+from itpn.data.stored import Reading
 from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.system.text import one_line

@@ -21,8 +21,9 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
-from itpn.data.samples import Reading, open_sample
+from itpn.data.samples import open_sample
 from itpn.data.shards import read_shard
+from itpn.data.stored import Reading
 from itpn.errors import UserError
 from itpn.models.backbone import find_backbone
 from itpn.system.console import Output, print_note, print_warnings

@@ -7,8 +7,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from itpn.data.files import ImageSource
-from itpn.data.samples import Reading
 from itpn.data.statistics import Statistics, compute_statistics, write_statistics
+from itpn.data.stored import Reading
 from itpn.system.console import Output, print_note
 from itpn.system.text import one_line
 from itpn.system.writing import check_writable, writing_to

@@ -1,0 +1,148 @@
+"""Images that are no photographs, of any number of channels and any depth, as they are stored."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from itpn.data.decode import MAX_PIXELS, PAGES, reading
+from itpn.data.formats.arrays import Axes
+from itpn.data.formats.image_file import ImageFile
+from itpn.data.formats.reading import check_size
+from itpn.data.image_type import PHOTOGRAPH, ImageType
+
+PART, WINDOWS = 2**24, 4  # of a larger image, statistics are of 4 x 4 windows with so many pixels together
+HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How the images of a data set are read.
+
+    Attributes:
+        max_pixels: larger images are refused.
+        axes: of arrays, see `itpn.data.formats.arrays.ArrayImage`.
+        nodata: the value of pixels without data; None for what each file declares.
+        stretch: percentiles of each image and channel that become 0 and 1; None for values as they are stored.
+        type: that the images must have; None for any.
+        example: what has that type, for a message: "a.tif has".
+        advice: the end of that message.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    axes: Axes | None = None
+    nodata: float | None = None
+    stretch: tuple[float, float] | None = None
+    type: ImageType | None = None
+    example: str = ""
+    advice: str = ": all images of a data set need the same channels and depth"
+
+
+PLAIN = Reading()
+
+
+class StoredImage:
+    """An image that is no photograph, with the interface of :class:`itpn.data.decode.EncodedImage`.
+
+    Pixels keep the type in which they are stored (64 bits become float32). Pixels without data are NaN in floats; in
+    integers they have the value ``nodata``.
+
+    Raises:
+        UnreadableImage: it is too large.
+    """
+
+    def __init__(self, file: ImageFile, settings: Reading) -> None:
+        self.file, self.height, self.width = file, file.height, file.width
+        self._settings = settings
+        self.warnings: dict[str, str] = {}
+        if file.pages > 1:
+            self.warnings["pages"] = PAGES
+        if file.dtype.kind in "iu" and settings.nodata is None and settings.type and file.nodata is not None:
+            self.warnings["nodata"] = (
+                f"it declares {file.nodata:g} for pixels without data, which the images before did not: give "
+                f"--data.nodata {file.nodata:g}"
+            )
+        self.reads_windows = file.by_region
+        grey_or_rgb = file.dtype == np.uint8 and (file.channels == 1 or file.rgb)
+        self.type = PHOTOGRAPH if grey_or_rgb else ImageType(file.channels, _travelling(file.dtype).name)
+
+    def decode(self) -> Tensor:
+        """All pixels, [C, height, width]; of a photograph uint8 [3, height, width]."""
+        check_size(self.file, self._settings.max_pixels)
+        return self._read(None)
+
+    def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
+        """A window, [C, height, width]; where the format allows it, without decoding the rest."""
+        if not self.file.by_region:
+            check_size(self.file, self._settings.max_pixels)
+        return self._read((top, left, height, width))
+
+    def decode_some(self) -> np.ndarray:
+        """Pixels [C, n] for statistics: of a large image that is read by region, windows all over it."""
+        if self.height * self.width <= PART or not self.file.by_region:
+            return self.decode().flatten(1).numpy()
+        side = math.isqrt(PART) // WINDOWS
+        tops, lefts = (
+            np.linspace(0, length - min(side, length), WINDOWS).astype(int) for length in (self.height, self.width)
+        )
+        windows = [
+            (int(top), int(left), min(side, self.height), min(side, self.width)) for top in tops for left in lefts
+        ]
+        return np.concatenate([self._read(window).flatten(1).numpy() for window in windows], axis=1)
+
+    def _read(self, window: tuple[int, int, int, int] | None) -> Tensor:
+        if self._settings.stretch is not None and window is not None:  # percentiles are of the whole image
+            top, left, height, width = window
+            return self.decode()[:, top : top + height, left : left + width]
+        with reading():
+            pixels = self.file.read(0, window)
+        with np.errstate(over="ignore"):  # infinite, which is no data
+            pixels = np.require(pixels, _travelling(pixels.dtype), ["C", "W"])  # a mapped file is not to be written to
+        pixels = mark_nodata(pixels, self.file.nodata, self._settings.nodata)
+        if self._settings.stretch is not None:
+            pixels = stretch_channels(pixels, self._settings.stretch, self._settings.nodata)
+        tensor = torch.from_numpy(pixels)
+        return tensor.expand(3, -1, -1).contiguous() if self.type.is_photo and len(tensor) == 1 else tensor
+
+
+def stretch_channels(pixels: np.ndarray, percents: tuple[float, float], nodata: float | None) -> np.ndarray:
+    """Two percentiles of each channel become 0 and 1; float32 [C, H, W], NaN without data."""
+    valid = find_valid(pixels, nodata)
+    stretched = np.full(pixels.shape, np.nan, np.float32)
+    for own, present, target in zip(pixels, valid, stretched, strict=True):
+        if present.any():
+            low, high = np.percentile(own[present], percents)
+            target[present] = ((own[present].astype(np.float64) - low) / ((high - low) or 1.0)).clip(0, 1)
+    return stretched
+
+
+def find_valid(values: np.ndarray, nodata: float | None) -> np.ndarray:
+    """bool, True where pixels have a value: finite, and not ``nodata``."""
+    if values.dtype.kind == "f":
+        return np.isfinite(values)
+    return np.ones(values.shape, dtype=bool) if nodata is None else values != nodata
+
+
+def _travelling(stored: np.dtype) -> np.dtype:
+    """The type in which pixels travel to the device; that of 64 bits is what they become there."""
+    return np.dtype(np.float32) if stored.itemsize == 8 else stored
+
+
+def mark_nodata(pixels: np.ndarray, declared: float | None, nodata: float | None) -> np.ndarray:
+    """Pixels without data become NaN in floats, and ``nodata`` in integers.
+
+    Args:
+        declared: the value that the file declares for them.
+        nodata: that of the data set, if it is known.
+    """
+    if pixels.dtype.kind == "f":
+        with np.errstate(over="ignore"):  # of 16 bits none is as large
+            missing = ~(np.abs(pixels) < np.float64(HUGE).astype(pixels.dtype))
+            for value in [value for value in (declared, nodata) if value is not None]:
+                missing |= np.isclose(pixels, value, rtol=1e-6, atol=0)
+        return np.where(missing, np.float32(np.nan), pixels) if missing.any() else pixels
+    if pixels.dtype.kind in "iu" and None not in (declared, nodata) and declared != nodata:
+        return np.where(pixels == declared, np.array(nodata).astype(pixels.dtype), pixels)
+    return pixels
