@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,27 @@ def test_a_resumed_run_keeps_the_statistics(bands, tmp_path, capsys):
     assert read_preprocessing(tmp_path / "itpn-pixel_nano/default") == before
     assert main([*command, "--trainer.max-steps", "3", "--data.value-range", "0", "9000"]) == 2
     assert "choose another --name" in capsys.readouterr().err
+
+
+def test_no_data_does_not_change_in_a_run(bands, tmp_path, capsys):
+    """What the images have left open is a setting of the run too."""
+    command = ["train", "itpn-pixel_nano", "--data.root", str(bands / "plain"), "--output-dir", str(tmp_path), *SMALL]
+    assert main(command) == 0
+    assert main([*command, "--trainer.max-steps", "3", "--data.nodata", "5"]) == 2
+    assert "holds a run with --data.nodata None, not 5.0" in capsys.readouterr().err
+
+
+def test_a_validation_image_of_another_type_is_named_beside_the_training_images(bands, tmp_path, capsys):
+    """Not as the first of the validation images, which would have the right type then."""
+    shutil.copytree(bands / "classes", tmp_path / "classes")
+    for path in (tmp_path / "classes/val").rglob("*.tif"):
+        write(path, tifffile.imread(path)[:3])
+    command = ["train", "classifier_small", "--data.root", str(tmp_path / "classes"), "--output-dir", str(tmp_path)]
+    assert main([*command, "--model.scratch", "--model.name", "itpn_nano", "--data.img-size", "32", *SHORT]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"the training images have 5 channels of uint16, and \S*0\.tif has 3 channels of uint16: all images", error
+    )
 
 
 def test_statistics_of_the_command_are_used(bands, tmp_path, capsys):

@@ -35,6 +35,7 @@ from itpn.errors import UserError
 
 NO_LIMIT = 2**62
 LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can be
+TRAINED = "the training images have"
 REMEDY = "convert it, as by gdal_translate -of COG or vips tiffsave --tile"
 HEAD = 32  # bytes that tell most formats
 # tags of TIFF
@@ -134,7 +135,8 @@ def open_image_of(data: bytes | Path | BandsOf | UnreadableImage, settings: Read
 
 def _check_type(image: Image, settings: Reading, name: str) -> Image:
     if settings.type not in (None, own := type_of(image)):
-        raise MixedImages(f"{settings.example} {settings.type}, and {name} has {own}{settings.advice}")
+        example = TRAINED if settings.example == f"{name} has" else settings.example  # which has changed since
+        raise MixedImages(f"{example} {settings.type}, and {name} has {own}{settings.advice}")
     return image
 
 

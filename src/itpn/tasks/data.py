@@ -74,7 +74,7 @@ def find_windows(
 
 def read_samples(config: RunConfig, images: Reader, count: int) -> list[Tensor]:
     """Some readable images, evenly spaced over a set, [C, height, width] as they are stored."""
-    return [image for _, image in read_some(images, count, make_reading(config, images))]
+    return [image for _, image in read_some(images, count, make_reading(config))]
 
 
 def make_training_loader(

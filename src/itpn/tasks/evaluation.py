@@ -91,7 +91,7 @@ class Evaluator(ABC, Generic[Scores]):
 
     def load(self, images: Any, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
         """The batches of a process, of some images."""
-        reading = make_reading(self.config, images)
+        reading = make_reading(self.config)
         loading = self.batch_size, self.config.data.num_workers, rank, world_size, reading
         return make_evaluation_loader(images, self.view, *loading, collate=self.collate)
 

@@ -18,7 +18,7 @@ from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, check_nodata, is_
 from itpn.data.normalize import Normalize
 from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import FileReader, Reader
-from itpn.data.samples import open_sample, type_of
+from itpn.data.samples import TRAINED, open_sample, type_of
 from itpn.data.shards import read_shard
 from itpn.data.skipped import nothing_readable
 from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, read_statistics
@@ -49,18 +49,19 @@ def make_reading(config: Any, images: ImageSource | Reader | None = None) -> Rea
     """How images are read.
 
     Args:
-        images: of which the first is named in messages.
+        images: of the training set, of which the first is named in messages; None for others.
     """
     data = config.data
     kind = None if data.dtype is None else image_type(config)
-    return Reading(data.max_pixels, data.axes, data.nodata, find_stretch(data), kind, f"{example_of(images)} has")
+    example = TRAINED if images is None else f"{example_of(images)} has"
+    return Reading(data.max_pixels, data.axes, data.nodata, find_stretch(data), kind, example)
 
 
-def example_of(images: ImageSource | Reader | None) -> str:
+def example_of(images: ImageSource | Reader) -> str:
     """What is called in messages the first image."""
     if isinstance(images, ImageSource) and not images.images:
         return f"the first image of {images.shards[0]}" if images.shards else "the first image"
-    if images is None or (not isinstance(images, ImageSource) and not len(images)):
+    if not isinstance(images, ImageSource) and not len(images):
         return "the first image"
     files = FileReader(images.images[:1]) if isinstance(images, ImageSource) else images
     return files.name(0)

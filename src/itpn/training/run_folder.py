@@ -362,9 +362,11 @@ def _settings_of(earlier: StoredSettings, config: RunConfig, path: Path) -> Any:
 
 def _check_same_run(earlier: StoredSettings, config: RunConfig, path: Path) -> None:
     before, now = to_dict(_settings_of(earlier, config, path)), to_dict(config)
+    resolved = before["data"].get("dtype") is not None  # or else of an earlier version
     for section in [name for name in now if isinstance(now[name], dict)]:
         for key, value in now[section].items():
-            unknown = before[section][key] is None and key in config.from_images.get(section, ())  # of earlier versions
+            unknown = before[section][key] is None and key in config.from_images.get(section, ())
+            unknown &= not (resolved and section == "data")  # where the images have left it open, it is so
             if value != before[section][key] and not unknown and key not in config.free.get(section, frozenset()):
                 _refuse(path, f"--{section}.{key.replace('_', '-')}", before[section][key], value)
     if before["seed"] != now["seed"]:

@@ -68,7 +68,7 @@ def build_visualization(
 def read_samples(images: LabelledImages, config: ClassificationConfig) -> tuple[Tensor, list[str]]:
     """Readable images from all over a set, uint8 [n, 3, H, W], and the names of their classes."""
     transform = make_evaluation_transform(config)
-    chosen = read_some(images, SAMPLES, make_reading(config, images))
+    chosen = read_some(images, SAMPLES, make_reading(config))
     pixels = torch.stack([transform(image) for _, image in chosen])
     return pixels, [images.classes[images.labels[index]] for index, _ in chosen]
 
