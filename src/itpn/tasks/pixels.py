@@ -290,7 +290,8 @@ def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statisti
                 return found, one_line(str(path)), notes
             notes.append(f"{one_line(str(path))} is of other images: not used")
     found = compute_statistics(as_reader(images), reading, value_range)
-    return found, f"{found.sampled:,} of {found.images:,} images", notes
+    what = "windows" if isinstance(images, Windows) else "images"
+    return found, f"{found.sampled:,} of {found.images:,} {what}", notes
 
 
 def as_reader(images: ImageSource | Reader) -> Reader:
