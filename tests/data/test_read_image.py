@@ -528,3 +528,12 @@ def test_a_file_that_is_cut_off(tmp_path, name):
         (tmp_path / name).write_bytes(content[:size])
         with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path / name))}: ."):
             itpn.read_image(tmp_path / name)
+
+
+def test_hdf5_with_pixels_in_another_file(tmp_path):
+    """A hostile file could show any file of the machine."""
+    (tmp_path / "secret").write_bytes(bytes(range(64)))
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.create_dataset("image", (8, 8), "u1", external=[(str(tmp_path / "secret"), 0, 64)])
+    with pytest.raises(UserError, match="its pixels are in other files"):
+        itpn.read_image(tmp_path / "a.h5")

@@ -250,12 +250,3 @@ def test_a_large_tiled_photograph_is_read_by_windows(tmp_path, monkeypatch):
     assert isinstance(sample, StoredImage)
     assert type_of(sample) == PHOTOGRAPH
     assert np.array_equal(sample.decode().numpy(), pixels.transpose(2, 0, 1))
-
-
-@pytest.mark.parametrize("advice", [": all images need the same", ""])
-def test_no_data_that_the_images_before_did_not_declare(tmp_path, advice):
-    """Where it can be given it is asked for; a trained network has none to give."""
-    write(tmp_path / "a.tif", BANDS, extratags=[(42113, "s", 0, "7", True)])
-    warning = open_sample(tmp_path / "a.tif", Reading(type=ImageType(5, "uint16"), advice=advice)).warnings["nodata"]
-    assert "it declares 7 for pixels without data, which the images before did not: they count as data" in warning
-    assert ("--data.nodata 7" in warning) == bool(advice)

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
@@ -78,6 +79,18 @@ def test_no_data_enters_nothing(tmp_path):
     kept = np.concatenate([first[5:].reshape(-1, 3).T, pixels[:, first[..., 0].size :]], axis=1).astype(np.float64)
     assert np.allclose(found.mean, kept.mean(axis=1))
     assert found.nodata_fraction == pytest.approx(1 - kept.size / pixels.size)
+
+
+@pytest.mark.parametrize("settings", [Reading(), Reading(type=ImageType(2, "uint16"), example="x has")])
+def test_what_geotiffs_declare_enters_nothing(tmp_path, settings):
+    for number in range(3):
+        pixels = np.full((2, 20, 30), 500 + number, np.uint16)
+        pixels[:, :5] = 0
+        tag = (42113, "s", 0, "0", True)
+        options = {"photometric": "minisblack", "planarconfig": "separate", "extratags": [tag]}
+        tifffile.imwrite(tmp_path / f"{number}.tif", pixels, **options)
+    found = compute_statistics(FileReader([str(tmp_path / f"{number}.tif") for number in range(3)]), settings)
+    assert (found.nodata, found.nodata_fraction, found.minimum) == (0, 0.25, (500, 500))
 
 
 def test_a_value_that_stands_for_no_data(tmp_path):

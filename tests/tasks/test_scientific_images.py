@@ -242,7 +242,7 @@ def test_windows_are_trained_on(bands, tmp_path, capsys):
     assert "192x200 pixels, more than the 20000 allowed" in capsys.readouterr().err
     windows = ["--data.window-size", "48", "--data.window-overlap", "8", "--data.max-pixels", "20000"]
     assert main(["train", "itpn-pixel_nano", *options, *windows]) == 0
-    assert "25 windows of 1 images" in capsys.readouterr().out
+    assert "25 windows of 1 image" in capsys.readouterr().out
 
 
 def test_patches_without_data_are_no_targets(tmp_path, capsys):

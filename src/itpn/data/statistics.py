@@ -14,7 +14,7 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.image_type import ImageType, ValueRange, check_nodata, to_pairs
 from itpn.data.readers import Reader
-from itpn.data.samples import open_sample, type_of
+from itpn.data.samples import WindowSample, open_sample, type_of
 from itpn.data.skipped import nothing_readable
 from itpn.data.stored import Reading, StoredImage, find_valid
 from itpn.errors import UserError
@@ -179,12 +179,14 @@ def compute_statistics(
         name, data, *_ = reader[index]
         try:
             image = open_sample(data, settings, name)
-            if settings.type is None:
+            if not sizes:
                 nodata = settings.nodata
                 check_nodata(nodata, type_of(image))
-                if nodata is None and not type_of(image).is_photo:
-                    nodata = image.file.nodata  # type: ignore[union-attr]
-                settings = dataclasses.replace(settings, type=type_of(image), example=f"{name} has", nodata=nodata)
+                whole = image.image if isinstance(image, WindowSample) else image
+                if nodata is None and isinstance(whole, StoredImage) and not whole.type.is_photo:
+                    nodata = whole.file.nodata
+                example = settings.example if settings.type else f"{name} has"
+                settings = dataclasses.replace(settings, type=type_of(image), example=example, nodata=nodata)
                 image = open_sample(data, settings, name)
             values = image.decode_some() if isinstance(image, StoredImage) else image.decode().flatten(1).numpy()
         except UnreadableImage as error:

@@ -28,7 +28,7 @@ class Reading:
         stretch: percentiles of each image and channel that become 0 and 1; None for values as they are stored.
         type: that the images must have; None for any.
         example: what has that type, for a message: "a.tif has".
-        advice: the end of that message; empty where nothing can be changed, as of a trained network.
+        advice: the end of that message.
     """
 
     max_pixels: int = MAX_PIXELS
@@ -61,8 +61,8 @@ class StoredImage:
             self.warnings["pages"] = PAGES
         if file.dtype.kind in "iu" and settings.nodata is None and settings.type and file.nodata is not None:
             self.warnings["nodata"] = (
-                f"it declares {file.nodata:g} for pixels without data, which the images before did not: they count as "
-                "data" + (f"; give --data.nodata {file.nodata:g}" if settings.advice else "")
+                f"it declares {file.nodata:g} for pixels without data, unlike the images that statistics are of: "
+                "they count as values"
             )
         self.reads_windows = file.by_region
         grey_or_rgb = file.dtype == np.uint8 and (file.channels == 1 or file.rgb)

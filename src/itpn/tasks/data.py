@@ -64,7 +64,7 @@ def find_windows(
     if data.window_size is None:
         return None, ()
     windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config, files), annotated)
-    notes = [f"{len(windows):,} windows of {len(files):,} images"]
+    notes = [f"{len(windows):,} windows of {len(files):,} image{'s' * (len(files) != 1)}"]
     if whole:
         notes.append(
             f"{len(whole):,} large images are decoded as a whole for each window, the first is {whole[0]}: {REMEDY}"

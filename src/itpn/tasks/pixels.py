@@ -231,7 +231,7 @@ def resolve_pixels(
         data = replace(data, value_range=DEFAULT_RANGE)
     if data.mean is None or data.std is None or not (is_resolved(data.value_range) or data.value_range_per_image):
         statistics, where, notes = find_statistics(config, images)
-        notes += [*statistics.notes, describe_statistics(statistics, where)]
+        notes += [*statistics.notes, describe_statistics(statistics, where, find_stretch(data))]
         values = {
             "mean": data.mean or round_all(statistics.scaled_mean),
             "std": data.std or round_all(statistics.scaled_std),
@@ -290,7 +290,8 @@ def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statisti
                 return found, one_line(str(path)), notes
             notes.append(f"{one_line(str(path))} is of other images: not used")
     found = compute_statistics(as_reader(images), reading, value_range)
-    return found, f"{found.sampled:,} of {found.images:,} images", notes
+    what = "windows" if isinstance(images, Windows) else "images"
+    return found, f"{found.sampled:,} of {found.images:,} {what}", notes
 
 
 def as_reader(images: ImageSource | Reader) -> Reader:
@@ -300,10 +301,12 @@ def as_reader(images: ImageSource | Reader) -> Reader:
     return SomeImages([*_first(images, SAMPLED)]) if images.shards else FileReader(images.images)
 
 
-def describe_statistics(statistics: Statistics, where: str) -> str:
+def describe_statistics(statistics: Statistics, where: str, stretch: tuple[float, float] | None = None) -> str:
     """What normalizes the images, in a sentence."""
     lows, highs = zip(*statistics.value_range, strict=True)
     kind = statistics.type
+    if stretch is not None:
+        return f"{kind}: mean and std are those of {where}, each stretched from {stretch[0]:g}% to {stretch[1]:g}%"
     missing = f", {statistics.nodata_fraction:.2%} of the pixels without data" if statistics.nodata_fraction else ""
     return f"{kind}: mean, std and value range ({min(lows):.6g} to {max(highs):.6g}) are those of {where}{missing}"
 

@@ -92,7 +92,10 @@ def open_array(source: Path | bytes) -> tuple[Any, bool]:
     stored = h5py.File(file, "r")
     names: list[str] = []
     stored.visititems(lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None)
-    return stored[pick_name(names)], True
+    found = stored[pick_name(names)]
+    if found.external or found.is_virtual:  # a hostile file may name any other
+        raise UnreadableImage("its pixels are in other files")
+    return found, True
 
 
 def read_head(path: Path) -> bytes:
