@@ -391,6 +391,20 @@ def test_plain_tiff_needs_no_extra(tmp_path, monkeypatch):
     assert np.array_equal(itpn.read_image(tmp_path / "c.tif").numpy(), pixels[None, ..., 0])
 
 
+@pytest.mark.parametrize("missing", ["tifffile", "imagecodecs"])
+@pytest.mark.parametrize("compression", ["lzw", "zstd"])
+def test_no_band_is_lost_for_want_of_an_extra(tmp_path, monkeypatch, missing, compression):
+    """Pillow would read the first of planes that are compressed."""
+    planes = {"photometric": "minisblack", "planarconfig": "separate", "compression": compression}
+    tifffile.imwrite(tmp_path / "a.tif", draw((4, 40, 50)), **planes)
+    assert itpn.read_image(tmp_path / "a.tif").shape == (4, 40, 50)
+    for name in [name for name in sys.modules if re.match(r"tifffile|imagecodecs|itpn\.data\.formats\.tiff", name)]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(UserError, match=rf"TIFF of .* is read by {missing}: pip install 'itpn\[science\]'$"):
+        itpn.read_image(tmp_path / "a.tif")
+
+
 @pytest.mark.parametrize("photometric", [0, 1])
 @pytest.mark.parametrize("known", [True, False])
 def test_faxes(tmp_path, monkeypatch, photometric, known):

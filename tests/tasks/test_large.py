@@ -17,7 +17,7 @@ import rasterio.warp
 import tifffile
 import torch
 from PIL import Image
-from rasterio.transform import Affine
+from rasterio.transform import Affine, from_origin
 from torch import nn
 
 import itpn
@@ -45,7 +45,7 @@ from itpn.tasks.detection.network import build_detector
 from itpn.tasks.detection.prediction import ObjectFiles
 from itpn.tasks.evaluation import evaluate
 from itpn.tasks.finetuning.network import resolve_with_head
-from itpn.tasks.georeference import Georeference
+from itpn.tasks.georeference import NOWHERE, Georeference, find_georeference
 from itpn.tasks.large import NO_DATA, Overview, SourceImage, find_tiling, usual_side
 from itpn.tasks.pixels import make_normalize
 from itpn.tasks.segmentation.inference import make_segmentation
@@ -381,6 +381,17 @@ def test_a_detector_on_a_large_georeferenced_image(tmp_path):
         assert np.allclose(sorted({*read_points(shape)}), sorted({*corners}), rtol=0, atol=1e-6)
     with Image.open(next(out.glob("0000-*.png"))) as drawn:
         assert drawn.width >= 330
+
+
+@pytest.mark.parametrize("corner", [(5e9, 5e9), (5e5, 5e6)])
+def test_coordinates_beyond_the_earth(tmp_path, corner):
+    """No results at places, and a line that says why: GDAL cannot tell a longitude and latitude."""
+    options = {"driver": "GTiff", "width": 30, "height": 20, "count": 1, "dtype": "uint8", "crs": UTM}
+    with rasterio.open(tmp_path / "a.tif", "w", transform=from_origin(*corner, 10, 10), **options) as file:
+        file.write(np.zeros((1, 20, 30), np.uint8))
+    place, reason = find_georeference(tmp_path / "a.tif")
+    assert (place is None) == (corner == (5e9, 5e9))
+    assert reason == (None if place else NOWHERE)
 
 
 def test_objects_are_where_they_are(tmp_path):

@@ -119,6 +119,14 @@ def test_no_data_does_not_change_in_a_run(bands, tmp_path, capsys):
     assert "holds a run with --data.nodata None, not 5.0" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--data.value-range 0 200", "--data.nodata 0", "--data.value-range-per-image"])
+def test_what_photographs_do_not_heed_is_refused(tmp_path, capsys, option):
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    command = ["train", "itpn-pixel_nano", "--data.root", str(tmp_path), "--output-dir", str(tmp_path / "out"), *SMALL]
+    assert main([*command, *option.split()]) == 2
+    assert f"{option.split()[0]} is not for photographs of 8 bits: leave it out" in capsys.readouterr().err
+
+
 def test_a_validation_image_of_another_type_is_named_beside_the_training_images(bands, tmp_path, capsys):
     """Not as the first of the validation images, which would have the right type then."""
     shutil.copytree(bands / "classes", tmp_path / "classes")

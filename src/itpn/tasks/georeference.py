@@ -22,6 +22,7 @@ from itpn.system.writing import open_whole, write_whole
 GEO_KEYS = 34735  # the TIFF tag of a coordinate reference system
 ROWS = 512  # of a raster that are written at a time, and the side of its tiles
 DIGITS = 9  # of degrees: a tenth of a millimetre
+NOWHERE = "it has no longitude and latitude where its coordinates say that it is: its results are not georeferenced"
 MISSING = "is georeferenced, and its results are not: pip install 'itpn[geo]'"
 
 Ring = list[tuple[float, float]]
@@ -45,7 +46,7 @@ def find_georeference(path: Path) -> tuple[Georeference | None, str | None]:
     """Where an image file is on the ground, and why that cannot be told.
 
     Returns:
-        The place, or None for a file without one; what to say where a library is missing.
+        The place, or None for a file without one; what to say where a library is missing, or the place is none.
     """
     driver = find_driver(path)
     if driver is None:
@@ -59,12 +60,27 @@ def find_georeference(path: Path) -> tuple[Georeference | None, str | None]:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         try:
             with rasterio.open(path, driver=driver) as file:
-                crs, transform = file.crs, file.transform
+                crs, transform, size = file.crs, file.transform, (file.width, file.height)
         except RasterioError:  # which another library has read
             return None, None
     earthly = crs is not None and (crs.is_geographic or crs.is_projected)  # others have no longitude and latitude
     known = earthly and not transform.is_identity and not transform.is_degenerate
-    return (Georeference(crs, transform) if known else None), None
+    if not known:
+        return None, None
+    place = Georeference(crs, transform)
+    return (place, None) if is_on_earth(place, *size) else (None, NOWHERE)
+
+
+def is_on_earth(place: Georeference, width: int, height: int) -> bool:
+    """Whether the corners of an image have a longitude and latitude."""
+    from rasterio.warp import transform
+
+    ((corners,),) = to_ground([[[(0, 0), (width, 0), (width, height), (0, height)]]], place)
+    try:
+        lons, lats = transform(place.crs, "EPSG:4326", *zip(*corners, strict=True))
+    except Exception:  # of GDAL, whose class is private
+        return False
+    return bool(np.isfinite(lons).all()) and max(map(abs, lats)) <= 90 + 1e-6
 
 
 def find_driver(path: Path) -> str | None:

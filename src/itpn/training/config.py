@@ -397,8 +397,11 @@ def check_images(data: Any, in_chans: int | None) -> None:
     check_value_range(data.value_range)
     if data.value_range_per_image and data.value_range and not data.value_range[0].endswith("%"):
         raise UserError("--data.value-range-per-image needs percentiles as --data.value-range, or none")
-    if data.value_range_per_image and data.dtype == PHOTO:
-        raise UserError("--data.value-range-per-image is not for photographs of 8 bits: leave it out")
+    ranged = data.value_range not in ((), ("dtype",))
+    given = {"value-range-per-image": data.value_range_per_image, "value-range": ranged}
+    given["nodata"] = data.nodata is not None
+    for name in [name for name in given if given[name] and data.dtype == PHOTO]:
+        raise UserError(f"--data.{name} is not for photographs of 8 bits: leave it out")
 
 
 def check_size(size: tuple[int, int], patch: int, option: str = "--data.img-size") -> None:

@@ -8,11 +8,12 @@ import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_png
 
-from itpn.data.decode import load_image, open_image
+from itpn.data.decode import UnreadableImage, load_image, open_image
 from itpn.data.formats.image_file import Window, cut
 from itpn.data.orientation import turn_array
 
 BANDS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I": 1, "F": 1, "I;16": 1, "I;16B": 1}
+SAMPLES = 277  # TIFF's tag: channels of a pixel
 PHOTOMETRIC = 262  # TIFF's tag; of 0, white is zero, Pillow inverts the pixels
 
 
@@ -45,6 +46,8 @@ class PhotoImage:
         self.dtype = np.dtype(np.uint16 if self._deep else kinds.get(self._mode, np.uint8))
         self.rgb = self._mode == "RGB"
         tags: Any = getattr(image, "tag_v2", {})
+        if tags.get(SAMPLES, 1) > len(image.getbands()):  # of planes of their own Pillow reads the first alone
+            raise UnreadableImage("TIFF of bands that Pillow does not read")
         self._inverted = tags.get(PHOTOMETRIC) == 0 and self._mode in ("1", "L")
         self.channels = {0: 1, 2: 3, 4: 2, 6: 4}[self._data[25]] if self._deep else BANDS.get(self._mode, 1)
 

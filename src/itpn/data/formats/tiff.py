@@ -2,6 +2,7 @@
 
 import io
 import math
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.formats.image_file import CUT_OFF, Window, cut, keep_storable, plain_dtype, to_plain
 from itpn.data.orientation import ORIENTATION, SWAPPED, XMP, choose_orientation, find_stored_window, turn_array
 
+NO_DECODER = "TIFF of compression {} is read by imagecodecs: pip install 'itpn[science]'"
 NODATA = 42113  # GDAL's tag
 CHUNK = 2**24  # pixels of a tile or strip that is decoded for a window
 RGB = (2, 6)  # photometric interpretations: RGB and YCbCr
@@ -62,7 +64,14 @@ class TiffImage:
         """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
         if window is not None:
             window = find_stored_window(window, self._orientation, self.height, self.width)
-        planes = [self._read_plane(number, window) for number in self._find_planes(page)]
+        try:
+            planes = [self._read_plane(number, window) for number in self._find_planes(page)]
+        except Exception as error:  # of several types, for want of a decoder
+            if find_spec("imagecodecs") is None and (isinstance(error, ImportError) or "imagecodecs" in str(error)):
+                raise UnreadableImage(
+                    NO_DECODER.format(tifffile.COMPRESSION(self._series.keyframe.compression).name)
+                ) from None
+            raise
         return to_plain(turn_array(np.concatenate(planes) if len(planes) > 1 else planes[0], self._orientation))
 
     def _find_planes(self, page: int) -> np.ndarray:
