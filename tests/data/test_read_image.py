@@ -537,3 +537,13 @@ def test_hdf5_with_pixels_in_another_file(tmp_path):
         file.create_dataset("image", (8, 8), "u1", external=[(str(tmp_path / "secret"), 0, 64)])
     with pytest.raises(UserError, match="its pixels are in other files"):
         itpn.read_image(tmp_path / "a.h5")
+
+
+def test_pixels_of_a_mapped_file_can_be_changed(tmp_path):
+    """Without a crash, and without changing the file."""
+    pixels = RNG.integers(1, 60_000, (5, 40, 60)).astype(np.uint16)
+    np.save(tmp_path / "a.npy", pixels)
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="minisblack", planarconfig="separate")
+    for name in ("a.npy", "a.tif"):
+        itpn.read_image(tmp_path / name).zero_()
+        assert itpn.read_image(tmp_path / name).float().mean() > 0

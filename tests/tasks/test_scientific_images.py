@@ -299,3 +299,53 @@ def test_features_are_those_of_the_normalized_image(bands, pretrained, tmp_path)
     x = ((pixels - low) / (high - low)).clamp(0, 1).sub(mean) / std
     expected = mean_features(itpn.load(weights), x[None])["features"]
     assert torch.allclose(load_file(out)["features"][0], expected[0], atol=1e-5)
+
+
+def test_a_value_given_for_no_data_stays(tmp_path):
+    """Of floats, too; and a stats.json that knows nothing of it is not used."""
+    for number in range(6):
+        pixels = draw(number, "float32")[0]
+        pixels[:, 30:] = -9999
+        write(tmp_path / f"images/{number}.tif", pixels)
+    assert main(["stats", str(tmp_path / "images")]) == 0
+    options = ["--data.root", str(tmp_path / "images"), "--output-dir", str(tmp_path), "--data.nodata", "-9999", *SMALL]
+    assert main(["train", "itpn-pixel_nano", *options]) == 0
+    stored = read_preprocessing(tmp_path / "itpn-pixel_nano/default")
+    assert stored["nodata"] == -9999
+    assert min(float(value) for value in stored["value_range"]) > 0
+    assert main(["train", "itpn-pixel_nano", *options, "--trainer.max-steps", "3"]) == 0
+
+
+def test_a_run_from_a_checkpoint_resumes(bands, pretrained, tmp_path):
+    start = ["--model.checkpoint", str(pretrained / "model.safetensors"), "--output-dir", str(tmp_path)]
+    command = ["train", "itpn-pixel_nano", "--data.root", str(bands / "plain"), *start, *SMALL]
+    assert main(command) == 0
+    assert main([*command, "--trainer.max-steps", "3"]) == 0
+
+
+def test_a_run_with_percentiles_resumes_with_other_files(bands, tmp_path):
+    root = tmp_path / "images"
+    for number in range(6):
+        write(root / f"{number}.tif", draw(number)[0])
+    percents = ["--data.value-range", "1%", "99%"]
+    command = ["train", "itpn-pixel_nano", "--data.root", str(root), "--output-dir", str(tmp_path), *percents, *SMALL]
+    assert main(command) == 0
+    write(root / "another.tif", draw(9)[0] * 3)
+    assert main([*command, "--trainer.max-steps", "3"]) == 0
+
+
+def test_photographs_from_weights_of_deep_images(pretrained, photos, tmp_path, bands):
+    """Mean and std of other images are not theirs."""
+    for number in range(6):
+        write(tmp_path / f"deep/{number}.tif", draw(number)[0][:3])
+    common = ["--output-dir", str(tmp_path), *SMALL]
+    assert main(["train", "itpn-pixel_nano", "--data.root", str(tmp_path / "deep"), "--name", "deep", *common]) == 0
+    weights = str(tmp_path / "itpn-pixel_nano/deep/model.safetensors")
+    for name in ("a", "b"):
+        for path in sorted(photos.glob("*.png"))[:4]:
+            (tmp_path / "classes" / name).mkdir(parents=True, exist_ok=True)
+            (tmp_path / "classes" / name / path.name).write_bytes(path.read_bytes())
+    options = ["--data.root", str(tmp_path / "classes"), "--model.checkpoint", weights, "--data.img-size", "32"]
+    assert main(["train", "classifier_small", *options, "--output-dir", str(tmp_path), *SHORT]) == 0
+    stored = read_preprocessing(tmp_path / "classifier_small/default")
+    assert stored["mean"] == [0.485, 0.456, 0.406]

@@ -238,7 +238,6 @@ def _collect(
         "of one value in all images": [str(index) for index, own in enumerate(sums) if own.minimum == own.maximum],
     }
     notes += [f"channel {', '.join(found)} is {what}" for what, found in groups.items() if found]
-    is_float = not settings.type.is_photo and np.dtype(settings.type.dtype).kind == "f"
     return Statistics(
         images=images,
         sampled=len(sizes),
@@ -249,7 +248,7 @@ def _collect(
         mean=tuple(channel.mean for channel in sums),
         std=tuple(channel.std for channel in sums),
         percentiles={f"{percent:g}": tuple(own[i] for own in percentiles) for i, percent in enumerate(PERCENTS)},
-        nodata=None if is_float else settings.nodata,
+        nodata=settings.nodata,
         nodata_fraction=missing,
         value_range=tuple(ranges),
         scaled_mean=tuple(mean for mean, _ in scaled),

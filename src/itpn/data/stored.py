@@ -75,8 +75,7 @@ class StoredImage:
 
     def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
         """A window, [C, height, width]; where the format allows it, without decoding the rest."""
-        if not self.file.by_region:
-            check_size(self.file, self._settings.max_pixels)
+        check_size(self.file, self._settings.max_pixels)
         return self._read((top, left, height, width))
 
     def decode_some(self) -> np.ndarray:
@@ -142,7 +141,7 @@ def mark_nodata(pixels: np.ndarray, declared: float | None, nodata: float | None
             missing = ~(np.abs(pixels) < np.float64(HUGE).astype(pixels.dtype))
             for value in [value for value in (declared, nodata) if value is not None]:
                 missing |= np.isclose(pixels, value, rtol=1e-6, atol=0)
-        return np.where(missing, np.float32(np.nan), pixels) if missing.any() else pixels
+        return np.where(missing, pixels.dtype.type(np.nan), pixels) if missing.any() else pixels
     if pixels.dtype.kind in "iu" and None not in (declared, nodata) and declared != nodata:
         return np.where(pixels == declared, np.array(nodata).astype(pixels.dtype), pixels)
     return pixels

@@ -223,8 +223,7 @@ def resolve_pixels(
     same = stored is not None and (stored.get("dtype"), stored.get("channels")) == (kind.dtype, kind.channels)
     if same and stored is not None and not data.value_range:
         given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, (), False)}
-        values = {name: _plain(stored.get(name)) for name in RESOLVED if name != "dtype"}
-        config = replace(config, data=replace(config.data, **{**values, **given}))
+        config = replace(config, data=replace(config.data, **{**_stored_settings(stored), **given}))
     notes: list[str] = []
     data = config.data
     if data.value_range_per_image and not data.value_range:
@@ -237,7 +236,9 @@ def resolve_pixels(
             "std": data.std or round_all(statistics.scaled_std),
         }
         if not data.value_range_per_image:
-            values |= {"value_range": to_option(statistics.value_range), "nodata": statistics.nodata}
+            values |= {"value_range": to_option(statistics.value_range)}
+        if data.nodata is None:
+            values |= {"nodata": statistics.nodata}
         config = replace(config, data=replace(data, **values))
     if not config.data.value_range_per_image:
         to_pairs(config.data.value_range, kind.channels)
@@ -254,19 +255,18 @@ def adopt_pixels(config: AnyConfig, stored: Mapping[str, Any], grey: bool = Fals
     """
     data, model = config.data, config.model
     dtype = data.dtype or stored.get("dtype", PHOTO)
-    if dtype != PHOTO and data.dtype is None:
-        channels, own = int(stored["channels"]), {name: _plain(stored.get(name)) for name in RESOLVED}
-    else:
-        channels, own = (
-            model.in_chans or (1 if grey else 3),
-            {name: _plain(stored.get(name)) for name in ("mean", "std")},
-        )
+    own = _stored_settings(stored) if stored.get("dtype", PHOTO) == dtype else {}  # of images of the same depth
+    channels = model.in_chans or (int(stored["channels"]) if own.get("dtype", PHOTO) != PHOTO else 1 if grey else 3)
     mean, std = imagenet_values(channels)
     for name, usual in {"mean": mean, "std": std}.items():
-        own[name] = own[name] if len(own[name] or ()) in (1, channels) else usual
+        own[name] = own[name] if len(own.get(name) or ()) in (1, channels) else usual
     given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, (), False)}
     model = replace(model, in_chans=model.in_chans or channels)
     return replace(config, model=model, data=replace(data, **{**own, "dtype": dtype, **given}))
+
+
+def _stored_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _plain(stored[name]) for name in RESOLVED if name in stored}
 
 
 def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statistics, str, list[str]]:
@@ -286,7 +286,8 @@ def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statisti
         path = Path(roots[0], STATS_FILE)
         if path.is_file():
             found = read_statistics(path)
-            if found.type == reading.type and found.images == count:
+            same_nodata = config.data.nodata in (None, found.nodata)
+            if found.type == reading.type and found.images == count and same_nodata:
                 return found, one_line(str(path)), notes
             notes.append(f"{one_line(str(path))} is of other images: not used")
     found = compute_statistics(as_reader(images), reading, value_range)

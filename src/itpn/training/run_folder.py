@@ -29,7 +29,10 @@ from itpn.training.config import (
 from itpn.training.metrics_file import read_steps
 from itpn.training.run_state import CorruptCheckpoint, find_settings, read_state
 
-OPEN = (None, (), "auto")  # what a setting is that the images decide
+
+def is_open(value: Any) -> bool:
+    """Whether images decide on a setting of this value: on percentiles, too."""
+    return value in (None, (), "auto") or (isinstance(value, tuple) and str(value[0]).endswith("%"))
 
 
 class RunFolder:
@@ -117,7 +120,7 @@ class RunFolder:
         before, sections = _settings_of(self._earlier, config, self.path), {}
         for section, keys in config.from_images.items():
             own, known = getattr(config, section), getattr(before, section)
-            found = {name: getattr(known, name) for name in keys if getattr(own, name, 0) in OPEN}
+            found = {name: getattr(known, name) for name in keys if is_open(getattr(own, name, 0))}
             sections[section] = dataclasses.replace(own, **found)
         return dataclasses.replace(config, **sections)
 

@@ -58,8 +58,9 @@ def keep_storable(nodata: float | None, dtype: np.dtype) -> float | None:
 
 
 def to_plain(pixels: np.ndarray) -> np.ndarray:
-    """Pixels in their :func:`plain_dtype`, contiguous."""
+    """Pixels in their :func:`plain_dtype`, contiguous, and not those of a mapped file, which are not to be written."""
     dtype = plain_dtype(pixels.dtype)
     with np.errstate(over="ignore"):  # infinite, which is no data
         # a view, as uint64 has two names in C
-        return np.ascontiguousarray(np.abs(pixels) if pixels.dtype.kind == "c" else pixels, dtype).view(dtype)
+        plain = np.abs(pixels) if pixels.dtype.kind == "c" else pixels
+        return np.require(plain, dtype, ["C", "W"]).view(dtype)

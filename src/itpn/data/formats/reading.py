@@ -82,7 +82,10 @@ def check_size(image: ImageFile, max_pixels: int) -> None:
     """
     pixels = image.height * image.width
     if pixels > max_pixels:
-        raise UnreadableImage(f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed")
+        parts = "; --data.window-size reads it in parts" if image.by_region else ""
+        raise UnreadableImage(
+            f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed (--data.max-pixels){parts}"
+        )
     size = pixels * image.channels * image.dtype.itemsize
     if size > max_pixels * PIXEL_BYTES:
         raise UnreadableImage(
