@@ -257,10 +257,9 @@ def adopt_pixels(config: AnyConfig, stored: Mapping[str, Any], grey: bool = Fals
     if dtype != PHOTO and data.dtype is None:
         channels, own = int(stored["channels"]), {name: _plain(stored.get(name)) for name in RESOLVED}
     else:
-        channels, own = (
-            model.in_chans or (1 if grey else 3),
-            {name: _plain(stored.get(name)) for name in ("mean", "std")},
-        )
+        channels = model.in_chans or (1 if grey else 3)
+        same = stored.get("dtype", PHOTO) == dtype  # numbers of 16 bits are none of photographs
+        own = {name: _plain(stored.get(name)) if same else None for name in ("mean", "std")}
     mean, std = imagenet_values(channels)
     for name, usual in {"mean": mean, "std": std}.items():
         own[name] = own[name] if len(own[name] or ()) in (1, channels) else usual
