@@ -92,8 +92,7 @@ def test_small_jpegs_stay_as_they_are():
     encode(draw(90, 60).convert("CMYK")),
     encode(draw(90, 60).convert("P", dither=Image.Dither.NONE), "GIF"),
     encode(draw(90, 60).convert("RGBA"), "PNG"),
-    encode(Image.fromarray(np.full((60, 90), 40000, dtype=np.uint16)), "PNG"),
-], ids=["png", "webp", "cmyk", "gif", "rgba", "16 bits"])  # fmt: skip
+], ids=["png", "webp", "cmyk", "gif", "rgba"])  # fmt: skip
 def test_everything_else_becomes_a_jpeg(data):
     small = resize_file(data, 512, 95)
     image = Image.open(io.BytesIO(small))

@@ -136,13 +136,13 @@ def test_the_limit_of_a_run_is_that_of_its_images(tmp_path, capsys):
 
     photo, weights = str(root / "val2017" / "grid.png"), str(folder / "model.safetensors")
     counts = []
-    for number, given in enumerate([[], ["--max-detections", "3"]]):
+    for number, given in enumerate([[], ["--max-objects", "3"]]):
         out = tmp_path / f"out{number}"
         assert main(["predict", weights, photo, "--out", str(out), "--min-score", "0", *given]) == 0
         (answer,) = json.loads((out / "predictions.json").read_text())
         counts.append(len(answer["objects"]))
     assert counts[0] > counts[1] == 3
-    assert main(["predict", weights, photo, "--max-detections", "0"]) == 2
+    assert main(["predict", weights, photo, "--max-objects", "0"]) == 2
 
 
 def test_the_limit_of_windows_is_that_of_a_window(tmp_path):

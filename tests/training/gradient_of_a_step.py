@@ -74,8 +74,8 @@ def whole(gradient):
 
 
 forward = itpn.masked.masked_model.MaskedImageModel.forward
-itpn.masked.masked_model.MaskedImageModel.forward = lambda self, images, mask=None, target=None: forward(
-    self, images, mask_of_content(images, 0.75) if mask is None else mask, target
+itpn.masked.masked_model.MaskedImageModel.forward = lambda self, images, mask=None, target=None, valid=None: forward(
+    self, images, mask_of_content(images, 0.75) if mask is None else mask, target, valid
 )
 loop.take_pass, loop.update, loop.train = take_pass, update, train_on
 compile_network = torch.compile

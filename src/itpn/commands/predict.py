@@ -33,7 +33,7 @@ class Predict:
     """Seed of what a prediction draws at random, as masks."""
     min_score: Annotated[Fraction | None, shown("SCORE", "(default: 0.5)")] = None
     """Lowest score of the objects that are written; above 0.05."""
-    max_detections: Annotated[PositiveInt | None, shown("N", "(default: as in training)")] = None
+    max_objects: Annotated[PositiveInt | None, shown("N", "(default: as in training)")] = None
     """Objects that are found in an image at most."""
     features: Annotated[Path | None, shown("FILE", "(optional)")] = None
     """Write features of the images to this .safetensors or .npy file, and no predictions."""
@@ -99,7 +99,7 @@ class Predict:
 
     def _given(self) -> dict[str, Any]:
         """Options that not every task goes by, where they were given."""
-        options = {"seed": self.seed, "min_score": self.min_score, "max_detections": self.max_detections}
+        options = {"seed": self.seed, "min_score": self.min_score, "max_objects": self.max_objects}
         options |= {"window_size": self.window_size, "window_overlap": self.window_overlap}
         return {name: value for name, value in options.items() if value is not None}
 

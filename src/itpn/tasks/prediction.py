@@ -46,7 +46,7 @@ class PredictionOptions:
         out: folder of the images, and of ``predictions.csv`` and ``predictions.json`` of what has classes.
         seed: of the masks of a pre-training model.
         min_score: of the objects that a detector's images and files show.
-        max_detections: objects that a detector finds in an image at most; None for the checkpoint's own limit.
+        max_objects: objects that a detector finds in an image at most; None for the checkpoint's own limit.
         max_pixels: images with more are skipped, unless they are cut into tiles that can be decoded alone.
         window_size: side of the tiles that large images are cut into; None to see `itpn.tasks.large.find_tiling`.
         window_overlap: pixels that tiles share.
@@ -56,7 +56,7 @@ class PredictionOptions:
     max_pixels: int
     seed: int = 0
     min_score: float = 0.5
-    max_detections: int | None = None
+    max_objects: int | None = None
     window_size: int | None = None
     window_overlap: int | None = None
 

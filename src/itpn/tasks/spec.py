@@ -54,7 +54,7 @@ class TaskSpec:
         knn: whether it can evaluate features by k-NN, without a head (`itpn evaluate --knn`).
         predict: (network, checkpoint, source, options) for `itpn predict`; options are a
             :class:`itpn.tasks.prediction.PredictionOptions`.
-        prediction_options: which of ``seed``, ``min_score``, ``max_detections``, ``window_size`` and ``window_overlap``
+        prediction_options: which of ``seed``, ``min_score``, ``max_objects``, ``window_size`` and ``window_overlap``
             it goes by; `itpn predict` refuses the others.
         export: (network, checkpoint, out, size, dynamic_size, metadata) -> :class:`itpn.tasks.export.Exported`;
             None where nothing is to be exported.

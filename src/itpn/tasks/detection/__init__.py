@@ -9,7 +9,7 @@ TASK = TaskSpec(
     config=DetectionConfig,
     head=lazy(f"{__name__}.network:DetectorHead"),
     describe=lazy(f"{__name__}.network:describe"),
-    prediction_options=("min_score", "max_detections", "window_size", "window_overlap"),
+    prediction_options=("min_score", "max_objects", "window_size", "window_overlap"),
     evaluation_options=(
         *("--data.root", "--data.val-root", "--data.invalid-annotations", "--data.img-size", "--data.max-size"),
         *("--data.window-size", "--data.window-overlap"),

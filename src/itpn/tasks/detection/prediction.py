@@ -38,8 +38,8 @@ def predict(model: Detector, checkpoint: Checkpoint, source: ImageSource, option
     names = checkpoint.metadata.get("classes") or [str(number) for number in range(1, model.num_classes)]
     normalize = stored_normalize(checkpoint, find_backbone(model).in_chans)
     display = stored_display(checkpoint)
-    if options.max_detections is not None:
-        model.limit_detections(options.max_detections)
+    if options.max_objects is not None:
+        model.limit_detections(options.max_objects)
     trained, usual = checkpoint.settings.get("data", {}), checkpoint.preprocessing.get("image_side")
     side = usual or model.transform.min_size[-1]
     tiling = find_tiling(options.window_size, options.window_overlap, trained, side)
