@@ -323,6 +323,7 @@ def test_corrupt_and_foreign_files(tmp_path):
 ODD_METADATA = [
     *[("config", 3), ("config", {"data": []}), ("architecture", []), ("classes", 3), ("classes", [3])],
     *[("preprocessing", [0.5]), ("preprocessing", 3), ("preprocessing", {"mean": 0.5})],
+    *[("preprocessing", {"dtype": "uint16"}), ("preprocessing", {"dtype": "uint16", "channels": 3})],
 ]
 
 

@@ -15,6 +15,8 @@ from PIL import Image
 from safetensors import safe_open
 
 from itpn.cli import main
+from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig, ClassificationModelConfig
+from itpn.tasks.pixels import adopt_pixels
 
 BANDS = 5
 SHORT = (
@@ -125,6 +127,19 @@ def test_what_photographs_do_not_heed_is_refused(tmp_path, capsys, option):
     command = ["train", "itpn-pixel_nano", "--data.root", str(tmp_path), "--output-dir", str(tmp_path / "out"), *SMALL]
     assert main([*command, *option.split()]) == 2
     assert f"{option.split()[0]} is not for photographs of 8 bits: leave it out" in capsys.readouterr().err
+
+
+def test_photographs_do_not_take_the_mean_of_other_images():
+    """Of a checkpoint of three channels of 16 bits; of one of photographs they do."""
+    for dtype in ("uint16", "photo"):
+        config = ClassificationConfig(
+            model=ClassificationModelConfig(name="itpn_nano", scratch=True),
+            data=ClassificationDataConfig(dtype="photo"),
+        )
+        stored = {"dtype": dtype, "channels": 3, "mean": [0.5, 0.4, 0.3], "std": [0.1]}
+        found = adopt_pixels(config, stored).data
+        assert (found.mean == (0.5, 0.4, 0.3)) == (dtype == "photo")
+        assert (found.std == (0.1,)) == (dtype == "photo")
 
 
 def test_a_validation_image_of_another_type_is_named_beside_the_training_images(bands, tmp_path, capsys):

@@ -66,6 +66,11 @@ def check_metadata(metadata: dict[str, Any], what: str) -> dict[str, Any]:
         values = (metadata.get("preprocessing") or {}).get(name, ())
         if not isinstance(values, list | tuple) or not all(isinstance(value, int | float) for value in values):
             raise UserError(f"{what} has corrupt metadata (the {name} of its preprocessing is no list of numbers)")
+    own = metadata.get("preprocessing") or {}
+    if own.get("dtype", "photo") != "photo":  # images of any channels, which nothing else describes
+        for name, kind in (("channels", int), ("value_range", (list, tuple))):
+            if not isinstance(own.get(name), kind):
+                raise UserError(f"{what} has corrupt metadata (its preprocessing has a dtype, and no {name})")
     if "config" in metadata:  # of pre-training, before all tasks called it so
         metadata["settings"] = metadata.pop("config")
     if metadata.get("settings"):
