@@ -1,8 +1,12 @@
 """Arms of a comparison: one that fails is named in a line, and does not end the others."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+
+import torch
+from rich.console import Console
+from rich.table import Table
 
 
 class Failures:
@@ -25,3 +29,17 @@ class Failures:
         """Exit with 1 if an arm failed."""
         if self.reasons:
             raise SystemExit(f"failed: {', '.join(self.reasons)}")
+
+
+def show_means(rows: Sequence[dict], metric: str, arms: Iterable[str], fractions: Sequence[float], title: str) -> None:
+    """A table of a metric in %: mean and std over seeds of each arm, a column for each fraction of the labels."""
+    table = Table("arm", *(f"{fraction:.0%} of the labels" for fraction in fractions), title=title)
+    for arm in arms:
+        cells = []
+        for fraction in fractions:
+            own = [100 * row[metric] for row in rows if (row["arm"], row["fraction"]) == (arm, fraction)]
+            values = torch.tensor(own)
+            spread = f" \u00b1 {values.std():.1f}" if len(values) > 1 else ""
+            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "failed")
+        table.add_row(arm, *cells)
+    Console().print(table)

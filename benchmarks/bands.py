@@ -14,10 +14,8 @@ import os
 from pathlib import Path
 
 import tifffile
-import torch
-from arms import Failures
+from arms import Failures, show_means
 from rich.console import Console
-from rich.table import Table
 
 import itpn
 from itpn.tasks.recipe_files import read_recipe
@@ -59,7 +57,7 @@ def main() -> None:
                     rows.append({"arm": arm, "fraction": fraction, "seed": seed, "miou": miou})
                     Console().print(rows[-1])
                     write(rows, options.out / "bands.csv")
-    show(rows, options.fractions, options.steps)
+    show_means(rows, "miou", options.arms, options.fractions, f"mIoU in %, {options.steps} steps")
     failures.end()
 
 
@@ -120,19 +118,6 @@ def write(rows: list[dict], path: Path) -> None:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-
-
-def show(rows: list[dict], fractions: list[float], steps: int) -> None:
-    table = Table("arm", *(f"{fraction:.0%} of the labels" for fraction in fractions), title=f"mIoU, {steps} steps")
-    for arm in ARMS:
-        cells = []
-        for fraction in fractions:
-            own = [100 * row["miou"] for row in rows if (row["arm"], row["fraction"]) == (arm, fraction)]
-            values = torch.tensor(own)
-            spread = f" \u00b1 {values.std():.1f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "-")
-        table.add_row(arm, *cells)
-    Console().print(table)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,8 @@ import csv
 import json
 from pathlib import Path
 
-import torch
-from arms import Failures
+from arms import Failures, show_means
 from rich.console import Console
-from rich.table import Table
 
 from itpn.tasks.recipe_files import read_recipe
 from itpn.tasks.run import train
@@ -69,25 +67,9 @@ def main() -> None:
                         writer = csv.DictWriter(file, rows[0])
                         writer.writeheader()
                         writer.writerows(rows)
-    show(rows, options.steps)
-    failures.end()
-
-
-def show(rows: list[dict], steps: int) -> None:
     fractions = sorted({row["fraction"] for row in rows})
-    table = Table(
-        "arm", *(f"{fraction:.0%} of the labels" for fraction in fractions), title=f"top-1 in %, {steps} steps"
-    )
-    for arm in ARMS:
-        cells = []
-        for fraction in fractions:
-            values = torch.tensor(
-                [100 * row["top1"] for row in rows if (row["arm"], row["fraction"]) == (arm, fraction)]
-            )
-            spread = f" \u00b1 {values.std():.1f}" if len(values) > 1 else ""
-            cells.append(f"{values.mean():.1f}{spread}" if len(values) else "failed")
-        table.add_row(arm, *cells)
-    Console().print(table)
+    show_means(rows, "top1", ARMS, fractions, f"top-1 in %, {options.steps} steps")
+    failures.end()
 
 
 if __name__ == "__main__":
