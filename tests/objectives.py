@@ -34,7 +34,8 @@ OBJECTIVES = {
 }
 
 
-def build(objective: str, **settings) -> MaskedImageModel:
+def build_small(teacher: str | None, img_size: tuple[int, int] = (32, 48), **settings) -> MaskedImageModel:
+    """Of other teachers than an EMA the features have 24 channels."""
     torch.manual_seed(0)
     small = {
         "patch_size": 8,
@@ -43,9 +44,13 @@ def build(objective: str, **settings) -> MaskedImageModel:
         "decoder_num_heads": 2,
         "pyramid_head_width": 64,
     }
-    config = PretrainingModelConfig("itpn_nano", **{**small, **OBJECTIVES[objective], **settings})
-    name = {"pixel": None, "mfm": "ema"}.get(objective, "outside")
-    return build_masked_model(config, (32, 48), TeacherConfig(name, width=24 if name == "outside" else None))
+    config = PretrainingModelConfig("itpn_nano", **{**small, **settings})
+    return build_masked_model(config, img_size, TeacherConfig(teacher, width=None if teacher in (None, "ema") else 24))
+
+
+def build(objective: str, **settings) -> MaskedImageModel:
+    teacher = {"pixel": None, "mfm": "ema"}.get(objective, "outside")
+    return build_small(teacher, **{**OBJECTIVES[objective], **settings})
 
 
 def step(model: MaskedImageModel, teacher: EMATeacher | None, images: Tensor, forward=None) -> Tensor:

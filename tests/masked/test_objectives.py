@@ -1,31 +1,22 @@
 """Every combination of losses and masks: the value of each loss, and that no prediction depends on masked pixels."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from objectives import build_small
 
 from itpn.masked.decoder import Decoder
 from itpn.masked.masked_model import PYRAMID_LOSSES, MaskedImageModel, Objective
 from itpn.masked.masking import draw_random_mask
-from itpn.tasks.configs import PretrainingModelConfig, TeacherConfig
-from itpn.tasks.pretraining.network import build_masked_model
 from itpn.teachers.ema import EMATeacher, momentum_at
 
 ALL = {"pixel_weight": 1.0, "feature_weight": 0.5, "auxiliary_weight": 0.25, "pyramid_weights": (0.1, 0.2, 0.3)}
 WEIGHTS = {"pixel": 1.0, "feature": 0.5, "auxiliary": 0.25, "pyramid_1": 0.1, "pyramid_2": 0.2, "pyramid_3": 0.3}
 
 
-def build(teacher="ema", img_size=(32, 48), **settings) -> MaskedImageModel:
-    torch.manual_seed(0)
-    own = {
-        "patch_size": 8,
-        "decoder_embed_dim": 32,
-        "decoder_depth": 1,
-        "decoder_num_heads": 2,
-        "pyramid_head_width": 64,
-    }
-    config = PretrainingModelConfig("itpn_nano", **{**own, **settings})
-    return build_masked_model(config, img_size, TeacherConfig(teacher, width=None if teacher == "ema" else 24))
+build = partial(build_small, teacher="ema")
 
 
 def features(model, images) -> dict[str, torch.Tensor]:

@@ -2,31 +2,20 @@
 
 import pytest
 import torch
+from objectives import build_small
 from torch import nn
 
 from itpn.errors import UserError
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.masking import draw_random_mask
 from itpn.masked.targets import feature_error, normalize_patches, patchify, unpatchify
-from itpn.tasks.configs import PretrainingModelConfig, TeacherConfig
-from itpn.tasks.pretraining.network import build_masked_model
 
 LOSSES = {"pixel_weight": 1.0, "feature_weight": 0.5, "pyramid_weights": (0.1, 0.2, 0.3)}
 
 
 def build(**settings) -> MaskedImageModel:
-    torch.manual_seed(0)
-    own = {
-        "patch_size": 8,
-        "decoder_embed_dim": 32,
-        "decoder_depth": 1,
-        "decoder_num_heads": 2,
-        "pyramid_head_width": 64,
-    }
-    config = PretrainingModelConfig("itpn_nano", **{**own, **settings})
     features = any(name in settings for name in ("feature_weight", "pyramid_weights"))
-    teacher = TeacherConfig("vit_tiny_patch16_224", width=24) if features else TeacherConfig()
-    return build_masked_model(config, (32, 48), teacher)
+    return build_small("vit_tiny_patch16_224" if features else None, **settings)
 
 
 @pytest.fixture
