@@ -25,6 +25,7 @@ import itpn.tasks.georeference
 import itpn.tasks.large
 from itpn.cli import main
 from itpn.data.annotations import read_objects
+from itpn.data.mask_pieces import Piece
 from itpn.data.readers import FileReader
 from itpn.data.samples import open_sample
 from itpn.data.stored import PLAIN
@@ -39,7 +40,7 @@ from itpn.tasks.configs import (
     SegmentationModelConfig,
 )
 from itpn.tasks.detection.evaluation import DetectionEvaluator
-from itpn.tasks.detection.merging import Objects, Piece
+from itpn.tasks.detection.merging import Objects
 from itpn.tasks.detection.module import DetectionModule
 from itpn.tasks.detection.network import build_detector
 from itpn.tasks.detection.prediction import ObjectFiles

@@ -5,11 +5,10 @@ import pytest
 import torch
 from faster_coco_eval.core import mask as rle
 
+from itpn.data.mask_pieces import Piece, encode_piece
 from itpn.tasks.detection.merging import (
     Objects,
-    Piece,
     cut_piece,
-    encode_piece,
     join_pieces,
     merge_objects,
     to_objects,

@@ -14,7 +14,19 @@ from PIL import Image, ImageChops, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 
-from itpn.data.headers import MAX_SCANS, count_scans, has_pages
+from itpn.data.headers import (
+    BITS,
+    COLOUR_MAP,
+    EXTRA_SAMPLES,
+    MAX_SCANS,
+    PHOTOMETRIC,
+    PLANES,
+    PNG_DEPTH,
+    SAMPLE_FORMAT,
+    SAMPLES,
+    count_scans,
+    has_pages,
+)
 from itpn.data.orientation import ORIENTATION, SWAPPED, read_orientation, turn_image, turn_tensor
 from itpn.data.quiet import quiet
 from itpn.errors import LOST
@@ -25,10 +37,6 @@ ADDED = ("HEIF",)  # where a plugin of Pillow's has registered it
 TIFF_HEADERS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 MAX_PIXELS = 2**27  # 134 megapixels, 400 MB as RGB: more than any camera, less than most bombs
 PAGES = "it has several pages, of which the first is read; save each as a file to use them all"
-
-
-BITS = 258  # the tag of TIFF
-PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
 
 
 class UnreadableImage(Exception):
@@ -86,18 +94,20 @@ def load_image(opened: OpenedImage) -> Image.Image:
     image = opened.image
     image.load()
     tags: Any = getattr(image, "tag_v2", {})
-    if image.mode in ("P", "PA") and max(tags.get(320) or (256,)) < 256:  # a ColorMap of 8 bits, which libtiff accepts
-        image.putpalette(bytes(tags[320]), "RGB;L")  # Pillow expects 16 bits, and makes it black
+    if (
+        image.mode in ("P", "PA") and max(tags.get(COLOUR_MAP) or (256,)) < 256
+    ):  # a ColorMap of 8 bits, which libtiff accepts
+        image.putpalette(bytes(tags[COLOUR_MAP]), "RGB;L")  # Pillow expects 16 bits, and makes it black
     return turn_image(image, opened.orientation)
 
 
 def _check_tags(compression: str, tags: Any) -> None:
     """Refuse TIFFs of signed bytes or separate planes, which Pillow decodes wrongly without an error."""
-    deep = max(tags.get(258) or (1,)) > 8
-    if not deep and 2 in (tags.get(339) or ()):
+    deep = max(tags.get(BITS) or (1,)) > 8
+    if not deep and 2 in (tags.get(SAMPLE_FORMAT) or ()):
         raise UnreadableImage("TIFF of signed 8 bits cannot be read: save it with unsigned values, or more bits")
-    undeclared = tags.get(277, 1) == 4 and tags.get(262) == 2 and 338 not in tags
-    if tags.get(284) == 2 and (deep if compression == "raw" else undeclared):
+    undeclared = tags.get(SAMPLES, 1) == 4 and tags.get(PHOTOMETRIC) == 2 and EXTRA_SAMPLES not in tags
+    if tags.get(PLANES) == 2 and (deep if compression == "raw" else undeclared):
         what = "16 bits" if deep else "an undeclared fourth band"
         raise UnreadableImage(f"TIFF of separate planes with {what} cannot be read: save it with interleaved bands")
 
@@ -259,7 +269,7 @@ def _to_rgb(opened: OpenedImage, data: bytes) -> Image.Image:
     transparent = _read_transparent(stored, data)
     if image.mode == "CMYK" and stored.format == "JPEG" and "adobe" not in stored.info:
         image = ImageChops.invert(image)  # Pillow assumes Adobe's, which is stored inverted
-    elif image.has_transparency_data and not (tags and 338 not in tags):  # a fourth band need not be alpha
+    elif image.has_transparency_data and not (tags and EXTRA_SAMPLES not in tags):  # a fourth band need not be alpha
         if transparent is not None:
             image = image.copy()
             image.info["transparency"] = transparent

@@ -10,9 +10,13 @@ from typing import IO
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
-SUBFILE = 254  # the tag of TIFF: 1 for a smaller copy, 4 for a mask
+# tags of TIFF
+SUBFILE = 254  # 1 for a smaller copy, 4 for a mask
 OLD_SUBFILE = 255  # its forerunner: 2 for a smaller copy
+BITS, PHOTOMETRIC, DESCRIPTION, SAMPLES, PLANES, COLOUR_MAP = 258, 262, 270, 277, 284, 320
+EXTRA_SAMPLES, SAMPLE_FORMAT = 338, 339
+PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
+MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
 INTEGERS = {1: "B", 3: "H", 4: "I"}  # types of a tag
 MAX_TAGS, MAX_VALUES = 4096, 2**16  # of a page, and of a tag: one for each channel
 MAX_COPIES = 64  # reduced copies of a TIFF's page, each half as wide as the one before; more are a cycle

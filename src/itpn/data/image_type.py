@@ -92,6 +92,12 @@ def to_pairs(value_range: Sequence[str], channels: int) -> tuple[ValueRange, ...
     return pairs * channels if len(pairs) == 1 else pairs
 
 
+def to_percents(value_range: Sequence[str]) -> tuple[float, float]:
+    """Two percentages, of a value range of percentiles."""
+    low, high = (float(text.removesuffix("%")) for text in value_range)
+    return low, high
+
+
 def to_option(pairs: Sequence[ValueRange]) -> tuple[str, ...]:
     """Undo :func:`to_pairs`."""
     shown = pairs[:1] if len({*pairs}) == 1 else pairs

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from faster_coco_eval.core import mask as rle
 
 from itpn.data.class_names import read_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, reading
@@ -22,6 +21,7 @@ from itpn.data.invalid import InvalidAnnotations
 from itpn.data.labelmaps import find_pairs
 from itpn.data.layouts import Coco, Parts, Size, measure_images
 from itpn.data.mask_checks import find_size_problem, match_masks
+from itpn.data.mask_pieces import encode_runs
 from itpn.data.readers import check_lost
 from itpn.data.walk import walk
 
@@ -154,13 +154,14 @@ def trace_objects(labels: np.ndarray, where: str) -> Objects:
     parts = len(starts) - len(_find_runs(beside.T.ravel(), height)[0])
     order = values.argsort(kind="stable")
     starts, lengths, values = starts[order], lengths[order], values[order]
+    ends = starts + lengths
     numbers, first = np.unique(values, return_index=True)
     bounds = [*first.tolist(), len(values)]
     annotations = [
         {
             "category_id": 1,
             "bbox": box,
-            "segmentation": _encode_runs(starts[low:high], lengths[low:high], height, width),
+            "segmentation": encode_runs(starts[low:high], ends[low:high], height, width),
             "where": f"{where} label {number}",
         }
         for low, high, number, box in zip(
@@ -189,16 +190,3 @@ def _find_boxes(starts: np.ndarray, lengths: np.ndarray, first: np.ndarray, heig
     left, right = np.minimum.reduceat(columns, first), np.maximum.reduceat(columns, first) + 1
     top, bottom = np.minimum.reduceat(rows, first), np.maximum.reduceat(rows + lengths, first)
     yield from np.stack([left, top, right - left, bottom - top], axis=1).astype(float).tolist()
-
-
-def _encode_runs(starts: np.ndarray, lengths: np.ndarray, height: int, width: int) -> dict[str, Any]:
-    """COCO's compressed run lengths of the runs of an object."""
-    joined = starts[1:] == starts[:-1] + lengths[:-1]  # from the end of a column to the top of the next
-    begins = starts[np.concatenate([[True], ~joined])]
-    ends = (starts + lengths)[np.concatenate([~joined, [True]])]
-    edges = np.stack([begins, ends], axis=1).ravel()
-    counts = np.diff(edges, prepend=0, append=height * width).tolist()
-    if not counts[-1]:
-        counts.pop()
-    encoded = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": [height, width], "counts": encoded["counts"].decode()}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from itpn.data.class_names import Colour, Names, join_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading, reason_of
-from itpn.data.headers import find_lossy
+from itpn.data.headers import BITS, PNG_DEPTH, find_lossy
 from itpn.data.readers import read_file
 from itpn.errors import UserError
 
@@ -183,9 +183,9 @@ def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tup
 def _count_bits(image: Image.Image, data: bytes) -> int:
     """Bits of a stored pixel, of formats that allow fewer than 8 for grey."""
     if image.format == "PNG":
-        return data[24]
+        return data[PNG_DEPTH]
     tags: Any = getattr(image, "tag_v2", {})
-    return int((tags.get(258) or (8,))[0])
+    return int((tags.get(BITS) or (8,))[0])
 
 
 def _find_palette(image: Image.Image, bits: int) -> tuple[np.ndarray, list[Colour]]:

@@ -8,13 +8,12 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 
 from itpn.data.formats.image_file import Window
+from itpn.data.mask_pieces import Piece, encode_piece
 from itpn.data.objects import DetectionImages
 from itpn.data.readers import PackedStrings
 from itpn.data.windows import Windows
 
 STEPS = 5  # in which COCO's API rounds the points of polygons, of a pixel
-
-LocalMask = tuple[int, int, np.ndarray]  # top, left, and bool [height, width] of the part of an image around a mask
 
 
 def cut_objects(images: DetectionImages, windows: Windows, min_visible: float) -> DetectionImages:
@@ -49,7 +48,7 @@ class _Objects:
         self._objects, self._height, self._width = objects, height, width
         self._corners = np.array([one["bbox"] for one in objects], dtype=np.float64).reshape(-1, 4)  # x0, y0, x1, y1
         self._corners[:, 2:] += self._corners[:, :2]
-        self._masks: dict[int, LocalMask] = {}  # of those that some window needed
+        self._masks: dict[int, Piece] = {}  # of those that some window needed
 
     def cut(self, window: Window, min_visible: float) -> list[dict[str, Any]]:
         """Those that are visible in a window."""
@@ -63,21 +62,21 @@ class _Objects:
             if "segmentation" in one:
                 mask = self._mask(index)
                 part = cut_mask(mask, window)
-                visible = int(part[2].sum()) / max(1, int(mask[2].sum()))
-                cut["segmentation"] = encode_part(part, height, width)
+                visible = int(part.pixels.sum()) / max(1, int(mask.pixels.sum()))
+                cut["segmentation"] = encode_piece(part, height, width)
             else:
                 visible = (right - left0) * (bottom - top0) / (one["bbox"][2] * one["bbox"][3])
             if visible > 0 and (visible >= min_visible or one["iscrowd"]):
                 seen.append(cut | {"area": one["area"] * visible})
         return seen
 
-    def _mask(self, index: int) -> LocalMask:
+    def _mask(self, index: int) -> Piece:
         if index not in self._masks:
             self._masks[index] = draw_local(self._objects[index]["segmentation"], self._height, self._width)
         return self._masks[index]
 
 
-def draw_local(segmentation: Any, height: int, width: int) -> LocalMask:
+def draw_local(segmentation: Any, height: int, width: int) -> Piece:
     """COCO's polygons or run lengths as the part of the image that they are in; nothing else is drawn."""
     if not isinstance(segmentation, dict):
         return _draw_polygons(segmentation, height, width)
@@ -100,7 +99,7 @@ def decode_counts(text: str | bytes) -> list[int]:
     return counts
 
 
-def _draw_runs(counts: list[int], height: int) -> LocalMask:
+def _draw_runs(counts: list[int], height: int) -> Piece:
     """Of run lengths in the order of columns, background first."""
     ends = np.cumsum(counts)
     begins, ends = ends[0:-1:2], ends[1::2]
@@ -111,16 +110,16 @@ def _draw_runs(counts: list[int], height: int) -> LocalMask:
     steps[ends - left * height] -= 1
     columns = steps[:-1].cumsum(dtype=np.int8).astype(bool).reshape(right - left, height)
     rows = np.flatnonzero(columns.any(axis=0))
-    return int(rows[0]), left, columns[:, rows[0] : rows[-1] + 1].T
+    return Piece(int(rows[0]), left, columns[:, rows[0] : rows[-1] + 1].T)
 
 
-def _draw_polygons(polygons: list[list[float]], height: int, width: int) -> LocalMask:
+def _draw_polygons(polygons: list[list[float]], height: int, width: int) -> Piece:
     points = np.concatenate([np.reshape(polygon, (-1, 2)) for polygon in polygons])
     low, high = np.floor(points.min(axis=0)) - 1, np.ceil(points.max(axis=0)) + 2
     left, top = (int(min(max(value, 0), side - 1)) for value, side in zip(low, (width, height), strict=True))
     moved = [_move(np.reshape(polygon, (-1, 2)), (left, top)).ravel().tolist() for polygon in polygons]
     sides = max(1, min(height, int(high[1])) - top), max(1, min(width, int(high[0])) - left)
-    return top, left, rle.decode(rle.merge(rle.frPyObjects(moved, *sides))).astype(bool)
+    return Piece(top, left, rle.decode(rle.merge(rle.frPyObjects(moved, *sides))).astype(bool))
 
 
 def _move(points: np.ndarray, offset: tuple[int, int]) -> np.ndarray:
@@ -129,23 +128,9 @@ def _move(points: np.ndarray, offset: tuple[int, int]) -> np.ndarray:
     return np.where(np.array(offset) > 0, rounded, points)
 
 
-def cut_mask(mask: LocalMask, window: Window) -> LocalMask:
+def cut_mask(mask: Piece, window: Window) -> Piece:
     """What a window has of a mask, counted from the window's corner; an array of no pixels where it has nothing."""
     (top, left, pixels), (y, x, height, width) = mask, window
     rows = slice(max(0, y - top), max(0, y + height - top))
     cols = slice(max(0, x - left), max(0, x + width - left))
-    return max(0, top - y), max(0, left - x), pixels[rows, cols]
-
-
-def encode_part(part: LocalMask, height: int, width: int) -> dict[str, Any]:
-    """A mask as compressed run lengths of its whole window, which is not drawn: most is background."""
-    top, left, pixels = part
-    cols, rows = np.nonzero(pixels.T)
-    flat = (cols + left) * height + rows + top
-    last = np.flatnonzero(np.diff(flat, append=-2) != 1)  # of each run
-    ends = flat[last] + 1
-    begins = flat[np.concatenate([[0], last[:-1] + 1])] if len(flat) else flat
-    bounds = np.stack([begins, ends], axis=1).ravel()
-    counts = np.diff(bounds, prepend=0, append=height * width).tolist()
-    encoded = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)["counts"]
-    return {"size": [height, width], "counts": encoded.decode() if isinstance(encoded, bytes) else encoded}
+    return Piece(max(0, top - y), max(0, left - x), pixels[rows, cols])

@@ -8,6 +8,7 @@ import functools
 import io
 import os
 import random
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +16,6 @@ from typing import Any, Literal
 
 from itpn.data.bands import BandsOf
 from itpn.data.decode import (
-    BITS,
     TIFF_HEADERS,
     EncodedImage,
     UnreadableImage,
@@ -27,7 +27,7 @@ from itpn.data.decode import (
 from itpn.data.formats.bands import BandsFile
 from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reading import find_heif_reader, open_file
-from itpn.data.headers import read_tags
+from itpn.data.headers import BITS, DESCRIPTION, EXTRA_SAMPLES, PHOTOMETRIC, SAMPLE_FORMAT, SAMPLES, read_tags
 from itpn.data.image_type import PHOTOGRAPH, ImageType
 from itpn.data.readers import check_lost, read_file
 from itpn.data.stored import PLAIN, Reading, StoredImage
@@ -38,8 +38,6 @@ LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can b
 TRAINED = "the training images have"
 REMEDY = "convert it, as by gdal_translate -of COG or vips tiffsave --tile"
 HEAD = 32  # bytes that tell most formats
-# tags of TIFF
-PHOTOMETRIC, DESCRIPTION, SAMPLES, EXTRA_SAMPLES, SAMPLE_FORMAT = 262, 270, 277, 338, 339
 ALPHA = (1, 2)  # kinds of extra samples
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # photometric interpretation of a TIFF -> channels of colour
 STACKS = ("<?xml", "<OME", "ImageJ=")  # in a description: which pages are channels is said there
@@ -220,8 +218,7 @@ def is_photo_head(head: bytes) -> bool:
 def is_photo_tiff(source: bytes | Path) -> bool:
     """Whether a TIFF is a photograph: of 8 bits or less, and with the channels of its colours, and alpha perhaps."""
     with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
-        quick = read_tags(file, (BITS, SAMPLE_FORMAT))
-        if max(quick.get(BITS) or (1,)) > 8 or set(quick.get(SAMPLE_FORMAT) or ()) & {2, 3}:
+        if _has_other_depth(read_tags(file, (BITS, SAMPLE_FORMAT))):
             return False
         file.seek(0)
         try:
@@ -229,8 +226,8 @@ def is_photo_tiff(source: bytes | Path) -> bool:
         except UnreadableImage:  # by Pillow
             return False
         tags: Any = image.tag_v2  # type: ignore[attr-defined]
-        if max(tags.get(BITS) or (1,)) > 8 or set(tags.get(SAMPLE_FORMAT) or ()) & {2, 3}:
-            return False  # of a page that only Pillow finds
+        if _has_other_depth(tags):  # of a page that only Pillow finds
+            return False
         more = tags.get(SAMPLES, 1) - COLOURS.get(tags.get(PHOTOMETRIC, 1), 0)
         if not (more == 0 or (more == 1 and (tags.get(EXTRA_SAMPLES) or (0,))[0] in ALPHA)):
             return False
@@ -239,3 +236,8 @@ def is_photo_tiff(source: bytes | Path) -> bool:
             return True
     stack = open_file(source)
     return stack.channels == 1 or stack.rgb
+
+
+def _has_other_depth(tags: Mapping[int, Any]) -> bool:
+    """Whether the pixels of a TIFF have more than 8 bits, a sign or a point."""
+    return max(tags.get(BITS) or (1,)) > 8 or bool(set(tags.get(SAMPLE_FORMAT) or ()) & {2, 3})

@@ -14,7 +14,7 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.image_type import ImageType, ValueRange, check_nodata, to_pairs
 from itpn.data.readers import Reader
-from itpn.data.samples import WindowSample, open_sample, type_of
+from itpn.data.samples import Sample, WindowSample, open_sample, type_of
 from itpn.data.skipped import nothing_readable
 from itpn.data.stored import Reading, StoredImage, find_valid
 from itpn.errors import UserError
@@ -180,13 +180,7 @@ def compute_statistics(
         try:
             image = open_sample(data, settings, name)
             if not sizes:
-                nodata = settings.nodata
-                check_nodata(nodata, type_of(image))
-                whole = image.image if isinstance(image, WindowSample) else image
-                if nodata is None and isinstance(whole, StoredImage) and not whole.type.is_photo:
-                    nodata = whole.file.nodata
-                example = settings.example if settings.type else f"{name} has"
-                settings = dataclasses.replace(settings, type=type_of(image), example=example, nodata=nodata)
+                settings = settle(settings, image, name)
                 image = open_sample(data, settings, name)
             values = image.decode_some() if isinstance(image, StoredImage) else image.decode().flatten(1).numpy()
         except UnreadableImage as error:
@@ -214,6 +208,21 @@ def compute_statistics(
         )
     found = _collect(count, settings, sums, sizes, missing / pixels, value_range)
     return dataclasses.replace(found, warnings=tuple(warnings.values()))
+
+
+def settle(settings: Reading, image: Sample, name: str) -> Reading:
+    """How images are read, of which this is the first: of its type, and without data where it has none.
+
+    Raises:
+        UserError: its pixels cannot have the value for no data that was given.
+    """
+    kind, nodata = type_of(image), settings.nodata
+    check_nodata(nodata, kind)
+    whole = image.image if isinstance(image, WindowSample) else image
+    if nodata is None and isinstance(whole, StoredImage) and not kind.is_photo:
+        nodata = whole.file.nodata
+    example = settings.example if settings.type else f"{name} has"
+    return dataclasses.replace(settings, type=kind, example=example, nodata=nodata)
 
 
 def _collect(

@@ -8,7 +8,7 @@ import numpy as np
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
-from itpn.data.samples import MixedImages, WindowOf, open_image_of
+from itpn.data.samples import NO_LIMIT, MixedImages, WindowOf, open_image_of
 from itpn.data.stored import Reading
 from itpn.geometry import find_starts
 
@@ -63,7 +63,7 @@ def cut_windows(
     Returns:
         The windows, and the names of images whose windows cannot be read without decoding the whole.
     """
-    unlimited = replace(reading, max_pixels=2**62)
+    unlimited = replace(reading, max_pixels=NO_LIMIT)
 
     def measure(index: int) -> tuple[int, int, str]:
         name, data, *_ = files[index]

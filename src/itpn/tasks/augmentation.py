@@ -23,13 +23,13 @@ def replace_colours(config: AnyConfig, given: Collection[str] = ()) -> tuple[Any
     """Resolved settings whose augmentation of colours is replaced by channel jitter where images are no photographs.
 
     Args:
-        given: names of settings of data that are not the recipe's, but were asked for.
+        given: names of settings of data that the user gave.
 
     Returns:
         The settings, and what was replaced, in a sentence.
 
     Raises:
-        UserError: it was asked for.
+        UserError: the user gave it.
     """
     data = config.data
     off = {name: value for name, (value, _) in COLOURS.items() if getattr(data, name, value) != value}

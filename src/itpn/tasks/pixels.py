@@ -14,7 +14,16 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.decode import UnreadableImage
 from itpn.data.file_types import STATS_FILE
 from itpn.data.files import ImageSource
-from itpn.data.image_type import PHOTO, PHOTOGRAPH, ImageType, check_nodata, is_resolved, to_option, to_pairs
+from itpn.data.image_type import (
+    PHOTO,
+    PHOTOGRAPH,
+    ImageType,
+    check_nodata,
+    is_resolved,
+    to_option,
+    to_pairs,
+    to_percents,
+)
 from itpn.data.normalize import Normalize
 from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import FileReader, Reader
@@ -71,23 +80,36 @@ def find_stretch(data: Any) -> tuple[float, float] | None:
     """The percentiles of each image that settings of data ask for; None where they do not."""
     if not data.value_range_per_image:
         return None
-    low, high = (float(text.rstrip("%")) for text in data.value_range or DEFAULT_RANGE)
-    return low, high
+    return to_percents(data.value_range or DEFAULT_RANGE)
 
 
 def make_normalize(config: Any) -> Normalize:
     """From stored pixels to the network's input."""
-    data, kind, channels = config.data, image_type(config), input_channels(config)
+    settings = {name: getattr(config.data, name) for name in RESOLVED}
+    return _normalize(image_type(config), input_channels(config), settings)
+
+
+def _normalize(kind: ImageType, channels: int, settings: Mapping[str, Any]) -> Normalize:
+    """Of the settings of `RESOLVED`, ImageNet's mean and std where they are open."""
     mean, std = imagenet_values(channels)
-    if data.value_range_per_image:  # the images are stretched when they are read
-        return Normalize(channels, data.mean or mean, data.std or std, ImageType(channels, STRETCHED), UNIT)
-    ranges = to_pairs(data.value_range, channels) if is_resolved(data.value_range) else None
-    return Normalize(channels, data.mean or mean, data.std or std, kind, ranges, data.nodata)
+    mean, std = tuple(settings.get("mean") or mean), tuple(settings.get("std") or std)
+    if settings.get("value_range_per_image"):  # the images are stretched when they are read
+        return Normalize(channels, mean, std, ImageType(channels, STRETCHED), UNIT)
+    value_range = settings.get("value_range") or ()
+    ranges = to_pairs(value_range, channels) if is_resolved(value_range) else None
+    return Normalize(channels, mean, std, kind, ranges, settings.get("nodata"))
 
 
 def pixel_values(config: Any) -> PixelValues:
     """What augmentation has to know of the images of resolved settings."""
     return values_of(make_normalize(config))
+
+
+def augmentation(config: Any) -> dict[str, Any]:
+    """Arguments that the transforms of all tasks have for images of any channels."""
+    data = config.data
+    own = {name: getattr(data, name) for name in ("rotate90", "channel_jitter", "channel_drop")}
+    return {**own, "pixels": pixel_values(config)}
 
 
 def values_of(normalize: Normalize) -> PixelValues:
@@ -143,10 +165,7 @@ def stored_type(checkpoint: Checkpoint, channels: int = 3) -> ImageType:
 def stored_reading(checkpoint: Checkpoint, max_pixels: int) -> Reading:
     """How the images are read that a checkpoint's network is used on."""
     own = checkpoint.preprocessing
-    stretch = None
-    if own.get("value_range_per_image"):
-        low, high = (float(text.rstrip("%")) for text in own["value_range"])
-        stretch = low, high
+    stretch = to_percents(own["value_range"]) if own.get("value_range_per_image") else None
     return Reading(
         max_pixels,
         None,
@@ -167,13 +186,7 @@ def stored_normalize(checkpoint: Checkpoint, channels: int = 3) -> Normalize:
     Raises:
         UserError: as of :func:`stored_type`.
     """
-    own, kind = checkpoint.preprocessing, stored_type(checkpoint, channels)
-    mean, std = imagenet_values(channels)
-    mean, std = tuple(own.get("mean") or mean), tuple(own.get("std") or std)
-    if own.get("value_range_per_image"):
-        return Normalize(channels, mean, std, ImageType(channels, STRETCHED), UNIT)
-    ranges = to_pairs(own["value_range"], channels) if own.get("value_range") else None
-    return Normalize(channels, mean, std, kind, ranges, own.get("nodata"))
+    return _normalize(stored_type(checkpoint, channels), channels, checkpoint.preprocessing)
 
 
 def find_type(config: Any, images: ImageSource | Reader) -> tuple[ImageType, str]:
@@ -222,8 +235,7 @@ def resolve_pixels(
     config = replace(config, model=replace(model, in_chans=kind.channels), data=replace(data, dtype=kind.dtype))
     same = stored is not None and (stored.get("dtype"), stored.get("channels")) == (kind.dtype, kind.channels)
     if same and stored is not None and not data.value_range:
-        given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, (), False)}
-        config = replace(config, data=replace(config.data, **{**_stored_settings(stored), **given}))
+        config = replace(config, data=replace(config.data, **{**_stored_settings(stored), **_given_settings(data)}))
     notes: list[str] = []
     data = config.data
     if data.value_range_per_image and not data.value_range:
@@ -260,9 +272,12 @@ def adopt_pixels(config: AnyConfig, stored: Mapping[str, Any], grey: bool = Fals
     mean, std = imagenet_values(channels)
     for name, usual in {"mean": mean, "std": std}.items():
         own[name] = own[name] if len(own.get(name) or ()) in (1, channels) else usual
-    given = {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, (), False)}
     model = replace(model, in_chans=model.in_chans or channels)
-    return replace(config, model=model, data=replace(data, **{**own, "dtype": dtype, **given}))
+    return replace(config, model=model, data=replace(data, **{**own, "dtype": dtype, **_given_settings(data)}))
+
+
+def _given_settings(data: Any) -> dict[str, Any]:
+    return {name: getattr(data, name) for name in RESOLVED if getattr(data, name) not in (None, (), False)}
 
 
 def _stored_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
@@ -280,7 +295,8 @@ def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statisti
     value_range, notes = config.data.value_range, list[str]()
     if reading.stretch is not None:
         value_range = ("0", "1")
-    count = len(images.files) if isinstance(images, Windows) else len(as_reader(images))
+    reader = as_reader(images)
+    count = len(images.files) if isinstance(images, Windows) else len(reader)
     roots = config.data.root if isinstance(config.data.root, tuple) else (config.data.root,)
     if len(roots) == 1 and not value_range:
         path = Path(roots[0], STATS_FILE)
@@ -290,7 +306,7 @@ def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statisti
             if found.type == reading.type and found.images == count and same_nodata:
                 return found, one_line(str(path)), notes
             notes.append(f"{one_line(str(path))} is of other images: not used")
-    found = compute_statistics(as_reader(images), reading, value_range)
+    found = compute_statistics(reader, reading, value_range)
     what = "windows" if isinstance(images, Windows) else "images"
     return found, f"{found.sampled:,} of {found.images:,} {what}", notes
 
@@ -322,7 +338,7 @@ def _plain(value: Any) -> Any:
 
 
 def _first(images: ImageSource | Reader, count: int = TRIED) -> Any:
-    """The first images, as readers give them; files evenly spaced."""
+    """The first images, as readers give them."""
     if isinstance(images, ImageSource):
         if images.shards:
             read = itertools.chain.from_iterable(read_shard(shard, images.members) for shard in images.shards)

@@ -11,6 +11,7 @@ import numpy as np
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.formats.image_file import Window, plain_dtype, to_plain
+from itpn.data.readers import read_head
 
 Axes = Literal["CHW", "HWC"]
 NUMPY, ZIP, HDF5 = b"\x93NUMPY", b"PK\3\4", b"\x89HDF\r\n\x1a\n"  # magic bytes
@@ -75,7 +76,7 @@ def open_array(source: Path | bytes) -> tuple[Any, bool]:
         UnreadableImage: the file holds Python objects, or several arrays of which none has a name of `NAMES`.
     """
     file = io.BytesIO(source) if isinstance(source, bytes) else source
-    head = source[:8] if isinstance(source, bytes) else read_head(source)
+    head = source[:8] if isinstance(source, bytes) else read_head(source, 8)
     if head.startswith(NUMPY):
         if isinstance(file, Path):
             return np.load(file, mmap_mode="r", allow_pickle=False), True
@@ -96,11 +97,6 @@ def open_array(source: Path | bytes) -> tuple[Any, bool]:
     if found.external or found.is_virtual:  # a hostile file may name any other
         raise UnreadableImage("its pixels are in other files")
     return found, True
-
-
-def read_head(path: Path) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(8)
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

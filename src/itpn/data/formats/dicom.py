@@ -61,8 +61,3 @@ class DicomImage:
 
     def _open(self) -> Path | io.BytesIO:
         return io.BytesIO(self._source) if isinstance(self._source, bytes) else self._source
-
-
-def is_dicom(head: bytes) -> bool:
-    """Whether the first 132 bytes are those of DICOM's file format."""
-    return head[128:132] == b"DICM"

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_png
 
-from itpn.data.decode import UnreadableImage, load_image, open_image
+from itpn.data.decode import UnreadableImage, is_deep_png, load_image, open_image
 from itpn.data.formats.image_file import Window, cut
+from itpn.data.headers import PHOTOMETRIC, SAMPLES
 from itpn.data.orientation import turn_array
 
 BANDS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I": 1, "F": 1, "I;16": 1, "I;16B": 1}
-SAMPLES = 277  # TIFF's tag: channels of a pixel
-PHOTOMETRIC = 262  # TIFF's tag; of 0, white is zero, Pillow inverts the pixels
 
 
 class PhotoImage:
@@ -36,7 +35,7 @@ class PhotoImage:
         opened = open_image(io.BytesIO(self._data), max_pixels)
         self._opened, image = opened, opened.image
         self.height, self.width = opened.height, opened.width
-        self._deep = image.format == "PNG" and self._data[24] == 16  # Pillow reads the upper 8 bits alone
+        self._deep = is_deep_png(self._data)  # Pillow reads the upper 8 bits alone
         self._mode = image.mode
         self.has_palette = image.mode in ("P", "PA") and image.format != "TIFF" and not indices
         if self.has_palette:

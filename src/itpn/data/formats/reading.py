@@ -16,6 +16,7 @@ from itpn.data.file_types import DICOM_START, find_envi_header
 from itpn.data.formats.arrays import HDF5, NUMPY, ZIP, ArrayImage, Axes
 from itpn.data.formats.image_file import ImageFile
 from itpn.data.formats.photos import PhotoImage
+from itpn.data.readers import read_head
 from itpn.errors import UserError
 
 JPEG2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
@@ -162,8 +163,7 @@ def _open_other(source: Path | bytes) -> ImageFile:
 def _read_head(path: Path) -> bytes:
     if path.exists() and not path.is_file() and not path.is_dir():
         raise UnreadableImage("not a regular file")  # to open a pipe would block
-    with open(path, "rb") as file:
-        return file.read(DICOM_START)
+    return read_head(path, DICOM_START)
 
 
 def _open_raster(source: Path | bytes, kind: str, driver: str) -> ImageFile:

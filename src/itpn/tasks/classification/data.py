@@ -9,7 +9,7 @@ from itpn.data.loader import TrainingLoader
 from itpn.errors import UserError
 from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.data import NO_IMAGES, RunData, make_training_loader
-from itpn.tasks.pixels import pixel_values
+from itpn.tasks.pixels import augmentation
 from itpn.training.config import describe_crops, image_size
 
 
@@ -46,10 +46,7 @@ def make_transform(config: ClassificationConfig) -> ClassificationTransform:
         hflip=data.hflip,
         color_jitter=data.color_jitter,
         auto_augment=data.auto_augment,
-        rotate90=data.rotate90,
-        channel_jitter=data.channel_jitter,
-        channel_drop=data.channel_drop,
-        pixels=pixel_values(config),
+        **augmentation(config),
     )
 
 

@@ -34,9 +34,8 @@ from itpn.tasks.classification.network import resolve
 from itpn.tasks.data import NO_IMAGES, RunData
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths
 from itpn.tasks.features import FeatureEvaluator, join_sets
-from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import given_heads
-from itpn.tasks.pixels import pixel_values
+from itpn.tasks.pixels import make_normalize, pixel_values
 from itpn.training.config import image_size
 
 

@@ -10,7 +10,7 @@ from itpn.data.samples import NO_LIMIT
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, find_windows, print_once
 from itpn.tasks.detection.config import DetectionConfig
-from itpn.tasks.pixels import pixel_values
+from itpn.tasks.pixels import augmentation
 
 
 @dataclass(frozen=True)
@@ -114,10 +114,7 @@ def make_transform(config: DetectionConfig, masks: bool) -> DetectionTransform:
         hflip=data.hflip,
         interpolation=data.interpolation,
         masks=masks,
-        rotate90=data.rotate90,
-        channel_jitter=data.channel_jitter,
-        channel_drop=data.channel_drop,
-        pixels=pixel_values(config),
+        **augmentation(config),
     )
 
 

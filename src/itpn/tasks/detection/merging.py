@@ -12,25 +12,17 @@ The rule, class by class:
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from faster_coco_eval.core import mask as rle
 from torch import Tensor
 from torchvision.ops import batched_nms, box_iou, clip_boxes_to_image
 
+from itpn.data.mask_pieces import Piece, encode_piece
 from itpn.tasks.tiling import Grid, Tile
 
 EDGE = 1 / 128  # of a tile's side: a box that ends so near to its border touches it, 4 px of 512
-
-
-class Piece(NamedTuple):
-    """A mask without the empty rows and columns around it, so that memory grows with objects, not with the image."""
-
-    top: int
-    left: int
-    pixels: np.ndarray  # bool [height, width]
 
 
 @dataclass(frozen=True)
@@ -87,24 +79,6 @@ def join_objects(parts: Sequence[Objects]) -> Objects:
     columns = ([getattr(one, name) for one in parts] for name in ("boxes", "labels", "scores"))
     boxes, labels, scores = (torch.cat(own) for own in columns)
     return Objects(boxes, labels, scores, masks)
-
-
-def encode_piece(piece: Piece, height: int, width: int) -> dict[str, Any]:
-    """A mask as COCO's compressed run lengths of an image of this size, which is never drawn as a whole."""
-    rows, cols = piece.pixels.shape
-    framed = np.zeros((cols, rows + 2), np.int8)
-    framed[:, 1:-1] = piece.pixels.T
-    change = np.diff(framed, axis=1)  # 1 where a run begins in a column, -1 after its end
-    first = (piece.left + np.arange(cols))[:, None] * height + piece.top + np.arange(rows + 1)
-    begins, ends = first[change == 1], first[change == -1]
-    apart = begins[1:] != ends[:-1]  # a run that ends with a column goes on in the next
-    begins = np.concatenate([begins[:1], begins[1:][apart]])
-    ends = np.concatenate([ends[:-1][apart], ends[-1:]])
-    edges = np.stack([begins, ends], axis=1).reshape(-1)
-    counts = np.diff(np.concatenate([[0], edges, [height * width]])).tolist()
-    counts = counts[:-1] if counts[-1] == 0 and len(counts) > 1 else counts
-    encoded: dict[str, Any] = rle.frPyObjects({"size": [height, width], "counts": counts}, height, width)
-    return {"size": [height, width], "counts": encoded["counts"].decode()}
 
 
 def describe_objects(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
+from itpn.data.mask_pieces import Piece
 from itpn.models.backbone import find_backbone
 from itpn.models.detector import Detector
 from itpn.models.modes import eval_mode
@@ -21,7 +22,7 @@ from itpn.tasks.data import read_samples
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.evaluation import detect, detect_tiles
-from itpn.tasks.detection.merging import Objects, Piece, describe_objects, to_objects
+from itpn.tasks.detection.merging import Objects, describe_objects, to_objects
 from itpn.tasks.detection.module import DetectionModule
 from itpn.tasks.drawing import draw_objects, make_display, name_colour, save_whole, stored_display, tile_images
 from itpn.tasks.georeference import Georeference, make_feature, write_geojson, write_geopackage

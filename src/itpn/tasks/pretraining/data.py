@@ -20,7 +20,7 @@ from itpn.data.shards import check_shards
 from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, find_windows, make_training_loader, print_once
-from itpn.tasks.pixels import image_type, make_normalize, make_reading, pixel_values
+from itpn.tasks.pixels import augmentation, image_type, make_normalize, make_reading
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
@@ -175,10 +175,7 @@ def make_loader(
         hflip=data.hflip,
         color_jitter=data.color_jitter,
         teacher_size=teacher_size,
-        rotate90=data.rotate90,
-        channel_jitter=data.channel_jitter,
-        channel_drop=data.channel_drop,
-        pixels=pixel_values(config),
+        **augmentation(config),
     )
     on_gpu = GpuTransform(transform) if data.decode == "gpu" else None
     return make_training_loader(

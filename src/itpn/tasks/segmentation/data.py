@@ -8,7 +8,7 @@ from itpn.data.masks import LabelTable
 from itpn.data.readers import draw_images
 from itpn.data.segmentation_transform import SegmentationTransform
 from itpn.tasks.data import NO_IMAGES, RunData, find_windows, print_once
-from itpn.tasks.pixels import pixel_values
+from itpn.tasks.pixels import augmentation
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.training.config import describe_crops
 
@@ -49,7 +49,7 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
 
 
 def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
-    data, pixels = config.data, pixel_values(config)
+    data, own = config.data, augmentation(config)
     assert data.mean is not None
     return SegmentationTransform(
         table,
@@ -60,10 +60,7 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,
-        fill=tuple(255 * value for value in data.mean) if pixels.photographs else None,  # None for their mean
+        fill=tuple(255 * value for value in data.mean) if own["pixels"].photographs else None,  # None for their mean
         max_pixels=data.max_pixels,
-        rotate90=data.rotate90,
-        channel_jitter=data.channel_jitter,
-        channel_drop=data.channel_drop,
-        pixels=pixels,
+        **own,
     )

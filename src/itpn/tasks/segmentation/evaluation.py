@@ -21,10 +21,9 @@ from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.data import RunData
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths, trained_windows
-from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import given_heads, resolve_with_head
 from itpn.tasks.large import tiling_of_run, usual_side
-from itpn.tasks.pixels import make_reading
+from itpn.tasks.pixels import make_normalize, make_reading
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import describe_sets
 from itpn.tasks.segmentation.inference import make_segmentation, segment_tiles

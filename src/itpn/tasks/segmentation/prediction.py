@@ -27,7 +27,6 @@ from itpn.tasks.drawing import (
     tile_images,
 )
 from itpn.tasks.evaluation import EvaluationRequest
-from itpn.tasks.finetuning.module import make_normalize
 from itpn.tasks.finetuning.network import name_classes
 from itpn.tasks.georeference import ROWS, write_raster
 from itpn.tasks.large import (
@@ -40,7 +39,7 @@ from itpn.tasks.large import (
     label_array,
     show_tiles,
 )
-from itpn.tasks.pixels import stored_reading
+from itpn.tasks.pixels import make_normalize, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.evaluation import resolve_evaluation
