@@ -26,7 +26,7 @@ from itpn.data.decode import (
 )
 from itpn.data.formats.bands import BandsFile
 from itpn.data.formats.image_file import ImageFile, Window
-from itpn.data.formats.reading import find_heif_reader, open_file
+from itpn.data.formats.reading import REMEDY, find_heif_reader, open_file
 from itpn.data.headers import BITS, DESCRIPTION, EXTRA_SAMPLES, PHOTOMETRIC, SAMPLE_FORMAT, SAMPLES, read_tags
 from itpn.data.image_type import PHOTOGRAPH, ImageType
 from itpn.data.readers import check_lost, read_file
@@ -36,7 +36,6 @@ from itpn.errors import UserError
 NO_LIMIT = 2**62
 LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can be
 TRAINED = "the training images have"
-REMEDY = "convert it, as by gdal_translate -of COG or vips tiffsave --tile"
 HEAD = 32  # bytes that tell most formats
 ALPHA = (1, 2)  # kinds of extra samples
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # photometric interpretation of a TIFF -> channels of colour

@@ -10,9 +10,9 @@ from torch import Tensor
 from itpn.data.batches import Transform
 from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
+from itpn.data.formats.reading import REMEDY
 from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
-from itpn.data.samples import REMEDY
 from itpn.data.windows import Windows, cut_windows
 from itpn.system.console import print_note
 from itpn.system.environment import is_main_process

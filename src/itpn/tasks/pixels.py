@@ -138,7 +138,13 @@ def describe_pixels(config: Any) -> dict[str, Any]:
     own: dict[str, Any] = {"mean": data.mean or mean, "std": data.std or std}
     if kind.is_photo:
         return own
-    more = {"dtype": kind.dtype, "channels": kind.channels, "value_range": data.value_range, "nodata": data.nodata}
+    more = {
+        "axes": data.axes,
+        "dtype": kind.dtype,
+        "channels": kind.channels,
+        "value_range": data.value_range,
+        "nodata": data.nodata,
+    }
     return own | more | ({"value_range_per_image": True} if data.value_range_per_image else {})
 
 

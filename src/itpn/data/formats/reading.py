@@ -21,6 +21,7 @@ from itpn.errors import UserError
 
 JPEG2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
+REMEDY = "convert it, as by gdal_translate -of COG or vips tiffsave --tile"
 PIXEL_BYTES = 32  # 4 GiB for the largest image: 16 bands of 16 bits
 DICOM_SUFFIXES = (".dcm", ".dicom", "")  # of files that may lack the first bytes of DICOM's file format
 EXTRAS = {"tifffile": "science", "imagecodecs": "science", "h5py": "science", "pillow_heif": "science"}
@@ -83,9 +84,9 @@ def check_size(image: ImageFile, max_pixels: int) -> None:
     """
     pixels = image.height * image.width
     if pixels > max_pixels:
-        parts = "; --data.window-size reads it in parts" if image.by_region else ""
+        parts = "--data.window-size reads it in parts" if image.by_region else f"it cannot be read in parts: {REMEDY}"
         raise UnreadableImage(
-            f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed (--data.max-pixels){parts}"
+            f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed (--data.max-pixels); {parts}"
         )
     size = pixels * image.channels * image.dtype.itemsize
     if size > max_pixels * PIXEL_BYTES:

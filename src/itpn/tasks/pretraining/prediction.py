@@ -76,7 +76,8 @@ def mask_and_predict(module: PretrainingModule, images: Tensor) -> dict[str, Ten
     generator = torch.Generator().manual_seed(module.config.seed)
     mask = module.model.draw_mask(len(x), grid, generator=generator).to(x.device)
     if "pixel" in module.model.objective.weights:
-        masked, predicted = (display(module.normalize.undo(own)) for own in module.model.reconstruct(x, mask)[:2])
+        reconstructed = module.model.reconstruct(x, mask, module.normalize.find_valid(images))
+        masked, predicted = (display(module.normalize.undo(own)) for own in reconstructed[:2])
         return {"original": original, "masked": masked, "predicted": predicted}
     masked = display(module.normalize.undo(x.masked_fill(module.model.mask_map(mask, grid), 0.0)))
     return {"original": original, "masked": masked, **_draw_features(module, images, x, mask, grid)}
