@@ -364,3 +364,14 @@ def test_photographs_from_weights_of_deep_images(pretrained, photos, tmp_path, b
     assert main(["train", "classifier_small", *options, "--output-dir", str(tmp_path), *SHORT]) == 0
     stored = read_preprocessing(tmp_path / "classifier_small/default")
     assert stored["mean"] == [0.485, 0.456, 0.406]
+
+
+def test_the_order_of_axes_is_kept(tmp_path):
+    """Of arrays whose shape does not tell it; prediction and evaluation have no such option."""
+    for number in range(6):
+        (tmp_path / "images").mkdir(exist_ok=True)
+        np.save(tmp_path / f"images/{number}.npy", np.random.default_rng(number).random((40, 40, 40), np.float32))
+    options = ["--data.root", str(tmp_path / "images"), "--output-dir", str(tmp_path), "--data.axes", "HWC", *SMALL]
+    assert main(["train", "itpn-pixel_nano", *options]) == 0
+    weights = str(tmp_path / "itpn-pixel_nano/default/model.safetensors")
+    assert main(["predict", weights, str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 0

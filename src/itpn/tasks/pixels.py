@@ -40,7 +40,7 @@ from itpn.training.config import AnyConfig, check_images
 STRETCHED, UNIT = "float32", [(0.0, 1.0)]  # type and range of images that are stretched each by itself
 TRIED = 1000  # images that are opened to find a readable one
 # settings of data that images or a checkpoint fill in
-RESOLVED = ("dtype", "value_range", "value_range_per_image", "nodata", "mean", "std")
+RESOLVED = ("dtype", "axes", "value_range", "value_range_per_image", "nodata", "mean", "std")
 
 
 def image_type(config: Any) -> ImageType:
@@ -174,7 +174,7 @@ def stored_reading(checkpoint: Checkpoint, max_pixels: int) -> Reading:
     stretch = to_percents(own["value_range"]) if own.get("value_range_per_image") else None
     return Reading(
         max_pixels,
-        None,
+        own.get("axes"),
         own.get("nodata"),
         stretch,
         stored_type(checkpoint),
