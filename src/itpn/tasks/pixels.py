@@ -230,7 +230,8 @@ def resolve_pixels(
     data, model = config.data, config.model
     kind, example = (image_type(config), "") if data.dtype and model.in_chans else find_type(config, images)
     if data.dtype not in (None, kind.dtype):
-        raise UserError(f"--data.dtype is {data.dtype}, and {one_line(example)} has {kind}")
+        settings = "photographs" if data.dtype == PHOTO else f"images of {data.dtype}"
+        raise UserError(f"the settings are for {settings}, and {one_line(example)} has {kind}")
     check_nodata(data.nodata, kind)
     if kind.is_photo:
         config = replace(config, data=replace(data, dtype=PHOTO))
