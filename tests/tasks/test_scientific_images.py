@@ -14,9 +14,13 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
+import itpn
+from itpn.checkpoints.files import read_checkpoint
 from itpn.cli import main
+from itpn.data.image_type import ImageType
+from itpn.data.normalize import Normalize
 from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig, ClassificationModelConfig
-from itpn.tasks.pixels import adopt_pixels
+from itpn.tasks.pixels import adopt_pixels, stored_normalize
 
 BANDS = 5
 SHORT = (
@@ -397,3 +401,32 @@ def test_the_order_of_axes_is_kept(tmp_path):
     assert main(["train", "itpn-pixel_nano", *options]) == 0
     weights = str(tmp_path / "itpn-pixel_nano/default/model.safetensors")
     assert main(["predict", weights, str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_the_page_prepares_images_for_exported_files(bands, pretrained, tmp_path, monkeypatch):
+    """What the documents show for use outside of itpn computes what itpn does."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/scientific_images.md").read_text()
+    code = re.search(r"## Outside itpn.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    weights = str(pretrained / "model.safetensors")
+    assert main(["export", weights, "--task", "pyramid", "--out", "model.onnx"]) == 0
+    write(tmp_path / "scene.tif", draw(7)[0][:, :32, :32])
+    shown: dict = {}
+    exec(code, shown)
+    images = torch.from_numpy(shown["pixels"])[None]
+    normalize = stored_normalize(read_checkpoint(weights), BANDS)
+    with torch.no_grad():
+        maps = itpn.load(weights, task="pyramid").eval()(normalize(images)).values()
+    for own, expected in zip(shown["outputs"], maps, strict=True):
+        assert np.allclose(own, expected, atol=1e-4)
+    stored = {"value_range": ["10", "200"], "nodata": 50, "mean": [0.3], "std": [0.2]}
+    integers = np.arange(0, 300, dtype=np.uint16).reshape(3, 10, 10)
+    floats = np.where(integers == 50, np.nan, integers).astype(np.float32)
+    for pixels in (integers, floats):
+        kind = ImageType(3, pixels.dtype.name)
+        normalize = Normalize(3, stored["mean"], stored["std"], kind, [(10, 200)], stored["nodata"])
+        assert np.allclose(shown["prepare"](pixels, stored), normalize(torch.from_numpy(pixels)), atol=1e-5)
+    photo = np.arange(75, dtype=np.uint8).reshape(3, 5, 5)
+    normalize = Normalize(3, (0.5, 0.4, 0.3), (0.2, 0.1, 0.3))
+    stored = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.1, 0.3]}
+    assert np.allclose(shown["prepare"](photo, stored), normalize(torch.from_numpy(photo)), atol=1e-5)
