@@ -214,6 +214,27 @@ def test_arrays_of_python_objects_are_no_images(tmp_path):
             itpn.read_image(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [((3, 5000, 5000), "cut off: it ends before its last values"), ((-3, 8, 8), "an array of -3x8x8 is no image")],
+)
+def test_arrays_whose_header_says_more_than_the_file_holds(tmp_path, shape, words):
+    with open(tmp_path / "a.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": shape})
+        file.write(bytes(100))
+    with pytest.raises(UserError, match=rf"a\.npy: {words}$"):
+        itpn.read_image(tmp_path / "a.npy")
+    with pytest.raises(UnreadableImage, match=rf"^{words}$"):
+        open_file((tmp_path / "a.npy").read_bytes())
+
+
+def test_of_many_arrays_a_few_are_named(tmp_path):
+    np.savez(tmp_path / "a.npz", **{f"array{number}": np.zeros((8, 8)) for number in range(1000)})
+    words = "it holds arrays array0, array1, array2, array3 and 996 more: name that of the image `image`$"
+    with pytest.raises(UserError, match=words):
+        itpn.read_image(tmp_path / "a.npz")
+
+
 def test_bits_become_zeros_and_ones(tmp_path):
     pixels = draw((40, 50), "uint8") > 128
     tifffile.imwrite(tmp_path / "a.tif", pixels)
@@ -439,7 +460,7 @@ def test_images_that_are_too_large_take_no_memory(tmp_path):
     rasterio.open(tmp_path / "b.tif", "w", driver="GTiff", tiled=True, **profile).close()
     tracemalloc.start()
     for name in ("a.npy", "a.npz", "a.h5", "b.tif"):
-        with pytest.raises(UserError, match=r"99999x99999 pixels, more than|mmap length is greater"):
+        with pytest.raises(UserError, match=r"99999x99999 pixels, more than|cut off: it ends before its last values"):
             itpn.read_image(tmp_path / name)
     assert tracemalloc.get_traced_memory()[1] < 2**26
     tracemalloc.stop()

@@ -1,7 +1,9 @@
 """Arrays that hold images: NumPy's .npy and .npz, and HDF5 by h5py."""
 
+import contextlib
 import io
 import math
+import os
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.formats.image_file import Window, plain_dtype, to_plain
 from itpn.data.readers import read_head
+from itpn.data.splits import join
 
 Axes = Literal["CHW", "HWC"]
 NUMPY, ZIP, HDF5 = b"\x93NUMPY", b"PK\3\4", b"\x89HDF\r\n\x1a\n"  # magic bytes
@@ -78,16 +81,7 @@ def open_array(source: Path | bytes) -> tuple[Any, bool]:
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     head = source[:8] if isinstance(source, bytes) else read_head(source, 8)
     if head.startswith(NUMPY):
-        if isinstance(file, Path):
-            with open(file, "rb") as opened:
-                read_header(opened)  # which says more of what is no image
-            return np.load(file, mmap_mode="r", allow_pickle=False), True
-        shape, fortran, dtype = read_header(file)
-        count = math.prod(shape)
-        if len(file.getbuffer()) - file.tell() < count * dtype.itemsize:
-            raise UnreadableImage("cut off: it ends before its last values")
-        values = np.frombuffer(file.getbuffer(), dtype, count, file.tell())
-        return values.reshape(shape, order="F" if fortran else "C"), True
+        return read_numpy(file), True
     if head.startswith(ZIP):
         return ArchiveMember(file), False
     import h5py
@@ -99,6 +93,26 @@ def open_array(source: Path | bytes) -> tuple[Any, bool]:
     if found.external or found.is_virtual:  # a hostile file may name any other
         raise UnreadableImage("its pixels are in other files")
     return found, True
+
+
+def read_numpy(file: Path | io.BytesIO) -> np.ndarray:
+    """The array of a .npy file, mapped into memory.
+
+    Raises:
+        UnreadableImage: it is cut off, or an array of Python objects.
+    """
+    with open(file, "rb") if isinstance(file, Path) else contextlib.nullcontext(file) as opened:
+        shape, fortran, dtype = read_header(opened)
+        start = opened.tell()
+        size = opened.seek(0, os.SEEK_END) - start
+    if min(shape, default=0) < 0:
+        raise UnreadableImage(f"an array of {'x'.join(map(str, shape))} is no image")
+    if size < math.prod(shape) * dtype.itemsize:
+        raise UnreadableImage("cut off: it ends before its last values")
+    if isinstance(file, Path):
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    values = np.frombuffer(file.getbuffer(), dtype, math.prod(shape), start)
+    return values.reshape(shape, order="F" if fortran else "C")
 
 
 def read_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
@@ -138,6 +152,6 @@ def pick_name(names: Sequence[str]) -> str:
     """The array of an image among those of a file."""
     known = [name for name in NAMES if name in names] or (list(names) if len(names) == 1 else [])
     if not known:
-        held = f"arrays {', '.join(names)}: name that of the image `image`" if names else "no array"
+        held = f"arrays {join(names)}: name that of the image `image`" if names else "no array"
         raise UnreadableImage(f"it holds {held}")
     return known[0]
