@@ -8,8 +8,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from itpn.data.decode import UnreadableImage
 from itpn.data.files import ImageSource, find_images, find_splits
+from itpn.data.readers import FileReader
+from itpn.data.samples import open_sample
 from itpn.data.walk import list_images
 from itpn.errors import MachineError, UserError
 
@@ -231,3 +235,15 @@ def test_arrays_beside_images_are_none(tmp_path: Path) -> None:
     assert list_images(str(tmp_path / "s"), unread) == [str(tmp_path / "s" / "x" / "a.tif")]
     assert unread == {".h5": 1, ".npy": 1, ".npz": 1}
     assert names(find_images([tmp_path / "s" / "x" / "a.npy"]), tmp_path) == ["s/x/a.npy"]
+
+
+def test_a_link_that_leads_back_to_itself_is_an_image_that_cannot_be_read(tmp_path):
+    """As a dangling link is: it is named when it is read, and the others are."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.symlink("b.tif", tmp_path / "b.tif")
+    os.symlink(".", tmp_path / "again")
+    source = find_images([tmp_path])
+    assert source.images == (str(tmp_path / "a.png"), str(tmp_path / "b.tif"))
+    _, data = FileReader(source.images)[1]
+    with pytest.raises(UnreadableImage, match=r"^Too many levels of symbolic links$"):
+        open_sample(data)

@@ -385,6 +385,12 @@ def test_dicom_without_pixels(tmp_path, missing):
         itpn.read_image(tmp_path / "a.dcm")
 
 
+def test_dicom_of_no_rows_is_refused_before_anything_is_drawn_of_it(tmp_path):
+    write_dicom(tmp_path / "a.dcm", draw((40, 50)), Rows=0)
+    with pytest.raises(UnreadableImage, match=r"^DICOM of 50x0 pixels and 1 channels$"):
+        open_file(tmp_path / "a.dcm")
+
+
 @pytest.mark.parametrize(
     ("name", "library", "extra"),
     [

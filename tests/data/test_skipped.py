@@ -1,9 +1,12 @@
 """Unreadable images are counted, named once, and too many end a run."""
 
+import errno
+import os
+
 import pytest
 
-from itpn.data.skipped import SkippedImages
-from itpn.errors import UserError
+from itpn.data.skipped import SkippedImages, none_readable
+from itpn.errors import MachineError, UserError
 
 
 def test_skipped_images_are_named_once() -> None:
@@ -43,3 +46,14 @@ def test_limit_for_shards_is_a_fraction_of_those_read() -> None:
         skipped.check(images_read=399)
     with pytest.raises(UserError, match="20 of 30 images"):
         skipped.check(images_read=30, epoch_ended=True)
+
+
+def test_where_none_can_be_read_an_accident_is_none_of_the_images() -> None:
+    """A file that may not be read is an accident of the machine, a corrupt one a mistake."""
+    error = none_readable("the images in a", ("a/b\n.tif", "cut off"))
+    assert isinstance(error, UserError)
+    assert str(error) == r"none of the images in a can be read; the first is a/b\n.tif: cut off"
+    error = none_readable("the images in a", ("a/b.tif", os.strerror(errno.EACCES)))
+    assert isinstance(error, MachineError)
+    assert str(error).endswith("a/b.tif: Permission denied; check the permissions of the file and of its folders")
+    assert str(none_readable("the images in a", None)) == "none of the images in a can be read"

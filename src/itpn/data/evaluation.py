@@ -14,9 +14,9 @@ from itpn.data.batches import Batch, View, stack
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
 from itpn.data.samples import MixedImages, open_sample
+from itpn.data.skipped import none_readable
 from itpn.data.stored import PLAIN, Reading
 from itpn.data.workers import WorkerLoader, beat
-from itpn.errors import UserError
 
 MakeView = Callable[[Tensor, Any], View]  # of an image and its annotation
 
@@ -31,9 +31,10 @@ def read_some(images: Reader, count: int, reading: Reading = PLAIN) -> list[tupl
 
     Raises:
         UserError: no image can be read.
+        MachineError: because the file system fails.
     """
     found: list[tuple[int, Tensor]] = []
-    reason = ""
+    first: tuple[str, str] | None = None
     stride = max(1, len(images) // count)
     for index in dict.fromkeys([*range(0, len(images), stride), *range(len(images))]):
         if len(found) == count:
@@ -41,9 +42,9 @@ def read_some(images: Reader, count: int, reading: Reading = PLAIN) -> list[tupl
         try:
             found.append((index, open_sample(images[index][1], reading, images.name(index)).decode()))
         except UnreadableImage as error:
-            reason = reason or f"; the first is {images.name(index)}: {error}"
+            first = first or (images.name(index), str(error))
     if not found:
-        raise UserError(f"none of the images to evaluate on can be read{reason}")
+        raise none_readable("the images to evaluate on", first)
     return found
 
 

@@ -66,6 +66,22 @@ def nothing_readable(corrupt: list[tuple[str, str]]) -> UserError | MachineError
     return _too_many(f"none of {len({name for name, _ in corrupt})} images in a row can be read", *corrupt[0])
 
 
+def none_readable(what: str, first: tuple[str, str] | None) -> UserError | MachineError:
+    """The error to raise where none of some images can be read.
+
+    Args:
+        what: the images.
+        first: name of one and reason.
+    """
+    if first is None:
+        return UserError(f"none of {what} can be read")
+    name, reason = first
+    message = f"none of {what} can be read; the first is {one_line(name)}: {reason}"
+    if lost := remedy_of_loss(name, reason):
+        return MachineError(f"{message}; {lost}")
+    return UserError(message)
+
+
 def _too_many(what: str, name: str, reason: str) -> UserError | MachineError:
     """The error to raise for too many unreadable images; ``name`` and ``reason`` are those of the first."""
     what = f"{what}; the first is {one_line(name)}: {reason}"

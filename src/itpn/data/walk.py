@@ -1,5 +1,6 @@
 """Files below a folder, and the splits that folders are divided into. Standard library only, so that it is quick."""
 
+import errno
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -70,8 +71,8 @@ def _divide(root: str, entries: Sequence[os.DirEntry[str]]) -> Division:
     Raises:
         UserError: both are possible.
     """
-    folders = [entry for entry in entries if entry.is_dir()]
-    files = [entry for entry in entries if (is_shard(entry.name) or is_table(entry.name)) and entry.is_file()]
+    folders = [entry for entry in entries if is_dir(entry)]
+    files = [entry for entry in entries if (is_shard(entry.name) or is_table(entry.name)) and is_file(entry)]
     named, places = _find_splits(folders, files)
     if not places:
         return Division()
@@ -121,12 +122,12 @@ def _inner_folders(folder: str) -> list[str]:
 
 def list_folders(folder: str) -> list[str]:
     """The folders in a folder, without hidden ones, sorted by name."""
-    return [entry.path for entry in _list(folder) if entry.is_dir()]
+    return [entry.path for entry in _list(folder) if is_dir(entry)]
 
 
 def list_files(folder: str) -> list[str]:
     """The files in a folder, without hidden ones, sorted by name."""
-    return [entry.path for entry in _list(folder) if entry.is_file()]
+    return [entry.path for entry in _list(folder) if is_file(entry)]
 
 
 @dataclass
@@ -170,23 +171,23 @@ class TreeSplits:
                 found |= dict.fromkeys(paths, split)
                 self.places.setdefault(split, []).extend(paths)
         for entry in entries:
-            is_data = entry.is_file() and (is_shard(entry.name) or is_image_file(entry.path))
+            is_data = is_file(entry) and (is_shard(entry.name) or is_image_file(entry.path))
             if entry.path not in found and (is_data or entry.path in named or entry.name in division.left):
                 self.left.append(os.path.relpath(entry.path, self.root))
         return found
 
     def _divide_below(self, entries: Sequence[os.DirEntry[str]]) -> Division:
         """As `_divide`, by names only, without looking into folders."""
-        folders = [entry for entry in entries if entry.is_dir()]
-        _, places = _find_splits(folders, [e for e in entries if is_shard(e.name) and e.is_file()])
+        folders = [entry for entry in entries if is_dir(entry)]
+        _, places = _find_splits(folders, [e for e in entries if is_shard(e.name) and is_file(e)])
         return Division(places if len(places) > 1 else {})
 
     def leave_masks(self, entries: Sequence[os.DirEntry[str]], split: str = "") -> dict[str, str] | None:
         """All entries except folders of masks beside those of images, as in ADE20K's and Cityscapes' layouts."""
-        names = {entry.name.lower() for entry in entries if entry.is_dir()}
+        names = {entry.name.lower() for entry in entries if is_dir(entry)}
         if not names & IMAGE_FOLDERS or not names & ALL_MASK_FOLDERS:
             return None
-        masks = [entry for entry in entries if entry.is_dir() and entry.name.lower() in ALL_MASK_FOLDERS]
+        masks = [entry for entry in entries if is_dir(entry) and entry.name.lower() in ALL_MASK_FOLDERS]
         self.masks += [os.path.relpath(entry.path, self.root) for entry in masks if _holds_images(entry.path)]
         return {entry.path: split for entry in entries if entry not in masks}
 
@@ -255,13 +256,13 @@ def walk_splits(
         if named is not None:
             entries = [entry for entry in entries if entry.path in named]
         splits = named or {}
-        folders += [(entry.path, splits.get(entry.path, split)) for entry in reversed(entries) if entry.is_dir()]
+        folders += [(entry.path, splits.get(entry.path, split)) for entry in reversed(entries) if is_dir(entry)]
         headers: set[str | None] = set()  # of ENVI
         others = []
         for entry in entries:
             # A dangling link is kept, to be reported as an unreadable image; a pipe would block its reader.
-            if not entry.is_file() and not _is_dangling(entry):
-                if unread is not None and not entry.is_dir() and (is_image(entry.name) or is_shard(entry.name)):
+            if not is_file(entry) and not _is_dangling(entry):
+                if unread is not None and not is_dir(entry) and (is_image(entry.name) or is_shard(entry.name)):
                     unread[SPECIAL] += 1
                 continue
             if is_shard(entry.name) or is_image_file(entry.path):
@@ -288,6 +289,25 @@ def _read(call: Callable[[str], Any], folder: str) -> Any:
         raise MachineError(
             f"cannot read the folder {folder}: {error.strerror}; check the disk and permissions"
         ) from None
+
+
+def is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a regular file, or a link to one; a link that leads back to itself is none."""
+    return _ask(entry.is_file)
+
+
+def is_dir(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one."""
+    return _ask(entry.is_dir)
+
+
+def _ask(call: Callable[[], bool]) -> bool:
+    try:
+        return call()
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return False
+        raise
 
 
 def _is_dangling(entry: os.DirEntry[str]) -> bool:

@@ -15,8 +15,9 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.batches import Batch, View, stack
 from itpn.data.evaluation import MakeView, make_evaluation_loader
 from itpn.data.normalize import Normalize
+from itpn.data.skipped import none_readable
 from itpn.distributed import gather
-from itpn.errors import UserError
+from itpn.errors import MachineError, UserError
 from itpn.system.console import print_warnings
 from itpn.tasks.pixels import make_reading
 from itpn.training.evaluation import Evaluation
@@ -178,10 +179,9 @@ def read_batches(batches: Iterable[dict[str, Any]], skipped: Skipped) -> Iterato
             yield batch
 
 
-def nothing_readable(skipped: Sequence[tuple[str, str]]) -> UserError:
+def nothing_readable(skipped: Sequence[tuple[str, str]]) -> UserError | MachineError:
     """None of the images to evaluate on can be read: why the first cannot."""
-    first = f": {skipped[0][0]} {skipped[0][1]}" if skipped else ""
-    return UserError(f"none of the images to evaluate on can be read{first}")
+    return none_readable("the images to evaluate on", skipped[0] if skipped else None)
 
 
 class Validation(Evaluation):

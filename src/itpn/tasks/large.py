@@ -22,6 +22,7 @@ from itpn.data.formats.reading import open_file
 from itpn.data.readers import FileReader, Reader, read_head
 from itpn.data.samples import Sample, open_sample, type_of
 from itpn.data.shards import read_shard
+from itpn.data.skipped import none_readable
 from itpn.data.stored import PLAIN, Reading, StoredImage
 from itpn.errors import UserError
 from itpn.system.console import Output, print_note, print_warnings
@@ -180,7 +181,7 @@ class SourceImages:
 
     def __init__(self, source: ImageSource, settings: Reading, report: Callable[[str], object] = print_note) -> None:
         self._source, self._settings, self._report = source, settings, report
-        self._reason: str = ""
+        self._first: tuple[str, str] | None = None  # that was skipped, and why
         self._done = 0
 
     def __iter__(self) -> Iterator[SourceImage]:
@@ -200,7 +201,7 @@ class SourceImages:
             if image is not None:
                 yield image
         if not self._done:
-            raise UserError(f"none of the images in {', '.join(self._source.roots)} can be read{self._reason}")
+            raise none_readable(f"the images in {', '.join(self._source.roots)}", self._first)
 
     @contextmanager
     def reading(self, name: str, image: SourceImage | None = None) -> Iterator[None]:
@@ -215,7 +216,7 @@ class SourceImages:
                 image.warn()
                 self._done += 1
         except UnreadableImage as error:
-            self._reason = self._reason or f"; the first is {name}: {error}"
+            self._first = self._first or (name, str(error))
             self._report(f"skipped {name}: {error}")
 
     def _open(self, name: str, data: bytes | Path | BandsOf | UnreadableImage) -> Sample:

@@ -23,8 +23,8 @@ from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
 from itpn.data.samples import open_sample
 from itpn.data.shards import read_shard
+from itpn.data.skipped import none_readable
 from itpn.data.stored import Reading
-from itpn.errors import UserError
 from itpn.models.backbone import find_backbone
 from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.text import one_line
@@ -101,21 +101,21 @@ def read_images(
     Raises:
         UserError: none of the images can be read.
     """
-    files, empty, reason = FileReader(source.images), True, ""
+    files, empty, first = FileReader(source.images), True, None
     shards = (read_shard(shard, source.members) for shard in source.shards)
     for name, data in itertools.chain((files[number] for number in range(len(files))), *shards):
         try:
             image = open_sample(data, reading, name)
             pixels = image.decode()
         except UnreadableImage as error:
-            reason = reason or f"; the first is {name}: {error}"
+            first = first or (name, str(error))
             report(f"skipped {name}: {error}")
             continue
         print_warnings({kind: (name, warning) for kind, warning in image.warnings.items()})
         empty = False
         yield name, pixels if crop is None else crop(pixels)
     if empty:
-        raise UserError(f"none of the images in {', '.join(source.roots)} can be read{reason}")
+        raise none_readable(f"the images in {', '.join(source.roots)}", first)
 
 
 def save_image(image: Image.Image, out: Path, number: int) -> None:

@@ -31,6 +31,8 @@ class DicomImage:
             raise UnreadableImage("DICOM without pixels")
         self.height, self.width = int(header.Rows), int(header.Columns)
         self.channels = int(header.get("SamplesPerPixel", 1))
+        if min(self.height, self.width, self.channels) < 1:
+            raise UnreadableImage(f"DICOM of {self.width}x{self.height} pixels and {self.channels} channels")
         self.rgb = self.channels == 3  # YBR is converted
         self.pages = int(header.get("NumberOfFrames") or 1)
         self._rescaled = any(name in header for name in RESCALED)
