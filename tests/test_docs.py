@@ -42,6 +42,17 @@ def test_options_and_recipes_exist(page):
         assert recipe in list_recipes() or recipe.endswith("coslr"), recipe
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_options_of_commands_exist(page):
+    """In the text, as of `itpn predict --max-objects`; those of settings are looked up above."""
+    for text in re.findall(r"`itpn ([^`]*--[^`]*)`", page.read_text()):
+        names = text.split()[0].split("|")
+        for option in re.findall(r"(?<!\S)--[a-z][a-z-]*(?![\w.-])", text):
+            for name in names:
+                own = {option for field in read_fields(COMMANDS[name]) for option in field.options}
+                assert option in {*own, "--help", "--name", "--seed", "--output-dir"}, f"itpn {name} {option}"
+
+
 def read_commands(page: str, section: str = "") -> list[list[str]]:
     """The words of each command of ours in the code blocks of a page, from a section on."""
     text = (ROOT / "docs" / page).read_text()

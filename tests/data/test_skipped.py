@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from itpn.data.skipped import SkippedImages, none_readable
+from itpn.data.skipped import SkippedImages, none_readable, nothing_readable
 from itpn.errors import MachineError, UserError
 
 
@@ -46,6 +46,17 @@ def test_limit_for_shards_is_a_fraction_of_those_read() -> None:
         skipped.check(images_read=399)
     with pytest.raises(UserError, match="20 of 30 images"):
         skipped.check(images_read=30, epoch_ended=True)
+
+
+def test_a_missing_reader_is_no_corrupt_file() -> None:
+    reason = "HDF5 is read by h5py: pip install 'itpn[science]'"
+    assert (
+        str(nothing_readable([("a.h5", reason)]))
+        == f"none of 1 images in a row can be read; the first is a.h5: {reason}"
+    )
+    assert str(nothing_readable([("a.h5", "cut off.")])).endswith(
+        ": cut off. Repair or remove the corrupt files, or check that the data root is right"
+    )
 
 
 def test_where_none_can_be_read_an_accident_is_none_of_the_images() -> None:

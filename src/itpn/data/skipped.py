@@ -6,6 +6,8 @@ from itpn.data.readers import remedy_of_loss
 from itpn.errors import MachineError, UserError
 from itpn.system.text import one_line
 
+INSTALL = "pip install"  # in the reason where a reader is missing
+
 
 class SkippedImages:
     """Counts the images that cannot be read, names each once, and stops a run when there are too many.
@@ -87,4 +89,6 @@ def _too_many(what: str, name: str, reason: str) -> UserError | MachineError:
     what = f"{what}; the first is {one_line(name)}: {reason}"
     if lost := remedy_of_loss(name, reason):
         return MachineError(f"{what}; {lost}")
+    if INSTALL in reason:  # the files are as they should be
+        return UserError(what)
     return UserError(f"{what.rstrip('.')}. Repair or remove the corrupt files, or check that the data root is right")
