@@ -94,7 +94,12 @@ def pixels_of(config: Any) -> Pixels:
 
 
 def _make_pixels(kind: ImageType, channels: int, settings: Mapping[str, Any]) -> Pixels:
-    """Of the settings of `RESOLVED`."""
+    """Of the settings of `RESOLVED`.
+
+    Args:
+        channels: of the network, which may see photographs in grey.
+    """
+    channels = channels if kind.is_photo else kind.channels
     mean, std = imagenet_values(channels)
     mean, std = tuple(settings.get("mean") or mean), tuple(settings.get("std") or std)
     if settings.get("value_range_per_image"):  # the images are stretched when they are read
