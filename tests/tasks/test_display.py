@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import colormaps
+from stored_pixels import make_pixels
 
 from itpn.errors import UserError
 from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.display import Display, make_display, stored_display
-from tests.stored_pixels import make_pixels
 
 
 def show(images, channels=None, value_range=None, nodata=None):
