@@ -15,8 +15,17 @@ from PIL import Image
 from safetensors import safe_open
 
 from itpn.cli import main
-from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig, ClassificationModelConfig
-from itpn.tasks.pixels import adopt_pixels
+from itpn.tasks.configs import (
+    ClassificationConfig,
+    ClassificationDataConfig,
+    ClassificationModelConfig,
+    DetectionConfig,
+    DetectionDataConfig,
+    SegmentationConfig,
+    SegmentationDataConfig,
+)
+from itpn.tasks.pixels import adopt_pixels, resolve_pixels
+from itpn.tasks.spec import find_task
 
 BANDS = 5
 SHORT = (
@@ -171,6 +180,48 @@ def test_statistics_of_the_command_are_used(bands, tmp_path, capsys):
     write(root / "another.tif", draw(9)[0])
     assert main([*command, "--name", "again"]) == 0
     assert "stats.json is of other images: not used" in capsys.readouterr().out
+
+
+LABELLED = {
+    "classes": lambda root: ClassificationConfig(data=ClassificationDataConfig(root=(root,), label_fraction=0.5)),
+    "masks": lambda root: SegmentationConfig(data=SegmentationDataConfig(root=root, label_fraction=0.5)),
+    "objects": lambda root: DetectionConfig(data=DetectionDataConfig(root=root, label_fraction=0.5)),
+    "windows": lambda root: SegmentationConfig(
+        data=SegmentationDataConfig(root=root, window_size=32, window_overlap=8)
+    ),
+    "undivided": lambda root: SegmentationConfig(data=SegmentationDataConfig(root=root, val_fraction=0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_statistics_of_the_command_are_those_of_a_part_of_the_images(bands, tmp_path, kind):
+    """Of the same root, divided into splits, beside masks, cut into windows, and of few labels."""
+    root = tmp_path / "root"
+    shutil.copytree(bands / (kind if kind in ("classes", "objects") else "masks"), root)
+    train = next(path for path in root.rglob("train") if path.parent.name != "annotations")
+    if kind == "undivided":
+        for place in (root / "images", root / "annotations"):
+            shutil.rmtree(place / "val")
+            for path in (place / "train").iterdir():
+                path.rename(place / path.name)
+            (place / "train").rmdir()
+        train = root / "images"
+    assert main(["stats", str(root)]) == 0
+    config = LABELLED[kind](f"{root}/")
+    data = find_task(config.task).find_data(config)
+
+    def resolve() -> str:
+        return " ".join(resolve_pixels(config, data.train)[1])
+
+    assert f"are those of {root}/stats.json" in resolve()
+    first = min(train.rglob("*.tif"))
+    content = first.read_bytes()
+    first.write_bytes(content + b"more")
+    assert "stats.json is of other images: not used" in resolve()
+    first.write_bytes(content)
+    assert f"are those of {root}/stats.json" in resolve()
+    write(train / ("a/new.tif" if kind == "classes" else "new.tif"), draw(20)[0])
+    assert "stats.json is of other images: not used" in resolve()
 
 
 FINE_TUNING = {

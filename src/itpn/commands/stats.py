@@ -57,4 +57,4 @@ class Stats:
             raise UserError(f"{self.images} is no folder, into which the numbers could be written: give --out FILE")
         out = Path(self.images, "stats.json") if self.out is None else self.out
         reading = Reading(self.max_pixels or MAX_PIXELS, self.axes, self.nodata)
-        report_statistics(source, reading, self.value_range, self.sample, out)
+        report_statistics(source, self.images, reading, self.value_range, self.sample, out)

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from itpn.data.image_type import PHOTOGRAPH, ImageType, ValueRange
-from itpn.data.statistics import dtype_range
+from itpn.data.image_type import PHOTOGRAPH, ImageType, ValueRange, dtype_range
 
 
 class Normalize(nn.Module):
