@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +16,15 @@ from PIL import Image
 from safetensors import safe_open
 
 from itpn.cli import main
+from itpn.data.files import find_training_images
 from itpn.tasks.configs import (
     ClassificationConfig,
     ClassificationDataConfig,
     ClassificationModelConfig,
     DetectionConfig,
     DetectionDataConfig,
+    PretrainingConfig,
+    PretrainingDataConfig,
     SegmentationConfig,
     SegmentationDataConfig,
 )
@@ -222,6 +226,28 @@ def test_statistics_of_the_command_are_those_of_a_part_of_the_images(bands, tmp_
     assert f"are those of {root}/stats.json" in resolve()
     write(train / ("a/new.tif" if kind == "classes" else "new.tif"), draw(20)[0])
     assert "stats.json is of other images: not used" in resolve()
+
+
+def test_statistics_of_shards_are_those_of_all(tmp_path):
+    """Not of the first ones; and a stats.json is used as long as the shards are the same."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"shards/{shard}.tar", "w") as tar:
+            for number in range(2):
+                write(tmp_path / "image.tif", (draw(number)[0] * (1 + shard)).astype(np.uint16))
+                tar.add(tmp_path / "image.tif", f"{number}.tif")
+    root = str(tmp_path / "shards")
+    source = find_training_images((root,))
+    config = PretrainingConfig(data=PretrainingDataConfig(root=(root,)))
+    found, notes = resolve_pixels(config, source)
+    assert "are those of 6 of 6 images" in notes[0]
+    assert float(found.data.value_range[1]) > 3 * 1500
+    assert main(["stats", root]) == 0
+    again, notes = resolve_pixels(config, source)
+    assert f"are those of {root}/stats.json" in notes[0]
+    assert again == found
+    (tmp_path / "shards/2.tar").rename(tmp_path / "shards/3.tar")
+    assert "stats.json is of other images: not used" in resolve_pixels(config, find_training_images((root,)))[1][0]
 
 
 FINE_TUNING = {

@@ -77,7 +77,7 @@ def find_statistics(
 def _covers(written: Statistics, images: ImageSource | Reader, root: str, data: Any) -> bool:
     """Whether statistics are of all images of a folder, as they are now, and some images are among these."""
     try:
-        source = find_training_images((root,), getattr(data, "members", ()), data.bands)
+        source = find_training_images((root,), getattr(data, "members", ()), getattr(data, "bands", ()))
     except UserError:
         return False
     if sign_images(source, root) != written.fingerprint:
