@@ -22,7 +22,7 @@ from itpn.tasks.data import print_once
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.merging import Objects, describe_objects, merge_objects, to_objects
-from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, trained_windows
+from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, trained_bands, trained_windows
 from itpn.tasks.finetuning.network import given_heads
 from itpn.tasks.large import tiling_of_run, usual_side
 from itpn.tasks.pixels import adopt_pixels, make_normalize, make_reading
@@ -186,7 +186,7 @@ def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> t
     elif "max_size" in given:
         sizes = {"max_size": config.data.longest}
     windows = trained_windows(request.checkpoint.settings.get("data", {}), given)
-    config = replace(config, data=replace(config.data, **windows))
+    config = replace(config, data=replace(config.data, bands=trained_bands(request.checkpoint), **windows))
     limit = config.evaluation.max_detections
     limits = {} if limit is None else {"box_detections_per_img": limit}
     return config, {**sizes, **limits, **given_heads(config.model)}
@@ -202,9 +202,10 @@ def find_evaluation_data(
     """
     data = config.data
     where = data.val_root or data.root
-    images = read_objects(where, "val", data.invalid_annotations, print_once, True, data.max_pixels)
+    options = data.invalid_annotations, print_once
+    images = read_objects(where, "val", *options, optional=True, max_pixels=data.max_pixels, bands=data.bands)
     if images is None:  # a folder with one set alone: that
-        images = read_objects(where, "train", data.invalid_annotations, print_once, max_pixels=data.max_pixels)
+        images = read_objects(where, "train", *options, max_pixels=data.max_pixels, bands=data.bands)
         print_once(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
     if model.has_masks and images.has_masks and images.mask_counts[1]:
