@@ -28,7 +28,7 @@ from torchvision.transforms.v2.functional import resize
 from itpn.data.augment import PretrainingTransform, draw_crop
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import find_images
-from itpn.data.pixels import PixelValues
+from itpn.data.image_type import PHOTOGRAPHS, Pixels
 from itpn.data.readers import FileReader
 from itpn.data.samples import WindowOf, open_sample, type_of
 from itpn.errors import UserError
@@ -133,7 +133,7 @@ def read_itpn(img_size: int, window_size: int | None, number: int, path: str) ->
         data = WindowOf(data, draw_window(*find_size(path), window_size, rng))
     sample = open_sample(data)
     kind = type_of(sample)
-    values = PixelValues() if kind.is_photo else PixelValues(False, kind.channels, getattr(torch, kind.dtype))
+    values = PHOTOGRAPHS if kind.is_photo else Pixels(kind)
     return PretrainingTransform((img_size, img_size), SCALE, RATIO, pixels=values)(sample, rng)["image"]
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from itpn.cli import main
-from itpn.data.image_type import PHOTOGRAPH, ImageType, check_value_range, to_option, to_pairs
+from itpn.data.image_type import PHOTOGRAPH, ImageType, Pixels, check_value_range, to_option, to_pairs
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
 from itpn.data.statistics import compute_statistics, read_statistics, write_statistics
@@ -188,7 +188,7 @@ def test_ranges_as_options():
 
 def test_photographs_are_normalized_as_ever():
     images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    normalize = Normalize(3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1))
+    normalize = Normalize(Pixels(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1)))
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.1)))
     assert torch.equal(normalize(images), (images.float() / 255 - mean) / std)
     assert torch.equal(normalize.undo(normalize(images)), images)
@@ -200,7 +200,8 @@ def test_stored_pixels(dtype):
     images = torch.from_numpy(RNG.integers(0, 3000, (2, 2, 4, 5)).astype(dtype))
     ranges = ((0.0, 2000.0), (1000.0, 2000.0))
     nodata = None if dtype == "float32" else 7.0
-    normalize = Normalize(2, (0.5,), (0.25, 0.5), ImageType(2, dtype), ranges, nodata)
+    low, high = zip(*ranges, strict=True)
+    normalize = Normalize(Pixels(ImageType(2, dtype), low, high, (0.5,), (0.25, 0.5), nodata))
     images[0, 0, 0, 0] = float("nan") if nodata is None else 7
     result = normalize(images)
     assert result.dtype == torch.float32

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from itpn.errors import UserError
 
-Values = float | Sequence[float]  # one for all channels of an image, or one for each
 SAMPLED = 2**20  # pixels of a channel whose percentiles stand for those of all
 
 
@@ -21,14 +20,14 @@ def check_channels(option: str, channels: Sequence[int], count: int) -> None:
 
 
 def scale_channels(
-    images: Tensor, channels: Sequence[int], low: Values, high: Values, nodata: float | None = None
+    images: Tensor, channels: Sequence[int], low: Sequence[float], high: Sequence[float], nodata: float | None = None
 ) -> Tensor:
     """Bring a range of values to [0, 1]; beyond it values are clipped, and pixels without data are 0.
 
     Args:
         images: [..., C, H, W] of any dtype.
         channels: those that are wanted, by index; one may come several times.
-        low, high: of all C channels, or of each.
+        low, high: one number for all C channels, or one for each.
         nodata: the value of pixels without data, beside NaN and infinite ones.
 
     Returns:
@@ -45,9 +44,9 @@ def pick_channels(images: Tensor, channels: Sequence[int]) -> Tensor:
     return torch.stack([images[..., index, :, :].float() for index in channels], dim=-3)
 
 
-def pick_values(values: Values, channels: Sequence[int]) -> Tensor:
+def pick_values(values: Sequence[float], channels: Sequence[int]) -> Tensor:
     """Those of some channels, float32 [number of channels, 1, 1]."""
-    own = [values] * len(channels) if isinstance(values, int | float) else [values[index] for index in channels]
+    own = [values[0 if len(values) == 1 else index] for index in channels]
     return torch.tensor(own, dtype=torch.float32).reshape(-1, 1, 1)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itpn.errors import UserError
 
 PHOTO = "photo"  # in place of a type of number: photographs of 8 bits
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32")
 
 ValueRange = tuple[float, float]  # the values that become 0 and 1
@@ -50,6 +51,39 @@ class ImageType:
 
 
 PHOTOGRAPH = ImageType(3, PHOTO)
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the pixels of a data set are once they are read, and how they become the input of a network.
+
+    They are clipped to a value range, scaled to [0, 1], and normalized by mean and std. The defaults are those of
+    photographs.
+
+    Each tuple has one number for all channels, or one for each.
+
+    Attributes:
+        low, high: the values that become 0 and 1, as they are stored.
+        mean, std: of pixels in [0, 1].
+        nodata: the value of pixels without data among integers; None for none. Floats without data are NaN.
+    """
+
+    type: ImageType = PHOTOGRAPH
+    low: tuple[float, ...] = (0.0,)
+    high: tuple[float, ...] = (255.0,)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    nodata: float | None = None
+
+    @property
+    def stored_mean(self) -> tuple[float, ...]:
+        """The mean as pixels are stored."""
+        channels = max(map(len, (self.low, self.high, self.mean)))
+        low, high, mean = (own * channels if len(own) == 1 else own for own in (self.low, self.high, self.mean))
+        return tuple(least + part * (most - least) for least, most, part in zip(low, high, mean, strict=True))
+
+
+PHOTOGRAPHS = Pixels()
 
 
 def check_value_range(value_range: Sequence[str]) -> None:

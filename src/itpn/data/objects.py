@@ -18,7 +18,8 @@ from torchvision.transforms.v2.functional import resize
 
 from itpn.data.augment import draw_channels
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_whole
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues, mirror, resize_pixels, turn
+from itpn.data.image_type import PHOTOGRAPHS, Pixels
+from itpn.data.pixels import mirror, resize_pixels, turn
 from itpn.data.readers import PackedStrings, Reader, Subset
 from itpn.errors import UserError
 from itpn.geometry import fit_sides
@@ -217,7 +218,7 @@ class DetectionTransform:
     rotate90: bool = False
     channel_jitter: float = 0.0
     channel_drop: float = 0.0
-    pixels: PixelValues = PHOTOGRAPHS
+    pixels: Pixels = PHOTOGRAPHS
 
     def __call__(self, image: EncodedImage | Tensor, rng: random.Random, annotation: dict[str, Any]) -> dict[str, Any]:
         """Augment one image, encoded or [C, any, any], with its annotation.
@@ -258,7 +259,7 @@ class DetectionTransform:
                 target["masks"] = target["masks"].flip(-1)
         if self.rotate90:  # what is off draws no number
             image, target = _turn(image, target, rng.randrange(4))
-        channels = draw_channels(self.pixels.channels, self.channel_jitter, self.channel_drop, rng)
+        channels = draw_channels(self.pixels.type.channels, self.channel_jitter, self.channel_drop, rng)
         return {"image": channels.apply(image, self.pixels).contiguous(), "target": _drop_lost(target)}
 
     def magnify(self, height: int, width: int) -> float:

@@ -18,6 +18,7 @@ from itpn.data.bands import BandsOf
 from itpn.data.decode import TIFF_HEADERS, UnreadableImage
 from itpn.data.decode import reading as reading_errors
 from itpn.data.files import ImageSource
+from itpn.data.formats.georeference import Georeference, find_georeference
 from itpn.data.formats.reading import open_file
 from itpn.data.readers import FileReader, Reader, read_head
 from itpn.data.samples import Sample, open_sample, type_of
@@ -25,7 +26,6 @@ from itpn.data.shards import read_shard
 from itpn.data.stored import PLAIN, Reading, StoredImage
 from itpn.errors import UserError
 from itpn.system.console import Output, print_note, print_warnings
-from itpn.tasks.georeference import Georeference, find_georeference
 from itpn.tasks.tiling import Grid, Tile
 
 WHOLE = 2  # times the size of training's images: images up to there are not cut unless windows are given

@@ -7,17 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.decode import UnreadableImage
 from itpn.data.file_types import STATS_FILE
 from itpn.data.files import ImageSource
 from itpn.data.image_type import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     PHOTO,
     PHOTOGRAPH,
     ImageType,
+    Pixels,
     check_nodata,
     is_resolved,
     to_option,
@@ -25,19 +25,18 @@ from itpn.data.image_type import (
     to_percents,
 )
 from itpn.data.normalize import Normalize
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import FileReader, Reader
 from itpn.data.samples import TRAINED, open_sample, type_of
 from itpn.data.shards import read_shard
 from itpn.data.skipped import nothing_readable
-from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, read_statistics
+from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, dtype_range, read_statistics
 from itpn.data.stored import Reading
 from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.system.text import one_line
 from itpn.training.config import AnyConfig, check_images
 
-STRETCHED, UNIT = "float32", [(0.0, 1.0)]  # type and range of images that are stretched each by itself
+STRETCHED = "float32"  # type of images that are stretched each by itself
 TRIED = 1000  # images that are opened to find a readable one
 # settings of data that images or a checkpoint fill in
 RESOLVED = ("dtype", "axes", "value_range", "value_range_per_image", "nodata", "mean", "std")
@@ -85,50 +84,45 @@ def find_stretch(data: Any) -> tuple[float, float] | None:
 
 def make_normalize(config: Any) -> Normalize:
     """From stored pixels to the network's input."""
+    return Normalize(pixels_of(config), input_channels(config))
+
+
+def pixels_of(config: Any) -> Pixels:
+    """What the images of resolved settings are once they are read; ImageNet's mean and std where they leave it open."""
     settings = {name: getattr(config.data, name) for name in RESOLVED}
-    return _normalize(image_type(config), input_channels(config), settings)
+    return _make_pixels(image_type(config), input_channels(config), settings)
 
 
-def _normalize(kind: ImageType, channels: int, settings: Mapping[str, Any]) -> Normalize:
-    """Of the settings of `RESOLVED`, ImageNet's mean and std where they are open."""
+def _make_pixels(kind: ImageType, channels: int, settings: Mapping[str, Any]) -> Pixels:
+    """Of the settings of `RESOLVED`.
+
+    Args:
+        channels: of the network, which may see photographs in grey.
+    """
+    channels = channels if kind.is_photo else kind.channels
     mean, std = imagenet_values(channels)
     mean, std = tuple(settings.get("mean") or mean), tuple(settings.get("std") or std)
     if settings.get("value_range_per_image"):  # the images are stretched when they are read
-        return Normalize(channels, mean, std, ImageType(channels, STRETCHED), UNIT)
+        return Pixels(ImageType(channels, STRETCHED), (0.0,), (1.0,), mean, std)
     value_range = settings.get("value_range") or ()
-    ranges = to_pairs(value_range, channels) if is_resolved(value_range) else None
-    return Normalize(channels, mean, std, kind, ranges, settings.get("nodata"))
-
-
-def pixel_values(config: Any) -> PixelValues:
-    """What augmentation has to know of the images of resolved settings."""
-    return values_of(make_normalize(config))
+    resolved = is_resolved(value_range) and not kind.is_photo
+    ranges = to_pairs(value_range, channels) if resolved else (dtype_range(kind),)
+    low, high = zip(*ranges, strict=True)
+    return Pixels(kind, low, high, mean, std, settings.get("nodata"))
 
 
 def augmentation(config: Any) -> dict[str, Any]:
     """Arguments that the transforms of all tasks have for images of any channels."""
     data = config.data
     own = {name: getattr(data, name) for name in ("rotate90", "channel_jitter", "channel_drop")}
-    return {**own, "pixels": pixel_values(config)}
-
-
-def values_of(normalize: Normalize) -> PixelValues:
-    """What augmentation has to know of the images that are normalized so."""
-    kind = normalize.images
-    if kind.is_photo:
-        return PHOTOGRAPHS
-    mean = normalize.mean * normalize.span + normalize.low
-    low, high, own = (
-        tuple(values.flatten().tolist()) for values in (normalize.low, normalize.low + normalize.span, mean)
-    )
-    return PixelValues(False, kind.channels, getattr(torch, kind.dtype), low, high, own, normalize.nodata)
+    return {**own, "pixels": pixels_of(config)}
 
 
 def imagenet_values(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of ImageNet, for colour or grey."""
     if channels == 3:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return (sum(IMAGENET_DEFAULT_MEAN) / 3,), (sum(IMAGENET_DEFAULT_STD) / 3,)
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
 
 
 def describe_pixels(config: Any) -> dict[str, Any]:
@@ -192,7 +186,12 @@ def stored_normalize(checkpoint: Checkpoint, channels: int = 3) -> Normalize:
     Raises:
         UserError: as of :func:`stored_type`.
     """
-    return _normalize(stored_type(checkpoint, channels), channels, checkpoint.preprocessing)
+    return Normalize(stored_pixels(checkpoint, channels), channels)
+
+
+def stored_pixels(checkpoint: Checkpoint, channels: int = 3) -> Pixels:
+    """What the images that a checkpoint is of are once they are read; args as of :func:`stored_normalize`."""
+    return _make_pixels(stored_type(checkpoint, channels), channels, checkpoint.preprocessing)
 
 
 def find_type(config: Any, images: ImageSource | Reader) -> tuple[ImageType, str]:

@@ -81,7 +81,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 
     def _cut(self, height: int, width: int) -> Grid | None:
         """The tiles of an image of a size; None for one that is evaluated as a whole."""
-        return self.tiling.grid(int(height), int(width), self.normalize.images.is_photo)
+        return self.tiling.grid(int(height), int(width), self.normalize.pixels.type.is_photo)
 
     def score(self, parts: Sequence[Part]) -> DetectionScores:
         results = sorted((one for own, _ in parts for one in own), key=lambda one: one["image_id"])

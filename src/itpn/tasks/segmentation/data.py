@@ -74,8 +74,7 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
 
 
 def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
-    data, own = config.data, augmentation(config)
-    assert data.mean is not None
+    data = config.data
     return SegmentationTransform(
         table,
         data.img_size,
@@ -85,7 +84,6 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,
-        fill=tuple(255 * value for value in data.mean) if own["pixels"].photographs else None,  # None for their mean
         max_pixels=data.max_pixels,
-        **own,
+        **augmentation(config),
     )

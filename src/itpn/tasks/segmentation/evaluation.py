@@ -60,7 +60,7 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
         classes = len(self.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64)
         for image, target in zip(batch["image"], batch["target"], strict=True):
-            grid = self.tiling.grid(target.shape[0], target.shape[1], self.normalize.images.is_photo)
+            grid = self.tiling.grid(target.shape[0], target.shape[1], self.normalize.pixels.type.is_photo)
             if grid is None:
                 labels = self.segment(network, self.normalize, image.to(self.device, non_blocking=True))
                 confusion += compare(labels, target, classes)

@@ -17,15 +17,8 @@ from itpn.models.segmenter import Segmenter
 from itpn.system.text import as_file_name
 from itpn.system.writing import name_output
 from itpn.tasks.data import RunData, read_samples
-from itpn.tasks.drawing import (
-    draw_labels,
-    make_display,
-    name_colour,
-    save_labels,
-    save_whole,
-    stored_display,
-    tile_images,
-)
+from itpn.tasks.display import make_display, stored_display
+from itpn.tasks.drawing import draw_labels, name_colour, save_labels, save_whole, tile_images
 from itpn.tasks.evaluation import EvaluationRequest
 from itpn.tasks.finetuning.network import name_classes
 from itpn.tasks.georeference import ROWS, write_raster
