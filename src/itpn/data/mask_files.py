@@ -134,7 +134,7 @@ def open_to_scan(path: str, max_pixels: int, parts: bool) -> MaskFile:
     except (OSError, ValueError):  # which is said when it is read
         tags = {}
     pixels = tags.get(WIDTH, (0,))[0] * tags.get(LENGTH, (0,))[0]
-    large = pixels > BLOCK and (parts or pixels <= max_pixels)
+    large = pixels > min(BLOCK, max_pixels) if parts else BLOCK < pixels <= max_pixels
     return (open_regions(path) if large else None) or DecodedMask(path, max_pixels, parts)
 
 

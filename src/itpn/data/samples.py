@@ -29,7 +29,7 @@ from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reading import REMEDY, find_heif_reader, open_file
 from itpn.data.headers import BITS, DESCRIPTION, EXTRA_SAMPLES, PHOTOMETRIC, SAMPLE_FORMAT, SAMPLES, read_tags
 from itpn.data.image_type import PHOTOGRAPH, ImageType
-from itpn.data.readers import check_lost, read_file
+from itpn.data.readers import check_lost, read_file, read_head
 from itpn.data.stored import PLAIN, Limits, Reading, StoredImage
 from itpn.errors import UserError
 
@@ -120,6 +120,30 @@ def open_sample(
             image.limits = _keep_limits(data.data, _find_version(data.data), stretch)
         return WindowSample(image, data.box)
     return open_image_of(data, settings, name)
+
+
+def open_for_tiles(
+    data: bytes | Path | BandsOf | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = ""
+) -> Sample:
+    """As :func:`open_sample`; a photograph in a TIFF that is too large to be decoded as a whole is opened too, if parts
+    of it can be decoded alone.
+    """
+    try:
+        return open_sample(data, settings, name)
+    except UnreadableImage as error:
+        if isinstance(data, Path) and (image := _open_regions(data, settings)) is not None:
+            return image
+        raise error
+
+
+def _open_regions(path: Path, settings: Reading) -> StoredImage | None:
+    try:
+        if read_head(path, 4) not in TIFF_HEADERS:
+            return None
+        image = _open_stored(path, settings)
+    except (OSError, UnreadableImage):
+        return None
+    return image if image.reads_windows and image.type.is_photo and settings.type in (None, image.type) else None
 
 
 def open_image_of(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> Image:
