@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from stored_pixels import make_pixels
 from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -21,7 +22,6 @@ from itpn.data.augment import (
 from itpn.data.image_type import PHOTOGRAPHS, Pixels
 from itpn.data.pixels import adjust_channels, drop_channels, mirror, resize_pixels, turn
 from itpn.errors import UserError
-from tests.stored_pixels import make_pixels
 
 TRANSFORM = PretrainingTransform((8, 12))
 JITTER = PretrainingTransform((24, 32), color_jitter=0.4, teacher_size=(21, 28))

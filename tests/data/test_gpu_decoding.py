@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from stored_pixels import make_pixels
 from torch.utils._pytree import tree_leaves
 
 from itpn.cli import main
@@ -28,7 +29,6 @@ from itpn.tasks.configs import (
 from itpn.tasks.pretraining import data as pretraining
 from itpn.tasks.run import train
 from itpn.training.launch import Devices
-from tests.stored_pixels import make_pixels
 
 TRANSFORM = PretrainingTransform((24, 32), color_jitter=0.4, teacher_size=(21, 28))
 CPU = torch.device("cpu")

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stored_pixels import make_pixels
 
 from itpn.data.class_names import read_names
 from itpn.data.decode import UnreadableImage, decode_image
@@ -29,7 +30,6 @@ from itpn.data.segmentation_transform import SegmentationTransform
 from itpn.data.shapes import write_shapes
 from itpn.data.walk import list_images
 from itpn.errors import MachineError, UserError
-from tests.stored_pixels import make_pixels
 
 NAMES = (*GROUNDS, *CLASSES)
 

@@ -15,6 +15,7 @@ import yaml
 from PIL import Image
 from pycocotools import mask as theirs
 from pycocotools.coco import COCO
+from stored_pixels import make_pixels
 
 from itpn.data.annotations import find_objects, read_objects
 from itpn.data.batches import collect
@@ -26,7 +27,6 @@ from itpn.data.pixels import resize_pixels
 from itpn.data.scenes import CLASSES
 from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
-from tests.stored_pixels import make_pixels
 
 
 @pytest.fixture(scope="module")

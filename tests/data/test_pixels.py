@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from stored_pixels import make_pixels
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, resize
 
@@ -16,7 +17,6 @@ from itpn.data.pixels import (
     resize_pixels,
     turn,
 )
-from tests.stored_pixels import make_pixels
 
 DTYPES = [torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32]
 DTYPES += [torch.float16, torch.float32, torch.float64]

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stored_pixels import make_pixels
 from torch import nn
 
 from itpn.commands.parsing import parse_with_recipe
@@ -14,7 +15,6 @@ from itpn.tasks.pixels import pixels_of
 from itpn.tasks.pretraining.config import check_teacher
 from itpn.tasks.pretraining.data import make_frozen_teacher, show_to_teacher
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
-from tests.stored_pixels import make_pixels
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 

@@ -17,9 +17,15 @@ def is_storable(value: float, dtype: str) -> bool:
     """Whether a type of number has a value."""
     if "int" not in dtype:
         return True
+    low, high = _limits(dtype)
+    return float(value).is_integer() and low <= value <= high
+
+
+def _limits(dtype: str) -> tuple[int, int]:
+    """The least and the greatest value of a type of whole numbers."""
     bits = int(dtype.split("int")[1])
     low = 0 if dtype.startswith("u") else -(2 ** (bits - 1))
-    return float(value).is_integer() and low <= value < low + 2**bits
+    return low, low + 2**bits - 1
 
 
 def check_nodata(nodata: float | None, kind: "ImageType") -> None:
@@ -84,6 +90,14 @@ class Pixels:
 
 
 PHOTOGRAPHS = Pixels()
+
+
+def dtype_range(kind: ImageType) -> ValueRange:
+    """What the type of number can hold; of floats 0 to 1."""
+    if "float" in kind.dtype:
+        return 0.0, 1.0
+    low, high = _limits("uint8" if kind.is_photo else kind.dtype)
+    return float(low), float(high)
 
 
 def check_value_range(value_range: Sequence[str]) -> None:

@@ -6,9 +6,10 @@ Of all other images a data set has one :class:`ImageType`: as many channels, sto
 
 import functools
 import io
+import itertools
 import os
 import random
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,16 +25,20 @@ from itpn.data.decode import (
     reading,
     reason_of,
 )
+from itpn.data.files import ImageSource
 from itpn.data.formats.bands import BandsFile
 from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reading import REMEDY, find_heif_reader, open_file
 from itpn.data.headers import BITS, DESCRIPTION, EXTRA_SAMPLES, PHOTOMETRIC, SAMPLE_FORMAT, SAMPLES, read_tags
 from itpn.data.image_type import PHOTOGRAPH, ImageType
-from itpn.data.readers import check_lost, read_file, read_head
+from itpn.data.readers import FileReader, Reader, check_lost, read_file, read_head
+from itpn.data.shards import read_shard
+from itpn.data.skipped import nothing_readable
 from itpn.data.stored import PLAIN, Limits, Reading, StoredImage
 from itpn.errors import UserError
 
 NO_LIMIT = 2**62
+TRIED = 1000  # images that are opened to find a readable one
 LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can be
 TRAINED = "the training images have"
 HEAD = 32  # bytes that tell most formats
@@ -206,6 +211,34 @@ def type_of(image: Sample) -> ImageType:
     """Channels and depth of an image."""
     whole = image.image if isinstance(image, WindowSample) else image
     return whole.type if isinstance(whole, StoredImage) else PHOTOGRAPH
+
+
+def find_type(images: ImageSource | Reader, settings: Reading) -> tuple[ImageType, str]:
+    """The type of the first readable image, and its name.
+
+    Args:
+        settings: without a type.
+
+    Raises:
+        UserError: the first thousand cannot be read.
+        MachineError: because the file system fails.
+    """
+    corrupt = []
+    for name, data, *_ in itertools.islice(_in_order(images), TRIED):
+        try:
+            return type_of(open_sample(data, settings, name)), name
+        except UnreadableImage as error:
+            corrupt.append((name, str(error)))
+    raise nothing_readable(corrupt)
+
+
+def _in_order(images: ImageSource | Reader) -> Iterator[tuple[Any, ...]]:
+    """Images as readers give them; shards are read no further than is asked for."""
+    if isinstance(images, ImageSource):
+        if images.shards:
+            return itertools.chain.from_iterable(read_shard(shard, images.members) for shard in images.shards)
+        images = FileReader(images.images)
+    return (images[index] for index in range(len(images)))
 
 
 def _open_bytes(data: bytes, settings: Reading) -> Image:

@@ -1,15 +1,11 @@
 """What the pixels of a run's images are, and how they become the network's input: resolved from settings, a checkpoint
 and the images, for every task alike."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from itpn.checkpoints.files import Checkpoint
-from itpn.data.decode import UnreadableImage
-from itpn.data.file_types import STATS_FILE
 from itpn.data.files import ImageSource
 from itpn.data.image_type import (
     IMAGENET_MEAN,
@@ -19,6 +15,7 @@ from itpn.data.image_type import (
     ImageType,
     Pixels,
     check_nodata,
+    dtype_range,
     is_resolved,
     to_option,
     to_pairs,
@@ -26,18 +23,16 @@ from itpn.data.image_type import (
 )
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader, Reader
-from itpn.data.samples import TRAINED, open_sample, type_of
-from itpn.data.shards import read_shard
-from itpn.data.skipped import nothing_readable
-from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, dtype_range, read_statistics
+from itpn.data.samples import TRAINED, find_type
+from itpn.data.statistics import DEFAULT_RANGE
+from itpn.data.statistics_file import find_statistics
 from itpn.data.stored import Reading
-from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.system.text import one_line
+from itpn.tasks.statistics import reading_progress
 from itpn.training.config import AnyConfig, check_images
 
 STRETCHED = "float32"  # type of images that are stretched each by itself
-TRIED = 1000  # images that are opened to find a readable one
 # settings of data that images or a checkpoint fill in
 RESOLVED = ("dtype", "axes", "value_range", "value_range_per_image", "nodata", "mean", "std")
 
@@ -194,23 +189,6 @@ def stored_pixels(checkpoint: Checkpoint, channels: int = 3) -> Pixels:
     return _make_pixels(stored_type(checkpoint, channels), channels, checkpoint.preprocessing)
 
 
-def find_type(config: Any, images: ImageSource | Reader) -> tuple[ImageType, str]:
-    """The type of the first readable image, and its name.
-
-    Raises:
-        UserError: the first thousand cannot be read.
-        MachineError: because the file system fails.
-    """
-    reading = replace(make_reading(config), type=None)
-    corrupt = []
-    for name, data, *_ in _first(images):
-        try:
-            return type_of(open_sample(data, reading, name)), name
-        except UnreadableImage as error:
-            corrupt.append((name, str(error)))
-    raise nothing_readable(corrupt)
-
-
 def resolve_pixels(
     config: AnyConfig, images: ImageSource | Reader, stored: Mapping[str, Any] | None = None
 ) -> tuple[AnyConfig, list[str]]:
@@ -227,7 +205,10 @@ def resolve_pixels(
         UserError: images of another type than the settings say, that differ, or of which none can be read.
     """
     data, model = config.data, config.model
-    kind, example = (image_type(config), "") if data.dtype and model.in_chans else find_type(config, images)
+    if data.dtype and model.in_chans:
+        kind, example = image_type(config), ""
+    else:
+        kind, example = find_type(images, replace(make_reading(config), type=None))
     if data.dtype not in (None, kind.dtype):
         raise UserError(f"--data.dtype is {data.dtype}, and {one_line(example)} has {kind}")
     check_nodata(data.nodata, kind)
@@ -246,8 +227,10 @@ def resolve_pixels(
     if data.value_range_per_image and not data.value_range:
         data = replace(data, value_range=DEFAULT_RANGE)
     if data.mean is None or data.std is None or not (is_resolved(data.value_range) or data.value_range_per_image):
-        statistics, where, notes = find_statistics(config, images)
-        notes += [*statistics.notes, describe_statistics(statistics, where, find_stretch(data))]
+        with reading_progress() as progress:
+            reading = make_reading(config, images)
+            statistics, where, notes = find_statistics(images, reading, config.data.value_range, data, progress)
+        notes += [*statistics.notes, statistics.describe(where, find_stretch(data))]
         values = {
             "mean": data.mean or round_all(statistics.scaled_mean),
             "std": data.std or round_all(statistics.scaled_std),
@@ -289,50 +272,6 @@ def _stored_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(stored[name]) for name in RESOLVED if name in stored}
 
 
-def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statistics, str, list[str]]:
-    """Of images that are no photographs: as `itpn stats` has written them, or computed; where from; and what is
-    remarkable, a sentence each.
-
-    Raises:
-        UserError: images differ, or none can be read.
-    """
-    reading = make_reading(config, images)
-    value_range, notes = config.data.value_range, list[str]()
-    if reading.stretch is not None:
-        value_range = ("0", "1")
-    reader = as_reader(images)
-    count = len(images.files) if isinstance(images, Windows) else len(reader)
-    roots = config.data.root if isinstance(config.data.root, tuple) else (config.data.root,)
-    if len(roots) == 1 and not value_range:
-        path = Path(roots[0], STATS_FILE)
-        if path.is_file():
-            found = read_statistics(path)
-            same_nodata = config.data.nodata in (None, found.nodata)
-            if found.type == reading.type and found.images == count and same_nodata:
-                return found, one_line(str(path)), notes
-            notes.append(f"{one_line(str(path))} is of other images: not used")
-    found = compute_statistics(reader, reading, value_range)
-    what = "windows" if isinstance(images, Windows) else "images"
-    return found, f"{found.sampled:,} of {found.images:,} {what}", notes
-
-
-def as_reader(images: ImageSource | Reader) -> Reader:
-    """Images by index; of shards, the first."""
-    if not isinstance(images, ImageSource):
-        return images
-    return SomeImages([*_first(images, SAMPLED)]) if images.shards else FileReader(images.images)
-
-
-def describe_statistics(statistics: Statistics, where: str, stretch: tuple[float, float] | None = None) -> str:
-    """What normalizes the images, in a sentence."""
-    lows, highs = zip(*statistics.value_range, strict=True)
-    kind = statistics.type
-    if stretch is not None:
-        return f"{kind}: mean and std are those of {where}, each stretched from {stretch[0]:g}% to {stretch[1]:g}%"
-    missing = f", {statistics.nodata_fraction:.2%} of the pixels without data" if statistics.nodata_fraction else ""
-    return f"{kind}: mean, std and value range ({min(lows):.6g} to {max(highs):.6g}) are those of {where}{missing}"
-
-
 def round_all(values: Sequence[float]) -> tuple[float, ...]:
     """To the digits that a config.yaml shows."""
     return tuple(float(f"{value:.6g}") for value in values)
@@ -340,29 +279,3 @@ def round_all(values: Sequence[float]) -> tuple[float, ...]:
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _first(images: ImageSource | Reader, count: int = TRIED) -> Any:
-    """The first images, as readers give them."""
-    if isinstance(images, ImageSource):
-        if images.shards:
-            read = itertools.chain.from_iterable(read_shard(shard, images.members) for shard in images.shards)
-            return itertools.islice(read, count)
-        images = FileReader(images.images)
-    return (images[index] for index in range(min(count, len(images))))
-
-
-class SomeImages:
-    """Images of shards that have been read, as a reader."""
-
-    def __init__(self, samples: Sequence[tuple[Any, ...]]) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return self._samples[index]
-
-    def name(self, index: int) -> str:
-        return str(self._samples[index][0])
