@@ -19,7 +19,7 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.files import ImageSource
 from itpn.data.formats.georeference import Georeference, find_georeference
 from itpn.data.readers import FileReader, Reader
-from itpn.data.samples import NO_LIMIT, Sample, open_for_tiles, open_sample, type_of
+from itpn.data.samples import NO_LIMIT, Sample, open_for_tiles, type_of
 from itpn.data.shards import read_shard
 from itpn.data.stored import PLAIN, Reading, StoredImage
 from itpn.errors import UserError
@@ -104,7 +104,7 @@ def usual_side(images: Reader, settings: Reading) -> int | None:
     for index in range(0, len(images), max(1, len(images) // SIZED)):
         with suppress(UnreadableImage):
             name, data, *_ = images[index]
-            sample = open_sample(data, settings, name)
+            sample = open_for_tiles(data, settings, name)
             sides.append(min(sample.height, sample.width))
     return int(statistics.median(sides)) if sides else None
 
