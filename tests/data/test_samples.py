@@ -10,6 +10,8 @@ import tifffile
 import torch
 from PIL import Image
 
+import itpn.data.stored
+from itpn.data.bands import BandsOf
 from itpn.data.batches import BatchPlan, FileBatches, UnreadableBatch, stack
 from itpn.data.decode import UnreadableImage, decode_image
 from itpn.data.image_type import PHOTOGRAPH, ImageType
@@ -240,6 +242,49 @@ def test_a_window_of_what_cannot_be_read_in_parts(tmp_path):
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
     _, whole = cut_windows(FileReader([str(tmp_path / "a.png")]), 8, 0, Reading())
     assert whole == [str(tmp_path / "a.png")]
+
+
+@pytest.mark.parametrize("kind", ["tiles", "png", "bands"])
+def test_windows_share_the_percentiles_of_their_image(tmp_path, kind, monkeypatch):
+    """Which are found once for a file; a window that is read alone decodes nothing else."""
+    reading, found = Reading(stretch=(5, 95), nodata=7.0), []
+    pixels = BANDS.copy()
+    pixels[:, :15, :20] = 7
+    if kind == "tiles":
+        data = write(tmp_path / "a.tif", pixels, tile=(16, 16), compression="deflate")
+    elif kind == "png":
+        data = tmp_path / "a.png"
+        Image.fromarray(pixels[0]).save(data)
+    else:
+        data = BandsOf(tuple(write(tmp_path / f"{n}.tif", band, tile=(16, 16)) for n, band in enumerate(pixels)))
+    whole = open_sample(data, reading).decode()
+    assert whole.dtype == torch.float32
+    real = itpn.data.stored.find_limits
+    monkeypatch.setattr(itpn.data.stored, "find_limits", lambda *given: found.append(1) or real(*given))
+    for top, left in [(0, 0), (12, 17), (20, 40), (5, 8)]:
+        part = open_sample(WindowOf(data, (top, left, 20, 20)), reading).decode()
+        assert torch.equal(part.nan_to_num(-1), whole[:, top : top + 20, left : left + 20].nan_to_num(-1))
+    assert len(found) == 1
+
+
+def test_percentiles_of_a_large_image_are_those_of_windows_all_over_it(tmp_path, monkeypatch):
+    """For its windows and for the whole alike: 16 windows are read, once."""
+    monkeypatch.setattr(itpn.data.stored, "PART", 16 * 8**2)
+    path = write(tmp_path / "a.tif", BANDS, tile=(16, 16), compression="deflate")
+    tops, lefts = (np.linspace(0, side - 8, 4).astype(int) for side in (40, 60))
+    some = np.concatenate([BANDS[:, y : y + 8, x : x + 8].reshape(5, -1) for y in tops for x in lefts], axis=1)
+    low, high = np.percentile(some, (2, 98), axis=1)[..., None, None]
+    expected = ((BANDS - low) / (high - low)).clip(0, 1).astype(np.float32)
+    read, real = [], StoredImage._read_stored
+    monkeypatch.setattr(StoredImage, "_read_stored", lambda self, window: read.append(window) or real(self, window))
+    reading = Reading(stretch=(2, 98))
+    for top, left in [(0, 0), (12, 17)]:
+        part = open_sample(WindowOf(path, (top, left, 20, 20)), reading).decode()
+        assert np.allclose(part, expected[:, top : top + 20, left : left + 20])
+    assert len(read) == 16 + 2
+    assert None not in read
+    assert np.allclose(open_sample(path, reading).decode(), expected)
+    assert open_sample(path, reading).decode_some().shape == (5, 16 * 8**2)
 
 
 def test_a_large_tiled_photograph_is_read_by_windows(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from matplotlib import colormaps
 from stored_pixels import make_pixels
 
+from itpn.data.channels import find_percentiles
 from itpn.errors import UserError
 from itpn.tasks.configs import PretrainingConfig
 from itpn.tasks.display import Display, make_display, stored_display
@@ -77,6 +78,21 @@ def test_no_data_is_black_and_stretches_nothing(channels):
     assert difference.abs().max() <= 3
     nothing = torch.full((3, 8, 8), float("nan"))
     assert not show(nothing, channels).any()
+
+
+def test_a_value_without_data_is_one_of_integers():
+    """Of what a network makes of them, in floats, the same value is a value: the brightest here."""
+    stored = torch.tensor([0, 2000, 4000], dtype=torch.int16).reshape(1, 1, 3)
+    for channels in (None, (0,)):
+        display = Display(make_pixels(1, stored.dtype, nodata=4000), channels, ([0.0], [4000.0]))
+        assert display(stored)[..., 2].max() == 0
+        assert (
+            display(stored.float())[..., 2].max() == 255 if channels is None else display(stored.float())[..., 2].any()
+        )
+        assert torch.equal(display(stored)[..., :2], display(stored.float())[..., :2])
+    low, high = find_percentiles(stored.float(), (0, 100), 4000)
+    assert (low, high) == ([0], [4000])
+    assert find_percentiles(stored, (0, 100), 4000) == ([0], [2000])
 
 
 @pytest.mark.parametrize(

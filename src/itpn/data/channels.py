@@ -28,7 +28,7 @@ def scale_channels(
         images: [..., C, H, W] of any dtype.
         channels: those that are wanted, by index; one may come several times.
         low, high: one number for all C channels, or one for each.
-        nodata: the value of pixels without data, beside NaN and infinite ones.
+        nodata: the value of pixels without data among integers; floats have NaN or infinity there.
 
     Returns:
         float32 [..., number of channels, H, W].
@@ -36,7 +36,8 @@ def scale_channels(
     x = pick_channels(images, channels)
     least, most = (pick_values(values, channels).to(x.device) for values in (low, high))
     scaled = ((x - least) / (most - least).clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
-    return scaled.masked_fill(~is_valid(x, nodata), 0.0)
+    valid = torch.stack([is_valid(images[..., index, :, :], nodata) for index in channels], dim=-3)
+    return scaled.masked_fill(~valid, 0.0)
 
 
 def pick_channels(images: Tensor, channels: Sequence[int]) -> Tensor:
@@ -51,9 +52,14 @@ def pick_values(values: Sequence[float], channels: Sequence[int]) -> Tensor:
 
 
 def is_valid(values: Tensor, nodata: float | None) -> Tensor:
-    """Where there are data: bool of the shape of the values."""
-    valid = values.isfinite()
-    return valid if nodata is None else valid & (values != nodata)
+    """Where there are data: bool of the shape of the values.
+
+    Args:
+        values: as they are stored; ``nodata`` is among integers alone.
+    """
+    if values.is_floating_point():
+        return values.isfinite()
+    return torch.ones_like(values, dtype=torch.bool) if nodata is None else values.float() != nodata
 
 
 def find_percentiles(
@@ -63,8 +69,8 @@ def find_percentiles(
     lows, highs = [], []
     for index in range(images.shape[-3]):
         values = images[..., index, :, :].flatten()
-        values = values[:: max(1, values.numel() // SAMPLED)].float()
-        values = values[is_valid(values, nodata)]
+        values = values[:: max(1, values.numel() // SAMPLED)]
+        values = values.float()[is_valid(values, nodata)]
         fractions = values.new_tensor(percents) / 100
         low, high = values.quantile(fractions).tolist() if len(values) else (0.0, 1.0)
         lows.append(low)

@@ -231,7 +231,7 @@ class DetectionTransform:
             UnreadableImage: the image has another size than its annotation.
         """
         image = decode_whole(image)
-        check_size(image, annotation)
+        check_size(image.shape[-2:], annotation)
         target = make_target(annotation, self.masks)
         if self.large_scale_jitter is not None:
             height, width = image.shape[-2:]
@@ -290,9 +290,9 @@ class DetectionTransform:
         return image, target
 
 
-def check_size(image: Tensor, annotation: dict[str, Any]) -> None:
-    """Raise :class:`UnreadableImage` if the annotation is of another image size."""
-    (height, width), stated = image.shape[-2:], annotation["size"]
+def check_size(size: Sequence[int], annotation: dict[str, Any]) -> None:
+    """Raise :class:`UnreadableImage` if the annotation is of another size (height, width) than its image."""
+    (height, width), stated = size, annotation["size"]
     if (height, width) != stated:
         hint = "; if EXIF rotates the image, they must be of the rotated one" * ((width, height) == stated)
         raise UnreadableImage(f"{width}x{height} pixels, and {stated[1]}x{stated[0]} in the annotations{hint}")

@@ -31,10 +31,10 @@ from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reading import REMEDY, find_heif_reader, open_file
 from itpn.data.headers import BITS, DESCRIPTION, EXTRA_SAMPLES, PHOTOMETRIC, SAMPLE_FORMAT, SAMPLES, read_tags
 from itpn.data.image_type import PHOTOGRAPH, ImageType
-from itpn.data.readers import FileReader, Reader, check_lost, read_file
+from itpn.data.readers import FileReader, Reader, check_lost, read_file, read_head
 from itpn.data.shards import read_shard
 from itpn.data.skipped import nothing_readable
-from itpn.data.stored import PLAIN, Reading, StoredImage
+from itpn.data.stored import PLAIN, Limits, Reading, StoredImage
 from itpn.errors import UserError
 
 NO_LIMIT = 2**62
@@ -91,6 +91,7 @@ class WindowSample:
         return self.image.decode_crop(self.top + top, self.left + left, height, width, target)
 
 
+Version = tuple[tuple[int, int], ...]  # time and size of files
 Image = EncodedImage | StoredImage
 Sample = Image | WindowSample
 
@@ -119,8 +120,35 @@ def open_sample(
                 f"{image.width}x{image.height} pixels, more than the {settings.max_pixels} allowed "
                 f"(--data.max-pixels), and it cannot be read in parts: {REMEDY}"
             )
+        if settings.stretch is not None and isinstance(image, StoredImage) and isinstance(data.data, Path | BandsOf):
+            stretch = Reading(NO_LIMIT, settings.axes, settings.nodata, settings.stretch)
+            image.limits = _keep_limits(data.data, _find_version(data.data), stretch)
         return WindowSample(image, data.box)
     return open_image_of(data, settings, name)
+
+
+def open_for_tiles(
+    data: bytes | Path | BandsOf | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = ""
+) -> Sample:
+    """As :func:`open_sample`; a photograph in a TIFF that is too large to be decoded as a whole is opened too, if parts
+    of it can be decoded alone.
+    """
+    try:
+        return open_sample(data, settings, name)
+    except UnreadableImage as error:
+        if isinstance(data, Path) and (image := _open_regions(data, settings)) is not None:
+            return image
+        raise error
+
+
+def _open_regions(path: Path, settings: Reading) -> StoredImage | None:
+    try:
+        if read_head(path, 4) not in TIFF_HEADERS:
+            return None
+        image = _open_stored(path, settings)
+    except (OSError, UnreadableImage):
+        return None
+    return image if image.reads_windows and image.type.is_photo and settings.type in (None, image.type) else None
 
 
 def open_image_of(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> Image:
@@ -144,28 +172,39 @@ def _check_type(image: Image, settings: Reading, name: str) -> Image:
 
 def _open_for_windows(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> Image:
     """As :func:`open_image_of`; a file that is read in parts stays open for its next windows."""
-    if not isinstance(data, Path):
+    if not isinstance(data, Path | BandsOf):
         return open_image_of(data, settings, name)
+    file = _keep_open(os.getpid(), data, _find_version(data), settings.axes)
+    if file is None:
+        return open_image_of(data, settings, name)
+    return _check_type(StoredImage(file, settings), settings, name)
+
+
+def _find_version(data: Path | BandsOf) -> Version:
+    """What tells that files have been changed."""
+    paths = data.paths if isinstance(data, BandsOf) else (data,)
     try:
-        status = data.stat()
+        return tuple((status.st_mtime_ns, status.st_size) for status in (path.stat() for path in paths))
     except OSError as error:
-        check_lost(data, error)
+        check_lost(paths[0], error)
         raise UnreadableImage(reason_of(error)) from None
-    file = _keep_open(os.getpid(), data, (status.st_mtime_ns, status.st_size), settings.axes)
-    return (
-        open_image_of(data, settings, name)
-        if file is None
-        else _check_type(StoredImage(file, settings), settings, name)
-    )
 
 
 @functools.lru_cache(maxsize=4)
 def _keep_open(
-    process: int, path: Path, version: tuple[int, int], axes: Literal["CHW", "HWC"] | None
+    process: int, data: Path | BandsOf, version: Version, axes: Literal["CHW", "HWC"] | None
 ) -> ImageFile | None:
     """An open file that is read in parts; None for others. Each process has its own, because it moves in the file."""
-    image = open_image_of(path, Reading(NO_LIMIT, axes), str(path))
+    image = open_image_of(data, Reading(NO_LIMIT, axes), str(data))
     return image.file if isinstance(image, StoredImage) and image.reads_windows else None
+
+
+@functools.lru_cache(maxsize=2**12)
+def _keep_limits(data: Path | BandsOf, version: Version, settings: Reading) -> tuple[Limits, ...]:
+    """What becomes 0 and 1 in each channel of an image: a part of it is read, or the whole where it has no parts."""
+    image = open_image_of(data, settings, str(data))
+    assert isinstance(image, StoredImage)
+    return image.limits
 
 
 def type_of(image: Sample) -> ImageType:

@@ -1,6 +1,7 @@
 """Augmentation of images with masks."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torchvision.transforms.v2.functional import crop, pad, resize
 from itpn.data.augment import check_photographs, draw_channels
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole
 from itpn.data.image_type import PHOTOGRAPHS, Pixels
+from itpn.data.mask_files import open_mask
 from itpn.data.masks import IGNORED, LabelTable
 from itpn.data.pixels import mirror, pad_pixels, resize_pixels, turn
 from itpn.data.samples import WindowSample
@@ -129,8 +131,16 @@ def view_labels(
     Raises:
         UnreadableImage: it cannot be read, or is of another size.
     """
-    labels = table.read(mask, max_pixels)
-    height, width = image.shape[-2:] if window is None else (window.image.height, window.image.width)
-    if labels.shape != (height, width):
-        raise UnreadableImage(f"{width}x{height} pixels, and {labels.shape[1]}x{labels.shape[0]} in {mask}")
-    return labels if window is None else crop(labels, window.top, window.left, window.height, window.width)
+    if window is None:
+        labels = table.read(mask, max_pixels)
+        check_same_size(mask, labels.shape[-2:], image.shape[-2:])
+        return labels
+    file = open_mask(mask, max_pixels)
+    check_same_size(mask, (file.height, file.width), (window.image.height, window.image.width))
+    return table.read_window(file, (window.top, window.left, window.height, window.width))
+
+
+def check_same_size(mask: str, size: Sequence[int], image: Sequence[int]) -> None:
+    """Raise :class:`UnreadableImage` for a mask of another height and width than its image."""
+    if tuple(size) != tuple(image):
+        raise UnreadableImage(f"{image[1]}x{image[0]} pixels, and {size[1]}x{size[0]} in {mask}")

@@ -1,6 +1,8 @@
 """Images that are no photographs, of any number of channels and any depth, as they are stored."""
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +11,12 @@ from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, PAGES, reading
 from itpn.data.formats.arrays import Axes
-from itpn.data.formats.image_file import ImageFile
+from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reading import check_size
 from itpn.data.image_type import PHOTOGRAPH, ImageType
 
 PART, WINDOWS = 2**24, 4  # of a larger image, statistics are of 4 x 4 windows with so many pixels together
+Limits = tuple[float, float] | None  # of the values of a channel
 HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
 
 
@@ -80,8 +83,31 @@ class StoredImage:
 
     def decode_some(self) -> np.ndarray:
         """Pixels [C, n] for statistics: of a large image that is read by region, windows all over it."""
-        if self.height * self.width <= PART or not self.file.by_region:
+        if not self._is_sampled:
             return self.decode().flatten(1).numpy()
+        some = self._read_some()
+        return some if self._settings.stretch is None else stretch_channels(some, self.limits, self._settings.nodata)
+
+    @functools.cached_property
+    def limits(self) -> tuple[Limits, ...]:
+        """The values of each channel that become 0 and 1 where each image is stretched: of a large image that is read
+        by region, percentiles of windows all over it.
+        """
+        return self._find_limits(self._read_some())
+
+    def _find_limits(self, some: np.ndarray) -> tuple[Limits, ...]:
+        assert self._settings.stretch is not None
+        return find_limits(some, self._settings.stretch, self._settings.nodata)
+
+    @property
+    def _is_sampled(self) -> bool:
+        return self.height * self.width > PART and self.file.by_region
+
+    def _read_some(self) -> np.ndarray:
+        """As :meth:`decode_some`, as they are stored."""
+        if not self._is_sampled:
+            pixels = self._read_stored(None)
+            return pixels.reshape(len(pixels), -1)
         side = math.isqrt(PART) // WINDOWS
         tops, lefts = (
             np.linspace(0, length - min(side, length), WINDOWS).astype(int) for length in (self.height, self.width)
@@ -89,31 +115,46 @@ class StoredImage:
         windows = [
             (int(top), int(left), min(side, self.height), min(side, self.width)) for top in tops for left in lefts
         ]
-        return np.concatenate([self._read(window).flatten(1).numpy() for window in windows], axis=1)
+        parts = [self._read_stored(window) for window in windows]
+        return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
-    def _read(self, window: tuple[int, int, int, int] | None) -> Tensor:
-        if self._settings.stretch is not None and window is not None:  # percentiles are of the whole image
-            top, left, height, width = window
-            return self.decode()[:, top : top + height, left : left + width]
+    def _read(self, window: Window | None) -> Tensor:
+        pixels = self._read_stored(window)
+        if self._settings.stretch is not None:
+            if window is None and not self._is_sampled:  # or else it would be read twice
+                self.limits = self._find_limits(pixels.reshape(len(pixels), -1))
+            pixels = stretch_channels(pixels, self.limits, self._settings.nodata)
+        tensor = torch.from_numpy(pixels)
+        return tensor.expand(3, -1, -1).contiguous() if self.type.is_photo and len(tensor) == 1 else tensor
+
+    def _read_stored(self, window: Window | None) -> np.ndarray:
         with reading():
             pixels = self.file.read(0, window)
         with np.errstate(over="ignore"):  # infinite, which is no data
             pixels = np.require(pixels, _travelling(pixels.dtype), ["C", "W"])  # a mapped file is not to be written to
-        pixels = mark_nodata(pixels, self.file.nodata, self._settings.nodata)
-        if self._settings.stretch is not None:
-            pixels = stretch_channels(pixels, self._settings.stretch, self._settings.nodata)
-        tensor = torch.from_numpy(pixels)
-        return tensor.expand(3, -1, -1).contiguous() if self.type.is_photo and len(tensor) == 1 else tensor
+        return mark_nodata(pixels, self.file.nodata, self._settings.nodata)
 
 
-def stretch_channels(pixels: np.ndarray, percents: tuple[float, float], nodata: float | None) -> np.ndarray:
-    """Two percentiles of each channel become 0 and 1; float32 [C, H, W], NaN without data."""
+def find_limits(pixels: np.ndarray, percents: tuple[float, float], nodata: float | None) -> tuple[Limits, ...]:
+    """Two percentiles of each channel of [C, n]; None for a channel without data."""
+    valid = find_valid(pixels, nodata)
+    found: list[Limits] = []
+    for own, present in zip(pixels, valid, strict=True):
+        if not present.any():
+            found.append(None)
+            continue
+        low, high = np.percentile(own[present], percents).tolist()
+        found.append((low, high))
+    return tuple(found)
+
+
+def stretch_channels(pixels: np.ndarray, limits: Sequence[Limits], nodata: float | None) -> np.ndarray:
+    """Two values of each channel become 0 and 1; float32 of the same shape, NaN without data."""
     valid = find_valid(pixels, nodata)
     stretched = np.full(pixels.shape, np.nan, np.float32)
-    for own, present, target in zip(pixels, valid, stretched, strict=True):
-        if present.any():
-            low, high = np.percentile(own[present], percents)
-            target[present] = ((own[present].astype(np.float64) - low) / ((high - low) or 1.0)).clip(0, 1)
+    for own, present, target, limit in zip(pixels, valid, stretched, limits, strict=True):
+        low, high = limit or (0.0, 1.0)
+        target[present] = ((own[present].astype(np.float64) - low) / ((high - low) or 1.0)).clip(0, 1)
     return stretched
 
 

@@ -49,6 +49,11 @@ class Windows:
         return f"{name} at {left},{top}", WindowOf(data, (top, left, height, width), room)
 
 
+def is_large(height: int, width: int, size: int) -> bool:
+    """Whether decoding an image as a whole for each of its windows is worth a word."""
+    return height * width > 4 * size**2
+
+
 def cut_windows(
     files: Reader, size: int, overlap: int, reading: Reading, annotated: np.ndarray | None = None
 ) -> tuple[Windows, list[str]]:
@@ -71,7 +76,7 @@ def cut_windows(
             image = open_image_of(data, unlimited, name)
         except (UnreadableImage, MixedImages):  # said when it is to be read
             return size, size, ""
-        whole = image.height * image.width > 4 * size**2 and not image.reads_windows
+        whole = is_large(image.height, image.width, size) and not image.reads_windows
         return image.height, image.width, name if whole else ""
 
     with ThreadPoolExecutor(THREADS) as pool:

@@ -31,6 +31,7 @@ from itpn.tasks.large import (
     find_tiling,
     label_array,
     show_tiles,
+    tiling_of_run,
 )
 from itpn.tasks.pixels import make_normalize, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions
@@ -62,7 +63,7 @@ def predict(model: Segmenter, checkpoint: Checkpoint, source: ImageSource, optio
             images.reading(image.name, image),
             label_array(options.out, image.height, image.width) as labels,
         ):
-            grid = tiling.grid(image.height, image.width, image.is_photo and image.fits)
+            grid = tiling.cut(image)
             fill = fill_whole if grid is None else functools.partial(fill_tiles, grid)
             pixels, shown = fill(segment, image, labels)
             files.add(image, labels, display(pixels), shown)
@@ -160,7 +161,8 @@ def build_visualization(
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     make_display(config)  # which finds wrong channels before the first step
-    samples = functools.cache(lambda: read_samples(config, data.samples, SAMPLES))
+    tiling = tiling_of_run(config.data, module.image_side or config.data.short)
+    samples = functools.cache(lambda: read_samples(config, data.samples, SAMPLES, tiling))
     return lambda: draw_scenes(module, config, samples())
 
 
