@@ -50,6 +50,7 @@ class ImageType:
 
 
 PHOTOGRAPH = ImageType(3, PHOTO)
+MASKED_PHOTO = ImageType(3, "uint8")  # of photographs in which some pixels have no data
 
 
 def check_value_range(value_range: Sequence[str]) -> None:

@@ -150,7 +150,8 @@ class SourceImage:
         """The pixels [C, height, width] of a tile. Where the format allows it, not much more is decoded."""
         rows, (top, left, height, width) = self._read_rows(tile), tile
         if rows is None:
-            return self._sample.decode_crop(top, left, height, width, (height, width))
+            assert isinstance(self._sample, StoredImage)
+            return self._sample.decode_window(top, left, height, width)
         first, _, pixels = rows
         return pixels[:, top - first : top - first + height, left : left + width]
 
@@ -166,7 +167,7 @@ class SourceImage:
             if tile.height * self.width * file.channels * file.dtype.itemsize > BAND:
                 return None
             self._kept = None  # before the next are read
-            pixels = self._sample.decode_crop(tile.top, 0, tile.height, self.width, (tile.height, self.width))
+            pixels = self._sample.decode_window(tile.top, 0, tile.height, self.width)
             self._kept = tile.top, tile.height, pixels
         return self._kept
 

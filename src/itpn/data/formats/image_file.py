@@ -7,12 +7,13 @@ import numpy as np
 from itpn.data.image_type import is_storable
 
 CUT_OFF = "cut off: it ends before its last pixels"
+PIXEL_BYTES = 32  # 4 GiB for the largest image: 16 bands of 16 bits
 
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 class ImageFile(Protocol):
-    """An image file whose header has been read.
+    """An image file whose header has been read. It is closed as soon as nothing refers to it.
 
     Attributes:
         channels, height, width: of a page.

@@ -2,6 +2,7 @@
 
 import io
 import math
+import weakref
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,12 @@ from typing import Any
 import numpy as np
 import tifffile
 
-from itpn.data.decode import UnreadableImage
-from itpn.data.formats.image_file import CUT_OFF, Window, cut, keep_storable, plain_dtype, to_plain
+from itpn.data.decode import MAX_PIXELS, UnreadableImage
+from itpn.data.formats.image_file import CUT_OFF, PIXEL_BYTES, Window, cut, keep_storable, plain_dtype, to_plain
+from itpn.data.headers import NODATA, read_nodata
 from itpn.data.orientation import ORIENTATION, SWAPPED, XMP, choose_orientation, find_stored_window, turn_array
 
 NO_DECODER = "TIFF of compression {} is read by imagecodecs: pip install 'itpn[science]'"
-NODATA = 42113  # GDAL's tag
 CHUNK = 2**24  # pixels of a tile or strip that is decoded for a window
 RGB = (2, 6)  # photometric interpretations: RGB and YCbCr
 IN_PAGE = "CSYX"  # axes of an image; all others (planes of a stack, moments, positions) are of several images
@@ -28,7 +29,10 @@ class TiffImage:
     """
 
     def __init__(self, source: Path | bytes) -> None:
-        self._file = tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        opened = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+        weakref.finalize(self, opened.close)  # tifffile's objects refer to each other, and would keep it open
+        self._file = tifffile.TiffFile(opened)
+        weakref.finalize(self, self._file.close)  # and with it other files that OME names
         if not self._file.series:
             raise UnreadableImage("TIFF without an image")
         self._series = self._file.series[0].levels[0]
@@ -86,6 +90,9 @@ class TiffImage:
         """[samples, height, width] of one plane or of a window in it."""
         if self._tiled:
             return read_page(self._file, self._series.pages[number], window)
+        if not self._mapped and self._series.nbytes > MAX_PIXELS * PIXEL_BYTES:
+            size = f"{self._series.nbytes / 2**30:.3g} GiB"
+            raise UnreadableImage(f"{self.pages} planes stored as one block take {size}: save each as a page")
         pixels = self._series.asarray(out="memmap" if self._mapped else None)
         outer = len(self._axes.rstrip("SYX"))
         plane, axes = pixels.reshape(-1, *self._shape[outer:])[number], self._axes[outer:]
@@ -129,11 +136,3 @@ def read_chunk(file: tifffile.TiffFile, page: Any, number: int) -> np.ndarray | 
         raise UnreadableImage(CUT_OFF)
     chunk = page.keyframe.decode(data, number, jpegtables=page.jpegtables)[0]
     return None if chunk is None else chunk[0]
-
-
-def read_nodata(tag: Any) -> float | None:
-    """The number in GDAL's tag; None where it holds none, or is missing."""
-    try:
-        return float(str(tag).strip(" \0"))
-    except ValueError:
-        return None
