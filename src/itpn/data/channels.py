@@ -8,6 +8,8 @@ from torch import Tensor
 from itpn.errors import UserError
 
 Values = float | Sequence[float]  # one for all channels of an image, or one for each
+WIDE = (torch.int32, torch.uint32, torch.int64, torch.uint64)
+TINY = torch.finfo(torch.float32).tiny
 SAMPLED = 2**20  # pixels of a channel whose percentiles stand for those of all
 
 
@@ -34,27 +36,32 @@ def scale_channels(
     Returns:
         float32 [..., number of channels, H, W].
     """
-    x = pick_channels(images, channels)
-    least, most = (pick_values(values, channels).to(x.device) for values in (low, high))
-    scaled = ((x - least) / (most - least).clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
-    return scaled.masked_fill(~is_valid(x, nodata), 0.0)
+    planes = []
+    for channel in channels:
+        values, least, most = images[..., channel, :, :], _pick(low, channel), _pick(high, channel)
+        scaled = subtract(values, least) / max(most - least, TINY)
+        planes.append(scaled.clamp(0, 1).masked_fill(~is_valid(values, nodata), 0.0))
+    return torch.stack(planes, dim=-3)
 
 
-def pick_channels(images: Tensor, channels: Sequence[int]) -> Tensor:
-    """Channels of [..., C, H, W] by index, float32."""
-    return torch.stack([images[..., index, :, :].float() for index in channels], dim=-3)
+def _pick(values: Values, channel: int) -> float:
+    return values if isinstance(values, int | float) else values[channel]
 
 
-def pick_values(values: Values, channels: Sequence[int]) -> Tensor:
-    """Those of some channels, float32 [number of channels, 1, 1]."""
-    own = [values] * len(channels) if isinstance(values, int | float) else [values[index] for index in channels]
-    return torch.tensor(own, dtype=torch.float32).reshape(-1, 1, 1)
+def subtract(values: Tensor, low: float) -> Tensor:
+    """``values - low`` in float32, which holds 24 of 32 bits: of such integers it is the difference that is rounded."""
+    if values.dtype not in WIDE:
+        return values.float() - low
+    whole = round(low)
+    return (values.long() - whole).float() - (low - whole)
 
 
 def is_valid(values: Tensor, nodata: float | None) -> Tensor:
-    """Where there are data: bool of the shape of the values."""
-    valid = values.isfinite()
-    return valid if nodata is None else valid & (values != nodata)
+    """Where there are data: bool of the shape of the values, which are as they are stored."""
+    if values.dtype in WIDE:
+        return torch.ones_like(values, dtype=torch.bool) if nodata is None else values.long() != round(nodata)
+    valid = values.float().isfinite()
+    return valid if nodata is None else valid & (values.float() != nodata)
 
 
 def find_percentiles(
@@ -64,10 +71,11 @@ def find_percentiles(
     lows, highs = [], []
     for index in range(images.shape[-3]):
         values = images[..., index, :, :].flatten()
-        values = values[:: max(1, values.numel() // SAMPLED)].float()
-        values = values[is_valid(values, nodata)]
-        fractions = values.new_tensor(percents) / 100
-        low, high = values.quantile(fractions).tolist() if len(values) else (0.0, 1.0)
-        lows.append(low)
-        highs.append(high)
+        values = values[:: max(1, values.numel() // SAMPLED)]
+        values = (values.long() if values.dtype in WIDE else values)[is_valid(values, nodata)]
+        least = int(values.min()) if values.dtype in WIDE and len(values) else 0
+        shifted = subtract(values, least)
+        low, high = shifted.quantile(shifted.new_tensor(percents) / 100).tolist() if len(values) else (0.0, 1.0)
+        lows.append(least + low)
+        highs.append(least + high)
     return lows, highs

@@ -206,7 +206,7 @@ def _paint(pixels: Tensor, values: Tensor, nodata: float | None) -> Tensor:
 
     table = torch.from_numpy(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].copy())  # [256, 3]
     painted = table.to(pixels.device)[pixels.squeeze(-3).long()].movedim(-1, -3)
-    return painted * is_valid(values.float(), nodata).unsqueeze(-3)
+    return painted * is_valid(values, nodata).unsqueeze(-3)
 
 
 # --- objects

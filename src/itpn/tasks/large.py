@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import track
 from torch import Tensor
 
 from itpn.data.bands import BandsOf
+from itpn.data.channels import is_valid
 from itpn.data.decode import TIFF_HEADERS, UnreadableImage
 from itpn.data.decode import reading as reading_errors
 from itpn.data.files import ImageSource
@@ -242,11 +242,7 @@ def open_regions(path: Path, settings: Reading) -> StoredImage | None:
 
 def find_missing(pixels: Tensor, nodata: float | None) -> Tensor:
     """bool [H, W], True where no channel of pixels [C, H, W] has data."""
-    if pixels.is_floating_point():
-        return pixels.isnan().all(dim=0)
-    if nodata is None:
-        return torch.zeros(pixels.shape[-2:], dtype=torch.bool)
-    return (pixels.float() == nodata).all(dim=0)
+    return ~is_valid(pixels, None if pixels.is_floating_point() else nodata).any(dim=0)
 
 
 def show_tiles(grid: Grid, name: str) -> Iterable[Tile]:
