@@ -331,7 +331,7 @@ def test_files_are_closed(tmp_path):
 def test_of_files_with_windows_the_last_stay_open(tmp_path, monkeypatch):
     monkeypatch.setattr("itpn.data.samples._open_files", OpenFiles(2))
     opened: list[Path] = []
-    monkeypatch.setattr("itpn.data.samples.open_file", lambda path, axes: opened.append(path) or open_file(path, axes))
+    monkeypatch.setattr("itpn.data.samples.open_file", lambda path, *own: opened.append(path) or open_file(path, *own))
     paths = [write(tmp_path / f"{number}.tif", BANDS + number, tile=(16, 16)) for number in range(4)]
     before = count_open_files()
     for number in (0, 0, 1, 0, 2, 0, 3, 1):
@@ -352,7 +352,7 @@ def test_bands_with_windows_stay_open(tmp_path, monkeypatch):
     bands = BandsOf(tuple(write(tmp_path / f"B0{number}.tif", BANDS[number], tile=(16, 16)) for number in range(3)))
     opened: list[Path] = []
     monkeypatch.setattr(
-        "itpn.data.formats.bands.open_file", lambda path, axes: opened.append(path) or open_file(path, axes)
+        "itpn.data.formats.bands.open_file", lambda path, *own: opened.append(path) or open_file(path, *own)
     )
     for _ in range(3):
         assert np.array_equal(open_sample(WindowOf(bands, (3, 7, 20, 30))).decode().numpy(), BANDS[:3, 3:23, 7:37])

@@ -25,6 +25,7 @@ from itpn.data.decode import (
     reads_regions,
     reason_of,
 )
+from itpn.data.file_types import DICOM_START
 from itpn.data.formats.bands import BandsFile
 from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.photos import DecodedPhoto
@@ -49,7 +50,7 @@ NO_LIMIT = 2**62
 LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can be
 KEPT = 4  # files of which windows are read that stay open
 TRAINED = "the training images have"
-HEAD = 32  # bytes that tell most formats
+HEAD = DICOM_START  # bytes that tell the format
 PHOTO_TAGS = (BITS, SAMPLE_FORMAT, SAMPLES, PHOTOMETRIC, EXTRA_SAMPLES)
 ALPHA = (1, 2)  # kinds of extra samples
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # photometric interpretation of a TIFF -> channels of colour
@@ -253,8 +254,8 @@ def _open_bytes(data: bytes, settings: Reading, in_parts: bool) -> Image:
     if is_photo_head(data[:HEAD]):
         return _open_photo(data, settings, in_parts)
     if data[:4] in TIFF_HEADERS:
-        return _open_tiff(data, io.BytesIO(data), settings, in_parts)
-    return _open_stored(data, settings)
+        return _open_tiff(data, io.BytesIO(data), data[:HEAD], settings, in_parts)
+    return _open_stored(data, settings, data[:HEAD])
 
 
 def _open_path(path: Path, settings: Reading, in_parts: bool) -> Image:
@@ -262,13 +263,13 @@ def _open_path(path: Path, settings: Reading, in_parts: bool) -> Image:
         with open(path, "rb") as file:
             head = file.read(HEAD)
             if head[:4] in TIFF_HEADERS:
-                return _open_tiff(path, file, settings, in_parts)
+                return _open_tiff(path, file, head, settings, in_parts)
         if is_photo_head(head):
             return _open_photo(read_file(str(path)), settings, in_parts)
-        return _open_stored(path, settings)
+        return _open_stored(path, settings, head)
 
 
-def _open_tiff(source: bytes | Path, file: IO[bytes], settings: Reading, in_parts: bool) -> Image:
+def _open_tiff(source: bytes | Path, file: IO[bytes], head: bytes, settings: Reading, in_parts: bool) -> Image:
     """A TIFF, whose header is read from an open file.
 
     A photograph is decoded as a whole; a large one, or one that windows are read of, stays in its file, if parts of it
@@ -276,19 +277,19 @@ def _open_tiff(source: bytes | Path, file: IO[bytes], settings: Reading, in_part
     """
     file.seek(0)
     if not _is_photo(read_tags(file, PHOTO_TAGS)):
-        return _open_stored(source, settings)
+        return _open_stored(source, settings, head)
     file.seek(0)
     large = in_parts or (isinstance(source, Path) and os.fstat(file.fileno()).st_size > LARGE_FILE)
     data = b"" if large else read_file(str(source)) if isinstance(source, Path) else source
     photo = find_photo(source, file if large else io.BytesIO(data))
     if photo is None:
-        return _open_stored(source, settings)
+        return _open_stored(source, settings, head)
     declared = find_nodata(photo)
     if is_masked(declared, settings):
-        return _open_stored(source, settings)
+        return _open_stored(source, settings, head)
     if large:
         with suppress(UnreadableImage):
-            stored = _open_stored(source, settings)
+            stored = _open_stored(source, settings, head)
             if stored.reads_windows and stored.type.is_photo and _is_plain(photo):
                 return stored
         data, photo = read_file(str(source)) if isinstance(source, Path) else source, None
@@ -304,9 +305,9 @@ def _open_photo(data: bytes, settings: Reading, in_parts: bool, opened: OpenedIm
     return StoredImage(DecodedPhoto(image), settings) if is_masked(None, settings) else image
 
 
-def _open_stored(source: bytes | Path, settings: Reading) -> StoredImage:
+def _open_stored(source: bytes | Path, settings: Reading, head: bytes) -> StoredImage:
     with reading():
-        return StoredImage(open_file(source, settings.axes), settings)
+        return StoredImage(open_file(source, settings.axes, head), settings)
 
 
 def is_photo_head(head: bytes) -> bool:

@@ -112,8 +112,9 @@ class StoredImage:
             return self.decode()[:, top : top + height, left : left + width]
         with reading():
             pixels = self.file.read(0, window)
-        with np.errstate(over="ignore"):  # infinite, which is no data
-            pixels = np.require(pixels, _travelling(pixels.dtype), ["C", "W"])  # a mapped file is not to be written to
+        if pixels.dtype.itemsize == 8:
+            with np.errstate(over="ignore"):  # infinite, which is no data
+                pixels = pixels.astype(_travelling(pixels.dtype))
         if self.type == MASKED_PHOTO and self.grey_or_rgb:
             pixels = mark_colours(pixels, self.file.nodata, self._settings.nodata)
         else:

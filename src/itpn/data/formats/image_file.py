@@ -61,6 +61,8 @@ def keep_storable(nodata: float | None, dtype: np.dtype) -> float | None:
 def to_plain(pixels: np.ndarray) -> np.ndarray:
     """Pixels in their :func:`plain_dtype`, contiguous, and not those of a mapped file, which are not to be written."""
     dtype = plain_dtype(pixels.dtype)
+    if pixels.dtype == dtype and pixels.dtype.char == dtype.char and pixels.flags.carray:
+        return pixels
     with np.errstate(over="ignore"):  # infinite, which is no data
         # a view, as uint64 has two names in C
         plain = np.abs(pixels) if pixels.dtype.kind == "c" else pixels

@@ -104,17 +104,19 @@ def check_window(image: ImageFile, height: int, width: int, max_pixels: int) -> 
         )
 
 
-def open_file(source: Path | bytes, axes: Axes | None = None) -> ImageFile:
+def open_file(source: Path | bytes, axes: Axes | None = None, head: bytes | None = None) -> ImageFile:
     """Read the header of an image file, or of its content.
 
     Args:
         axes: of arrays, see :class:`ArrayImage`.
+        head: the first `DICOM_START` bytes, where they have been read.
 
     Raises:
         UnreadableImage: of no known format, or of one whose reader is not installed.
         OSError: no such file.
     """
-    head = source[:DICOM_START] if isinstance(source, bytes) else _read_head(source)
+    if head is None:
+        head = source[:DICOM_START] if isinstance(source, bytes) else _read_head(source)
     if not head:
         raise UnreadableImage("empty file")
     if head[128:132] == b"DICM":  # its first 128 bytes may be those of another format
