@@ -195,13 +195,14 @@ def test_a_window_of_a_tiled_mask_decodes_its_tiles_alone(tmp_path, monkeypatch)
     for name in "ab":
         write_scene(tmp_path, name)
     decoded: list[str] = []
-    read_chunk = itpn.data.formats.tiff.read_chunk
+    read_chunks = itpn.data.formats.tiff.read_chunks
 
-    def count(file, page, number):
-        decoded.append(Path(file.filehandle.path).parent.name)
-        return read_chunk(file, page, number)
+    def count(file, page, numbers):
+        for chunk in read_chunks(file, page, numbers):
+            decoded.append(Path(file.filehandle.path).parent.name)
+            yield chunk
 
-    monkeypatch.setattr(itpn.data.formats.tiff, "read_chunk", count)
+    monkeypatch.setattr(itpn.data.formats.tiff, "read_chunks", count)
     real = DecodedMask.__init__
 
     def decode(self, path, max_pixels, parts=False):

@@ -25,11 +25,12 @@ import itpn.data.formats.georeference
 import itpn.tasks.large
 from itpn.cli import main
 from itpn.data.annotations import read_objects
+from itpn.data.decode import UnreadableImage
 from itpn.data.formats.georeference import NOWHERE, Georeference, find_georeference
 from itpn.data.mask_pieces import Piece
 from itpn.data.readers import FileReader
 from itpn.data.samples import open_sample
-from itpn.data.stored import PLAIN
+from itpn.data.stored import PLAIN, Reading
 from itpn.errors import UserError
 from itpn.metrics.segmentation import PixelScores, compare
 from itpn.tasks.configs import (
@@ -156,6 +157,18 @@ def test_tiles_have_the_pixels_of_the_image(tmp_path, layout, band, monkeypatch)
         assert torch.equal(pixels, torch.from_numpy(whole[:, tile.slices[0], tile.slices[1]]))
         read.append(pixels)
     assert torch.equal(overview.pixels, torch.from_numpy(whole))
+
+
+def test_tiles_of_an_image_that_is_too_large_as_a_whole(tmp_path):
+    whole = draw_bands(150, 210)
+    write_geotiff(tmp_path / "image.tif", whole)
+    settings = Reading(max_pixels=5000)
+    image = SourceImage("image", open_sample(tmp_path / "image.tif", settings), tmp_path / "image.tif", settings)
+    assert not image.fits
+    for tile in Grid(150, 210, 64, 16):
+        assert torch.equal(image.read(tile), torch.from_numpy(whole[:, tile.slices[0], tile.slices[1]]))
+    with pytest.raises(UnreadableImage, match="210x150 pixels, more than the 5000 allowed"):
+        image.whole()
 
 
 @pytest.mark.parametrize("step", [2, 3, 7])

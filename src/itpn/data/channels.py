@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from itpn.data.pixels import to_float
 from itpn.errors import UserError
 
+TINY = torch.finfo(torch.float32).tiny
 SAMPLED = 2**20  # pixels of a channel whose percentiles stand for those of all
 
 
@@ -33,22 +35,16 @@ def scale_channels(
     Returns:
         float32 [..., number of channels, H, W].
     """
-    x = pick_channels(images, channels)
-    least, most = (pick_values(values, channels).to(x.device) for values in (low, high))
-    scaled = ((x - least) / (most - least).clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
-    valid = torch.stack([is_valid(images[..., index, :, :], nodata) for index in channels], dim=-3)
-    return scaled.masked_fill(~valid, 0.0)
+    planes = []
+    for channel in channels:
+        values, least, most = images[..., channel, :, :], _pick(low, channel), _pick(high, channel)
+        scaled = (to_float(values) - least) / max(most - least, TINY)
+        planes.append(scaled.clamp(0, 1).float().masked_fill(~is_valid(values, nodata), 0.0))
+    return torch.stack(planes, dim=-3)
 
 
-def pick_channels(images: Tensor, channels: Sequence[int]) -> Tensor:
-    """Channels of [..., C, H, W] by index, float32."""
-    return torch.stack([images[..., index, :, :].float() for index in channels], dim=-3)
-
-
-def pick_values(values: Sequence[float], channels: Sequence[int]) -> Tensor:
-    """Those of some channels, float32 [number of channels, 1, 1]."""
-    own = [values[0 if len(values) == 1 else index] for index in channels]
-    return torch.tensor(own, dtype=torch.float32).reshape(-1, 1, 1)
+def _pick(values: Sequence[float], channel: int) -> float:
+    return values[0 if len(values) == 1 else channel]
 
 
 def is_valid(values: Tensor, nodata: float | None) -> Tensor:
@@ -59,7 +55,7 @@ def is_valid(values: Tensor, nodata: float | None) -> Tensor:
     """
     if values.is_floating_point():
         return values.isfinite()
-    return torch.ones_like(values, dtype=torch.bool) if nodata is None else values.float() != nodata
+    return torch.ones_like(values, dtype=torch.bool) if nodata is None else to_float(values) != nodata
 
 
 def find_percentiles(
@@ -70,9 +66,8 @@ def find_percentiles(
     for index in range(images.shape[-3]):
         values = images[..., index, :, :].flatten()
         values = values[:: max(1, values.numel() // SAMPLED)]
-        values = values.float()[is_valid(values, nodata)]
-        fractions = values.new_tensor(percents) / 100
-        low, high = values.quantile(fractions).tolist() if len(values) else (0.0, 1.0)
+        values = to_float(values)[is_valid(values, nodata)]
+        low, high = values.quantile(values.new_tensor(percents) / 100).tolist() if len(values) else (0.0, 1.0)
         lows.append(low)
         highs.append(high)
     return lows, highs

@@ -57,6 +57,7 @@ class ImageType:
 
 
 PHOTOGRAPH = ImageType(3, PHOTO)
+MASKED_PHOTO = ImageType(3, "uint8")  # of photographs in which some pixels have no data
 
 
 @dataclass(frozen=True)

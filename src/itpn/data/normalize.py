@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from itpn.data.channels import is_valid
 from itpn.data.image_type import PHOTOGRAPHS, Pixels
 
 WIDE = ("int32", "uint32")  # which float32 does not hold
@@ -49,9 +50,9 @@ class Normalize(nn.Module):
 
     def find_valid(self, images: Tensor) -> Tensor | None:
         """bool [..., C, H, W], True where stored pixels have data; None where all have."""
-        if images.is_floating_point():
-            return images.isfinite()
-        return None if self.pixels.nodata is None else images.to(self.low.dtype) != self.pixels.nodata
+        if self.pixels.nodata is None and not images.is_floating_point():
+            return None
+        return is_valid(images, self.pixels.nodata)
 
     def undo(self, images: Tensor) -> Tensor:
         """float [B, channels, H, W] -> stored pixels: of photographs uint8 [B, 3, H, W], of others float32."""

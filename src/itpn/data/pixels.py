@@ -43,15 +43,17 @@ def resize_pixels(
     empty = find_empty(image, values, nodata)
     if empty is None:
         resized = resize(values, list(size), mode, antialias=True)
-        resized = resized.clamp(values.amin(PLANE, True), values.amax(PLANE, True))
+        # in place, here and below: memory that is new costs more than the arithmetic
+        torch.maximum(resized, values.amin(PLANE, True), out=resized)
+        torch.minimum(resized, values.amax(PLANE, True), out=resized)
         return to_stored(resized, None, image.dtype, nodata)
     inf = float("inf")
     low, high = values.masked_fill(empty, inf).amin(PLANE, True), values.masked_fill(empty, -inf).amax(PLANE, True)
     if (empty == empty[:1]).all():  # as a rule: a channel stands for all
         empty = empty[:1]
     weight = resize((~empty).to(values.dtype), list(size), mode, antialias=True)
-    resized = resize(values.masked_fill(empty, 0), list(size), mode, antialias=True) / weight
-    return to_stored(resized.clamp(low, high), weight < 0.5, image.dtype, nodata)
+    resized = resize(values.masked_fill(empty, 0), list(size), mode, antialias=True).div_(weight)
+    return to_stored(resized.clamp_(low, high), weight < 0.5, image.dtype, nodata)
 
 
 def turn(image: Tensor, quarters: int) -> Tensor:
@@ -128,16 +130,17 @@ def to_stored(values: Tensor, empty: Tensor | None, dtype: torch.dtype, nodata: 
     """Undo :func:`to_float`, rounded and clamped to the type's range.
 
     Args:
+        values: are changed.
         empty: pixels that get no data. No other gets the value that says so, but the one beside it.
     """
     if dtype.is_floating_point:
         return (values if empty is None else values.masked_fill(empty, float("nan"))).to(dtype)
     limits = torch.iinfo(dtype)
-    values = values.round().clamp(limits.min, limits.max)
+    values = values.round_().clamp_(limits.min, limits.max)
     if nodata is not None:
         values = torch.where(values == nodata, nodata + (1 if nodata < limits.max else -1), values)
         if empty is not None:
-            values = values.masked_fill(empty, nodata)
+            values = values.masked_fill_(empty, nodata)
     return values.to(dtype)
 
 

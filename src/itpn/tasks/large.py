@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import track
 from torch import Tensor
 
 from itpn.data.bands import BandsOf
+from itpn.data.channels import is_valid
 from itpn.data.decode import UnreadableImage
 from itpn.data.files import ImageSource
 from itpn.data.formats.georeference import Georeference, find_georeference
@@ -159,7 +159,7 @@ class SourceImage:
         rows, (top, left, height, width) = self._read_rows(tile), tile
         if rows is None:
             assert self._parts is not None
-            return self._parts.decode_crop(top, left, height, width, (height, width))
+            return self._parts.decode_window(top, left, height, width)
         first, _, pixels = rows
         return pixels[:, top - first : top - first + height, left : left + width]
 
@@ -174,7 +174,7 @@ class SourceImage:
             if tile.height * self.width * file.channels * file.dtype.itemsize > BAND:
                 return None
             self._kept = None  # before the next are read
-            pixels = self._parts.decode_crop(tile.top, 0, tile.height, self.width, (tile.height, self.width))
+            pixels = self._parts.decode_window(tile.top, 0, tile.height, self.width)
             self._kept = tile.top, tile.height, pixels
         return self._kept
 
@@ -239,11 +239,7 @@ class SourceImages:
 
 def find_missing(pixels: Tensor, nodata: float | None) -> Tensor:
     """bool [H, W], True where no channel of pixels [C, H, W] has data."""
-    if pixels.is_floating_point():
-        return pixels.isnan().all(dim=0)
-    if nodata is None:
-        return torch.zeros(pixels.shape[-2:], dtype=torch.bool)
-    return (pixels.float() == nodata).all(dim=0)
+    return ~is_valid(pixels, nodata).any(dim=0)
 
 
 def show_tiles(grid: Grid, name: str) -> Iterable[Tile]:
