@@ -24,6 +24,7 @@ from torch import Tensor
 from itpn.checkpoints.load import load
 from itpn.data.augment import center_crop
 from itpn.data.decode import decode_image
+from itpn.data.image_type import Pixels
 from itpn.data.normalize import Normalize
 from itpn.masked.targets import normalize_patches, patchify
 from itpn.tasks.recipe_files import read_recipe
@@ -80,12 +81,17 @@ def divide_target(images: list[Tensor], arm: str, own: Statistics, data: Statist
     config = read_recipe("itpn-pixel_nano")[1].model
     settings = {"norm_pix_loss": True, "norm_pix_per": "patch", "norm_pix_floor": 0.0} | ARMS[arm][1]
     crops = torch.stack([center_crop(image, (64, 64)) for image in images])
-    pixels = patchify(Normalize(3, *own)(crops), config.patch_size)
+    pixels = patchify(Normalize(Pixels(mean=own[0], std=own[1]))(crops), config.patch_size)
     if settings["norm_pix_loss"]:
         channels = 3 if settings["norm_pix_per"] == "channel" else 1
         pixels = normalize_patches(pixels, channels, settings["norm_pix_floor"])[0]
     target = pixels.unflatten(-1, (-1, 3))  # [n, N, p * p, C]
-    std = patchify(Normalize(3, *data)(crops), config.patch_size).unflatten(-1, (-1, 3)).std(dim=2).mean(dim=-1)
+    std = (
+        patchify(Normalize(Pixels(mean=data[0], std=data[1]))(crops), config.patch_size)
+        .unflatten(-1, (-1, 3))
+        .std(dim=2)
+        .mean(dim=-1)
+    )
     mean = target.mean(dim=2, keepdim=True)
     total, varying = target.square().sum(), (target - mean).square()
     offsets, noise = float(1 - varying.sum() / total), float(varying[std < 0.05].sum() / total)
@@ -104,7 +110,7 @@ def explain_content(checkpoint: Path, crops: Tensor, own: Statistics, data: Stat
     of the pixels as they are seen, with wrong offsets of the channels; "R2 structure" is of what remains without these.
     """
     model = load(str(checkpoint)).eval()
-    to_input, scale = Normalize(3, *own), torch.tensor(data[1])[:, None, None]
+    to_input, scale = Normalize(Pixels(mean=own[0], std=own[1])), torch.tensor(data[1])[:, None, None]
     torch.manual_seed(0)
     total, seen, structure = (0.0,) * 3
     for batch in crops.split(64):

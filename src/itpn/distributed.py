@@ -1,12 +1,17 @@
 """Collective operations over the processes of a run. With one process they return its own value."""
 
+import time
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from itpn.errors import MachineError, UserError
+
 T = TypeVar("T")
+HEAD_START = 1.0  # seconds in which the first process says why all end: whoever started them kills the others then
 
 
 def world_size() -> int:
@@ -28,6 +33,28 @@ def broadcast(thing: T) -> T:
     if world_size() > 1:
         dist.broadcast_object_list(things, src=0)
     return things[0]
+
+
+def of_first(compute: Callable[[], T]) -> T:
+    """What the first process computes, on each of them, while the others wait.
+
+    Raises:
+        UserError, MachineError: on all of them, where the first raises one, which has the message alone.
+    """
+    if world_size() == 1 or dist.get_rank() == 0:
+        try:
+            thing = compute()
+        except (UserError, MachineError) as error:
+            broadcast((None, UserError if isinstance(error, UserError) else MachineError))
+            raise
+        broadcast((thing, None))
+        return thing
+    found: tuple[Any, type[UserError | MachineError] | None] = broadcast((None, None))
+    if found[1] is not None:
+        time.sleep(HEAD_START)
+        raise found[1]
+    result: T = found[0]
+    return result
 
 
 def mean(x: Tensor) -> Tensor:

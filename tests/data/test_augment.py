@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from stored_pixels import make_pixels
 from torchvision.transforms.v2 import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2.functional import InterpolationMode, resize
 
@@ -18,7 +19,8 @@ from itpn.data.augment import (
     draw_crop,
     draw_jitter,
 )
-from itpn.data.pixels import PixelValues, adjust_channels, drop_channels, mirror, resize_pixels, turn
+from itpn.data.image_type import PHOTOGRAPHS, Pixels
+from itpn.data.pixels import adjust_channels, drop_channels, mirror, resize_pixels, turn
 from itpn.errors import UserError
 
 TRANSFORM = PretrainingTransform((8, 12))
@@ -217,19 +219,19 @@ def test_a_second_view_of_the_same_size_is_none() -> None:
 # ---------------------------------------------------------------------------------------------- other images
 
 
-BANDS = PixelValues(False, 7, torch.int16, (0,), (10_000,), tuple(range(900, 1600, 100)), nodata=-9999)
-COUNTS = PixelValues(False, 5, torch.float32, (0.0,) * 5, (9.0,) * 5, (0.5,))
-DEEP = PixelValues(False, 1, torch.uint16, (100,), (4095,), (700,))
+BANDS = make_pixels(7, torch.int16, (0,), (10_000,), tuple(range(900, 1600, 100)), nodata=-9999)
+COUNTS = make_pixels(5, torch.float32, (0.0,) * 5, (9.0,) * 5, (0.5,))
+DEEP = make_pixels(1, torch.uint16, (100,), (4095,), (700,))
 KINDS = {"bands": BANDS, "counts": COUNTS, "deep": DEEP}
 
 
-def scene(pixels: PixelValues, height: int = 60, width: int = 80) -> torch.Tensor:
+def scene(pixels: Pixels, height: int = 60, width: int = 80) -> torch.Tensor:
     """Noise in the value range, with a corner without data where there is a value for that."""
     rng = np.random.default_rng(0)
-    values = rng.uniform(pixels.low[0], pixels.high[0], (pixels.channels, height, width))
+    values = rng.uniform(pixels.low[0], pixels.high[0], (pixels.type.channels, height, width))
     if pixels.nodata is not None:
         values[:, :20, :30] = pixels.nodata
-    return torch.from_numpy(values).to(pixels.dtype)
+    return torch.from_numpy(values).to(getattr(torch, pixels.type.dtype))
 
 
 class Stored:
@@ -287,7 +289,7 @@ def test_turned_crops_are_crops_of_the_turned_image(kind: str) -> None:
         assert 1.9 < width / height < 3.1
         stored = Stored(image)
         view = wide(stored, random.Random(seed))["image"]
-        assert view.shape == (pixels.channels, 8, 24)
+        assert view.shape == (pixels.type.channels, 8, 24)
         assert stored.targets == [(24, 8) if params.turns % 2 else (8, 24)]
         before = resize_pixels(turn(params.crop(image), params.turns), (8, 24), "bicubic", pixels.nodata)
         difference = (view.double() - before.double()).abs()
@@ -306,7 +308,7 @@ def test_turns_and_mirrors_are_all_eight_symmetries_each_as_often() -> None:
 
 @pytest.mark.parametrize("kind", [*KINDS, "photographs"])
 def test_channels_are_jittered_and_dropped_after_crops_that_stay(kind: str) -> None:
-    pixels = KINDS.get(kind, PixelValues())
+    pixels = KINDS.get(kind, PHOTOGRAPHS)
     image = scene(pixels) if kind in KINDS else noise()
     plain = PretrainingTransform((24, 32), teacher_size=(21, 28), pixels=pixels)
     changed = PretrainingTransform((24, 32), teacher_size=(21, 28), channel_jitter=0.4, channel_drop=0.3, pixels=pixels)
@@ -319,7 +321,7 @@ def test_channels_are_jittered_and_dropped_after_crops_that_stay(kind: str) -> N
         )
         draw_crop(60, 80, (0.2, 1.0), (3 / 4, 4 / 3), rng)
         rng.random()
-        drawn = draw_channels(pixels.channels, 0.4, 0.3, rng)
+        drawn = draw_channels(pixels.type.channels, 0.4, 0.3, rng)
         dropped += len(drawn.dropped)
         for name in ("image", "teacher_image"):
             wanted = adjust_channels(views[name], drawn.brightness, drawn.contrast, pixels)
@@ -328,7 +330,7 @@ def test_channels_are_jittered_and_dropped_after_crops_that_stay(kind: str) -> N
             assert not same(others[name], views[name])
             if pixels.nodata is not None:
                 assert torch.equal(others[name] == pixels.nodata, views[name] == pixels.nodata)
-    assert dropped > 0 or pixels.channels == 1
+    assert dropped > 0 or pixels.type.channels == 1
 
 
 def test_each_channel_has_numbers_of_its_own() -> None:
@@ -386,7 +388,7 @@ def test_photographs_of_classifiers_are_turned_before_timm_and_jittered_after() 
         rng = random.Random(seed)
         turned = turn(image, rng.randrange(4))
         drawn = draw_channels(3, 0.3, 0.0, rng)
-        wanted = drawn.apply(timms(turned, rng, 0)["image"], PixelValues())
+        wanted = drawn.apply(timms(turned, rng, 0)["image"], PHOTOGRAPHS)
         assert torch.equal(own(image, random.Random(seed), 0)["image"], wanted)
 
 
@@ -399,7 +401,7 @@ def test_the_evaluation_of_other_images_sees_what_that_of_photographs_sees(size,
         smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bicubic")[0].clamp(0, 255)
         image = smooth.round().to(torch.uint8)
         photograph = EvaluationTransform(size, crop_pct, "bilinear")(image)
-        deep = PixelValues(False, 3, torch.uint16, (0,), (65535,), (0,))
+        deep = make_pixels(3, torch.uint16, (0,), (65535,), (0,))
         view = EvaluationTransform(size, crop_pct, "bilinear", deep)(image.to(torch.int32).mul(257).to(torch.uint16))
         assert (view.dtype, view.shape, view.is_contiguous()) == (torch.uint16, photograph.shape, True)
         assert (view.double() / 257 - photograph.double()).abs().max() < 1.1
@@ -422,8 +424,8 @@ def test_the_evaluation_knows_what_has_no_data(kind: str) -> None:
         EvaluationTransform((30, 30), 1.0, pixels=pixels)(image),
         center_crop(image, (30, 30), pixels.nodata),
     ):
-        assert view.shape == (pixels.channels, 30, 30)
-        assert view.dtype == pixels.dtype
+        assert view.shape == (pixels.type.channels, 30, 30)
+        assert view.dtype == getattr(torch, pixels.type.dtype)
         empty = view.isnan() if pixels is COUNTS else view == (pixels.nodata if pixels.nodata is not None else -1)
         assert bool(empty[:, :8, :8].all()) == (pixels is not DEEP)
         assert not empty[:, 12:].any()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from stored_pixels import make_pixels
 from torch.utils._pytree import tree_leaves
 
 from itpn.cli import main
@@ -17,7 +18,6 @@ from itpn.data.decode import EncodedImage
 from itpn.data.files import find_images
 from itpn.data.gpu_decoding import DECODED_AT_ONCE, GpuTransform, collate_encoded
 from itpn.data.loader import TrainingLoader
-from itpn.data.pixels import PixelValues
 from itpn.errors import UserError
 from itpn.tasks.configs import (
     OptimizerConfig,
@@ -95,7 +95,7 @@ def test_images_that_are_no_photographs_are_left_to_the_workers(tmp_path, num_wo
     rng = np.random.default_rng(0)
     for number in range(9):
         np.save(tmp_path / f"{number}.npy", rng.integers(0, 5000, (4, 50, 60), dtype=np.uint16))
-    pixels = PixelValues(False, 4, torch.uint16, (0,), (5000,), (2000,), nodata=0)
+    pixels = make_pixels(4, torch.uint16, (0,), (5000,), (2000,), nodata=0)
     views = PretrainingTransform((24, 32), teacher_size=(21, 28), rotate90=True, channel_jitter=0.3, pixels=pixels)
     batches = load(tmp_path, False, 0, 4, views), load(tmp_path, True, num_workers, 4, views)
     for one, other in zip(*batches, strict=True):

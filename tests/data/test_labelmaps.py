@@ -15,15 +15,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from stored_pixels import make_pixels
 
 from itpn.data.class_names import read_names
 from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.image_type import PHOTOGRAPHS, Pixels
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.labelmaps import find_label_maps
 from itpn.data.loader import TrainingLoader
 from itpn.data.mask_checks import MaskRules, match_masks
 from itpn.data.masks import IGNORED, make_table, name_labels
-from itpn.data.pixels import PixelValues
 from itpn.data.scenes import CLASSES, GROUNDS
 from itpn.data.segmentation_transform import SegmentationTransform
 from itpn.data.shapes import write_shapes
@@ -634,8 +635,9 @@ def painted(labels: np.ndarray) -> torch.Tensor:
 def test_the_mask_goes_where_the_pixels_go(shapes, options):
     """The mask painted as an image, through the same transform: colours are still those of the classes."""
     train, _ = find(shapes)
+    grey = Pixels(mean=(7 / 255,))  # of what is beside the image
     transform = SegmentationTransform(
-        train.table, **{"size": 48, "short": 64, "photometric": False, "fill": (7, 7, 7), **options}
+        train.table, **{"size": 48, "short": 64, "photometric": False, "pixels": grey, **options}
     )
     for index in range(6):
         mask = train[index][2]
@@ -676,7 +678,9 @@ def test_an_edge_stays_where_it_is(tmp_path, sizes):
 def test_what_is_beside_the_image_keeps_its_colour(shapes):
     train, _ = find(shapes)
     _, data, mask = train[0]
-    transform = SegmentationTransform(train.table, 160, 64, scales=(1.0, 1.0), fill=(1, 2, 3))
+    transform = SegmentationTransform(
+        train.table, 160, 64, scales=(1.0, 1.0), pixels=Pixels(mean=(1 / 255, 2 / 255, 3 / 255))
+    )
     view = transform(decode_image(data), random.Random(0), mask)
     beside = view["image"][:, 100:]
     assert (beside == torch.tensor([1, 2, 3])[:, None, None]).all()
@@ -715,7 +719,7 @@ def crop_of(view: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
 def test_images_of_any_channels_go_where_photographs_go(shapes, options):
     """Of seven bands with a corner without data: the target is that of a photograph with the same seed."""
     train, _ = find(shapes)
-    bands = PixelValues(False, 7, torch.uint16, (0,), (10_000,), tuple(range(1, 8)), nodata=9)
+    bands = make_pixels(7, torch.uint16, (0,), (10_000,), tuple(range(1, 8)), nodata=9)
     mask, photograph = train[0][2], painted(labels_of(train, 0))
     image = 1000 + 100 * torch.arange(7)[:, None, None] + torch.arange(64 * 80).reshape(64, 80)
     image[:, :20, :20] = 9
@@ -724,7 +728,7 @@ def test_images_of_any_channels_go_where_photographs_go(shapes, options):
     for seed in range(10):
         ours, theirs = (
             SegmentationTransform(train.table, pixels=pixels, **settings)(one, random.Random(seed), mask)
-            for one, pixels in ((image, bands), (photograph, PixelValues()))
+            for one, pixels in ((image, bands), (photograph, PHOTOGRAPHS))
         )
         assert ours["image"].dtype == torch.uint16
         assert ours["image"].shape == (7, *theirs["image"].shape[1:])

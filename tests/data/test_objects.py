@@ -15,13 +15,15 @@ import yaml
 from PIL import Image
 from pycocotools import mask as theirs
 from pycocotools.coco import COCO
+from stored_pixels import make_pixels
 
 from itpn.data.annotations import find_objects, read_objects
 from itpn.data.batches import collect
 from itpn.data.decode import UnreadableImage, decode_image
+from itpn.data.image_type import PHOTOGRAPHS
 from itpn.data.loader import TrainingLoader
 from itpn.data.objects import DetectionTransform, draw_masks, encode_mask, make_target
-from itpn.data.pixels import PixelValues, resize_pixels
+from itpn.data.pixels import resize_pixels
 from itpn.data.scenes import CLASSES
 from itpn.data.shapes import write_shapes
 from itpn.errors import UserError
@@ -604,7 +606,7 @@ def test_turns_are_all_four_each_with_its_boxes():
 def test_images_of_any_channels_go_where_photographs_go(shapes, options):
     """Of seven bands with a corner without data: the objects are those of a photograph with the same seed."""
     train, _ = find_objects(str(shapes))
-    bands = PixelValues(False, 7, torch.int16, (0,), (10_000,), (500,), nodata=-1)
+    bands = make_pixels(7, torch.int16, (0,), (10_000,), (500,), nodata=-1)
     annotation = train[0][2]
     photograph = torch.zeros(3, 64, 80, dtype=torch.uint8)
     image = torch.arange(64 * 80, dtype=torch.int16).reshape(1, 64, 80).expand(7, -1, -1).clone()
@@ -612,7 +614,7 @@ def test_images_of_any_channels_go_where_photographs_go(shapes, options):
     for seed in range(10):
         ours, theirs = (
             DetectionTransform(128, 213, pixels=pixels, **options)(one, random.Random(seed), annotation)
-            for one, pixels in ((image, bands), (photograph, PixelValues()))
+            for one, pixels in ((image, bands), (photograph, PHOTOGRAPHS))
         )
         assert ours["image"].dtype == torch.int16
         assert ours["image"].shape == (7, *theirs["image"].shape[1:])

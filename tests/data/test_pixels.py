@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from stored_pixels import make_pixels
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, resize
 
 from itpn.data.pixels import (
-    PixelValues,
     adjust_channels,
     drop_channels,
     mirror,
@@ -161,7 +161,7 @@ def test_the_order_in_memory_does_not_matter(dtype: torch.dtype) -> None:
     image = punch(draw(dtype), 77) if dtype not in (torch.float16, torch.float32, torch.float64) else draw(dtype)
     last = torch.from_numpy(np.ascontiguousarray(image.numpy().transpose(1, 2, 0))).permute(2, 0, 1)
     cut = pad_pixels(image, 5, 6, [1.0])[:, :20, :27]
-    pixels = PixelValues(False, 5, dtype, (0,), (1,), (2.4,), 77)
+    pixels = make_pixels(5, dtype, (0,), (1,), (2.4,), 77)
     for function in (
         lambda one: resize_pixels(one, (9, 40), "bicubic", 77),
         lambda one: adjust_channels(one, [0.9] * 5, [0.8] * 5, pixels),
@@ -189,7 +189,7 @@ def test_data_that_rounds_to_the_value_of_none_keeps_being_data() -> None:
     assert (resize_pixels(image, (8, 8), "bilinear") == 0).any()
     assert (resize_pixels(image, (8, 8), "bilinear", nodata=0) == 1).any()
     assert not (resize_pixels(image, (8, 8), "bilinear", nodata=0) == 0).any()
-    pixels = PixelValues(False, 1, torch.uint16, (0,), (1000,), (0,), nodata=0)
+    pixels = make_pixels(1, torch.uint16, (0,), (1000,), (0,), nodata=0)
     dark = torch.tensor([[[1, 2, 0, 5]]], dtype=torch.uint16)
     assert adjust_channels(dark, [0.1], [1.0], pixels).tolist() == [[[1, 1, 0, 1]]]
     assert drop_channels(dark, [0], pixels).tolist() == [[[1, 1, 0, 1]]]
@@ -198,7 +198,7 @@ def test_data_that_rounds_to_the_value_of_none_keeps_being_data() -> None:
 
 def test_an_image_without_any_data() -> None:
     for image, nodata in ((torch.full((2, 9, 9), float("nan")), None), (torch.zeros(2, 9, 9, dtype=torch.uint16), 0)):
-        pixels = PixelValues(False, 2, image.dtype, (0,), (1,), (0.5,), nodata)
+        pixels = make_pixels(2, image.dtype, (0,), (1,), (0.5,), nodata)
         for changed in (
             resize_pixels(image, (4, 5), "bicubic", nodata),
             adjust_channels(image, [2.0, 0.5], [2.0, 0.5], pixels),
@@ -247,7 +247,7 @@ def test_channels_are_changed_as_torchvision_changes_grey_images() -> None:
     """In a value range of its own, wherever nothing is cut off."""
     unit = torch.rand(4, 11, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 0.4 + 0.2
     low, high = (torch.tensor(ends, dtype=torch.float64)[:, None, None] for ends in ([-30, 0, 5, -1], [10, 1, 9, 1]))
-    pixels = PixelValues(False, 4, torch.float64, (-30, 0, 5, -1), (10, 1, 9, 1), (0,))
+    pixels = make_pixels(4, torch.float64, (-30, 0, 5, -1), (10, 1, 9, 1), (0,))
     brightness, contrast = [1.3, 0.7, 1.0, 1.1], [0.8, 1.2, 1.3, 1.0]
     changed = (adjust_channels(low + unit * (high - low), brightness, contrast, pixels) - low) / (high - low)
     for channel, (bright, contrasted) in enumerate(zip(brightness, contrast, strict=True)):
@@ -261,7 +261,7 @@ def test_channels_are_changed_as_torchvision_changes_grey_images() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_changed_channels_stay_in_their_type(dtype: torch.dtype) -> None:
     image = draw(dtype)
-    pixels = PixelValues(False, 5, dtype, (0,), (1,), (2.4,))
+    pixels = make_pixels(5, dtype, (0,), (1,), (2.4,))
     same = adjust_channels(image, [1.0] * 5, [1.0] * 5, pixels)
     assert torch.equal(same, image) if not dtype.is_floating_point else torch.allclose(same, image, rtol=1e-3)
     brighter = adjust_channels(image, [1.9] * 5, [1.9] * 5, pixels)  # beyond what whole numbers hold
@@ -283,7 +283,7 @@ def test_changed_channels_stay_in_their_type(dtype: torch.dtype) -> None:
 def test_channels_are_changed_where_there_is_data(dtype, nodata) -> None:
     image = punch(draw(dtype), nodata)
     empty = without_data(image, nodata)
-    pixels = PixelValues(False, 5, dtype, (-1.0,), (3.0,), (1.0, 2.0, 3.0, 4.0, 5.0), nodata)
+    pixels = make_pixels(5, dtype, (-1.0,), (3.0,), (1.0, 2.0, 3.0, 4.0, 5.0), nodata)
     changed = adjust_channels(image, [0.9] * 5, [0.8] * 5, pixels)
     assert torch.equal(without_data(changed, nodata), empty)
     for channel in range(5):

@@ -1,6 +1,9 @@
 """Statistics of a data set's pixels, and the normalization that is made of them."""
 
+import io
 import json
+import re
+import tarfile
 
 import numpy as np
 import pytest
@@ -9,10 +12,15 @@ import torch
 from PIL import Image
 
 from itpn.cli import main
-from itpn.data.image_type import PHOTOGRAPH, ImageType, check_value_range, to_option, to_pairs
+from itpn.data.distribution import Distribution
+from itpn.data.files import find_images
+from itpn.data.image_type import PHOTOGRAPH, ImageType, Pixels, check_value_range, to_option, to_pairs
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
-from itpn.data.statistics import compute_statistics, read_statistics, write_statistics
+from itpn.data.samples import find_type
+from itpn.data.shard_images import ShardImages
+from itpn.data.statistics import compute_statistics
+from itpn.data.statistics_file import as_reader, read_statistics, write_statistics
 from itpn.data.stored import Reading
 from itpn.errors import UserError
 
@@ -51,6 +59,31 @@ def test_numbers_are_those_of_numpy(tmp_path, dtype):
     scaled = ((exact - low[:, None]) / (high - low)[:, None]).clip(0, 1)
     assert np.allclose(found.scaled_mean, scaled.mean(axis=1))
     assert np.allclose(found.scaled_std, scaled.std(axis=1))
+
+
+def test_each_pixel_counts_alike_in_percentiles_of_deep_numbers():
+    """Of images of all sizes, whose values differ; and no more values are kept than the limit."""
+    own = Distribution(np.dtype(np.float32), 1000)
+    for number in range(20):
+        own.add(np.full(100, number, np.float32))
+        own.add(np.full(900, 100 + number, np.float32))
+    kept = own._values
+    assert 500 < kept.size <= 1000
+    assert np.mean(kept < 100) == pytest.approx(0.1, abs=0.04)
+    assert own.percentile([5, 50])[0] < 20 < 100 < own.percentile([5, 50])[1]
+    mean, _ = own.scaled(0, 1000)
+    assert mean == pytest.approx(own.mean / 1000, abs=0.005)
+
+
+def test_memory_of_many_channels_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("itpn.data.statistics.ALL_VALUES", 2**16)
+    limits = []
+    monkeypatch.setattr(
+        "itpn.data.statistics.Distribution", lambda dtype, limit: limits.append(limit) or Distribution(dtype, limit)
+    )
+    paths, _ = make_set(tmp_path, np.float32, channels=16)
+    compute_statistics(FileReader(paths), Reading())
+    assert limits == [2**12] * 16
 
 
 @pytest.mark.parametrize(
@@ -93,6 +126,20 @@ def test_what_geotiffs_declare_enters_nothing(tmp_path, settings):
     assert (found.nodata, found.nodata_fraction, found.minimum) == (0, 0.25, (500, 500))
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_value_for_no_data_that_a_later_file_declares(tmp_path, dtype):
+    """It is that of all images: of those before it, too."""
+    for number in range(3):
+        pixels = np.full((2, 20, 30), 500 + number, dtype)
+        pixels[:, :5] = 7
+        options = {"extratags": [(42113, "s", 0, "7", True)]} if number == 1 else {}
+        path = tmp_path / f"{number}.tif"
+        tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="separate", **options)
+    found = compute_statistics(FileReader([str(tmp_path / f"{number}.tif") for number in range(3)]), Reading())
+    assert (found.nodata, found.nodata_fraction, found.minimum, found.maximum) == (7, 0.25, (500, 500), (502, 502))
+    assert not found.warnings
+
+
 def test_a_value_that_stands_for_no_data(tmp_path):
     paths, _ = make_set(tmp_path, np.int16)
     values = np.load(paths[0])
@@ -117,6 +164,53 @@ def test_a_sample_is_spread_out_and_passes_over_corrupt_files(tmp_path):
     assert compute_statistics(FileReader(paths), Reading(), sample=3).sampled == 3
 
 
+def make_shards(folder, compressed=False):
+    """Three shards of 2, 3 and 4 images of one value each: 0, 1, ... 8."""
+    number = 0
+    for shard, count in enumerate((2, 3, 4)):
+        with tarfile.open(folder / f"{shard}.tar", "w:gz" if compressed else "w") as tar:
+            for _ in range(count):
+                file = io.BytesIO()
+                np.save(file, np.full((8, 9, 2), number, np.uint16))
+                member = tarfile.TarInfo(f"{number}.npy")
+                member.size = file.tell()
+                file.seek(0)
+                tar.addfile(member, file)
+                number += 1
+    return find_images([folder])
+
+
+@pytest.mark.parametrize("compressed", [False, True])
+def test_of_shards_a_sample_is_spread_over_all(tmp_path, compressed):
+    reader = as_reader(make_shards(tmp_path, compressed))
+    assert isinstance(reader, ShardImages)
+    found = compute_statistics(reader, Reading(), sample=3)
+    assert (found.images, found.sampled) == (9, 3)
+    assert (found.minimum, found.maximum, found.mean) == ((0, 0), (8, 8), (4, 4))
+    assert [reader.name(index) for index in (0, 2, 8)] == ["0.tar/0.npy", "1.tar/2.npy", "2.tar/8.npy"]
+    assert reader[0][1] == reader[0][1]  # backwards too
+
+
+def test_of_shards_images_are_read_when_it_is_their_turn(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr("itpn.data.shard_images.read_file", lambda path, start, size: read.append(path) or b"corrupt")
+    source = make_shards(tmp_path)
+    assert find_type(source, Reading()) == (ImageType(2, "uint16"), "0.tar/0.npy")
+    reader = as_reader(source)
+    assert not read
+    assert reader[4][1] == b"corrupt"
+    assert read == [str(tmp_path / "1.tar")]
+
+
+def test_shards_by_the_command(tmp_path, capsys):
+    make_shards(tmp_path)
+    (tmp_path / "2.tar").write_bytes((tmp_path / "2.tar").read_bytes()[:2500])  # two images, and a part of the third
+    assert main(["stats", str(tmp_path), "--sample", "4"]) == 0
+    out, err = capsys.readouterr()
+    assert re.search(r"4 of [67] images, 9x8 px, 2 channels of uint16", out)
+    assert "2.tar: corrupt shard" in " ".join(err.split())
+
+
 def test_the_file_is_read_again(tmp_path):
     paths, _ = make_set(tmp_path, np.uint16)
     found = compute_statistics(FileReader(paths), Reading())
@@ -138,6 +232,7 @@ def test_the_file_is_read_again(tmp_path):
         {"value_range": [[5, 5]] * 3},
         {"nodata": "x"},
         {"nodata_fraction": "x"},
+        {"fingerprint": 5},
     ],
 )
 def test_numbers_that_are_none_of_images(tmp_path, wrong):
@@ -188,7 +283,7 @@ def test_ranges_as_options():
 
 def test_photographs_are_normalized_as_ever():
     images = torch.randint(0, 256, (2, 3, 4, 5), dtype=torch.uint8)
-    normalize = Normalize(3, (0.5, 0.4, 0.3), (0.2, 0.3, 0.1))
+    normalize = Normalize(Pixels(mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.1)))
     mean, std = (torch.tensor(v).reshape(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.3, 0.1)))
     assert torch.equal(normalize(images), (images.float() / 255 - mean) / std)
     assert torch.equal(normalize.undo(normalize(images)), images)
@@ -200,7 +295,8 @@ def test_stored_pixels(dtype):
     images = torch.from_numpy(RNG.integers(0, 3000, (2, 2, 4, 5)).astype(dtype))
     ranges = ((0.0, 2000.0), (1000.0, 2000.0))
     nodata = None if dtype == "float32" else 7.0
-    normalize = Normalize(2, (0.5,), (0.25, 0.5), ImageType(2, dtype), ranges, nodata)
+    low, high = zip(*ranges, strict=True)
+    normalize = Normalize(Pixels(ImageType(2, dtype), low, high, (0.5,), (0.25, 0.5), nodata))
     images[0, 0, 0, 0] = float("nan") if nodata is None else 7
     result = normalize(images)
     assert result.dtype == torch.float32
@@ -246,6 +342,15 @@ def test_mistakes(tmp_path, capsys, words, expected):
     make_set(tmp_path, np.uint16)
     assert main(["stats", str(tmp_path), *words]) in (1, 2)
     assert expected in capsys.readouterr().err
+
+
+def test_a_log_is_told_when_it_takes_long(tmp_path, capsys, monkeypatch):
+    make_set(tmp_path, np.uint16)
+    assert main(["stats", str(tmp_path)]) == 0
+    assert "so far" not in capsys.readouterr().err
+    monkeypatch.setattr("itpn.tasks.statistics.PATIENCE", -1)
+    assert main(["stats", str(tmp_path)]) == 0
+    assert capsys.readouterr().err.count("reading mean, std and value range of the images: 1 of 5 so far") == 1
 
 
 def test_files_that_are_not_read_whole_are_named(tmp_path, capsys):

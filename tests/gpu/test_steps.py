@@ -8,6 +8,7 @@ from objectives import OBJECTIVES, build, step
 from torch._dynamo.utils import counters
 from torch._inductor import config as inductor
 
+from itpn.data.image_type import Pixels
 from itpn.data.normalize import Normalize
 from itpn.teachers.ema import EMATeacher
 
@@ -33,7 +34,7 @@ def make_images(device: torch.device, seed: int = 0) -> torch.Tensor:
 def test_no_step_waits_for_the_gpu(device, objective, checkpointing):
     model = build(objective, drop_path_rate=0.1, grad_checkpointing=checkpointing).train().to(device)
     teacher = EMATeacher(model) if objective == "mfm" else None
-    normalize = Normalize(3, (0.5,), (0.25,)).to(device)
+    normalize = Normalize(Pixels(mean=(0.5,), std=(0.25,))).to(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=True)
     images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device=device)
     for number in range(3):

@@ -5,10 +5,11 @@ import torch
 from objectives import OBJECTIVES, build, step
 from torch._dynamo.utils import counters
 
+from itpn.data.image_type import Pixels
 from itpn.data.normalize import Normalize
 from itpn.teachers.ema import EMATeacher
 
-NORMALIZE = Normalize(3, (0.5,), (0.25,))
+NORMALIZE = Normalize(Pixels(mean=(0.5,), std=(0.25,)))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True, "selective"])
@@ -20,7 +21,7 @@ def test_no_step_waits_for_a_value_on_the_device(objective, checkpointing):
     model.to("meta")
     images = torch.zeros(4, 3, 32, 48, dtype=torch.uint8, device="meta")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], foreach=True)
-    loss = step(model, teacher, Normalize(3, (0.5,), (0.25,)).to("meta")(images))
+    loss = step(model, teacher, Normalize(Pixels(mean=(0.5,), std=(0.25,))).to("meta")(images))
     torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
     optimizer.step()
     if teacher is not None:

@@ -21,6 +21,7 @@ from torchmetrics.functional.classification import multilabel_average_precision
 import itpn
 from itpn.data.augment import ClassificationTransform, EvaluationTransform
 from itpn.data.evaluation import make_evaluation_loader
+from itpn.data.image_type import Pixels
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
 from itpn.errors import UserError
@@ -217,7 +218,7 @@ class MultiLabelEvaluator(Evaluator[dict[str, float]]):
 
     def __init__(self, config: MultiLabelConfig, images: MultiLabelImages) -> None:
         self.config, self.images, self.classes = config, images, images.classes
-        self.normalize = Normalize(3, config.data.mean, config.data.std)
+        self.normalize = Normalize(Pixels(mean=config.data.mean, std=config.data.std))
 
     def __len__(self) -> int:
         return len(self.images)

@@ -69,7 +69,7 @@ def test_a_classifier_of_bands_gets_their_range_and_mean() -> None:
     view = transform(image, random.Random(0), 1)["image"]
     assert (view.dtype, tuple(view.shape)) == (torch.uint16, (5, 32, 32))
     assert (transform.pixels.low, transform.pixels.high) == ((0.0,) * 5, (1000.0,) * 5)
-    assert transform.pixels.mean == pytest.approx((200.0,) * 5)
+    assert transform.pixels.stored_mean == pytest.approx((200.0,) * 5)
     assert transform.pixels.nodata == 0
 
 

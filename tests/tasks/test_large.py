@@ -21,14 +21,16 @@ from rasterio.transform import Affine, from_origin
 from torch import nn
 
 import itpn
-import itpn.tasks.georeference
+import itpn.data.formats.georeference
 import itpn.tasks.large
 from itpn.cli import main
 from itpn.data.annotations import read_objects
+from itpn.data.decode import UnreadableImage
+from itpn.data.formats.georeference import NOWHERE, Georeference, find_georeference
 from itpn.data.mask_pieces import Piece
 from itpn.data.readers import FileReader
 from itpn.data.samples import open_sample
-from itpn.data.stored import PLAIN
+from itpn.data.stored import PLAIN, Reading
 from itpn.errors import UserError
 from itpn.metrics.segmentation import PixelScores, compare
 from itpn.tasks.configs import (
@@ -46,7 +48,6 @@ from itpn.tasks.detection.network import build_detector
 from itpn.tasks.detection.prediction import ObjectFiles
 from itpn.tasks.evaluation import evaluate
 from itpn.tasks.finetuning.network import resolve_with_head
-from itpn.tasks.georeference import NOWHERE, Georeference, find_georeference
 from itpn.tasks.large import NO_DATA, Overview, SourceImage, find_tiling, usual_side
 from itpn.tasks.pixels import make_normalize
 from itpn.tasks.segmentation.inference import make_segmentation
@@ -158,6 +159,18 @@ def test_tiles_have_the_pixels_of_the_image(tmp_path, layout, band, monkeypatch)
     assert torch.equal(overview.pixels, torch.from_numpy(whole))
 
 
+def test_tiles_of_an_image_that_is_too_large_as_a_whole(tmp_path):
+    whole = draw_bands(150, 210)
+    write_geotiff(tmp_path / "image.tif", whole)
+    settings = Reading(max_pixels=5000)
+    image = SourceImage("image", open_sample(tmp_path / "image.tif", settings), tmp_path / "image.tif", settings)
+    assert not image.fits
+    for tile in Grid(150, 210, 64, 16):
+        assert torch.equal(image.read(tile), torch.from_numpy(whole[:, tile.slices[0], tile.slices[1]]))
+    with pytest.raises(UnreadableImage, match="210x150 pixels, more than the 5000 allowed"):
+        image.whole()
+
+
 @pytest.mark.parametrize("step", [2, 3, 7])
 def test_an_overview_is_every_nth_pixel(step, monkeypatch):
     whole = torch.arange(150 * 210).reshape(1, 150, 210)
@@ -256,7 +269,9 @@ def test_without_the_extra_a_note_says_what_is_not_written(tmp_path, monkeypatch
     save_segmenter(tmp_path / "model.safetensors", **DEEP)
     write_geotiff(tmp_path / "scene.tif", draw_bands(90, 70))
     tifffile.imwrite(tmp_path / "plain.tif", draw_bands(90, 70), photometric="minisblack", planarconfig="separate")
-    monkeypatch.setattr(itpn.tasks.georeference, "find_spec", lambda name: None if name == missing else find_spec(name))
+    monkeypatch.setattr(
+        itpn.data.formats.georeference, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
     command = ["predict", str(tmp_path / "model.safetensors"), "--out", str(tmp_path / "out")]
     assert main([*command, str(tmp_path / "plain.tif")]) == 0
     assert "itpn[geo]" not in capsys.readouterr().err
@@ -393,6 +408,23 @@ def test_coordinates_beyond_the_earth(tmp_path, corner):
     place, reason = find_georeference(tmp_path / "a.tif")
     assert (place is None) == (corner == (5e9, 5e9))
     assert reason == (None if place else NOWHERE)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_images_are_where_their_stored_pixels_are(tmp_path, orientation):
+    pixels = np.arange(1500, dtype=np.uint16).reshape(30, 50)
+    with tifffile.TiffFile(write_geotiff(tmp_path / "plain.tif", pixels[None])) as file:
+        places = [tag for tag in file.pages[0].tags if tag.code > 30000]
+        tags = [(tag.code, tag.dtype, tag.count, tag.value, True) for tag in places]
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, pixels, extratags=[*tags, (274, "H", 1, orientation, True)], metadata=None)
+    turned = itpn.read_image(path)[0]
+    place, _ = find_georeference(path)
+    with rasterio.open(path) as file:
+        stored = file.read(1)
+        for row, column in ((0, 0), (3, 7), (turned.shape[0] - 1, 2)):
+            y, x = np.argwhere(stored == int(turned[row, column]))[0]
+            assert np.allclose(place.to_ground([(column + 0.5, row + 0.5)])[0], file.xy(y, x))
 
 
 def test_objects_are_where_they_are(tmp_path):

@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,22 @@ from safetensors import safe_open
 import itpn
 from itpn.checkpoints.files import read_checkpoint
 from itpn.cli import main
-from itpn.data.image_type import ImageType
+from itpn.data.files import find_training_images
+from itpn.data.image_type import ImageType, Pixels
 from itpn.data.normalize import Normalize
-from itpn.tasks.configs import ClassificationConfig, ClassificationDataConfig, ClassificationModelConfig
-from itpn.tasks.pixels import adopt_pixels, stored_normalize
+from itpn.tasks.configs import (
+    ClassificationConfig,
+    ClassificationDataConfig,
+    ClassificationModelConfig,
+    DetectionConfig,
+    DetectionDataConfig,
+    PretrainingConfig,
+    PretrainingDataConfig,
+    SegmentationConfig,
+    SegmentationDataConfig,
+)
+from itpn.tasks.pixels import adopt_pixels, resolve_pixels, stored_normalize
+from itpn.tasks.spec import find_task
 
 BANDS = 5
 SHORT = (
@@ -175,6 +188,70 @@ def test_statistics_of_the_command_are_used(bands, tmp_path, capsys):
     write(root / "another.tif", draw(9)[0])
     assert main([*command, "--name", "again"]) == 0
     assert "stats.json is of other images: not used" in capsys.readouterr().out
+
+
+LABELLED = {
+    "classes": lambda root: ClassificationConfig(data=ClassificationDataConfig(root=(root,), label_fraction=0.5)),
+    "masks": lambda root: SegmentationConfig(data=SegmentationDataConfig(root=root, label_fraction=0.5)),
+    "objects": lambda root: DetectionConfig(data=DetectionDataConfig(root=root, label_fraction=0.5)),
+    "windows": lambda root: SegmentationConfig(
+        data=SegmentationDataConfig(root=root, window_size=32, window_overlap=8)
+    ),
+    "undivided": lambda root: SegmentationConfig(data=SegmentationDataConfig(root=root, val_fraction=0.5)),
+}
+
+
+@pytest.mark.parametrize("kind", LABELLED)
+def test_statistics_of_the_command_are_those_of_a_part_of_the_images(bands, tmp_path, kind):
+    """Of the same root, divided into splits, beside masks, cut into windows, and of few labels."""
+    root = tmp_path / "root"
+    shutil.copytree(bands / (kind if kind in ("classes", "objects") else "masks"), root)
+    train = next(path for path in root.rglob("train") if path.parent.name != "annotations")
+    if kind == "undivided":
+        for place in (root / "images", root / "annotations"):
+            shutil.rmtree(place / "val")
+            for path in (place / "train").iterdir():
+                path.rename(place / path.name)
+            (place / "train").rmdir()
+        train = root / "images"
+    assert main(["stats", str(root)]) == 0
+    config = LABELLED[kind](f"{root}/")
+    data = find_task(config.task).find_data(config)
+
+    def resolve() -> str:
+        return " ".join(resolve_pixels(config, data.train)[1])
+
+    assert f"are those of {root}/stats.json" in resolve()
+    first = min(train.rglob("*.tif"))
+    content = first.read_bytes()
+    first.write_bytes(content + b"more")
+    assert "stats.json is of other images: not used" in resolve()
+    first.write_bytes(content)
+    assert f"are those of {root}/stats.json" in resolve()
+    write(train / ("a/new.tif" if kind == "classes" else "new.tif"), draw(20)[0])
+    assert "stats.json is of other images: not used" in resolve()
+
+
+def test_statistics_of_shards_are_those_of_all(tmp_path):
+    """Not of the first ones; and a stats.json is used as long as the shards are the same."""
+    (tmp_path / "shards").mkdir()
+    for shard in range(3):
+        with tarfile.open(tmp_path / f"shards/{shard}.tar", "w") as tar:
+            for number in range(2):
+                write(tmp_path / "image.tif", (draw(number)[0] * (1 + shard)).astype(np.uint16))
+                tar.add(tmp_path / "image.tif", f"{number}.tif")
+    root = str(tmp_path / "shards")
+    source = find_training_images((root,))
+    config = PretrainingConfig(data=PretrainingDataConfig(root=(root,)))
+    found, notes = resolve_pixels(config, source)
+    assert "are those of 6 of 6 images" in notes[0]
+    assert float(found.data.value_range[1]) > 3 * 1500
+    assert main(["stats", root]) == 0
+    again, notes = resolve_pixels(config, source)
+    assert f"are those of {root}/stats.json" in notes[0]
+    assert again == found
+    (tmp_path / "shards/2.tar").rename(tmp_path / "shards/3.tar")
+    assert "stats.json is of other images: not used" in resolve_pixels(config, find_training_images((root,)))[1][0]
 
 
 FINE_TUNING = {
@@ -424,9 +501,11 @@ def test_the_page_prepares_images_for_exported_files(bands, pretrained, tmp_path
     floats = np.where(integers == 50, np.nan, integers).astype(np.float32)
     for pixels in (integers, floats):
         kind = ImageType(3, pixels.dtype.name)
-        normalize = Normalize(3, stored["mean"], stored["std"], kind, [(10, 200)], stored["nodata"])
+        normalize = Normalize(
+            Pixels(kind, (10,), (200,), tuple(stored["mean"]), tuple(stored["std"]), stored["nodata"])
+        )
         assert np.allclose(shown["prepare"](pixels, stored), normalize(torch.from_numpy(pixels)), atol=1e-5)
     photo = np.arange(75, dtype=np.uint8).reshape(3, 5, 5)
-    normalize = Normalize(3, (0.5, 0.4, 0.3), (0.2, 0.1, 0.3))
+    normalize = Normalize(Pixels(mean=(0.5, 0.4, 0.3), std=(0.2, 0.1, 0.3)))
     stored = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.1, 0.3]}
     assert np.allclose(shown["prepare"](photo, stored), normalize(torch.from_numpy(photo)), atol=1e-5)

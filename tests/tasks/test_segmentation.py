@@ -22,6 +22,7 @@ from torchvision.transforms.v2.functional import resize
 import itpn
 from itpn.checkpoints.files import named_tensors, read_checkpoint
 from itpn.cli import main
+from itpn.data.image_type import Pixels
 from itpn.data.masks import IGNORED
 from itpn.data.normalize import Normalize
 from itpn.data.scenes import CLASSES, GROUNDS
@@ -51,7 +52,7 @@ from itpn.training.optimization import learning_rate
 
 NAMES = (*GROUNDS, *CLASSES)
 ENV = {**os.environ, "OMP_NUM_THREADS": "1"}
-PLAIN = Normalize(3, (0.0,), (1.0,))
+PLAIN = Normalize(Pixels(mean=(0.0,), std=(1.0,)))
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +306,7 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
         NAMES[n]: pytest.approx((numbers == n).mean()) for n in range(10) if (numbers == n).any()
     }
     # the same as in evaluation
-    normalize = Normalize(3, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+    normalize = Normalize(Pixels(mean=(0.4, 0.5, 0.6), std=(0.2, 0.25, 0.3)))
     image = torch.from_numpy(np.asarray(Image.open(photo).convert("RGB"))).permute(2, 0, 1)
     wanted = Segmentation(64, 48, interpolation="bicubic")(model, normalize, image)
     assert (torch.from_numpy(numbers.copy()) == wanted).float().mean() > 0.99

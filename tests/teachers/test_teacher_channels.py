@@ -4,12 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from stored_pixels import make_pixels
 from torch import nn
 
 from itpn.commands.parsing import parse_with_recipe
 from itpn.commands.train import Train
 from itpn.errors import UserError
 from itpn.tasks.configs import TeacherConfig
+from itpn.tasks.pixels import pixels_of
 from itpn.tasks.pretraining.config import check_teacher
 from itpn.tasks.pretraining.data import make_frozen_teacher, show_to_teacher
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
@@ -37,7 +39,7 @@ def expected(rgb):
 def test_three_channels_scaled_from_their_range(dtype):
     images = torch.randint(0, 200, (2, 5, 8, 8)).to(dtype)
     teacher, low, high = make_teacher(), (0, 20, 40, 10, 0), (250, 120, 90, 160, 1)
-    teacher.view = RGBView((3, 2, 1), low, high)
+    teacher.view = RGBView((3, 2, 1), make_pixels(5, dtype, low, high))
     rgb = torch.empty(2, 3, 8, 8)
     for place, index in enumerate((3, 2, 1)):
         rgb[:, place] = ((images[:, index].float() - low[index]) / (high[index] - low[index])).clamp(0, 1)
@@ -48,7 +50,7 @@ def test_three_channels_scaled_from_their_range(dtype):
 
 def test_grey_is_repeated_and_no_data_is_black():
     teacher = make_teacher()
-    teacher.view = RGBView((0, 0, 0), -100.0, 100.0, nodata=-9999)
+    teacher.view = RGBView((0, 0, 0), make_pixels(1, torch.int16, (-100,), (100,), nodata=-9999))
     images = torch.randint(-100, 100, (1, 1, 8, 8)).to(torch.int16)
     images[..., 0, 0] = -9999
     rgb = ((images.float() + 100) / 200).clamp(0, 1).expand(1, 3, 8, 8)
@@ -121,7 +123,9 @@ def test_from_the_command_line(settings, monkeypatch):
     config.model.in_chans, config.data.dtype, config.data.nodata = 4, "uint16", 7.0
     config.data.value_range = ("0", "100", "0", "200", "50", "300", "0", "400")
     show_to_teacher(config, frozen)
-    assert frozen.view == RGBView((2, 1, 0), [0, 0, 50, 0], [100, 200, 300, 400], 7.0)
+    assert frozen.view == RGBView((2, 1, 0), pixels_of(config))
+    own = frozen.view.pixels
+    assert (own.low, own.high, own.nodata) == ((0, 0, 50, 0), (100, 200, 300, 400), 7)
     config.teacher = replace(teacher, channels=None)
     with pytest.raises(UserError, match=r"^teacher pixels sees red, green and blue, and the images have 4 channels"):
         show_to_teacher(config, frozen)

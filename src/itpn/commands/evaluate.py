@@ -1,5 +1,6 @@
 """`itpn evaluate`: a checkpoint and labelled images, in metrics."""
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,6 +73,7 @@ class Evaluate(RecipeCommand):
         from itpn.checkpoints.files import read_checkpoint
         from itpn.checkpoints.load import check_finite, load_found
         from itpn.tasks.evaluation import EvaluationRequest, evaluate
+        from itpn.tasks.evaluation_bar import EvaluationBar
         from itpn.training.launch import launched, make_fabric, quieten_libraries, read_launch
 
         assert task.resolve_evaluation is not None
@@ -92,7 +94,8 @@ class Evaluate(RecipeCommand):
             model.to(fabric.device).eval()
             with fabric.autocast():
                 rank, world_size = fabric.global_rank, fabric.world_size
-                (scores,), skipped = evaluate(evaluator, [model], fabric.device, rank, world_size)
+                with EvaluationBar(math.ceil(len(evaluator) / world_size), hidden=rank > 0) as bar:
+                    (scores,), skipped = evaluate(evaluator, [model], fabric.device, rank, world_size, bar)
             if not fabric.is_global_zero:
                 return
             for note in [*evaluator.notes, *notes, *(f"skipped {name}: {reason}" for name, reason in skipped)]:

@@ -24,15 +24,16 @@ class Stats:
     """Compute mean, std, percentiles and the fraction without data of the channels of images, and write stats.json.
 
     `itpn train` takes mean, std and value range from the stats.json of its --data.root, where they are not given and
-    the images are no photographs of 8 bits; without one it computes them from 512 of the images.
+    the images are no photographs of 8 bits; without one, or after the images have changed, it computes them from 512 of
+    the images.
     """
 
     images: Annotated[Positional[str], shown("DIR")]
-    """Folder of images; of one that is divided into train and others, the training images."""
+    """Folder of images, as --data.root; of one that is divided into train and others, the training images."""
     out: Annotated[Path | None, shown("FILE", "(default: stats.json in DIR)")] = None
     """File for the numbers."""
     sample: Annotated[PositiveInt | None, shown("N", "(default: all images)")] = None
-    """Read so many images, evenly spaced."""
+    """Read so many images, evenly spaced over folders and shards."""
     value_range: Annotated[tuple[str, ...], of_data("value-range", "VALUE [VALUE ...]", USUAL_RANGE, RANGE)] = ()
     nodata: Annotated[float | None, of_data("nodata", "VALUE", "what the files declare", NODATA)] = None
     axes: Annotated[Literal["CHW", "HWC"] | None, of_data("axes", "CHW|HWC", "channels are the shorter axis", AXES)] = (
@@ -57,4 +58,4 @@ class Stats:
             raise UserError(f"{self.images} is no folder, into which the numbers could be written: give --out FILE")
         out = Path(self.images, "stats.json") if self.out is None else self.out
         reading = Reading(self.max_pixels or MAX_PIXELS, self.axes, self.nodata)
-        report_statistics(source, reading, self.value_range, self.sample, out)
+        report_statistics(source, self.images, reading, self.value_range, self.sample, out)

@@ -20,6 +20,7 @@ from itpn.data.numbers import is_int64, read_image_id, read_number, read_whole
 from itpn.data.object_checks import check_object, refuse_corners
 from itpn.data.objects import DetectionImages
 from itpn.data.readers import FileReader, PackedStrings
+from itpn.data.samples import NO_LIMIT
 from itpn.data.voc import read_voc
 from itpn.data.yolo import read_yolo
 from itpn.errors import UserError
@@ -44,7 +45,7 @@ def find_objects(
 
     Args:
         on_invalid: what to do about invalid annotations, see `itpn.tasks.configs.DetectionDataConfig`.
-        max_pixels: larger images are left out.
+        max_pixels: larger images to train on are left out; those to evaluate on may be read in tiles.
         bands: of images in one file a band, see `itpn.data.bands.find_bands`.
         log: takes the summary, a line at a time.
 
@@ -60,7 +61,7 @@ def find_objects(
     assert train is not None
     val = None
     if val_root is not None or Path(root).is_dir():  # a single file is for training
-        val = read_objects(val_root or root, "val", on_invalid, log, val_root is None, max_pixels, logged, bands)
+        val = read_objects(val_root or root, "val", on_invalid, log, val_root is None, NO_LIMIT, logged, bands)
     if val is None:
         return train, None
     unknown = [name for name in val.classes if name not in train.classes]

@@ -17,7 +17,8 @@ from torch import Tensor
 from torchvision.transforms.v2.functional import adjust_brightness, adjust_contrast, adjust_saturation
 
 from itpn.data.decode import EncodedImage, decode_whole
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues, adjust_channels, drop_channels, mirror, resize_pixels, turn
+from itpn.data.image_type import PHOTOGRAPHS, Pixels
+from itpn.data.pixels import adjust_channels, drop_channels, mirror, resize_pixels, turn
 from itpn.errors import UserError
 
 Jitter = list[tuple[Callable[[Tensor, float], Tensor], float]]  # adjustments and their factors, in order
@@ -35,7 +36,7 @@ class ChannelParams(NamedTuple):
     contrast: tuple[float, ...] = ()
     dropped: tuple[int, ...] = ()
 
-    def apply(self, image: Tensor, pixels: PixelValues) -> Tensor:
+    def apply(self, image: Tensor, pixels: Pixels) -> Tensor:
         if self.brightness:
             image = adjust_channels(image, self.brightness, self.contrast, pixels)
         return drop_channels(image, self.dropped, pixels) if self.dropped else image
@@ -96,7 +97,7 @@ class PretrainingTransform:
     rotate90: bool = False
     channel_jitter: float = 0.0
     channel_drop: float = 0.0
-    pixels: PixelValues = PHOTOGRAPHS
+    pixels: Pixels = PHOTOGRAPHS
 
     def __post_init__(self) -> None:
         if self.interpolation not in ("bicubic", "bilinear"):
@@ -138,7 +139,7 @@ class PretrainingTransform:
         flip = rng.random() < self.hflip
         # drawn last, so that crops do not depend on it
         jitter = draw_jitter(self.color_jitter, rng) if self.color_jitter else []
-        channels = draw_channels(self.pixels.channels, self.channel_jitter, self.channel_drop, rng)
+        channels = draw_channels(self.pixels.type.channels, self.channel_jitter, self.channel_drop, rng)
         return AugmentParams(box, flip, jitter, turns, channels)
 
     def make_views(self, crop: Tensor, params: AugmentParams) -> dict[str, Tensor]:
@@ -185,7 +186,7 @@ class ClassificationTransform:
     rotate90: bool = False
     channel_jitter: float = 0.0
     channel_drop: float = 0.0
-    pixels: PixelValues = PHOTOGRAPHS
+    pixels: Pixels = PHOTOGRAPHS
 
     def __post_init__(self) -> None:
         crops = PretrainingTransform(
@@ -225,11 +226,11 @@ class ClassificationTransform:
         Returns:
             "image" [C, *img_size] in the type that is stored, and "label".
         """
-        if not self.pixels.photographs:
+        if not self.pixels.type.is_photo:
             return {**self._crops(image, rng), "label": torch.tensor(label)}  # type: ignore[attr-defined]
         # what is off draws no number
         pixels = turn(decode_whole(image), rng.randrange(4) if self.rotate90 else 0)
-        channels = draw_channels(self.pixels.channels, self.channel_jitter, self.channel_drop, rng)
+        channels = draw_channels(self.pixels.type.channels, self.channel_jitter, self.channel_drop, rng)
         view = channels.apply(self._augment(pixels, rng), self.pixels)
         return {"image": view, "label": torch.tensor(label)}
 
@@ -268,7 +269,7 @@ class EvaluationTransform:
         img_size: tuple[int, int],
         crop_pct: float,
         interpolation: str = "bicubic",
-        pixels: PixelValues = PHOTOGRAPHS,
+        pixels: Pixels = PHOTOGRAPHS,
     ) -> None:
         self.img_size, self.crop_pct, self.interpolation, self.pixels = img_size, crop_pct, interpolation, pixels
         self._transform = create_transform(
@@ -277,7 +278,7 @@ class EvaluationTransform:
 
     def __call__(self, image: Tensor) -> Tensor:
         """[C, any, any] -> [C, *img_size] of the same type."""
-        if self.pixels.photographs:
+        if self.pixels.type.is_photo:
             return torch.as_tensor(self._transform(to_pil(image)))
         sides = _timm_sides(image.shape[-2], image.shape[-1], self.img_size, self.crop_pct)
         image = resize_pixels(image, sides, self.interpolation, self.pixels.nodata)
@@ -319,10 +320,12 @@ def swap_sides(sides: tuple[int, int], turns: int) -> tuple[int, int]:
     return (sides[1], sides[0]) if turns % 2 else (sides[0], sides[1])
 
 
-def check_photographs(pixels: PixelValues, option: str, instead: str) -> None:
+def check_photographs(pixels: Pixels, option: str, instead: str) -> None:
     """Raise :class:`UserError` for an option that is for photographs alone."""
-    if not pixels.photographs:
-        raise UserError(f"{option} is for RGB photographs, not for {pixels}: leave it out, or give {instead}")
+    if not pixels.type.is_photo:
+        raise UserError(
+            f"{option} is for RGB photographs, not for images of {pixels.type}: leave it out, or give {instead}"
+        )
 
 
 def draw_crop(

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from itpn.data.pixels import to_float
 from itpn.errors import UserError
 
-Values = float | Sequence[float]  # one for all channels of an image, or one for each
+TINY = torch.finfo(torch.float32).tiny
 SAMPLED = 2**20  # pixels of a channel whose percentiles stand for those of all
 
 
@@ -21,40 +22,40 @@ def check_channels(option: str, channels: Sequence[int], count: int) -> None:
 
 
 def scale_channels(
-    images: Tensor, channels: Sequence[int], low: Values, high: Values, nodata: float | None = None
+    images: Tensor, channels: Sequence[int], low: Sequence[float], high: Sequence[float], nodata: float | None = None
 ) -> Tensor:
     """Bring a range of values to [0, 1]; beyond it values are clipped, and pixels without data are 0.
 
     Args:
         images: [..., C, H, W] of any dtype.
         channels: those that are wanted, by index; one may come several times.
-        low, high: of all C channels, or of each.
-        nodata: the value of pixels without data, beside NaN and infinite ones.
+        low, high: one number for all C channels, or one for each.
+        nodata: the value of pixels without data among integers; floats have NaN or infinity there.
 
     Returns:
         float32 [..., number of channels, H, W].
     """
-    x = pick_channels(images, channels)
-    least, most = (pick_values(values, channels).to(x.device) for values in (low, high))
-    scaled = ((x - least) / (most - least).clamp(min=torch.finfo(torch.float32).tiny)).clamp(0, 1)
-    return scaled.masked_fill(~is_valid(x, nodata), 0.0)
+    planes = []
+    for channel in channels:
+        values, least, most = images[..., channel, :, :], _pick(low, channel), _pick(high, channel)
+        scaled = (to_float(values) - least) / max(most - least, TINY)
+        planes.append(scaled.clamp(0, 1).float().masked_fill(~is_valid(values, nodata), 0.0))
+    return torch.stack(planes, dim=-3)
 
 
-def pick_channels(images: Tensor, channels: Sequence[int]) -> Tensor:
-    """Channels of [..., C, H, W] by index, float32."""
-    return torch.stack([images[..., index, :, :].float() for index in channels], dim=-3)
-
-
-def pick_values(values: Values, channels: Sequence[int]) -> Tensor:
-    """Those of some channels, float32 [number of channels, 1, 1]."""
-    own = [values] * len(channels) if isinstance(values, int | float) else [values[index] for index in channels]
-    return torch.tensor(own, dtype=torch.float32).reshape(-1, 1, 1)
+def _pick(values: Sequence[float], channel: int) -> float:
+    return values[0 if len(values) == 1 else channel]
 
 
 def is_valid(values: Tensor, nodata: float | None) -> Tensor:
-    """Where there are data: bool of the shape of the values."""
-    valid = values.isfinite()
-    return valid if nodata is None else valid & (values != nodata)
+    """Where there are data: bool of the shape of the values.
+
+    Args:
+        values: as they are stored; ``nodata`` is among integers alone.
+    """
+    if values.is_floating_point():
+        return values.isfinite()
+    return torch.ones_like(values, dtype=torch.bool) if nodata is None else to_float(values) != nodata
 
 
 def find_percentiles(
@@ -64,10 +65,9 @@ def find_percentiles(
     lows, highs = [], []
     for index in range(images.shape[-3]):
         values = images[..., index, :, :].flatten()
-        values = values[:: max(1, values.numel() // SAMPLED)].float()
-        values = values[is_valid(values, nodata)]
-        fractions = values.new_tensor(percents) / 100
-        low, high = values.quantile(fractions).tolist() if len(values) else (0.0, 1.0)
+        values = values[:: max(1, values.numel() // SAMPLED)]
+        values = to_float(values)[is_valid(values, nodata)]
+        low, high = values.quantile(values.new_tensor(percents) / 100).tolist() if len(values) else (0.0, 1.0)
         lows.append(low)
         highs.append(high)
     return lows, highs

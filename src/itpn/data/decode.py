@@ -84,9 +84,16 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
             image.getexif()[ORIENTATION] = 1  # or else Pillow applies it a second time
     if orientation in SWAPPED:
         width, height = height, width
-    if max_pixels is not None and width * height > max_pixels:
-        raise UnreadableImage(f"{width}x{height} pixels, more than the {max_pixels} allowed (--data.max-pixels)")
-    return OpenedImage(image, orientation, height, width)
+    opened = OpenedImage(image, orientation, height, width)
+    check_pixels(opened, max_pixels)
+    return opened
+
+
+def check_pixels(image: OpenedImage, max_pixels: int | None) -> None:
+    """Raise :class:`UnreadableImage` for an image of more pixels; None for no limit."""
+    if max_pixels is not None and image.width * image.height > max_pixels:
+        size = f"{image.width}x{image.height}"
+        raise UnreadableImage(f"{size} pixels, more than the {max_pixels} allowed (--data.max-pixels)")
 
 
 def load_image(opened: OpenedImage) -> Image.Image:
@@ -115,6 +122,9 @@ def _check_tags(compression: str, tags: Any) -> None:
 class EncodedImage:
     """An image file of which only the header has been read; all of it or a crop is decoded later.
 
+    Args:
+        opened: its header, where that has been read.
+
     Attributes:
         data: the file's content.
         height, width: in pixels, with the orientation applied.
@@ -125,16 +135,17 @@ class EncodedImage:
         UnreadableImage: see :func:`open_image`.
     """
 
-    def __init__(self, data: bytes, max_pixels: int | None = MAX_PIXELS) -> None:
+    def __init__(self, data: bytes, max_pixels: int | None = MAX_PIXELS, opened: OpenedImage | None = None) -> None:
         if not data:
             raise UnreadableImage("empty file")
         self.data = data
-        self._opened = open_image(io.BytesIO(data), max_pixels)
+        self._opened = opened or open_image(io.BytesIO(data), None)
+        check_pixels(self._opened, max_pixels)
         self._image, self._orientation, self.height, self.width = self._opened
         self.format = self._image.format
         self._tags: Any = getattr(self._image, "tag_v2", {})
         self.warnings: dict[str, str] = {}
-        self._is_jpeg = self.format in ("JPEG", "MPO") and self._image.mode in ("L", "RGB")
+        self._is_jpeg = is_plain_jpeg(self._image)
         if self._image.mode[0] in "IF" or is_deep_png(data) or max(self._tags.get(BITS) or (8,)) > 8:
             raise UnreadableImage("more than 8 bits a channel: no photograph")
         if "progressive" in self._image.info and count_scans(data) > MAX_SCANS:
@@ -148,7 +159,7 @@ class EncodedImage:
     @property
     def reads_windows(self) -> bool:
         """Whether a region is decoded without the rest."""
-        return self.is_upright_jpeg and _find_codec(os.getpid())[1] is not None
+        return reads_regions(self._opened)
 
     def decode(self) -> Tensor:
         """Decode the whole image, uint8 [3, height, width]; see :func:`decode_image`."""
@@ -195,8 +206,7 @@ class EncodedImage:
         """
         if not self.is_upright_jpeg:
             return None
-        with quiet():
-            codec, decoder = _find_codec(os.getpid())
+        codec, decoder = _find_codec(os.getpid())
         if decoder is None:
             return None
         with reading():
@@ -206,16 +216,27 @@ class EncodedImage:
             return None if part is None else torch.from_numpy(np.asarray(part)).permute(2, 0, 1)
 
 
+def is_plain_jpeg(image: Image.Image) -> bool:
+    """Whether it is a grey or RGB JPEG."""
+    return image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+
+
+def reads_regions(opened: OpenedImage) -> bool:
+    """Whether a region of a photograph is decoded without the rest: of an upright JPEG, where nvImageCodec is there."""
+    return is_plain_jpeg(opened.image) and opened.orientation == 1 and _find_codec(os.getpid())[1] is not None
+
+
 @functools.cache
 def _find_codec(process: int) -> tuple[Any, Any]:
     """nvImageCodec and a decoder of it. Each process has its own, because threads do not survive a fork."""
     try:
-        from nvidia import nvimgcodec as codec
+        with quiet():  # about libraries for GPUs
+            from nvidia import nvimgcodec as codec
 
-        backends = [codec.Backend(codec.CPU_ONLY)]
-        return codec, codec.Decoder(
-            device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends
-        )
+            backends = [codec.Backend(codec.CPU_ONLY)]
+            return codec, codec.Decoder(
+                device_id=codec.NVIMGCODEC_DEVICE_CPU_ONLY, max_num_cpu_threads=1, backends=backends
+            )
     except Exception:  # not installed (it exists for Linux only), or not for this machine
         return None, None
 

@@ -13,7 +13,7 @@ from itpn.data.augment import EvaluationTransform
 from itpn.data.batches import Batch, View, stack
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
-from itpn.data.samples import MixedImages, open_sample
+from itpn.data.samples import MixedImages, Sample, open_for_tiles, open_sample
 from itpn.data.skipped import none_readable
 from itpn.data.stored import PLAIN, Reading
 from itpn.data.workers import WorkerLoader, beat
@@ -26,8 +26,13 @@ def view_labelled(transform: EvaluationTransform, image: Tensor, label: int) -> 
     return {"image": transform(image), "label": torch.tensor(label)}
 
 
-def read_some(images: Reader, count: int, reading: Reading = PLAIN) -> list[tuple[int, Tensor]]:
+def read_some(
+    images: Reader, count: int, reading: Reading = PLAIN, decode: Callable[[Sample], Tensor] | None = None
+) -> list[tuple[int, Tensor]]:
     """Readable images, evenly spaced over a data set, with their indices.
+
+    Args:
+        decode: the pixels of an image whose header has been read, or of a part of it; None for all of them.
 
     Raises:
         UserError: no image can be read.
@@ -40,7 +45,11 @@ def read_some(images: Reader, count: int, reading: Reading = PLAIN) -> list[tupl
         if len(found) == count:
             break
         try:
-            found.append((index, open_sample(images[index][1], reading, images.name(index)).decode()))
+            data, name = images[index][1], images.name(index)
+            if decode is None:
+                found.append((index, open_sample(data, reading, name).decode()))
+            else:
+                found.append((index, decode(open_for_tiles(data, reading, name))))
         except UnreadableImage as error:
             first = first or (images.name(index), str(error))
     if not found:
@@ -52,8 +61,12 @@ def read_some(images: Reader, count: int, reading: Reading = PLAIN) -> list[tupl
 class EvaluationBatches(Dataset[dict[str, Any]]):
     """Batch number -> collated views, "index" int64 [n], "corrupt" and "warnings", as of `TrainingLoader`.
 
-    n is ``batch_size``, or less in the last batch and where images are corrupt. Where n is 0, there are no views:
-    neither "image" nor any other key of theirs.
+    n is ``batch_size``, or less in the last batch and where images are corrupt or large. Where n is 0, there are no
+    views: neither "image" nor any other key of theirs.
+
+    Attributes:
+        is_large: whether an image, of which the header has been read, is not to be decoded: its index is in "large".
+            None where all are decoded.
     """
 
     images: Reader
@@ -61,18 +74,23 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
     collate: Callable[[list[View]], Batch]
     batch_size: int
     reading: Reading
+    is_large: Callable[[Sample], bool] | None = None
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
-        views, indices, corrupt = [], [], []
+        views, indices, large, corrupt = [], [], [], []
+        open_it = open_sample if self.is_large is None else open_for_tiles
         warnings: dict[str, tuple[str, str]] = {}
         for index in range(number * self.batch_size, min((number + 1) * self.batch_size, len(self.images))):
             name, data, annotation = self.images[index]
             beat()
             try:
-                image = open_sample(data, self.reading, name)
+                image = open_it(data, self.reading, name)
+                if self.is_large is not None and self.is_large(image):
+                    large.append(index)
+                    continue
                 views.append(self.view(image.decode(), annotation))
             except UnreadableImage as error:
                 corrupt.append((name, str(error)))
@@ -83,7 +101,8 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
             for kind, warning in image.warnings.items():
                 warnings.setdefault(kind, (name, warning))
         batch = self.collate(views) if views else {}
-        return {**batch, "index": torch.tensor(indices, dtype=torch.int64), "corrupt": corrupt, "warnings": warnings}
+        seen = {"index": torch.tensor(indices, dtype=torch.int64), "large": large, "corrupt": corrupt}
+        return {**batch, **seen, "warnings": warnings}
 
 
 def make_evaluation_loader(
@@ -95,9 +114,10 @@ def make_evaluation_loader(
     world_size: int = 1,
     reading: Reading = PLAIN,
     collate: Callable[[list[View]], Batch] = stack,
+    is_large: Callable[[Sample], bool] | None = None,
 ) -> DataLoader[dict[str, Any]]:
     """Ranks take whole batches in turn, so that the images of a batch do not depend on ``world_size``."""
-    batches = EvaluationBatches(images, view, collate, batch_size, reading)
+    batches = EvaluationBatches(images, view, collate, batch_size, reading, is_large)
     return WorkerLoader(
         batches,
         range(rank, len(batches), world_size),

@@ -5,7 +5,7 @@ import re
 import struct
 from collections.abc import Collection
 from contextlib import suppress
-from typing import IO
+from typing import IO, Any
 
 from PIL import Image
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -15,6 +15,7 @@ SUBFILE = 254  # 1 for a smaller copy, 4 for a mask
 OLD_SUBFILE = 255  # its forerunner: 2 for a smaller copy
 BITS, PHOTOMETRIC, DESCRIPTION, SAMPLES, PLANES, COLOUR_MAP = 258, 262, 270, 277, 284, 320
 EXTRA_SAMPLES, SAMPLE_FORMAT = 338, 339
+NODATA = 42113  # of GDAL
 PNG_DEPTH = 24  # the byte of a PNG that holds the bits of a channel
 MAX_SCANS = 100  # of a progressive JPEG: encoders make about 10
 INTEGERS = {1: "B", 3: "H", 4: "I"}  # types of a tag
@@ -59,7 +60,7 @@ def read_tags(file: IO[bytes], wanted: Collection[int]) -> dict[int, tuple[int, 
         found = {}
         for tag, kind, number, value in struct.iter_unpack(entry, directory):
             form = INTEGERS.get(kind)
-            if tag not in wanted or form is None or number > MAX_VALUES:
+            if tag not in wanted or form is None or not 0 < number <= MAX_VALUES:
                 continue
             length = struct.calcsize(form) * number
             if length > len(value):
@@ -68,6 +69,14 @@ def read_tags(file: IO[bytes], wanted: Collection[int]) -> dict[int, tuple[int, 
             found[tag] = struct.unpack_from(f"{order}{number}{form}", value)
         return found
     return {}
+
+
+def read_nodata(tag: Any) -> float | None:
+    """The number in GDAL's tag; None where it holds none, or is missing."""
+    try:
+        return float(str(tag).strip(" \0"))
+    except ValueError:
+        return None
 
 
 def count_scans(data: bytes) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itpn.errors import UserError
 
 PHOTO = "photo"  # in place of a type of number: photographs of 8 bits
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DTYPES = ("uint8", "uint16", "uint32", "int8", "int16", "int32", "float16", "float32")
 
 ValueRange = tuple[float, float]  # the values that become 0 and 1
@@ -16,9 +17,15 @@ def is_storable(value: float, dtype: str) -> bool:
     """Whether a type of number has a value."""
     if "int" not in dtype:
         return True
+    low, high = _limits(dtype)
+    return float(value).is_integer() and low <= value <= high
+
+
+def _limits(dtype: str) -> tuple[int, int]:
+    """The least and the greatest value of a type of whole numbers."""
     bits = int(dtype.split("int")[1])
     low = 0 if dtype.startswith("u") else -(2 ** (bits - 1))
-    return float(value).is_integer() and low <= value < low + 2**bits
+    return low, low + 2**bits - 1
 
 
 def check_nodata(nodata: float | None, kind: "ImageType") -> None:
@@ -50,6 +57,48 @@ class ImageType:
 
 
 PHOTOGRAPH = ImageType(3, PHOTO)
+MASKED_PHOTO = ImageType(3, "uint8")  # of photographs in which some pixels have no data
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """What the pixels of a data set are once they are read, and how they become the input of a network.
+
+    They are clipped to a value range, scaled to [0, 1], and normalized by mean and std. The defaults are those of
+    photographs.
+
+    Each tuple has one number for all channels, or one for each.
+
+    Attributes:
+        low, high: the values that become 0 and 1, as they are stored.
+        mean, std: of pixels in [0, 1].
+        nodata: the value of pixels without data among integers; None for none. Floats without data are NaN.
+    """
+
+    type: ImageType = PHOTOGRAPH
+    low: tuple[float, ...] = (0.0,)
+    high: tuple[float, ...] = (255.0,)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    nodata: float | None = None
+
+    @property
+    def stored_mean(self) -> tuple[float, ...]:
+        """The mean as pixels are stored."""
+        channels = max(map(len, (self.low, self.high, self.mean)))
+        low, high, mean = (own * channels if len(own) == 1 else own for own in (self.low, self.high, self.mean))
+        return tuple(least + part * (most - least) for least, most, part in zip(low, high, mean, strict=True))
+
+
+PHOTOGRAPHS = Pixels()
+
+
+def dtype_range(kind: ImageType) -> ValueRange:
+    """What the type of number can hold; of floats 0 to 1."""
+    if "float" in kind.dtype:
+        return 0.0, 1.0
+    low, high = _limits("uint8" if kind.is_photo else kind.dtype)
+    return float(low), float(high)
 
 
 def check_value_range(value_range: Sequence[str]) -> None:

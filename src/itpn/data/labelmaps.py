@@ -2,6 +2,7 @@
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ def find_label_maps(
     train = check_masks(pairs, read_names(rules.classes, root, int(rules.reduce_zero_label)), rules)
     val = find_to_evaluate(root, masks, val_root, val_masks)
     if val is not None and val[0] != pairs[0]:
-        return train, check_masks(val, train.table, rules)
+        return train, check_masks(val, train.table, replace(rules, parts=True))  # large images are cut into tiles
     count = min(max(1, round(val_fraction * len(train))), len(train) - 1) if val_fraction else 0
     if not count:
         return train, None
@@ -90,7 +91,7 @@ def read_to_evaluate(
     if pairs is None:
         raise UserError(f"no images with masks to evaluate on in {root}: {LAYOUTS}")
     own_names = read_names(rules.classes, val_root or root, int(rules.reduce_zero_label))
-    return check_masks(pairs, own_names or names, rules), False
+    return check_masks(pairs, own_names or names, replace(rules, parts=True)), False
 
 
 def find_to_evaluate(root: str, masks: str | None, val_root: str | None, val_masks: str | None) -> "Pairs | None":

@@ -18,7 +18,8 @@ from itpn.data.file_types import JPEG_SUFFIXES
 from itpn.data.formats.reading import read_size
 from itpn.data.grey_masks import explain_greys
 from itpn.data.invalid import InvalidAnnotations
-from itpn.data.masks import IGNORED, VOID, LabelTable, make_table, pack, read_lossy_mask, ungrey
+from itpn.data.mask_files import open_to_scan, split_rows
+from itpn.data.masks import IGNORED, VOID, LabelTable, make_table, pack, read_values, ungrey
 from itpn.data.orientation import SWAPPED
 from itpn.data.readers import FileReader, PackedStrings, Reader, Subset, check_lost
 from itpn.data.walk import list_images
@@ -103,6 +104,7 @@ class MaskRules:
         log: takes the summary of invalid masks, a line at a time.
         max_pixels: of a mask.
         bands: of images in one file a band, see `itpn.data.bands.join_bands`.
+        parts: masks of more pixels are allowed, for parts of them will be read, see `itpn.data.mask_files`.
     """
 
     classes: str | None = None
@@ -112,6 +114,7 @@ class MaskRules:
     log: Callable[[str], None] = print
     max_pixels: int = MAX_PIXELS
     bands: tuple[str, ...] = ()
+    parts: bool = False
 
 
 class Pairs(NamedTuple):
@@ -155,7 +158,7 @@ def check_masks(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules
     table = _start_table(names, others, rules)
     contents: dict[str, MaskContent] = {}
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        jobs = [(path, mask, pool.submit(scan_mask, mask, rules.max_pixels, table)) for path, mask in masks.items()]
+        jobs = [(path, mask, pool.submit(scan_mask, mask, rules, table)) for path, mask in masks.items()]
         for path, mask, job in jobs:
             try:
                 contents[path] = job.result()
@@ -277,27 +280,31 @@ def _refuse_greys(
         )
 
 
-def scan_mask(path: str, max_pixels: int, table: LabelTable | None) -> MaskContent:
+def scan_mask(path: str, rules: MaskRules, table: LabelTable | None) -> MaskContent:
     """Read the size and content of a mask.
 
     Raises:
         UnreadableImage: it cannot be read, or is in colour and the table has no colours.
     """
-    values, lossy = read_lossy_mask(path, max_pixels, table)
-    coloured = values.ndim == 3 and table is not None and table.by_colour is not None
-    size = values.shape[:2]
-    if coloured:
-        occurs = np.zeros(VOID + 256, dtype=bool)
-        occurs[pack(values)] = True
-        return MaskContent(size, dict.fromkeys(occurs.nonzero()[0].tolist(), 1), True, lossy)
-    values = ungrey(values)
-    if values.dtype == np.uint8:
-        all_counts = np.bincount(values.ravel())
-        present = all_counts.nonzero()[0]
-        counts = all_counts[present]
-    else:
-        present, counts = np.unique(values, return_counts=True)
-    return MaskContent(size, dict(zip(present.tolist(), counts.tolist(), strict=True)), False, lossy)
+    file = open_to_scan(path, rules.max_pixels, rules.parts)
+    occurs, counts = np.zeros(VOID + 256, dtype=bool), Counter[int]()
+    coloured = False
+    for window in split_rows(file):
+        values = read_values(file, table, window)
+        coloured = values.ndim == 3 and table is not None and table.by_colour is not None
+        if coloured:
+            occurs[pack(values)] = True
+            continue
+        values = ungrey(values)
+        if values.dtype == np.uint8:
+            all_counts = np.bincount(values.ravel(), minlength=256)
+            present = all_counts.nonzero()[0]
+            found = all_counts[present]
+        else:
+            present, found = np.unique(values, return_counts=True)
+        counts.update(dict(zip(present.tolist(), found.tolist(), strict=True)))
+    content = dict.fromkeys(occurs.nonzero()[0].tolist(), 1) if coloured else dict(sorted(counts.items()))
+    return MaskContent((file.height, file.width), content, coloured, file.lossy)
 
 
 def match_masks(images: Sequence[str], folder: str, others: str, invalid: InvalidAnnotations) -> dict[str, str]:

@@ -1,20 +1,17 @@
 """Masks: reading them, and the classes that their labels or colours stand for."""
 
 import functools
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from itpn.data.class_names import Colour, Names, join_names
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, load_image, open_image, reading, reason_of
-from itpn.data.headers import BITS, PNG_DEPTH, find_lossy
-from itpn.data.readers import read_file
+from itpn.data.decode import MAX_PIXELS, UnreadableImage
+from itpn.data.formats.image_file import Window
+from itpn.data.mask_files import DecodedMask, MaskFile
 from itpn.errors import UserError
 
 IGNORED = 255  # class index of ignored pixels in memory
@@ -46,7 +43,14 @@ class LabelTable:
         Raises:
             UnreadableImage: it is not a mask, or has unknown labels.
         """
-        values = read_mask(path, max_pixels, self)
+        return self.name_values(read_mask(path, max_pixels, self))
+
+    def read_window(self, file: MaskFile, window: Window) -> Tensor:
+        """As :meth:`read`, of a window in a mask."""
+        return self.name_values(read_values(file, self, window))
+
+    def name_values(self, values: np.ndarray) -> Tensor:
+        """The class indices of values, see :func:`read_values`."""
         if values.ndim == 3 and self.by_colour is not None:
             colours, indices = self._sorted_colours
             packed = pack(values)
@@ -139,70 +143,33 @@ def unpack(value: int) -> Colour:
 
 
 def read_mask(path: str, max_pixels: int = MAX_PIXELS, table: LabelTable | None = None) -> np.ndarray:
-    """As :func:`read_lossy_mask`, the values alone."""
-    return read_lossy_mask(path, max_pixels, table)[0]
+    """The values of a mask file, see :func:`read_values`."""
+    return read_values(DecodedMask(path, max_pixels), table)
 
 
-def read_lossy_mask(path: str, max_pixels: int, table: LabelTable | None) -> tuple[np.ndarray, str]:
-    """The values of a mask file, labels [H, W] or colours [H, W, 3], with its orientation applied.
+def read_values(file: MaskFile, table: LabelTable | None, window: Window | None = None) -> np.ndarray:
+    """The values of a mask, or of a window in it: labels [H, W] or colours [H, W, 3].
 
     Args:
         table: if the palette of a mask has only colours of this table, the mask is read as colours, whatever its
             indices are; so are masks of 1, 2 or 4 bits if all colours of the table are grey.
 
-    Returns:
-        The values, and the lossy compression that they have been through, see :func:`itpn.data.headers.find_lossy`.
-
     Raises:
-        UnreadableImage: it is missing, corrupt, too large or transparent, or its palette and labels disagree.
+        UnreadableImage: its palette and labels disagree, or a label is below 0.
     """
-    try:
-        data = read_file(path)
-    except (OSError, ValueError) as error:
-        raise UnreadableImage(reason_of(error)) from None
-    with reading():
-        opened = open_image(io.BytesIO(data), max_pixels)
-        image, bits = load_image(opened), _count_bits(opened.image, data)
-        lossy = find_lossy(opened.image, data)
-        if image.mode in ("LA", "RGBA") and bits == 8 and image.getextrema()[-1] == (255, 255):
-            image = image.convert(image.mode[:-1])  # of 16 bits Pillow keeps the upper 8
-        if image.mode not in ("1", "L", "P", "RGB") and not image.mode.startswith("I"):
-            raise UnreadableImage(
-                f"an image of mode {image.mode}, not a mask of labels{': save it without alpha' * ('A' in image.mode)}"
-            )
-        values, palette = _find_palette(image, bits)
-        colours = table.by_colour if table is not None else None
-        shades = all(red == green == blue for red, green, blue in colours or ())
-        if table is not None and colours is not None and palette and (image.mode == "P" or shades):
-            values = _use_palette(values, palette, table)
+    values = file.read(window)
     if values.min(initial=0) < 0:
         raise UnreadableImage(f"label {values.min()}, which no class has")
-    return values, lossy
+    colours = table.by_colour if table is not None else None
+    shades = all(red == green == blue for red, green, blue in colours or ())
+    if table is None or colours is None or not file.palette or not (file.indexed or shades):
+        return values
+    paint = _use_palette(file.used, file.palette, table)
+    return values if paint is None else paint[values]
 
 
-def _count_bits(image: Image.Image, data: bytes) -> int:
-    """Bits of a stored pixel, of formats that allow fewer than 8 for grey."""
-    if image.format == "PNG":
-        return data[PNG_DEPTH]
-    tags: Any = getattr(image, "tag_v2", {})
-    return int((tags.get(BITS) or (8,))[0])
-
-
-def _find_palette(image: Image.Image, bits: int) -> tuple[np.ndarray, list[Colour]]:
-    """The stored values and the colours that they stand for; no colours for 8 bits or more without a palette."""
-    if image.mode == "P":
-        channels = iter(image.getpalette("RGB") or ())
-        return np.asarray(image), list(zip(channels, channels, channels, strict=False))
-    if image.mode == "1":
-        image, bits = image.convert("L"), 1
-    if image.mode == "L" and bits in (1, 2, 4):
-        step = 255 // (2**bits - 1)  # Pillow multiplies by this
-        return np.asarray(image) // step, [(shade, shade, shade) for shade in range(0, 256, step)]
-    return np.asarray(image), []
-
-
-def _use_palette(values: np.ndarray, palette: Sequence[Colour], table: LabelTable) -> np.ndarray:
-    """The colours of a mask if the table has all of them, or else its labels.
+def _use_palette(used: Sequence[int], palette: Sequence[Colour], table: LabelTable) -> np.ndarray | None:
+    """The colours of a mask's labels, [256, 3], if the table has all of them; None if they are labels.
 
     An ignored label is read by its colour only if the colour is that of a class and of no lower label, because many
     palettes are filled up with black. Other ignored labels become `VOID` + label.
@@ -211,7 +178,6 @@ def _use_palette(values: np.ndarray, palette: Sequence[Colour], table: LabelTabl
         UnreadableImage: colours and labels stand for different classes, and some colours are unknown.
     """
     known, colours = table.by_colour or {}, dict(enumerate(palette))
-    used = np.bincount(values.ravel()).nonzero()[0].tolist()
     classes = {n: known[colours[n]] for n in used if colours.get(n) in known}
     void = {n for n in used if n in table.ignored and (n not in classes or palette.index(colours[n]) < n)}
     unnamed = [n for n in used if n not in classes and n not in void]
@@ -219,12 +185,12 @@ def _use_palette(values: np.ndarray, palette: Sequence[Colour], table: LabelTabl
         painted = np.zeros((256, 3), dtype=np.int16 if void else np.uint8)
         for n in used:
             painted[n] = (256, 0, n) if n in void else colours[n]
-        return painted[values]
+        return painted
     if any(index != table.indices[n] for n, index in classes.items() if n not in void):
         n = unnamed[0]
         what = f"colour {colours[n]} of label {n}, which no class has" if n in colours else f"no colour for label {n}"
         raise UnreadableImage(what)
-    return values
+    return None
 
 
 def ungrey(values: np.ndarray) -> np.ndarray:

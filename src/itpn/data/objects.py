@@ -18,7 +18,8 @@ from torchvision.transforms.v2.functional import resize
 
 from itpn.data.augment import draw_channels
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_whole
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues, mirror, resize_pixels, turn
+from itpn.data.image_type import PHOTOGRAPHS, Pixels
+from itpn.data.pixels import mirror, resize_pixels, turn
 from itpn.data.readers import PackedStrings, Reader, Subset
 from itpn.errors import UserError
 from itpn.geometry import fit_sides
@@ -217,7 +218,7 @@ class DetectionTransform:
     rotate90: bool = False
     channel_jitter: float = 0.0
     channel_drop: float = 0.0
-    pixels: PixelValues = PHOTOGRAPHS
+    pixels: Pixels = PHOTOGRAPHS
 
     def __call__(self, image: EncodedImage | Tensor, rng: random.Random, annotation: dict[str, Any]) -> dict[str, Any]:
         """Augment one image, encoded or [C, any, any], with its annotation.
@@ -230,7 +231,7 @@ class DetectionTransform:
             UnreadableImage: the image has another size than its annotation.
         """
         image = decode_whole(image)
-        check_size(image, annotation)
+        check_size(image.shape[-2:], annotation)
         target = make_target(annotation, self.masks)
         if self.large_scale_jitter is not None:
             height, width = image.shape[-2:]
@@ -258,7 +259,7 @@ class DetectionTransform:
                 target["masks"] = target["masks"].flip(-1)
         if self.rotate90:  # what is off draws no number
             image, target = _turn(image, target, rng.randrange(4))
-        channels = draw_channels(self.pixels.channels, self.channel_jitter, self.channel_drop, rng)
+        channels = draw_channels(self.pixels.type.channels, self.channel_jitter, self.channel_drop, rng)
         return {"image": channels.apply(image, self.pixels).contiguous(), "target": _drop_lost(target)}
 
     def magnify(self, height: int, width: int) -> float:
@@ -289,9 +290,9 @@ class DetectionTransform:
         return image, target
 
 
-def check_size(image: Tensor, annotation: dict[str, Any]) -> None:
-    """Raise :class:`UnreadableImage` if the annotation is of another image size."""
-    (height, width), stated = image.shape[-2:], annotation["size"]
+def check_size(size: Sequence[int], annotation: dict[str, Any]) -> None:
+    """Raise :class:`UnreadableImage` if the annotation is of another size (height, width) than its image."""
+    (height, width), stated = size, annotation["size"]
     if (height, width) != stated:
         hint = "; if EXIF rotates the image, they must be of the rotated one" * ((width, height) == stated)
         raise UnreadableImage(f"{width}x{height} pixels, and {stated[1]}x{stated[0]} in the annotations{hint}")

@@ -6,45 +6,17 @@ infinite) in floats, and one value, `nodata`, in integers; they never enter the 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from itpn.data.image_type import Pixels
+
 SIGNED = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}  # which torch can move
 NARROW = (torch.uint8, torch.int8, torch.uint16, torch.int16, torch.float16, torch.bfloat16, torch.float32)
 PLANE = (-2, -1)
-
-
-@dataclass(frozen=True)
-class PixelValues:
-    """What augmentation has to know of the pixels of a data set. The defaults are those of photographs.
-
-    Attributes:
-        photographs: whether they are photographs, RGB of 8 bits; recipes for colours are for these alone.
-        channels, dtype: of each image.
-        low, high: the value range, which is 0 to 1 for the network: one number, or one for each channel.
-        mean: of the pixels as they are stored: one number, or one for each channel.
-        nodata: the value of pixels without data among integers; None for none.
-    """
-
-    photographs: bool = True
-    channels: int = 3
-    dtype: torch.dtype = torch.uint8
-    low: tuple[float, ...] = (0.0,)
-    high: tuple[float, ...] = (255.0,)
-    mean: tuple[float, ...] = (124.0, 116.0, 104.0)  # ImageNet's
-    nodata: float | None = None
-
-    def __str__(self) -> str:
-        if self.photographs:
-            return "photographs"
-        return f"images of {self.channels} channel{'s' * (self.channels > 1)} of {str(self.dtype).split('.')[-1]}"
-
-
-PHOTOGRAPHS = PixelValues()
 
 
 def resize_pixels(
@@ -71,15 +43,17 @@ def resize_pixels(
     empty = find_empty(image, values, nodata)
     if empty is None:
         resized = resize(values, list(size), mode, antialias=True)
-        resized = resized.clamp(values.amin(PLANE, True), values.amax(PLANE, True))
+        # in place, here and below: memory that is new costs more than the arithmetic
+        torch.maximum(resized, values.amin(PLANE, True), out=resized)
+        torch.minimum(resized, values.amax(PLANE, True), out=resized)
         return to_stored(resized, None, image.dtype, nodata)
     inf = float("inf")
     low, high = values.masked_fill(empty, inf).amin(PLANE, True), values.masked_fill(empty, -inf).amax(PLANE, True)
     if (empty == empty[:1]).all():  # as a rule: a channel stands for all
         empty = empty[:1]
     weight = resize((~empty).to(values.dtype), list(size), mode, antialias=True)
-    resized = resize(values.masked_fill(empty, 0), list(size), mode, antialias=True) / weight
-    return to_stored(resized.clamp(low, high), weight < 0.5, image.dtype, nodata)
+    resized = resize(values.masked_fill(empty, 0), list(size), mode, antialias=True).div_(weight)
+    return to_stored(resized.clamp_(low, high), weight < 0.5, image.dtype, nodata)
 
 
 def turn(image: Tensor, quarters: int) -> Tensor:
@@ -97,9 +71,7 @@ def _movable(image: Tensor) -> Tensor:
     return image.view(SIGNED.get(image.dtype, image.dtype))
 
 
-def adjust_channels(
-    image: Tensor, brightness: Sequence[float], contrast: Sequence[float], pixels: PixelValues
-) -> Tensor:
+def adjust_channels(image: Tensor, brightness: Sequence[float], contrast: Sequence[float], pixels: Pixels) -> Tensor:
     """Change the brightness and contrast of each channel by its own factors, as torchvision does for grey images.
 
     Brightness scales the distance to the lower end of the value range, contrast that to the mean of the channel. Their
@@ -116,11 +88,11 @@ def adjust_channels(
     return to_stored(changed, empty, image.dtype, pixels.nodata)
 
 
-def drop_channels(image: Tensor, channels: Sequence[int], pixels: PixelValues) -> Tensor:
+def drop_channels(image: Tensor, channels: Sequence[int], pixels: Pixels) -> Tensor:
     """Fill whole channels with their mean, except where there is no data."""
     values = to_float(image).clone()
     empty = find_empty(image, values, pixels.nodata)
-    values[list(channels)] = _column(pixels.mean, values).expand(len(image), 1, 1)[list(channels)]
+    values[list(channels)] = _column(pixels.stored_mean, values).expand(len(image), 1, 1)[list(channels)]
     return to_stored(values, empty, image.dtype, pixels.nodata)
 
 
@@ -158,16 +130,17 @@ def to_stored(values: Tensor, empty: Tensor | None, dtype: torch.dtype, nodata: 
     """Undo :func:`to_float`, rounded and clamped to the type's range.
 
     Args:
+        values: are changed.
         empty: pixels that get no data. No other gets the value that says so, but the one beside it.
     """
     if dtype.is_floating_point:
         return (values if empty is None else values.masked_fill(empty, float("nan"))).to(dtype)
     limits = torch.iinfo(dtype)
-    values = values.round().clamp(limits.min, limits.max)
+    values = values.round_().clamp_(limits.min, limits.max)
     if nodata is not None:
         values = torch.where(values == nodata, nodata + (1 if nodata < limits.max else -1), values)
         if empty is not None:
-            values = values.masked_fill(empty, nodata)
+            values = values.masked_fill_(empty, nodata)
     return values.to(dtype)
 
 

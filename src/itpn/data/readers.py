@@ -105,12 +105,15 @@ class FileReader:
     def name(self, index: int) -> str:
         return readable(name_image(self.names[index]))
 
+    def path(self, index: int) -> Path | BandsOf:
+        """That of a file, or those of an image's bands."""
+        path = self.names[index]
+        return BandsOf(tuple(map(Path, split_bands(path)))) if MARK in path else Path(path)
+
     def __getitem__(self, index: int) -> tuple[str, bytes | Path | BandsOf | UnreadableImage]:
         path = self.names[index]
-        if MARK in path:
-            return readable(name_image(path)), BandsOf(tuple(map(Path, split_bands(path))))
-        if not path.lower().endswith(PHOTO_SUFFIXES):
-            return readable(path), Path(path)
+        if MARK in path or not path.lower().endswith(PHOTO_SUFFIXES):
+            return readable(name_image(path)), self.path(index)
         try:
             return readable(path), read_file(path)
         except (OSError, ValueError) as error:
@@ -136,6 +139,13 @@ class Subset:
 
     def __getitem__(self, index: int) -> tuple[Any, ...]:
         return self.files[int(self.rows[index])]
+
+
+def locate(images: Reader, index: int) -> Any:
+    """As ``images[index][1]``; of a file it is the path, without reading it."""
+    if isinstance(images, Subset):
+        return locate(images.files, int(images.rows[index]))
+    return images.path(index) if isinstance(images, FileReader) else images[index][1]
 
 
 def draw_order(images: Reader, seed: int) -> np.ndarray:

@@ -23,10 +23,11 @@ from torchvision.transforms.v2.functional import resize
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, reason_of
 from itpn.data.file_types import COPIES_INDEX, PHOTO_SUFFIXES, is_shard
 from itpn.data.files import ImageSource
+from itpn.data.image_type import PHOTOGRAPH
 from itpn.data.readers import MAX_FILE, check_lost, is_compressed, read_file, too_large
 from itpn.data.samples import Sample, open_sample, type_of
 from itpn.data.shards import index_shard
-from itpn.data.stored import Reading
+from itpn.data.stored import Reading, StoredImage
 from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
@@ -165,7 +166,10 @@ def open_photo(original: Original, max_pixels: int) -> Sample:
         UserError: it is no photograph, whose values or channels a JPEG would not hold.
         UnreadableImage, OSError, EOFError, ValueError, zlib.error: it cannot be read.
     """
-    image = open_sample(_read(original), Reading(max_pixels), original.name)
+    content = _read(original)
+    image = open_sample(content, Reading(max_pixels), original.name)
+    if isinstance(image, StoredImage) and image.grey_or_rgb:  # JPEG holds no value for pixels without data
+        image = open_sample(content, Reading(max_pixels, type=PHOTOGRAPH), original.name)
     kind = type_of(image)
     if not kind.is_photo:
         raise UserError(

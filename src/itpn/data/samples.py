@@ -6,37 +6,58 @@ Of all other images a data set has one :class:`ImageType`: as many channels, sto
 
 import functools
 import io
+import itertools
 import os
 import random
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any
 
 from itpn.data.bands import BandsOf
 from itpn.data.decode import (
     TIFF_HEADERS,
     EncodedImage,
+    OpenedImage,
     UnreadableImage,
     is_deep_png,
     open_image,
     reading,
+    reads_regions,
     reason_of,
 )
+from itpn.data.file_types import DICOM_START
+from itpn.data.files import ImageSource
 from itpn.data.formats.bands import BandsFile
 from itpn.data.formats.image_file import ImageFile, Window
+from itpn.data.formats.photos import DecodedPhoto
 from itpn.data.formats.reading import REMEDY, find_heif_reader, open_file
-from itpn.data.headers import BITS, DESCRIPTION, EXTRA_SAMPLES, PHOTOMETRIC, SAMPLE_FORMAT, SAMPLES, read_tags
-from itpn.data.image_type import PHOTOGRAPH, ImageType
-from itpn.data.readers import check_lost, read_file
-from itpn.data.stored import PLAIN, Reading, StoredImage
+from itpn.data.headers import (
+    BITS,
+    DESCRIPTION,
+    EXTRA_SAMPLES,
+    NODATA,
+    PHOTOMETRIC,
+    SAMPLE_FORMAT,
+    SAMPLES,
+    read_nodata,
+    read_tags,
+)
+from itpn.data.image_type import PHOTOGRAPH, ImageType, is_storable
+from itpn.data.readers import FileReader, Reader, check_lost, read_file
+from itpn.data.shards import read_shard
+from itpn.data.skipped import nothing_readable
+from itpn.data.stored import PLAIN, Limits, Reading, StoredImage, describe_nodata, is_masked
 from itpn.errors import UserError
 
 NO_LIMIT = 2**62
+TRIED = 1000  # images that are opened to find a readable one
 LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can be
+KEPT = 4  # files of which windows are read that stay open
 TRAINED = "the training images have"
-HEAD = 32  # bytes that tell most formats
+HEAD = DICOM_START  # bytes that tell the format
+PHOTO_TAGS = (BITS, SAMPLE_FORMAT, SAMPLES, PHOTOMETRIC, EXTRA_SAMPLES)
 ALPHA = (1, 2)  # kinds of extra samples
 COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # photometric interpretation of a TIFF -> channels of colour
 STACKS = ("<?xml", "<OME", "ImageJ=")  # in a description: which pages are channels is said there
@@ -83,9 +104,13 @@ class WindowSample:
 
     def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Any:
         """A part of it, [C, height, width], or smaller by a scale of JPEG."""
-        return self.image.decode_crop(self.top + top, self.left + left, height, width, target)
+        top, left = self.top + top, self.left + left
+        if isinstance(self.image, StoredImage):
+            return self.image.decode_window(top, left, height, width)
+        return self.image.decode_crop(top, left, height, width, target)
 
 
+Version = tuple[tuple[int, int], ...]  # time and size of files
 Image = EncodedImage | StoredImage
 Sample = Image | WindowSample
 
@@ -104,29 +129,66 @@ def open_sample(
         MixedImages: an image of another type than the others.
     """
     if isinstance(data, WindowOf):
-        image = _open_for_windows(data.data, replace(settings, max_pixels=NO_LIMIT), name)
+        image = _open_for_windows(data.data, settings, name)
         if data.whole not in (None, (image.height, image.width)):
             height, width = data.whole
             raise UnreadableImage(f"{image.width}x{image.height} pixels, and {width}x{height} in the annotations")
-        pixels = data.box[2] * data.box[3] if image.reads_windows else image.height * image.width
-        if pixels > settings.max_pixels:
+        height, width = data.box[2:] if image.reads_windows else (image.height, image.width)
+        if height * width > settings.max_pixels:
+            rest = "" if image.reads_windows else f", and it cannot be read in parts: {REMEDY}"
             raise UnreadableImage(
-                f"{image.width}x{image.height} pixels, more than the {settings.max_pixels} allowed "
-                f"(--data.max-pixels), and it cannot be read in parts: {REMEDY}"
+                f"{width}x{height} pixels, more than the {settings.max_pixels} allowed (--data.max-pixels){rest}"
             )
+        if settings.stretch is not None and isinstance(image, StoredImage) and isinstance(data.data, Path | BandsOf):
+            stretch = Reading(NO_LIMIT, settings.axes, settings.nodata, settings.stretch)
+            image.limits = _keep_limits(data.data, _find_version(data.data), stretch)
         return WindowSample(image, data.box)
     return open_image_of(data, settings, name)
 
 
-def open_image_of(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> Image:
-    """As :func:`open_sample`, of a whole image."""
+def open_for_tiles(
+    data: bytes | Path | BandsOf | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = ""
+) -> Sample:
+    """As :func:`open_sample`; a photograph in a TIFF that is too large to be decoded as a whole is opened too, if parts
+    of it can be decoded alone.
+    """
+    try:
+        return open_sample(data, settings, name)
+    except UnreadableImage as error:
+        if isinstance(data, Path) and (image := _open_regions(data, settings)) is not None:
+            return image
+        raise error
+
+
+def _open_regions(path: Path, settings: Reading) -> StoredImage | None:
+    try:
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+        if head[:4] not in TIFF_HEADERS:
+            return None
+        image = _open_stored(path, settings, head)
+    except (OSError, UnreadableImage):
+        return None
+    return image if image.reads_windows and image.grey_or_rgb and settings.type in (None, image.type) else None
+
+
+def open_image_of(
+    data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str, in_parts: bool = False
+) -> Image:
+    """As :func:`open_sample`, of a whole image.
+
+    Args:
+        in_parts: windows are to be read of it, which may be larger than is allowed as a whole.
+    """
     if isinstance(data, UnreadableImage):
         raise data
     image: Image
     if isinstance(data, BandsOf):
         image = StoredImage(BandsFile(data.paths, settings.axes), settings)
+    elif isinstance(data, Path):
+        image = _open_path(data, settings, in_parts)
     else:
-        image = _open_path(data, settings) if isinstance(data, Path) else _open_bytes(data, settings)
+        image = _open_bytes(data, settings, in_parts)
     return _check_type(image, settings, name)
 
 
@@ -137,30 +199,63 @@ def _check_type(image: Image, settings: Reading, name: str) -> Image:
     return image
 
 
+class OpenFiles:
+    """The files that windows were read of last, open. Each process has its own, because it moves in them.
+
+    Args:
+        most: files at a time; of those that are dropped nothing stays open.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._process = most, os.getpid()
+        self._files: dict[Hashable, ImageFile] = {}
+
+    def find(self, key: Hashable) -> ImageFile | None:
+        if self._process != os.getpid():
+            self._process, self._files = os.getpid(), {}
+        if (file := self._files.pop(key, None)) is not None:
+            self._files[key] = file  # the last
+        return file
+
+    def keep(self, key: Hashable, file: ImageFile) -> None:
+        self._files[key] = file
+        while len(self._files) > self._most:
+            del self._files[next(iter(self._files))]
+
+
+_open_files = OpenFiles(KEPT)
+
+
 def _open_for_windows(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> Image:
     """As :func:`open_image_of`; a file that is read in parts stays open for its next windows."""
-    if not isinstance(data, Path):
-        return open_image_of(data, settings, name)
+    if not isinstance(data, Path | BandsOf):
+        return open_image_of(data, settings, name, in_parts=True)
+    key = (data, _find_version(data), settings.axes)
+    file = _open_files.find(key)
+    if file is not None:
+        return _check_type(StoredImage(file, settings), settings, name)
+    image = open_image_of(data, settings, name, in_parts=True)
+    if isinstance(image, StoredImage) and image.reads_windows:
+        _open_files.keep(key, image.file)
+    return image
+
+
+def _find_version(data: Path | BandsOf) -> Version:
+    """What tells that files have been changed."""
+    paths = data.paths if isinstance(data, BandsOf) else (data,)
     try:
-        status = data.stat()
+        return tuple((status.st_mtime_ns, status.st_size) for status in (path.stat() for path in paths))
     except OSError as error:
-        check_lost(data, error)
+        check_lost(paths[0], error)
         raise UnreadableImage(reason_of(error)) from None
-    file = _keep_open(os.getpid(), data, (status.st_mtime_ns, status.st_size), settings.axes)
-    return (
-        open_image_of(data, settings, name)
-        if file is None
-        else _check_type(StoredImage(file, settings), settings, name)
-    )
 
 
-@functools.lru_cache(maxsize=4)
-def _keep_open(
-    process: int, path: Path, version: tuple[int, int], axes: Literal["CHW", "HWC"] | None
-) -> ImageFile | None:
-    """An open file that is read in parts; None for others. Each process has its own, because it moves in the file."""
-    image = open_image_of(path, Reading(NO_LIMIT, axes), str(path))
-    return image.file if isinstance(image, StoredImage) and image.reads_windows else None
+@functools.lru_cache(maxsize=2**12)
+def _keep_limits(data: Path | BandsOf, version: Version, settings: Reading) -> tuple[Limits, ...]:
+    """What becomes 0 and 1 in each channel of an image: a part of it is read, or the whole where it has no parts."""
+    image = open_image_of(data, settings, str(data), in_parts=True)
+    assert isinstance(image, StoredImage)
+    return image.limits
 
 
 def type_of(image: Sample) -> ImageType:
@@ -169,39 +264,121 @@ def type_of(image: Sample) -> ImageType:
     return whole.type if isinstance(whole, StoredImage) else PHOTOGRAPH
 
 
-def _open_bytes(data: bytes, settings: Reading) -> Image:
-    if not data:
-        raise UnreadableImage("empty file")
-    if is_photo_head(data[:HEAD]) or (data[:4] in TIFF_HEADERS and is_photo_tiff(data)):
-        return EncodedImage(data, settings.max_pixels)
-    return _open_stored(data, settings)
+def find_type(images: ImageSource | Reader, settings: Reading) -> tuple[ImageType, str]:
+    """The type of the first readable image, and its name.
+
+    Args:
+        settings: without a type.
+
+    Raises:
+        UserError: the first thousand cannot be read.
+        MachineError: because the file system fails.
+    """
+    corrupt = []
+    for name, data, *_ in itertools.islice(_in_order(images), TRIED):
+        try:
+            return type_of(open_sample(data, settings, name)), name
+        except UnreadableImage as error:
+            corrupt.append((name, str(error)))
+    raise nothing_readable(corrupt)
 
 
-def _open_path(path: Path, settings: Reading) -> Image:
-    try:
-        with open(path, "rb") as file:
+def _in_order(images: ImageSource | Reader) -> Iterator[tuple[Any, ...]]:
+    """Images as readers give them; shards are read no further than is asked for."""
+    if isinstance(images, ImageSource):
+        if images.shards:
+            return itertools.chain.from_iterable(read_shard(shard, images.members) for shard in images.shards)
+        images = FileReader(images.images)
+    return (images[index] for index in range(len(images)))
+
+
+def measure(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> tuple[int, int, bool]:
+    """Height and width of an image, and whether parts of it are decoded alone. Of a file the header is read.
+
+    Raises:
+        UnreadableImage, MixedImages: as of :func:`open_sample`.
+    """
+    if isinstance(data, Path):
+        with _naming_losses(data), open(data, "rb") as file:
             head = file.read(HEAD)
-        if is_photo_head(head) or (head[:4] in TIFF_HEADERS and is_photo_tiff(path)):
-            return _open_photo(path, settings)
-        return _open_stored(path, settings)
+            if is_photo_head(head) or is_deep_png(head):
+                file.seek(0)
+                opened = open_image(file, max_pixels=None)
+                return opened.height, opened.width, reads_regions(opened)
+    image = open_image_of(data, settings, name, in_parts=True)
+    return image.height, image.width, image.reads_windows
+
+
+@contextmanager
+def _naming_losses(path: Path) -> Iterator[None]:
+    """Convert the errors of a file that cannot be opened to :class:`UnreadableImage`."""
+    try:
+        yield
     except (OSError, ValueError) as error:
         check_lost(path, error)
         raise UnreadableImage(reason_of(error)) from None
 
 
-def _open_photo(path: Path, settings: Reading) -> Image:
-    """A photograph; a large TIFF, which windows are read of, stays in its file where tifffile is installed."""
-    if path.stat().st_size > LARGE_FILE:
+def _open_bytes(data: bytes, settings: Reading, in_parts: bool) -> Image:
+    if not data:
+        raise UnreadableImage("empty file")
+    if is_photo_head(data[:HEAD]):
+        return _open_photo(data, settings, in_parts)
+    if data[:4] in TIFF_HEADERS:
+        return _open_tiff(data, io.BytesIO(data), data[:HEAD], settings, in_parts)
+    return _open_stored(data, settings, data[:HEAD])
+
+
+def _open_path(path: Path, settings: Reading, in_parts: bool) -> Image:
+    with _naming_losses(path):
+        with open(path, "rb") as file:
+            head = file.read(HEAD)
+            if head[:4] in TIFF_HEADERS:
+                return _open_tiff(path, file, head, settings, in_parts)
+        if is_photo_head(head):
+            return _open_photo(read_file(str(path)), settings, in_parts)
+        return _open_stored(path, settings, head)
+
+
+def _open_tiff(source: bytes | Path, file: IO[bytes], head: bytes, settings: Reading, in_parts: bool) -> Image:
+    """A TIFF, whose header is read from an open file.
+
+    A photograph is decoded as a whole; a large one, or one that windows are read of, stays in its file, if parts of it
+    can be read. So does one in which pixels without data are told apart.
+    """
+    file.seek(0)
+    if not _is_photo(read_tags(file, PHOTO_TAGS)):
+        return _open_stored(source, settings, head)
+    file.seek(0)
+    large = in_parts or (isinstance(source, Path) and os.fstat(file.fileno()).st_size > LARGE_FILE)
+    data = b"" if large else read_file(str(source)) if isinstance(source, Path) else source
+    photo = find_photo(source, file if large else io.BytesIO(data))
+    if photo is None:
+        return _open_stored(source, settings, head)
+    declared = find_nodata(photo)
+    if is_masked(declared, settings):
+        return _open_stored(source, settings, head)
+    if large:
         with suppress(UnreadableImage):
-            image = _open_stored(path, settings)
-            if image.reads_windows and image.type.is_photo:
-                return image
-    return EncodedImage(read_file(str(path)), settings.max_pixels)
+            stored = _open_stored(source, settings, head)
+            if stored.reads_windows and stored.type.is_photo and _is_plain(photo):
+                return stored
+        data, photo = read_file(str(source)) if isinstance(source, Path) else source, None
+    image = _open_photo(data, settings, in_parts, photo)
+    if declared is not None:
+        image.warnings["nodata"] = describe_nodata(declared, PHOTOGRAPH)
+    return image
 
 
-def _open_stored(source: bytes | Path, settings: Reading) -> StoredImage:
+def _open_photo(data: bytes, settings: Reading, in_parts: bool, opened: OpenedImage | None = None) -> Image:
+    """A photograph from its content; one that is to be read in parts may be of any size."""
+    image = EncodedImage(data, None if in_parts else settings.max_pixels, opened)
+    return StoredImage(DecodedPhoto(image), settings) if is_masked(None, settings) else image
+
+
+def _open_stored(source: bytes | Path, settings: Reading, head: bytes) -> StoredImage:
     with reading():
-        return StoredImage(open_file(source, settings.axes), settings)
+        return StoredImage(open_file(source, settings.axes, head), settings)
 
 
 def is_photo_head(head: bytes) -> bool:
@@ -214,29 +391,52 @@ def is_photo_head(head: bytes) -> bool:
     return head.startswith((b"\xff\xd8", b"GIF8", b"BM")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
 
 
-def is_photo_tiff(source: bytes | Path) -> bool:
-    """Whether a TIFF is a photograph: of 8 bits or less, and with the channels of its colours, and alpha perhaps."""
-    with open(source, "rb") if isinstance(source, Path) else io.BytesIO(source) as file:
-        if _has_other_depth(read_tags(file, (BITS, SAMPLE_FORMAT))):
-            return False
-        file.seek(0)
-        try:
-            image = open_image(file, max_pixels=None).image
-        except UnreadableImage:  # by Pillow
-            return False
-        tags: Any = image.tag_v2  # type: ignore[attr-defined]
-        if _has_other_depth(tags):  # of a page that only Pillow finds
-            return False
-        more = tags.get(SAMPLES, 1) - COLOURS.get(tags.get(PHOTOMETRIC, 1), 0)
-        if not (more == 0 or (more == 1 and (tags.get(EXTRA_SAMPLES) or (0,))[0] in ALPHA)):
-            return False
-        stacked = str(tags.get(DESCRIPTION, "")).lstrip().startswith(STACKS)
-        if not stacked or getattr(image, "n_frames", 1) == 1:
-            return True
+def find_photo(source: bytes | Path, file: IO[bytes]) -> OpenedImage | None:
+    """The header of a TIFF that is a photograph; None for others, and for those that Pillow cannot read.
+
+    Args:
+        source: of which ``file`` is the content.
+    """
+    try:
+        opened = open_image(file, max_pixels=None)
+    except UnreadableImage:
+        return None
+    tags: Any = opened.image.tag_v2  # type: ignore[attr-defined]
+    if not _is_photo(tags):  # by a page that only Pillow finds
+        return None
+    stacked = str(tags.get(DESCRIPTION, "")).lstrip().startswith(STACKS)
+    if not stacked or getattr(opened.image, "n_frames", 1) == 1:
+        return opened
     stack = open_file(source)
-    return stack.channels == 1 or stack.rgb
+    if stack.channels > 1 and not stack.rgb:
+        return None
+    file.seek(0)
+    return open_image(file, max_pixels=None)  # at its first page again
 
 
-def _has_other_depth(tags: Mapping[int, Any]) -> bool:
-    """Whether the pixels of a TIFF have more than 8 bits, a sign or a point."""
-    return max(tags.get(BITS) or (1,)) > 8 or bool(set(tags.get(SAMPLE_FORMAT) or ()) & {2, 3})
+def find_nodata(photo: OpenedImage) -> float | None:
+    """The value that a TIFF of grey or RGB declares for pixels without data; None for none."""
+    tags: Any = photo.image.tag_v2  # type: ignore[attr-defined]
+    declared = read_nodata(tags.get(NODATA))
+    return declared if _is_plain(photo) and declared is not None and is_storable(declared, "uint8") else None
+
+
+def _is_plain(photo: OpenedImage) -> bool:
+    """Whether the numbers in a TIFF are those of grey or RGB: 8 bits without alpha or palette, of which 0 is black."""
+    tags: Any = photo.image.tag_v2  # type: ignore[attr-defined]
+    return photo.image.mode in ("L", "RGB") and {*tags.get(BITS, ())} == {8} and tags.get(PHOTOMETRIC) != 0
+
+
+def _is_photo(tags: Mapping[int, Any]) -> bool:
+    """Whether the tags of a TIFF are those of a photograph: 8 bits or less, without a sign or a point, and the channels
+    of its colours, and alpha perhaps."""
+    if max(tags.get(BITS) or (1,)) > 8 or set(tags.get(SAMPLE_FORMAT) or ()) & {2, 3}:
+        return False
+    more = _one(tags.get(SAMPLES, 1)) - COLOURS.get(_one(tags.get(PHOTOMETRIC, 1)), 0)
+    return more == 0 or (more == 1 and _one(tags.get(EXTRA_SAMPLES)) in ALPHA)
+
+
+def _one(value: Any) -> int:
+    """The first number of a tag; -1 where it holds none."""
+    number = value[0] if isinstance(value, tuple) and value else value
+    return number if isinstance(number, int) else -1

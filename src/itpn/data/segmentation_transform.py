@@ -1,6 +1,7 @@
 """Augmentation of images with masks."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ from torchvision.transforms.v2.functional import crop, pad, resize
 
 from itpn.data.augment import check_photographs, draw_channels
 from itpn.data.decode import MAX_PIXELS, EncodedImage, UnreadableImage, decode_whole
+from itpn.data.image_type import PHOTOGRAPHS, Pixels
+from itpn.data.mask_files import open_mask
 from itpn.data.masks import IGNORED, LabelTable
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues, mirror, pad_pixels, resize_pixels, turn
+from itpn.data.pixels import mirror, pad_pixels, resize_pixels, turn
 from itpn.data.samples import WindowSample
 from itpn.geometry import fit_sides
 
@@ -42,9 +45,9 @@ class SegmentationTransform:
         hflip: probability of a horizontal flip.
         photometric: change brightness, contrast, saturation and hue, of photographs.
         interpolation: "bicubic" or "bilinear", always with antialiasing.
-        fill: value of each channel in the padding of images smaller than a crop; None for the mean of ``pixels``.
         max_pixels: of a mask.
         rotate90, channel_jitter, channel_drop, pixels: as of :class:`itpn.data.augment.PretrainingTransform`.
+            Images smaller than a crop are padded with their mean.
 
     Raises:
         UserError: photometric distortion of what is no photograph.
@@ -58,12 +61,11 @@ class SegmentationTransform:
     hflip: float = 0.5
     photometric: bool = True
     interpolation: str = "bilinear"
-    fill: tuple[float, ...] | None = None
     max_pixels: int = MAX_PIXELS
     rotate90: bool = False
     channel_jitter: float = 0.0
     channel_drop: float = 0.0
-    pixels: PixelValues = PHOTOGRAPHS
+    pixels: Pixels = PHOTOGRAPHS
 
     def __post_init__(self) -> None:
         if self.photometric:
@@ -91,10 +93,10 @@ class SegmentationTransform:
                 pixels = DISTORT(pixels)
         turns = rng.randrange(4) if self.rotate90 else 0  # what is off draws no number
         pixels, labels = turn(pixels, turns), turn(labels, turns)
-        channels = draw_channels(self.pixels.channels, self.channel_jitter, self.channel_drop, rng)
+        channels = draw_channels(self.pixels.type.channels, self.channel_jitter, self.channel_drop, rng)
         pixels = channels.apply(pixels, self.pixels)
         right, below = self.size - labels.shape[-1], self.size - labels.shape[-2]
-        pixels = pad_pixels(pixels, right, below, self.fill or self.pixels.mean, self.pixels.nodata)
+        pixels = pad_pixels(pixels, right, below, self.pixels.stored_mean, self.pixels.nodata)
         labels = pad(labels, [0, 0, right, below], fill=IGNORED)
         return {"image": pixels.contiguous(), "target": labels[0]}
 
@@ -129,8 +131,16 @@ def view_labels(
     Raises:
         UnreadableImage: it cannot be read, or is of another size.
     """
-    labels = table.read(mask, max_pixels)
-    height, width = image.shape[-2:] if window is None else (window.image.height, window.image.width)
-    if labels.shape != (height, width):
-        raise UnreadableImage(f"{width}x{height} pixels, and {labels.shape[1]}x{labels.shape[0]} in {mask}")
-    return labels if window is None else crop(labels, window.top, window.left, window.height, window.width)
+    if window is None:
+        labels = table.read(mask, max_pixels)
+        check_same_size(mask, labels.shape[-2:], image.shape[-2:])
+        return labels
+    file = open_mask(mask, max_pixels)
+    check_same_size(mask, (file.height, file.width), (window.image.height, window.image.width))
+    return table.read_window(file, (window.top, window.left, window.height, window.width))
+
+
+def check_same_size(mask: str, size: Sequence[int], image: Sequence[int]) -> None:
+    """Raise :class:`UnreadableImage` for a mask of another height and width than its image."""
+    if tuple(size) != tuple(image):
+        raise UnreadableImage(f"{image[1]}x{image[0]} pixels, and {size[1]}x{size[0]} in {mask}")

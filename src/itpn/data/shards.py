@@ -163,6 +163,24 @@ class Place(NamedTuple):
     label: str | None
 
 
+def locate_images(path: str, members: Sequence[str] = ()) -> tuple[list[Place], str]:
+    """Where the images of a shard are, named as by :func:`read_shard`; of a corrupt one, up to the damage.
+
+    Args:
+        members: endings of the images, see :class:`itpn.data.members.Choice`.
+
+    Returns:
+        The images, and what is wrong with the shard; empty where nothing is.
+    """
+    shard = readable(Path(path).name)
+    choice, errors = Choice(members), list[Exception]()
+    places = []
+    for one in choice.choose(_open_members(path, "r:", lambda tar, own: (own.offset_data, own.size), errors)):
+        start, size = one.content
+        places.append(Place(f"{shard}/{readable(one.name)}", start, size, None))
+    return places, f"corrupt shard: {reason_of(errors[0])}" if errors else choice.problem
+
+
 def index_shard(
     path: str,
     members: Sequence[str] = (),

@@ -1,6 +1,8 @@
 """Images that are no photographs, of any number of channels and any depth, as they are stored."""
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,11 +11,12 @@ from torch import Tensor
 
 from itpn.data.decode import MAX_PIXELS, PAGES, reading
 from itpn.data.formats.arrays import Axes
-from itpn.data.formats.image_file import ImageFile
-from itpn.data.formats.reading import check_size
-from itpn.data.image_type import PHOTOGRAPH, ImageType
+from itpn.data.formats.image_file import ImageFile, Window
+from itpn.data.formats.reading import check_size, check_window
+from itpn.data.image_type import MASKED_PHOTO, PHOTOGRAPH, ImageType
 
 PART, WINDOWS = 2**24, 4  # of a larger image, statistics are of 4 x 4 windows with so many pixels together
+Limits = tuple[float, float] | None  # of the values of a channel
 HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
 
 
@@ -49,6 +52,12 @@ class StoredImage:
     Pixels keep the type in which they are stored (64 bits become float32). Pixels without data are NaN in floats; in
     integers they have the value ``nodata``.
 
+    Photographs are such images too where they are read in parts, or where pixels without data are told apart in them:
+    then all photographs of the data set are of the type `MASKED_PHOTO`, RGB as they are elsewhere.
+
+    Attributes:
+        grey_or_rgb: whether the pixels are those of a photograph, which has 3 channels.
+
     Raises:
         UnreadableImage: it is too large.
     """
@@ -60,28 +69,61 @@ class StoredImage:
         if file.pages > 1:
             self.warnings["pages"] = PAGES
         if file.dtype.kind in "iu" and settings.nodata is None and settings.type and file.nodata is not None:
-            self.warnings["nodata"] = (
-                f"it declares {file.nodata:g} for pixels without data, unlike the images that statistics are of: "
-                "they count as values"
-            )
+            self.warnings["nodata"] = describe_nodata(file.nodata, settings.type)
         self.reads_windows = file.by_region
-        grey_or_rgb = file.dtype == np.uint8 and (file.channels == 1 or file.rgb)
-        self.type = PHOTOGRAPH if grey_or_rgb else ImageType(file.channels, _travelling(file.dtype).name)
+        self.grey_or_rgb = file.dtype == np.uint8 and (file.channels == 1 or file.rgb)
+        if self.grey_or_rgb:
+            self.type = MASKED_PHOTO if is_masked(file.nodata, settings) else PHOTOGRAPH
+        else:
+            self.type = ImageType(file.channels, _travelling(file.dtype).name)
 
     def decode(self) -> Tensor:
-        """All pixels, [C, height, width]; of a photograph uint8 [3, height, width]."""
+        """All pixels, [C, height, width]; of grey or RGB of 8 bits uint8 [3, height, width]."""
         check_size(self.file, self._settings.max_pixels)
         return self._read(None)
 
     def decode_crop(self, top: int, left: int, height: int, width: int, target: tuple[int, int]) -> Tensor:
-        """A window, [C, height, width]; where the format allows it, without decoding the rest."""
+        """A crop of the image, [C, height, width]; where the format allows it, without decoding the rest."""
         check_size(self.file, self._settings.max_pixels)
+        return self._read((top, left, height, width))
+
+    def decode_window(self, top: int, left: int, height: int, width: int) -> Tensor:
+        """As :meth:`decode_crop`; where the format allows it, of an image that is too large as a whole."""
+        if self.file.by_region:
+            check_window(self.file, height, width, self._settings.max_pixels)
+        else:
+            check_size(self.file, self._settings.max_pixels)
         return self._read((top, left, height, width))
 
     def decode_some(self) -> np.ndarray:
         """Pixels [C, n] for statistics: of a large image that is read by region, windows all over it."""
-        if self.height * self.width <= PART or not self.file.by_region:
+        if not self._is_sampled:
             return self.decode().flatten(1).numpy()
+        some = self._read_some()
+        return some if self._settings.stretch is None else stretch_channels(some, self.limits, self._settings.nodata)
+
+    @functools.cached_property
+    def limits(self) -> tuple[Limits, ...]:
+        """The values of each channel that become 0 and 1 where each image is stretched: of a large image that is read
+        by region, percentiles of windows all over it.
+        """
+        return self._find_limits(self._read_some())
+
+    def _find_limits(self, some: np.ndarray) -> tuple[Limits, ...]:
+        assert self._settings.stretch is not None
+        return find_limits(some, self._settings.stretch, self._settings.nodata)
+
+    @property
+    def _is_sampled(self) -> bool:
+        return self.height * self.width > PART and self.file.by_region
+
+    def _read_some(self) -> np.ndarray:
+        """As :meth:`decode_some`, as they are stored."""
+        if not self._is_sampled:
+            check_size(self.file, self._settings.max_pixels)
+            pixels = self._read_stored(None)
+            return pixels.reshape(len(pixels), -1)
+        check_window(self.file, 1, PART, self._settings.max_pixels)
         side = math.isqrt(PART) // WINDOWS
         tops, lefts = (
             np.linspace(0, length - min(side, length), WINDOWS).astype(int) for length in (self.height, self.width)
@@ -89,31 +131,67 @@ class StoredImage:
         windows = [
             (int(top), int(left), min(side, self.height), min(side, self.width)) for top in tops for left in lefts
         ]
-        return np.concatenate([self._read(window).flatten(1).numpy() for window in windows], axis=1)
+        parts = [self._read_stored(window) for window in windows]
+        return np.concatenate([part.reshape(len(part), -1) for part in parts], axis=1)
 
-    def _read(self, window: tuple[int, int, int, int] | None) -> Tensor:
-        if self._settings.stretch is not None and window is not None:  # percentiles are of the whole image
-            top, left, height, width = window
-            return self.decode()[:, top : top + height, left : left + width]
+    def _read(self, window: Window | None) -> Tensor:
+        pixels = self._read_stored(window)
+        if self._settings.stretch is not None:
+            if window is None and not self._is_sampled:  # or else it would be read twice
+                self.limits = self._find_limits(pixels.reshape(len(pixels), -1))
+            pixels = stretch_channels(pixels, self.limits, self._settings.nodata)
+        tensor = torch.from_numpy(pixels)
+        return tensor.expand(3, -1, -1).contiguous() if self.grey_or_rgb and len(tensor) == 1 else tensor
+
+    def _read_stored(self, window: Window | None) -> np.ndarray:
         with reading():
             pixels = self.file.read(0, window)
-        with np.errstate(over="ignore"):  # infinite, which is no data
-            pixels = np.require(pixels, _travelling(pixels.dtype), ["C", "W"])  # a mapped file is not to be written to
-        pixels = mark_nodata(pixels, self.file.nodata, self._settings.nodata)
-        if self._settings.stretch is not None:
-            pixels = stretch_channels(pixels, self._settings.stretch, self._settings.nodata)
-        tensor = torch.from_numpy(pixels)
-        return tensor.expand(3, -1, -1).contiguous() if self.type.is_photo and len(tensor) == 1 else tensor
+        if pixels.dtype.itemsize == 8:
+            with np.errstate(over="ignore"):  # infinite, which is no data
+                pixels = pixels.astype(_travelling(pixels.dtype))
+        if self.type == MASKED_PHOTO and self.grey_or_rgb:
+            return mark_colours(pixels, self.file.nodata, self._settings.nodata)
+        return mark_nodata(pixels, self.file.nodata, self._settings.nodata)
 
 
-def stretch_channels(pixels: np.ndarray, percents: tuple[float, float], nodata: float | None) -> np.ndarray:
-    """Two percentiles of each channel become 0 and 1; float32 [C, H, W], NaN without data."""
+def describe_nodata(declared: float, kind: ImageType) -> str:
+    """What is remarkable about an image that declares a value for pixels without data in a data set without one."""
+    others = "the first of these photographs" if kind.is_photo else "the images that statistics are of"
+    return f"it declares {declared:g} for pixels without data, unlike {others}: they count as values"
+
+
+def is_masked(declared: float | None, settings: Reading) -> bool:
+    """Whether pixels without data are told apart in a photograph, because its file declares a value for them or other
+    photographs of the data set do.
+
+    Args:
+        declared: that value; None for none.
+    """
+    if settings.type == PHOTOGRAPH:
+        return False
+    return declared is not None or (settings.type == MASKED_PHOTO and settings.nodata is not None)
+
+
+def find_limits(pixels: np.ndarray, percents: tuple[float, float], nodata: float | None) -> tuple[Limits, ...]:
+    """Two percentiles of each channel of [C, n]; None for a channel without data."""
+    valid = find_valid(pixels, nodata)
+    found: list[Limits] = []
+    for own, present in zip(pixels, valid, strict=True):
+        if not present.any():
+            found.append(None)
+            continue
+        low, high = np.percentile(own[present], percents).tolist()
+        found.append((low, high))
+    return tuple(found)
+
+
+def stretch_channels(pixels: np.ndarray, limits: Sequence[Limits], nodata: float | None) -> np.ndarray:
+    """Two values of each channel become 0 and 1; float32 of the same shape, NaN without data."""
     valid = find_valid(pixels, nodata)
     stretched = np.full(pixels.shape, np.nan, np.float32)
-    for own, present, target in zip(pixels, valid, stretched, strict=True):
-        if present.any():
-            low, high = np.percentile(own[present], percents)
-            target[present] = ((own[present].astype(np.float64) - low) / ((high - low) or 1.0)).clip(0, 1)
+    for own, present, target, limit in zip(pixels, valid, stretched, limits, strict=True):
+        low, high = limit or (0.0, 1.0)
+        target[present] = ((own[present].astype(np.float64) - low) / ((high - low) or 1.0)).clip(0, 1)
     return stretched
 
 
@@ -127,6 +205,23 @@ def find_valid(values: np.ndarray, nodata: float | None) -> np.ndarray:
 def _travelling(stored: np.dtype) -> np.dtype:
     """The type in which pixels travel to the device; that of 64 bits is what they become there."""
     return np.dtype(np.float32) if stored.itemsize == 8 else stored
+
+
+def mark_colours(pixels: np.ndarray, declared: float | None, nodata: float | None) -> np.ndarray:
+    """Colours without data become ``nodata``; others that have it in a channel alone, as shadows have 0, the value
+    beside it.
+
+    Args:
+        pixels: uint8 [C, H, W].
+        declared, nodata: as of :func:`mark_nodata`.
+    """
+    value = declared if nodata is None else nodata
+    if value is None:
+        return pixels
+    marked = np.where(pixels == value, np.uint8(value + (1 if value < 255 else -1)), pixels)
+    if declared is not None:
+        marked[:, (pixels == declared).all(axis=0)] = value
+    return marked
 
 
 def mark_nodata(pixels: np.ndarray, declared: float | None, nodata: float | None) -> np.ndarray:

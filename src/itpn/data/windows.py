@@ -1,14 +1,14 @@
 """Windows of large images: each is read alone, where the format allows it, and counts as an image."""
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from itpn.data.decode import UnreadableImage
-from itpn.data.readers import Reader
-from itpn.data.samples import NO_LIMIT, MixedImages, WindowOf, open_image_of
+from itpn.data.readers import Reader, locate
+from itpn.data.samples import MixedImages, WindowOf, measure
 from itpn.data.stored import Reading
 from itpn.geometry import find_starts
 
@@ -49,6 +49,11 @@ class Windows:
         return f"{name} at {left},{top}", WindowOf(data, (top, left, height, width), room)
 
 
+def is_large(height: int, width: int, size: int) -> bool:
+    """Whether decoding an image as a whole for each of its windows is worth a word."""
+    return height * width > 4 * size**2
+
+
 def cut_windows(
     files: Reader, size: int, overlap: int, reading: Reading, annotated: np.ndarray | None = None
 ) -> tuple[Windows, list[str]]:
@@ -63,19 +68,19 @@ def cut_windows(
     Returns:
         The windows, and the names of images whose windows cannot be read without decoding the whole.
     """
-    unlimited = replace(reading, max_pixels=NO_LIMIT)
 
-    def measure(index: int) -> tuple[int, int, str]:
-        name, data, *_ = files[index]
+    def look(index: int) -> tuple[int, int, str]:
+        if annotated is not None and annotated[index].prod() <= 4 * size**2:
+            return size, size, ""  # there is nothing to be said about it
+        name = files.name(index)
         try:
-            image = open_image_of(data, unlimited, name)
+            height, width, in_parts = measure(locate(files, index), reading, name)
         except (UnreadableImage, MixedImages):  # said when it is to be read
             return size, size, ""
-        whole = image.height * image.width > 4 * size**2 and not image.reads_windows
-        return image.height, image.width, name if whole else ""
+        return height, width, name if is_large(height, width, size) and not in_parts else ""
 
     with ThreadPoolExecutor(THREADS) as pool:
-        measured = list(pool.map(measure, range(len(files))))
+        measured = list(pool.map(look, range(len(files))))
     sizes = np.array([(height, width) for height, width, _ in measured], dtype=np.int64).reshape(-1, 2)
     sizes = sizes if annotated is None else annotated
     places = []

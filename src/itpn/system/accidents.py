@@ -37,7 +37,7 @@ def guard(subject: str = "", kept: Callable[[], str] | None = None) -> Iterator[
     except BrokenPipeError:  # of who reads what is printed
         raise
     except MachineError as error:
-        if kept is None:
+        if kept is None or not str(error):  # another process says it
             raise
         raise _finish(error, str(error), kept) from error
     except UserError as error:

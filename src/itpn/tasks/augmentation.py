@@ -6,7 +6,7 @@ from typing import Any
 
 from itpn.data.augment import check_photographs
 from itpn.data.image_type import PHOTO
-from itpn.tasks.pixels import image_type, pixel_values
+from itpn.tasks.pixels import image_type, pixels_of
 from itpn.training.config import AnyConfig
 
 # Recipes' augmentation of colours, what it is off, and the channel jitter that takes its place: None for that of its
@@ -38,7 +38,7 @@ def replace_colours(config: AnyConfig, given: Collection[str] = ()) -> tuple[Any
     kind = image_type(config)
     for name in off:
         if name in given:
-            check_photographs(pixel_values(config), _option(name), "--data.channel-jitter")
+            check_photographs(pixels_of(config), _option(name), "--data.channel-jitter")
     strength = data.channel_jitter or max(COLOURS[name][1] or getattr(data, name) for name in off)
     note = (
         f"{' and '.join(map(_option, off))} of the recipe {'are' if len(off) > 1 else 'is'} for photographs: images of "

@@ -1,5 +1,6 @@
 """The images of a run, and the loader of those to train on."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from itpn.data.readers import Reader
 from itpn.data.windows import Windows, cut_windows
 from itpn.system.console import print_note
 from itpn.system.environment import is_main_process
+from itpn.tasks.large import Tiling, decode_middle
 from itpn.tasks.pixels import make_reading
 from itpn.training.config import RunConfig
 
@@ -72,9 +74,15 @@ def find_windows(
     return windows, tuple(notes)
 
 
-def read_samples(config: RunConfig, images: Reader, count: int) -> list[Tensor]:
-    """Some readable images, evenly spaced over a set, [C, height, width] as they are stored."""
-    return [image for _, image in read_some(images, count, make_reading(config))]
+def read_samples(config: RunConfig, images: Reader, count: int, tiling: Tiling) -> list[Tensor]:
+    """Some readable images, evenly spaced over a set, [C, height, width] as they are stored.
+
+    Args:
+        tiling: of an image that it cuts, the middle is read.
+    """
+    reading = make_reading(config)
+    decode = functools.partial(decode_middle, tiling, reading)
+    return [image for _, image in read_some(images, count, reading, decode)]
 
 
 def make_training_loader(

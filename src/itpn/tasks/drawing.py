@@ -2,7 +2,6 @@
 
 import colorsys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.utils import draw_segmentation_masks
 
-from itpn.checkpoints.files import Checkpoint
-from itpn.data.channels import Values, check_channels, find_percentiles, is_valid, scale_channels
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole
-from itpn.tasks.pixels import image_type
 
 HEADER, PADDING = 20, 4  # pixels
 SMALL, LARGE = 224, 320  # pixels: sides that smaller images are enlarged towards
 TILE = 448  # pixels: longest side of an image among others
-PERCENTS = (1.0, 99.0)  # of the pixels that become black and white
 
 
 def tile_images(
@@ -104,109 +99,6 @@ def _cut_end(text: str, number: int) -> str:
 def _cut_middle(text: str, number: int) -> str:
     kept = len(text) - number
     return f"{text[: kept // 2]}\u2026{text[len(text) - (kept + 1) // 2 :]}"
-
-
-# --- images of any channels and depth
-
-
-@dataclass(frozen=True)
-class Display:
-    """How images are shown, see :func:`to_display`.
-
-    Attributes:
-        channels: `--data.show-channels`.
-        nodata: value of pixels without data, beside NaN.
-        low, high: of each channel of the images, the values that become black and white; None for those of the images
-            that are shown.
-    """
-
-    channels: Sequence[int] | None = None
-    nodata: float | None = None
-    low: Values | None = None
-    high: Values | None = None
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return to_display(images, self.channels, self.low, self.high, self.nodata)
-
-    def fit(self, images: Tensor) -> "Display":
-        """The same for all images that are shown beside these, as what a network makes of them."""
-        if is_photo(images):
-            return self
-        low, high = find_percentiles(images, PERCENTS, self.nodata)
-        return replace(self, low=low, high=high)
-
-
-def make_display(config: Any) -> Display:
-    """Of the images of resolved settings.
-
-    Raises:
-        UserError: these have no such channels.
-    """
-    data = config.data
-    if data.show_channels is not None:
-        check_channels("--data.show-channels", data.show_channels, image_type(config).channels)
-    return Display(data.show_channels, data.nodata)
-
-
-def stored_display(checkpoint: Checkpoint) -> Display:
-    """As in the run that a checkpoint is of."""
-    channels = (checkpoint.settings.get("data") or {}).get("show_channels")
-    known = isinstance(channels, list) and len(channels) in (1, 3) and {*map(type, channels)} == {int}
-    return Display(channels if known else None, checkpoint.preprocessing.get("nodata"))
-
-
-def is_photo(images: Tensor) -> bool:
-    """Whether images [..., C, H, W] are shown as they are."""
-    return images.dtype == torch.uint8 and images.shape[-3] == 3
-
-
-def to_display(
-    images: Tensor,
-    channels: Sequence[int] | None = None,
-    low: Values | None = None,
-    high: Values | None = None,
-    nodata: float | None = None,
-) -> Tensor:
-    """Images of any channels and depth as a person looks at them; photographs stay as they are.
-
-    Args:
-        images: [C, H, W] or [n, C, H, W].
-        channels: that are red, green and blue, by index, or one in the colours of matplotlib's viridis. None for the
-            first three; two are red and green, and one is grey.
-        low, high: of all channels or of each of C, the values that become black and white; None for 1 % and 99 % of
-            the images' values.
-        nodata: value of pixels without data, which are black as NaN is.
-
-    Returns:
-        uint8 [3, H, W] or [n, 3, H, W].
-
-    Raises:
-        UserError: there is no such channel.
-    """
-    count = images.shape[-3]
-    if channels is not None:
-        check_channels("--data.show-channels", channels, count)
-    shown = tuple(range(min(count, 3))) if channels is None else tuple(channels)
-    if is_photo(images) and len(shown) == 3:
-        return images if shown == (0, 1, 2) else images[..., shown, :, :]
-    if low is None or high is None:
-        low, high = find_percentiles(images, PERCENTS, nodata)
-    scaled = scale_channels(images, shown, low, high, nodata)
-    pixels = (scaled * 255).round().to(torch.uint8)
-    if len(shown) == 1 and channels is not None:
-        return _paint(pixels, images[..., shown[0], :, :], nodata)
-    if len(shown) == 2:
-        return torch.cat([pixels, torch.zeros_like(pixels[..., :1, :, :])], dim=-3)
-    return pixels.expand(*pixels.shape[:-3], 3, -1, -1)
-
-
-def _paint(pixels: Tensor, values: Tensor, nodata: float | None) -> Tensor:
-    """A channel uint8 [..., 1, H, W] in the colours of viridis, black without data."""
-    from matplotlib import colormaps
-
-    table = torch.from_numpy(colormaps["viridis"](np.arange(256), bytes=True)[:, :3].copy())  # [256, 3]
-    painted = table.to(pixels.device)[pixels.squeeze(-3).long()].movedim(-1, -3)
-    return painted * is_valid(values.float(), nodata).unsqueeze(-3)
 
 
 # --- objects

@@ -1,5 +1,6 @@
 """Metrics of a network on a set of images: one evaluator per task, for validation and for `itpn evaluate`."""
 
+import functools
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -13,13 +14,19 @@ from torch import nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.batches import Batch, View, stack
+from itpn.data.decode import UnreadableImage
 from itpn.data.evaluation import MakeView, make_evaluation_loader
 from itpn.data.normalize import Normalize
+from itpn.data.samples import Sample, open_for_tiles
 from itpn.data.skipped import none_readable
+from itpn.data.stored import Reading
 from itpn.distributed import gather
 from itpn.errors import MachineError, UserError
 from itpn.system.console import print_warnings
+from itpn.tasks.evaluation_bar import EvaluationBar
+from itpn.tasks.large import SourceImage, Tiling
 from itpn.tasks.pixels import make_reading
+from itpn.tasks.tiling import Grid, Tile
 from itpn.training.evaluation import Evaluation
 from itpn.training.module import TrainingModule
 
@@ -59,6 +66,7 @@ class Evaluator(ABC, Generic[Scores]):
         about: how the images are evaluated, for `evaluation.json`.
         notes: what is remarkable about the images, a sentence each.
         left_out: images that are not evaluated on, although they can be read.
+        tiling: how large images are cut, which :meth:`compare_tiles` is for; None where all are decoded as a whole.
     """
 
     names: tuple[str, ...]
@@ -68,6 +76,7 @@ class Evaluator(ABC, Generic[Scores]):
     about: Mapping[str, Any] = {}
     notes: Sequence[str] = ()
     left_out: int = 0
+    tiling: Tiling | None = None
 
     def __init__(
         self,
@@ -94,7 +103,8 @@ class Evaluator(ABC, Generic[Scores]):
         """The batches of a process, of some images."""
         reading = make_reading(self.config)
         loading = self.batch_size, self.config.data.num_workers, rank, world_size, reading
-        return make_evaluation_loader(images, self.view, *loading, collate=self.collate)
+        is_large = None if self.tiling is None else functools.partial(is_cut, self.tiling, reading)
+        return make_evaluation_loader(images, self.view, *loading, collate=self.collate, is_large=is_large)
 
     def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
         """The batches of a process, as of a loader of :mod:`itpn.data.evaluation`."""
@@ -116,6 +126,21 @@ class Evaluator(ABC, Generic[Scores]):
             network: in eval mode; gradients are off.
             batch: with at least one image.
         """
+
+    def compare_tiles(
+        self, network: nn.Module, index: int, image: SourceImage, known: Any, grid: Grid, tiles: Iterable[Tile]
+    ) -> Any:
+        """As :meth:`compare`, of one large image, whose tiles are read one after the other.
+
+        Args:
+            index: of the image.
+            known: its annotation.
+            tiles: those of the grid.
+
+        Raises:
+            UnreadableImage: the image or its annotation cannot be read.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has tiling, but not what large images need")
 
     @abstractmethod
     def score(self, parts: Sequence[Any]) -> Scores:
@@ -142,9 +167,18 @@ class Evaluator(ABC, Generic[Scores]):
 
 @torch.no_grad()
 def evaluate(
-    evaluator: Evaluator[Scores], networks: Sequence[nn.Module], device: torch.device, rank: int, world_size: int
+    evaluator: Evaluator[Scores],
+    networks: Sequence[nn.Module],
+    device: torch.device,
+    rank: int,
+    world_size: int,
+    bar: EvaluationBar | None = None,
 ) -> tuple[list[Scores], Skipped]:
-    """The scores of networks in eval mode, over all processes together; each image is read once.
+    """The scores of networks in eval mode, over all processes together; each image is read once, and the tiles of a
+    large one by the main process for each network.
+
+    Args:
+        bar: shows how many images are done.
 
     Returns:
         The scores of each network, and the images that could not be read, of all processes.
@@ -156,8 +190,17 @@ def evaluate(
     parts: list[list[Any]] = [[] for _ in networks]
     skipped: Skipped = []
     for batch in read_batches(evaluator.batches(rank, world_size), skipped):
-        for network, own in zip(networks, parts, strict=True):
-            own.append(evaluator.compare(network, batch))
+        large = batch.get("large", ())
+        if len(batch["index"]):
+            for network, own in zip(networks, parts, strict=True):
+                own.append(evaluator.compare(network, batch))
+        for index in large:
+            for own, part in zip(parts, _compare_large(evaluator, networks, index, bar, skipped), strict=False):
+                own.append(part)
+            if bar is not None:
+                bar.advance(1)
+        if bar is not None:
+            bar.advance(len(batch["index"]) + len(batch["corrupt"]))
     unread = sorted({item for own in gather(skipped) for item in own})
     scores = []
     for own in parts:
@@ -168,6 +211,34 @@ def evaluate(
     return scores, unread
 
 
+def _compare_large(
+    evaluator: Evaluator, networks: Sequence[nn.Module], index: int, bar: EvaluationBar | None, skipped: Skipped
+) -> list[Any]:
+    """What a large image adds to the scores of each network; nothing of one that cannot be read."""
+    name, data, known = evaluator.images[index]
+    assert evaluator.tiling is not None
+    try:
+        reading = make_reading(evaluator.config)
+        image = SourceImage(name, open_for_tiles(data, reading, name), None, reading)
+        grid = evaluator.tiling.cut(image)
+        if grid is None:
+            raise UnreadableImage("it has been changed while it was read")
+        parts = [
+            evaluator.compare_tiles(network, index, image, known, grid, grid if bar is None else bar.show(grid))
+            for network in networks
+        ]
+    except UnreadableImage as error:
+        skipped.append((name, str(error)))
+        return []
+    image.warn()
+    return parts
+
+
+def is_cut(tiling: Tiling, reading: Reading, image: Sample) -> bool:
+    """Whether an image is evaluated in tiles."""
+    return tiling.cut(SourceImage("", image, None, reading)) is not None
+
+
 def read_batches(batches: Iterable[dict[str, Any]], skipped: Skipped) -> Iterator[dict[str, Any]]:
     """Batches with at least one image. Corrupt images are added to ``skipped``, warnings are printed."""
     for batch in batches:
@@ -175,7 +246,7 @@ def read_batches(batches: Iterable[dict[str, Any]], skipped: Skipped) -> Iterato
             raise UserError(batch["error"])
         skipped += batch["corrupt"]
         print_warnings(batch["warnings"])
-        if len(batch["index"]):
+        if len(batch["index"]) or batch.get("large"):
             yield batch
 
 

@@ -3,109 +3,21 @@
 import json
 import struct
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from itpn.data.decode import TIFF_HEADERS
-from itpn.data.file_types import find_envi_header
-from itpn.data.formats.reading import JPEG2000
-from itpn.data.readers import read_head
+from itpn.data.formats.georeference import Georeference
 from itpn.system.writing import open_whole, write_whole
 
-GEO_KEYS = 34735  # the TIFF tag of a coordinate reference system
 ROWS = 512  # of a raster that are written at a time, and the side of its tiles
 DIGITS = 9  # of degrees: a tenth of a millimetre
-NOWHERE = "it has no longitude and latitude where its coordinates say that it is: its results are not georeferenced"
-MISSING = "is georeferenced, and its results are not: pip install 'itpn[geo]'"
 
 Ring = list[tuple[float, float]]
 Polygons = list[list[Ring]]  # each a ring and those of its holes
-
-
-@dataclass(frozen=True)
-class Georeference:
-    """Where the pixels of an image are.
-
-    Attributes:
-        crs: rasterio's coordinate reference system.
-        transform: from (column, row) to the CRS, which may turn and shear; the first pixel's corner is (0, 0).
-    """
-
-    crs: Any
-    transform: Any
-
-
-def find_georeference(path: Path) -> tuple[Georeference | None, str | None]:
-    """Where an image file is on the ground, and why that cannot be told.
-
-    Returns:
-        The place, or None for a file without one; what to say where a library is missing, or the place is none.
-    """
-    driver = find_driver(path)
-    if driver is None:
-        return None, None
-    if find_spec("rasterio") is None or find_spec("pyogrio") is None:
-        return None, MISSING if has_geo_keys(path) else None
-    import rasterio
-    from rasterio.errors import NotGeoreferencedWarning, RasterioError
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", NotGeoreferencedWarning)
-        try:
-            with rasterio.open(path, driver=driver) as file:
-                crs, transform, size = file.crs, file.transform, (file.width, file.height)
-        except RasterioError:  # which another library has read
-            return None, None
-    earthly = crs is not None and (crs.is_geographic or crs.is_projected)  # others have no longitude and latitude
-    known = earthly and not transform.is_identity and not transform.is_degenerate
-    if not known:
-        return None, None
-    place = Georeference(crs, transform)
-    return (place, None) if is_on_earth(place, *size) else (None, NOWHERE)
-
-
-def is_on_earth(place: Georeference, width: int, height: int) -> bool:
-    """Whether the corners of an image have a longitude and latitude."""
-    from rasterio.warp import transform
-
-    ((corners,),) = to_ground([[[(0, 0), (width, 0), (width, height), (0, height)]]], place)
-    try:
-        lons, lats = transform(place.crs, "EPSG:4326", *zip(*corners, strict=True))
-    except Exception:  # of GDAL, whose class is private
-        return False
-    return bool(np.isfinite(lons).all()) and max(map(abs, lats)) <= 90 + 1e-6
-
-
-def find_driver(path: Path) -> str | None:
-    """GDAL's name of a file's format; None for formats without places. Some of its others read from the network."""
-    head = read_head(path, 12)
-    if head[:4] in TIFF_HEADERS:
-        return "GTiff"
-    if head.startswith(JPEG2000):
-        return "JP2OpenJPEG"
-    return "ENVI" if find_envi_header(str(path)) else None
-
-
-def has_geo_keys(path: Path) -> bool:
-    """Whether a file is a GeoTIFF, without the libraries for one."""
-    with open(path, "rb") as file:
-        head = file.read(8)
-        if head[:4] not in TIFF_HEADERS:
-            return False
-        try:
-            directory = ImageFileDirectory_v2(head + (file.read(8) if 43 in head[2:4] else b""))
-            file.seek(directory.next)
-            directory.load(file)
-        except Exception:  # a corrupt file, of which the reader of images tells
-            return False
-        return GEO_KEYS in directory
 
 
 def write_raster(
@@ -215,8 +127,7 @@ def write_geopackage(path: Path, features: Sequence[Feature], image: str, place:
 
 def to_ground(polygons: Polygons, place: Georeference) -> Polygons:
     """Pixels to the CRS of their image."""
-    a, b, c, d, e, f = place.transform[:6]
-    return [[[(a * x + b * y + c, d * x + e * y + f) for x, y in ring] for ring in rings] for rings in polygons]
+    return [[place.to_ground(ring) for ring in rings] for rings in polygons]
 
 
 def turn_rings(polygons: Polygons) -> Polygons:

@@ -5,28 +5,26 @@ import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from rich.progress import track
 from torch import Tensor
 
 from itpn.data.bands import BandsOf
-from itpn.data.decode import TIFF_HEADERS, UnreadableImage
-from itpn.data.decode import reading as reading_errors
+from itpn.data.channels import is_valid
+from itpn.data.decode import UnreadableImage
 from itpn.data.files import ImageSource
-from itpn.data.formats.reading import open_file
-from itpn.data.readers import FileReader, Reader, read_head
-from itpn.data.samples import Sample, open_sample, type_of
+from itpn.data.formats.georeference import Georeference, find_georeference
+from itpn.data.readers import FileReader, Reader
+from itpn.data.samples import NO_LIMIT, Sample, open_for_tiles, type_of
 from itpn.data.shards import read_shard
 from itpn.data.skipped import none_readable
 from itpn.data.stored import PLAIN, Reading, StoredImage
 from itpn.errors import UserError
 from itpn.system.console import Output, print_note, print_warnings
-from itpn.tasks.georeference import Georeference, find_georeference
 from itpn.tasks.tiling import Grid, Tile
 
 WHOLE = 2  # times the size of training's images: images up to there are not cut unless windows are given
@@ -64,6 +62,10 @@ class Tiling:
         if max(height, width) <= self.size * (1 if self.given else WHOLE) or (whole and not self.given):
             return None
         return Grid(height, width, self.size, self.overlap)
+
+    def cut(self, image: "SourceImage") -> Grid | None:
+        """As :meth:`grid`, of an image whose header has been read."""
+        return self.grid(image.height, image.width, image.is_photo and image.fits)
 
 
 def find_tiling(size: int | None, overlap: int | None, trained: Mapping[str, Any], usual: int) -> Tiling:
@@ -103,7 +105,7 @@ def usual_side(images: Reader, settings: Reading) -> int | None:
     for index in range(0, len(images), max(1, len(images) // SIZED)):
         with suppress(UnreadableImage):
             name, data, *_ = images[index]
-            sample = open_sample(data, settings, name)
+            sample = open_for_tiles(data, settings, name)
             sides.append(min(sample.height, sample.width))
     return int(statistics.median(sides)) if sides else None
 
@@ -112,11 +114,15 @@ def usual_side(images: Reader, settings: Reading) -> int | None:
 
 
 class SourceImage:
-    """An image to predict, of which only the header has been read.
+    """An image of any size, of which only the header has been read.
+
+    Args:
+        settings: how it was opened; their limit of pixels is not for parts that are read alone.
 
     Attributes:
         name: as it is shown.
         path: of its file; None in a shard.
+        fits: whether it is small enough to be decoded as a whole.
         nodata: value of pixels without data in integers; floats have NaN there.
     """
 
@@ -126,7 +132,9 @@ class SourceImage:
         stored = sample if isinstance(sample, StoredImage) else None
         self.is_photo = type_of(sample).is_photo
         self.fits = self.height * self.width <= settings.max_pixels
-        self._by_region = stored is not None and stored.file.by_region
+        self._parts: StoredImage | None = None  # which is read by region
+        if stored is not None and stored.file.by_region:
+            self._parts = StoredImage(stored.file, replace(settings, max_pixels=NO_LIMIT))
         self.nodata = settings.nodata if stored is None or settings.nodata is not None else stored.file.nodata
         self._kept: tuple[int, int, Tensor] | None = None  # first row, rows and pixels
 
@@ -151,25 +159,35 @@ class SourceImage:
         """The pixels [C, height, width] of a tile. Where the format allows it, not much more is decoded."""
         rows, (top, left, height, width) = self._read_rows(tile), tile
         if rows is None:
-            return self._sample.decode_crop(top, left, height, width, (height, width))
+            assert self._parts is not None
+            return self._parts.decode_window(top, left, height, width)
         first, _, pixels = rows
         return pixels[:, top - first : top - first + height, left : left + width]
 
     def _read_rows(self, tile: Tile) -> tuple[int, int, Tensor] | None:
         """Rows that have a tile in them; None where they are too many to keep."""
-        if not self._by_region:
+        if self._parts is None:
             if self._kept is None:
                 self._kept = 0, self.height, self._sample.decode()
             return self._kept
         if self._kept is None or self._kept[:2] != (tile.top, tile.height):
-            assert isinstance(self._sample, StoredImage)
-            file = self._sample.file
+            file = self._parts.file
             if tile.height * self.width * file.channels * file.dtype.itemsize > BAND:
                 return None
             self._kept = None  # before the next are read
-            pixels = self._sample.decode_crop(tile.top, 0, tile.height, self.width, (tile.height, self.width))
+            pixels = self._parts.decode_window(tile.top, 0, tile.height, self.width)
             self._kept = tile.top, tile.height, pixels
         return self._kept
+
+
+def decode_middle(tiling: Tiling, settings: Reading, sample: Sample) -> Tensor:
+    """The pixels [C, H, W] of an image, or, of one that is cut, those of a tile in its middle."""
+    image = SourceImage("", sample, None, settings)
+    if tiling.cut(image) is None:
+        return image.whole()
+    height, width = min(tiling.size, image.height), min(tiling.size, image.width)
+    tile = Tile((image.height - height) // 2, (image.width - width) // 2, height, width)
+    return image.read(tile).clone()  # not a part of what is kept
 
 
 class SourceImages:
@@ -196,7 +214,7 @@ class SourceImages:
             image = None
             with self.reading(name):
                 path = data.paths[0] if isinstance(data, BandsOf) else data
-                opened = self._open(name, data)
+                opened = open_for_tiles(data, self._settings, name)
                 image = SourceImage(name, opened, path if isinstance(path, Path) else None, self._settings)
             if image is not None:
                 yield image
@@ -219,34 +237,10 @@ class SourceImages:
             self._first = self._first or (name, str(error))
             self._report(f"skipped {name}: {error}")
 
-    def _open(self, name: str, data: bytes | Path | BandsOf | UnreadableImage) -> Sample:
-        try:
-            return open_sample(data, self._settings, name)
-        except UnreadableImage as error:
-            if isinstance(data, Path) and (image := open_regions(data, self._settings)) is not None:
-                return image
-            raise error
-
-
-def open_regions(path: Path, settings: Reading) -> StoredImage | None:
-    """A photograph in a TIFF too large to be decoded as a whole, if parts of it can be decoded alone."""
-    try:
-        if read_head(path, 4) not in TIFF_HEADERS:
-            return None
-        with reading_errors():
-            image = StoredImage(open_file(path), settings)
-    except (OSError, UnreadableImage):
-        return None
-    return image if image.file.by_region and image.type.is_photo and settings.type in (None, image.type) else None
-
 
 def find_missing(pixels: Tensor, nodata: float | None) -> Tensor:
     """bool [H, W], True where no channel of pixels [C, H, W] has data."""
-    if pixels.is_floating_point():
-        return pixels.isnan().all(dim=0)
-    if nodata is None:
-        return torch.zeros(pixels.shape[-2:], dtype=torch.bool)
-    return (pixels.float() == nodata).all(dim=0)
+    return ~is_valid(pixels, nodata).any(dim=0)
 
 
 def show_tiles(grid: Grid, name: str) -> Iterable[Tile]:

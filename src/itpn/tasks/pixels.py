@@ -1,44 +1,38 @@
 """What the pixels of a run's images are, and how they become the network's input: resolved from settings, a checkpoint
 and the images, for every task alike."""
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-
 from itpn.checkpoints.files import Checkpoint
-from itpn.data.decode import UnreadableImage
-from itpn.data.file_types import STATS_FILE
 from itpn.data.files import ImageSource
 from itpn.data.image_type import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     PHOTO,
     PHOTOGRAPH,
     ImageType,
+    Pixels,
     check_nodata,
+    dtype_range,
     is_resolved,
     to_option,
     to_pairs,
     to_percents,
 )
 from itpn.data.normalize import Normalize
-from itpn.data.pixels import PHOTOGRAPHS, PixelValues
 from itpn.data.readers import FileReader, Reader
-from itpn.data.samples import TRAINED, open_sample, type_of
-from itpn.data.shards import read_shard
-from itpn.data.skipped import nothing_readable
-from itpn.data.statistics import DEFAULT_RANGE, SAMPLED, Statistics, compute_statistics, read_statistics
+from itpn.data.samples import TRAINED, find_type
+from itpn.data.statistics import DEFAULT_RANGE
+from itpn.data.statistics_file import find_statistics
 from itpn.data.stored import Reading
-from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.system.text import one_line
+from itpn.tasks.statistics import reading_progress
 from itpn.training.config import AnyConfig, check_images
 
-STRETCHED, UNIT = "float32", [(0.0, 1.0)]  # type and range of images that are stretched each by itself
-TRIED = 1000  # images that are opened to find a readable one
+STRETCHED = "float32"  # type of images that are stretched each by itself
 # settings of data that images or a checkpoint fill in
 RESOLVED = ("dtype", "axes", "value_range", "value_range_per_image", "nodata", "mean", "std")
 
@@ -85,50 +79,45 @@ def find_stretch(data: Any) -> tuple[float, float] | None:
 
 def make_normalize(config: Any) -> Normalize:
     """From stored pixels to the network's input."""
+    return Normalize(pixels_of(config), input_channels(config))
+
+
+def pixels_of(config: Any) -> Pixels:
+    """What the images of resolved settings are once they are read; ImageNet's mean and std where they leave it open."""
     settings = {name: getattr(config.data, name) for name in RESOLVED}
-    return _normalize(image_type(config), input_channels(config), settings)
+    return _make_pixels(image_type(config), input_channels(config), settings)
 
 
-def _normalize(kind: ImageType, channels: int, settings: Mapping[str, Any]) -> Normalize:
-    """Of the settings of `RESOLVED`, ImageNet's mean and std where they are open."""
+def _make_pixels(kind: ImageType, channels: int, settings: Mapping[str, Any]) -> Pixels:
+    """Of the settings of `RESOLVED`.
+
+    Args:
+        channels: of the network, which may see photographs in grey.
+    """
+    channels = channels if kind.is_photo else kind.channels
     mean, std = imagenet_values(channels)
     mean, std = tuple(settings.get("mean") or mean), tuple(settings.get("std") or std)
     if settings.get("value_range_per_image"):  # the images are stretched when they are read
-        return Normalize(channels, mean, std, ImageType(channels, STRETCHED), UNIT)
+        return Pixels(ImageType(channels, STRETCHED), (0.0,), (1.0,), mean, std)
     value_range = settings.get("value_range") or ()
-    ranges = to_pairs(value_range, channels) if is_resolved(value_range) else None
-    return Normalize(channels, mean, std, kind, ranges, settings.get("nodata"))
-
-
-def pixel_values(config: Any) -> PixelValues:
-    """What augmentation has to know of the images of resolved settings."""
-    return values_of(make_normalize(config))
+    resolved = is_resolved(value_range) and not kind.is_photo
+    ranges = to_pairs(value_range, channels) if resolved else (dtype_range(kind),)
+    low, high = zip(*ranges, strict=True)
+    return Pixels(kind, low, high, mean, std, settings.get("nodata"))
 
 
 def augmentation(config: Any) -> dict[str, Any]:
     """Arguments that the transforms of all tasks have for images of any channels."""
     data = config.data
     own = {name: getattr(data, name) for name in ("rotate90", "channel_jitter", "channel_drop")}
-    return {**own, "pixels": pixel_values(config)}
-
-
-def values_of(normalize: Normalize) -> PixelValues:
-    """What augmentation has to know of the images that are normalized so."""
-    kind = normalize.images
-    if kind.is_photo:
-        return PHOTOGRAPHS
-    mean = normalize.mean * normalize.span + normalize.low
-    low, high, own = (
-        tuple(values.flatten().tolist()) for values in (normalize.low, normalize.low + normalize.span, mean)
-    )
-    return PixelValues(False, kind.channels, getattr(torch, kind.dtype), low, high, own, normalize.nodata)
+    return {**own, "pixels": pixels_of(config)}
 
 
 def imagenet_values(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of ImageNet, for colour or grey."""
     if channels == 3:
-        return IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-    return (sum(IMAGENET_DEFAULT_MEAN) / 3,), (sum(IMAGENET_DEFAULT_STD) / 3,)
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,), (sum(IMAGENET_STD) / 3,)
 
 
 def describe_pixels(config: Any) -> dict[str, Any]:
@@ -192,24 +181,12 @@ def stored_normalize(checkpoint: Checkpoint, channels: int = 3) -> Normalize:
     Raises:
         UserError: as of :func:`stored_type`.
     """
-    return _normalize(stored_type(checkpoint, channels), channels, checkpoint.preprocessing)
+    return Normalize(stored_pixels(checkpoint, channels), channels)
 
 
-def find_type(config: Any, images: ImageSource | Reader) -> tuple[ImageType, str]:
-    """The type of the first readable image, and its name.
-
-    Raises:
-        UserError: the first thousand cannot be read.
-        MachineError: because the file system fails.
-    """
-    reading = replace(make_reading(config), type=None)
-    corrupt = []
-    for name, data, *_ in _first(images):
-        try:
-            return type_of(open_sample(data, reading, name)), name
-        except UnreadableImage as error:
-            corrupt.append((name, str(error)))
-    raise nothing_readable(corrupt)
+def stored_pixels(checkpoint: Checkpoint, channels: int = 3) -> Pixels:
+    """What the images that a checkpoint is of are once they are read; args as of :func:`stored_normalize`."""
+    return _make_pixels(stored_type(checkpoint, channels), channels, checkpoint.preprocessing)
 
 
 def resolve_pixels(
@@ -228,7 +205,10 @@ def resolve_pixels(
         UserError: images of another type than the settings say, that differ, or of which none can be read.
     """
     data, model = config.data, config.model
-    kind, example = (image_type(config), "") if data.dtype and model.in_chans else find_type(config, images)
+    if data.dtype and model.in_chans:
+        kind, example = image_type(config), ""
+    else:
+        kind, example = find_type(images, replace(make_reading(config), type=None))
     if data.dtype not in (None, kind.dtype):
         settings = "photographs" if data.dtype == PHOTO else f"images of {data.dtype}"
         raise UserError(f"the settings are for {settings}, and {one_line(example)} has {kind}")
@@ -248,8 +228,10 @@ def resolve_pixels(
     if data.value_range_per_image and not data.value_range:
         data = replace(data, value_range=DEFAULT_RANGE)
     if data.mean is None or data.std is None or not (is_resolved(data.value_range) or data.value_range_per_image):
-        statistics, where, notes = find_statistics(config, images)
-        notes += [*statistics.notes, describe_statistics(statistics, where, find_stretch(data))]
+        with reading_progress() as progress:
+            reading = make_reading(config, images)
+            statistics, where, notes = find_statistics(images, reading, config.data.value_range, data, progress)
+        notes += [*statistics.notes, statistics.describe(where, find_stretch(data))]
         values = {
             "mean": data.mean or round_all(statistics.scaled_mean),
             "std": data.std or round_all(statistics.scaled_std),
@@ -291,50 +273,6 @@ def _stored_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     return {name: _plain(stored[name]) for name in RESOLVED if name in stored}
 
 
-def find_statistics(config: Any, images: ImageSource | Reader) -> tuple[Statistics, str, list[str]]:
-    """Of images that are no photographs: as `itpn stats` has written them, or computed; where from; and what is
-    remarkable, a sentence each.
-
-    Raises:
-        UserError: images differ, or none can be read.
-    """
-    reading = make_reading(config, images)
-    value_range, notes = config.data.value_range, list[str]()
-    if reading.stretch is not None:
-        value_range = ("0", "1")
-    reader = as_reader(images)
-    count = len(images.files) if isinstance(images, Windows) else len(reader)
-    roots = config.data.root if isinstance(config.data.root, tuple) else (config.data.root,)
-    if len(roots) == 1 and not value_range:
-        path = Path(roots[0], STATS_FILE)
-        if path.is_file():
-            found = read_statistics(path)
-            same_nodata = config.data.nodata in (None, found.nodata)
-            if found.type == reading.type and found.images == count and same_nodata:
-                return found, one_line(str(path)), notes
-            notes.append(f"{one_line(str(path))} is of other images: not used")
-    found = compute_statistics(reader, reading, value_range)
-    what = "windows" if isinstance(images, Windows) else "images"
-    return found, f"{found.sampled:,} of {found.images:,} {what}", notes
-
-
-def as_reader(images: ImageSource | Reader) -> Reader:
-    """Images by index; of shards, the first."""
-    if not isinstance(images, ImageSource):
-        return images
-    return SomeImages([*_first(images, SAMPLED)]) if images.shards else FileReader(images.images)
-
-
-def describe_statistics(statistics: Statistics, where: str, stretch: tuple[float, float] | None = None) -> str:
-    """What normalizes the images, in a sentence."""
-    lows, highs = zip(*statistics.value_range, strict=True)
-    kind = statistics.type
-    if stretch is not None:
-        return f"{kind}: mean and std are those of {where}, each stretched from {stretch[0]:g}% to {stretch[1]:g}%"
-    missing = f", {statistics.nodata_fraction:.2%} of the pixels without data" if statistics.nodata_fraction else ""
-    return f"{kind}: mean, std and value range ({min(lows):.6g} to {max(highs):.6g}) are those of {where}{missing}"
-
-
 def round_all(values: Sequence[float]) -> tuple[float, ...]:
     """To the digits that a config.yaml shows."""
     return tuple(float(f"{value:.6g}") for value in values)
@@ -342,29 +280,3 @@ def round_all(values: Sequence[float]) -> tuple[float, ...]:
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def _first(images: ImageSource | Reader, count: int = TRIED) -> Any:
-    """The first images, as readers give them."""
-    if isinstance(images, ImageSource):
-        if images.shards:
-            read = itertools.chain.from_iterable(read_shard(shard, images.members) for shard in images.shards)
-            return itertools.islice(read, count)
-        images = FileReader(images.images)
-    return (images[index] for index in range(min(count, len(images))))
-
-
-class SomeImages:
-    """Images of shards that have been read, as a reader."""
-
-    def __init__(self, samples: Sequence[tuple[Any, ...]]) -> None:
-        self._samples = samples
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def __getitem__(self, index: int) -> tuple[Any, ...]:
-        return self._samples[index]
-
-    def name(self, index: int) -> str:
-        return str(self._samples[index][0])

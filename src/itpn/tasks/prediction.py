@@ -30,7 +30,7 @@ from itpn.system.console import Output, print_note, print_warnings
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole_text, write_whole
 from itpn.tasks.drawing import save_whole
-from itpn.tasks.pixels import stored_normalize, values_of
+from itpn.tasks.pixels import stored_normalize
 
 Crop = Callable[[Tensor], Tensor]  # of a whole image, uint8 [3, height, width]
 
@@ -70,9 +70,9 @@ def read_preprocessing(checkpoint: Checkpoint, model: nn.Module) -> tuple[Crop, 
     own, (channels, height, width) = checkpoint.preprocessing, find_backbone(model).image_shape
     normalize = stored_normalize(checkpoint, channels)
     if "crop_pct" in own:  # of a classifier: as it was evaluated
-        interpolation, values = own.get("interpolation", "bicubic"), values_of(normalize)
-        return EvaluationTransform((height, width), own["crop_pct"], interpolation, values), normalize
-    return functools.partial(center_crop, img_size=(height, width), nodata=normalize.nodata), normalize
+        interpolation = own.get("interpolation", "bicubic")
+        return EvaluationTransform((height, width), own["crop_pct"], interpolation, normalize.pixels), normalize
+    return functools.partial(center_crop, img_size=(height, width), nodata=normalize.pixels.nodata), normalize
 
 
 def read_batches(source: ImageSource, crop: Crop, reading: Reading) -> Iterator[tuple[list[str], Tensor]]:

@@ -15,6 +15,7 @@ from itpn.tasks.augmentation import replace_colours
 from itpn.tasks.evaluation import Validation
 from itpn.tasks.spec import TaskSpec, task_of
 from itpn.training import profiling
+from itpn.training.agreement import resolve_together
 from itpn.training.config import RunConfig, freeze
 from itpn.training.loop import fit
 from itpn.training.run_folder import RunFolder
@@ -74,7 +75,7 @@ def compose(
         start, _ = folder.newest_checkpoint(main=False)
     checkpoint = None if start is None else read_checkpoint(start)
     data = spec.find_data(config) if found_early is None else spec.find_data(config, found_early)
-    config, notes = spec.resolve(config, checkpoint, data)
+    config, notes = resolve_together(config, lambda own: spec.resolve(own, checkpoint, data))
     config, replaced = replace_colours(config, given)
     config = freeze(profiling.without_learning(config) if profile else config)
     folder.check_same_run(config)

@@ -28,7 +28,7 @@ class TaskSpec:
         check_data: (config) -> anything, for ``find_data``: finds missing images without importing torch.
         find_data: (config) -> :class:`itpn.tasks.data.RunData`, the images to train on and to evaluate on.
         resolve: (config, checkpoint, data) -> (config, notes): what the settings leave to the checkpoint (None where
-            there is none) and to the images is filled in.
+            there is none) and to the images is filled in. One process of a run calls it, the others take its settings.
         build_model: (config, data, checkpoint) -> (network, notes): with the checkpoint's weights, and what is not as
             there, a sentence each.
         build_recipe: (config, num_classes, checkpoint) -> (network, notes): the network of a recipe, without images;

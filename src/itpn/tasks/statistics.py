@@ -1,27 +1,54 @@
-"""Statistics of a folder's images for people to read: `itpn stats`."""
+"""Statistics of a folder's images for people to read: `itpn stats`, and how far they have been read."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.progress import Progress
 from rich.table import Table
 
 from itpn.data.files import ImageSource
-from itpn.data.statistics import Statistics, compute_statistics, write_statistics
+from itpn.data.statistics import Statistics, compute_statistics
+from itpn.data.statistics_file import as_reader, sign_images, write_statistics
 from itpn.data.stored import Reading
 from itpn.system.console import Output, print_note
+from itpn.system.environment import is_main_process
 from itpn.system.text import one_line
 from itpn.system.writing import check_writable, writing_to
-from itpn.tasks.pixels import as_reader
 
 SHOWN = ("1", "50", "99")  # percentiles in the table
 CHANNELS = 64  # rows of the table
+PATIENCE = 10.0  # seconds after which a log is told what is being done
+
+
+@contextmanager
+def reading_progress() -> Iterator[Callable[[int, int], None]]:
+    """Show how many of how many images have been read: by a bar in a terminal, else by a line if it takes long."""
+    console = Output(stderr=True, quiet=not is_main_process())
+    start = time.monotonic()
+    said = console.is_terminal
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading statistics", total=None)
+
+        def show(read: int, total: int) -> None:
+            nonlocal said
+            bar.update(task, completed=read, total=total)
+            if not said and time.monotonic() - start > PATIENCE:
+                said = True
+                print_note(f"reading mean, std and value range of the images: {read:,} of {total:,} so far", console)
+
+        yield show
 
 
 def report_statistics(
-    source: ImageSource, reading: Reading, value_range: Sequence[str], sample: int | None, out: Path
+    source: ImageSource, root: str, reading: Reading, value_range: Sequence[str], sample: int | None, out: Path
 ) -> None:
     """Compute, print and write the statistics of images.
+
+    Args:
+        root: that they were found in.
 
     Raises:
         UserError: no image can be read, or images differ in channels or depth.
@@ -30,14 +57,9 @@ def report_statistics(
     check_writable(out)
     for note in source.notes:
         print_note(note)
-    reader = as_reader(source)
-    total = len(reader) if sample is None else min(sample, len(reader))
-    console = Output(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("reading", total=total)
-        found = compute_statistics(
-            reader, reading, value_range, sample, lambda read: progress.update(task, completed=read)
-        )
+    with reading_progress() as progress:
+        found = compute_statistics(as_reader(source), reading, value_range, sample, progress)
+    found = replace(found, fingerprint=sign_images(source, root))
     for note in (*found.warnings, *found.notes):
         print_note(note)
     print_statistics(found)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from itpn.data.channels import Values, check_channels, scale_channels
+from itpn.data.channels import check_channels, scale_channels
+from itpn.data.image_type import PHOTOGRAPHS, Pixels
 from itpn.errors import UserError
 from itpn.models.position import Grid
 
@@ -17,18 +18,16 @@ class RGBView:
 
     Attributes:
         channels: those that are its red, green and blue, by index.
-        low, high: the values that are black and white, of all channels of the images or of each.
-        nodata: the value of pixels without data, which are black; NaN always is.
+        pixels: of the images: the value range is from black to white, and pixels without data are black.
     """
 
     channels: tuple[int, int, int]
-    low: Values = 0.0
-    high: Values = 255.0
-    nodata: float | None = None
+    pixels: Pixels = PHOTOGRAPHS
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, C, H, W] of any dtype -> float32 [B, 3, H, W] in [0, 1]."""
-        return scale_channels(images, self.channels, self.low, self.high, self.nodata)
+        own = self.pixels
+        return scale_channels(images, self.channels, own.low, own.high, own.nodata)
 
 
 def choose_channels(teacher: str, channels: tuple[int, int, int] | None, count: int) -> tuple[int, int, int]:

@@ -40,6 +40,11 @@ class Launch:
     processes: int | None = None  # per machine; None where Lightning starts them
     machines: int | None = None
 
+    @property
+    def started_by_first(self) -> bool:
+        """Whether Lightning has started this process, in the first one of its machine."""
+        return self.processes is None and self.environment.local_rank() > 0
+
 
 def read_launch() -> Launch:
     """Look for torchrun (inside Slurm as well), then for Slurm with several tasks; else Lightning starts processes.

@@ -17,6 +17,7 @@ from itpn.errors import RunStopped
 from itpn.seeding import derive_seed
 from itpn.system.console import Output
 from itpn.system.text import one_line
+from itpn.training.agreement import check_agreement
 from itpn.training.checkpointing import Checkpointing
 from itpn.training.compilation import compile_networks
 from itpn.training.data import read_batches
@@ -104,6 +105,7 @@ def set_up(fabric: L.Fabric, console: Output, folder: RunFolder, job: Job) -> Tr
     module, config = job.module, job.module.config
     settings = config.trainer
     launch_processes(fabric)
+    check_agreement(config)
     compilation = compile_networks(module.compiled(), settings, fabric, module.compiled_by_default, console)
     assert module.make_loader is not None
     module.loader = module.make_loader(fabric.global_rank, fabric.world_size)

@@ -7,12 +7,13 @@ import numpy as np
 from itpn.data.image_type import is_storable
 
 CUT_OFF = "cut off: it ends before its last pixels"
+PIXEL_BYTES = 32  # 4 GiB for the largest image: 16 bands of 16 bits
 
 Window = tuple[int, int, int, int]  # top, left, height, width in pixels
 
 
 class ImageFile(Protocol):
-    """An image file whose header has been read.
+    """An image file whose header has been read. It is closed as soon as nothing refers to it.
 
     Attributes:
         channels, height, width: of a page.
@@ -60,6 +61,8 @@ def keep_storable(nodata: float | None, dtype: np.dtype) -> float | None:
 def to_plain(pixels: np.ndarray) -> np.ndarray:
     """Pixels in their :func:`plain_dtype`, contiguous, and not those of a mapped file, which are not to be written."""
     dtype = plain_dtype(pixels.dtype)
+    if pixels.dtype == dtype and pixels.dtype.char == dtype.char and pixels.flags.carray:
+        return pixels
     with np.errstate(over="ignore"):  # infinite, which is no data
         # a view, as uint64 has two names in C
         plain = np.abs(pixels) if pixels.dtype.kind == "c" else pixels

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torchvision.io import ImageReadMode, decode_png
 
-from itpn.data.decode import UnreadableImage, is_deep_png, load_image, open_image
-from itpn.data.formats.image_file import Window, cut
-from itpn.data.headers import PHOTOMETRIC, SAMPLES
+from itpn.data.decode import EncodedImage, UnreadableImage, is_deep_png, load_image, open_image
+from itpn.data.formats.image_file import Window, cut, keep_storable
+from itpn.data.headers import NODATA, PHOTOMETRIC, SAMPLES, read_nodata
 from itpn.data.orientation import turn_array
 
 BANDS = {"1": 1, "L": 1, "LA": 2, "RGB": 3, "RGBA": 4, "CMYK": 4, "I": 1, "F": 1, "I;16": 1, "I;16B": 1}
@@ -27,7 +27,6 @@ class PhotoImage:
     """
 
     by_region = False
-    nodata: float | None = None
     pages = 1
 
     def __init__(self, source: Path | bytes, max_pixels: int | None = None, indices: bool = False) -> None:
@@ -47,6 +46,7 @@ class PhotoImage:
         tags: Any = getattr(image, "tag_v2", {})
         if tags.get(SAMPLES, 1) > len(image.getbands()):  # of planes of their own Pillow reads the first alone
             raise UnreadableImage("TIFF of bands that Pillow does not read")
+        self.nodata = keep_storable(read_nodata(tags.get(NODATA)), self.dtype)
         self._inverted = tags.get(PHOTOMETRIC) == 0 and self._mode in ("1", "L")
         self.channels = {0: 1, 2: 3, 4: 2, 6: 4}[self._data[25]] if self._deep else BANDS.get(self._mode, 1)
 
@@ -62,3 +62,20 @@ class PhotoImage:
             pixels = ~pixels
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return np.ascontiguousarray(cut(pixels, window), self.dtype)
+
+
+class DecodedPhoto:
+    """See :class:`itpn.data.formats.image_file.ImageFile`: a photograph as a viewer shows it, in RGB."""
+
+    channels, pages, dtype = 3, 1, np.dtype(np.uint8)
+    rgb = True
+    nodata: float | None = None
+
+    def __init__(self, image: EncodedImage) -> None:
+        self._image, self.height, self.width, self.by_region = image, image.height, image.width, image.reads_windows
+
+    def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
+        """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
+        if window is None:
+            return self._image.decode().contiguous().numpy()
+        return self._image.decode_crop(*window, window[2:]).contiguous().numpy()

@@ -14,7 +14,7 @@ from torch import Tensor
 from itpn.data.decode import MAX_PIXELS, TIFF_HEADERS, UnreadableImage, open_image, reading
 from itpn.data.file_types import DICOM_START, find_envi_header
 from itpn.data.formats.arrays import HDF5, NUMPY, ZIP, ArrayImage, Axes
-from itpn.data.formats.image_file import ImageFile
+from itpn.data.formats.image_file import PIXEL_BYTES, ImageFile
 from itpn.data.formats.photos import PhotoImage
 from itpn.data.readers import read_head
 from itpn.errors import UserError
@@ -22,7 +22,6 @@ from itpn.errors import UserError
 JPEG2000 = (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")
 HEIC = (b"heic", b"heix", b"hevc", b"heim", b"heis", b"mif1", b"msf1")
 REMEDY = "convert it, as by gdal_translate -of COG or vips tiffsave --tile"
-PIXEL_BYTES = 32  # 4 GiB for the largest image: 16 bands of 16 bits
 DICOM_SUFFIXES = (".dcm", ".dicom", "")  # of files that may lack the first bytes of DICOM's file format
 EXTRAS = {"tifffile": "science", "imagecodecs": "science", "h5py": "science", "pillow_heif": "science"}
 EXTRAS |= {"rasterio": "geo", "pydicom": "dicom"}
@@ -80,7 +79,7 @@ def check_size(image: ImageFile, max_pixels: int) -> None:
     """Refuse an image before memory is taken for it.
 
     Raises:
-        UnreadableImage: it has more pixels, or more than `PIXEL_BYTES` bytes for each of them.
+        UnreadableImage: it has more pixels, or more bytes than :func:`check_window` allows.
     """
     pixels = image.height * image.width
     if pixels > max_pixels:
@@ -88,25 +87,36 @@ def check_size(image: ImageFile, max_pixels: int) -> None:
         raise UnreadableImage(
             f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed (--data.max-pixels); {parts}"
         )
-    size = pixels * image.channels * image.dtype.itemsize
+    check_window(image, image.height, image.width, max_pixels)
+
+
+def check_window(image: ImageFile, height: int, width: int, max_pixels: int) -> None:
+    """Refuse a window of an image before memory is taken for it.
+
+    Raises:
+        UnreadableImage: it has more than `PIXEL_BYTES` bytes for each of ``max_pixels``.
+    """
+    size = height * width * image.channels * image.dtype.itemsize
     if size > max_pixels * PIXEL_BYTES:
         raise UnreadableImage(
-            f"{image.width}x{image.height} pixels of {image.channels} channels take {size / 2**30:.3g} GiB, more than "
-            f"the {max_pixels * PIXEL_BYTES / 2**30:.3g} allowed"
+            f"{width}x{height} pixels of {image.channels} channels take {size / 2**30:.3g} GiB, more than the "
+            f"{max_pixels * PIXEL_BYTES / 2**30:.3g} allowed (--data.max-pixels)"
         )
 
 
-def open_file(source: Path | bytes, axes: Axes | None = None) -> ImageFile:
+def open_file(source: Path | bytes, axes: Axes | None = None, head: bytes | None = None) -> ImageFile:
     """Read the header of an image file, or of its content.
 
     Args:
         axes: of arrays, see :class:`ArrayImage`.
+        head: the first `DICOM_START` bytes, where they have been read.
 
     Raises:
         UnreadableImage: of no known format, or of one whose reader is not installed.
         OSError: no such file.
     """
-    head = source[:DICOM_START] if isinstance(source, bytes) else _read_head(source)
+    if head is None:
+        head = source[:DICOM_START] if isinstance(source, bytes) else _read_head(source)
     if not head:
         raise UnreadableImage("empty file")
     if head[128:132] == b"DICM":  # its first 128 bytes may be those of another format

@@ -2,19 +2,21 @@
 
 import io
 import math
+import weakref
+from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import tifffile
 
-from itpn.data.decode import UnreadableImage
-from itpn.data.formats.image_file import CUT_OFF, Window, cut, keep_storable, plain_dtype, to_plain
+from itpn.data.decode import MAX_PIXELS, UnreadableImage
+from itpn.data.formats.image_file import CUT_OFF, PIXEL_BYTES, Window, cut, keep_storable, plain_dtype, to_plain
+from itpn.data.headers import NODATA, read_nodata
 from itpn.data.orientation import ORIENTATION, SWAPPED, XMP, choose_orientation, find_stored_window, turn_array
 
 NO_DECODER = "TIFF of compression {} is read by imagecodecs: pip install 'itpn[science]'"
-NODATA = 42113  # GDAL's tag
 CHUNK = 2**24  # pixels of a tile or strip that is decoded for a window
 RGB = (2, 6)  # photometric interpretations: RGB and YCbCr
 IN_PAGE = "CSYX"  # axes of an image; all others (planes of a stack, moments, positions) are of several images
@@ -28,7 +30,9 @@ class TiffImage:
     """
 
     def __init__(self, source: Path | bytes) -> None:
-        self._file = tifffile.TiffFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        opened = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
+        self._file = tifffile.TiffFile(opened)
+        weakref.finalize(self, _close, self._file, opened)  # its objects refer to each other, and would keep it open
         if not self._file.series:
             raise UnreadableImage("TIFF without an image")
         self._series = self._file.series[0].levels[0]
@@ -48,12 +52,12 @@ class TiffImage:
         self.nodata = keep_storable(read_nodata(tags.valueof(NODATA)), self.dtype)
         self.decodes = self._series.keyframe.compression in tifffile.TIFF.DECOMPRESSORS
         # one uncompressed block, or pages of more than one plane, are left to tifffile
-        planes = math.prod(size for axis, size in sizes.items() if axis not in "SYX")
+        self._planes = math.prod(size for axis, size in sizes.items() if axis not in "SYX")
         start = self._series.dataoffset
         self._mapped = start is not None
         if start is not None and start + self._series.nbytes > self._file.filehandle.size:
             raise UnreadableImage(CUT_OFF)
-        self._tiled = not self._mapped and len(self._series.pages) == planes
+        self._tiled = not self._mapped and len(self._series.pages) == self._planes
         chunk = math.prod(self._series.keyframe.chunks[:2])
         if chunk > max(CHUNK, self.height * self.width):
             raise UnreadableImage(f"tiles of {chunk:,} pixels in an image of {self.width}x{self.height}")
@@ -74,8 +78,10 @@ class TiffImage:
             raise
         return to_plain(turn_array(np.concatenate(planes) if len(planes) > 1 else planes[0], self._orientation))
 
-    def _find_planes(self, page: int) -> np.ndarray:
+    def _find_planes(self, page: int) -> Iterable[int]:
         """Numbers of the file's planes that hold the channels of a page; the samples of a pixel are of one plane."""
+        if self.pages == 1:
+            return range(self._planes)
         outer = {axis: size for axis, size in zip(self._axes, self._shape, strict=True) if axis not in "SYX"}
         numbers = np.arange(math.prod(outer.values())).reshape(tuple(outer.values()))
         if "C" in outer:
@@ -86,10 +92,18 @@ class TiffImage:
         """[samples, height, width] of one plane or of a window in it."""
         if self._tiled:
             return read_page(self._file, self._series.pages[number], window)
+        if not self._mapped and self._series.nbytes > MAX_PIXELS * PIXEL_BYTES:
+            size = f"{self._series.nbytes / 2**30:.3g} GiB"
+            raise UnreadableImage(f"{self.pages} planes stored as one block take {size}: save each as a page")
         pixels = self._series.asarray(out="memmap" if self._mapped else None)
         outer = len(self._axes.rstrip("SYX"))
         plane, axes = pixels.reshape(-1, *self._shape[outer:])[number], self._axes[outer:]
         return cut(np.moveaxis(plane, axes.index("S"), 0) if "S" in axes else plane[None], window)
+
+
+def _close(file: tifffile.TiffFile, opened: IO[bytes]) -> None:
+    file.close()  # others that OME names
+    opened.close()
 
 
 def read_page(file: tifffile.TiffFile, page: Any, window: Window | None) -> np.ndarray:
@@ -99,41 +113,41 @@ def read_page(file: tifffile.TiffFile, page: Any, window: Window | None) -> np.n
     samples, (rows, cols) = key.samplesperpixel, key.chunks[:2]
     down, across = key.chunked[separate : separate + 2]
     top, left, height, width = window or (0, 0, key.imagelength, key.imagewidth)
-    pixels = np.full((samples, height, width), key.nodata, key.dtype)  # chunks without bytes have no data
-    for plane in range(samples if separate else 1):
+    pixels = np.empty((samples, height, width), key.dtype)
+    chunks = [
+        (plane, row, col)
+        for plane in range(samples if separate else 1)
+        for row in range(top // rows, -(-(top + height) // rows))
+        for col in range(left // cols, -(-(left + width) // cols))
+    ]
+    decoded = read_chunks(file, page, [(plane * down + row) * across + col for plane, row, col in chunks])
+    for (plane, row, col), chunk in zip(chunks, decoded, strict=True):
+        y, x = row * rows - top, col * cols - left
         target = pixels[plane : plane + 1] if separate else pixels
-        for row in range(top // rows, -(-(top + height) // rows)):
-            for col in range(left // cols, -(-(left + width) // cols)):
-                chunk = read_chunk(file, page, (plane * down + row) * across + col)
-                if chunk is None:
-                    continue
-                y, x = row * rows - top, col * cols - left
-                inside = chunk[max(-y, 0) : height - y, max(-x, 0) : width - x]
-                y, x = max(y, 0), max(x, 0)
-                target[:, y : y + inside.shape[0], x : x + inside.shape[1]] = inside.transpose(2, 0, 1)
+        target = target[:, max(y, 0) : y + rows, max(x, 0) : x + cols]
+        # chunks without bytes have no data
+        target[:] = (
+            key.nodata if chunk is None else chunk[max(-y, 0) : height - y, max(-x, 0) : width - x].transpose(2, 0, 1)
+        )
     return pixels
 
 
-def read_chunk(file: tifffile.TiffFile, page: Any, number: int) -> np.ndarray | None:
-    """A tile or strip [height, width, samples]; None if the file has no bytes of it.
+def read_chunks(file: tifffile.TiffFile, page: Any, numbers: Iterable[int]) -> Iterator[np.ndarray | None]:
+    """Tiles or strips [height, width, samples]; None for those of which the file has no bytes.
 
     Raises:
         UnreadableImage: the file is cut off.
     """
-    size = page.databytecounts[number]
-    if not size:
-        return None
-    file.filehandle.seek(page.dataoffsets[number])
-    data = file.filehandle.read(size)
-    if len(data) < size:
-        raise UnreadableImage(CUT_OFF)
-    chunk = page.keyframe.decode(data, number, jpegtables=page.jpegtables)[0]
-    return None if chunk is None else chunk[0]
-
-
-def read_nodata(tag: Any) -> float | None:
-    """The number in GDAL's tag; None where it holds none, or is missing."""
-    try:
-        return float(str(tag).strip(" \0"))
-    except ValueError:
-        return None
+    handle, offsets, sizes = file.filehandle, page.dataoffsets, page.databytecounts
+    decode, tables = page.keyframe.decode, page.jpegtables
+    for number in numbers:
+        size = sizes[number]
+        if not size:
+            yield None
+            continue
+        handle.seek(offsets[number])
+        data = handle.read(size)
+        if len(data) < size:
+            raise UnreadableImage(CUT_OFF)
+        chunk = decode(data, number, jpegtables=tables)[0]
+        yield None if chunk is None else chunk[0]

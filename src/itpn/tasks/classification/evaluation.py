@@ -35,7 +35,7 @@ from itpn.tasks.data import NO_IMAGES, RunData
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths, trained_bands
 from itpn.tasks.features import FeatureEvaluator, join_sets
 from itpn.tasks.finetuning.network import given_heads
-from itpn.tasks.pixels import make_normalize, pixel_values
+from itpn.tasks.pixels import make_normalize, pixels_of
 from itpn.training.config import image_size
 
 
@@ -125,7 +125,7 @@ def make_evaluation_transform(config: ClassificationConfig) -> EvaluationTransfo
     assert data.crop_pct is not None
     size = data.test_size or image_size(data)
     size = size if isinstance(size, tuple) else (size, size)
-    return EvaluationTransform(size, data.crop_pct, data.interpolation, pixel_values(config))
+    return EvaluationTransform(size, data.crop_pct, data.interpolation, pixels_of(config))
 
 
 def most_confused(scores: Scores, classes: tuple[str, ...]) -> str:

@@ -17,7 +17,8 @@ from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.evaluation import make_evaluation_transform
 from itpn.tasks.classification.module import ClassificationModule
 from itpn.tasks.data import RunData
-from itpn.tasks.drawing import caption_files, make_display, show, stored_display, tile_images
+from itpn.tasks.display import make_display, stored_display
+from itpn.tasks.drawing import caption_files, show, tile_images
 from itpn.tasks.finetuning.network import name_classes
 from itpn.tasks.pixels import make_reading, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_batches, read_preprocessing, save_image

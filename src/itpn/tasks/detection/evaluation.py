@@ -1,6 +1,5 @@
 """Evaluation of detectors: COCO's metrics."""
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from itpn.data.annotations import read_objects
 from itpn.data.batches import collect
 from itpn.data.normalize import Normalize
 from itpn.data.objects import DetectionImages, check_size
+from itpn.data.samples import NO_LIMIT
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.detection import DetectionScores, Results, score_detections, to_results, write_detection_scores
 from itpn.models.detector import DETECTIONS, Detector
@@ -24,7 +24,7 @@ from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.merging import Objects, describe_objects, merge_objects, to_objects
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, trained_bands, trained_windows
 from itpn.tasks.finetuning.network import given_heads
-from itpn.tasks.large import tiling_of_run, usual_side
+from itpn.tasks.large import SourceImage, Tiling, tiling_of_run, usual_side
 from itpn.tasks.pixels import adopt_pixels, make_normalize, make_reading
 from itpn.tasks.tiling import Grid, Tile
 
@@ -42,6 +42,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 
     best = "box_ap"
     files = ("evaluation.json", "classes.csv", "results.json")
+    tiling: Tiling
 
     def __init__(
         self,
@@ -62,33 +63,38 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 
     def compare(self, network: nn.Module, batch: dict[str, Any]) -> Part:
         evaluated = [int(self.images.ids[index]) for index in batch["index"].tolist()]
-        whole: list[tuple[int, Tensor]] = []
         results: Results = []
-        for id_, image in zip(evaluated, batch["image"], strict=True):
-            height, width = image.shape[-2:]
-            grid = self._cut(height, width)
-            if grid is None:
-                whole.append((id_, image))
-            else:
-                read = functools.partial(Tile.cut, pixels=image)
-                objects = detect_tiles(network, self.normalize, read, grid, grid)
-                results += describe_objects(objects, height, width, id_, self.images.class_ids)
-        images = [image.to(self.device, non_blocking=True) for _, image in whole]
-        found = detect(network, self.normalize, images) if images else []
-        for (id_, _), own in zip(whole, found, strict=True):
+        images = [image.to(self.device, non_blocking=True) for image in batch["image"]]
+        for id_, own in zip(evaluated, detect(network, self.normalize, images), strict=True):
             results += to_results(own, id_, self.images.class_ids)
         return results, evaluated
 
-    def _cut(self, height: int, width: int) -> Grid | None:
-        """The tiles of an image of a size; None for one that is evaluated as a whole."""
-        return self.tiling.grid(int(height), int(width), self.normalize.images.is_photo)
+    def compare_tiles(
+        self,
+        network: nn.Module,
+        index: int,
+        image: SourceImage,
+        known: dict[str, Any],
+        grid: Grid,
+        tiles: Iterable[Tile],
+    ) -> Part:
+        check_size((image.height, image.width), known)
+        objects = detect_tiles(network, self.normalize, image.read, grid, tiles)
+        id_ = int(self.images.ids[index])
+        return describe_objects(objects, image.height, image.width, id_, self.images.class_ids), [id_]
+
+    def _is_cut(self, height: int, width: int) -> bool:
+        """Whether an image of a size is evaluated in tiles."""
+        fits = height * width <= self.config.data.max_pixels
+        return self.tiling.grid(height, width, self.normalize.pixels.type.is_photo and fits) is not None
 
     def score(self, parts: Sequence[Part]) -> DetectionScores:
         results = sorted((one for own, _ in parts for one in own), key=lambda one: one["image_id"])
         evaluated = sorted(id_ for _, ids in parts for id_ in ids)
         self._results = results
         # an image of many tiles has more than the network finds in one
-        cut = {id_ for id_, (h, w) in zip(self.images.ids, self.images.sizes, strict=True) if self._cut(h, w)}
+        sizes = self.images.sizes.tolist()
+        cut = {id_ for id_, (h, w) in zip(self.images.ids.tolist(), sizes, strict=True) if self._is_cut(h, w)}
         found = Counter(one["image_id"] for one in results if one["image_id"] in cut)
         most = max([self.max_detections, *found.values()])
         return score_detections(self.images, results, evaluated, self.masks, most)
@@ -164,7 +170,7 @@ def detect_tiles(
 
 def view_whole(image: Tensor, known: dict[str, Any]) -> dict[str, Any]:
     """An image as it is evaluated: the network resizes it."""
-    check_size(image, known)
+    check_size(image.shape[-2:], known)
     return {"image": image}
 
 
@@ -202,10 +208,11 @@ def find_evaluation_data(
     """
     data = config.data
     where = data.val_root or data.root
-    options = data.invalid_annotations, print_once
-    images = read_objects(where, "val", *options, optional=True, max_pixels=data.max_pixels, bands=data.bands)
+    # what is too large to be decoded as a whole may be read in tiles, or is named
+    options: dict[str, Any] = {"max_pixels": NO_LIMIT, "bands": data.bands}
+    images = read_objects(where, "val", data.invalid_annotations, print_once, optional=True, **options)
     if images is None:  # a folder with one set alone: that
-        images = read_objects(where, "train", *options, max_pixels=data.max_pixels, bands=data.bands)
+        images = read_objects(where, "train", data.invalid_annotations, print_once, **options)
         print_once(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
     if model.has_masks and images.has_masks and images.mask_counts[1]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.files import ImageSource
+from itpn.data.formats.georeference import Georeference
 from itpn.data.mask_pieces import Piece
 from itpn.models.backbone import find_backbone
 from itpn.models.detector import Detector
@@ -24,9 +25,10 @@ from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.evaluation import detect, detect_tiles
 from itpn.tasks.detection.merging import Objects, describe_objects, to_objects
 from itpn.tasks.detection.module import DetectionModule
-from itpn.tasks.drawing import draw_objects, make_display, name_colour, save_whole, stored_display, tile_images
-from itpn.tasks.georeference import Georeference, make_feature, write_geojson, write_geopackage
-from itpn.tasks.large import Overview, SourceImages, find_tiling, show_tiles
+from itpn.tasks.display import make_display, stored_display
+from itpn.tasks.drawing import draw_objects, name_colour, save_whole, tile_images
+from itpn.tasks.georeference import make_feature, write_geojson, write_geopackage
+from itpn.tasks.large import Overview, SourceImages, find_tiling, show_tiles, tiling_of_run
 from itpn.tasks.pixels import stored_normalize, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions
 
@@ -48,7 +50,7 @@ def predict(model: Detector, checkpoint: Checkpoint, source: ImageSource, option
     images = SourceImages(source, stored_reading(checkpoint, options.max_pixels))
     for image in images:
         with images.reading(image.name, image):
-            grid = tiling.grid(image.height, image.width, image.is_photo and image.fits)
+            grid = tiling.cut(image)
             if grid is None:
                 pixels = image.whole()
                 (found,) = detect(model, normalize, [pixels])
@@ -171,7 +173,8 @@ def build_visualization(
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     make_display(config)  # which finds wrong channels before the first step
-    samples = functools.cache(lambda: read_samples(config, data.samples, SAMPLES))
+    tiling = tiling_of_run(config.data, module.image_side or config.data.img_size)
+    samples = functools.cache(lambda: read_samples(config, data.samples, SAMPLES, tiling))
     return lambda: draw_found(module, samples())
 
 

@@ -20,7 +20,7 @@ from itpn.data.shards import check_shards
 from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, find_windows, make_training_loader, print_once
-from itpn.tasks.pixels import augmentation, image_type, make_normalize, make_reading
+from itpn.tasks.pixels import augmentation, image_type, make_reading, pixels_of
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
@@ -137,12 +137,8 @@ def show_to_teacher(config: PretrainingConfig, teacher: FeatureTeacher) -> None:
     """
     kind = image_type(config)
     channels = choose_channels(teacher.name, config.teacher.channels, kind.channels)
-    if kind.is_photo:
-        teacher.view = None if channels == (0, 1, 2) else RGBView(channels)
-        return
-    normalize = make_normalize(config)
-    low, high = (values.flatten().tolist() for values in (normalize.low, normalize.low + normalize.span))
-    teacher.view = RGBView(channels, low, high, normalize.nodata)
+    # a teacher sees photographs as they are
+    teacher.view = None if kind.is_photo and channels == (0, 1, 2) else RGBView(channels, pixels_of(config))
 
 
 def check_cache(config: PretrainingConfig, folder: str) -> None:
@@ -193,7 +189,7 @@ def make_loader(
 
 def read_samples(source: ImageSource | Windows, config: PretrainingConfig, count: int = SAMPLES) -> Tensor:
     """Readable images from all over the data, at the size of crops, [n, C, H, W] as they are stored."""
-    crop = functools.partial(center_crop, img_size=image_size(config.data), nodata=config.data.nodata)
+    crop = functools.partial(center_crop, img_size=image_size(config.data), nodata=pixels_of(config).nodata)
     reading = make_reading(config, source)
     if isinstance(source, Windows):
         return torch.stack([crop(image) for _, image in read_some(source, count, reading)])

@@ -11,7 +11,7 @@ from itpn.data.evaluation import view_labelled
 from itpn.data.labelled import LabelledImages
 from itpn.metrics.features import knn_accuracy, linear_accuracy
 from itpn.tasks.features import FeatureEvaluator, join_sets
-from itpn.tasks.pixels import make_normalize, pixel_values
+from itpn.tasks.pixels import make_normalize, pixels_of
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import PretrainingData
 from itpn.training.config import image_size
@@ -30,7 +30,7 @@ class ProbeEvaluator(FeatureEvaluator[dict[str, float]]):
     def __init__(self, config: PretrainingConfig, known: LabelledImages, images: LabelledImages) -> None:
         data = config.data
         view = functools.partial(
-            view_labelled, EvaluationTransform(image_size(data), 1.0, data.interpolation, pixel_values(config))
+            view_labelled, EvaluationTransform(image_size(data), 1.0, data.interpolation, pixels_of(config))
         )
         super().__init__(config, images, make_normalize(config), view)
         self.known = known

@@ -14,7 +14,8 @@ from itpn.data.files import ImageSource
 from itpn.data.pixels import resize_pixels
 from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.targets import IMAGE_TARGETS
-from itpn.tasks.drawing import caption_files, make_display, show, tile_images
+from itpn.tasks.display import make_display
+from itpn.tasks.drawing import caption_files, show, tile_images
 from itpn.tasks.pixels import stored_reading
 from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing, save_image
 from itpn.tasks.pretraining.config import PretrainingConfig
@@ -89,7 +90,7 @@ def _draw_features(
     """Feature maps as images, uint8 [n, 3, H, W]."""
     batch = {"image": images}
     if module.teacher_size is not None:
-        size, nodata = module.teacher_size, module.normalize.nodata
+        size, nodata = module.teacher_size, module.normalize.pixels.nodata
         batch["teacher_image"] = torch.stack([resize_pixels(image, size, nodata=nodata) for image in images])
     output = module.model.forward_eval(x, mask, module.make_targets(batch, x))
     prediction = output.prediction.float()  # [n, N, D]

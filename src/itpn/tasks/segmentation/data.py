@@ -2,11 +2,17 @@
 
 from typing import Any
 
+import numpy as np
+
+from itpn.data.formats.reading import REMEDY
 from itpn.data.labelmaps import find_label_maps
-from itpn.data.mask_checks import MaskRules
+from itpn.data.mask_checks import LabelMaps, MaskRules
+from itpn.data.mask_files import find_undivided
 from itpn.data.masks import LabelTable
 from itpn.data.readers import draw_images
 from itpn.data.segmentation_transform import SegmentationTransform
+from itpn.data.windows import is_large
+from itpn.system.text import one_line
 from itpn.tasks.data import NO_IMAGES, RunData, find_windows, print_once
 from itpn.tasks.pixels import augmentation
 from itpn.tasks.segmentation.config import SegmentationConfig
@@ -23,6 +29,7 @@ def make_rules(config: SegmentationConfig) -> MaskRules:
         print_once,
         data.max_pixels,
         data.bands,
+        data.window_size is not None,
     )
 
 
@@ -32,8 +39,26 @@ def find_data(config: SegmentationConfig) -> RunData:
     if config.data.label_fraction < 1:
         train = train.take(draw_images(train, config.data.label_fraction, config.seed))
     windows, notes = find_windows(config, train.files)
-    train = train if windows is None else train.cut(windows)
+    if windows is not None:
+        notes += note_decoded(train, windows.sizes, config.data.window_size or 0)
+        train = train.cut(windows)
     return RunData(train, val, notes if val is not None else (*notes, NO_IMAGES))
+
+
+def note_decoded(images: LabelMaps, sizes: np.ndarray, side: int) -> tuple[str, ...]:
+    """Name a mask of a large image that is decoded as a whole for a window.
+
+    Args:
+        sizes: heights and widths of the images.
+        side: of windows.
+    """
+    large = [
+        images.masks[number] for number, (height, width) in enumerate(sizes.tolist()) if is_large(height, width, side)
+    ]
+    if not (whole := find_undivided(large)):
+        return ()
+    count = f"{len(whole):,} masks of large images are each" if len(whole) > 1 else "1 mask of a large image is"
+    return (f"{count} decoded as a whole, and kept for its next windows; the first is {one_line(whole[0])}: {REMEDY}",)
 
 
 def describe_data(config: SegmentationConfig, data: RunData) -> dict[str, str]:
@@ -49,8 +74,7 @@ def describe_sets(config: SegmentationConfig) -> dict[str, Any]:
 
 
 def make_transform(config: SegmentationConfig, table: LabelTable) -> SegmentationTransform:
-    data, own = config.data, augmentation(config)
-    assert data.mean is not None
+    data = config.data
     return SegmentationTransform(
         table,
         data.img_size,
@@ -60,7 +84,6 @@ def make_transform(config: SegmentationConfig, table: LabelTable) -> Segmentatio
         hflip=data.hflip,
         photometric=data.photometric,
         interpolation=data.interpolation,
-        fill=tuple(255 * value for value in data.mean) if own["pixels"].photographs else None,  # None for their mean
         max_pixels=data.max_pixels,
-        **own,
+        **augmentation(config),
     )

@@ -1,7 +1,7 @@
 """Evaluation of segmenters: mean IoU and accuracy over all pixels of a set."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from itpn.data.batches import collect
 from itpn.data.class_names import Names
 from itpn.data.labelmaps import read_to_evaluate
 from itpn.data.mask_checks import LabelMaps
+from itpn.data.mask_files import open_mask
 from itpn.data.masks import LabelTable, name_labels
-from itpn.data.segmentation_transform import view_labels
+from itpn.data.segmentation_transform import check_same_size, view_labels
 from itpn.metrics.classification import rank_classes
 from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores
 from itpn.models.segmenter import Segmenter
@@ -29,12 +30,12 @@ from itpn.tasks.evaluation import (
     trained_windows,
 )
 from itpn.tasks.finetuning.network import given_heads, resolve_with_head
-from itpn.tasks.large import tiling_of_run, usual_side
+from itpn.tasks.large import SourceImage, tiling_of_run, usual_side
 from itpn.tasks.pixels import make_normalize, make_reading
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import describe_sets
 from itpn.tasks.segmentation.inference import make_segmentation, segment_tiles
-from itpn.tasks.tiling import Tile
+from itpn.tasks.tiling import Grid, Tile
 
 
 class SegmentationEvaluator(Evaluator[PixelScores]):
@@ -67,16 +68,24 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
         classes = len(self.classes)
         confusion = torch.zeros(classes, classes, dtype=torch.int64)
         for image, target in zip(batch["image"], batch["target"], strict=True):
-            grid = self.tiling.grid(target.shape[0], target.shape[1], self.normalize.images.is_photo)
-            if grid is None:
-                labels = self.segment(network, self.normalize, image.to(self.device, non_blocking=True))
-                confusion += compare(labels, target, classes)
-                continue
-            segment = functools.partial(self.segment.probabilities, network, self.normalize)
-            read = functools.partial(Tile.cut, pixels=image.to(self.device, non_blocking=True))
-            for part, own in segment_tiles(segment, read, grid, grid):
-                confusion += compare(own, target[part.slices], classes)
+            labels = self.segment(network, self.normalize, image.to(self.device, non_blocking=True))
+            confusion += compare(labels, target, classes)
         return PixelScores(confusion, len(batch["image"]))
+
+    def compare_tiles(
+        self, network: nn.Module, index: int, image: SourceImage, known: str, grid: Grid, tiles: Iterable[Tile]
+    ) -> PixelScores:
+        classes = len(self.classes)
+        confusion = torch.zeros(classes, classes, dtype=torch.int64)
+        mask = open_mask(known, self.config.data.max_pixels)
+        check_same_size(known, (mask.height, mask.width), (image.height, image.width))
+        segment = functools.partial(self.segment.probabilities, network, self.normalize)
+        top, rows = -1, torch.empty(0)  # of the mask, as wide as the image
+        for part, own in segment_tiles(segment, lambda tile: image.read(tile).to(self.device), grid, tiles):
+            if part.top != top:
+                top, rows = part.top, self.images.table.read_window(mask, (part.top, 0, part.height, image.width))
+            confusion += compare(own, rows[:, part.left : part.left + part.width], classes)
+        return PixelScores(confusion, 1)
 
     def score(self, parts: Sequence[PixelScores]) -> PixelScores:
         return PixelScores(torch.stack([own.confusion for own in parts]).sum(dim=0), sum(own.images for own in parts))

@@ -55,7 +55,7 @@ class Segmentation:
         for scale in self.scales:
             short = scale * self.short
             sides = fit_sides(image.shape[-2:], short, 4 * short)
-            resized = resize_pixels(image, sides, self.interpolation, normalize.nodata)
+            resized = resize_pixels(image, sides, self.interpolation, normalize.pixels.nodata)
             x = normalize(resized[None])
             for mirrored in (False, True) if self.flip else (False,):
                 own = self._segment(model, x.flip(-1) if mirrored else x)

@@ -17,15 +17,8 @@ from itpn.models.segmenter import Segmenter
 from itpn.system.text import as_file_name
 from itpn.system.writing import name_output
 from itpn.tasks.data import RunData, read_samples
-from itpn.tasks.drawing import (
-    draw_labels,
-    make_display,
-    name_colour,
-    save_labels,
-    save_whole,
-    stored_display,
-    tile_images,
-)
+from itpn.tasks.display import make_display, stored_display
+from itpn.tasks.drawing import draw_labels, name_colour, save_labels, save_whole, tile_images
 from itpn.tasks.evaluation import EvaluationRequest
 from itpn.tasks.finetuning.network import name_classes
 from itpn.tasks.georeference import ROWS, write_raster
@@ -38,6 +31,7 @@ from itpn.tasks.large import (
     find_tiling,
     label_array,
     show_tiles,
+    tiling_of_run,
 )
 from itpn.tasks.pixels import make_normalize, stored_reading
 from itpn.tasks.prediction import PredictionOptions, Predictions
@@ -69,7 +63,7 @@ def predict(model: Segmenter, checkpoint: Checkpoint, source: ImageSource, optio
             images.reading(image.name, image),
             label_array(options.out, image.height, image.width) as labels,
         ):
-            grid = tiling.grid(image.height, image.width, image.is_photo and image.fits)
+            grid = tiling.cut(image)
             fill = fill_whole if grid is None else functools.partial(fill_tiles, grid)
             pixels, shown = fill(segment, image, labels)
             files.add(image, labels, display(pixels), shown)
@@ -167,7 +161,8 @@ def build_visualization(
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     make_display(config)  # which finds wrong channels before the first step
-    samples = functools.cache(lambda: read_samples(config, data.samples, SAMPLES))
+    tiling = tiling_of_run(config.data, module.image_side or config.data.short)
+    samples = functools.cache(lambda: read_samples(config, data.samples, SAMPLES, tiling))
     return lambda: draw_scenes(module, config, samples())
 
 
