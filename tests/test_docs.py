@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 from pydicom.data import get_testdata_file
 
 from itpn.cli import COMMANDS, main
@@ -63,17 +64,20 @@ def test_commands_are_understood(words):
         parse(command, words[1:], "itpn")
 
 
-def test_dicom_and_arrays_take_one_command_each(tmp_path, monkeypatch):
+def test_dicom_arrays_and_ome_tiff_take_one_command_each(tmp_path, monkeypatch):
     """As the page shows them, on small files."""
     monkeypatch.chdir(tmp_path)
-    for folder in ("data/ct", "data/arrays"):
+    folders = ["data/ct", "data/arrays", "data/ome"]
+    for folder in folders:
         Path(folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
     for number in range(2):
         shutil.copy(get_testdata_file("CT_small.dcm", download=False), f"data/ct/IM{number:04}")
         np.save(f"data/arrays/{number}.npy", rng.integers(0, 3000, (64, 64, 12), dtype=np.int16))
-    commands = read_commands("scientific_images.md", "## DICOM and arrays")[:2]
-    assert [words[3] for words in commands] == ["data/ct", "data/arrays"]
+        stains = rng.integers(0, 3000, (2, 64, 64), dtype=np.uint16)
+        tifffile.imwrite(f"data/ome/{number}.ome.tif", stains, metadata={"axes": "CYX"})
+    commands = [words for words in read_commands("scientific_images.md") if words[3:4] and words[3] in folders]
+    assert [words[3] for words in commands] == folders
     small = ["--data.num-workers", "0", "--data.batch-size", "2", "--trainer.max-steps", "1"]
     for words in commands:
         assert main([*words, *small, "--trainer.accelerator", "cpu"]) == 0

@@ -202,6 +202,34 @@ def test_a_segmenter(tmp_path, form, capsys):
     assert "a segmenter is exported for images of one size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("channels", [1, 5])
+def test_a_detector_of_other_images(tmp_path, channels):
+    torch.manual_seed(0)
+    backbone = make_pyramid(
+        "pooled",
+        pyramid_width=32,
+        pyramid_depth=1,
+        img_size=64,
+        embed_dim=64,
+        depths=(1, 1, 2),
+        num_heads=1,
+        in_chans=channels,
+    )
+    options = {"rpn_post_nms_top_n_test": 20, "box_detections_per_img": 6, "box_score_thresh": 0.0}
+    mean, std = [0.1 * (1 + n) for n in range(channels)], [0.2] * channels
+    model = MaskDetector(
+        backbone, 4, min_size=64, max_size=64, head_width=16, image_mean=mean, image_std=std, **options
+    ).eval()
+    out = tmp_path / "detector.onnx"
+    assert export_detector(model, out, (64, 64)).inputs == {"image": f"{channels}, 64, 64"}
+    image = torch.rand(channels, 64, 64)
+    with torch.no_grad():
+        theirs = model([image])[0]
+    boxes = onnxruntime.InferenceSession(out).run(["boxes"], {"image": image.numpy()})[0]
+    assert len(boxes) == 6
+    assert torch.allclose(torch.from_numpy(boxes), theirs["boxes"], atol=1e-4)
+
+
 def test_a_detector(tmp_path, capsys):
     """The file finds what PyTorch finds, in images that it was not traced with."""
     torch.manual_seed(0)

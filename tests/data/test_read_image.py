@@ -205,6 +205,15 @@ def test_complex_numbers_become_magnitudes(tmp_path):
     check(tmp_path / "a.npy", np.abs(pixels)[None])
 
 
+def test_arrays_of_python_objects_are_no_images(tmp_path):
+    objects = np.array([{"a": 1}, None], dtype=object)
+    np.save(tmp_path / "a.npy", objects, allow_pickle=True)
+    np.savez(tmp_path / "a.npz", image=objects)
+    for name in ("a.npy", "a.npz"):
+        with pytest.raises(UserError, match=rf"{name}: an array of Python objects is no image$"):
+            itpn.read_image(tmp_path / name)
+
+
 def test_bits_become_zeros_and_ones(tmp_path):
     pixels = draw((40, 50), "uint8") > 128
     tifffile.imwrite(tmp_path / "a.tif", pixels)

@@ -15,8 +15,12 @@ import yaml
 from PIL import Image
 from safetensors import safe_open
 
+import itpn
+from itpn.checkpoints.files import read_checkpoint
 from itpn.cli import main
 from itpn.data.files import find_training_images
+from itpn.data.image_type import ImageType, Pixels
+from itpn.data.normalize import Normalize
 from itpn.tasks.configs import (
     ClassificationConfig,
     ClassificationDataConfig,
@@ -28,7 +32,7 @@ from itpn.tasks.configs import (
     SegmentationConfig,
     SegmentationDataConfig,
 )
-from itpn.tasks.pixels import adopt_pixels, resolve_pixels
+from itpn.tasks.pixels import adopt_pixels, resolve_pixels, stored_normalize
 from itpn.tasks.spec import find_task
 
 BANDS = 5
@@ -307,21 +311,43 @@ def test_a_file_of_another_type_ends_a_run(bands, tmp_path, capsys):
         write(tmp_path / f"images/{number}.tif", draw(number)[0])
     write(tmp_path / "images/5.tif", draw(5)[0][:4])
     options = ["--data.root", str(tmp_path / "images"), "--output-dir", str(tmp_path), *SMALL]
-    for more in ([], ["--data.dtype", "uint16", "--model.in-chans", "5", "--data.value-range", "0", "9000"]):
-        given = [*more, *(("--data.mean", "0.3", "--data.std", "0.2") if more else ())]
-        assert main(["train", "itpn-pixel_nano", *options, *given]) == 2
+    (tmp_path / "known.py").write_text(
+        "from itpn.tasks.recipe_files import read_recipe\n"
+        "config = read_recipe('itpn-pixel_nano')[1]\n"
+        "config.model.in_chans, config.data.dtype, config.data.value_range = 5, 'uint16', ('0', '9000')\n"
+        "config.data.mean, config.data.std = (0.3,), (0.2,)\n"
+    )
+    for recipe in ("itpn-pixel_nano", str(tmp_path / "known.py")):  # whose first image is read, or not
+        assert main(["train", recipe, *options]) == 2
         err = capsys.readouterr().err
         assert "0.tif has 5 channels of uint16" in err
         assert "5.tif has 4 channels of uint16" in err
         assert "Traceback" not in err
 
 
+def test_the_type_of_pixels_is_a_setting_without_an_option(bands, pretrained, tmp_path, capsys):
+    """Images decide it; it is stored, and kept by a config.yaml that is trained again."""
+    config = pretrained / "config.yaml"
+    before = yaml.safe_load(config.read_text())["data"]
+    assert before["dtype"] == "uint16"
+    options = ["--data.root", str(bands / "plain"), "--output-dir", str(tmp_path), "--name", "again"]
+    assert main(["train", str(config), *options]) == 0
+    again = tmp_path / "itpn-pixel_nano/again/config.yaml"
+    assert yaml.safe_load(again.read_text())["data"] == before
+    capsys.readouterr()
+    assert main(["train", "itpn-pixel_nano", *options, "--data.dtype", "uint16"]) == 2
+    assert "unknown option --data.dtype" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["train", "itpn-pixel_nano", "--help"])
+    shown = capsys.readouterr().out
+    assert "--data.axes" in shown
+    assert "--data.dtype" not in shown
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
         (["--model.in-chans", "3"], "--model.in-chans is 3, and .* has 5 channels of uint16: leave it out"),
-        (["--data.dtype", "int16"], "--data.dtype is int16, and .* has 5 channels of uint16"),
-        (["--data.dtype", "photo"], "--data.dtype is photo, and .* has 5 channels of uint16"),
         (["--data.mean", "0.1", "0.2"], r"--data.mean needs one number or one per channel \(5\), not 2"),
         (["--data.value-range", "1", "2", "3", "4"], "a pair for each of 5 channels, not 4 values"),
         (["--data.color-jitter", "0.4"], "--data.color-jitter is for RGB photographs, not for images of 5 channels"),
@@ -452,3 +478,34 @@ def test_the_order_of_axes_is_kept(tmp_path):
     assert main(["train", "itpn-pixel_nano", *options]) == 0
     weights = str(tmp_path / "itpn-pixel_nano/default/model.safetensors")
     assert main(["predict", weights, str(tmp_path / "images"), "--out", str(tmp_path / "out")]) == 0
+
+
+def test_the_page_prepares_images_for_exported_files(bands, pretrained, tmp_path, monkeypatch):
+    """What the documents show for use outside of itpn computes what itpn does."""
+    monkeypatch.chdir(tmp_path)
+    page = (Path(__file__).parents[2] / "docs/scientific_images.md").read_text()
+    code = re.search(r"## Outside itpn.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    weights = str(pretrained / "model.safetensors")
+    assert main(["export", weights, "--task", "pyramid", "--out", "model.onnx"]) == 0
+    write(tmp_path / "scene.tif", draw(7)[0][:, :32, :32])
+    shown: dict = {}
+    exec(code, shown)
+    images = torch.from_numpy(shown["pixels"])[None]
+    normalize = stored_normalize(read_checkpoint(weights), BANDS)
+    with torch.no_grad():
+        maps = itpn.load(weights, task="pyramid").eval()(normalize(images)).values()
+    for own, expected in zip(shown["outputs"], maps, strict=True):
+        assert np.allclose(own, expected, atol=1e-4)
+    stored = {"value_range": ["10", "200"], "nodata": 50, "mean": [0.3], "std": [0.2]}
+    integers = np.arange(0, 300, dtype=np.uint16).reshape(3, 10, 10)
+    floats = np.where(integers == 50, np.nan, integers).astype(np.float32)
+    for pixels in (integers, floats):
+        kind = ImageType(3, pixels.dtype.name)
+        normalize = Normalize(
+            Pixels(kind, (10,), (200,), tuple(stored["mean"]), tuple(stored["std"]), stored["nodata"])
+        )
+        assert np.allclose(shown["prepare"](pixels, stored), normalize(torch.from_numpy(pixels)), atol=1e-5)
+    photo = np.arange(75, dtype=np.uint8).reshape(3, 5, 5)
+    normalize = Normalize(Pixels(mean=(0.5, 0.4, 0.3), std=(0.2, 0.1, 0.3)))
+    stored = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.1, 0.3]}
+    assert np.allclose(shown["prepare"](photo, stored), normalize(torch.from_numpy(photo)), atol=1e-5)

@@ -3,12 +3,13 @@
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
+from itpn.data.bands import has_files
 from itpn.data.coco import read_coco
 from itpn.data.decode import MAX_PIXELS
 from itpn.data.files import check_root
@@ -38,12 +39,14 @@ def find_objects(
     on_invalid: Literal["summary", "skip", "error"] = "summary",
     log: Log = print,
     max_pixels: int = MAX_PIXELS,
+    bands: Sequence[str] = (),
 ) -> tuple[DetectionImages, DetectionImages | None]:
     """Find the training and the validation images, with the same classes.
 
     Args:
         on_invalid: what to do about invalid annotations, see `itpn.tasks.configs.DetectionDataConfig`.
         max_pixels: larger images to train on are left out; those to evaluate on may be read in tiles.
+        bands: of images in one file a band, see `itpn.data.bands.find_bands`.
         log: takes the summary, a line at a time.
 
     Returns:
@@ -54,11 +57,11 @@ def find_objects(
             in the validation images alone.
     """
     logged: set[str] = set()
-    train = read_objects(root, "train", on_invalid, log, max_pixels=max_pixels, logged=logged)
+    train = read_objects(root, "train", on_invalid, log, max_pixels=max_pixels, logged=logged, bands=bands)
     assert train is not None
     val = None
     if val_root is not None or Path(root).is_dir():  # a single file is for training
-        val = read_objects(val_root or root, "val", on_invalid, log, val_root is None, NO_LIMIT, logged)
+        val = read_objects(val_root or root, "val", on_invalid, log, val_root is None, NO_LIMIT, logged, bands)
     if val is None:
         return train, None
     unknown = [name for name in val.classes if name not in train.classes]
@@ -79,11 +82,13 @@ def read_objects(
     optional: bool = False,
     max_pixels: int = MAX_PIXELS,
     logged: set[str] | None = None,
+    bands: Sequence[str] = (),
 ) -> DetectionImages | None:
     """Read and check the images of one split.
 
     Args:
         logged: notes that were logged for another split and are not repeated.
+        bands: as of :func:`find_objects`.
 
     Returns:
         None if there is no such split and it is ``optional``.
@@ -97,7 +102,7 @@ def read_objects(
     undivided = split == "train" or not optional
     readers = (read_coco, read_yolo, read_voc, functools.partial(read_instances, undivided=undivided))
     for read in readers if folder.is_dir() else readers[:1]:
-        parts = read(folder, split, invalid, max_pixels)
+        parts = read(folder, split, invalid, max_pixels, bands)
         if parts is not None:
             break
     else:
@@ -260,7 +265,7 @@ def _check_images(
             invalid.add("images whose id another one has", f"{key}: {name}")
         elif key in images:
             invalid.add("images that are listed twice", f"{key}: {name}")
-        elif not (path := path_of(name)).is_file():
+        elif not has_files(str(path := path_of(name))):
             invalid.add("images not on disk", str(path))
         elif str(path) in by_path:
             images[key] = by_path[str(path)]

@@ -5,7 +5,7 @@ end of each, joined by a mark that no path has.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,26 +47,60 @@ def join_bands(paths: Iterable[str], bands: Sequence[str], where: str) -> tuple[
         UserError: an image lacks a band, or no file is one.
     """
     check_bands(bands)
-    endings = [band.removeprefix("*") for band in bands]
-    by_length = sorted(endings, key=len, reverse=True)
+    endings = _read_endings(bands)
     images: dict[str, set[str]] = {}
     others = 0
     for path in paths:
-        ending = next((ending for ending in by_length if os.path.basename(path).endswith(ending)), None)
+        ending = _find_ending(path, endings)
         if ending is None:
             others += 1
         else:
             images.setdefault(path.removesuffix(ending), set()).add(ending)
     if not images:
         raise UserError(f"no image in {where} has a name that ends in {endings[0]} or another of --data.bands")
-    for beginning, found in images.items():
-        for ending in endings:
-            if ending not in found and not os.path.isfile(beginning + ending):  # which one file as a root lacks
-                raise UserError(
-                    f"image {one_line(name_image(beginning + MARK))} has no band {ending}: "
-                    f"{one_line(beginning + ending)} is not there (--data.bands)"
-                )
-    return [MARK.join((beginning, *endings)) for beginning in images], others
+    return [_join(beginning, endings, found) for beginning, found in images.items()], others
+
+
+def find_bands(path: str, bands: Sequence[str]) -> str | None:
+    """The image that annotations name: by one of its files, or by what its files' names begin with.
+
+    Args:
+        path: where it may be, with or without a suffix.
+
+    Returns:
+        The image, a string; None if none of its files is there.
+
+    Raises:
+        UserError: some of its files are there, and others are not.
+    """
+    endings = _read_endings(bands)
+    own = _find_ending(path, endings)
+    beginnings = [] if own is None else [path.removesuffix(own)]
+    beginnings += [stem + mark for stem in (path, os.path.splitext(path)[0]) for mark in ("", *BETWEEN, os.sep)]
+    for beginning in beginnings:
+        if found := {ending for ending in endings if os.path.isfile(beginning + ending)}:
+            return _join(beginning, endings, found)
+    return None
+
+
+def _read_endings(bands: Sequence[str]) -> list[str]:
+    return [band.removeprefix("*") for band in bands]
+
+
+def _find_ending(path: str, endings: Sequence[str]) -> str | None:
+    """The longest ending that a file's name has."""
+    own = [ending for ending in endings if os.path.basename(path).endswith(ending)]
+    return max(own, key=len, default=None)
+
+
+def _join(beginning: str, endings: Sequence[str], found: Collection[str]) -> str:
+    for ending in endings:
+        if ending not in found and not os.path.isfile(beginning + ending):  # which one file as a root lacks
+            raise UserError(
+                f"image {one_line(name_image(beginning + MARK))} has no band {ending}: "
+                f"{one_line(beginning + ending)} is not there (--data.bands)"
+            )
+    return MARK.join((beginning, *endings))
 
 
 def split_bands(image: str) -> tuple[str, ...]:
@@ -79,3 +113,13 @@ def name_image(image: str) -> str:
     """The path by which an image is named: of bands what their paths begin with, or their folder."""
     beginning, mark, _ = image.partition(MARK)
     return beginning.rstrip(BETWEEN).rstrip(os.sep) or beginning if mark else image
+
+
+def find_stem(image: str) -> str:
+    """The name of an image without folders and suffix, which annotation files have."""
+    return os.path.basename(name_image(image)) if MARK in image else Path(image).stem
+
+
+def has_files(image: str) -> bool:
+    """Whether all files of an image are there."""
+    return all(map(os.path.isfile, split_bands(image)))

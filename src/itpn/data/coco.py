@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from itpn.data.decode import MAX_PIXELS
@@ -15,7 +16,9 @@ from itpn.system.text import decode_text, read_bounded
 MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
 
 
-def read_coco(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS) -> Parts | None:
+def read_coco(
+    root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS, bands: Sequence[str] = ()
+) -> Parts | None:
     """Read COCO's layout: a JSON file for each split; ``root`` may be such a file."""
     file = root if root.is_file() else _find_json(root, split)
     if file is None:
@@ -27,7 +30,7 @@ def read_coco(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: i
         word = re.match(r"[A-Za-z]*", year)[0]  # type: ignore[index]  # matches anything
         names = dict.fromkeys([year, year.replace("-dev", ""), word, word.lower()])
         places = [*(root / name for name in names if name), root / "images" / year]
-    return _read_json(file), search_folders([*places, root / "images", root]), str(file)
+    return _read_json(file), search_folders([*places, root / "images", root], bands), str(file)
 
 
 def _find_json(root: Path, split: str) -> Path | None:

@@ -31,8 +31,8 @@ ARCHIVES = (".zip", ".7z", ".rar", ".gz", ".bz2", ".xz", ".zst")
 MOST_SUFFIXES = 8  # listed in a line
 # folders of Linux, macOS, Synology and Windows, in lower case
 SYSTEM_FOLDERS = {"lost+found", "__macosx", "@eadir", "#recycle", "$recycle.bin", "system volume information"}
-# counted by kind, not by suffix: links in archives; pipes, sockets and devices
-LINK, SPECIAL = "link", "special file"
+# counted by kind, not by suffix: links in archives; pipes, sockets and devices; images that are no band of one
+LINK, SPECIAL, NO_BAND = "link", "special file", "not among --data.bands"
 
 
 def describe_file(path: str) -> str:

@@ -4,13 +4,14 @@ Objects of them become boxes and masks of one class.
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from itpn.data.bands import join_bands, split_bands
 from itpn.data.class_names import read_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, reading
 from itpn.data.file_types import JPEG_SUFFIXES, is_shard
@@ -44,7 +45,13 @@ class Objects(NamedTuple):
 
 
 def read_instances(
-    root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS, *, undivided: bool = True
+    root: Path,
+    split: str,
+    invalid: InvalidAnnotations,
+    max_pixels: int = MAX_PIXELS,
+    bands: Sequence[str] = (),
+    *,
+    undivided: bool = True,
 ) -> Parts | None:
     """Read label images in the folders that segmentation has its masks in (see :func:`find_pairs`).
 
@@ -58,7 +65,8 @@ def read_instances(
         return None
     if split != "train" and not undivided and pairs == find_pairs(str(root), None, "train"):
         return None
-    masks = match_masks(pairs.images, pairs.folder, pairs.masks, invalid)
+    images = join_bands(pairs.images, bands, pairs.folder)[0] if bands else pairs.images
+    masks = match_masks(images, pairs.folder, pairs.masks, invalid)
     invalid.note_unread(pairs.folder, pairs.unread)
     coco: Coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": _read_class(root, invalid)}]}
     labels, parts = set[int](), 0
@@ -99,7 +107,7 @@ def _take(job: Future[Objects], image: str, mask: str, size: Size, invalid: Inva
     try:
         return job.result()
     except _OtherSize as error:
-        if problem := find_size_problem(image, size, mask, error.args[0]):
+        if problem := find_size_problem(split_bands(image)[0], size, mask, error.args[0]):
             invalid.add(*problem)
     except (UnreadableImage, OSError) as error:
         check_lost(mask, error)

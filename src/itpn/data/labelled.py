@@ -87,6 +87,7 @@ def find_labelled(
     val_fraction: float = 0.0,
     seed: int = 0,
     members: Sequence[str] = (),
+    bands: Sequence[str] = (),
 ) -> tuple[LabelledImages, LabelledImages | None]:
     """Find the training and the validation images, with the same classes.
 
@@ -95,6 +96,7 @@ def find_labelled(
 
     Args:
         members: suffixes of the images in shards, see `itpn.data.members.Choice`.
+        bands: of images in one file a band, see `itpn.data.bands.join_bands`.
         val_roots: roots of the validation images, if they are elsewhere.
         val_fraction: if there are no validation images, this fraction of each class is held out; ``seed`` draws it.
 
@@ -105,7 +107,7 @@ def find_labelled(
         UserError: no such data, an empty class, fewer than two classes, or a class that is in the validation images
             alone.
     """
-    train = read_split(roots, "train", members=members)
+    train = read_split(roots, "train", members=members, bands=bands)
     assert train is not None  # which is not optional
     counts = np.bincount(train.labels, minlength=len(train.classes))
     where = ", ".join(roots)
@@ -117,7 +119,7 @@ def find_labelled(
             f"{where} holds {_count(len(train), 'image')} of {_count(len(train.classes), 'class')}: a classifier needs "
             "two classes, a folder each"
         )
-    val = read_split(val_roots or roots, "val", optional=val_roots is None, members=members)
+    val = read_split(val_roots or roots, "val", optional=val_roots is None, members=members, bands=bands)
     if val is None:
         if not val_fraction:
             return train, None
@@ -137,9 +139,16 @@ def find_labelled(
 
 
 def read_split(
-    roots: Sequence[str], split: str, optional: bool = False, members: Sequence[str] = ()
+    roots: Sequence[str],
+    split: str,
+    optional: bool = False,
+    members: Sequence[str] = (),
+    bands: Sequence[str] = (),
 ) -> LabelledImages | None:
     """The images of one split, ``train`` or ``val``, of some roots, or of roots without splits.
+
+    Args:
+        members, bands: as of :func:`find_labelled`.
 
     Returns:
         None if there is no such split and it is ``optional``.
@@ -164,12 +173,15 @@ def read_split(
     files += [path for folder in folders for path in list_files(folder)]
     shards = [path for path in files if is_shard(path)]
     tables = [path for path in files if is_table(path)]
+    if bands and (shards or tables):
+        kind = "tar shards" if shards else "parquet files"
+        raise UserError(f"--data.bands is for images in files, not for {kind}: leave it out")
     if shards:
         images = _read_shards(shards, [*folders, *(root for root in roots if os.path.isdir(root))], members)
     elif tables:
         images = _read_tables(tables)
     else:
-        images = _read_folders(folders)
+        images = _read_folders(folders, bands)
     return replace(images, notes=(*notes, *images.notes))
 
 
@@ -191,7 +203,7 @@ def _find_split(roots: Sequence[str], divisions: Sequence[Division], split: str)
     return None
 
 
-def _read_folders(folders: Sequence[str]) -> LabelledImages:
+def _read_folders(folders: Sequence[str], bands: Sequence[str]) -> LabelledImages:
     """Read class folders, with images at any depth."""
     places: dict[str, list[str]] = {}  # by name of the class
     for folder in folders:
@@ -208,7 +220,7 @@ def _read_folders(folders: Sequence[str]) -> LabelledImages:
     unread: Counter[str] = Counter()
     for label, name in enumerate(classes):
         for place in places[name]:
-            found = list_images(place, unread)
+            found = list_images(place, unread, bands)
             paths += found
             labels += [label] * len(found)
     where = ", ".join(folders)

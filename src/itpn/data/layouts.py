@@ -6,13 +6,14 @@ A reader returns None where the folder has another layout, or lacks the split.
 import contextlib
 import importlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from faster_coco_eval.core import mask as rle
 
+from itpn.data.bands import find_bands, name_image, split_bands
 from itpn.data.decode import reason_of
 from itpn.data.formats.reading import read_size
 from itpn.data.invalid import InvalidAnnotations
@@ -33,13 +34,20 @@ FRACTIONS = "boxes with coordinates from 0 to 1, which look like fractions: mult
 Parts = tuple[Coco, Callable[[str], Path], str]  # annotations, file name -> path of an image, name of the source
 
 
-def search_folders(places: list[Path]) -> Callable[[str], Path]:
-    """A function that finds a file by name, in the first of several folders that has it."""
+def search_folders(places: list[Path], bands: Sequence[str] = ()) -> Callable[[str], Path]:
+    """A function that finds a file by name, in the first of several folders that has it.
+
+    Args:
+        bands: of images in one file a band, see `itpn.data.bands.find_bands`.
+    """
 
     def path_of(name: str) -> Path:
         name = as_file_name(name)
         with contextlib.suppress(OSError):  # not a valid file name
             paths = [place / own for own in (name, name.replace("\\", "/")) for place in places]  # of Windows
+            if bands:
+                found = (find_bands(str(path), bands) for path in paths)
+                return next((Path(image) for image in found if image), places[0] / name)
             return next((path for path in paths if path.is_file()), places[0] / name)
         return places[0] / name[:100]
 
@@ -68,16 +76,16 @@ def from_supervision(detections: Any) -> Iterator[dict[str, Any]]:
 
 
 def measure_images(names: Iterable[str], invalid: InvalidAnnotations, max_pixels: int) -> Iterator[tuple[Path, Size]]:
-    """Image files sorted by name, with height and width from their headers."""
+    """Image files sorted by name, with height and width from their headers; of bands that of the first."""
     for name in sorted(names):
         try:
-            size = read_size(name)
+            size = read_size(first := split_bands(name)[0])
         except Exception as error:  # Pillow raises many types
-            check_lost(name, error)
-            invalid.add("images that cannot be read", f"{name}: {reason_of(error)}")
+            check_lost(first, error)
+            invalid.add("images that cannot be read", f"{first}: {reason_of(error)}")
             continue
         if size[0] * size[1] > max_pixels:  # before masks of this size are drawn
-            invalid.add("images of more pixels than --data.max-pixels", f"{name}: {size[1]}x{size[0]}")
+            invalid.add("images of more pixels than --data.max-pixels", f"{name_image(name)}: {size[1]}x{size[0]}")
             continue
         yield Path(name), size
 

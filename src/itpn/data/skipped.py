@@ -71,4 +71,4 @@ def _too_many(what: str, name: str, reason: str) -> UserError | MachineError:
     what = f"{what}; the first is {one_line(name)}: {reason}"
     if lost := remedy_of_loss(name, reason):
         return MachineError(f"{what}; {lost}")
-    return UserError(f"{what}. Repair or remove the corrupt files, or check that the data root is right")
+    return UserError(f"{what.rstrip('.')}. Repair or remove the corrupt files, or check that the data root is right")

@@ -4,10 +4,11 @@ import importlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from itpn.data.bands import find_stem
 from itpn.data.decode import MAX_PIXELS
 from itpn.data.file_types import is_image
 from itpn.data.invalid import InvalidAnnotations
@@ -31,7 +32,9 @@ from itpn.data.walk import list_images
 from itpn.system.text import MAX_TEXT, as_file_name, read_bounded, read_lines
 
 
-def read_voc(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS) -> Parts | None:
+def read_voc(
+    root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS, bands: Sequence[str] = ()
+) -> Parts | None:
     """Read Pascal VOC's layout: an XML file for each image, and a list of images for each split."""
     images, notes = root / "JPEGImages", root / "Annotations"
     if not images.is_dir() or not notes.is_dir():
@@ -47,10 +50,12 @@ def read_voc(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: in
     parse = _voc_parser(classes, invalid)
     coco: Coco = {"images": [], "annotations": []}
     seen, unread = set(), Counter[str]()
-    names = [name for name in list_images(str(images), unread) if wanted is None or Path(name).stem in wanted]
+    found = list_images(str(images), unread, bands)
+    names = [name for name in found if wanted is None or find_stem(name) in wanted]
     for image, size in measure_images(names, invalid, max_pixels):
-        seen.add(image.stem)
-        paths = [notes / f"{image.stem}{suffix}" for suffix in (".xml", ".XML")]
+        stem = find_stem(str(image))
+        seen.add(stem)
+        paths = [notes / f"{stem}{suffix}" for suffix in (".xml", ".XML")]
         path = next(filter(Path.is_file, paths), paths[0])
         append_image(coco, image, size, path, parse, invalid)
     invalid.note_unread(str(images), unread)

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from itpn.data.bands import join_bands
 from itpn.data.file_types import (
     CACHE_INDEX,
     CLASS_FILES,
     COPIES_INDEX,
     ENVI_SUFFIXES,
+    NO_BAND,
     SPECIAL,
     STATS_FILE,
     find_envi_header,
@@ -213,10 +215,23 @@ def walk(root: str, unread: Counter[str] | None = None) -> Iterator[str]:
     return (path for _, path in walk_splits(root, unread))
 
 
-def list_images(root: str, unread: Counter[str]) -> list[str]:
-    """Only the images that `walk` yields, without arrays beside other images; all other files are counted by suffix."""
+def list_images(root: str, unread: Counter[str], bands: Sequence[str] = ()) -> list[str]:
+    """Only the images that `walk` yields, without arrays beside other images; all other files are counted by suffix.
+
+    Args:
+        bands: of images in one file a band, see `itpn.data.bands.join_bands`; other images are counted.
+
+    Raises:
+        UserError: an image lacks a band.
+    """
     paths = list(walk(root, unread))
-    images, arrays = leave_arrays(path for path in paths if not is_shard(path))
+    files = [path for path in paths if not is_shard(path)]
+    if bands and files:
+        unread.update(suffix_of(path) for path in paths if is_shard(path))
+        joined, others = join_bands(files, bands, root)
+        unread.update({NO_BAND: others} if others else {})
+        return joined
+    images, arrays = leave_arrays(files)
     unread.update(suffix_of(path) for path in (*filter(is_shard, paths), *arrays))
     return images
 

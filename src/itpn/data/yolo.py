@@ -3,12 +3,13 @@
 import contextlib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from itpn.data.bands import find_stem, has_files, name_image
 from itpn.data.decode import MAX_PIXELS
 from itpn.data.file_types import CLASS_FILES
 from itpn.data.invalid import InvalidAnnotations
@@ -37,7 +38,9 @@ LONGEST_NUMBER = 40  # characters: supervision takes hours for a class index of 
 PIXELS = "objects with coordinates above 1, which look like pixels: divide them by the image's width and height"
 
 
-def read_yolo(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS) -> Parts | None:
+def read_yolo(
+    root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS, bands: Sequence[str] = ()
+) -> Parts | None:
     """Read YOLO's layout: ``data.yaml`` has the class names and, for each split, image folders or lists of paths.
 
     Label files are in ``labels`` in place of ``images``, or beside the images.
@@ -72,7 +75,8 @@ def read_yolo(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: i
         if place is None:
             raise UserError(f"{file} names images in {folder}, which is not a folder or list of images below {root}")
         unread, read = Counter[str](), [file]
-        images = list_images(str(place), unread) if place.is_dir() else _listed_images(place, base, invalid)
+        is_folder = place.is_dir()
+        images = list_images(str(place), unread, bands) if is_folder else _listed_images(place, base, invalid, bands)
         for image, size in measure_images(images, invalid, max_pixels):
             labels = _labels_of(image, root)
             label_folders[labels.parent] = image.parent
@@ -87,7 +91,8 @@ def read_yolo(root: Path, split: str, invalid: InvalidAnnotations, max_pixels: i
         raise UserError(
             f"{file} has images in {', '.join(folders)}, but no labels: {missing} does not exist, nor any other"
         )
-    _note_labels_alone(label_folders, invalid)
+    if not bands:  # whose labels have other names
+        _note_labels_alone(label_folders, invalid)
     return coco, Path, str(file)
 
 
@@ -109,26 +114,26 @@ def _note_labels_alone(folders: dict[Path, Path], invalid: InvalidAnnotations) -
         invalid.notes.append(f"labels without an image: {len(alone):,} ({one_line(', '.join(alone[:3]))}{more})")
 
 
-def _listed_images(file: Path, base: Path, invalid: InvalidAnnotations) -> list[str]:
+def _listed_images(file: Path, base: Path, invalid: InvalidAnnotations, bands: Sequence[str]) -> list[str]:
     """The images of a list of paths, which are relative to the list's folder or to the data set's."""
-    path_of, paths = search_folders([file.parent, base]), list[str]()
+    path_of, paths = search_folders([file.parent, base], bands), list[str]()
     for line in dict.fromkeys(filter(None, read_lines(file))):
         path = path_of(line)
-        if path.is_file():
+        if has_files(str(path)):
             paths.append(str(path))
         else:
             invalid.add("images not on disk", f"{path} ({file})")
-    return paths
+    return list(dict.fromkeys(paths))  # bands of one image may be listed each
 
 
 def _labels_of(image: Path, root: Path) -> Path:
     """The label file of an image: in ``labels`` in place of the last ``images`` below the root, or beside the image."""
-    parts = list(image.parts)
+    parts = list(Path(name_image(str(image))).with_name(find_stem(str(image))).parts)
     above = len(root.parts) if image.is_relative_to(root) else 0
     if "images" in parts[above:]:
         last = len(parts) - 1 - parts[::-1].index("images")
         parts[last] = "labels"
-    return Path(*parts).with_suffix(".txt")
+    return Path(*parts[:-1], f"{parts[-1]}.txt")
 
 
 def _read_settings(file: Path) -> dict[str, Any]:

@@ -329,6 +329,11 @@ def trained_windows(trained: Mapping[str, Any], given: Collection[str]) -> dict[
     return {} if names & {*given} else {name: trained[name] for name in names & trained.keys()}
 
 
+def trained_bands(checkpoint: Checkpoint) -> tuple[str, ...]:
+    """--data.bands of the images that a checkpoint was trained on: those to evaluate on are joined likewise."""
+    return tuple(checkpoint.settings.get("data", {}).get("bands", ()))
+
+
 def real_paths(*paths: str | None) -> list[str | None]:
     """Places, however they were written, to see whether a network was trained on what it is evaluated on."""
     return [None if path is None else os.path.realpath(path) for path in paths]

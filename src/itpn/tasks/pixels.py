@@ -210,7 +210,8 @@ def resolve_pixels(
     else:
         kind, example = find_type(images, replace(make_reading(config), type=None))
     if data.dtype not in (None, kind.dtype):
-        raise UserError(f"--data.dtype is {data.dtype}, and {one_line(example)} has {kind}")
+        settings = "photographs" if data.dtype == PHOTO else f"images of {data.dtype}"
+        raise UserError(f"the settings are for {settings}, and {one_line(example)} has {kind}")
     check_nodata(data.nodata, kind)
     if kind.is_photo:
         config = replace(config, data=replace(data, dtype=PHOTO))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
+from tyro.conf import Suppress
 
 from itpn.checkpoints.older_settings import NAMES, update_settings
 from itpn.checkpoints.paths import check_file
@@ -142,7 +143,7 @@ class ImagesConfig(Settings):
     files of a folder whose names begin alike make an image."""
     axes: Literal["CHW", "HWC"] | None = None
     """Order of the axes of arrays (.npy, .npz, HDF5); None where the axis of channels is shorter than both others."""
-    dtype: str | None = None
+    dtype: Suppress[str | None] = None  # no option: it is what the images are
     """Type of number of the stored pixels, as uint16, or `photo` for photographs of 8 bits; None for that of the first
     image. All images need the same."""
     value_range: tuple[str, ...] = ()
@@ -386,7 +387,7 @@ def check_images(data: Any, in_chans: int | None) -> None:
     if not all(value > 0 for value in data.std or ()):
         raise UserError(f"--data.std must be above 0, not {data.std}")
     if data.dtype not in (None, PHOTO, *DTYPES):
-        raise UserError(f"--data.dtype must be {PHOTO} or one of {', '.join(DTYPES)}, not {data.dtype}")
+        raise UserError(f"data.dtype must be {PHOTO} or one of {', '.join(DTYPES)}, not {data.dtype}")
     if data.show_channels is not None and len(data.show_channels) not in (1, 3):
         raise UserError(f"--data.show-channels needs one channel or three, not {len(data.show_channels)}")
     check_bands(data.bands)

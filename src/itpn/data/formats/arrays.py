@@ -79,6 +79,8 @@ def open_array(source: Path | bytes) -> tuple[Any, bool]:
     head = source[:8] if isinstance(source, bytes) else read_head(source, 8)
     if head.startswith(NUMPY):
         if isinstance(file, Path):
+            with open(file, "rb") as opened:
+                read_header(opened)  # which says more of what is no image
             return np.load(file, mmap_mode="r", allow_pickle=False), True
         shape, fortran, dtype = read_header(file)
         count = math.prod(shape)

@@ -100,8 +100,6 @@ class ClassificationConfig(RunConfig):
     def check(self) -> None:
         super().check()
         model, data = self.model, self.data
-        if data.bands:
-            raise UserError("--data.bands is for pre-training and segmentation: leave it out")
         if data.window_size is not None:
             raise UserError("--data.window-size is not for classifiers, as a class is of a whole image: leave it out")
         check_crops(data)

@@ -16,7 +16,7 @@ from itpn.training.config import describe_crops, image_size
 def find_data(config: ClassificationConfig) -> RunData:
     """The images to train on, as many as ``label_fraction`` says, and those to evaluate on."""
     data = config.data
-    train, val = find_labelled(data.root, data.val_root, data.val_fraction, config.seed, data.members)
+    train, val = find_labelled(data.root, data.val_root, data.val_fraction, config.seed, data.members, data.bands)
     if data.label_fraction < 1:
         train = train.take(draw_fraction(train, data.label_fraction, config.seed))
     return RunData(train, val, tuple(describe_missing(train, val)))

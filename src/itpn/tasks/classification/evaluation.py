@@ -32,7 +32,7 @@ from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
 from itpn.tasks.classification.network import resolve
 from itpn.tasks.data import NO_IMAGES, RunData
-from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths
+from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths, trained_bands
 from itpn.tasks.features import FeatureEvaluator, join_sets
 from itpn.tasks.finetuning.network import given_heads
 from itpn.tasks.pixels import make_normalize, pixels_of
@@ -154,7 +154,7 @@ def resolve_evaluation(
     preprocessing = checkpoint.preprocessing
     stored = {name for name in ("mean", "std", "crop_pct", "interpolation") if name in preprocessing} - {*given}
     values: dict[str, Any] = {name: preprocessing[name] if name == "interpolation" else None for name in stored}
-    data = replace(config.data, img_size=None, **values)
+    data = replace(config.data, img_size=None, bands=trained_bands(checkpoint), **values)
     in_chans = contents.backbone.get("in_chans", 3)
     model = replace(config.model, name=None, patch_size=None, in_chans=in_chans)
     seed = config.seed
@@ -177,7 +177,8 @@ def find_evaluation_data(config: ClassificationConfig, model: Backbone, request:
     """
     data, checkpoint = config.data, request.checkpoint
     which = f"of {', '.join(data.val_root or data.root)}"
-    own = read_split(data.val_root or data.root, "val", optional=data.val_root is None, members=data.members)
+    kinds: dict[str, Any] = {"members": data.members, "bands": data.bands}
+    own = read_split(data.val_root or data.root, "val", optional=data.val_root is None, **kinds)
     if request.knn:
         images = find_data(config)
         if images.val is None:
@@ -185,11 +186,11 @@ def find_evaluation_data(config: ClassificationConfig, model: Backbone, request:
         which = which if own is not None else f"{data.val_fraction:.0%} held out {which}"
         return KnnEvaluator(config, images.val, images.train), which
     if own is None:
-        own = read_split(data.root, "train", members=data.members)
+        own = read_split(data.root, "train", **kinds)
         assert own is not None  # which is not optional
         # a folder of classes alone: a test set, unless the network was trained on it
         if trained_on(config, checkpoint) or "val_fraction" in request.given:
-            _, held_out = find_labelled(data.root, None, data.val_fraction, config.seed, data.members)
+            _, held_out = find_labelled(data.root, None, data.val_fraction, config.seed, **kinds)
             if held_out is not None:
                 own, which = held_out, f"{data.val_fraction:.0%} held out {which}"
     names = checkpoint.metadata.get("classes")

@@ -98,8 +98,6 @@ class DetectionConfig(RunConfig):
     def check(self) -> None:
         super().check()
         data = self.data
-        if data.bands:
-            raise UserError("--data.bands is for pre-training and segmentation: leave it out")
         if data.longest < data.img_size:
             raise UserError(f"--data.max-size must be at least --data.img-size {data.img_size}, not {data.max_size}")
         for option, factors in {"scales": data.scales, "large-scale-jitter": data.large_scale_jitter}.items():

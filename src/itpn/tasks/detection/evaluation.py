@@ -22,7 +22,7 @@ from itpn.tasks.data import print_once
 from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.merging import Objects, describe_objects, merge_objects, to_objects
-from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, trained_windows
+from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, trained_bands, trained_windows
 from itpn.tasks.finetuning.network import given_heads
 from itpn.tasks.large import SourceImage, Tiling, tiling_of_run, usual_side
 from itpn.tasks.pixels import adopt_pixels, make_normalize, make_reading
@@ -192,7 +192,7 @@ def resolve_evaluation(config: DetectionConfig, request: EvaluationRequest) -> t
     elif "max_size" in given:
         sizes = {"max_size": config.data.longest}
     windows = trained_windows(request.checkpoint.settings.get("data", {}), given)
-    config = replace(config, data=replace(config.data, **windows))
+    config = replace(config, data=replace(config.data, bands=trained_bands(request.checkpoint), **windows))
     limit = config.evaluation.max_detections
     limits = {} if limit is None else {"box_detections_per_img": limit}
     return config, {**sizes, **limits, **given_heads(config.model)}
@@ -209,9 +209,10 @@ def find_evaluation_data(
     data = config.data
     where = data.val_root or data.root
     # what is too large to be decoded as a whole may be read in tiles, or is named
-    images = read_objects(where, "val", data.invalid_annotations, print_once, True, NO_LIMIT)
+    options: dict[str, Any] = {"max_pixels": NO_LIMIT, "bands": data.bands}
+    images = read_objects(where, "val", data.invalid_annotations, print_once, optional=True, **options)
     if images is None:  # a folder with one set alone: that
-        images = read_objects(where, "train", data.invalid_annotations, print_once, max_pixels=NO_LIMIT)
+        images = read_objects(where, "train", data.invalid_annotations, print_once, **options)
         print_once(f"no images to evaluate on in {where}: these are those to train on")
     assert images is not None
     if model.has_masks and images.has_masks and images.mask_counts[1]:

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.scenes import draw_scene
 from itpn.errors import UserError
+from itpn.models.backbone import find_backbone
 from itpn.models.detector import Detector
 from itpn.tasks.export import Exported, Size, check_difference, check_out, compare, open_exported, quiet, writing
 
@@ -36,7 +37,7 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
     take them.
 
     Args:
-        size: of the one image [3, height, width] in [0, 1], which the file takes at a time and does not resize.
+        size: of the one image [in_chans, height, width] in [0, 1], which the file takes at a time and does not resize.
 
     Raises:
         UserError: see :func:`check_out`; or a file of another format.
@@ -47,7 +48,8 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
         raise UserError(f"a detector is exported to .onnx, not to {out.suffix}: torch.export does not take it")
     model = model.eval()
     names = ["boxes", "labels", "scores", *(["masks"] if model.has_masks else [])]
-    images = [draw_example(number, size) for number in range(4)]
+    channels = find_backbone(model).in_chans
+    images = [draw_example(number, size, channels) for number in range(4)]
     resize, heads = model.transform, model.roi_heads
     before = resize.min_size, resize.max_size, heads.score_thresh
     resize.min_size, resize.max_size = (min(size),), max(size)  # the graph takes images as the network sees them
@@ -66,7 +68,7 @@ def export_detector(model: Detector, out: Path, size: Size, metadata: Mapping[st
         resize.min_size, resize.max_size, heads.score_thresh = before
     shapes = {"boxes": "n, 4", "labels": "n", "scores": "n", "masks": f"n, 1, {size[0]}, {size[1]}"}
     outputs = {name: shapes[name] for name in names}
-    inputs = {"image": f"3, {size[0]}, {size[1]}"}
+    inputs = {"image": f"{channels}, {size[0]}, {size[1]}"}
     form = f"ONNX opset 17, {count} objects compared"
     return Exported(out, form, inputs, outputs, difference, [(len(images), size)])
 
@@ -97,7 +99,8 @@ def _write(
     return max(differences), sum(len(one["boxes"]) for one in found)
 
 
-def draw_example(number: int, size: Size) -> Tensor:
-    """An image with objects in it, float32 [3, height, width] in [0, 1]: noise has no objects."""
+def draw_example(number: int, size: Size, channels: int) -> Tensor:
+    """An image with objects in it, float32 [channels, height, width] in [0, 1]: noise has no objects."""
     image = draw_scene(0, "val", number, img_size=size).image
-    return torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    colours = torch.from_numpy(image).permute(2, 0, 1).float() / 255
+    return colours[torch.arange(channels) % len(colours)]

@@ -106,7 +106,7 @@ def find_probe_sets(config: PretrainingConfig) -> tuple[LabelledImages, Labelled
     """Labelled images to learn from and to evaluate on, evenly from those of the probe's root."""
     if config.probe.root is None:
         return None
-    train, val = find_labelled((config.probe.root,), val_fraction=0.2, seed=config.seed)
+    train, val = find_labelled((config.probe.root,), val_fraction=0.2, seed=config.seed, bands=config.data.bands)
     assert val is not None
     count = config.probe.max_images
     first, second = (draw_fraction(images, min(1.0, count / len(images)), config.seed) for images in (train, val))

@@ -21,7 +21,14 @@ from itpn.metrics.classification import rank_classes
 from itpn.metrics.segmentation import PixelScores, compare, write_pixel_scores
 from itpn.models.segmenter import Segmenter
 from itpn.tasks.data import RunData
-from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, real_paths, trained_windows
+from itpn.tasks.evaluation import (
+    EvaluationRequest,
+    Evaluator,
+    match_classes,
+    real_paths,
+    trained_bands,
+    trained_windows,
+)
 from itpn.tasks.finetuning.network import given_heads, resolve_with_head
 from itpn.tasks.large import SourceImage, tiling_of_run, usual_side
 from itpn.tasks.pixels import make_normalize, make_reading
@@ -135,11 +142,11 @@ def resolve_evaluation(
     checkpoint = request.checkpoint
     own, trained, data, seed = checkpoint.preprocessing, checkpoint.settings.get("data", {}), config.data, config.seed
     values: dict[str, Any] = {"mean": None, "std": None, "short_side": trained.get("short_side")}
+    values["bands"] = trained_bands(checkpoint)
     if "reduce_zero_label" in trained:
         values["reduce_zero_label"] = trained["reduce_zero_label"]
-    for name in ("ignore", "bands"):
-        if name in trained:
-            values[name] = tuple(trained[name])
+    if "ignore" in trained:
+        values["ignore"] = tuple(trained["ignore"])
     same = real_paths(trained.get("root"), trained.get("masks")) == real_paths(data.root, data.masks)
     if same:
         values |= {name: trained[name] for name in ("val_fraction", "val_root", "val_masks")}
