@@ -72,8 +72,8 @@ def resize_pixels(
     if empty is None:
         resized = _resize(values, size, interpolation)
         # in place, here and below: memory that is new costs more than the arithmetic
-        torch.maximum(resized, values.amin(PLANE, True), out=resized)
-        torch.minimum(resized, values.amax(PLANE, True), out=resized)
+        for plane, low, high in zip(resized, values.amin(PLANE).tolist(), values.amax(PLANE).tolist(), strict=True):
+            plane.clamp_(low, high)
         return to_stored(resized, None, image.dtype, nodata, clamped=True)
     inf = float("inf")
     low, high = values.masked_fill(empty, inf).amin(PLANE, True), values.masked_fill(empty, -inf).amax(PLANE, True)
