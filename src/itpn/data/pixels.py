@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
@@ -34,26 +35,30 @@ def resize_pixels(
         interpolation: "bicubic" or "bilinear".
         nodata: the value of pixels without data among integers; NaN always is without.
     """
-    mode = InterpolationMode(interpolation)
     if image.dtype == torch.uint8 and nodata is None:
-        return resize(image, list(size), mode, antialias=True)
+        return resize(image, list(size), InterpolationMode(interpolation), antialias=True)
     if tuple(image.shape[-2:]) == tuple(size):
         return image
     values = to_float(image)
     empty = find_empty(image, values, nodata)
     if empty is None:
-        resized = resize(values, list(size), mode, antialias=True)
+        resized = _resize(values, size, interpolation)
         # in place, here and below: memory that is new costs more than the arithmetic
-        torch.maximum(resized, values.amin(PLANE, True), out=resized)
-        torch.minimum(resized, values.amax(PLANE, True), out=resized)
-        return to_stored(resized, None, image.dtype, nodata)
+        for plane, low, high in zip(resized, values.amin(PLANE).tolist(), values.amax(PLANE).tolist(), strict=True):
+            plane.clamp_(low, high)
+        return to_stored(resized, None, image.dtype, nodata, clamped=True)
     inf = float("inf")
     low, high = values.masked_fill(empty, inf).amin(PLANE, True), values.masked_fill(empty, -inf).amax(PLANE, True)
     if (empty == empty[:1]).all():  # as a rule: a channel stands for all
         empty = empty[:1]
-    weight = resize((~empty).to(values.dtype), list(size), mode, antialias=True)
-    resized = resize(values.masked_fill(empty, 0), list(size), mode, antialias=True).div_(weight)
+    weight = _resize((~empty).to(values.dtype), size, interpolation)
+    resized = _resize(values.masked_fill(empty, 0), size, interpolation).div_(weight)
     return to_stored(resized.clamp_(low, high), weight < 0.5, image.dtype, nodata)
+
+
+def _resize(values: Tensor, size: Sequence[int], interpolation: str) -> Tensor:
+    """Resize floats [C, H, W]; torchvision does the same, in more steps."""
+    return interpolate(values[None], tuple(size), mode=interpolation, align_corners=False, antialias=True)[0]
 
 
 def turn(image: Tensor, quarters: int) -> Tensor:
@@ -126,17 +131,22 @@ def find_empty(image: Tensor, values: Tensor, nodata: float | None) -> Tensor | 
     return empty if empty.any() else None
 
 
-def to_stored(values: Tensor, empty: Tensor | None, dtype: torch.dtype, nodata: float | None) -> Tensor:
+def to_stored(
+    values: Tensor, empty: Tensor | None, dtype: torch.dtype, nodata: float | None, clamped: bool = False
+) -> Tensor:
     """Undo :func:`to_float`, rounded and clamped to the type's range.
 
     Args:
         values: are changed.
         empty: pixels that get no data. No other gets the value that says so, but the one beside it.
+        clamped: the values are within the type's range.
     """
     if dtype.is_floating_point:
         return (values if empty is None else values.masked_fill(empty, float("nan"))).to(dtype)
     limits = torch.iinfo(dtype)
-    values = values.round_().clamp_(limits.min, limits.max)
+    values = values.round_()
+    if not clamped:
+        values.clamp_(limits.min, limits.max)
     if nodata is not None:
         values = torch.where(values == nodata, nodata + (1 if nodata < limits.max else -1), values)
         if empty is not None:

@@ -19,6 +19,10 @@ from itpn.data.orientation import ORIENTATION, SWAPPED, XMP, choose_orientation,
 NO_DECODER = "TIFF of compression {} is read by imagecodecs: pip install 'itpn[science]'"
 CHUNK = 2**24  # pixels of a tile or strip that is decoded for a window
 RGB = (2, 6)  # photometric interpretations: RGB and YCbCr
+# sizes, depth, compression, strips, tiles, resolution, predictor, alpha, place on the ground and GDAL's own
+PLAIN_TAGS = {*range(256, 260), 262, 273, 274, *range(277, 280), 282, 283, 284, 296, 317, *range(322, 326), 338, 339}
+PLAIN_TAGS |= {33550, 33922, 34264, *range(34735, 34738), 42112, NODATA}
+PRIVATE = 60_000  # compressions of single programs
 IN_PAGE = "CSYX"  # axes of an image; all others (planes of a stack, moments, positions) are of several images
 
 
@@ -33,9 +37,7 @@ class TiffImage:
         opened = io.BytesIO(source) if isinstance(source, bytes) else open(source, "rb")  # noqa: SIM115
         self._file = tifffile.TiffFile(opened)
         weakref.finalize(self, _close, self._file, opened)  # its objects refer to each other, and would keep it open
-        if not self._file.series:
-            raise UnreadableImage("TIFF without an image")
-        self._series = self._file.series[0].levels[0]
+        self._series = find_series(self._file)
         self._axes, self._shape = self._series.axes, self._series.shape
         sizes = dict(zip(self._axes, self._shape, strict=True))
         if not {"Y", "X"} <= sizes.keys():
@@ -99,6 +101,20 @@ class TiffImage:
         outer = len(self._axes.rstrip("SYX"))
         plane, axes = pixels.reshape(-1, *self._shape[outer:])[number], self._axes[outer:]
         return cut(np.moveaxis(plane, axes.index("S"), 0) if "S" in axes else plane[None], window)
+
+
+def find_series(file: tifffile.TiffFile) -> tifffile.TiffPageSeries:
+    """The first series of pages of a file, at its largest level.
+
+    A page with nothing but `PLAIN_TAGS` is the series, whatever programs there are whose files tifffile looks for.
+    """
+    if len(file.pages) == 1:
+        page: Any = file.pages[0]
+        if page.compression < PRIVATE and all(tag.code in PLAIN_TAGS for tag in page.tags):
+            return tifffile.TiffPageSeries([page], page.shape, page.dtype, page.axes)
+    if not file.series:
+        raise UnreadableImage("TIFF without an image")
+    return file.series[0].levels[0]
 
 
 def _close(file: tifffile.TiffFile, opened: IO[bytes]) -> None:
