@@ -9,13 +9,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from PIL import Image
 
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_image
 from itpn.data.file_types import COPIES_INDEX
 from itpn.data.files import find_images
-from itpn.data.resized_copies import CopiesIndex, ResizedCopies, list_originals, read_index, resize_image, write_tar
+from itpn.data.resized_copies import (
+    CopiesIndex,
+    Original,
+    ResizedCopies,
+    list_originals,
+    read_index,
+    resize_image,
+    write_tar,
+)
 from itpn.data.shards import read_shard
 from itpn.system.writing import open_whole
 
@@ -226,3 +235,13 @@ def test_an_index_of_version_0_1_is_read(tmp_path):
     (tmp_path / COPIES_INDEX).write_text(json.dumps({**content, "complete": True}))
     shards = {"a.tar": {**record, "corrupt": {"x.jpg": "cut off"}}}
     assert read_index(tmp_path) == CopiesIndex({"quality": 95}, shards, complete=True)
+
+
+def test_a_photograph_with_pixels_without_data_is_shrunk_and_that_is_said(tmp_path):
+    """JPEG holds no value for them."""
+    pixels = np.full((40, 60, 3), 200, np.uint8)
+    pixels[:, :30] = 0
+    tifffile.imwrite(tmp_path / "a.tif", pixels, photometric="rgb", extratags=[(42113, "s", 0, "0", True)])
+    copy = ResizedCopies(20, 95)[Original("a", "a.tif", str(tmp_path / "a.tif"))]
+    assert decode_image(copy.content).shape == (3, 20, 30)
+    assert "declares 0 for pixels without data" in copy.warnings["nodata"]
