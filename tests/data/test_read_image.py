@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import itpn
+import itpn.data.formats.tiff
 from itpn.data.decode import UnreadableImage, reading
 from itpn.data.formats.arrays import HDF5
 from itpn.data.formats.reading import JPEG2000, open_file
@@ -37,6 +38,12 @@ def draw(shape: tuple[int, ...], dtype: str = "uint16") -> np.ndarray:
         return (RNG.normal(size=shape) + 1j * RNG.normal(size=shape)).astype(dtype)
     limits = np.iinfo(dtype)
     return RNG.integers(limits.min, limits.max, shape, dtype=dtype, endpoint=True)
+
+
+def forget_tiff(monkeypatch):
+    """Import the module anew for a test, and give the others back the one that they know."""
+    monkeypatch.setattr(itpn.data.formats, "tiff", itpn.data.formats.tiff)
+    monkeypatch.delitem(sys.modules, "itpn.data.formats.tiff")
 
 
 def check(path: Path, expected: np.ndarray, pages: int = 1, page: int = 0, regions: bool | None = None) -> None:
@@ -264,7 +271,7 @@ def test_arrays(tmp_path, shape, axes):
 
 def test_axes_that_are_not_clear_are_asked_for(tmp_path):
     np.save(tmp_path / "a.npy", draw((40, 40, 40)))
-    with pytest.raises(UserError, match=r"a\.npy: an array of 40x40x40 does not show .*: give --data.axes CHW or HWC"):
+    with pytest.raises(UserError, match=r"a\.npy: an array of 40x40x40 does not show .*: CHW or HWC has to be given"):
         itpn.read_image(tmp_path / "a.npy")
     assert open_file(tmp_path / "a.npy", "HWC").channels == 40
 
@@ -411,7 +418,7 @@ def test_a_missing_extra_is_named(tmp_path, monkeypatch, name, library, extra):
     if name == "a.ome.tif":
         tifffile.imwrite(path, draw((5, 40, 50)), metadata={"axes": "CYX"})
     monkeypatch.setitem(sys.modules, library, None)
-    monkeypatch.delitem(sys.modules, "itpn.data.formats.tiff", raising=False)
+    forget_tiff(monkeypatch)
     with pytest.raises(UserError, match=rf"{name}: .* is read by {library}: pip install 'itpn\[{extra}\]'"):
         itpn.read_image(path)
 
@@ -434,7 +441,8 @@ def test_no_band_is_lost_for_want_of_an_extra(tmp_path, monkeypatch, missing, co
     planes = {"photometric": "minisblack", "planarconfig": "separate", "compression": compression}
     tifffile.imwrite(tmp_path / "a.tif", draw((4, 40, 50)), **planes)
     assert itpn.read_image(tmp_path / "a.tif").shape == (4, 40, 50)
-    for name in [name for name in sys.modules if re.match(r"tifffile|imagecodecs|itpn\.data\.formats\.tiff", name)]:
+    forget_tiff(monkeypatch)
+    for name in [name for name in sys.modules if re.match(r"tifffile|imagecodecs", name)]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match=rf"TIFF of .* is read by {missing}: pip install 'itpn\[science\]'$"):
@@ -448,7 +456,7 @@ def test_faxes(tmp_path, monkeypatch, photometric, known):
     pixels = draw((40, 50), "uint8") > 200
     Image.fromarray(pixels).save(tmp_path / "a.tif", compression="group4", tiffinfo={262: photometric})
     if not known:
-        monkeypatch.delitem(sys.modules, "itpn.data.formats.tiff", raising=False)
+        forget_tiff(monkeypatch)
         monkeypatch.setattr(tifffile.TIFF, "DECOMPRESSORS", {1: None})
     expected = pixels if photometric else ~pixels
     assert np.array_equal(itpn.read_image(tmp_path / "a.tif").numpy(), expected[None])

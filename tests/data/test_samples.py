@@ -531,3 +531,16 @@ def test_stains_do_not_mix_with_photographs(tmp_path, aerial):
     Image.fromarray(aerial[..., 0]).save(tmp_path / "mask.png")
     with pytest.raises(MixedImages, match=r"(?s)stains.npy has 3 channels of uint8, and mask.png has 8 bits"):
         open_sample(tmp_path / "mask.png", Reading(type=kind, example="stains.npy has"), "mask.png")
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int16])
+def test_an_image_without_data_is_named(tmp_path, dtype):
+    """What a network makes of it means nothing."""
+    pixels = np.full((2, 40, 40), -9, dtype)
+    image = open_sample(write(tmp_path / "a.tif", pixels), Reading(nodata=-9))
+    image.decode()
+    assert image.warnings == {"empty": "no pixel has a value: all are NaN, infinite or without data"}
+    pixels[0, 3, 5] = 1
+    image = open_sample(write(tmp_path / "b.tif", pixels), Reading(nodata=-9))
+    image.decode()
+    assert not image.warnings

@@ -11,13 +11,14 @@ import tifffile
 import torch
 from PIL import Image
 
+import itpn.data.stored
 from itpn.cli import main
 from itpn.data.distribution import Distribution
 from itpn.data.files import find_images
 from itpn.data.image_type import PHOTOGRAPH, ImageType, Pixels, check_value_range, to_option, to_pairs
 from itpn.data.normalize import Normalize
 from itpn.data.readers import FileReader
-from itpn.data.samples import find_type
+from itpn.data.samples import find_type, open_sample
 from itpn.data.shard_images import ShardImages
 from itpn.data.statistics import compute_statistics
 from itpn.data.statistics_file import as_reader, read_statistics, write_statistics
@@ -259,6 +260,33 @@ def test_channels_that_tell_nothing(tmp_path):
     assert found.notes == ("channel 1 is without data in all images", "channel 2 is of one value in all images")
     write_statistics(tmp_path / "stats.json", found)
     assert read_statistics(tmp_path / "stats.json") == found
+
+
+def test_channels_of_one_value_are_named_in_a_short_line(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((30, 40, 20), 7, np.uint16))
+    found = compute_statistics(FileReader([str(tmp_path / "a.npy")]), Reading())
+    assert found.notes == ("channels 0, 1, 2, 3, 4, 5, 6, 7 and 12 more are of one value in all images",)
+
+
+def test_what_training_refuses_does_not_count(tmp_path, monkeypatch):
+    """An image too large to be decoded as a whole, unless parts of it are read."""
+    paths, _ = make_set(tmp_path, np.uint16, channels=2)
+    large = str(tmp_path / "large.npy")
+    np.save(large, np.zeros((2, 100, 100), np.uint16))
+    reader, reading = FileReader([large, *paths]), Reading(max_pixels=5000)
+    found = compute_statistics(reader, reading)
+    assert found.sampled == len(paths)
+    assert found.mean == compute_statistics(FileReader(paths), reading).mean
+    assert f"cannot be read and left out: 1 of the images; the first is {large}: 100x100 pixels" in found.warnings[0]
+    monkeypatch.setattr(itpn.data.stored, "PART", 2500)
+    assert compute_statistics(reader, reading, in_parts=True).sampled == len(paths) + 1
+
+
+def test_many_channels_are_sampled_by_their_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(itpn.data.stored, "PART_BYTES", 1000 * 50 * 16)
+    np.save(tmp_path / "a.npy", RNG.integers(0, 9, (1000, 50, 50)).astype(np.uint8).transpose(1, 2, 0))
+    image = open_sample(tmp_path / "a.npy", Reading(axes="HWC"))
+    assert image.decode_some().shape == (1000, 16 * 7**2)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from itpn.tasks.configs import (
     SegmentationDataConfig,
     SegmentationModelConfig,
 )
-from itpn.tasks.data import read_samples
+from itpn.tasks.data import RunData, read_samples
 from itpn.tasks.detection.evaluation import DetectionEvaluator
 from itpn.tasks.evaluation import evaluate
 from itpn.tasks.evaluation_bar import EvaluationBar
@@ -254,7 +254,7 @@ def test_objects_above_the_limit_are_evaluated_in_tiles(tmp_path, sizes, window)
     assert scores.metrics["box"]["ap"] == pytest.approx(1)
     assert skipped == []
     assert max(sizes) <= 80 * 330
-    samples = read_samples(config, images, 8, evaluator.tiling)
+    samples = read_samples(config, RunData(images), 8, evaluator.tiling)
     assert [tuple(one.shape) for one in samples] == [(1, 80, 80)]
     assert torch.equal(
         samples[0][0], torch.from_numpy(tifffile.imread(tmp_path / "val2017" / "grid.tif")[125:205, 125:205])
@@ -340,7 +340,7 @@ def test_samples_of_large_images_are_tiles_of_their_middle(tmp_path, sizes):
     evaluator = make_evaluator(tmp_path)
     config = make_config(tmp_path)
     tiling = tiling_of_run(config.data, 64)
-    samples = read_samples(config, evaluator.images, 6, tiling)
+    samples = read_samples(config, RunData(evaluator.images), 6, tiling)
     middle = Tile((HEIGHT - 64) // 2, (WIDTH - 64) // 2, 64, 64)
     assert torch.equal(samples[0], middle.cut(torch.from_numpy(pixels)))
     assert samples[0].untyped_storage().nbytes() == samples[0].numel() * 2  # no more is kept

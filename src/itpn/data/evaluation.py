@@ -45,13 +45,13 @@ def read_some(
         if len(found) == count:
             break
         try:
-            data, name = images[index][1], images.name(index)
+            name, data, *_ = images[index]
             if decode is None:
                 found.append((index, open_sample(data, reading, name).decode()))
             else:
                 found.append((index, decode(open_for_tiles(data, reading, name))))
         except UnreadableImage as error:
-            first = first or (images.name(index), str(error))
+            first = first or (name, str(error))
     if not found:
         raise none_readable("the images to evaluate on", first)
     return found

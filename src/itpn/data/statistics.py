@@ -8,6 +8,7 @@ import numpy as np
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.distribution import Distribution
+from itpn.data.formats.reading import check_size
 from itpn.data.image_type import ImageType, ValueRange, check_nodata, dtype_range, to_pairs
 from itpn.data.readers import Reader
 from itpn.data.samples import Sample, WindowSample, open_sample, type_of
@@ -16,6 +17,7 @@ from itpn.data.skipped import nothing_readable
 from itpn.data.stored import Reading, StoredImage, find_valid
 from itpn.errors import UserError
 
+NAMED = 8  # channels in a line
 SAMPLED = 512  # images of a large data set
 VALUES = 2**22  # of each channel that percentiles of more than 16 bits are computed from
 ALL_VALUES = 2**26  # of all channels
@@ -88,6 +90,7 @@ class _Sums:
     """What has been read so far."""
 
     settings: Reading
+    in_parts: bool  # windows of images that are larger than is allowed as a whole count too
     channels: list[Distribution] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
     pixels: int = 0  # of all channels
@@ -96,7 +99,13 @@ class _Sums:
     warnings: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, image: Sample) -> None:
-        """Count an image in."""
+        """Count an image in.
+
+        Raises:
+            UnreadableImage: it cannot be decoded, or is too large to be decoded as a whole and ``in_parts`` is not set.
+        """
+        if isinstance(image, StoredImage) and not self.in_parts:
+            check_size(image.file, self.settings.max_pixels)
         values = image.decode_some() if isinstance(image, StoredImage) else image.decode().flatten(1).numpy()
         for subject, warning in image.warnings.items():
             self.warnings.setdefault(subject, f"{name}: {warning}")
@@ -116,6 +125,7 @@ def compute_statistics(
     value_range: Sequence[str] = (),
     sample: int | None = SAMPLED,
     progress: Callable[[int, int], object] = lambda read, total: None,
+    in_parts: bool = False,
 ) -> Statistics:
     """Read the images of a data set, or some that are evenly spaced, one at a time.
 
@@ -126,6 +136,7 @@ def compute_statistics(
         value_range: see :func:`find_range`.
         sample: images to read; None for all.
         progress: takes how many images have been read, and how many are to be.
+        in_parts: images that are too large to be decoded as a whole count too, by windows all over them.
 
     Raises:
         UserError: no image can be read, images differ in channels or depth, or no pixel has a value.
@@ -134,7 +145,7 @@ def compute_statistics(
     count = len(reader)
     wanted = count if sample is None else min(sample, count)
     try:
-        found = _read_sample(reader, settings, wanted, progress)
+        found = _read_sample(reader, _Sums(settings, in_parts), wanted, progress)
     finally:
         if isinstance(reader, ShardImages):
             reader.close()
@@ -153,9 +164,9 @@ def compute_statistics(
     return _collect(count, found, value_range)
 
 
-def _read_sample(reader: Reader, settings: Reading, wanted: int, progress: Callable[[int, int], object]) -> _Sums:
+def _read_sample(reader: Reader, found: _Sums, wanted: int, progress: Callable[[int, int], object]) -> _Sums:
     """Some images that are evenly spaced; where those are corrupt, others."""
-    count, found = len(reader), _Sums(settings)
+    count = len(reader)
     if isinstance(reader, ShardImages):
         found.corrupt += reader.damaged
     order = np.unique(np.linspace(0, count - 1, wanted).round().astype(int)).tolist()
@@ -168,7 +179,8 @@ def _read_sample(reader: Reader, settings: Reading, wanted: int, progress: Calla
             settled = settle(found.settings, image, name)
             if settled != found.settings:
                 if found.sizes:  # others count pixels of this value so far, and are read again
-                    return _read_sample(reader, replace(settings, nodata=settled.nodata), wanted, progress)
+                    again = _Sums(replace(found.settings, nodata=settled.nodata), found.in_parts)
+                    return _read_sample(reader, again, wanted, progress)
                 found.settings = settled
                 image = open_sample(data, settled, name)
             found.add(name, image)
@@ -206,10 +218,10 @@ def _collect(images: int, found: _Sums, value_range: Sequence[str]) -> Statistic
         f"the least value is {value:g}: if it stands for no data, give --data.nodata {value:g}" for value in suspicious
     ]
     kinds = {
-        "without data in all images": [str(index) for index, channel in enumerate(sums) if not channel.count],
-        "of one value in all images": [str(index) for index, own in enumerate(sums) if own.minimum == own.maximum],
+        "without data in all images": [index for index, channel in enumerate(sums) if not channel.count],
+        "of one value in all images": [index for index, own in enumerate(sums) if own.minimum == own.maximum],
     }
-    notes += [f"channel {', '.join(own)} is {what}" for what, own in kinds.items() if own]
+    notes += [f"{_name_channels(own)} {what}" for what, own in kinds.items() if own]
     return Statistics(
         images=images,
         sampled=len(sizes),
@@ -230,6 +242,13 @@ def _collect(images: int, found: _Sums, value_range: Sequence[str]) -> Statistic
         notes=tuple(notes),
         warnings=tuple(found.warnings.values()),
     )
+
+
+def _name_channels(numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"channel {numbers[0]} is"
+    more = f" and {len(numbers) - NAMED} more" if len(numbers) > NAMED else ""
+    return f"channels {', '.join(map(str, numbers[:NAMED]))}{more} are"
 
 
 def find_range(value_range: Sequence[str], kind: ImageType, sums: Sequence[Distribution]) -> list[ValueRange]:

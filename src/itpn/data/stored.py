@@ -16,6 +16,7 @@ from itpn.data.formats.reading import check_size, check_window
 from itpn.data.image_type import MASKED_PHOTO, PHOTOGRAPH, ImageType
 
 PART, WINDOWS = 2**24, 4  # of a larger image, statistics are of 4 x 4 windows with so many pixels together
+PART_BYTES = 2**27  # in them at most
 Limits = tuple[float, float] | None  # of the values of a channel
 HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
 
@@ -115,7 +116,12 @@ class StoredImage:
 
     @property
     def _is_sampled(self) -> bool:
-        return self.height * self.width > PART and self.file.by_region
+        return self.height * self.width > self._part and self.file.by_region
+
+    @property
+    def _part(self) -> int:
+        """Pixels that stand for those of a larger image."""
+        return min(PART, PART_BYTES // (self.file.channels * self.file.dtype.itemsize))
 
     def _read_some(self) -> np.ndarray:
         """As :meth:`decode_some`, as they are stored."""
@@ -123,8 +129,7 @@ class StoredImage:
             check_size(self.file, self._settings.max_pixels)
             pixels = self._read_stored(None)
             return pixels.reshape(len(pixels), -1)
-        check_window(self.file, 1, PART, self._settings.max_pixels)
-        side = math.isqrt(PART) // WINDOWS
+        side = max(1, math.isqrt(self._part) // WINDOWS)
         tops, lefts = (
             np.linspace(0, length - min(side, length), WINDOWS).astype(int) for length in (self.height, self.width)
         )
@@ -149,9 +154,11 @@ class StoredImage:
         if pixels.dtype.itemsize == 8:
             with np.errstate(over="ignore"):  # infinite, which is no data
                 pixels = pixels.astype(_travelling(pixels.dtype))
-        if self.type == MASKED_PHOTO and self.grey_or_rgb:
-            return mark_colours(pixels, self.file.nodata, self._settings.nodata)
-        return mark_nodata(pixels, self.file.nodata, self._settings.nodata)
+        mark = mark_colours if self.type == MASKED_PHOTO and self.grey_or_rgb else mark_nodata
+        pixels = mark(pixels, self.file.nodata, self._settings.nodata)
+        if window is None and not has_values(pixels, self._settings.nodata):
+            self.warnings["empty"] = "no pixel has a value: all are NaN, infinite or without data"
+        return pixels
 
 
 def describe_nodata(declared: float, kind: ImageType) -> str:
@@ -200,6 +207,13 @@ def find_valid(values: np.ndarray, nodata: float | None) -> np.ndarray:
     if values.dtype.kind == "f":
         return np.isfinite(values)
     return np.ones(values.shape, dtype=bool) if nodata is None else values != nodata
+
+
+def has_values(pixels: np.ndarray, nodata: float | None) -> bool:
+    """Whether a pixel of [C, H, W] has a value; a few are looked at first."""
+    if pixels.dtype.kind != "f" and nodata is None:
+        return True
+    return bool(find_valid(pixels[:, ::16, ::16], nodata).any() or find_valid(pixels, nodata).any())
 
 
 def _travelling(stored: np.dtype) -> np.dtype:

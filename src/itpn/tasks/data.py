@@ -74,15 +74,15 @@ def find_windows(
     return windows, tuple(notes)
 
 
-def read_samples(config: RunConfig, images: Reader, count: int, tiling: Tiling) -> list[Tensor]:
-    """Some readable images, evenly spaced over a set, [C, height, width] as they are stored.
+def read_samples(config: RunConfig, data: RunData, count: int, tiling: Tiling) -> list[Tensor]:
+    """Some readable images to show, evenly spaced over their set, [C, height, width] as they are stored.
 
     Args:
         tiling: of an image that it cuts, the middle is read.
     """
-    reading = make_reading(config)
+    reading = make_reading(config, data.train)
     decode = functools.partial(decode_middle, tiling, reading)
-    return [image for _, image in read_some(images, count, reading, decode)]
+    return [image for _, image in read_some(data.samples, count, reading, decode)]
 
 
 def make_training_loader(

@@ -16,7 +16,9 @@ from itpn.checkpoints.files import Checkpoint
 from itpn.data.batches import Batch, View, stack
 from itpn.data.decode import UnreadableImage
 from itpn.data.evaluation import MakeView, make_evaluation_loader
+from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
+from itpn.data.readers import Reader
 from itpn.data.samples import Sample, open_for_tiles
 from itpn.data.skipped import none_readable
 from itpn.data.stored import Reading
@@ -66,6 +68,7 @@ class Evaluator(ABC, Generic[Scores]):
         about: how the images are evaluated, for `evaluation.json`.
         notes: what is remarkable about the images, a sentence each.
         left_out: images that are not evaluated on, although they can be read.
+        train: images that training is on, of which the first is named where one here has another type.
         tiling: how large images are cut, which :meth:`compare_tiles` is for; None where all are decoded as a whole.
     """
 
@@ -76,6 +79,7 @@ class Evaluator(ABC, Generic[Scores]):
     about: Mapping[str, Any] = {}
     notes: Sequence[str] = ()
     left_out: int = 0
+    train: ImageSource | Reader | None = None
     tiling: Tiling | None = None
 
     def __init__(
@@ -94,6 +98,11 @@ class Evaluator(ABC, Generic[Scores]):
         return len(self.images)
 
     @property
+    def reading(self) -> Reading:
+        """How the images are read."""
+        return make_reading(self.config, self.train)
+
+    @property
     def batch_size(self) -> int:
         """Images per process and forward pass: of the section ``evaluation``, or else as in training."""
         own = getattr(self.config, "evaluation", self.config.data)
@@ -101,9 +110,8 @@ class Evaluator(ABC, Generic[Scores]):
 
     def load(self, images: Any, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
         """The batches of a process, of some images."""
-        reading = make_reading(self.config)
-        loading = self.batch_size, self.config.data.num_workers, rank, world_size, reading
-        is_large = None if self.tiling is None else functools.partial(is_cut, self.tiling, reading)
+        loading = self.batch_size, self.config.data.num_workers, rank, world_size, self.reading
+        is_large = None if self.tiling is None else functools.partial(is_cut, self.tiling, self.reading)
         return make_evaluation_loader(images, self.view, *loading, collate=self.collate, is_large=is_large)
 
     def batches(self, rank: int, world_size: int) -> Iterable[dict[str, Any]]:
@@ -218,8 +226,7 @@ def _compare_large(
     name, data, known = evaluator.images[index]
     assert evaluator.tiling is not None
     try:
-        reading = make_reading(evaluator.config)
-        image = SourceImage(name, open_for_tiles(data, reading, name), None, reading)
+        image = SourceImage(name, open_for_tiles(data, evaluator.reading, name), None, evaluator.reading)
         grid = evaluator.tiling.cut(image)
         if grid is None:
             raise UnreadableImage("it has been changed while it was read")

@@ -67,7 +67,8 @@ def example_of(images: ImageSource | Reader) -> str:
     if not isinstance(images, ImageSource) and not len(images):
         return "the first image"
     files = FileReader(images.images[:1]) if isinstance(images, ImageSource) else images
-    return files.name(0)
+    name: str = files[0][0]
+    return name
 
 
 def find_stretch(data: Any) -> tuple[float, float] | None:

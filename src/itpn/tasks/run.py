@@ -99,6 +99,7 @@ def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: A
     evaluator = None if spec.build_evaluator is None or data.val is None else spec.build_evaluator(config, data)
     validation = None
     if evaluator is not None:
+        evaluator.train = data.train
         validation = Validation(module, evaluator, config.evaluation_interval, spec.evaluation_prefix)
     draw = None if spec.build_visualization is None else spec.build_visualization(module, config, data)
     rows = {} if spec.describe_data is None else dict(spec.describe_data(config, data))

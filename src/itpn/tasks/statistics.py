@@ -58,7 +58,7 @@ def report_statistics(
     for note in source.notes:
         print_note(note)
     with reading_progress() as progress:
-        found = compute_statistics(as_reader(source), reading, value_range, sample, progress)
+        found = compute_statistics(as_reader(source), reading, value_range, sample, progress, in_parts=True)
     found = replace(found, fingerprint=sign_images(source, root))
     for note in (*found.warnings, *found.notes):
         print_note(note)

@@ -68,7 +68,8 @@ def find_channels(sides: tuple[int, ...], axes: Axes | None) -> int:
     if last < min(first, middle):
         return 2
     raise UnreadableImage(
-        f"an array of {first}x{middle}x{last} does not show which axis is of channels: give --data.axes CHW or HWC"
+        f"an array of {first}x{middle}x{last} does not show which axis is of channels: CHW or HWC has to be given "
+        "(--data.axes)"
     )
 
 

@@ -27,7 +27,9 @@ EXTRAS = {"tifffile": "science", "imagecodecs": "science", "h5py": "science", "p
 EXTRAS |= {"rasterio": "geo", "pydicom": "dicom"}
 
 
-def read_image(path: str | os.PathLike[str], page: int = 0, max_pixels: int = MAX_PIXELS) -> Tensor:
+def read_image(
+    path: str | os.PathLike[str], page: int = 0, max_pixels: int = MAX_PIXELS, axes: Axes | None = None
+) -> Tensor:
     """Read an image file of any format with all of its channels, in the depth that is stored.
 
     Values are those of the file: no window and no inversion is applied, and pixels without data keep their value. But:
@@ -37,6 +39,7 @@ def read_image(path: str | os.PathLike[str], page: int = 0, max_pixels: int = MA
     Args:
         page: of a stack, a series or a file of several frames, counted from 0.
         max_pixels: a larger image is refused, before memory is taken.
+        axes: "CHW" or "HWC", of an array whose shape does not tell; the axis shorter than both others is of channels.
 
     Returns:
         [channels, height, width].
@@ -47,7 +50,7 @@ def read_image(path: str | os.PathLike[str], page: int = 0, max_pixels: int = MA
     """
     try:
         with reading():
-            image = open_file(Path(path))
+            image = open_file(Path(path), axes)
             if not 0 <= page < image.pages:
                 raise UnreadableImage(f"there is no page {page}: it has {image.pages}, counted from 0")
             check_size(image, max_pixels)
@@ -83,7 +86,9 @@ def check_size(image: ImageFile, max_pixels: int) -> None:
     """
     pixels = image.height * image.width
     if pixels > max_pixels:
-        parts = "--data.window-size reads it in parts" if image.by_region else f"it cannot be read in parts: {REMEDY}"
+        parts = "--data.window-size reads it in parts, though not for classifiers"
+        if not image.by_region:
+            parts = f"it cannot be read in parts: {REMEDY}"
         raise UnreadableImage(
             f"{image.width}x{image.height} pixels, more than the {max_pixels} allowed (--data.max-pixels); {parts}"
         )

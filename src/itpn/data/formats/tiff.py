@@ -42,6 +42,8 @@ class TiffImage:
         sizes = dict(zip(self._axes, self._shape, strict=True))
         if not {"Y", "X"} <= sizes.keys():
             raise UnreadableImage(f"TIFF of axes {self._axes} has no rows and columns")
+        if 0 in self._shape:
+            raise UnreadableImage("TIFF without pixels")
         tags = self._series.keyframe.tags
         self._orientation = choose_orientation(tags.valueof(ORIENTATION), tags.valueof(XMP))
         self.height, self.width = sizes["Y"], sizes["X"]

@@ -10,7 +10,6 @@ from torch import Tensor
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
-from itpn.data.labelled import LabelledImages
 from itpn.models.backbone import Backbone
 from itpn.models.modes import eval_mode
 from itpn.tasks.classification.config import ClassificationConfig
@@ -62,14 +61,14 @@ def build_visualization(
 ) -> Callable[[], Image.Image]:
     """Draws the same images at every call."""
     make_display(config)  # which finds wrong channels before the first step
-    samples = functools.cache(lambda: read_samples(data.samples, config))
+    samples = functools.cache(lambda: read_samples(data, config))
     return lambda: draw_classes(module, *samples())
 
 
-def read_samples(images: LabelledImages, config: ClassificationConfig) -> tuple[Tensor, list[str]]:
-    """Readable images from all over a set, uint8 [n, 3, H, W], and the names of their classes."""
-    transform = make_evaluation_transform(config)
-    chosen = read_some(images, SAMPLES, make_reading(config))
+def read_samples(data: RunData, config: ClassificationConfig) -> tuple[Tensor, list[str]]:
+    """Readable images from all over a set, [n, C, H, W] as they are stored, and the names of their classes."""
+    transform, images = make_evaluation_transform(config), data.samples
+    chosen = read_some(images, SAMPLES, make_reading(config, data.train))
     pixels = torch.stack([transform(image) for _, image in chosen])
     return pixels, [images.classes[images.labels[index]] for index, _ in chosen]
 

@@ -138,7 +138,8 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 def build_evaluator(config: DetectionConfig, data: DetectionData) -> DetectionEvaluator:
     assert data.val is not None
     most = config.evaluation.max_detections or DETECTIONS
-    return DetectionEvaluator(config, data.val, data.masks, most, usual_side(data.train, make_reading(config)))
+    usual = usual_side(data.train, make_reading(config, data.train))
+    return DetectionEvaluator(config, data.val, data.masks, most, usual)
 
 
 def _percent(value: float) -> str:

@@ -56,5 +56,5 @@ def build_module(model: Detector, config: DetectionConfig, recipe: str, data: De
     transform = make_transform(config, data.masks)
     loader = functools.partial(make_training_loader, config, data.train, transform, collate=collect)
     module = DetectionModule(model, config, recipe, data.train.classes, loader)
-    module.image_side = usual_side(data.train, make_reading(config))
+    module.image_side = usual_side(data.train, make_reading(config, data.train))
     return module

@@ -174,7 +174,7 @@ def build_visualization(
     """Draws the same images at every call."""
     make_display(config)  # which finds wrong channels before the first step
     tiling = tiling_of_run(config.data, module.image_side or config.data.img_size)
-    samples = functools.cache(lambda: read_samples(config, data.samples, SAMPLES, tiling))
+    samples = functools.cache(lambda: read_samples(config, data, SAMPLES, tiling))
     return lambda: draw_found(module, samples())
 
 

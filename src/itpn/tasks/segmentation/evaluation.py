@@ -118,7 +118,7 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
 
 
 def build_evaluator(config: SegmentationConfig, data: RunData) -> SegmentationEvaluator:
-    return SegmentationEvaluator(config, data.val, usual=usual_side(data.train, make_reading(config)))
+    return SegmentationEvaluator(config, data.val, usual=usual_side(data.train, make_reading(config, data.train)))
 
 
 def view_scene(table: LabelTable, max_pixels: int, image: Tensor, mask: str) -> dict[str, Any]:

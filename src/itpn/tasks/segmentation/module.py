@@ -49,7 +49,7 @@ def build_module(model: Segmenter, config: SegmentationConfig, recipe: str, data
     table = data.train.table
     loader = functools.partial(make_training_loader, config, data.train, make_transform(config, table))
     module = SegmentationModule(model, config, recipe, data.train.classes, loader)
-    module.colours, module.image_side = table.colours, usual_side(data.train, make_reading(config))
+    module.colours, module.image_side = table.colours, usual_side(data.train, make_reading(config, data.train))
     return module
 
 
