@@ -32,7 +32,7 @@ from itpn.data.files import find_images
 from itpn.data.image_type import PHOTOGRAPHS, ImageType, Pixels
 from itpn.data.pixels import mirror
 from itpn.data.readers import FileReader
-from itpn.data.samples import WindowOf, open_sample, type_of
+from itpn.data.samples import WindowRequest, open_sample, type_of
 from itpn.errors import UserError
 
 SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)
@@ -142,7 +142,7 @@ def read_itpn(files: FileReader, img_size: int, window_size: int | None, number:
     rng = random.Random(number)
     data: Any = files[number][1]
     if window_size is not None:
-        data = WindowOf(data, draw_window(*find_size(path), window_size, rng))
+        data = WindowRequest(data, draw_window(*find_size(path), window_size, rng))
     sample = open_sample(data)
     return make_transform(img_size, type_of(sample))(sample, rng)["image"]
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from itpn.checkpoints.hub import from_pretrained, push_to_hub, save_pretrained
     from itpn.checkpoints.load import load
     from itpn.checkpoints.report import inspect
-    from itpn.data.formats.reading import read_image
+    from itpn.data.formats.reader import read_image
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,7 +46,7 @@ _LATER = {
     "from_pretrained": "itpn.checkpoints.hub",
     "push_to_hub": "itpn.checkpoints.hub",
     "save_pretrained": "itpn.checkpoints.hub",
-    "read_image": "itpn.data.formats.reading",
+    "read_image": "itpn.data.formats.reader",
 }
 
 # timm knows our models as soon as both are imported, in either order

@@ -24,7 +24,7 @@ from samples import (
 from itpn.data import decode
 from itpn.data.augment import PretrainingTransform
 from itpn.data.decode import EncodedImage, decode_image
-from itpn.data.formats.reading import read_size
+from itpn.data.formats.reader import read_size
 from itpn.data.gpu_decoding import GpuTransform, collate_encoded
 from itpn.data.masks import read_mask
 from itpn.data.resized_copies import resize_image

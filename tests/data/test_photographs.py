@@ -14,7 +14,7 @@ from samples import deep_png, encode, join_tiffs, png, quarters, tiff, with_chun
 
 from itpn.cli import main
 from itpn.data.decode import PAGES, EncodedImage, UnreadableImage, decode_image
-from itpn.data.formats.reading import read_size
+from itpn.data.formats.reader import read_size
 from itpn.data.headers import has_pages
 from itpn.data.masks import read_mask
 

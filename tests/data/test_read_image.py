@@ -20,9 +20,9 @@ from PIL import Image
 
 import itpn
 import itpn.data.formats.tiff
-from itpn.data.decode import UnreadableImage, reading
+from itpn.data.decode import UnreadableImage, decoder_errors
 from itpn.data.formats.arrays import HDF5
-from itpn.data.formats.reading import JPEG2000, open_file
+from itpn.data.formats.reader import JPEG2000, open_file
 from itpn.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
@@ -478,7 +478,7 @@ def test_images_that_are_too_large_take_no_memory(tmp_path):
             itpn.read_image(tmp_path / name)
     assert tracemalloc.get_traced_memory()[1] < 2**26
     tracemalloc.stop()
-    with pytest.raises(UnreadableImage, match="cut off"), reading():
+    with pytest.raises(UnreadableImage, match="cut off"), decoder_errors():
         open_file((tmp_path / "a.npy").read_bytes())
 
 

@@ -18,12 +18,12 @@ import itpn.data.stored
 from itpn.data.bands import BandsOf
 from itpn.data.batches import BatchPlan, FileBatches, UnreadableBatch, stack
 from itpn.data.decode import UnreadableImage, decode_image
-from itpn.data.formats.reading import open_file
+from itpn.data.formats.reader import open_file
 from itpn.data.image_type import PHOTOGRAPH, ImageType
 from itpn.data.readers import FileReader
-from itpn.data.samples import MixedImages, OpenFiles, WindowOf, open_sample, type_of
+from itpn.data.samples import MixedImages, OpenFiles, WindowRequest, open_sample, type_of
 from itpn.data.statistics import compute_statistics
-from itpn.data.stored import PLAIN, Reading, StoredImage
+from itpn.data.stored import PLAIN, ReadSettings, StoredImage
 from itpn.data.windows import cut_windows
 from itpn.errors import UserError
 
@@ -150,8 +150,8 @@ def test_a_mixture_is_refused_with_two_names(tmp_path, pair):
     first, second = (str(tmp_path / name) for name in pair)
     kind = type_of(open_sample(Path(first)))
     with pytest.raises(MixedImages, match=r"(?s)has .*, and .* has .*: all images of a data set need the same"):
-        open_sample(Path(second), Reading(type=kind, example=f"{first} has"), second)
-    plan = BatchPlan(2, 1, 0, 1, 0, Reading(type=kind, example=f"{first} has"), lambda image, rng: {}, stack)
+        open_sample(Path(second), ReadSettings(type=kind, example=f"{first} has"), second)
+    plan = BatchPlan(2, 1, 0, 1, 0, ReadSettings(type=kind, example=f"{first} has"), lambda image, rng: {}, stack)
     batch = FileBatches(FileReader([first, second]), plan)[0]  # as a worker process makes it
     assert isinstance(batch, UnreadableBatch)
     assert first in batch.error
@@ -164,12 +164,12 @@ def test_pixels_without_data(tmp_path, dtype):
     pixels[:, :5] = -9999
     tag = (42113, "s", 0, "-9999", True)
     path = write(tmp_path / "a.tif", pixels, extratags=[tag])
-    image = open_sample(path, Reading(nodata=-1)).decode().numpy()
+    image = open_sample(path, ReadSettings(nodata=-1)).decode().numpy()
     missing = np.isnan(image) if dtype == np.float32 else image == -1
     assert missing[:, :5].all()
     assert missing.sum() == missing[:, :5].size
     assert np.array_equal(image[:, 5:], pixels[:, 5:])
-    late = open_sample(path, Reading(type=ImageType(2, np.dtype(dtype).name)))  # others have not declared it
+    late = open_sample(path, ReadSettings(type=ImageType(2, np.dtype(dtype).name)))  # others have not declared it
     assert ("nodata" in late.warnings) == (dtype == np.int16)
 
 
@@ -183,11 +183,11 @@ def test_values_that_no_sensor_measures_are_no_data(tmp_path):
 
 def test_percentiles_of_each_image(tmp_path):
     path = write(tmp_path / "a.tif", BANDS)
-    image = open_sample(path, Reading(stretch=(10.0, 90.0))).decode()
+    image = open_sample(path, ReadSettings(stretch=(10.0, 90.0))).decode()
     for own, stored in zip(image.numpy(), BANDS, strict=True):
         low, high = np.percentile(stored, (10, 90))
         assert np.allclose(own, ((stored - low) / (high - low)).clip(0, 1), atol=1e-6)
-    part = open_sample(path, Reading(stretch=(10.0, 90.0))).decode_crop(3, 7, 20, 30, (10, 10))
+    part = open_sample(path, ReadSettings(stretch=(10.0, 90.0))).decode_crop(3, 7, 20, 30, (10, 10))
     assert torch.equal(part, image[:, 3:23, 7:37])
 
 
@@ -209,7 +209,7 @@ def test_a_corrupt_and_a_missing_file(tmp_path):
 def test_windows_cover_an_image_and_are_read_alone(tmp_path):
     path = write(tmp_path / "a.tif", BANDS, tile=(16, 16))
     small = write(tmp_path / "b.tif", BANDS[:, :10, :12])
-    reading = Reading(max_pixels=500)
+    reading = ReadSettings(max_pixels=500)
     windows, whole = cut_windows(FileReader([str(path), str(small)]), 20, 4, reading)
     assert whole == []
     seen = np.zeros(BANDS.shape[1:], int)
@@ -228,7 +228,7 @@ def test_windows_cover_an_image_and_are_read_alone(tmp_path):
 
 def test_windows_move_within_the_image(tmp_path):
     path = write(tmp_path / "a.tif", BANDS)
-    windows, _ = cut_windows(FileReader([str(path)]), 20, 0, Reading())
+    windows, _ = cut_windows(FileReader([str(path)]), 20, 0, ReadSettings())
     rng, places = random.Random(0), set()
     for index in range(len(windows)):
         for _ in range(50):
@@ -242,19 +242,19 @@ def test_windows_move_within_the_image(tmp_path):
 def test_a_window_of_what_cannot_be_read_in_parts(tmp_path):
     buffer = io.BytesIO()
     Image.fromarray(BANDS[0]).save(buffer, "PNG")
-    window = WindowOf(buffer.getvalue(), (3, 7, 20, 30))
+    window = WindowRequest(buffer.getvalue(), (3, 7, 20, 30))
     assert np.array_equal(open_sample(window).decode()[0].numpy(), BANDS[0, 3:23, 7:37])
     with pytest.raises(UnreadableImage, match=r"60x40 pixels, more than the 1000 allowed .* cannot be read in parts: "):
-        open_sample(window, Reading(max_pixels=1000))
+        open_sample(window, ReadSettings(max_pixels=1000))
     (tmp_path / "a.png").write_bytes(buffer.getvalue())
-    _, whole = cut_windows(FileReader([str(tmp_path / "a.png")]), 8, 0, Reading())
+    _, whole = cut_windows(FileReader([str(tmp_path / "a.png")]), 8, 0, ReadSettings())
     assert whole == [str(tmp_path / "a.png")]
 
 
 @pytest.mark.parametrize("kind", ["tiles", "png", "bands"])
 def test_windows_share_the_percentiles_of_their_image(tmp_path, kind, monkeypatch):
     """Which are found once for a file; a window that is read alone decodes nothing else."""
-    reading, found = Reading(stretch=(5, 95), nodata=7.0), []
+    reading, found = ReadSettings(stretch=(5, 95), nodata=7.0), []
     pixels = BANDS.copy()
     pixels[:, :15, :20] = 7
     if kind == "tiles":
@@ -269,7 +269,7 @@ def test_windows_share_the_percentiles_of_their_image(tmp_path, kind, monkeypatc
     real = itpn.data.stored.find_limits
     monkeypatch.setattr(itpn.data.stored, "find_limits", lambda *given: found.append(1) or real(*given))
     for top, left in [(0, 0), (12, 17), (20, 40), (5, 8)]:
-        part = open_sample(WindowOf(data, (top, left, 20, 20)), reading).decode()
+        part = open_sample(WindowRequest(data, (top, left, 20, 20)), reading).decode()
         assert torch.equal(part.nan_to_num(-1), whole[:, top : top + 20, left : left + 20].nan_to_num(-1))
     assert len(found) == 1
 
@@ -284,9 +284,9 @@ def test_percentiles_of_a_large_image_are_those_of_windows_all_over_it(tmp_path,
     expected = ((BANDS - low) / (high - low)).clip(0, 1).astype(np.float32)
     read, real = [], StoredImage._read_stored
     monkeypatch.setattr(StoredImage, "_read_stored", lambda self, window: read.append(window) or real(self, window))
-    reading = Reading(stretch=(2, 98))
+    reading = ReadSettings(stretch=(2, 98))
     for top, left in [(0, 0), (12, 17)]:
-        part = open_sample(WindowOf(path, (top, left, 20, 20)), reading).decode()
+        part = open_sample(WindowRequest(path, (top, left, 20, 20)), reading).decode()
         assert np.allclose(part, expected[:, top : top + 20, left : left + 20])
     assert len(read) == 16 + 2
     assert None not in read
@@ -306,24 +306,24 @@ def test_a_large_tiled_photograph_is_read_by_windows(tmp_path, monkeypatch):
 
 def test_a_whole_image_that_is_too_large_is_refused_and_its_windows_are_read(tmp_path):
     path = write(tmp_path / "a.tif", BANDS, tile=(16, 16))
-    image = open_sample(path, Reading(max_pixels=2000))
+    image = open_sample(path, ReadSettings(max_pixels=2000))
     for read in (image.decode, lambda: image.decode_crop(0, 0, 10, 10, (5, 5))):
         with pytest.raises(UnreadableImage, match=r"60x40 pixels, more than the 2000 allowed .* --data.window-size"):
             read()
     assert np.array_equal(image.decode_window(3, 7, 20, 30).numpy(), BANDS[:, 3:23, 7:37])
-    window = WindowOf(path, (3, 7, 20, 30))
-    assert np.array_equal(open_sample(window, Reading(max_pixels=600)).decode().numpy(), BANDS[:, 3:23, 7:37])
+    window = WindowRequest(path, (3, 7, 20, 30))
+    assert np.array_equal(open_sample(window, ReadSettings(max_pixels=600)).decode().numpy(), BANDS[:, 3:23, 7:37])
     with pytest.raises(UnreadableImage, match=r"30x20 pixels, more than the 599 allowed \(--data.max-pixels\)$"):
-        open_sample(window, Reading(max_pixels=599))
+        open_sample(window, ReadSettings(max_pixels=599))
 
 
 def test_channels_count_in_the_size_of_a_window(tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((70, 80, 90), np.float32))
-    window = WindowOf(tmp_path / "a.npy", (0, 0, 80, 90))
+    window = WindowRequest(tmp_path / "a.npy", (0, 0, 80, 90))
     with pytest.raises(UnreadableImage, match=r"90x80 pixels of 70 channels take .* GiB, more than the .* allowed"):
-        open_sample(window, Reading(max_pixels=7200)).decode()
-    smaller = WindowOf(tmp_path / "a.npy", (0, 0, 40, 50))
-    assert open_sample(smaller, Reading(max_pixels=17500)).decode().shape == (70, 40, 50)
+        open_sample(window, ReadSettings(max_pixels=7200)).decode()
+    smaller = WindowRequest(tmp_path / "a.npy", (0, 0, 40, 50))
+    assert open_sample(smaller, ReadSettings(max_pixels=17500)).decode().shape == (70, 40, 50)
 
 
 def test_planes_that_are_one_block_are_not_unpacked_without_limit(tmp_path, monkeypatch):
@@ -379,16 +379,16 @@ def test_of_files_with_windows_the_last_stay_open(tmp_path, monkeypatch):
     paths = [write(tmp_path / f"{number}.tif", BANDS + number, tile=(16, 16)) for number in range(4)]
     before = count_open_files()
     for number in (0, 0, 1, 0, 2, 0, 3, 1):
-        window = open_sample(WindowOf(paths[number], (3, 7, 20, 30)))
+        window = open_sample(WindowRequest(paths[number], (3, 7, 20, 30)))
         assert np.array_equal(window.decode().numpy(), BANDS[:, 3:23, 7:37] + number)
     del window
     assert [path.stem for path in opened] == ["0", "1", "2", "3", "1"]
     assert count_open_files() == before + 2
     write(paths[1], BANDS[:, :30], tile=(16, 16))  # another image of this name
-    assert open_sample(WindowOf(paths[1], (0, 0, 30, 60))).decode().shape == (5, 30, 60)
+    assert open_sample(WindowRequest(paths[1], (0, 0, 30, 60))).decode().shape == (5, 30, 60)
     paths[1].unlink()
     with pytest.raises(UnreadableImage, match="No such file"):
-        open_sample(WindowOf(paths[1], (0, 0, 30, 60)))
+        open_sample(WindowRequest(paths[1], (0, 0, 30, 60)))
 
 
 def test_bands_with_windows_stay_open(tmp_path, monkeypatch):
@@ -399,7 +399,7 @@ def test_bands_with_windows_stay_open(tmp_path, monkeypatch):
         "itpn.data.formats.bands.open_file", lambda path, *own: opened.append(path) or open_file(path, *own)
     )
     for _ in range(3):
-        assert np.array_equal(open_sample(WindowOf(bands, (3, 7, 20, 30))).decode().numpy(), BANDS[:3, 3:23, 7:37])
+        assert np.array_equal(open_sample(WindowRequest(bands, (3, 7, 20, 30))).decode().numpy(), BANDS[:3, 3:23, 7:37])
     assert opened == [*bands.paths]
 
 
@@ -410,7 +410,7 @@ def test_a_file_that_is_not_read_in_parts_is_read_once_a_window(tmp_path, monkey
     reads: list[str] = []
     monkeypatch.setattr("itpn.data.samples.read_file", lambda path: reads.append(path) or Path(path).read_bytes())
     monkeypatch.setattr("itpn.data.readers.read_file", lambda path: reads.append(path) or Path(path).read_bytes())
-    windows, _ = cut_windows(FileReader([str(path)]), 10, 0, Reading())
+    windows, _ = cut_windows(FileReader([str(path)]), 10, 0, ReadSettings())
     assert reads == []  # by the header
     assert windows.sizes.tolist() == [[20, 30]]
     window = open_sample(windows[1][1])
@@ -422,9 +422,9 @@ def test_a_tiled_tiff_of_8_bits_is_read_in_parts(tmp_path):
     pixels = RNG.integers(0, 255, (64, 96, 3)).astype(np.uint8)
     tifffile.imwrite(path := tmp_path / "a.tif", pixels, photometric="rgb", tile=(16, 16), compression="zlib")
     assert not isinstance(open_sample(path), StoredImage)
-    windows, whole = cut_windows(FileReader([str(path)]), 16, 0, Reading(max_pixels=1000))
+    windows, whole = cut_windows(FileReader([str(path)]), 16, 0, ReadSettings(max_pixels=1000))
     assert whole == []
-    window = open_sample(windows[1][1], Reading(max_pixels=1000))
+    window = open_sample(windows[1][1], ReadSettings(max_pixels=1000))
     assert window.image.reads_windows
     assert np.array_equal(window.decode().numpy(), pixels.transpose(2, 0, 1)[:, :16, 16:32])
 
@@ -439,7 +439,7 @@ def test_windows_of_a_tiff_show_what_the_whole_shows(tmp_path, mode):
         pixels.convert(mode).save(path)
     whole = open_sample(path).decode()
     for data in (path, path.read_bytes()):
-        assert torch.equal(open_sample(WindowOf(data, (3, 7, 10, 20))).decode(), whole[:, 3:13, 7:27])
+        assert torch.equal(open_sample(WindowRequest(data, (3, 7, 10, 20))).decode(), whole[:, 3:13, 7:27])
 
 
 # --- photographs that declare a value for pixels without data
@@ -466,7 +466,7 @@ def aerial() -> np.ndarray:
 @pytest.mark.parametrize("tifffile_is_there", [True, False])
 def test_a_photograph_with_pixels_without_data(tmp_path, aerial, monkeypatch, tifffile_is_there):
     if not tifffile_is_there:
-        monkeypatch.setattr("itpn.data.formats.reading.find_spec", lambda name: None)
+        monkeypatch.setattr("itpn.data.formats.reader.find_spec", lambda name: None)
     path = write_photo(tmp_path / "a.tif", aerial)
     expected = aerial.transpose(2, 0, 1).copy()
     expected[0, 10:20, 10:20] = 1  # for 0 says that there is no data
@@ -484,7 +484,7 @@ def test_a_photograph_with_pixels_without_data(tmp_path, aerial, monkeypatch, ti
 
 @pytest.mark.parametrize("kind", ["tagged", "other tag", "grey tagged", "tif", "png", "jpg", "transparent", "palette"])
 def test_photographs_mix_with_one_that_has_pixels_without_data(tmp_path, aerial, kind):
-    settings = Reading(type=ImageType(3, "uint8"), nodata=0, example="first.tif has")
+    settings = ReadSettings(type=ImageType(3, "uint8"), nodata=0, example="first.tif has")
     shown, path = aerial, tmp_path / "a.tif"
     if kind == "grey tagged":
         write_photo(path, aerial[..., 1])
@@ -507,7 +507,7 @@ def test_photographs_mix_with_one_that_has_pixels_without_data(tmp_path, aerial,
         assert type_of(image) == settings.type
         assert np.array_equal(image.decode().numpy(), expected)
         assert np.array_equal(image.decode_crop(3, 2, 20, 30, (20, 30)).numpy(), expected[:, 3:23, 2:32])
-        window = open_sample(WindowOf(data, (3, 2, 20, 30)), settings, "a")
+        window = open_sample(WindowRequest(data, (3, 2, 20, 30)), settings, "a")
         assert np.array_equal(window.decode().numpy(), expected[:, 3:23, 2:32])
         assert not image.warnings
 
@@ -516,11 +516,11 @@ def test_photographs_mix_with_one_that_has_pixels_without_data(tmp_path, aerial,
 def test_among_photographs_no_data_counts_and_that_is_said(tmp_path, aerial, large, monkeypatch):
     if large:
         monkeypatch.setattr("itpn.data.samples.LARGE_FILE", 1000)
-    image = open_sample(write_photo(tmp_path / "a.tif", aerial), Reading(type=PHOTOGRAPH))
+    image = open_sample(write_photo(tmp_path / "a.tif", aerial), ReadSettings(type=PHOTOGRAPH))
     assert isinstance(image, StoredImage) == large
     assert np.array_equal(image.decode().numpy(), aerial.transpose(2, 0, 1))
     assert "declares 0 for pixels without data" in image.warnings["nodata"]
-    plain = open_sample(write_photo(tmp_path / "b.tif", aerial, False), Reading(type=PHOTOGRAPH))
+    plain = open_sample(write_photo(tmp_path / "b.tif", aerial, False), ReadSettings(type=PHOTOGRAPH))
     assert not plain.warnings
 
 
@@ -530,17 +530,17 @@ def test_stains_do_not_mix_with_photographs(tmp_path, aerial):
     kind = type_of(open_sample(tmp_path / "stains.npy"))
     Image.fromarray(aerial[..., 0]).save(tmp_path / "mask.png")
     with pytest.raises(MixedImages, match=r"(?s)stains.npy has 3 channels of uint8, and mask.png has 8 bits"):
-        open_sample(tmp_path / "mask.png", Reading(type=kind, example="stains.npy has"), "mask.png")
+        open_sample(tmp_path / "mask.png", ReadSettings(type=kind, example="stains.npy has"), "mask.png")
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int16])
 def test_an_image_without_data_is_named(tmp_path, dtype):
     """What a network makes of it means nothing."""
     pixels = np.full((2, 40, 40), -9, dtype)
-    image = open_sample(write(tmp_path / "a.tif", pixels), Reading(nodata=-9))
+    image = open_sample(write(tmp_path / "a.tif", pixels), ReadSettings(nodata=-9))
     image.decode()
     assert image.warnings == {"empty": "no pixel has a value: all are NaN, infinite or without data"}
     pixels[0, 3, 5] = 1
-    image = open_sample(write(tmp_path / "b.tif", pixels), Reading(nodata=-9))
+    image = open_sample(write(tmp_path / "b.tif", pixels), ReadSettings(nodata=-9))
     image.decode()
     assert not image.warnings

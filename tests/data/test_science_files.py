@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import itpn
-from itpn.data.formats.reading import open_file, read_size
+from itpn.data.formats.reader import open_file, read_size
 from itpn.errors import UserError
 
 FOLDER = Path(__file__).parents[3] / "shared" / "data" / "science_files"

@@ -22,7 +22,7 @@ from itpn.data.samples import find_type, open_sample
 from itpn.data.shard_images import ShardImages
 from itpn.data.statistics import compute_statistics
 from itpn.data.statistics_file import as_reader, read_statistics, write_statistics
-from itpn.data.stored import Reading
+from itpn.data.stored import ReadSettings
 from itpn.errors import UserError
 
 RNG = np.random.default_rng(1)
@@ -42,7 +42,7 @@ def make_set(folder, dtype, count=5, channels=3):
 @pytest.mark.parametrize("dtype", [np.uint16, np.int16, np.float32, np.int32])
 def test_numbers_are_those_of_numpy(tmp_path, dtype):
     paths, pixels = make_set(tmp_path, dtype)
-    found = compute_statistics(FileReader(paths), Reading())
+    found = compute_statistics(FileReader(paths), ReadSettings())
     assert found.type == ImageType(3, np.dtype(dtype).name)
     assert (found.images, found.sampled, found.smallest, found.largest) == (5, 5, (20, 30), (24, 30))
     exact = pixels.astype(np.float64)
@@ -83,7 +83,7 @@ def test_memory_of_many_channels_is_bounded(tmp_path, monkeypatch):
         "itpn.data.statistics.Distribution", lambda dtype, limit: limits.append(limit) or Distribution(dtype, limit)
     )
     paths, _ = make_set(tmp_path, np.float32, channels=16)
-    compute_statistics(FileReader(paths), Reading())
+    compute_statistics(FileReader(paths), ReadSettings())
     assert limits == [2**12] * 16
 
 
@@ -98,7 +98,7 @@ def test_memory_of_many_channels_is_bounded(tmp_path, monkeypatch):
 )
 def test_value_ranges(tmp_path, value_range, expected):
     paths, pixels = make_set(tmp_path, np.uint16, channels=2)
-    found = compute_statistics(FileReader(paths), Reading(), value_range)
+    found = compute_statistics(FileReader(paths), ReadSettings(), value_range)
     expected = expected or list(zip(pixels.min(axis=1), pixels.max(axis=1), strict=True))
     assert [*found.value_range] == expected
 
@@ -109,13 +109,13 @@ def test_no_data_enters_nothing(tmp_path):
     first = values.copy()
     values[:5] = np.nan
     np.save(paths[0], values)
-    found = compute_statistics(FileReader(paths), Reading())
+    found = compute_statistics(FileReader(paths), ReadSettings())
     kept = np.concatenate([first[5:].reshape(-1, 3).T, pixels[:, first[..., 0].size :]], axis=1).astype(np.float64)
     assert np.allclose(found.mean, kept.mean(axis=1))
     assert found.nodata_fraction == pytest.approx(1 - kept.size / pixels.size)
 
 
-@pytest.mark.parametrize("settings", [Reading(), Reading(type=ImageType(2, "uint16"), example="x has")])
+@pytest.mark.parametrize("settings", [ReadSettings(), ReadSettings(type=ImageType(2, "uint16"), example="x has")])
 def test_what_geotiffs_declare_enters_nothing(tmp_path, settings):
     for number in range(3):
         pixels = np.full((2, 20, 30), 500 + number, np.uint16)
@@ -136,7 +136,7 @@ def test_a_value_for_no_data_that_a_later_file_declares(tmp_path, dtype):
         options = {"extratags": [(42113, "s", 0, "7", True)]} if number == 1 else {}
         path = tmp_path / f"{number}.tif"
         tifffile.imwrite(path, pixels, photometric="minisblack", planarconfig="separate", **options)
-    found = compute_statistics(FileReader([str(tmp_path / f"{number}.tif") for number in range(3)]), Reading())
+    found = compute_statistics(FileReader([str(tmp_path / f"{number}.tif") for number in range(3)]), ReadSettings())
     assert (found.nodata, found.nodata_fraction, found.minimum, found.maximum) == (7, 0.25, (500, 500), (502, 502))
     assert not found.warnings
 
@@ -146,8 +146,8 @@ def test_a_value_that_stands_for_no_data(tmp_path):
     values = np.load(paths[0])
     values[:5] = -9999
     np.save(paths[0], values)
-    assert "give --data.nodata -9999" in compute_statistics(FileReader(paths), Reading()).notes[0]
-    found = compute_statistics(FileReader(paths), Reading(nodata=-9999))
+    assert "give --data.nodata -9999" in compute_statistics(FileReader(paths), ReadSettings()).notes[0]
+    found = compute_statistics(FileReader(paths), ReadSettings(nodata=-9999))
     assert min(found.minimum) > 0
     assert found.nodata == -9999
     assert not found.notes
@@ -156,13 +156,13 @@ def test_a_value_that_stands_for_no_data(tmp_path):
 def test_no_value_at_all(tmp_path):
     np.save(tmp_path / "a.npy", np.full((20, 30, 2), np.nan, np.float32))
     with pytest.raises(UserError, match=r"no pixel of the 1 images that were read .* has a value"):
-        compute_statistics(FileReader([str(tmp_path / "a.npy")]), Reading())
+        compute_statistics(FileReader([str(tmp_path / "a.npy")]), ReadSettings())
 
 
 def test_a_sample_is_spread_out_and_passes_over_corrupt_files(tmp_path):
     paths, _ = make_set(tmp_path, np.uint16, count=9)
     (tmp_path / "4.npy").write_bytes(b"corrupt")
-    assert compute_statistics(FileReader(paths), Reading(), sample=3).sampled == 3
+    assert compute_statistics(FileReader(paths), ReadSettings(), sample=3).sampled == 3
 
 
 def make_shards(folder, compressed=False):
@@ -185,7 +185,7 @@ def make_shards(folder, compressed=False):
 def test_of_shards_a_sample_is_spread_over_all(tmp_path, compressed):
     reader = as_reader(make_shards(tmp_path, compressed))
     assert isinstance(reader, ShardImages)
-    found = compute_statistics(reader, Reading(), sample=3)
+    found = compute_statistics(reader, ReadSettings(), sample=3)
     assert (found.images, found.sampled) == (9, 3)
     assert (found.minimum, found.maximum, found.mean) == ((0, 0), (8, 8), (4, 4))
     assert [reader.name(index) for index in (0, 2, 8)] == ["0.tar/0.npy", "1.tar/2.npy", "2.tar/8.npy"]
@@ -196,7 +196,7 @@ def test_of_shards_images_are_read_when_it_is_their_turn(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr("itpn.data.shard_images.read_file", lambda path, start, size: read.append(path) or b"corrupt")
     source = make_shards(tmp_path)
-    assert find_type(source, Reading()) == (ImageType(2, "uint16"), "0.tar/0.npy")
+    assert find_type(source, ReadSettings()) == (ImageType(2, "uint16"), "0.tar/0.npy")
     reader = as_reader(source)
     assert not read
     assert reader[4][1] == b"corrupt"
@@ -214,7 +214,7 @@ def test_shards_by_the_command(tmp_path, capsys):
 
 def test_the_file_is_read_again(tmp_path):
     paths, _ = make_set(tmp_path, np.uint16)
-    found = compute_statistics(FileReader(paths), Reading())
+    found = compute_statistics(FileReader(paths), ReadSettings())
     write_statistics(tmp_path / "stats.json", found)
     assert read_statistics(tmp_path / "stats.json") == found
     for content in ("[]", "{}", "x", '{"images": 1}'):
@@ -238,7 +238,7 @@ def test_the_file_is_read_again(tmp_path):
 )
 def test_numbers_that_are_none_of_images(tmp_path, wrong):
     paths, _ = make_set(tmp_path, np.uint16)
-    write_statistics(tmp_path / "stats.json", compute_statistics(FileReader(paths), Reading()))
+    write_statistics(tmp_path / "stats.json", compute_statistics(FileReader(paths), ReadSettings()))
     content = json.loads((tmp_path / "stats.json").read_text())
     (tmp_path / "stats.json").write_text(json.dumps(content | wrong))
     with pytest.raises(UserError, match="is not a file of `itpn stats`"):
@@ -249,14 +249,14 @@ def test_numbers_that_are_none_of_images(tmp_path, wrong):
 def test_no_data_that_no_pixel_can_be(tmp_path, nodata):
     paths, _ = make_set(tmp_path, np.uint16)
     with pytest.raises(UserError, match=f"--data.nodata is {nodata:g}, which no pixel of uint16 can be"):
-        compute_statistics(FileReader(paths), Reading(nodata=nodata))
+        compute_statistics(FileReader(paths), ReadSettings(nodata=nodata))
 
 
 def test_channels_that_tell_nothing(tmp_path):
     pixels = RNG.normal(size=(20, 30, 3)).astype(np.float32)
     pixels[..., 1], pixels[..., 2] = np.nan, 5
     np.save(tmp_path / "a.npy", pixels)
-    found = compute_statistics(FileReader([str(tmp_path / "a.npy")]), Reading())
+    found = compute_statistics(FileReader([str(tmp_path / "a.npy")]), ReadSettings())
     assert found.notes == ("channel 1 is without data in all images", "channel 2 is of one value in all images")
     write_statistics(tmp_path / "stats.json", found)
     assert read_statistics(tmp_path / "stats.json") == found
@@ -264,7 +264,7 @@ def test_channels_that_tell_nothing(tmp_path):
 
 def test_channels_of_one_value_are_named_in_a_short_line(tmp_path):
     np.save(tmp_path / "a.npy", np.full((30, 40, 20), 7, np.uint16))
-    found = compute_statistics(FileReader([str(tmp_path / "a.npy")]), Reading())
+    found = compute_statistics(FileReader([str(tmp_path / "a.npy")]), ReadSettings())
     assert found.notes == ("channels 0, 1, 2, 3, 4, 5, 6, 7 and 12 more are of one value in all images",)
 
 
@@ -273,7 +273,7 @@ def test_what_training_refuses_does_not_count(tmp_path, monkeypatch):
     paths, _ = make_set(tmp_path, np.uint16, channels=2)
     large = str(tmp_path / "large.npy")
     np.save(large, np.zeros((2, 100, 100), np.uint16))
-    reader, reading = FileReader([large, *paths]), Reading(max_pixels=5000)
+    reader, reading = FileReader([large, *paths]), ReadSettings(max_pixels=5000)
     found = compute_statistics(reader, reading)
     assert found.sampled == len(paths)
     assert found.mean == compute_statistics(FileReader(paths), reading).mean
@@ -285,7 +285,7 @@ def test_what_training_refuses_does_not_count(tmp_path, monkeypatch):
 def test_many_channels_are_sampled_by_their_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(itpn.data.stored, "PART_BYTES", 1000 * 50 * 16)
     np.save(tmp_path / "a.npy", RNG.integers(0, 9, (1000, 50, 50)).astype(np.uint8).transpose(1, 2, 0))
-    image = open_sample(tmp_path / "a.npy", Reading(axes="HWC"))
+    image = open_sample(tmp_path / "a.npy", ReadSettings(axes="HWC"))
     assert image.decode_some().shape == (1000, 16 * 7**2)
 
 

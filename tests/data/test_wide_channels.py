@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from itpn.data.channels import find_percentiles, is_valid, scale_channels
-from itpn.tasks.large import find_missing
+from itpn.tasks.source_images import find_missing
 
 MOST = 2**31 - 1
 

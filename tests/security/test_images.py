@@ -13,7 +13,7 @@ from PIL import EpsImagePlugin, Image
 from security.attack import limited, refused
 
 from itpn.data.decode import EncodedImage, UnreadableImage, decode_image
-from itpn.data.formats.reading import read_size
+from itpn.data.formats.reader import read_size
 from itpn.data.headers import MAX_SCANS, count_scans
 from itpn.data.masks import read_mask
 from itpn.data.readers import MAX_FILE, FileReader

@@ -43,7 +43,7 @@ from itpn.tasks.finetuning.network import (
     resolve_network,
 )
 from itpn.tasks.info import describe_classifier
-from itpn.tasks.pixels import stored_reading
+from itpn.tasks.pixels import stored_read_settings
 from itpn.tasks.prediction import read_batches, read_preprocessing
 from itpn.training.config import CropsConfig, EvaluationConfig, RunConfig
 
@@ -273,7 +273,7 @@ def find_evaluation_data(config: MultiLabelConfig, model: nn.Module, request: Ev
 def predict(model: nn.Module, checkpoint: Any, source: Any, options: Any) -> None:
     crop, normalize = read_preprocessing(checkpoint, model)
     lines = ["image,classes"]
-    for names, images in read_batches(source, crop, stored_reading(checkpoint, options.max_pixels)):
+    for names, images in read_batches(source, crop, stored_read_settings(checkpoint, options.max_pixels)):
         for name, row in zip(names, model(normalize(images)).sigmoid(), strict=True):
             own = [label for label, value in zip(checkpoint.metadata["classes"], row, strict=True) if value > 0.5]
             lines.append(f"{Path(name).name},{' '.join(own)}")

@@ -18,8 +18,8 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.files import find_images
 from itpn.data.labelled import find_labelled
 from itpn.data.readers import FileReader
-from itpn.data.samples import WindowOf, open_sample
-from itpn.data.stored import PLAIN, Reading, StoredImage
+from itpn.data.samples import WindowRequest, open_sample
+from itpn.data.stored import PLAIN, ReadSettings, StoredImage
 from itpn.data.windows import cut_windows
 from itpn.errors import UserError
 from itpn.training.config import read_yaml
@@ -83,7 +83,7 @@ def test_files_that_begin_alike_make_an_image(scenes, prefix):
         assert (name, files.name(number)) == (str(folder / f"T{number}"),) * 2
         assert str(image.type) == "3 channels of uint16"
         assert np.array_equal(image.decode(), draw(number))
-        window = open_sample(WindowOf(data, (7, 5, 20, 30)), PLAIN, name)
+        window = open_sample(WindowRequest(data, (7, 5, 20, 30)), PLAIN, name)
         assert np.array_equal(window.decode(), draw(number)[:, 7:27, 5:35])
     windows, whole = cut_windows(files, 32, 8, PLAIN)
     assert (len(windows), whole) == (4 * count, [])  # tiled files are read by region
@@ -124,7 +124,7 @@ def test_values_without_data_are_those_of_the_first_band(tmp_path):
         pixels = np.array([[-9, 0], [5, 7]], np.int16)
         tifffile.imwrite(tmp_path / name, pixels, extratags=[(42113, "s", 0, value, True)])
     _, data = FileReader(find_images([tmp_path], bands=("B1.tif", "B2.tif")).images)[0]
-    image = open_sample(data, Reading(nodata=-9))
+    image = open_sample(data, ReadSettings(nodata=-9))
     assert isinstance(image, StoredImage)
     assert image.file.nodata == -9
     assert image.decode().tolist() == [[[-9, 0], [5, 7]], [[-9, -9], [5, 7]]]

@@ -22,7 +22,8 @@ from torch import nn
 
 import itpn
 import itpn.data.formats.georeference
-import itpn.tasks.large
+import itpn.tasks.overview
+import itpn.tasks.source_images
 from itpn.cli import main
 from itpn.data.annotations import read_objects
 from itpn.data.decode import UnreadableImage
@@ -30,7 +31,7 @@ from itpn.data.formats.georeference import NOWHERE, Georeference, find_georefere
 from itpn.data.mask_pieces import Piece
 from itpn.data.readers import FileReader
 from itpn.data.samples import open_sample
-from itpn.data.stored import PLAIN, Reading
+from itpn.data.stored import PLAIN, ReadSettings
 from itpn.errors import UserError
 from itpn.metrics.segmentation import PixelScores, compare
 from itpn.tasks.configs import (
@@ -48,11 +49,13 @@ from itpn.tasks.detection.network import build_detector
 from itpn.tasks.detection.prediction import ObjectFiles
 from itpn.tasks.evaluation import evaluate
 from itpn.tasks.finetuning.network import resolve_with_head
-from itpn.tasks.large import NO_DATA, Overview, SourceImage, find_tiling, usual_side
+from itpn.tasks.large import find_tiling, usual_side
+from itpn.tasks.overview import Overview
 from itpn.tasks.pixels import make_normalize
 from itpn.tasks.segmentation.inference import make_segmentation
 from itpn.tasks.segmentation.module import SegmentationModule
 from itpn.tasks.segmentation.network import build_segmenter
+from itpn.tasks.source_images import NO_DATA, SourceImage
 from itpn.tasks.tiling import Grid
 
 SIDE = 64  # of the networks' images
@@ -141,7 +144,7 @@ def test_a_tile_shows_as_much_as_an_image_of_training(tmp_path):
 @pytest.mark.parametrize("band", [2**28, 0])
 def test_tiles_have_the_pixels_of_the_image(tmp_path, layout, band, monkeypatch):
     """By rows of tiles, or by single ones where a row is too large."""
-    monkeypatch.setattr(itpn.tasks.large, "BAND", band)
+    monkeypatch.setattr(itpn.tasks.source_images, "BAND", band)
     whole, path = draw_bands(150, 210), tmp_path / "image.tif"
     if layout == "photograph":
         whole = (whole[:3] >> 4).astype(np.uint8)
@@ -162,7 +165,7 @@ def test_tiles_have_the_pixels_of_the_image(tmp_path, layout, band, monkeypatch)
 def test_tiles_of_an_image_that_is_too_large_as_a_whole(tmp_path):
     whole = draw_bands(150, 210)
     write_geotiff(tmp_path / "image.tif", whole)
-    settings = Reading(max_pixels=5000)
+    settings = ReadSettings(max_pixels=5000)
     image = SourceImage("image", open_sample(tmp_path / "image.tif", settings), tmp_path / "image.tif", settings)
     assert not image.fits
     for tile in Grid(150, 210, 64, 16):
@@ -174,7 +177,7 @@ def test_tiles_of_an_image_that_is_too_large_as_a_whole(tmp_path):
 @pytest.mark.parametrize("step", [2, 3, 7])
 def test_an_overview_is_every_nth_pixel(step, monkeypatch):
     whole = torch.arange(150 * 210).reshape(1, 150, 210)
-    monkeypatch.setattr(itpn.tasks.large, "OVERVIEW", math.ceil(210 / step))
+    monkeypatch.setattr(itpn.tasks.overview, "OVERVIEW", math.ceil(210 / step))
     overview = Overview(150, 210)
     for tile in Grid(150, 210, 64, 16):
         overview.add(tile, whole[:, tile.slices[0], tile.slices[1]])

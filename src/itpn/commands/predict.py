@@ -63,7 +63,7 @@ class Predict:
         from itpn.data.shards import check_shards
         from itpn.models.spec import spec_of
         from itpn.tasks.features import write_features
-        from itpn.tasks.pixels import stored_reading
+        from itpn.tasks.pixels import stored_read_settings
         from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing
 
         checkpoint = read_checkpoint(self.checkpoint)
@@ -80,7 +80,7 @@ class Predict:
         options = self._given()
         if self.features is not None:
             crop, normalize = read_preprocessing(checkpoint, model)
-            reading = stored_reading(checkpoint, limit)
+            reading = stored_read_settings(checkpoint, limit)
             write_features(model, normalize, read_batches(source, crop, reading), self.features)
             return
         head = spec_of(model).head

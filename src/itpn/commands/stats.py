@@ -51,11 +51,11 @@ class Stats:
         if source.cache:
             raise UserError(f"{self.images} holds cached features: give the folder of the images")
         from itpn.data.decode import MAX_PIXELS
-        from itpn.data.stored import Reading
+        from itpn.data.stored import ReadSettings
         from itpn.tasks.statistics import report_statistics
 
         if self.out is None and not Path(self.images).is_dir():
             raise UserError(f"{self.images} is no folder, into which the numbers could be written: give --out FILE")
         out = Path(self.images, "stats.json") if self.out is None else self.out
-        reading = Reading(self.max_pixels or MAX_PIXELS, self.axes, self.nodata)
+        reading = ReadSettings(self.max_pixels or MAX_PIXELS, self.axes, self.nodata)
         report_statistics(source, self.images, reading, self.value_range, self.sample, out)

@@ -14,9 +14,9 @@ from torch.utils.data import Dataset, IterableDataset, get_worker_info
 from itpn.data.cache import FeatureCache
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
-from itpn.data.samples import MixedImages, WindowOf, open_sample
+from itpn.data.samples import MixedImages, WindowRequest, open_sample
 from itpn.data.shards import Sample, shard_samples
-from itpn.data.stored import Reading
+from itpn.data.stored import ReadSettings
 from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
@@ -67,7 +67,7 @@ class BatchPlan:
     rank: int
     world_size: int
     seed: int
-    reading: Reading
+    reading: ReadSettings
     transform: Transform
     collate: Callable[[list[View]], Batch]
 
@@ -91,7 +91,7 @@ class BatchPlan:
             for key, data, *annotation in itertools.chain([sample], spares):
                 beat()
                 try:
-                    moved = data.move(rng) if isinstance(data, WindowOf) else data
+                    moved = data.move(rng) if isinstance(data, WindowRequest) else data
                     image = open_sample(moved, self.reading, key)
                     view = self.transform(image, rng, *annotation)
                 except UnreadableImage as error:

@@ -67,7 +67,7 @@ def open_image(file: IO[bytes], max_pixels: int | None = MAX_PIXELS) -> OpenedIm
     Raises:
         UnreadableImage: not an image, of a kind that would be decoded wrongly, or of more than ``max_pixels``.
     """
-    with reading():
+    with decoder_errors():
         try:
             image = Image.open(file, formats=[*FORMATS, *(name for name in ADDED if name in Image.OPEN)])
         except UnidentifiedImageError:
@@ -163,7 +163,7 @@ class EncodedImage:
 
     def decode(self) -> Tensor:
         """Decode the whole image, uint8 [3, height, width]; see :func:`decode_image`."""
-        with reading():
+        with decoder_errors():
             if self._is_jpeg:
                 encoded = torch.frombuffer(bytearray(self.data), dtype=torch.uint8)  # a copy: bytes are read-only
                 pixels = decode_jpeg(encoded, mode=ImageReadMode.RGB, apply_exif_orientation=False)
@@ -193,7 +193,7 @@ class EncodedImage:
                 part = self.decode()[:, top : top + height, left : left + width]
             return part.permute(1, 2, 0).contiguous().permute(2, 0, 1)
         shrink = max(scale for scale in (2, 4, 8) if scale <= shrink)
-        with reading():
+        with decoder_errors():
             self._image.draft(None, (self._image.width // shrink, self._image.height // shrink))
             edges = (left, top, left + width, top + height)
             box = [round(edge / shrink) for edge in edges]
@@ -209,7 +209,7 @@ class EncodedImage:
         codec, decoder = _find_codec(os.getpid())
         if decoder is None:
             return None
-        with reading():
+        with decoder_errors():
             region = codec.Region(top, left, top + height, left + width)
             stream = codec.CodeStream(self.data).get_sub_code_stream(region=region)
             part = decoder.decode(stream, params=codec.DecodeParams(apply_exif_orientation=False))
@@ -268,7 +268,7 @@ def decode_whole(image: Any) -> Tensor:
 
 
 @contextmanager
-def reading() -> Iterator[None]:
+def decoder_errors() -> Iterator[None]:
     """Convert all errors of decoders, a dozen types on corrupt input, to :class:`UnreadableImage`."""
     with quiet():
         try:

@@ -15,7 +15,7 @@ from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader
 from itpn.data.samples import MixedImages, Sample, open_for_tiles, open_sample
 from itpn.data.skipped import none_readable
-from itpn.data.stored import PLAIN, Reading
+from itpn.data.stored import PLAIN, ReadSettings
 from itpn.data.workers import WorkerLoader, beat
 
 MakeView = Callable[[Tensor, Any], View]  # of an image and its annotation
@@ -27,7 +27,7 @@ def view_labelled(transform: EvaluationTransform, image: Tensor, label: int) -> 
 
 
 def read_some(
-    images: Reader, count: int, reading: Reading = PLAIN, decode: Callable[[Sample], Tensor] | None = None
+    images: Reader, count: int, reading: ReadSettings = PLAIN, decode: Callable[[Sample], Tensor] | None = None
 ) -> list[tuple[int, Tensor]]:
     """Readable images, evenly spaced over a data set, with their indices.
 
@@ -73,7 +73,7 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
     view: MakeView
     collate: Callable[[list[View]], Batch]
     batch_size: int
-    reading: Reading
+    reading: ReadSettings
     is_large: Callable[[Sample], bool] | None = None
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ def make_evaluation_loader(
     num_workers: int = 0,
     rank: int = 0,
     world_size: int = 1,
-    reading: Reading = PLAIN,
+    reading: ReadSettings = PLAIN,
     collate: Callable[[list[View]], Batch] = stack,
     is_large: Callable[[Sample], bool] | None = None,
 ) -> DataLoader[dict[str, Any]]:

@@ -13,11 +13,11 @@ import numpy as np
 
 from itpn.data.bands import join_bands, split_bands
 from itpn.data.class_names import read_names
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, reading
+from itpn.data.decode import MAX_PIXELS, UnreadableImage, decoder_errors
 from itpn.data.file_types import JPEG_SUFFIXES, is_shard
 from itpn.data.formats.image_file import ImageFile
 from itpn.data.formats.photos import PhotoImage
-from itpn.data.formats.reading import open_file
+from itpn.data.formats.reader import open_file
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.labelmaps import find_pairs
 from itpn.data.layouts import Coco, Parts, Size, measure_images
@@ -122,7 +122,7 @@ def scan_labels(path: str, size: Size) -> Objects:
         UnreadableImage: it cannot be read, or holds no labels.
         _OtherSize: it is not of this size; no pixel has been read.
     """
-    with reading():
+    with decoder_errors():
         image = open_labels(path)
         if (image.height, image.width) != size:
             raise _OtherSize((image.height, image.width))

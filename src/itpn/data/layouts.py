@@ -15,7 +15,7 @@ from faster_coco_eval.core import mask as rle
 
 from itpn.data.bands import find_bands, name_image, split_bands
 from itpn.data.decode import reason_of
-from itpn.data.formats.reading import read_size
+from itpn.data.formats.reader import read_size
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.readers import check_lost
 from itpn.errors import MachineError, UserError

@@ -31,7 +31,7 @@ from itpn.data.files import ImageSource
 from itpn.data.readers import FileReader, Reader
 from itpn.data.shards import count_shard_images
 from itpn.data.skipped import nothing_readable
-from itpn.data.stored import PLAIN, Reading
+from itpn.data.stored import PLAIN, ReadSettings
 from itpn.data.workers import WorkerLoader
 from itpn.errors import UserError
 
@@ -87,7 +87,7 @@ class TrainingLoader:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        reading: Reading = PLAIN,
+        reading: ReadSettings = PLAIN,
         shuffle_buffer: int = 1000,
         samples_per_epoch: int | None = None,
         pin_memory: bool = False,

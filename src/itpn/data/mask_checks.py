@@ -15,7 +15,7 @@ from itpn.data.bands import MARK, join_bands, name_image, split_bands
 from itpn.data.class_names import Names, join_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_image, reason_of
 from itpn.data.file_types import JPEG_SUFFIXES
-from itpn.data.formats.reading import read_size
+from itpn.data.formats.reader import read_size
 from itpn.data.grey_masks import explain_greys
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.mask_files import open_to_scan, split_rows

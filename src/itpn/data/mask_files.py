@@ -12,9 +12,17 @@ import numpy as np
 from PIL import Image
 
 from itpn.data.class_names import Colour
-from itpn.data.decode import TIFF_HEADERS, OpenedImage, UnreadableImage, load_image, open_image, reading, reason_of
+from itpn.data.decode import (
+    TIFF_HEADERS,
+    OpenedImage,
+    UnreadableImage,
+    decoder_errors,
+    load_image,
+    open_image,
+    reason_of,
+)
 from itpn.data.formats.image_file import ImageFile, Window
-from itpn.data.formats.reading import REMEDY, open_file
+from itpn.data.formats.reader import REMEDY, open_file
 from itpn.data.headers import BITS, COLOUR_MAP, PHOTOMETRIC, PNG_DEPTH, find_lossy, read_tags
 from itpn.data.readers import check_lost, read_file, read_head
 
@@ -51,7 +59,7 @@ class DecodedMask:
             data = read_file(path)
         except (OSError, ValueError) as error:
             raise UnreadableImage(reason_of(error)) from None
-        with reading():
+        with decoder_errors():
             opened = open_image(io.BytesIO(data), None if parts else max_pixels)
             if parts:
                 _check_size(opened, max_pixels)
@@ -92,7 +100,7 @@ class RegionMask:
 
     def read(self, window: Window | None = None) -> np.ndarray:
         """See :meth:`DecodedMask.read`."""
-        with reading():
+        with decoder_errors():
             values = self._file.read(0, window)
         if values.dtype == np.uint32:
             values = values.astype(np.int32)  # as Pillow reads it
@@ -144,7 +152,7 @@ def open_regions(path: str) -> RegionMask | None:
         if read_head(path, 4) not in TIFF_HEADERS:
             return None
         version = _find_version(path)
-        with reading(), open(path, "rb") as source:
+        with decoder_errors(), open(path, "rb") as source:
             opened = open_image(source, max_pixels=None)
             mode, tags = opened.image.mode, opened.image.tag_v2  # type: ignore[attr-defined]
             if tags.get(PHOTOMETRIC) not in PLAIN or find_lossy(opened.image, b""):

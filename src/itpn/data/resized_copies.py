@@ -27,7 +27,7 @@ from itpn.data.image_type import PHOTOGRAPH
 from itpn.data.readers import MAX_FILE, check_lost, is_compressed, read_file, too_large
 from itpn.data.samples import Sample, open_sample, type_of
 from itpn.data.shards import index_shard
-from itpn.data.stored import Reading, StoredImage
+from itpn.data.stored import ReadSettings, StoredImage
 from itpn.data.workers import beat
 from itpn.errors import UserError
 from itpn.seeding import derive_seed
@@ -167,9 +167,9 @@ def open_photo(original: Original, max_pixels: int) -> Sample:
         UnreadableImage, OSError, EOFError, ValueError, zlib.error: it cannot be read.
     """
     content = _read(original)
-    image = open_sample(content, Reading(max_pixels), original.name)
+    image = open_sample(content, ReadSettings(max_pixels), original.name)
     if isinstance(image, StoredImage) and image.grey_or_rgb:  # JPEG holds no value for pixels without data
-        image = open_sample(content, Reading(max_pixels, type=PHOTOGRAPH), original.name)
+        image = open_sample(content, ReadSettings(max_pixels, type=PHOTOGRAPH), original.name)
     kind = type_of(image)
     if not kind.is_photo:
         raise UserError(

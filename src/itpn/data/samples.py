@@ -9,7 +9,7 @@ import io
 import itertools
 import os
 import random
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,34 +21,26 @@ from itpn.data.decode import (
     EncodedImage,
     OpenedImage,
     UnreadableImage,
+    decoder_errors,
     is_deep_png,
     open_image,
-    reading,
     reads_regions,
     reason_of,
 )
 from itpn.data.file_types import DICOM_START
 from itpn.data.files import ImageSource
 from itpn.data.formats.bands import BandsFile
-from itpn.data.formats.image_file import ImageFile, Window
+from itpn.data.formats.image_file import Window
 from itpn.data.formats.photos import DecodedPhoto
-from itpn.data.formats.reading import REMEDY, find_heif_reader, open_file
-from itpn.data.headers import (
-    BITS,
-    DESCRIPTION,
-    EXTRA_SAMPLES,
-    NODATA,
-    PHOTOMETRIC,
-    SAMPLE_FORMAT,
-    SAMPLES,
-    read_nodata,
-    read_tags,
-)
-from itpn.data.image_type import PHOTOGRAPH, ImageType, is_storable
+from itpn.data.formats.reader import REMEDY, open_file
+from itpn.data.headers import read_tags
+from itpn.data.image_type import PHOTOGRAPH, ImageType
+from itpn.data.open_files import OpenFiles
+from itpn.data.photographs import PHOTO_TAGS, find_nodata, find_photo, is_photo, is_photo_head, is_plain
 from itpn.data.readers import FileReader, Reader, check_lost, read_file
 from itpn.data.shards import read_shard
 from itpn.data.skipped import nothing_readable
-from itpn.data.stored import PLAIN, Limits, Reading, StoredImage, describe_nodata, is_masked
+from itpn.data.stored import PLAIN, Limits, ReadSettings, StoredImage, describe_nodata, is_masked
 from itpn.errors import UserError
 
 NO_LIMIT = 2**62
@@ -57,10 +49,6 @@ LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can b
 KEPT = 4  # files of which windows are read that stay open
 TRAINED = "the training images have"
 HEAD = DICOM_START  # bytes that tell the format
-PHOTO_TAGS = (BITS, SAMPLE_FORMAT, SAMPLES, PHOTOMETRIC, EXTRA_SAMPLES)
-ALPHA = (1, 2)  # kinds of extra samples
-COLOURS = {0: 1, 1: 1, 2: 3, 3: 1, 5: 4, 6: 3}  # photometric interpretation of a TIFF -> channels of colour
-STACKS = ("<?xml", "<OME", "ImageJ=")  # in a description: which pages are channels is said there
 
 
 class MixedImages(UserError):
@@ -68,7 +56,7 @@ class MixedImages(UserError):
 
 
 @dataclass(frozen=True)
-class WindowOf:
+class WindowRequest:
     """A window of what a reader gives.
 
     Attributes:
@@ -83,14 +71,14 @@ class WindowOf:
     room: tuple[int, int, int, int] = (0, 0, 0, 0)
     whole: tuple[int, int] | None = None
 
-    def move(self, rng: random.Random) -> "WindowOf":
+    def move(self, rng: random.Random) -> "WindowRequest":
         """The window at a random place around its own: training sees other windows in each epoch."""
         up, left, down, right = self.room
         y, x, height, width = self.box
         return replace(self, box=(y + rng.randint(-up, down), x + rng.randint(-left, right), height, width))
 
 
-class WindowSample:
+class OpenWindow:
     """A window, with the interface of a whole image."""
 
     def __init__(self, image: "Image", box: Window) -> None:
@@ -112,11 +100,11 @@ class WindowSample:
 
 Version = tuple[tuple[int, int], ...]  # time and size of files
 Image = EncodedImage | StoredImage
-Sample = Image | WindowSample
+Sample = Image | OpenWindow
 
 
 def open_sample(
-    data: bytes | Path | BandsOf | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = ""
+    data: bytes | Path | BandsOf | WindowRequest | UnreadableImage, settings: ReadSettings = PLAIN, name: str = ""
 ) -> Sample:
     """Read the header of what a reader gives: a file's content, its path, the paths of its bands, a window of these, or
     the error of reading it, which is raised.
@@ -128,7 +116,7 @@ def open_sample(
         UnreadableImage: no image, corrupt, too large, or of a format whose reader is not installed.
         MixedImages: an image of another type than the others.
     """
-    if isinstance(data, WindowOf):
+    if isinstance(data, WindowRequest):
         image = _open_for_windows(data.data, settings, name)
         if data.whole not in (None, (image.height, image.width)):
             height, width = data.whole
@@ -140,14 +128,14 @@ def open_sample(
                 f"{width}x{height} pixels, more than the {settings.max_pixels} allowed (--data.max-pixels){rest}"
             )
         if settings.stretch is not None and isinstance(image, StoredImage) and isinstance(data.data, Path | BandsOf):
-            stretch = Reading(NO_LIMIT, settings.axes, settings.nodata, settings.stretch)
+            stretch = ReadSettings(NO_LIMIT, settings.axes, settings.nodata, settings.stretch)
             image.limits = _keep_limits(data.data, _find_version(data.data), stretch)
-        return WindowSample(image, data.box)
+        return OpenWindow(image, data.box)
     return open_image_of(data, settings, name)
 
 
 def open_for_tiles(
-    data: bytes | Path | BandsOf | WindowOf | UnreadableImage, settings: Reading = PLAIN, name: str = ""
+    data: bytes | Path | BandsOf | WindowRequest | UnreadableImage, settings: ReadSettings = PLAIN, name: str = ""
 ) -> Sample:
     """As :func:`open_sample`; a photograph in a TIFF that is too large to be decoded as a whole is opened too, if parts
     of it can be decoded alone.
@@ -160,7 +148,7 @@ def open_for_tiles(
         raise error
 
 
-def _open_regions(path: Path, settings: Reading) -> StoredImage | None:
+def _open_regions(path: Path, settings: ReadSettings) -> StoredImage | None:
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD)
@@ -173,7 +161,7 @@ def _open_regions(path: Path, settings: Reading) -> StoredImage | None:
 
 
 def open_image_of(
-    data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str, in_parts: bool = False
+    data: bytes | Path | BandsOf | UnreadableImage, settings: ReadSettings, name: str, in_parts: bool = False
 ) -> Image:
     """As :func:`open_sample`, of a whole image.
 
@@ -192,41 +180,17 @@ def open_image_of(
     return _check_type(image, settings, name)
 
 
-def _check_type(image: Image, settings: Reading, name: str) -> Image:
+def _check_type(image: Image, settings: ReadSettings, name: str) -> Image:
     if settings.type not in (None, own := type_of(image)):
         example = TRAINED if settings.example == f"{name} has" else settings.example  # which has changed since
         raise MixedImages(f"{example} {settings.type}, and {name} has {own}{settings.advice}")
     return image
 
 
-class OpenFiles:
-    """The files that windows were read of last, open. Each process has its own, because it moves in them.
-
-    Args:
-        most: files at a time; of those that are dropped nothing stays open.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._most, self._process = most, os.getpid()
-        self._files: dict[Hashable, ImageFile] = {}
-
-    def find(self, key: Hashable) -> ImageFile | None:
-        if self._process != os.getpid():
-            self._process, self._files = os.getpid(), {}
-        if (file := self._files.pop(key, None)) is not None:
-            self._files[key] = file  # the last
-        return file
-
-    def keep(self, key: Hashable, file: ImageFile) -> None:
-        self._files[key] = file
-        while len(self._files) > self._most:
-            del self._files[next(iter(self._files))]
-
-
 _open_files = OpenFiles(KEPT)
 
 
-def _open_for_windows(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> Image:
+def _open_for_windows(data: bytes | Path | BandsOf | UnreadableImage, settings: ReadSettings, name: str) -> Image:
     """As :func:`open_image_of`; a file that is read in parts stays open for its next windows."""
     if not isinstance(data, Path | BandsOf):
         return open_image_of(data, settings, name, in_parts=True)
@@ -251,7 +215,7 @@ def _find_version(data: Path | BandsOf) -> Version:
 
 
 @functools.lru_cache(maxsize=2**12)
-def _keep_limits(data: Path | BandsOf, version: Version, settings: Reading) -> tuple[Limits, ...]:
+def _keep_limits(data: Path | BandsOf, version: Version, settings: ReadSettings) -> tuple[Limits, ...]:
     """What becomes 0 and 1 in each channel of an image: a part of it is read, or the whole where it has no parts."""
     image = open_image_of(data, settings, str(data), in_parts=True)
     assert isinstance(image, StoredImage)
@@ -260,11 +224,11 @@ def _keep_limits(data: Path | BandsOf, version: Version, settings: Reading) -> t
 
 def type_of(image: Sample) -> ImageType:
     """Channels and depth of an image."""
-    whole = image.image if isinstance(image, WindowSample) else image
+    whole = image.image if isinstance(image, OpenWindow) else image
     return whole.type if isinstance(whole, StoredImage) else PHOTOGRAPH
 
 
-def find_type(images: ImageSource | Reader, settings: Reading) -> tuple[ImageType, str]:
+def find_type(images: ImageSource | Reader, settings: ReadSettings) -> tuple[ImageType, str]:
     """The type of the first readable image, and its name.
 
     Args:
@@ -292,7 +256,7 @@ def _in_order(images: ImageSource | Reader) -> Iterator[tuple[Any, ...]]:
     return (images[index] for index in range(len(images)))
 
 
-def measure(data: bytes | Path | BandsOf | UnreadableImage, settings: Reading, name: str) -> tuple[int, int, bool]:
+def measure(data: bytes | Path | BandsOf | UnreadableImage, settings: ReadSettings, name: str) -> tuple[int, int, bool]:
     """Height and width of an image, and whether parts of it are decoded alone. Of a file the header is read.
 
     Raises:
@@ -319,7 +283,7 @@ def _naming_losses(path: Path) -> Iterator[None]:
         raise UnreadableImage(reason_of(error)) from None
 
 
-def _open_bytes(data: bytes, settings: Reading, in_parts: bool) -> Image:
+def _open_bytes(data: bytes, settings: ReadSettings, in_parts: bool) -> Image:
     if not data:
         raise UnreadableImage("empty file")
     if is_photo_head(data[:HEAD]):
@@ -329,7 +293,7 @@ def _open_bytes(data: bytes, settings: Reading, in_parts: bool) -> Image:
     return _open_stored(data, settings, data[:HEAD])
 
 
-def _open_path(path: Path, settings: Reading, in_parts: bool) -> Image:
+def _open_path(path: Path, settings: ReadSettings, in_parts: bool) -> Image:
     with _naming_losses(path):
         with open(path, "rb") as file:
             head = file.read(HEAD)
@@ -340,14 +304,14 @@ def _open_path(path: Path, settings: Reading, in_parts: bool) -> Image:
         return _open_stored(path, settings, head)
 
 
-def _open_tiff(source: bytes | Path, file: IO[bytes], head: bytes, settings: Reading, in_parts: bool) -> Image:
+def _open_tiff(source: bytes | Path, file: IO[bytes], head: bytes, settings: ReadSettings, in_parts: bool) -> Image:
     """A TIFF, whose header is read from an open file.
 
     A photograph is decoded as a whole; a large one, or one that windows are read of, stays in its file, if parts of it
     can be read. So does one in which pixels without data are told apart.
     """
     file.seek(0)
-    if not _is_photo(read_tags(file, PHOTO_TAGS)):
+    if not is_photo(read_tags(file, PHOTO_TAGS)):
         return _open_stored(source, settings, head)
     file.seek(0)
     large = in_parts or (isinstance(source, Path) and os.fstat(file.fileno()).st_size > LARGE_FILE)
@@ -361,7 +325,7 @@ def _open_tiff(source: bytes | Path, file: IO[bytes], head: bytes, settings: Rea
     if large:
         with suppress(UnreadableImage):
             stored = _open_stored(source, settings, head)
-            if stored.reads_windows and stored.type.is_photo and _is_plain(photo):
+            if stored.reads_windows and stored.type.is_photo and is_plain(photo):
                 return stored
         data, photo = read_file(str(source)) if isinstance(source, Path) else source, None
     image = _open_photo(data, settings, in_parts, photo)
@@ -370,73 +334,12 @@ def _open_tiff(source: bytes | Path, file: IO[bytes], head: bytes, settings: Rea
     return image
 
 
-def _open_photo(data: bytes, settings: Reading, in_parts: bool, opened: OpenedImage | None = None) -> Image:
+def _open_photo(data: bytes, settings: ReadSettings, in_parts: bool, opened: OpenedImage | None = None) -> Image:
     """A photograph from its content; one that is to be read in parts may be of any size."""
     image = EncodedImage(data, None if in_parts else settings.max_pixels, opened)
     return StoredImage(DecodedPhoto(image), settings) if is_masked(None, settings) else image
 
 
-def _open_stored(source: bytes | Path, settings: Reading, head: bytes) -> StoredImage:
-    with reading():
+def _open_stored(source: bytes | Path, settings: ReadSettings, head: bytes) -> StoredImage:
+    with decoder_errors():
         return StoredImage(open_file(source, settings.axes, head), settings)
-
-
-def is_photo_head(head: bytes) -> bool:
-    """Whether the first bytes of a file are those of a photograph; of TIFF and others they do not tell."""
-    if head.startswith(b"\x89PNG"):
-        return not is_deep_png(head)
-    if head[4:8] == b"ftyp":
-        find_heif_reader(head)
-        return True
-    return head.startswith((b"\xff\xd8", b"GIF8", b"BM")) or (head[:4] == b"RIFF" and head[8:12] == b"WEBP")
-
-
-def find_photo(source: bytes | Path, file: IO[bytes]) -> OpenedImage | None:
-    """The header of a TIFF that is a photograph; None for others, and for those that Pillow cannot read.
-
-    Args:
-        source: of which ``file`` is the content.
-    """
-    try:
-        opened = open_image(file, max_pixels=None)
-    except UnreadableImage:
-        return None
-    tags: Any = opened.image.tag_v2  # type: ignore[attr-defined]
-    if not _is_photo(tags):  # by a page that only Pillow finds
-        return None
-    stacked = str(tags.get(DESCRIPTION, "")).lstrip().startswith(STACKS)
-    if not stacked or getattr(opened.image, "n_frames", 1) == 1:
-        return opened
-    stack = open_file(source)
-    if stack.channels > 1 and not stack.rgb:
-        return None
-    file.seek(0)
-    return open_image(file, max_pixels=None)  # at its first page again
-
-
-def find_nodata(photo: OpenedImage) -> float | None:
-    """The value that a TIFF of grey or RGB declares for pixels without data; None for none."""
-    tags: Any = photo.image.tag_v2  # type: ignore[attr-defined]
-    declared = read_nodata(tags.get(NODATA))
-    return declared if _is_plain(photo) and declared is not None and is_storable(declared, "uint8") else None
-
-
-def _is_plain(photo: OpenedImage) -> bool:
-    """Whether the numbers in a TIFF are those of grey or RGB: 8 bits without alpha or palette, of which 0 is black."""
-    tags: Any = photo.image.tag_v2  # type: ignore[attr-defined]
-    return photo.image.mode in ("L", "RGB") and {*tags.get(BITS, ())} == {8} and tags.get(PHOTOMETRIC) != 0
-
-
-def _is_photo(tags: Mapping[int, Any]) -> bool:
-    """Whether the tags of a TIFF are those of a photograph: 8 bits or less, without a sign or a point, and the channels
-    of its colours, and alpha perhaps."""
-    if max(tags.get(BITS) or (1,)) > 8 or set(tags.get(SAMPLE_FORMAT) or ()) & {2, 3}:
-        return False
-    more = _one(tags.get(SAMPLES, 1)) - COLOURS.get(_one(tags.get(PHOTOMETRIC, 1)), 0)
-    return more == 0 or (more == 1 and _one(tags.get(EXTRA_SAMPLES)) in ALPHA)
-
-
-def _one(value: Any) -> int:
-    """The first number of a tag; -1 where it holds none."""
-    number = value[0] if isinstance(value, tuple) and value else value
-    return number if isinstance(number, int) else -1

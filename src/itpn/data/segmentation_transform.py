@@ -16,7 +16,7 @@ from itpn.data.image_type import PHOTOGRAPHS, Pixels
 from itpn.data.mask_files import open_mask
 from itpn.data.masks import IGNORED, LabelTable
 from itpn.data.pixels import mirror, pad_pixels, resize_pixels, turn
-from itpn.data.samples import WindowSample
+from itpn.data.samples import OpenWindow
 from itpn.geometry import fit_sides
 
 CROP_TRIES = 10
@@ -71,7 +71,7 @@ class SegmentationTransform:
         if self.photometric:
             check_photographs(self.pixels, "--data.photometric", "--data.channel-jitter")
 
-    def __call__(self, image: EncodedImage | WindowSample | Tensor, rng: random.Random, mask: str) -> dict[str, Any]:
+    def __call__(self, image: EncodedImage | OpenWindow | Tensor, rng: random.Random, mask: str) -> dict[str, Any]:
         """Augment one image, encoded or [C, H, W], with its mask, given by its path.
 
         Returns:
@@ -80,7 +80,7 @@ class SegmentationTransform:
         Raises:
             UnreadableImage: the mask cannot be read, or is of another size.
         """
-        window = image if isinstance(image, WindowSample) else None
+        window = image if isinstance(image, OpenWindow) else None
         image = decode_whole(image)
         pixels, labels = self._resize(image, view_labels(image, self.table, mask, self.max_pixels, window), rng)
         pixels, labels = self._crop(pixels, labels, rng)
@@ -120,7 +120,7 @@ class SegmentationTransform:
 
 
 def view_labels(
-    image: Tensor, table: LabelTable, mask: str, max_pixels: int = MAX_PIXELS, window: WindowSample | None = None
+    image: Tensor, table: LabelTable, mask: str, max_pixels: int = MAX_PIXELS, window: OpenWindow | None = None
 ) -> Tensor:
     """The mask of an image, uint8 [H, W].
 

@@ -8,13 +8,13 @@ import numpy as np
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.distribution import Distribution
-from itpn.data.formats.reading import check_size
+from itpn.data.formats.reader import check_size
 from itpn.data.image_type import ImageType, ValueRange, check_nodata, dtype_range, to_pairs
 from itpn.data.readers import Reader
-from itpn.data.samples import Sample, WindowSample, open_sample, type_of
+from itpn.data.samples import OpenWindow, Sample, open_sample, type_of
 from itpn.data.shard_images import ShardImages
 from itpn.data.skipped import nothing_readable
-from itpn.data.stored import Reading, StoredImage, find_valid
+from itpn.data.stored import ReadSettings, StoredImage, find_valid
 from itpn.errors import UserError
 
 NAMED = 8  # channels in a line
@@ -89,7 +89,7 @@ class Statistics:
 class _Sums:
     """What has been read so far."""
 
-    settings: Reading
+    settings: ReadSettings
     in_parts: bool  # windows of images that are larger than is allowed as a whole count too
     channels: list[Distribution] = field(default_factory=list)
     sizes: list[tuple[int, int]] = field(default_factory=list)
@@ -121,7 +121,7 @@ class _Sums:
 
 def compute_statistics(
     reader: Reader,
-    settings: Reading,
+    settings: ReadSettings,
     value_range: Sequence[str] = (),
     sample: int | None = SAMPLED,
     progress: Callable[[int, int], object] = lambda read, total: None,
@@ -191,7 +191,7 @@ def _read_sample(reader: Reader, found: _Sums, wanted: int, progress: Callable[[
     return found
 
 
-def settle(settings: Reading, image: Sample, name: str) -> Reading:
+def settle(settings: ReadSettings, image: Sample, name: str) -> ReadSettings:
     """How images are read, of which this is one: of its type, and without data where it has none.
 
     Raises:
@@ -199,7 +199,7 @@ def settle(settings: Reading, image: Sample, name: str) -> Reading:
     """
     kind, nodata = type_of(image), settings.nodata
     check_nodata(nodata, kind)
-    whole = image.image if isinstance(image, WindowSample) else image
+    whole = image.image if isinstance(image, OpenWindow) else image
     if nodata is None and isinstance(whole, StoredImage) and not kind.is_photo:
         nodata = whole.file.nodata
     example = settings.example if settings.type else f"{name} has"

@@ -18,7 +18,7 @@ from itpn.data.files import ImageSource, find_training_images
 from itpn.data.readers import FileReader, Reader, Subset
 from itpn.data.shard_images import ShardImages
 from itpn.data.statistics import Statistics, compute_statistics
-from itpn.data.stored import Reading
+from itpn.data.stored import ReadSettings
 from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.system.text import one_line, read_text
@@ -37,7 +37,7 @@ def as_reader(images: ImageSource | Reader) -> Reader:
 
 def find_statistics(
     images: ImageSource | Reader,
-    reading: Reading,
+    reading: ReadSettings,
     value_range: Sequence[str],
     data: Any,
     progress: Callable[[int, int], object] = lambda read, total: None,

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from itpn.data.decode import MAX_PIXELS, PAGES, reading
+from itpn.data.decode import MAX_PIXELS, PAGES, decoder_errors
 from itpn.data.formats.arrays import Axes
 from itpn.data.formats.image_file import ImageFile, Window
-from itpn.data.formats.reading import check_size, check_window
+from itpn.data.formats.reader import check_size, check_window
 from itpn.data.image_type import MASKED_PHOTO, PHOTOGRAPH, ImageType
 
 PART, WINDOWS = 2**24, 4  # of a larger image, statistics are of 4 x 4 windows with so many pixels together
@@ -22,7 +22,7 @@ HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadSettings:
     """How the images of a data set are read.
 
     Attributes:
@@ -44,7 +44,7 @@ class Reading:
     advice: str = ": all images of a data set need the same channels and depth"
 
 
-PLAIN = Reading()
+PLAIN = ReadSettings()
 
 
 class StoredImage:
@@ -63,7 +63,7 @@ class StoredImage:
         UnreadableImage: it is too large.
     """
 
-    def __init__(self, file: ImageFile, settings: Reading) -> None:
+    def __init__(self, file: ImageFile, settings: ReadSettings) -> None:
         self.file, self.height, self.width = file, file.height, file.width
         self._settings = settings
         self.warnings: dict[str, str] = {}
@@ -149,7 +149,7 @@ class StoredImage:
         return tensor.expand(3, -1, -1).contiguous() if self.grey_or_rgb and len(tensor) == 1 else tensor
 
     def _read_stored(self, window: Window | None) -> np.ndarray:
-        with reading():
+        with decoder_errors():
             pixels = self.file.read(0, window)
         if pixels.dtype.itemsize == 8:
             with np.errstate(over="ignore"):  # infinite, which is no data
@@ -167,7 +167,7 @@ def describe_nodata(declared: float, kind: ImageType) -> str:
     return f"it declares {declared:g} for pixels without data, unlike {others}: they count as values"
 
 
-def is_masked(declared: float | None, settings: Reading) -> bool:
+def is_masked(declared: float | None, settings: ReadSettings) -> bool:
     """Whether pixels without data are told apart in a photograph, because its file declares a value for them or other
     photographs of the data set do.
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from itpn.data.decode import UnreadableImage
 from itpn.data.readers import Reader, locate
-from itpn.data.samples import MixedImages, WindowOf, measure
-from itpn.data.stored import Reading
+from itpn.data.samples import MixedImages, WindowRequest, measure
+from itpn.data.stored import ReadSettings
 from itpn.geometry import find_starts
 
 THREADS = 8  # that read headers, of files which may be far away
@@ -42,11 +42,11 @@ class Windows:
         name, data, *_ = self.files[number]
         full_height, full_width = self.sizes[number].tolist()
         if self.fixed:
-            window = WindowOf(data, (top, left, height, width), whole=(full_height, full_width))
+            window = WindowRequest(data, (top, left, height, width), whole=(full_height, full_width))
             return f"{name} at {left},{top}", window
         below, beside = full_height - top - height, full_width - left - width
         room = (min(top, height // 2), min(left, width // 2), min(below, height // 2), min(beside, width // 2))
-        return f"{name} at {left},{top}", WindowOf(data, (top, left, height, width), room)
+        return f"{name} at {left},{top}", WindowRequest(data, (top, left, height, width), room)
 
 
 def is_large(height: int, width: int, size: int) -> bool:
@@ -55,7 +55,7 @@ def is_large(height: int, width: int, size: int) -> bool:
 
 
 def cut_windows(
-    files: Reader, size: int, overlap: int, reading: Reading, annotated: np.ndarray | None = None
+    files: Reader, size: int, overlap: int, reading: ReadSettings, annotated: np.ndarray | None = None
 ) -> tuple[Windows, list[str]]:
     """Windows that cover each image; of an image smaller than a window, the image.
 

@@ -11,14 +11,14 @@ from torch import Tensor
 from itpn.data.batches import Transform
 from itpn.data.evaluation import read_some
 from itpn.data.files import ImageSource
-from itpn.data.formats.reading import REMEDY
+from itpn.data.formats.reader import REMEDY
 from itpn.data.loader import TrainingLoader
 from itpn.data.readers import Reader
 from itpn.data.windows import Windows, cut_windows
 from itpn.system.console import print_note
 from itpn.system.environment import is_main_process
 from itpn.tasks.large import Tiling, decode_middle
-from itpn.tasks.pixels import make_reading
+from itpn.tasks.pixels import make_read_settings
 from itpn.training.config import RunConfig
 
 NO_IMAGES = "there are no images to evaluate on: give --data.val-root or --data.val-fraction"
@@ -65,7 +65,9 @@ def find_windows(
     data = config.data
     if data.window_size is None:
         return None, ()
-    windows, whole = cut_windows(files, data.window_size, data.window_overlap, make_reading(config, files), annotated)
+    windows, whole = cut_windows(
+        files, data.window_size, data.window_overlap, make_read_settings(config, files), annotated
+    )
     notes = [f"{len(windows):,} windows of {len(files):,} image{'s' * (len(files) != 1)}"]
     if whole:
         notes.append(
@@ -80,7 +82,7 @@ def read_samples(config: RunConfig, data: RunData, count: int, tiling: Tiling) -
     Args:
         tiling: of an image that it cuts, the middle is read.
     """
-    reading = make_reading(config, data.train)
+    reading = make_read_settings(config, data.train)
     decode = functools.partial(decode_middle, tiling, reading)
     return [image for _, image in read_some(data.samples, count, reading, decode)]
 
@@ -108,7 +110,7 @@ def make_training_loader(
         seed=config.seed,
         rank=rank,
         world_size=world_size,
-        reading=make_reading(config, source),
+        reading=make_read_settings(config, source),
         pin_memory=torch.cuda.is_available(),
         **own,
     )

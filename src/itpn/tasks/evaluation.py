@@ -21,13 +21,14 @@ from itpn.data.normalize import Normalize
 from itpn.data.readers import Reader
 from itpn.data.samples import Sample, open_for_tiles
 from itpn.data.skipped import none_readable
-from itpn.data.stored import Reading
+from itpn.data.stored import ReadSettings
 from itpn.distributed import gather
 from itpn.errors import MachineError, UserError
 from itpn.system.console import print_warnings
 from itpn.tasks.evaluation_bar import EvaluationBar
-from itpn.tasks.large import SourceImage, Tiling
-from itpn.tasks.pixels import make_reading
+from itpn.tasks.large import Tiling
+from itpn.tasks.pixels import make_read_settings
+from itpn.tasks.source_images import SourceImage
 from itpn.tasks.tiling import Grid, Tile
 from itpn.training.evaluation import Evaluation
 from itpn.training.module import TrainingModule
@@ -98,9 +99,9 @@ class Evaluator(ABC, Generic[Scores]):
         return len(self.images)
 
     @property
-    def reading(self) -> Reading:
+    def reading(self) -> ReadSettings:
         """How the images are read."""
-        return make_reading(self.config, self.train)
+        return make_read_settings(self.config, self.train)
 
     @property
     def batch_size(self) -> int:
@@ -241,7 +242,7 @@ def _compare_large(
     return parts
 
 
-def is_cut(tiling: Tiling, reading: Reading, image: Sample) -> bool:
+def is_cut(tiling: Tiling, reading: ReadSettings, image: Sample) -> bool:
     """Whether an image is evaluated in tiles."""
     return tiling.cut(SourceImage("", image, None, reading)) is not None
 

@@ -26,7 +26,7 @@ from itpn.data.readers import FileReader, Reader
 from itpn.data.samples import TRAINED, find_type
 from itpn.data.statistics import DEFAULT_RANGE
 from itpn.data.statistics_file import find_statistics
-from itpn.data.stored import Reading
+from itpn.data.stored import ReadSettings
 from itpn.errors import UserError
 from itpn.system.text import one_line
 from itpn.tasks.statistics import reading_progress
@@ -48,7 +48,7 @@ def input_channels(config: Any) -> int:
     return config.model.in_chans or 3
 
 
-def make_reading(config: Any, images: ImageSource | Reader | None = None) -> Reading:
+def make_read_settings(config: Any, images: ImageSource | Reader | None = None) -> ReadSettings:
     """How images are read.
 
     Args:
@@ -57,7 +57,7 @@ def make_reading(config: Any, images: ImageSource | Reader | None = None) -> Rea
     data = config.data
     kind = None if data.dtype is None else image_type(config)
     example = TRAINED if images is None else f"{example_of(images)} has"
-    return Reading(data.max_pixels, data.axes, data.nodata, find_stretch(data), kind, example)
+    return ReadSettings(data.max_pixels, data.axes, data.nodata, find_stretch(data), kind, example)
 
 
 def example_of(images: ImageSource | Reader) -> str:
@@ -158,11 +158,11 @@ def stored_type(checkpoint: Checkpoint, channels: int = 3) -> ImageType:
     return PHOTOGRAPH
 
 
-def stored_reading(checkpoint: Checkpoint, max_pixels: int) -> Reading:
+def stored_read_settings(checkpoint: Checkpoint, max_pixels: int) -> ReadSettings:
     """How the images are read that a checkpoint's network is used on."""
     own = checkpoint.preprocessing
     stretch = to_percents(own["value_range"]) if own.get("value_range_per_image") else None
-    return Reading(
+    return ReadSettings(
         max_pixels,
         own.get("axes"),
         own.get("nodata"),
@@ -209,7 +209,7 @@ def resolve_pixels(
     if data.dtype and model.in_chans:
         kind, example = image_type(config), ""
     else:
-        kind, example = find_type(images, replace(make_reading(config), type=None))
+        kind, example = find_type(images, replace(make_read_settings(config), type=None))
     if data.dtype not in (None, kind.dtype):
         settings = "photographs" if data.dtype == PHOTO else f"images of {data.dtype}"
         raise UserError(f"the settings are for {settings}, and {one_line(example)} has {kind}")
@@ -230,7 +230,7 @@ def resolve_pixels(
         data = replace(data, value_range=DEFAULT_RANGE)
     if data.mean is None or data.std is None or not (is_resolved(data.value_range) or data.value_range_per_image):
         with reading_progress() as progress:
-            reading = make_reading(config, images)
+            reading = make_read_settings(config, images)
             statistics, where, notes = find_statistics(images, reading, config.data.value_range, data, progress)
         notes += [*statistics.notes, statistics.describe(where, find_stretch(data))]
         values = {

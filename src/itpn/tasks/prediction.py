@@ -17,20 +17,16 @@ from torch import Tensor, nn
 
 from itpn.checkpoints.files import Checkpoint
 from itpn.data.augment import EvaluationTransform, center_crop
-from itpn.data.decode import UnreadableImage
 from itpn.data.files import ImageSource
 from itpn.data.normalize import Normalize
-from itpn.data.readers import FileReader
-from itpn.data.samples import open_sample
-from itpn.data.shards import read_shard
-from itpn.data.skipped import none_readable
-from itpn.data.stored import Reading
+from itpn.data.stored import ReadSettings
 from itpn.models.backbone import find_backbone
-from itpn.system.console import Output, print_note, print_warnings
+from itpn.system.console import Output, print_note
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole_text, write_whole
 from itpn.tasks.drawing import save_whole
 from itpn.tasks.pixels import stored_normalize
+from itpn.tasks.source_images import SourceImages
 
 Crop = Callable[[Tensor], Tensor]  # of a whole image, uint8 [3, height, width]
 
@@ -75,7 +71,7 @@ def read_preprocessing(checkpoint: Checkpoint, model: nn.Module) -> tuple[Crop, 
     return functools.partial(center_crop, img_size=(height, width), nodata=normalize.pixels.nodata), normalize
 
 
-def read_batches(source: ImageSource, crop: Crop, reading: Reading) -> Iterator[tuple[list[str], Tensor]]:
+def read_batches(source: ImageSource, crop: Crop, reading: ReadSettings) -> Iterator[tuple[list[str], Tensor]]:
     """Names and uint8 images [n, 3, H, W], up to `PER_IMAGE` at a time.
 
     Args:
@@ -90,7 +86,7 @@ def read_batches(source: ImageSource, crop: Crop, reading: Reading) -> Iterator[
 
 
 def read_images(
-    source: ImageSource, reading: Reading, crop: Crop | None = None, report: Callable[[str], object] = print_note
+    source: ImageSource, reading: ReadSettings, crop: Crop | None = None, report: Callable[[str], object] = print_note
 ) -> Iterator[tuple[str, Tensor]]:
     """Decode images one after the other: name and uint8 [3, height, width]. Warnings of their values are printed.
 
@@ -101,21 +97,13 @@ def read_images(
     Raises:
         UserError: none of the images can be read.
     """
-    files, empty, first = FileReader(source.images), True, None
-    shards = (read_shard(shard, source.members) for shard in source.shards)
-    for name, data in itertools.chain((files[number] for number in range(len(files))), *shards):
-        try:
-            image = open_sample(data, reading, name)
-            pixels = image.decode()
-        except UnreadableImage as error:
-            first = first or (name, str(error))
-            report(f"skipped {name}: {error}")
-            continue
-        print_warnings({kind: (name, warning) for kind, warning in image.warnings.items()})
-        empty = False
-        yield name, pixels if crop is None else crop(pixels)
-    if empty:
-        raise none_readable(f"the images in {', '.join(source.roots)}", first)
+    images = SourceImages(source, reading, report)
+    for image in images:
+        pixels = None
+        with images.skipping(image.name, image):
+            pixels = image.whole()
+        if pixels is not None:
+            yield image.name, pixels if crop is None else crop(pixels)
 
 
 def save_image(image: Image.Image, out: Path, number: int) -> None:

@@ -12,7 +12,7 @@ from rich.table import Table
 from itpn.data.files import ImageSource
 from itpn.data.statistics import Statistics, compute_statistics
 from itpn.data.statistics_file import as_reader, sign_images, write_statistics
-from itpn.data.stored import Reading
+from itpn.data.stored import ReadSettings
 from itpn.system.console import Output, print_note
 from itpn.system.environment import is_main_process
 from itpn.system.text import one_line
@@ -43,7 +43,7 @@ def reading_progress() -> Iterator[Callable[[int, int], None]]:
 
 
 def report_statistics(
-    source: ImageSource, root: str, reading: Reading, value_range: Sequence[str], sample: int | None, out: Path
+    source: ImageSource, root: str, reading: ReadSettings, value_range: Sequence[str], sample: int | None, out: Path
 ) -> None:
     """Compute, print and write the statistics of images.
 

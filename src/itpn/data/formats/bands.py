@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from itpn.data.decode import UnreadableImage, reading
+from itpn.data.decode import UnreadableImage, decoder_errors
 from itpn.data.formats.arrays import Axes
 from itpn.data.formats.image_file import ImageFile, Window
-from itpn.data.formats.reading import open_file
+from itpn.data.formats.reader import open_file
 
 
 class BandsFile:
@@ -54,7 +54,7 @@ class BandsFile:
 
 def _open(path: Path, axes: Axes | None) -> ImageFile:
     try:
-        with reading():
+        with decoder_errors():
             return open_file(path, axes)
     except UnreadableImage as error:
         raise UnreadableImage(f"band {path.name}: {error}") from None

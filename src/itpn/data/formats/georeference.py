@@ -12,7 +12,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from itpn.data.decode import TIFF_HEADERS
 from itpn.data.file_types import find_envi_header
-from itpn.data.formats.reading import JPEG2000
+from itpn.data.formats.reader import JPEG2000
 from itpn.data.headers import read_tags
 from itpn.data.orientation import FLIPPED_COLUMNS, FLIPPED_ROWS, ORIENTATION, SWAPPED, choose_orientation
 from itpn.data.readers import read_head

@@ -19,7 +19,7 @@ from itpn.tasks.data import RunData
 from itpn.tasks.display import make_display, stored_display
 from itpn.tasks.drawing import caption_files, show, tile_images
 from itpn.tasks.finetuning.network import name_classes
-from itpn.tasks.pixels import make_reading, stored_reading
+from itpn.tasks.pixels import make_read_settings, stored_read_settings
 from itpn.tasks.prediction import PredictionOptions, Predictions, read_batches, read_preprocessing, save_image
 
 TOP = 5  # classes of an image in predictions.csv
@@ -35,7 +35,7 @@ def predict(model: Backbone, checkpoint: Checkpoint, source: ImageSource, option
     crop, normalize = read_preprocessing(checkpoint, model)
     classes, display = name_classes(checkpoint, model.num_classes), stored_display(checkpoint)
     written = Predictions(("class", "probability", "then"), ("image", "rank", "class", "probability"))
-    reading = stored_reading(checkpoint, options.max_pixels)
+    reading = stored_read_settings(checkpoint, options.max_pixels)
     for number, (names, images) in enumerate(read_batches(source, crop, reading)):
         top = model(normalize(images)).softmax(dim=-1).topk(min(TOP, model.num_classes))
         titles = []
@@ -68,7 +68,7 @@ def build_visualization(
 def read_samples(data: RunData, config: ClassificationConfig) -> tuple[Tensor, list[str]]:
     """Readable images from all over a set, [n, C, H, W] as they are stored, and the names of their classes."""
     transform, images = make_evaluation_transform(config), data.samples
-    chosen = read_some(images, SAMPLES, make_reading(config, data.train))
+    chosen = read_some(images, SAMPLES, make_read_settings(config, data.train))
     pixels = torch.stack([transform(image) for _, image in chosen])
     return pixels, [images.classes[images.labels[index]] for index, _ in chosen]
 

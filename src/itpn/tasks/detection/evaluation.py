@@ -24,8 +24,9 @@ from itpn.tasks.detection.data import DetectionData
 from itpn.tasks.detection.merging import Objects, describe_objects, merge_objects, to_objects
 from itpn.tasks.evaluation import EvaluationRequest, Evaluator, match_classes, trained_bands, trained_windows
 from itpn.tasks.finetuning.network import given_heads
-from itpn.tasks.large import SourceImage, Tiling, tiling_of_run, usual_side
-from itpn.tasks.pixels import adopt_pixels, make_normalize, make_reading
+from itpn.tasks.large import Tiling, tiling_of_run, usual_side
+from itpn.tasks.pixels import adopt_pixels, make_normalize, make_read_settings
+from itpn.tasks.source_images import SourceImage
 from itpn.tasks.tiling import Grid, Tile
 
 Part = tuple[Results, list[int]]  # detections in COCO's form, and the ids of the images they are of
@@ -138,7 +139,7 @@ class DetectionEvaluator(Evaluator[DetectionScores]):
 def build_evaluator(config: DetectionConfig, data: DetectionData) -> DetectionEvaluator:
     assert data.val is not None
     most = config.evaluation.max_detections or DETECTIONS
-    usual = usual_side(data.train, make_reading(config, data.train))
+    usual = usual_side(data.train, make_read_settings(config, data.train))
     return DetectionEvaluator(config, data.val, data.masks, most, usual)
 
 

@@ -13,7 +13,7 @@ from itpn.tasks.detection.config import DetectionConfig
 from itpn.tasks.detection.data import DetectionData, make_transform
 from itpn.tasks.finetuning.module import FineTuningModule
 from itpn.tasks.large import usual_side
-from itpn.tasks.pixels import describe_pixels, make_reading
+from itpn.tasks.pixels import describe_pixels, make_read_settings
 from itpn.training.module import MakeLoader
 
 
@@ -56,5 +56,5 @@ def build_module(model: Detector, config: DetectionConfig, recipe: str, data: De
     transform = make_transform(config, data.masks)
     loader = functools.partial(make_training_loader, config, data.train, transform, collate=collect)
     module = DetectionModule(model, config, recipe, data.train.classes, loader)
-    module.image_side = usual_side(data.train, make_reading(config, data.train))
+    module.image_side = usual_side(data.train, make_read_settings(config, data.train))
     return module

@@ -28,9 +28,11 @@ from itpn.tasks.detection.module import DetectionModule
 from itpn.tasks.display import make_display, stored_display
 from itpn.tasks.drawing import draw_objects, name_colour, save_whole, tile_images
 from itpn.tasks.georeference import make_feature, write_geojson, write_geopackage
-from itpn.tasks.large import Overview, SourceImages, find_tiling, show_tiles, tiling_of_run
-from itpn.tasks.pixels import stored_normalize, stored_reading
+from itpn.tasks.large import find_tiling, show_tiles, tiling_of_run
+from itpn.tasks.overview import Overview
+from itpn.tasks.pixels import stored_normalize, stored_read_settings
 from itpn.tasks.prediction import PredictionOptions, Predictions
+from itpn.tasks.source_images import SourceImages
 
 SAMPLES, MIN_SCORE = 8, 0.3  # images of a visualization, score of the boxes in them
 NAMED = 100  # objects of an image whose names are written
@@ -47,9 +49,9 @@ def predict(model: Detector, checkpoint: Checkpoint, source: ImageSource, option
     side = usual or model.transform.min_size[-1]
     tiling = find_tiling(options.window_size, options.window_overlap, trained, side)
     files = ObjectFiles(options.out, names, options.min_score)
-    images = SourceImages(source, stored_reading(checkpoint, options.max_pixels))
+    images = SourceImages(source, stored_read_settings(checkpoint, options.max_pixels))
     for image in images:
-        with images.reading(image.name, image):
+        with images.skipping(image.name, image):
             grid = tiling.cut(image)
             if grid is None:
                 pixels = image.whole()

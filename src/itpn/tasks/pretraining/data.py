@@ -20,7 +20,7 @@ from itpn.data.shards import check_shards
 from itpn.data.windows import Windows
 from itpn.errors import UserError
 from itpn.tasks.data import RunData, find_windows, make_training_loader, print_once
-from itpn.tasks.pixels import augmentation, image_type, make_reading, pixels_of
+from itpn.tasks.pixels import augmentation, image_type, make_read_settings, pixels_of
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
@@ -190,7 +190,7 @@ def make_loader(
 def read_samples(source: ImageSource | Windows, config: PretrainingConfig, count: int = SAMPLES) -> Tensor:
     """Readable images from all over the data, at the size of crops, [n, C, H, W] as they are stored."""
     crop = functools.partial(center_crop, img_size=image_size(config.data), nodata=pixels_of(config).nodata)
-    reading = make_reading(config, source)
+    reading = make_read_settings(config, source)
     if isinstance(source, Windows):
         return torch.stack([crop(image) for _, image in read_some(source, count, reading)])
     if source.cache:

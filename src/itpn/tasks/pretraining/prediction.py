@@ -16,7 +16,7 @@ from itpn.masked.masked_model import MaskedImageModel
 from itpn.masked.targets import IMAGE_TARGETS
 from itpn.tasks.display import make_display
 from itpn.tasks.drawing import caption_files, show, tile_images
-from itpn.tasks.pixels import stored_reading
+from itpn.tasks.pixels import stored_read_settings
 from itpn.tasks.prediction import PredictionOptions, read_batches, read_preprocessing, save_image
 from itpn.tasks.pretraining.config import PretrainingConfig
 from itpn.tasks.pretraining.data import PretrainingData, read_samples
@@ -32,7 +32,7 @@ def predict(model: MaskedImageModel, checkpoint: Checkpoint, source: ImageSource
     network = replace(config.model, in_chans=model.backbone.in_chans)
     config = replace(config, seed=options.seed, model=network, data=replace(config.data, mean=mean, std=std))
     module = PretrainingModule(model, freeze(config), "predict")
-    reading = stored_reading(checkpoint, options.max_pixels)
+    reading = stored_read_settings(checkpoint, options.max_pixels)
     for number, (names, images) in enumerate(read_batches(source, crop, reading)):
         save_image(draw_predictions(module, images, captions=caption_files(names)), options.out, number)
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from itpn.data.formats.reading import REMEDY
+from itpn.data.formats.reader import REMEDY
 from itpn.data.labelmaps import find_label_maps
 from itpn.data.mask_checks import LabelMaps, MaskRules
 from itpn.data.mask_files import find_undivided

@@ -30,11 +30,12 @@ from itpn.tasks.evaluation import (
     trained_windows,
 )
 from itpn.tasks.finetuning.network import given_heads, resolve_with_head
-from itpn.tasks.large import SourceImage, tiling_of_run, usual_side
-from itpn.tasks.pixels import make_normalize, make_reading
+from itpn.tasks.large import tiling_of_run, usual_side
+from itpn.tasks.pixels import make_normalize, make_read_settings
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import describe_sets
 from itpn.tasks.segmentation.inference import make_segmentation, segment_tiles
+from itpn.tasks.source_images import SourceImage
 from itpn.tasks.tiling import Grid, Tile
 
 
@@ -118,7 +119,7 @@ class SegmentationEvaluator(Evaluator[PixelScores]):
 
 
 def build_evaluator(config: SegmentationConfig, data: RunData) -> SegmentationEvaluator:
-    return SegmentationEvaluator(config, data.val, usual=usual_side(data.train, make_reading(config, data.train)))
+    return SegmentationEvaluator(config, data.val, usual=usual_side(data.train, make_read_settings(config, data.train)))
 
 
 def view_scene(table: LabelTable, max_pixels: int, image: Tensor, mask: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from itpn.models.synced import batch_fractions
 from itpn.tasks.data import RunData, make_training_loader
 from itpn.tasks.finetuning.module import FineTuningModule
 from itpn.tasks.large import usual_side
-from itpn.tasks.pixels import describe_pixels, make_reading
+from itpn.tasks.pixels import describe_pixels, make_read_settings
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.data import make_transform
 
@@ -49,7 +49,7 @@ def build_module(model: Segmenter, config: SegmentationConfig, recipe: str, data
     table = data.train.table
     loader = functools.partial(make_training_loader, config, data.train, make_transform(config, table))
     module = SegmentationModule(model, config, recipe, data.train.classes, loader)
-    module.colours, module.image_side = table.colours, usual_side(data.train, make_reading(config, data.train))
+    module.colours, module.image_side = table.colours, usual_side(data.train, make_read_settings(config, data.train))
     return module
 
 

@@ -22,23 +22,15 @@ from itpn.tasks.drawing import draw_labels, name_colour, save_labels, save_whole
 from itpn.tasks.evaluation import EvaluationRequest
 from itpn.tasks.finetuning.network import name_classes
 from itpn.tasks.georeference import ROWS, write_raster
-from itpn.tasks.large import (
-    NO_DATA,
-    Overview,
-    SourceImage,
-    SourceImages,
-    find_missing,
-    find_tiling,
-    label_array,
-    show_tiles,
-    tiling_of_run,
-)
-from itpn.tasks.pixels import make_normalize, stored_reading
+from itpn.tasks.large import find_tiling, show_tiles, tiling_of_run
+from itpn.tasks.overview import Overview, label_array
+from itpn.tasks.pixels import make_normalize, stored_read_settings
 from itpn.tasks.prediction import PredictionOptions, Predictions
 from itpn.tasks.segmentation.config import SegmentationConfig
 from itpn.tasks.segmentation.evaluation import resolve_evaluation
 from itpn.tasks.segmentation.inference import enlarge_labels, make_segmentation, segment_tiles
 from itpn.tasks.segmentation.module import SegmentationModule
+from itpn.tasks.source_images import NO_DATA, SourceImage, SourceImages, find_missing
 from itpn.tasks.tiling import Grid, Tile
 from itpn.training.config import freeze
 
@@ -57,10 +49,10 @@ def predict(model: Segmenter, checkpoint: Checkpoint, source: ImageSource, optio
     names, display = name_classes(checkpoint, model.num_classes), stored_display(checkpoint)
     colours = [tuple(colour) for colour in checkpoint.metadata.get("colours") or ()]
     files = LabelFiles(options.out, names, colours or [name_colour(number) for number in range(1, len(names) + 1)])
-    images = SourceImages(source, stored_reading(checkpoint, options.max_pixels))
+    images = SourceImages(source, stored_read_settings(checkpoint, options.max_pixels))
     for image in images:
         with (
-            images.reading(image.name, image),
+            images.skipping(image.name, image),
             label_array(options.out, image.height, image.width) as labels,
         ):
             grid = tiling.cut(image)

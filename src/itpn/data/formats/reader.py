@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from itpn.data.decode import MAX_PIXELS, TIFF_HEADERS, UnreadableImage, open_image, reading
+from itpn.data.decode import MAX_PIXELS, TIFF_HEADERS, UnreadableImage, decoder_errors, open_image
 from itpn.data.file_types import DICOM_START, find_envi_header
 from itpn.data.formats.arrays import HDF5, NUMPY, ZIP, ArrayImage, Axes
 from itpn.data.formats.image_file import PIXEL_BYTES, ImageFile
@@ -49,7 +49,7 @@ def read_image(
             installed.
     """
     try:
-        with reading():
+        with decoder_errors():
             image = open_file(Path(path), axes)
             if not 0 <= page < image.pages:
                 raise UnreadableImage(f"there is no page {page}: it has {image.pages}, counted from 0")
@@ -73,7 +73,7 @@ def read_size(path: str) -> tuple[int, int]:
             with suppress(UnreadableImage):
                 opened = open_image(file, max_pixels=None)
                 return opened.height, opened.width
-    with reading():
+    with decoder_errors():
         image = open_file(Path(path))
     return image.height, image.width
 
