@@ -44,7 +44,7 @@ def of_first(compute: Callable[[], T]) -> T:
     if world_size() == 1 or dist.get_rank() == 0:
         try:
             thing = compute()
-        except (UserError, MachineError) as error:
+        except Exception as error:  # or else they would wait for ever
             broadcast((None, UserError if isinstance(error, UserError) else MachineError))
             raise
         broadcast((thing, None))

@@ -167,7 +167,7 @@ def test_held_out_images_stay_held_out(tmp_path):
     write_folders(tmp_path / "a", "", 60)
     write_folders(tmp_path / "b", "", 66)
     first, second = (find_labelled([str(tmp_path / name)], val_fraction=0.2)[1] for name in "ab")
-    names = [{images.name(i) for i in range(len(images))} for images in (first, second)]
+    names = [{images.key(i) for i in range(len(images))} for images in (first, second)]
     assert len(names[0] & names[1]) >= 10
 
 
@@ -390,7 +390,7 @@ def test_classes_of_any_name(tmp_path):
             file.write(encode(0))
     train, _ = find_labelled([str(tmp_path)])
     assert train.classes == ("[red]", "a\\nb", "caf\\xe9", "größe")
-    assert [train.name(i) for i in range(4)] == [f"{name}/\\xff.png" for name in train.classes]
+    assert [train.key(i) for i in range(4)] == [f"{name}/\\xff.png" for name in train.classes]
     assert [train[i][1] for i in range(4)] == [encode(0)] * 4
 
 

@@ -60,6 +60,16 @@ def write_mask(path: Path, kind: str) -> None:
         tifffile.imwrite(path, LABELS.astype(kind), photometric="minisblack", **DEFLATE)
 
 
+def test_shades_of_four_bits_are_decoded_as_a_whole(tmp_path):
+    """Their colours are those of a table, by which a whole mask is read."""
+    Image.fromarray(LABELS).save(tmp_path / "mask.tif")
+    assert open_regions(str(tmp_path / "mask.tif")) is not None
+    with tifffile.TiffFile(tmp_path / "mask.tif", mode="r+") as file:
+        file.pages[0].tags["BitsPerSample"].overwrite(4)
+        file.pages[0].tags["ImageWidth"].overwrite(2 * WIDTH)
+    assert open_regions(str(tmp_path / "mask.tif")) is None
+
+
 @pytest.mark.parametrize("names", [NAMES, PLAIN_NAMES])
 @pytest.mark.parametrize(
     "kind",

@@ -196,7 +196,8 @@ def test_of_shards_images_are_read_when_it_is_their_turn(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr("itpn.data.shard_images.read_file", lambda path, start, size: read.append(path) or b"corrupt")
     source = make_shards(tmp_path)
-    assert find_type(source, ReadSettings()) == (ImageType(2, "uint16"), "0.tar/0.npy")
+    settings, name = find_type(source, ReadSettings())
+    assert (settings.type, name) == (ImageType(2, "uint16"), "0.tar/0.npy")
     reader = as_reader(source)
     assert not read
     assert reader[4][1] == b"corrupt"

@@ -144,7 +144,7 @@ def test_a_tile_shows_as_much_as_an_image_of_training(tmp_path):
 @pytest.mark.parametrize("band", [2**28, 0])
 def test_tiles_have_the_pixels_of_the_image(tmp_path, layout, band, monkeypatch):
     """By rows of tiles, or by single ones where a row is too large."""
-    monkeypatch.setattr(itpn.tasks.source_images, "BAND", band)
+    monkeypatch.setattr(itpn.tasks.source_images, "KEPT_BYTES", band)
     whole, path = draw_bands(150, 210), tmp_path / "image.tif"
     if layout == "photograph":
         whole = (whole[:3] >> 4).astype(np.uint8)
@@ -411,6 +411,14 @@ def test_coordinates_beyond_the_earth(tmp_path, corner):
     place, reason = find_georeference(tmp_path / "a.tif")
     assert (place is None) == (corner == (5e9, 5e9))
     assert reason == (None if place else NOWHERE)
+
+
+def test_tiles_without_a_value_are_named(tmp_path, capsys):
+    save_segmenter(tmp_path / "model.safetensors", **DEEP)
+    write_geotiff(tmp_path / "scene.tif", np.zeros_like(draw_bands(200, 200)))
+    command = ["predict", str(tmp_path / "model.safetensors"), str(tmp_path / "scene.tif"), "--window-size", "64"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    assert "scene.tif: no pixel has a value: all are NaN, infinite or without data" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -14,7 +14,7 @@ from itpn.data import statistics_file
 from itpn.errors import UserError
 from itpn.tasks.configs import PretrainingConfig
 from itpn.training import agreement
-from itpn.training.agreement import HANDED, change, check_agreement, find_changes, resolve_together
+from itpn.training.agreement import RESOLVED, change, check_agreement, find_changes, resolve_together
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def resolve(config):
 def test_settings_are_handed_to_processes_that_lightning_starts(monkeypatch):
     """And what they have of their own stays."""
     monkeypatch.setattr(agreement, "choose_devices", lambda *_: type("Devices", (), {"several": True}))
-    monkeypatch.setenv(HANDED, "of an earlier run")
+    monkeypatch.setenv(RESOLVED, "of an earlier run")
     config = PretrainingConfig()
     found, notes = resolve_together(config, resolve)
     assert (found, notes) == resolve(config)
@@ -93,10 +93,10 @@ def test_settings_are_handed_to_processes_that_lightning_starts(monkeypatch):
     other = replace(config, data=replace(config.data, num_workers=3))
     found, _ = resolve_together(other, lambda _: pytest.fail("it was resolved again"))
     assert found == replace(resolve(config)[0], data=replace(resolve(config)[0].data, num_workers=3))
-    monkeypatch.setattr(agreement, "MOST", 3)
+    monkeypatch.setattr(agreement, "MAX_CHARACTERS", 3)
     monkeypatch.setattr(launch.environment, "local_rank", lambda: 0)
     resolve_together(config, resolve)
-    assert HANDED not in os.environ
+    assert RESOLVED not in os.environ
 
 
 def test_changes_are_what_differs():
@@ -112,6 +112,8 @@ def test_changes_are_what_differs():
     [
         ("data", "mean", (0.1,) * 100, True),
         ("trainer", "max_epochs", 7, True),
+        ("model", "name", "itpn_tiny", True),
+        ("teacher", "name", "ema", True),
         ("data", "root", ("elsewhere",), False),
         ("model", "checkpoint", "elsewhere", False),
         ("trainer", "devices", 3, False),

@@ -13,9 +13,10 @@ from itpn.data.bands import has_files
 from itpn.data.coco import read_coco
 from itpn.data.decode import MAX_PIXELS
 from itpn.data.files import check_root
+from itpn.data.formats.arrays import Axes
 from itpn.data.instances import read_instances
 from itpn.data.invalid import InvalidAnnotations
-from itpn.data.layouts import Coco
+from itpn.data.layouts import Coco, ImageRules
 from itpn.data.numbers import is_int64, read_image_id, read_number, read_whole
 from itpn.data.object_checks import check_object, refuse_corners
 from itpn.data.objects import DetectionImages
@@ -40,13 +41,14 @@ def find_objects(
     log: Log = print,
     max_pixels: int = MAX_PIXELS,
     bands: Sequence[str] = (),
+    axes: Axes | None = None,
 ) -> tuple[DetectionImages, DetectionImages | None]:
     """Find the training and the validation images, with the same classes.
 
     Args:
         on_invalid: what to do about invalid annotations, see `itpn.tasks.configs.DetectionDataConfig`.
         max_pixels: larger images to train on are left out; those to evaluate on may be read in tiles.
-        bands: of images in one file a band, see `itpn.data.bands.find_bands`.
+        bands, axes: see :class:`itpn.data.layouts.ImageRules`.
         log: takes the summary, a line at a time.
 
     Returns:
@@ -57,11 +59,11 @@ def find_objects(
             in the validation images alone.
     """
     logged: set[str] = set()
-    train = read_objects(root, "train", on_invalid, log, max_pixels=max_pixels, logged=logged, bands=bands)
+    train = read_objects(root, "train", on_invalid, log, max_pixels=max_pixels, logged=logged, bands=bands, axes=axes)
     assert train is not None
     val = None
     if val_root is not None or Path(root).is_dir():  # a single file is for training
-        val = read_objects(val_root or root, "val", on_invalid, log, val_root is None, NO_LIMIT, logged, bands)
+        val = read_objects(val_root or root, "val", on_invalid, log, val_root is None, NO_LIMIT, logged, bands, axes)
     if val is None:
         return train, None
     unknown = [name for name in val.classes if name not in train.classes]
@@ -83,12 +85,13 @@ def read_objects(
     max_pixels: int = MAX_PIXELS,
     logged: set[str] | None = None,
     bands: Sequence[str] = (),
+    axes: Axes | None = None,
 ) -> DetectionImages | None:
     """Read and check the images of one split.
 
     Args:
         logged: notes that were logged for another split and are not repeated.
-        bands: as of :func:`find_objects`.
+        bands, axes: as of :func:`find_objects`.
 
     Returns:
         None if there is no such split and it is ``optional``.
@@ -102,7 +105,7 @@ def read_objects(
     undivided = split == "train" or not optional
     readers = (read_coco, read_yolo, read_voc, functools.partial(read_instances, undivided=undivided))
     for read in readers if folder.is_dir() else readers[:1]:
-        parts = read(folder, split, invalid, max_pixels, bands)
+        parts = read(folder, split, invalid, ImageRules(max_pixels, bands, axes))
         if parts is not None:
             break
     else:

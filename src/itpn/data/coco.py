@@ -2,12 +2,10 @@
 
 import json
 import re
-from collections.abc import Sequence
 from pathlib import Path
 
-from itpn.data.decode import MAX_PIXELS
 from itpn.data.invalid import InvalidAnnotations
-from itpn.data.layouts import Coco, Parts, search_folders
+from itpn.data.layouts import Coco, ImageRules, Parts, search_folders
 from itpn.data.splits import SPLITS
 from itpn.data.walk import split_places
 from itpn.errors import UserError
@@ -16,9 +14,7 @@ from itpn.system.text import decode_text, read_bounded
 MAX_JSON = 2**33  # bytes: Objects365, the largest public set, has 6 GB
 
 
-def read_coco(
-    root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS, bands: Sequence[str] = ()
-) -> Parts | None:
+def read_coco(root: Path, split: str, invalid: InvalidAnnotations, rules: ImageRules) -> Parts | None:
     """Read COCO's layout: a JSON file for each split; ``root`` may be such a file."""
     file = root if root.is_file() else _find_json(root, split)
     if file is None:
@@ -30,7 +26,7 @@ def read_coco(
         word = re.match(r"[A-Za-z]*", year)[0]  # type: ignore[index]  # matches anything
         names = dict.fromkeys([year, year.replace("-dev", ""), word, word.lower()])
         places = [*(root / name for name in names if name), root / "images" / year]
-    return _read_json(file), search_folders([*places, root / "images", root], bands), str(file)
+    return _read_json(file), search_folders([*places, root / "images", root], rules.bands), str(file)
 
 
 def _find_json(root: Path, split: str) -> Path | None:

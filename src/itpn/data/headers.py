@@ -1,6 +1,7 @@
 """Of encoded images, what Pillow does not give: further pages, scans, and lossy compression."""
 
 import io
+import math
 import re
 import struct
 from collections.abc import Collection
@@ -74,9 +75,10 @@ def read_tags(file: IO[bytes], wanted: Collection[int]) -> dict[int, tuple[int, 
 def read_nodata(tag: Any) -> float | None:
     """The number in GDAL's tag; None where it holds none, or is missing."""
     try:
-        return float(str(tag).strip(" \0"))
+        number = float(str(tag).strip(" \0"))
     except ValueError:
         return None
+    return number if math.isfinite(number) else None  # others never count as data
 
 
 def count_scans(data: bytes) -> int:

@@ -31,6 +31,8 @@ def _limits(dtype: str) -> tuple[int, int]:
 def check_nodata(nodata: float | None, kind: "ImageType") -> None:
     """Raise :class:`UserError` for a --data.nodata that no pixel can have."""
     dtype = "uint8" if kind.is_photo else kind.dtype
+    if nodata is not None and not math.isfinite(nodata):
+        raise UserError(f"--data.nodata {nodata:g} is needless: NaN and infinite values never count as data")
     if nodata is not None and not is_storable(nodata, dtype):
         raise UserError(f"--data.nodata is {nodata:g}, which no pixel of {dtype} can be: the images have {kind}")
 

@@ -4,7 +4,7 @@ Objects of them become boxes and masks of one class.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,14 +13,14 @@ import numpy as np
 
 from itpn.data.bands import join_bands, split_bands
 from itpn.data.class_names import read_names
-from itpn.data.decode import MAX_PIXELS, UnreadableImage, decoder_errors
+from itpn.data.decode import UnreadableImage, decoder_errors
 from itpn.data.file_types import JPEG_SUFFIXES, is_shard
 from itpn.data.formats.image_file import ImageFile
 from itpn.data.formats.photos import PhotoImage
 from itpn.data.formats.reader import open_file
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.labelmaps import find_pairs
-from itpn.data.layouts import Coco, Parts, Size, measure_images
+from itpn.data.layouts import Coco, ImageRules, Parts, Size, measure_images
 from itpn.data.mask_checks import find_size_problem, match_masks
 from itpn.data.mask_pieces import encode_runs
 from itpn.data.readers import check_lost
@@ -48,8 +48,7 @@ def read_instances(
     root: Path,
     split: str,
     invalid: InvalidAnnotations,
-    max_pixels: int = MAX_PIXELS,
-    bands: Sequence[str] = (),
+    rules: ImageRules,
     *,
     undivided: bool = True,
 ) -> Parts | None:
@@ -65,13 +64,13 @@ def read_instances(
         return None
     if split != "train" and not undivided and pairs == find_pairs(str(root), None, "train"):
         return None
-    images = join_bands(pairs.images, bands, pairs.folder)[0] if bands else pairs.images
+    images = join_bands(pairs.images, rules.bands, pairs.folder)[0] if rules.bands else pairs.images
     masks = match_masks(images, pairs.folder, pairs.masks, invalid)
     invalid.note_unread(pairs.folder, pairs.unread)
     coco: Coco = {"images": [], "annotations": [], "categories": [{"id": 1, "name": _read_class(root, invalid)}]}
     labels, parts = set[int](), 0
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        sizes = list(measure_images(masks, invalid, max_pixels))
+        sizes = list(measure_images(masks, invalid, rules))
         jobs = [(image, size, pool.submit(scan_labels, masks[str(image)], size)) for image, size in sizes]
         for image, size, job in jobs:
             found = _take(job, str(image), masks[str(image)], size, invalid)

@@ -55,7 +55,11 @@ class LabelledImages:
         return name, data, int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """The name of an image, without the folders above its class."""
+        """See :class:`itpn.data.readers.Reader`."""
+        return self.files.name(index)
+
+    def key(self, index: int) -> str:
+        """The name of an image without the folders above its class, by which it is drawn wherever the set is."""
         return f"{self.classes[self.labels[index]]}/{os.path.basename(self.files.name(index))}"
 
     def take(self, indices: np.ndarray) -> "LabelledImages":
@@ -319,7 +323,7 @@ def draw_fraction(images: LabelledImages, fraction: float, seed: int) -> np.ndar
     The draw depends on seed and name of each image: moving the folder or adding images changes it little.
     """
     # "share" is part of the seed: another word would draw other images
-    order = np.array([derive_seed(seed, "share", images.name(index)) for index in range(len(images))], dtype=np.uint64)
+    order = np.array([derive_seed(seed, "share", images.key(index)) for index in range(len(images))], dtype=np.uint64)
     chosen = []
     for label in range(len(images.classes)):
         own = np.flatnonzero(images.labels == label)

@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import numpy as np
 from faster_coco_eval.core import mask as rle
 
 from itpn.data.bands import find_bands, name_image, split_bands
-from itpn.data.decode import reason_of
+from itpn.data.decode import MAX_PIXELS, reason_of
+from itpn.data.formats.arrays import Axes
 from itpn.data.formats.reader import read_size
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.readers import check_lost
@@ -32,6 +34,21 @@ UNUSABLE_MASK = "polygons or masks that cannot be used (the box is, if there is 
 FRACTIONS = "boxes with coordinates from 0 to 1, which look like fractions: multiply them by the image's sides"
 
 Parts = tuple[Coco, Callable[[str], Path], str]  # annotations, file name -> path of an image, name of the source
+
+
+@dataclass(frozen=True)
+class ImageRules:
+    """How the images of annotations are found and measured.
+
+    Attributes:
+        max_pixels: larger images are left out.
+        bands: of images in one file a band, see `itpn.data.bands.find_bands`.
+        axes: of arrays, see `itpn.data.formats.arrays.ArrayImage`.
+    """
+
+    max_pixels: int = MAX_PIXELS
+    bands: Sequence[str] = ()
+    axes: Axes | None = None
 
 
 def search_folders(places: list[Path], bands: Sequence[str] = ()) -> Callable[[str], Path]:
@@ -75,16 +92,16 @@ def from_supervision(detections: Any) -> Iterator[dict[str, Any]]:
         yield one
 
 
-def measure_images(names: Iterable[str], invalid: InvalidAnnotations, max_pixels: int) -> Iterator[tuple[Path, Size]]:
+def measure_images(names: Iterable[str], invalid: InvalidAnnotations, rules: ImageRules) -> Iterator[tuple[Path, Size]]:
     """Image files sorted by name, with height and width from their headers; of bands that of the first."""
     for name in sorted(names):
         try:
-            size = read_size(first := split_bands(name)[0])
+            size = read_size(first := split_bands(name)[0], rules.axes)
         except Exception as error:  # Pillow raises many types
             check_lost(first, error)
             invalid.add("images that cannot be read", f"{first}: {reason_of(error)}")
             continue
-        if size[0] * size[1] > max_pixels:  # before masks of this size are drawn
+        if size[0] * size[1] > rules.max_pixels:  # before masks of this size are drawn
             invalid.add("images of more pixels than --data.max-pixels", f"{name_image(name)}: {size[1]}x{size[0]}")
             continue
         yield Path(name), size

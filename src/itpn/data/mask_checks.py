@@ -15,6 +15,7 @@ from itpn.data.bands import MARK, join_bands, name_image, split_bands
 from itpn.data.class_names import Names, join_names
 from itpn.data.decode import MAX_PIXELS, UnreadableImage, open_image, reason_of
 from itpn.data.file_types import JPEG_SUFFIXES
+from itpn.data.formats.arrays import Axes
 from itpn.data.formats.reader import read_size
 from itpn.data.grey_masks import explain_greys
 from itpn.data.invalid import InvalidAnnotations
@@ -104,6 +105,7 @@ class MaskRules:
         log: takes the summary of invalid masks, a line at a time.
         max_pixels: of a mask.
         bands: of images in one file a band, see `itpn.data.bands.join_bands`.
+        axes: of arrays, see `itpn.data.formats.arrays.ArrayImage`.
         parts: masks of more pixels are allowed, for parts of them will be read, see `itpn.data.mask_files`.
     """
 
@@ -114,6 +116,7 @@ class MaskRules:
     log: Callable[[str], None] = print
     max_pixels: int = MAX_PIXELS
     bands: tuple[str, ...] = ()
+    axes: Axes | None = None
     parts: bool = False
 
 
@@ -173,7 +176,7 @@ def check_masks(pairs: Pairs, names: Names | LabelTable | None, rules: MaskRules
     for path, content in contents.items():
         assert table is not None
         classes = {value: table.find(value, content.coloured) for value in content.values}
-        problem = _find_problem(path, masks[path], content, table, classes)
+        problem = _find_problem(path, masks[path], content, table, classes, rules.axes)
         if problem is None:
             kept.append(path)
             present |= {index for index in classes.values() if index is not None}
@@ -361,11 +364,16 @@ def _rank_mask(image: str, mask: str) -> tuple[bool, bool, bool, str]:
 
 
 def _find_problem(
-    image: str, mask: str, content: MaskContent, table: LabelTable, classes: Mapping[int, int | None]
+    image: str,
+    mask: str,
+    content: MaskContent,
+    table: LabelTable,
+    classes: Mapping[int, int | None],
+    axes: Axes | None,
 ) -> tuple[str, str] | None:
     """The kind of problem and an example of it; None for a valid mask."""
     try:
-        size = read_size(first := split_bands(image)[0])
+        size = read_size(first := split_bands(image)[0], axes)
     except Exception as error:  # Pillow raises many types
         check_lost(image, error)
         return "images that cannot be read", f"{name_image(image)}: {reason_of(error)}"

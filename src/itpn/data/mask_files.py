@@ -2,7 +2,6 @@
 
 import functools
 import io
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,13 +23,15 @@ from itpn.data.decode import (
 from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.reader import REMEDY, open_file
 from itpn.data.headers import BITS, COLOUR_MAP, PHOTOMETRIC, PNG_DEPTH, find_lossy, read_tags
+from itpn.data.open_files import OpenFiles, Version, find_version
 from itpn.data.readers import check_lost, read_file, read_head
 
 BLOCK, ROWS = 2**24, 256  # pixels of a mask that are looked at together; rows, which are whole tiles as a rule
 WHOLE = 4  # times --data.max-pixels: a decoded mask has a byte a pixel
+KEPT = 4  # files of which windows are read that stay open
 THREADS = 8  # that read headers, of files which may be far away
 WIDTH, LENGTH = 256, 257  # tags of TIFF
-PLAIN = (1, 2, 3)  # photometric interpretations whose values are as they are stored: grey, RGB, palette
+AS_STORED = (1, 2, 3)  # photometric interpretations whose values are as they are stored: grey, RGB, palette
 KINDS = {"L": "uint8", "P": "uint8", "RGB": "uint8"}  # Pillow's mode -> type of number of what is read by window
 DEEP = ("int16", "uint16", "int32", "uint32")  # that of its modes that begin with I
 
@@ -93,7 +94,7 @@ class RegionMask:
     by_region = True
     lossy = ""
 
-    def __init__(self, file: ImageFile, palette: list[Colour], source: tuple[str, tuple[int, int]]) -> None:
+    def __init__(self, file: ImageFile, palette: list[Colour], source: tuple[str, Version]) -> None:
         self._file, self.palette, self.indexed = file, palette, bool(palette)
         self._source = source
         self.height, self.width = file.height, file.width
@@ -121,8 +122,16 @@ def open_mask(path: str, max_pixels: int) -> MaskFile:
     Raises:
         UnreadableImage: see :class:`DecodedMask`.
     """
-    version = _find_version(path)
-    return _keep_open(os.getpid(), path, version) or _keep_decoded(os.getpid(), path, version, max_pixels)
+    key = path, find_version([path])
+    known = _open_files.find(key) or _decoded.find(key)
+    if known is not None:
+        return known
+    if (file := open_regions(path)) is not None:
+        _open_files.keep(key, file)
+        return file
+    decoded = DecodedMask(path, max_pixels, parts=True)
+    _decoded.keep(key, decoded)
+    return decoded
 
 
 def open_to_scan(path: str, max_pixels: int, parts: bool) -> MaskFile:
@@ -151,13 +160,15 @@ def open_regions(path: str) -> RegionMask | None:
     try:
         if read_head(path, 4) not in TIFF_HEADERS:
             return None
-        version = _find_version(path)
+        version = find_version([path])
         with decoder_errors(), open(path, "rb") as source:
             opened = open_image(source, max_pixels=None)
             mode, tags = opened.image.mode, opened.image.tag_v2  # type: ignore[attr-defined]
-            if tags.get(PHOTOMETRIC) not in PLAIN or find_lossy(opened.image, b""):
+            if tags.get(PHOTOMETRIC) not in AS_STORED or find_lossy(opened.image, b""):
                 return None
             file = open_file(Path(path))
+            if mode == "L" and {*tags.get(BITS, ())} != {8}:  # which have shades of few bits
+                return None
             kinds = DEEP if mode.startswith("I") else (KINDS.get(mode),)
             same = (file.height, file.width, file.pages) == (opened.height, opened.width, 1)
             if not (
@@ -192,29 +203,12 @@ def count_values(file: MaskFile) -> list[int]:
     return found.nonzero()[0].tolist()
 
 
-def _find_version(path: str) -> tuple[int, int]:
-    """What tells that a file has been changed."""
-    try:
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        check_lost(path, error)
-        raise UnreadableImage(reason_of(error)) from None
-    return status.st_mtime_ns, status.st_size
-
-
-@functools.lru_cache(maxsize=4)
-def _keep_open(process: int, path: str, version: tuple[int, int]) -> RegionMask | None:
-    """Each process has its own, because it moves in the file."""
-    return open_regions(path)
-
-
-@functools.lru_cache(maxsize=1)
-def _keep_decoded(process: int, path: str, version: tuple[int, int], max_pixels: int) -> DecodedMask:
-    return DecodedMask(path, max_pixels, parts=True)
+_open_files: OpenFiles[RegionMask] = OpenFiles(KEPT)
+_decoded: OpenFiles[DecodedMask] = OpenFiles(1)
 
 
 @functools.lru_cache(maxsize=2**16)
-def _find_used(path: str, version: tuple[int, int]) -> list[int]:
+def _find_used(path: str, version: Version) -> list[int]:
     file = open_regions(path)
     if file is None:
         raise UnreadableImage("it has been changed while it was read")
@@ -222,7 +216,7 @@ def _find_used(path: str, version: tuple[int, int]) -> list[int]:
 
 
 def _check_size(opened: OpenedImage, max_pixels: int) -> None:
-    if opened.height * opened.width * len(opened.image.getbands()) > WHOLE * max_pixels:
+    if opened.height * opened.width > WHOLE * max_pixels:
         raise UnreadableImage(
             f"{opened.width}x{opened.height} pixels, more than {WHOLE} times --data.max-pixels {max_pixels}, and it "
             f"cannot be read in parts: {REMEDY}"

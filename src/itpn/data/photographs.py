@@ -54,7 +54,7 @@ def find_photo(source: bytes | Path, file: IO[bytes]) -> OpenedImage | None:
     if not stacked or getattr(opened.image, "n_frames", 1) == 1:
         return opened
     stack = open_file(source)
-    if stack.channels > 1 and not stack.rgb:
+    if not stack.grey_or_rgb:
         return None
     file.seek(0)
     return open_image(file, max_pixels=None)  # at its first page again

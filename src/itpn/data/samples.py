@@ -30,12 +30,12 @@ from itpn.data.decode import (
 from itpn.data.file_types import DICOM_START
 from itpn.data.files import ImageSource
 from itpn.data.formats.bands import BandsFile
-from itpn.data.formats.image_file import Window
+from itpn.data.formats.image_file import ImageFile, Window
 from itpn.data.formats.photos import DecodedPhoto
 from itpn.data.formats.reader import REMEDY, open_file
 from itpn.data.headers import read_tags
-from itpn.data.image_type import PHOTOGRAPH, ImageType
-from itpn.data.open_files import OpenFiles
+from itpn.data.image_type import PHOTOGRAPH, ImageType, check_nodata
+from itpn.data.open_files import OpenFiles, Version, find_version
 from itpn.data.photographs import PHOTO_TAGS, find_nodata, find_photo, is_photo, is_photo_head, is_plain
 from itpn.data.readers import FileReader, Reader, check_lost, read_file
 from itpn.data.shards import read_shard
@@ -98,7 +98,6 @@ class OpenWindow:
         return self.image.decode_crop(top, left, height, width, target)
 
 
-Version = tuple[tuple[int, int], ...]  # time and size of files
 Image = EncodedImage | StoredImage
 Sample = Image | OpenWindow
 
@@ -128,8 +127,8 @@ def open_sample(
                 f"{width}x{height} pixels, more than the {settings.max_pixels} allowed (--data.max-pixels){rest}"
             )
         if settings.stretch is not None and isinstance(image, StoredImage) and isinstance(data.data, Path | BandsOf):
-            stretch = ReadSettings(NO_LIMIT, settings.axes, settings.nodata, settings.stretch)
-            image.limits = _keep_limits(data.data, _find_version(data.data), stretch)
+            stretch = replace(settings, max_pixels=NO_LIMIT, type=None, example="")
+            image.limits = _keep_limits(data.data, find_version(list_paths(data.data)), stretch)
         return OpenWindow(image, data.box)
     return open_image_of(data, settings, name)
 
@@ -152,8 +151,10 @@ def _open_regions(path: Path, settings: ReadSettings) -> StoredImage | None:
     try:
         with open(path, "rb") as file:
             head = file.read(HEAD)
-        if head[:4] not in TIFF_HEADERS:
-            return None
+            file.seek(0)
+            photo = find_photo(path, file) if head[:4] in TIFF_HEADERS else None
+            if photo is None or not is_plain(photo):
+                return None
         image = _open_stored(path, settings, head)
     except (OSError, UnreadableImage):
         return None
@@ -187,14 +188,14 @@ def _check_type(image: Image, settings: ReadSettings, name: str) -> Image:
     return image
 
 
-_open_files = OpenFiles(KEPT)
+_open_files: OpenFiles[ImageFile] = OpenFiles(KEPT)
 
 
 def _open_for_windows(data: bytes | Path | BandsOf | UnreadableImage, settings: ReadSettings, name: str) -> Image:
     """As :func:`open_image_of`; a file that is read in parts stays open for its next windows."""
     if not isinstance(data, Path | BandsOf):
         return open_image_of(data, settings, name, in_parts=True)
-    key = (data, _find_version(data), settings.axes)
+    key = (data, find_version(list_paths(data)), settings.axes)
     file = _open_files.find(key)
     if file is not None:
         return _check_type(StoredImage(file, settings), settings, name)
@@ -204,14 +205,8 @@ def _open_for_windows(data: bytes | Path | BandsOf | UnreadableImage, settings: 
     return image
 
 
-def _find_version(data: Path | BandsOf) -> Version:
-    """What tells that files have been changed."""
-    paths = data.paths if isinstance(data, BandsOf) else (data,)
-    try:
-        return tuple((status.st_mtime_ns, status.st_size) for status in (path.stat() for path in paths))
-    except OSError as error:
-        check_lost(paths[0], error)
-        raise UnreadableImage(reason_of(error)) from None
+def list_paths(data: Path | BandsOf) -> tuple[Path, ...]:
+    return data.paths if isinstance(data, BandsOf) else (data,)
 
 
 @functools.lru_cache(maxsize=2**12)
@@ -228,8 +223,8 @@ def type_of(image: Sample) -> ImageType:
     return whole.type if isinstance(whole, StoredImage) else PHOTOGRAPH
 
 
-def find_type(images: ImageSource | Reader, settings: ReadSettings) -> tuple[ImageType, str]:
-    """The type of the first readable image, and its name.
+def find_type(images: ImageSource | Reader, settings: ReadSettings) -> tuple[ReadSettings, str]:
+    """How images are read, as the first that can be read tells, see :func:`settle`; and the name of that one.
 
     Args:
         settings: without a type.
@@ -241,10 +236,25 @@ def find_type(images: ImageSource | Reader, settings: ReadSettings) -> tuple[Ima
     corrupt = []
     for name, data, *_ in itertools.islice(_in_order(images), TRIED):
         try:
-            return type_of(open_sample(data, settings, name)), name
+            return settle(settings, open_sample(data, settings, name), name), name
         except UnreadableImage as error:
             corrupt.append((name, str(error)))
     raise nothing_readable(corrupt)
+
+
+def settle(settings: ReadSettings, image: Sample, name: str) -> ReadSettings:
+    """How images are read, of which this is one: of its type, and without data where it has none.
+
+    Raises:
+        UserError: its pixels cannot have the value for no data that was given.
+    """
+    kind, nodata = type_of(image), settings.nodata
+    check_nodata(nodata, kind)
+    whole = image.image if isinstance(image, OpenWindow) else image
+    if nodata is None and isinstance(whole, StoredImage) and not kind.is_photo:
+        nodata = whole.file.nodata
+    example = settings.example if settings.type else f"{name} has"
+    return replace(settings, type=kind, example=example, nodata=nodata)
 
 
 def _in_order(images: ImageSource | Reader) -> Iterator[tuple[Any, ...]]:

@@ -9,9 +9,9 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.distribution import Distribution
 from itpn.data.formats.reader import check_size
-from itpn.data.image_type import ImageType, ValueRange, check_nodata, dtype_range, to_pairs
+from itpn.data.image_type import ImageType, ValueRange, dtype_range, to_pairs
 from itpn.data.readers import Reader
-from itpn.data.samples import OpenWindow, Sample, open_sample, type_of
+from itpn.data.samples import Sample, open_sample, settle
 from itpn.data.shard_images import ShardImages
 from itpn.data.skipped import nothing_readable
 from itpn.data.stored import ReadSettings, StoredImage, find_valid
@@ -189,21 +189,6 @@ def _read_sample(reader: Reader, found: _Sums, wanted: int, progress: Callable[[
             continue
         progress(len(found.sizes), wanted)
     return found
-
-
-def settle(settings: ReadSettings, image: Sample, name: str) -> ReadSettings:
-    """How images are read, of which this is one: of its type, and without data where it has none.
-
-    Raises:
-        UserError: its pixels cannot have the value for no data that was given.
-    """
-    kind, nodata = type_of(image), settings.nodata
-    check_nodata(nodata, kind)
-    whole = image.image if isinstance(image, OpenWindow) else image
-    if nodata is None and isinstance(whole, StoredImage) and not kind.is_photo:
-        nodata = whole.file.nodata
-    example = settings.example if settings.type else f"{name} has"
-    return replace(settings, type=kind, example=example, nodata=nodata)
 
 
 def _collect(images: int, found: _Sums, value_range: Sequence[str]) -> Statistics:

@@ -18,6 +18,7 @@ from itpn.data.image_type import MASKED_PHOTO, PHOTOGRAPH, ImageType
 PART, WINDOWS = 2**24, 4  # of a larger image, statistics are of 4 x 4 windows with so many pixels together
 PART_BYTES = 2**27  # in them at most
 Limits = tuple[float, float] | None  # of the values of a channel
+EMPTY = "no pixel has a value: all are NaN, infinite or without data"
 HUGE = 1e20  # larger floats stand for no data: -3.4e38, 9.97e36, 1e20
 
 
@@ -72,7 +73,7 @@ class StoredImage:
         if file.dtype.kind in "iu" and settings.nodata is None and settings.type and file.nodata is not None:
             self.warnings["nodata"] = describe_nodata(file.nodata, settings.type)
         self.reads_windows = file.by_region
-        self.grey_or_rgb = file.dtype == np.uint8 and (file.channels == 1 or file.rgb)
+        self.grey_or_rgb = file.dtype == np.uint8 and file.grey_or_rgb
         if self.grey_or_rgb:
             self.type = MASKED_PHOTO if is_masked(file.nodata, settings) else PHOTOGRAPH
         else:
@@ -157,26 +158,29 @@ class StoredImage:
         mark = mark_colours if self.type == MASKED_PHOTO and self.grey_or_rgb else mark_nodata
         pixels = mark(pixels, self.file.nodata, self._settings.nodata)
         if window is None and not has_values(pixels, self._settings.nodata):
-            self.warnings["empty"] = "no pixel has a value: all are NaN, infinite or without data"
+            self.warnings["empty"] = EMPTY
         return pixels
 
 
 def describe_nodata(declared: float, kind: ImageType) -> str:
     """What is remarkable about an image that declares a value for pixels without data in a data set without one."""
     others = "the first of these photographs" if kind.is_photo else "the images that statistics are of"
-    return f"it declares {declared:g} for pixels without data, unlike {others}: they count as values"
+    return (
+        f"it declares {declared:g} for pixels without data, unlike {others}: they count as values unless --data.nodata "
+        "is given"
+    )
 
 
 def is_masked(declared: float | None, settings: ReadSettings) -> bool:
-    """Whether pixels without data are told apart in a photograph, because its file declares a value for them or other
-    photographs of the data set do.
+    """Whether pixels without data are told apart in a photograph, because its file declares a value for them, other
+    photographs of the data set do, or it was given.
 
     Args:
         declared: that value; None for none.
     """
     if settings.type == PHOTOGRAPH:
         return False
-    return declared is not None or (settings.type == MASKED_PHOTO and settings.nodata is not None)
+    return declared is not None or settings.nodata is not None
 
 
 def find_limits(pixels: np.ndarray, percents: tuple[float, float], nodata: float | None) -> tuple[Limits, ...]:
@@ -222,8 +226,8 @@ def _travelling(stored: np.dtype) -> np.dtype:
 
 
 def mark_colours(pixels: np.ndarray, declared: float | None, nodata: float | None) -> np.ndarray:
-    """Colours without data become ``nodata``; others that have it in a channel alone, as shadows have 0, the value
-    beside it.
+    """Pixels without data become ``nodata``: those with that value, or with what the file declares, in all channels.
+    Others that have it in a channel alone, as shadows have 0, get the value beside it.
 
     Args:
         pixels: uint8 [C, H, W].
@@ -233,8 +237,8 @@ def mark_colours(pixels: np.ndarray, declared: float | None, nodata: float | Non
     if value is None:
         return pixels
     marked = np.where(pixels == value, np.uint8(value + (1 if value < 255 else -1)), pixels)
-    if declared is not None:
-        marked[:, (pixels == declared).all(axis=0)] = value
+    for missing in {value, declared} - {None}:
+        marked[:, (pixels == missing).all(axis=0)] = value
     return marked
 
 

@@ -4,12 +4,11 @@ import importlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from itpn.data.bands import find_stem
-from itpn.data.decode import MAX_PIXELS
 from itpn.data.file_types import is_image
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.layouts import (
@@ -17,6 +16,7 @@ from itpn.data.layouts import (
     UNUSABLE_MASK,
     Coco,
     Found,
+    ImageRules,
     Parse,
     Parts,
     Size,
@@ -32,9 +32,7 @@ from itpn.data.walk import list_images
 from itpn.system.text import MAX_TEXT, as_file_name, read_bounded, read_lines
 
 
-def read_voc(
-    root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS, bands: Sequence[str] = ()
-) -> Parts | None:
+def read_voc(root: Path, split: str, invalid: InvalidAnnotations, rules: ImageRules) -> Parts | None:
     """Read Pascal VOC's layout: an XML file for each image, and a list of images for each split."""
     images, notes = root / "JPEGImages", root / "Annotations"
     if not images.is_dir() or not notes.is_dir():
@@ -50,9 +48,9 @@ def read_voc(
     parse = _voc_parser(classes, invalid)
     coco: Coco = {"images": [], "annotations": []}
     seen, unread = set(), Counter[str]()
-    found = list_images(str(images), unread, bands)
+    found = list_images(str(images), unread, rules.bands)
     names = [name for name in found if wanted is None or find_stem(name) in wanted]
-    for image, size in measure_images(names, invalid, max_pixels):
+    for image, size in measure_images(names, invalid, rules):
         stem = find_stem(str(image))
         seen.add(stem)
         paths = [notes / f"{stem}{suffix}" for suffix in (".xml", ".XML")]

@@ -10,12 +10,12 @@ from typing import Any
 import yaml
 
 from itpn.data.bands import find_stem, has_files, name_image
-from itpn.data.decode import MAX_PIXELS
 from itpn.data.file_types import CLASS_FILES
 from itpn.data.invalid import InvalidAnnotations
 from itpn.data.layouts import (
     Coco,
     Found,
+    ImageRules,
     Parse,
     Parts,
     Size,
@@ -38,9 +38,7 @@ LONGEST_NUMBER = 40  # characters: supervision takes hours for a class index of 
 PIXELS = "objects with coordinates above 1, which look like pixels: divide them by the image's width and height"
 
 
-def read_yolo(
-    root: Path, split: str, invalid: InvalidAnnotations, max_pixels: int = MAX_PIXELS, bands: Sequence[str] = ()
-) -> Parts | None:
+def read_yolo(root: Path, split: str, invalid: InvalidAnnotations, rules: ImageRules) -> Parts | None:
     """Read YOLO's layout: ``data.yaml`` has the class names and, for each split, image folders or lists of paths.
 
     Label files are in ``labels`` in place of ``images``, or beside the images.
@@ -75,9 +73,11 @@ def read_yolo(
         if place is None:
             raise UserError(f"{file} names images in {folder}, which is not a folder or list of images below {root}")
         unread, read = Counter[str](), [file]
-        is_folder = place.is_dir()
-        images = list_images(str(place), unread, bands) if is_folder else _listed_images(place, base, invalid, bands)
-        for image, size in measure_images(images, invalid, max_pixels):
+        if place.is_dir():
+            images = list_images(str(place), unread, rules.bands)
+        else:
+            images = _listed_images(place, base, invalid, rules.bands)
+        for image, size in measure_images(images, invalid, rules):
             labels = _labels_of(image, root)
             label_folders[labels.parent] = image.parent
             if os.path.lexists(labels):  # a dangling link, too, which is reported as unreadable
@@ -91,7 +91,7 @@ def read_yolo(
         raise UserError(
             f"{file} has images in {', '.join(folders)}, but no labels: {missing} does not exist, nor any other"
         )
-    if not bands:  # whose labels have other names
+    if not rules.bands:  # whose labels have other names
         _note_labels_alone(label_folders, invalid)
     return coco, Path, str(file)
 

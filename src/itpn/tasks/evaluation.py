@@ -98,7 +98,7 @@ class Evaluator(ABC, Generic[Scores]):
         """Images to evaluate on."""
         return len(self.images)
 
-    @property
+    @functools.cached_property
     def reading(self) -> ReadSettings:
         """How the images are read."""
         return make_read_settings(self.config, self.train)
@@ -215,7 +215,7 @@ def evaluate(
     for own in parts:
         joined = [part for process in gather(own) for part in process]
         if not joined:
-            raise nothing_readable(unread)
+            raise none_evaluated(unread)
         scores.append(evaluator.score(joined))
     return scores, unread
 
@@ -258,7 +258,7 @@ def read_batches(batches: Iterable[dict[str, Any]], skipped: Skipped) -> Iterato
             yield batch
 
 
-def nothing_readable(skipped: Sequence[tuple[str, str]]) -> UserError | MachineError:
+def none_evaluated(skipped: Sequence[tuple[str, str]]) -> UserError | MachineError:
     """None of the images to evaluate on can be read: why the first cannot."""
     return none_readable("the images to evaluate on", skipped[0] if skipped else None)
 

@@ -18,7 +18,7 @@ from itpn.models.pyramid import find_pyramid
 from itpn.system.console import Output
 from itpn.system.text import one_line
 from itpn.system.writing import open_whole, open_whole_text, write_whole
-from itpn.tasks.evaluation import Evaluator, Scores, nothing_readable
+from itpn.tasks.evaluation import Evaluator, Scores, none_evaluated
 
 Features = tuple[Tensor, Tensor, Tensor]  # image index int64 [n], label int64 [n], features float32 [n, C]
 
@@ -51,7 +51,7 @@ def compute_features(network: nn.Module, normalize: Normalize, batch: dict[str, 
 def join_features(parts: Sequence[Features]) -> Features:
     """Together, in the order of the set."""
     if not parts:
-        raise nothing_readable([])
+        raise none_evaluated([])
     index, label, features = (torch.cat(column) for column in zip(*parts, strict=True))
     order = index.argsort()
     return index[order], label[order], features[order]

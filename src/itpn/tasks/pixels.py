@@ -67,8 +67,7 @@ def example_of(images: ImageSource | Reader) -> str:
     if not isinstance(images, ImageSource) and not len(images):
         return "the first image"
     files = FileReader(images.images[:1]) if isinstance(images, ImageSource) else images
-    name: str = files[0][0]
-    return name
+    return files.name(0)
 
 
 def find_stretch(data: Any) -> tuple[float, float] | None:
@@ -206,10 +205,10 @@ def resolve_pixels(
         UserError: images of another type than the settings say, that differ, or of which none can be read.
     """
     data, model = config.data, config.model
-    if data.dtype and model.in_chans:
-        kind, example = image_type(config), ""
-    else:
-        kind, example = find_type(images, replace(make_read_settings(config), type=None))
+    kind, nodata, example = image_type(config), data.nodata, ""
+    if not (data.dtype and model.in_chans):
+        first, example = find_type(images, replace(make_read_settings(config), type=None))
+        kind, nodata = first.type or kind, first.nodata
     if data.dtype not in (None, kind.dtype):
         settings = "photographs" if data.dtype == PHOTO else f"images of {data.dtype}"
         raise UserError(f"the settings are for {settings}, and {one_line(example)} has {kind}")
@@ -220,7 +219,8 @@ def resolve_pixels(
         return config, []
     if model.in_chans not in (None, kind.channels):
         raise UserError(f"--model.in-chans is {model.in_chans}, and {one_line(example)} has {kind}: leave it out")
-    config = replace(config, model=replace(model, in_chans=kind.channels), data=replace(data, dtype=kind.dtype))
+    data = replace(data, dtype=kind.dtype, nodata=nodata)
+    config = replace(config, model=replace(model, in_chans=kind.channels), data=data)
     same = stored is not None and (stored.get("dtype"), stored.get("channels")) == (kind.dtype, kind.channels)
     if same and stored is not None and not data.value_range:
         config = replace(config, data=replace(config.data, **{**_stored_settings(stored), **_given_settings(data)}))

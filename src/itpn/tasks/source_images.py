@@ -17,11 +17,11 @@ from itpn.data.readers import FileReader
 from itpn.data.samples import NO_LIMIT, Sample, open_for_tiles, type_of
 from itpn.data.shards import read_shard
 from itpn.data.skipped import none_readable
-from itpn.data.stored import PLAIN, ReadSettings, StoredImage
+from itpn.data.stored import EMPTY, PLAIN, ReadSettings, StoredImage
 from itpn.system.console import print_note, print_warnings
 from itpn.tasks.tiling import Tile
 
-BAND = 2**28  # bytes of an image's rows that are kept: strips of a file are decoded once for a row of tiles
+KEPT_BYTES = 2**28  # bytes of an image's rows that are kept: strips of a file are decoded once for a row of tiles
 NO_DATA = 255  # label of pixels without data
 
 
@@ -47,12 +47,16 @@ class SourceImage:
         self._parts: StoredImage | None = None  # which is read by region
         if stored is not None and stored.file.by_region:
             self._parts = StoredImage(stored.file, replace(settings, max_pixels=NO_LIMIT))
-        self.nodata = settings.nodata if stored is None or settings.nodata is not None else stored.file.nodata
+        self.nodata = settings.nodata
+        if self.nodata is None and stored is not None and not self.is_photo:
+            self.nodata = stored.file.nodata
         self._kept: tuple[int, int, Tensor] | None = None  # first row, rows and pixels
+        self._empty: bool | None = None  # whether no tile has had a value
 
     def warn(self) -> None:
         """Print what is remarkable about its pixels, once for many images."""
-        print_warnings({kind: (self.name, warning) for kind, warning in self._sample.warnings.items()})
+        warnings = {**self._sample.warnings, **({"empty": EMPTY} if self._empty else {})}
+        print_warnings({kind: (self.name, warning) for kind, warning in warnings.items()})
 
     def place(self) -> Georeference | None:
         """Where it is on the ground; None where that is not known, or for lack of a library, which is said."""
@@ -72,9 +76,13 @@ class SourceImage:
         rows, (top, left, height, width) = self._read_rows(tile), tile
         if rows is None:
             assert self._parts is not None
-            return self._parts.decode_window(top, left, height, width)
-        first, _, pixels = rows
-        return pixels[:, top - first : top - first + height, left : left + width]
+            pixels = self._parts.decode_window(top, left, height, width)
+        else:
+            first, _, kept = rows
+            pixels = kept[:, top - first : top - first + height, left : left + width]
+        if self._empty is not False:
+            self._empty = not is_valid(pixels, self.nodata).any()
+        return pixels
 
     def _read_rows(self, tile: Tile) -> tuple[int, int, Tensor] | None:
         """Rows that have a tile in them; None where they are too many to keep."""
@@ -84,7 +92,7 @@ class SourceImage:
             return self._kept
         if self._kept is None or self._kept[:2] != (tile.top, tile.height):
             file = self._parts.file
-            if tile.height * self.width * file.channels * file.dtype.itemsize > BAND:
+            if tile.height * self.width * file.channels * file.dtype.itemsize > KEPT_BYTES:
                 return None
             self._kept = None  # before the next are read
             pixels = self._parts.decode_window(tile.top, 0, tile.height, self.width)

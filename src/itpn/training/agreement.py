@@ -15,13 +15,14 @@ from itpn.errors import UserError
 from itpn.training.config import AnyConfig, RunConfig, Settings, to_dict
 from itpn.training.launch import choose_devices, launch_processes, make_fabric, quieten_libraries, read_launch
 
-HANDED = "ITPN_RESOLVED"  # variable by which a process hands what it has resolved to those that Lightning starts
-MOST = 100_000  # characters in it: Linux refuses 128 KiB
+RESOLVED = "ITPN_RESOLVED"  # variable by which a process hands what it has resolved to those that Lightning starts
+MAX_CHARACTERS = 100_000  # characters in it: Linux refuses 128 KiB
 # what each process may have of its own: places of files on its machine, and what it has of devices
-OWN = frozenset(
+LOCAL = frozenset(
     {
-        *("root", "val_root", "masks", "val_masks", "checkpoint", "output_dir", "name"),
-        *("num_workers", "accelerator", "devices", "num_nodes"),
+        *("output_dir", "name", "model.checkpoint", "teacher.checkpoint", "probe.root"),
+        *(f"data.{name}" for name in ("root", "val_root", "masks", "val_masks", "num_workers")),
+        *(f"trainer.{name}" for name in ("accelerator", "devices", "num_nodes")),
     }
 )
 
@@ -39,8 +40,8 @@ def resolve_together(
         UserError, MachineError: as ``resolve``, in all processes; or they have other settings than one another.
     """
     launch = read_launch()
-    if launch.started_by_first and HANDED in os.environ:
-        return change(config, json.loads(os.environ[HANDED])), []
+    if launch.started_by_first and RESOLVED in os.environ:
+        return change(config, json.loads(os.environ[RESOLVED])), []
     if launch.processes is not None:
         quieten_libraries()
         launch_processes(make_fabric(config.trainer, launch))
@@ -50,10 +51,10 @@ def resolve_together(
         return find_changes(config, found), list(notes)
 
     changes, notes = of_first(resolve_here)
-    os.environ.pop(HANDED, None)
+    os.environ.pop(RESOLVED, None)
     if launch.processes is None and choose_devices(config.trainer, launch).several:
         text = json.dumps(changes)
-        os.environ |= {HANDED: text} if len(text) <= MOST else {}
+        os.environ |= {RESOLVED: text} if len(text) <= MAX_CHARACTERS else {}
     config = change(config, changes)
     check_agreement(config)  # here, where they are together already: a refusal leaves nothing behind
     return config, notes
@@ -106,7 +107,7 @@ def _compare(first: Mapping[str, Any], own: Mapping[str, Any], section: str = ""
     for key, value in first.items():
         if isinstance(value, dict):
             found += _compare(value, own.get(key) or {}, f"{key}.")
-        elif key not in OWN and value != own.get(key):
+        elif section + key not in LOCAL and value != own.get(key):
             found.append((f"{section}{key}".replace("_", "-"), _shorten(value), _shorten(own.get(key))))
     return found
 

@@ -40,7 +40,7 @@ class ArrayImage:
         sides = shape[-3:] if len(shape) > 2 else shape
         self._axis = None if len(sides) == 2 else find_channels(sides, axes)
         self.channels = 1 if self._axis is None else sides[self._axis]
-        self.rgb = self.channels == 3 and self._axis == 2 and dtype == np.uint8
+        self.grey_or_rgb = self.channels == 1 or (self.channels == 3 and self._axis == 2 and dtype == np.uint8)
         self.height, self.width = (side for axis, side in enumerate(sides) if axis != self._axis)
         self.dtype = plain_dtype(dtype)
 

@@ -24,7 +24,7 @@ class BandsFile:
         UnreadableImage: a file cannot be read, or is of another size or type than the first.
     """
 
-    rgb = False
+    grey_or_rgb = False
 
     def __init__(self, paths: Sequence[Path], axes: Axes | None = None) -> None:
         self._files = [_open(path, axes) for path in paths]

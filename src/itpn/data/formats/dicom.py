@@ -33,7 +33,7 @@ class DicomImage:
         self.channels = int(header.get("SamplesPerPixel", 1))
         if min(self.height, self.width, self.channels) < 1:
             raise UnreadableImage(f"DICOM of {self.width}x{self.height} pixels and {self.channels} channels")
-        self.rgb = self.channels == 3  # YBR is converted
+        self.grey_or_rgb = self.channels in (1, 3)  # YBR is converted
         self.pages = int(header.get("NumberOfFrames") or 1)
         self._rescaled = any(name in header for name in RESCALED)
         bits, signed = int(header.BitsAllocated), bool(header.get("PixelRepresentation"))

@@ -20,7 +20,7 @@ class ImageFile(Protocol):
         dtype: of the pixels that :meth:`read` returns.
         pages: images of the same size in the file: planes of a stack, moments, frames.
         nodata: the value of pixels without data; None if the file declares none.
-        rgb: whether the channels are red, green and blue.
+        grey_or_rgb: whether the channels are grey, of which 0 is black, or red, green and blue.
         by_region: whether a window is read without decoding the rest.
     """
 
@@ -30,7 +30,7 @@ class ImageFile(Protocol):
     dtype: np.dtype
     pages: int
     nodata: float | None
-    rgb: bool
+    grey_or_rgb: bool
     by_region: bool
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:

@@ -42,13 +42,13 @@ class PhotoImage:
         self.pages = getattr(image, "n_frames", 1) if image.format == "TIFF" else 1
         kinds = {"I": np.int32, "F": np.float32, "I;16": np.uint16, "I;16B": np.uint16}
         self.dtype = np.dtype(np.uint16 if self._deep else kinds.get(self._mode, np.uint8))
-        self.rgb = self._mode == "RGB"
         tags: Any = getattr(image, "tag_v2", {})
         if tags.get(SAMPLES, 1) > len(image.getbands()):  # of planes of their own Pillow reads the first alone
             raise UnreadableImage("TIFF of bands that Pillow does not read")
         self.nodata = keep_storable(read_nodata(tags.get(NODATA)), self.dtype)
         self._inverted = tags.get(PHOTOMETRIC) == 0 and self._mode in ("1", "L")
         self.channels = {0: 1, 2: 3, 4: 2, 6: 4}[self._data[25]] if self._deep else BANDS.get(self._mode, 1)
+        self.grey_or_rgb = self._mode in ("1", "L", "RGB") and not self._inverted
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:
         """See :meth:`itpn.data.formats.image_file.ImageFile.read`."""
@@ -68,7 +68,7 @@ class DecodedPhoto:
     """See :class:`itpn.data.formats.image_file.ImageFile`: a photograph as a viewer shows it, in RGB."""
 
     channels, pages, dtype = 3, 1, np.dtype(np.uint8)
-    rgb = True
+    grey_or_rgb = True
     nodata: float | None = None
 
     def __init__(self, image: EncodedImage) -> None:

@@ -33,7 +33,7 @@ class RasterImage:
         packed = "file_compression" in self._raster.tags(ns="ENVI")
         if driver == "ENVI" and isinstance(source, Path) and not packed and source.stat().st_size < size:
             raise UnreadableImage(CUT_OFF)  # GDAL reads zeros
-        self.rgb = self._raster.colorinterp == RGB
+        self.grey_or_rgb = self.channels == 1 or self._raster.colorinterp == RGB
         self.nodata = keep_storable(self._raster.nodata, self.dtype)
 
     def read(self, page: int = 0, window: Window | None = None) -> np.ndarray:

@@ -59,8 +59,11 @@ def read_image(
         raise UserError(f"{os.fspath(path)}: {error}") from None
 
 
-def read_size(path: str) -> tuple[int, int]:
+def read_size(path: str, axes: Axes | None = None) -> tuple[int, int]:
     """Height and width of an image of any format from its header, with the orientation applied.
+
+    Args:
+        axes: of arrays, see :class:`ArrayImage`.
 
     Raises:
         UnreadableImage: see :func:`open_file`.
@@ -74,7 +77,7 @@ def read_size(path: str) -> tuple[int, int]:
                 opened = open_image(file, max_pixels=None)
                 return opened.height, opened.width
     with decoder_errors():
-        image = open_file(Path(path))
+        image = open_file(Path(path), axes)
     return image.height, image.width
 
 
@@ -86,7 +89,7 @@ def check_size(image: ImageFile, max_pixels: int) -> None:
     """
     pixels = image.height * image.width
     if pixels > max_pixels:
-        parts = "--data.window-size reads it in parts, though not for classifiers"
+        parts = "it can be read in parts, by --data.window-size where a task has that"
         if not image.by_region:
             parts = f"it cannot be read in parts: {REMEDY}"
         raise UnreadableImage(

@@ -18,7 +18,7 @@ from itpn.data.orientation import ORIENTATION, SWAPPED, XMP, choose_orientation,
 
 NO_DECODER = "TIFF of compression {} is read by imagecodecs: pip install 'itpn[science]'"
 CHUNK = 2**24  # pixels of a tile or strip that is decoded for a window
-RGB = (2, 6)  # photometric interpretations: RGB and YCbCr
+RGB, INDEXED = (2, 6), (0, 3)  # photometric interpretations: RGB and YCbCr; 0 is white, and palette
 # sizes, depth, compression, strips, tiles, resolution, predictor, alpha, place on the ground and GDAL's own
 PLAIN_TAGS = {*range(256, 260), 262, 273, 274, *range(277, 280), 282, 283, 284, 296, 317, *range(322, 326), 338, 339}
 PLAIN_TAGS |= {33550, 33922, 34264, *range(34735, 34738), 42112, NODATA}
@@ -50,7 +50,9 @@ class TiffImage:
         if self._orientation in SWAPPED:
             self.height, self.width = self.width, self.height
         self.channels = sizes.get("C", 1) * sizes.get("S", 1)
-        self.rgb = sizes.get("S") == 3 == self.channels and self._series.keyframe.photometric in RGB
+        photometric = self._series.keyframe.photometric
+        is_rgb = sizes.get("S") == 3 == self.channels and photometric in RGB
+        self.grey_or_rgb = is_rgb or (self.channels == 1 and photometric not in INDEXED)
         self.pages = math.prod(size for axis, size in sizes.items() if axis not in IN_PAGE)
         self.dtype = plain_dtype(np.dtype(self._series.dtype))
         self.nodata = keep_storable(read_nodata(tags.valueof(NODATA)), self.dtype)

@@ -21,7 +21,7 @@ from itpn.tasks.classification.config import ClassificationConfig
 from itpn.tasks.classification.data import find_data
 from itpn.tasks.classification.evaluation import ClassificationEvaluator
 from itpn.tasks.classification.module import ClassificationModule
-from itpn.tasks.evaluation import Skipped, nothing_readable, read_batches
+from itpn.tasks.evaluation import Skipped, none_evaluated, read_batches
 from itpn.tasks.features import Features, compute_features, join_features
 from itpn.tasks.run import start_notes, train_composed
 from itpn.tasks.spec import task_of
@@ -136,6 +136,6 @@ def _collect(module: ClassificationModule, images: ClassificationEvaluator, skip
     batches = read_batches(images.batches(0, 1), unread)
     parts = [compute_features(module.model, module.normalize, batch) for batch in batches]
     if not parts:
-        raise nothing_readable(unread)
+        raise none_evaluated(unread)
     skipped += unread
     return join_features(parts)

@@ -34,7 +34,8 @@ def find_data(config: DetectionConfig) -> DetectionData:
     """
     data = config.data
     limit = data.max_pixels if data.window_size is None else NO_LIMIT  # windows of larger images are read
-    train, val = find_objects(data.root, data.val_root, data.invalid_annotations, print_once, limit, data.bands)
+    how = data.invalid_annotations, print_once, limit, data.bands, data.axes
+    train, val = find_objects(data.root, data.val_root, *how)
     train = train if data.empty_images else train.with_objects()
     if data.label_fraction < 1:
         train = train.take(draw_images(train, data.label_fraction, config.seed))

@@ -211,7 +211,7 @@ def find_evaluation_data(
     data = config.data
     where = data.val_root or data.root
     # what is too large to be decoded as a whole may be read in tiles, or is named
-    options: dict[str, Any] = {"max_pixels": NO_LIMIT, "bands": data.bands}
+    options: dict[str, Any] = {"max_pixels": NO_LIMIT, "bands": data.bands, "axes": data.axes}
     images = read_objects(where, "val", data.invalid_annotations, print_once, optional=True, **options)
     if images is None:  # a folder with one set alone: that
         images = read_objects(where, "train", data.invalid_annotations, print_once, **options)

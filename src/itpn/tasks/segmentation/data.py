@@ -29,6 +29,7 @@ def make_rules(config: SegmentationConfig) -> MaskRules:
         print_once,
         data.max_pixels,
         data.bands,
+        data.axes,
         data.window_size is not None,
     )
 
