@@ -15,10 +15,10 @@ from torch import Tensor
 from itpn.errors import UserError
 from itpn.models.position import Grid
 from itpn.models.variants import WITH_PYRAMID
+from itpn.teachers import AUTO
 from itpn.teachers.files import FILE_FORMS, read_tensors
 from itpn.teachers.folders import FolderModel, read_folder
 
-AUTO = "auto"  # the name of a teacher that its checkpoint says
 CLIP_BASE = "vit_base_patch16_clip_quickgelu_224.openai"  # the timm model that the name `clip` changes the sizes of
 # names of the projection's last linear layer in files of CLIP models; the first dimension is the output width
 CLIP_PROJECTIONS = (

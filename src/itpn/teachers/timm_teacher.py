@@ -92,7 +92,7 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
     """
     if name in TEACHERS:
         teacher = TEACHERS[name](checkpoint, grid)
-        teacher.sha256 = teacher.sha256 or _hash_weights(checkpoint, None)
+        teacher.sha256 = teacher.sha256 or hash_weights(checkpoint)
         return teacher
     plan = make_plan(name, checkpoint)
     stride = _apply_to_tower(plan, None, lambda tower, _: int(tower.model.feature_info[-1]["reduction"]))
@@ -113,7 +113,7 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
     tower = FeatureTower(model, plan.projected)
     tower.norm_in_model = features.norm_in_model
     teacher = FeatureTeacher(plan.name, tower, grid, img_size, features.width, tuple(cfg["mean"]), tuple(cfg["std"]))
-    teacher.sha256 = _hash_weights(checkpoint, get_pretrained_cfg(plan.architecture))
+    teacher.sha256 = hash_weights(checkpoint, get_pretrained_cfg(plan.architecture))
     teacher.licence = licence_of(plan)
     return teacher
 
@@ -329,7 +329,7 @@ def _check_biases(plan: TeacherPlan, model: Any) -> None:
                 )
 
 
-def _hash_weights(checkpoint: str | None, cfg: Any) -> str | None:
+def hash_weights(checkpoint: str | None, cfg: Any = None) -> str | None:
     """SHA-256 of a checkpoint, or of the file that timm has fetched; None if there is no such file."""
     if checkpoint is not None:
         path = Path(checkpoint)
