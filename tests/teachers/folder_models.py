@@ -56,18 +56,18 @@ PROCESSORS = {"dinov3": "DINOv3ViT", "dinov2": "Bit", "siglip": "Siglip", "clip"
 
 
 @functools.cache
-def make(kind):
+def make(kind, strong=False):
+    """A model with every parameter from N(0, 0.1): norms, layer scales, tokens and positions too.
+
+    Args:
+        strong: norms from N(1, 0.1), so that the hidden layers are far from linear.
+    """
     transformers.logging.set_verbosity_error()
     torch.manual_seed(len(kind))
     model = MODELS[kind]().eval()
-    draw(model)
+    for name, parameter in model.named_parameters():
+        nn.init.normal_(parameter, mean=float(strong and "norm" in name and "weight" in name), std=0.1)
     return model
-
-
-def draw(model):
-    """Every parameter from N(0, 0.1): norms, layer scales, tokens and positions too."""
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
 
 
 def processor(kind):
@@ -75,16 +75,16 @@ def processor(kind):
     return getattr(transformers, f"{name}ImageProcessor")(**IMAGENET if name == "Bit" else {})
 
 
-def save(kind, folder):
-    make(kind).save_pretrained(folder)
+def save(kind, folder, strong=False):
+    make(kind, strong).save_pretrained(folder)
     processor(kind).save_pretrained(folder)
     return str(folder)
 
 
 @torch.no_grad()
-def features(kind, images):
+def features(kind, images, strong=False):
     """What transformers' own processor and model return for the patches of uint8 images [B, 3, H, W]."""
-    model = make(kind)
+    model = make(kind, strong)
     x = processor(kind)(images=list(images), do_resize=False, do_center_crop=False, return_tensors="pt")["pixel_values"]
     tower = getattr(model, "dinov2", model)
     while hasattr(tower, "vision_model"):

@@ -66,6 +66,33 @@ def test_features_are_those_of_transformers(kind, folders):
     assert teacher_width("auto", folder) == teacher.width
 
 
+@pytest.mark.parametrize("kind", ["siglip tower", "clip", "clip gelu", "dinov2"])
+def test_activations_are_those_of_transformers(kind, tmp_path):
+    """Kinds of GELU differ by less than 1e-5 near 0."""
+    teacher = build_teacher("auto", save(kind, tmp_path, strong=True), (4, 4))
+    images = draw_images(teacher.img_size)
+    expected = features(kind, images, strong=True)
+    assert (teacher(images) - expected).abs().max() < BOUND * expected.std()
+
+
+@pytest.mark.parametrize("kind", ["dinov3_vit", "dinov3_convnext", "dinov2", "siglip2", "clip", "clip tower"])
+def test_settings_that_a_folder_leaves_out(kind, folders, copy):
+    """They are transformers' own; of published folders, many leave out what is so."""
+    folder = copy(kind)
+    config = json.loads((folder / "config.json").read_text())
+    vision = config.get("vision_config", config)
+    for name in ("hidden_act", "layer_norm_eps", "rope_theta", "num_channels", "patch_size", "image_size"):
+        vision.pop(name, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    whole, sparse = (build_teacher("auto", str(path), (4, 4)) for path in (folders(kind), folder))
+    assert repr(sparse.tower) == repr(whole.tower)
+    images = draw_images(whole.img_size)
+    assert torch.equal(sparse(images), whole(images))
+    vision["layer_norm_eps"] = 0.25
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "eps=0.25" in repr(build_teacher("auto", str(folder), (4, 4)).tower)
+
+
 # --- published sizes
 
 VITS = {"small": (384, 12, 6), "base": (768, 12, 12), "large": (1024, 24, 16), "huge": (1280, 32, 16)}

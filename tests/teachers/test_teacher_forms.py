@@ -5,6 +5,8 @@ Perception Encoders and EVA-02, which transformers has not, with formulas of the
 functions with smaller sizes.
 """
 
+import hashlib
+
 import pytest
 import timm
 import torch
@@ -15,6 +17,8 @@ from timm.models import convnext, eva, generate_default_cfgs, get_pretrained_cfg
 
 from itpn.errors import UserError
 from itpn.teachers.folders import read_folder
+from itpn.teachers.licences import licence_of
+from itpn.teachers.plan import make_plan
 from itpn.teachers.timm_teacher import build_teacher, teacher_width
 
 BOUND = 1e-5
@@ -38,7 +42,8 @@ default_cfgs = {}
 
 def register(name, sizes, side):
     module = next(module for module in (eva, convnext, vision_transformer) if hasattr(module, name))
-    cfg = get_pretrained_cfg(name).to_dict()
+    cfg = get_pretrained_cfg(name).to_dict(remove_null=False)
+    tagged = f"{name}_smaller.{cfg['tag']}"
     # their patches in place of those of the published sizes, which rotary positions are stretched to
     native = {"ref_feat_shape": (4, 4)} if "eva02" in name else {}
 
@@ -47,7 +52,7 @@ def register(name, sizes, side):
 
     smaller.__name__ = f"{name}_smaller"
     smaller.__module__ = __name__
-    default_cfgs.update(generate_default_cfgs({f"{smaller.__name__}.test": cfg | {"input_size": (3, side, side)}}))
+    default_cfgs.update(generate_default_cfgs({tagged: cfg | {"input_size": (3, side, side)}}))
     register_model(smaller)
 
 
@@ -238,7 +243,8 @@ def perception_encoder(state, images, spatial):
     x = F.conv2d(images, state["conv1.weight"], stride=16)
     rows, cols = x.shape[-2:]
     table = state["positional_embedding"]
-    grid = F.interpolate(table[1:].T.reshape(1, -1, 4, 4), (rows, cols), mode="bilinear").flatten(2)
+    side = round((len(table) - 1) ** 0.5)
+    grid = F.interpolate(table[1:].T.reshape(1, -1, side, side), (rows, cols), mode="bilinear").flatten(2)
     x = torch.cat([(state["class_embedding"] + table[0]).expand(len(x), 1, -1), (x.flatten(2) + grid).mT], dim=1)
     x = norm(x, state, "ln_pre", 1e-5)
     down, right = angles_of(torch.arange(1.0, rows + 1), torch.arange(1.0, cols + 1), 16)
@@ -366,3 +372,40 @@ def test_eva02(large, form, tmp_path):
     mean, std = (torch.tensor(model.pretrained_cfg[key]).reshape(3, 1, 1) for key in ("mean", "std"))
     assert (teacher(images) - eva02(state, (images / 255 - mean) / std, large)).abs().max() < BOUND
     assert teacher_width(name, str(path)) == 64
+
+
+# --- the hub, and licences
+
+
+def test_a_perception_encoder_of_the_hub_fits_any_size(monkeypatch, tmp_path):
+    name, state = smaller("vit_pe_core_base_patch16_224"), draw_perception_encoder(False)
+    state |= draw({"positional_embedding": (14**2 + 1, 64), "proj": (64, 1024)})
+    published = {key: tensor.contiguous() for key, tensor in eva._convert_pe(state, None, prefix="").items()}
+    path = tmp_path / "model.safetensors"
+    save_file(published, path)
+    monkeypatch.setattr("timm.models._builder.load_state_dict_from_hf", lambda *a, **k: dict(published))
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a: str(path))
+    teacher = build_teacher(f"{name}.fb", None, (6, 5))
+    images = draw_images(teacher.img_size)
+    expected = perception_encoder(state, (images / 255 - 0.5) / 0.5, False)
+    assert (teacher(images) - expected).abs().max() < BOUND
+    assert teacher.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "licence"),
+    [
+        ("vit_small_patch16_dinov3.lvd1689m", "dinov3-license"),
+        ("vit_small_patch16_dinov3", "dinov3-license"),
+        ("convnext_tiny.dinov3_lvd1689m", "dinov3-license"),
+        ("convnext_tiny", None),  # its tags have several
+        ("vit_small_patch14_reg4_dinov2", "apache-2.0"),
+        ("eva02_base_patch14_224", "mit"),
+        ("vit_base_patch16_siglip_224.v2_webli", "apache-2.0"),
+    ],
+)
+def test_licences_that_timm_knows(name, licence):
+    plan = make_plan(name, None)
+    assert licence_of(plan) == (licence and f"{licence}, says timm")
+    plan.checkpoint = "weights.safetensors"
+    assert licence_of(plan) == (licence and f"{licence} for those of this name, says timm")

@@ -26,6 +26,8 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     if not tensors:
         raise UserError(f"{what} has no weights in it; give {FILE_FORMS}")
     tensors = clean_state_dict(tensors)  # "module." and the like
+    # of DINOv3's files: NaN until it is set, and a second name of the last norm
+    tensors = {key: t for key, t in tensors.items() if not (key.endswith(".bias_mask") or key.startswith("norms."))}
     return {key: t for key, t in tensors.items() if key.startswith("visual.")} or tensors
 
 

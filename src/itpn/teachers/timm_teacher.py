@@ -229,8 +229,7 @@ def _create(plan: TeacherPlan, img_size: tuple[int, int] | None, **options: Any)
 
 def _load(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
     """Build the model with the weights of the file, which timm converts to its own form and to the image size."""
-    used = {key: tensor for key, tensor in plan.state.items() if not key.endswith(".bias_mask")}  # NaN until it is set
-    if nonfinite := count_nonfinite(used):
+    if nonfinite := count_nonfinite(plan.state):
         raise UserError(f"teacher checkpoint {plan.checkpoint} has {describe_nonfinite(nonfinite)}")
     # float32 before tables are resampled
     state = {k: t.float() if t.is_floating_point() else t for k, t in plan.state.items()}
