@@ -86,9 +86,14 @@ def _folder_plan(name: str, checkpoint: str, model: FolderModel) -> TeacherPlan:
 
 
 def fit_positions(plan: TeacherPlan, grid: Grid) -> None:
-    """Have Perception Encoders take other image sizes as their authors' code: the positions of patches count from 1 on,
-    whatever the size. timm would stretch them to the published size, and cannot resample a table of the authors' files.
+    """Have models of timm take other image sizes as their authors' code and transformers do, where timm does not.
+
+    DINOv2 without registers resamples its table without antialiasing. Of Perception Encoders the positions of patches
+    count from 1 on, whatever the size; timm would stretch them to the published size, and cannot resample the table of
+    the authors' files.
     """
+    if "_dinov2" in plan.architecture:
+        plan.resampling = plan.resampling or ("bicubic", "_reg4_" in plan.architecture)
     if plan.architecture.startswith("vit_pe_"):
         plan.options["ref_feat_shape"] = grid
         plan.resampling = ("bilinear", False)
