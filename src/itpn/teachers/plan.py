@@ -85,13 +85,15 @@ def _folder_plan(name: str, checkpoint: str, model: FolderModel) -> TeacherPlan:
     )
 
 
-def fit_positions(plan: TeacherPlan, grid: Grid) -> None:
-    """Have models of timm take other image sizes as their authors' code and transformers do, where timm does not.
+def follow_authors(plan: TeacherPlan, grid: Grid) -> None:
+    """Have models of timm compute what their authors' code and transformers do, where timm does something else.
 
     DINOv2 without registers resamples its table without antialiasing. Of Perception Encoders the positions of patches
     count from 1 on, whatever the size; timm would stretch them to the published size, and cannot resample the table of
-    the authors' files.
+    the authors' files. SigLIP has the tanh approximation of GELU, timm in some of its models only.
     """
+    if re.match("vit_.*_siglip_", plan.architecture) and not _is_fine_tuned(plan.architecture):
+        plan.options.setdefault("act_layer", "gelu_tanh")
     if "_dinov2" in plan.architecture:
         plan.resampling = plan.resampling or ("bicubic", "_reg4_" in plan.architecture)
     if plan.architecture.startswith("vit_pe_"):

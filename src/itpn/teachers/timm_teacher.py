@@ -32,7 +32,7 @@ from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
 from itpn.teachers.files import FILE_FORMS, quiet_timm, sha256_of
 from itpn.teachers.folders import weight_files
 from itpn.teachers.licences import licence_of
-from itpn.teachers.plan import TeacherPlan, classifiers_of, fit_positions, make_plan
+from itpn.teachers.plan import TeacherPlan, classifiers_of, follow_authors, make_plan
 
 T = TypeVar("T")
 # names of the patch embedding and of the position table in the forms of files
@@ -97,7 +97,7 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
     plan = make_plan(name, checkpoint)
     stride = _apply_to_tower(plan, None, lambda tower, _: int(tower.model.feature_info[-1]["reduction"]))
     img_size = (grid[0] * stride, grid[1] * stride)
-    fit_positions(plan, grid)
+    follow_authors(plan, grid)
     features = _apply_to_tower(plan, img_size, _features)
     if (features.rows, features.cols) != grid:
         raise UserError(
