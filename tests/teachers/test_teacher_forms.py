@@ -7,6 +7,7 @@ functions with smaller sizes.
 
 import hashlib
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -22,6 +23,7 @@ from itpn.teachers.plan import make_plan
 from itpn.teachers.timm_teacher import build_teacher, teacher_width
 
 BOUND = 1e-5
+SIGLIP = "siglip2 of fixed size"
 VIT = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 SMALLER = {  # of timm's models: their sizes, and those of their images
     "vit_small_patch16_dinov3_qkvb": ({**VIT, "mlp_ratio": 1.5}, 64),
@@ -198,6 +200,77 @@ def test_timms_files(form, tmp_path):
         model = timm.create_model(smaller(name), img_size=56, num_classes=0)
         state |= {key: tensor for key, tensor in model.state_dict().items() if key.startswith("attn_pool.")}
     check(name, state, tmp_path / "weights.safetensors", kind, grids)
+
+
+def big_vision():
+    """The arrays of SigLIP's authors, with blocks in one array each."""
+    theirs = {key.removeprefix("vision_model."): t.numpy() for key, t in make(SIGLIP).state_dict().items()}
+    arrays = {"embedding/kernel": theirs["embeddings.patch_embedding.weight"].transpose(2, 3, 1, 0)}
+    arrays |= {"embedding/bias": theirs["embeddings.patch_embedding.bias"]}
+    arrays |= {"pos_embedding": theirs["embeddings.position_embedding.weight"][None]}
+    arrays |= dense_norm("Transformer/encoder_norm", "post_layernorm", theirs)
+    layers = [big_vision_block(f"encoder.layers.{index}", theirs) for index in range(2)]
+    arrays |= {f"Transformer/encoderblock/{key}": np.stack([layer[key] for layer in layers]) for key in layers[0]}
+    head = timm.create_model(smaller("vit_so400m_patch14_siglip_224"), img_size=56, num_classes=0).attn_pool
+    pooling = {"probe": head.latent, "LayerNorm_0/scale": head.norm.weight, "LayerNorm_0/bias": head.norm.bias}
+    arrays |= {f"MAPHead_0/{key}": tensor.detach().numpy() for key, tensor in pooling.items()}
+    for name in ("query", "key", "value", "out"):
+        shape = (4, 16, 64) if name == "out" else (64, 4, 16)
+        arrays[f"MAPHead_0/MultiHeadDotProductAttention_0/{name}/kernel"] = np.zeros(shape, np.float32)
+        arrays[f"MAPHead_0/MultiHeadDotProductAttention_0/{name}/bias"] = np.zeros(64, np.float32)
+    for index, shape in enumerate(((64, 96), (96, 64))):
+        arrays[f"MAPHead_0/MlpBlock_0/Dense_{index}/kernel"] = np.zeros(shape, np.float32)
+        arrays[f"MAPHead_0/MlpBlock_0/Dense_{index}/bias"] = np.zeros(shape[1], np.float32)
+    return {f"params/img/{key}": array for key, array in arrays.items()} | {"params/t": np.ones(1, np.float32)}
+
+
+def dense_norm(name, theirs, state):
+    return {f"{name}/scale": state[f"{theirs}.weight"], f"{name}/bias": state[f"{theirs}.bias"]}
+
+
+def big_vision_block(at, state):
+    block = dense_norm("LayerNorm_0", f"{at}.layer_norm1", state) | dense_norm(
+        "LayerNorm_1", f"{at}.layer_norm2", state
+    )
+    for index in range(2):
+        block[f"MlpBlock_0/Dense_{index}/kernel"] = state[f"{at}.mlp.fc{index + 1}.weight"].T
+        block[f"MlpBlock_0/Dense_{index}/bias"] = state[f"{at}.mlp.fc{index + 1}.bias"]
+    for name in ("query", "key", "value", "out"):
+        weight, bias = (
+            state[f"{at}.self_attn.{name[0] if name != 'out' else name}_proj.{k}"] for k in ("weight", "bias")
+        )
+        heads = (4, 16, 64) if name == "out" else (64, 4, 16)
+        block[f"MultiHeadDotProductAttention_0/{name}/kernel"] = weight.T.reshape(heads)
+        block[f"MultiHeadDotProductAttention_0/{name}/bias"] = bias if name == "out" else bias.reshape(4, 16)
+    return block
+
+
+def test_arrays_of_big_vision(tmp_path):
+    path, name = tmp_path / "siglip2.npz", smaller("vit_so400m_patch14_siglip_224")
+    arrays = big_vision()
+    np.savez(path, **arrays)
+    teacher = build_teacher(name, str(path), (4, 4))
+    images = draw_images((56, 56))
+    assert (teacher(images) - features(SIGLIP, images)).abs().max() < BOUND
+    assert teacher.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert teacher_width(name, str(path)) == 64
+    assert build_teacher(name, str(path), (5, 3))(draw_images((70, 42))).shape == (2, 15, 64)
+
+    wrong = {"deeper": {}, "objects": {"params/img/pos_embedding": np.array([{}])}, "less": None}
+    for case, changed in wrong.items():
+        held = arrays | (changed or {})
+        if case == "deeper":
+            block = "params/img/Transformer/encoderblock"
+            held = {key: np.concatenate([a, a]) if key.startswith(block) else a for key, a in held.items()}
+        if case == "less":
+            held.pop("params/img/embedding/bias")
+        np.savez(path, **held)
+        with pytest.raises(UserError, match=rf"siglip2\.npz is not of {name} in big_vision's form: ") as error:
+            build_teacher(name, str(path), (4, 4))
+        assert "\n" not in str(error.value)
+    np.savez_compressed(path, **arrays)
+    with pytest.raises(UserError, match="compressed"):
+        build_teacher(name, str(path), (4, 4))
 
 
 def test_biases_that_timm_would_drop(tmp_path):

@@ -59,6 +59,8 @@ def make_plan(name: str, checkpoint: str | None) -> TeacherPlan:
     _check_name(name)
     if checkpoint is None:
         return TeacherPlan(name, name, projected=_is_clip(name) and not _is_fine_tuned(name))
+    if checkpoint.endswith(".npz"):  # which timm reads into a model that it has built
+        return TeacherPlan(name, name, False, {"num_classes": 0}, checkpoint=checkpoint)
     return _file_plan(name, checkpoint, read_tensors(checkpoint), {})
 
 

@@ -13,11 +13,13 @@ The features are
 
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed
@@ -25,8 +27,8 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from itpn.checkpoints.hub import cached_file, check_hub, describe_mismatch
-from itpn.checkpoints.io import count_nonfinite, describe_error, describe_nonfinite
-from itpn.errors import UserError
+from itpn.checkpoints.io import check_stored, count_nonfinite, describe_error, describe_nonfinite
+from itpn.errors import ACCIDENTS, FORBIDDEN, UserError, refusal
 from itpn.models.position import Grid
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
 from itpn.teachers.files import FILE_FORMS, quiet_timm, sha256_of
@@ -105,6 +107,8 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
             f"{img_size[0]}x{img_size[1]} px, not one for each of the {grid[0]}x{grid[1]} patches: choose another "
             "--teacher.name or --data.img-size"
         )
+    if checkpoint is not None and not plan.state:
+        plan.state = _read_arrays(plan, checkpoint, stride)
     model = _load(plan, img_size) if plan.state else _fetch(plan, img_size)
     cfg = model.pretrained_cfg
     if any("QuickGELU" in note for note in cfg.get("notes") or ()) and "quickgelu" not in plan.architecture:
@@ -273,6 +277,32 @@ def _load(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
     cfg = get_pretrained_cfg(plan.architecture)
     model.pretrained_cfg["classifier"] = cfg.classifier if cfg else None
     return model
+
+
+def _read_arrays(plan: TeacherPlan, path: str, patch: int) -> dict[str, Tensor]:
+    """Weights of an .npz file of big_vision, as SigLIP's authors publish them, by timm's names."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_stored(archive)
+        with np.load(path) as arrays:
+            table, scales = (
+                f"params/img/{key}" for key in ("pos_embedding", "Transformer/encoderblock/LayerNorm_0/scale")
+            )
+            side = round(arrays[table].shape[1] ** 0.5) * patch
+            depth = (
+                len(arrays[scales]) if scales in arrays else sum(key.endswith("LayerNorm_1/scale") for key in arrays)
+            )
+        model = _create(plan, (side, side))
+        if len(model.blocks) != depth:
+            raise ValueError(f"it has {depth} blocks, the model {len(model.blocks)}")
+        model.load_pretrained(path)
+    except Exception as error:  # whatever is wrong with it
+        if isinstance(error, OSError) and error.errno in ACCIDENTS | FORBIDDEN:
+            raise refusal(f"teacher checkpoint {path} cannot be read", error) from error
+        raise UserError(
+            f"teacher checkpoint {path} is not of {plan.name} in big_vision's form: {describe_error(error)}"
+        ) from error
+    return model.state_dict()
 
 
 def _fetch(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:

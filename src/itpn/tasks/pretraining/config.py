@@ -301,7 +301,9 @@ def check_teacher(teacher: TeacherConfig, features: bool) -> None:
         features: whether features are predicted.
     """
     if features and teacher.name is None:
-        raise UserError("a loss on features needs a teacher: give --teacher.name, `ema` or a model of timm")
+        raise UserError(
+            "a loss on features needs a teacher: give --teacher.name, `ema` or a model of timm, or --teacher.checkpoint"
+        )
     if teacher.name is not None and not features:
         raise UserError(
             f"teacher {teacher.name} has nothing to do: set --model.feature-weight or --model.pyramid-weights above 0"
