@@ -129,12 +129,10 @@ PUBLISHED = {
     "convnext_large.dinov3_lvd1689m": convnext([192, 384, 768, 1536], [3, 3, 27, 3]),
     "vit_small_patch14_dinov2": dinov2("small"),
     "vit_base_patch14_dinov2": dinov2("base"),
-    "vit_large_patch14_dinov2": dinov2("large"),
     "vit_giant_patch14_dinov2": dinov2("giant", use_swiglu_ffn=True),
     "vit_small_patch14_reg4_dinov2": dinov2("small", registers=True),
     "vit_large_patch14_reg4_dinov2": dinov2("large", registers=True),
     "vit_base_patch16_siglip_gap_224.v2_webli": (SIGLIP, {}),
-    "vit_large_patch16_siglip_gap_256.v2_webli": (SIGLIP, vit("large", intermediate_size=4096, image_size=256)),
     "vit_so400m_patch14_siglip_gap_224.v2_webli": (SIGLIP, vit("so400m", intermediate_size=4304, patch_size=14)),
     "vit_base_patch16_clip_quickgelu_224.openai": (CLIP, {"patch_size": 16}),
     "vit_large_patch14_clip_quickgelu_224.openai": (
