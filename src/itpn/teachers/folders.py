@@ -126,6 +126,11 @@ def read_folder(folder: str) -> FolderModel:
     return model
 
 
+def is_of_folder(path: Path) -> bool:
+    """Whether a file is the weights of a folder that says what they are of."""
+    return path.name == WEIGHTS[0] and path.with_name("config.json").is_file()
+
+
 def weight_files(folder: str) -> list[Path]:
     """The files of a folder's weights, in order: one, or the parts that an index lists.
 

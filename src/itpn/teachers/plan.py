@@ -17,7 +17,7 @@ from itpn.models.position import Grid
 from itpn.models.variants import WITH_PYRAMID
 from itpn.teachers import AUTO
 from itpn.teachers.files import FILE_FORMS, read_tensors
-from itpn.teachers.folders import FolderModel, read_folder
+from itpn.teachers.folders import FolderModel, is_of_folder, read_folder
 
 CLIP_BASE = "vit_base_patch16_clip_quickgelu_224.openai"  # the timm model that the name `clip` changes the sizes of
 # names of the projection's last linear layer in files of CLIP models; the first dimension is the output width
@@ -54,6 +54,9 @@ def make_plan(name: str, checkpoint: str | None) -> TeacherPlan:
         raise UserError(f"teacher {name} is read from a file: give --teacher.checkpoint FILE, {FILE_FORMS}")
     if checkpoint is not None and Path(checkpoint).is_dir():
         return _folder_plan(name, checkpoint, read_folder(checkpoint))
+    if checkpoint is not None and name == AUTO and is_of_folder(Path(checkpoint)):
+        folder = str(Path(checkpoint).parent)
+        return _folder_plan(name, folder, read_folder(folder))
     if checkpoint is not None and name in (AUTO, "clip"):
         return _clip_plan(checkpoint, read_tensors(checkpoint))
     _check_name(name)
