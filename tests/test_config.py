@@ -148,6 +148,8 @@ def test_masked_feature_modelling_is_added_to_pixels():
         ({"pixel_weight": 0.0}, {}, "nothing is predicted"),
         ({"pixel_weight": -1.0}, {}, "--model.pixel-weight must be at least 0"),
         ({"feature_weight": 1.0}, {}, "needs a teacher"),
+        ({"feature_weight": 1.0}, {"name": "clip", "sha256": "12"}, "--teacher.sha256 must have 64 digits from 0 to f"),
+        ({}, {"checkpoint": "."}, "teacher auto has nothing to do"),
         ({}, {"name": "ema"}, "has nothing to do"),
         ({"masked_laterals": True}, {}, "needs --model.masked-patches mask_token"),
         ({"masked_laterals": True, "masked_patches": "mask_token"}, {}, "shows the pixels"),

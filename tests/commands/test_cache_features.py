@@ -1,6 +1,7 @@
 """Runs that are supervised by features: of a CLIP tower in a file, of an EMA of the network, of a cache."""
 
 import csv
+import hashlib
 import json
 import shutil
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from public import read_golden
 from resuming import assert_same_run, losses, run_straight_and_stopped
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import itpn
@@ -133,6 +135,83 @@ def test_a_tower_in_a_file(clip):
     assert {name.split(".")[0] for name in state} == {"model"}  # no teacher in it
     model = itpn.load(run / "model.safetensors")  # without the tower's file, were it gone
     assert model.decoder.heads["feature"].out_features == 24
+
+
+@pytest.fixture
+def other_tower(tower, tmp_path) -> str:
+    """The same tower with other weights."""
+    tensors = torch.load(tower, weights_only=True)
+    torch.save({name: tensor * 1.01 for name, tensor in tensors.items()}, tmp_path / "other.pt")
+    return str(tmp_path / "other.pt")
+
+
+def test_a_run_knows_its_teachers_weights(clip, other_tower):
+    """By their SHA-256, in all that it writes; and resumes with no others."""
+    digest = hashlib.sha256(Path(clip.teacher.checkpoint).read_bytes()).hexdigest()
+    clip.teacher.name, clip.trainer.max_epochs = "auto", 1
+    run = train(clip, "test")
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["teacher"], summary["teacher_sha256"]) == ("clip", digest)
+    with safe_open(run / "model.safetensors", "pt") as weights:
+        held = json.loads(weights.metadata()["settings"])
+    for settings in (held, read_yaml(run / "config.yaml").values):
+        assert (settings["teacher"]["name"], settings["teacher"]["sha256"]) == ("clip", digest)
+    clip.trainer.max_epochs = 2
+    message = rf"have the SHA-256 [0-9a-f]{{64}}, not {digest}: give those weights, or others to a run of another --n"
+    with pytest.raises(UserError, match=message):
+        train(replace(clip, teacher=replace(clip.teacher, checkpoint=other_tower)), "test")
+    train(clip, "test")
+    with pytest.raises(UserError, match=message.replace(digest, "0" * 64)):
+        train(replace(clip, name="given", teacher=replace(clip.teacher, sha256="0" * 64)), "test")
+
+
+def test_a_cache_of_other_weights_is_told_apart(clip, tmp_path, other_tower, capsys):
+    out, clip.trainer.max_epochs = tmp_path / "cache", 1
+    assert main(cache_arguments(clip, out)) == 0
+    digest = hashlib.sha256(Path(clip.teacher.checkpoint).read_bytes()).hexdigest()
+    assert read_index(out).sha256 == digest
+    arguments = cache_arguments(clip, out)
+    Path(other_tower).replace(tmp_path / "clip.pt")
+    arguments[arguments.index(clip.teacher.checkpoint)] = str(tmp_path / "clip.pt")
+    assert main(arguments) == 2
+    assert "holds features with checkpoint" in mistake(capsys)
+    cached = replace(clip, data=replace(clip.data, root=(str(out),)), name="cached")
+    other = replace(clip.teacher, checkpoint=str(tmp_path / "clip.pt"))
+    with pytest.raises(UserError, match=rf"holds features for weights of the SHA-256 {digest}, not [0-9a-f]{{64}}$"):
+        train(replace(cached, teacher=other), "test")
+    for name, teacher in (("auto", TeacherConfig("auto")), ("file", replace(clip.teacher, name="auto"))):
+        run = train(replace(cached, teacher=teacher, name=name), "test")
+        assert json.loads((run / "summary.json").read_text())["teacher_sha256"] == digest
+        assert read_yaml(run / "config.yaml").values["teacher"]["name"] == "clip"
+    index = json.loads((out / "itpn-features.json").read_text())  # of a version that knew no SHA-256
+    (out / "itpn-features.json").write_text(json.dumps({key: index[key] for key in index if key != "sha256"}))
+    train(replace(cached, teacher=other, name="earlier"), "test")
+
+
+def test_a_folder_of_transformers_teaches(clip, tmp_path, capsys):
+    """By --teacher.checkpoint alone, which says what it is."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+    model = transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**sizes, num_register_tokens=4))
+    model.save_pretrained(tmp_path / "dinov3")
+    arguments = cache_arguments(clip, tmp_path / "cache")
+    arguments = ["train", *(a for a in arguments[1:] if a not in ("--out", str(tmp_path / "cache")))]
+    place = arguments.index("--teacher.name")
+    arguments[place : place + 4] = ["--teacher.checkpoint", str(tmp_path / "dinov3")]
+    arguments += ["--output-dir", str(tmp_path / "runs"), "--trainer.max-steps", "3", "--trainer.accelerator", "cpu"]
+    assert main(arguments) == 0
+    said = capsys.readouterr()
+    licence = "licence of the weights of teacher dinov3_vit: dinov3-license for those that its authors published"
+    assert " ".join((said.out + said.err).split()).count(licence) == 1
+    assert f"dinov3_vit, {tmp_path}/dinov3" in "".join(said.out.split("\n"))
+    summary = json.loads((tmp_path / "runs/itpn-pixel_nano/default/summary.json").read_text())
+    assert summary["teacher"] == "dinov3_vit"
+    (tmp_path / "dinov3/config.json").unlink()
+    assert main([*arguments, "--name", "other"]) == 2
+    assert mistake(capsys) == (
+        f"itpn: teacher checkpoint {tmp_path}/dinov3 has no config.json: give a folder with config.json and "
+        "model.safetensors"
+    )
 
 
 def test_a_tower_resumes_to_the_bit(clip, monkeypatch):

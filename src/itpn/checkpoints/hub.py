@@ -216,16 +216,25 @@ def fetch(source: str) -> Path:
 
 def check_hub(repository: str, filename: str | None) -> None:
     """Raise at once what is in the way to the hub: its own client retries for most of a minute, and says so often."""
-    from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import HfHubHTTPError
 
-    # timm prefers a safetensors twin of whatever file is named
-    names = [*([filename] if filename else []), "model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin"]
-    if any(isinstance(try_to_load_from_cache(repository, name), str) for name in names):
+    if cached_file(repository, filename) is not None:
         return
     # the hub's answer, that a file is not there for example, is timm's to deal with
     with contextlib.suppress(HfHubHTTPError):
-        get_hf_file_metadata(hf_hub_url(repository, names[0]), timeout=5)
+        get_hf_file_metadata(hf_hub_url(repository, filename or "model.safetensors"), timeout=5)
+
+
+def cached_file(repository: str, filename: str | None) -> str | None:
+    """The file that timm takes weights from, where the hub's client has it; None if it has not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    # timm prefers a safetensors twin of whatever file is named
+    twin = [f"{filename.rpartition('.')[0]}.safetensors"] if filename and filename.endswith(".bin") else []
+    names = [*twin, *([filename] if filename else []), "model.safetensors", "open_clip_model.safetensors"]
+    found = (try_to_load_from_cache(repository, name) for name in [*names, "pytorch_model.bin"])
+    return next((path for path in found if isinstance(path, str)), None)
 
 
 def describe_mismatch(error: Exception) -> str:

@@ -30,6 +30,7 @@ class CacheIndex:
     shard_size: int
     settings: dict[str, Any]  # of the data and the seed: they determine the crops
     complete: bool = False
+    sha256: str | None = None  # of the teacher's weights; None where it is not known
 
     @property
     def samples(self) -> int:

@@ -67,11 +67,15 @@ class FeatureTeacher(nn.Module):
 
     Attributes:
         view: what it sees of images that are not photographs; None for photographs as they are.
+        sha256: of the file or files of its weights; None where there are none to be seen.
+        licence: of its weights, and who says so; None where it is not known.
     """
 
     mean: Tensor
     std: Tensor
     view: RGBView | None = None
+    sha256: str | None = None
+    licence: str | None = None
 
     def __init__(
         self,

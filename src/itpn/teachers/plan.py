@@ -4,6 +4,7 @@ import contextlib
 import difflib
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -12,8 +13,11 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor
 
 from itpn.errors import UserError
+from itpn.models.position import Grid
 from itpn.models.variants import WITH_PYRAMID
+from itpn.teachers import AUTO
 from itpn.teachers.files import FILE_FORMS, read_tensors
+from itpn.teachers.folders import FolderModel, is_of_folder, read_folder
 
 CLIP_BASE = "vit_base_patch16_clip_quickgelu_224.openai"  # the timm model that the name `clip` changes the sizes of
 # names of the projection's last linear layer in files of CLIP models; the first dimension is the output width
@@ -37,28 +41,76 @@ class TeacherPlan:
     overlay: dict[str, Any] = field(default_factory=dict)  # of the model's pretrained_cfg
     checkpoint: str | None = None
     state: dict[str, Tensor] = field(default_factory=dict)  # the file's tensors; {} if weights are fetched
+    resampling: tuple[str, bool] | None = None  # of its position table, mode and antialias; None leaves it to timm
 
 
 def make_plan(name: str, checkpoint: str | None) -> TeacherPlan:
-    """How timm builds a teacher, by its name or by what its file holds.
+    """How timm builds a teacher, by its name or by what its file or folder holds.
 
     Raises:
-        UserError: timm knows no such model, or the file is none of a teacher.
+        UserError: timm knows no such model, or the file or folder is none of a teacher.
     """
-    if name == "clip" and checkpoint is None:
-        raise UserError(f"teacher clip is read from a file: give --teacher.checkpoint FILE, {FILE_FORMS}")
-    if name != "clip":
-        _check_name(name)
+    if checkpoint is None and name in (AUTO, "clip"):
+        raise UserError(f"teacher {name} is read from a file: give --teacher.checkpoint FILE, {FILE_FORMS}")
+    if checkpoint is not None and Path(checkpoint).is_dir():
+        return _folder_plan(name, checkpoint, read_folder(checkpoint))
+    if checkpoint is not None and name == AUTO and is_of_folder(Path(checkpoint)):
+        folder = str(Path(checkpoint).parent)
+        return _folder_plan(name, folder, read_folder(folder))
+    if checkpoint is not None and name in (AUTO, "clip"):
+        return _clip_plan(checkpoint, read_tensors(checkpoint))
+    _check_name(name)
     if checkpoint is None:
         return TeacherPlan(name, name, projected=_is_clip(name) and not _is_fine_tuned(name))
-    state = read_tensors(checkpoint)
-    if name == "clip":
-        return _clip_plan(checkpoint, state)
+    if checkpoint.endswith(".npz"):  # which timm reads into a model that it has built
+        return TeacherPlan(name, name, False, {"num_classes": 0}, checkpoint=checkpoint)
+    return _file_plan(name, checkpoint, read_tensors(checkpoint), {})
 
+
+def _folder_plan(name: str, checkpoint: str, model: FolderModel) -> TeacherPlan:
+    """The model that a folder says it holds, unless the given name is of another."""
+    own = {AUTO, model.kind, model.kind.removesuffix("_vision_model"), model.kind.partition(".")[0]}
+    if name not in own:
+        raise UserError(
+            f"teacher checkpoint {checkpoint} holds {model.kind}, as its config.json says, not {name}: give "
+            f"--teacher.name {AUTO}, which takes the name from there"
+        )
+    if model.kind == model.architecture:  # of timm
+        _check_name(model.kind)
+        return _file_plan(model.kind, checkpoint, model.state, model.overlay)
+    return TeacherPlan(
+        model.kind,
+        model.architecture,
+        model.projected,
+        model.options,
+        model.overlay,
+        checkpoint,
+        model.state,
+        model.resampling,
+    )
+
+
+def follow_authors(plan: TeacherPlan, grid: Grid) -> None:
+    """Have models of timm compute what their authors' code and transformers do, where timm does something else.
+
+    DINOv2 without registers resamples its table without antialiasing. Of Perception Encoders the positions of patches
+    count from 1 on, whatever the size; timm would stretch them to the published size, and cannot resample the table of
+    the authors' files. SigLIP has the tanh approximation of GELU, timm in some of its models only.
+    """
+    if re.match("vit_.*_siglip_", plan.architecture) and not _is_fine_tuned(plan.architecture):
+        plan.options.setdefault("act_layer", "gelu_tanh")
+    if "_dinov2" in plan.architecture:
+        plan.resampling = plan.resampling or ("bicubic", "_reg4_" in plan.architecture)
+    if plan.architecture.startswith("vit_pe_"):
+        plan.options["ref_feat_shape"] = grid
+        plan.resampling = ("bilinear", False)
+
+
+def _file_plan(name: str, checkpoint: str, state: dict[str, Tensor], overlay: dict[str, Any]) -> TeacherPlan:
+    """A model of timm with weights by timm's names, or by others that timm converts."""
     cfg = get_pretrained_cfg(name)
     classifiers = classifiers_of(cfg.to_dict() if cfg else {})
     tagged = "." in name
-    overlay: dict[str, Any] = {}
     outputs = [state[key].shape[0] for key in CLIP_PROJECTIONS if key in state]
     if "visual.proj" in state:
         outputs = [state["visual.proj"].shape[1]]
@@ -74,7 +126,8 @@ def make_plan(name: str, checkpoint: str | None) -> TeacherPlan:
         biases = [state[f"{head}.bias"] for head in heads[:1] if f"{head}.bias" in state]
         zeros = not any(bias.any() for bias in biases)
         projected = bool(heads) and _is_clip(name) and (not _is_fine_tuned(name) if tagged else zeros)
-    return TeacherPlan(name, name, projected, {"num_classes": outputs[0] if outputs else 0}, overlay, checkpoint, state)
+    options = {"num_classes": outputs[0] if outputs else 0}
+    return TeacherPlan(name, name, projected, options, overlay, checkpoint, state)
 
 
 def _clip_plan(checkpoint: str, state: dict[str, Tensor]) -> TeacherPlan:
@@ -127,7 +180,8 @@ def _check_name(name: str) -> None:
         nearest = nearest or known[:3]
     near = f"near it are {', '.join(nearest)}; " if nearest else ""
     raise UserError(
-        f"timm has no model {name}; {near}`ema` is the EMA of the network itself, `clip` reads any CLIP ViT from a file"
+        f"timm has no model {name}; {near}`ema` is the EMA of the network itself, `clip` reads any CLIP ViT from a "
+        "file, `auto` a folder of transformers"
     )
 
 

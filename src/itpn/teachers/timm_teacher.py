@@ -13,24 +13,38 @@ The features are
 
 import re
 import warnings
+import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import timm
 import torch
+from timm.layers import resample_abs_pos_embed
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from itpn.checkpoints.hub import check_hub, describe_mismatch
-from itpn.checkpoints.io import count_nonfinite, describe_error, describe_nonfinite
-from itpn.errors import UserError
+from itpn.checkpoints.hub import cached_file, check_hub, describe_mismatch
+from itpn.checkpoints.io import check_stored, count_nonfinite, describe_error, describe_nonfinite
+from itpn.errors import ACCIDENTS, FORBIDDEN, UserError, refusal
 from itpn.models.position import Grid
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher
-from itpn.teachers.files import FILE_FORMS, quiet_timm
-from itpn.teachers.plan import TeacherPlan, classifiers_of, make_plan
+from itpn.teachers.files import FILE_FORMS, quiet_timm, sha256_of
+from itpn.teachers.folders import weight_files
+from itpn.teachers.licences import licence_of
+from itpn.teachers.plan import TeacherPlan, classifiers_of, follow_authors, make_plan
 
 T = TypeVar("T")
+# names of the patch embedding and of the position table in the forms of files
+PATCH_WEIGHTS = (
+    "patch_embed.proj.weight",
+    "visual.trunk.patch_embed.proj.weight",
+    "visual.conv1.weight",
+    "conv1.weight",
+)
+POSITIONS = ("pos_embed", "visual.trunk.pos_embed", "visual.positional_embedding", "positional_embedding")
 
 
 class FeatureTower(nn.Module):
@@ -69,8 +83,9 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
 
     Args:
         name: a timm model, with or without the tag of its weights; or ``clip``, a CLIP ViT of OpenAI's kind (heads of
-            64 channels, quick-GELU) whose sizes are read from ``checkpoint``.
-        checkpoint: its weights; None fetches them from timm's hub.
+            64 channels, quick-GELU) whose sizes are read from ``checkpoint``; or ``auto``, that or the model of a
+            folder of transformers or timm.
+        checkpoint: its weights, a file or a folder; None fetches them from timm's hub.
         grid: rows and columns of the student's patches.
 
     Raises:
@@ -78,17 +93,22 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
             the model returns exactly one feature per patch.
     """
     if name in TEACHERS:
-        return TEACHERS[name](checkpoint, grid)
+        teacher = TEACHERS[name](checkpoint, grid)
+        teacher.sha256 = teacher.sha256 or hash_weights(checkpoint)
+        return teacher
     plan = make_plan(name, checkpoint)
     stride = _apply_to_tower(plan, None, lambda tower, _: int(tower.model.feature_info[-1]["reduction"]))
     img_size = (grid[0] * stride, grid[1] * stride)
+    follow_authors(plan, grid)
     features = _apply_to_tower(plan, img_size, _features)
     if (features.rows, features.cols) != grid:
         raise UserError(
-            f"teacher {name} returns {features.rows}x{features.cols} features of an image of "
+            f"teacher {plan.name} returns {features.rows}x{features.cols} features of an image of "
             f"{img_size[0]}x{img_size[1]} px, not one for each of the {grid[0]}x{grid[1]} patches: choose another "
             "--teacher.name or --data.img-size"
         )
+    if checkpoint is not None and not plan.state:
+        plan.state = _read_arrays(plan, checkpoint, stride)
     model = _load(plan, img_size) if plan.state else _fetch(plan, img_size)
     cfg = model.pretrained_cfg
     if any("QuickGELU" in note for note in cfg.get("notes") or ()) and "quickgelu" not in plan.architecture:
@@ -96,7 +116,10 @@ def build_teacher(name: str, checkpoint: str | None, grid: Grid) -> FeatureTeach
         warnings.warn(f"{name} was trained with QuickGELU: {native} gives the features it learned", stacklevel=2)
     tower = FeatureTower(model, plan.projected)
     tower.norm_in_model = features.norm_in_model
-    return FeatureTeacher(name, tower, grid, img_size, features.width, tuple(cfg["mean"]), tuple(cfg["std"]))
+    teacher = FeatureTeacher(plan.name, tower, grid, img_size, features.width, tuple(cfg["mean"]), tuple(cfg["std"]))
+    teacher.sha256 = hash_weights(checkpoint, get_pretrained_cfg(plan.architecture))
+    teacher.licence = licence_of(plan)
+    return teacher
 
 
 def teacher_width(name: str, checkpoint: str | None) -> int:
@@ -212,10 +235,14 @@ def _load(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
     """Build the model with the weights of the file, which timm converts to its own form and to the image size."""
     if nonfinite := count_nonfinite(plan.state):
         raise UserError(f"teacher checkpoint {plan.checkpoint} has {describe_nonfinite(nonfinite)}")
-    overlay = {
-        **plan.overlay,
-        # float32 before timm resamples tables
-        "state_dict": {k: t.float() if t.is_floating_point() else t for k, t in plan.state.items()},
+    # float32 before tables are resampled
+    state = {k: t.float() if t.is_floating_point() else t for k, t in plan.state.items()}
+    overlay = dict(plan.overlay)
+    if plan.resampling is not None:
+        _resample_positions(plan, state, img_size)
+        overlay["input_size"] = (3, *img_size)  # or else timm would resample it once more
+    overlay |= {
+        "state_dict": state,
         "custom_load": False,
         # without these, timm would load with strict=False where the head is not as published; ours is as in the file
         "classifier": None,
@@ -229,7 +256,7 @@ def _load(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
             f"teacher checkpoint {plan.checkpoint} is not of {plan.name}: {describe_mismatch(error)}; {_hint(plan)}"
         ) from error
     weight = getattr(getattr(getattr(model, "patch_embed", None), "proj", None), "weight", torch.empty(0))
-    for key in ("patch_embed.proj.weight", "visual.trunk.patch_embed.proj.weight", "visual.conv1.weight"):
+    for key in PATCH_WEIGHTS:
         held = plan.state.get(key, weight).shape
         # timm would resample weights of another patch size, and the features would be useless
         if len(held) == weight.ndim == 4 and held[-2:] != weight.shape[-2:]:
@@ -237,6 +264,7 @@ def _load(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
                 f"teacher checkpoint {plan.checkpoint} is not of {plan.name}: its patches have {held[-2]}x{held[-1]} "
                 f"px, the model's {weight.shape[-2]}x{weight.shape[-1]}; {_hint(plan)}"
             )
+    _check_biases(plan, model)
     # timm loads some models leniently all the same
     for record in said:
         found = re.match(r"Missing keys \((.*?)\)", record.getMessage())
@@ -251,6 +279,32 @@ def _load(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
     return model
 
 
+def _read_arrays(plan: TeacherPlan, path: str, patch: int) -> dict[str, Tensor]:
+    """Weights of an .npz file of big_vision, as SigLIP's authors publish them, by timm's names."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            check_stored(archive)
+        with np.load(path) as arrays:
+            table, scales = (
+                f"params/img/{key}" for key in ("pos_embedding", "Transformer/encoderblock/LayerNorm_0/scale")
+            )
+            side = round(arrays[table].shape[1] ** 0.5) * patch
+            depth = (
+                len(arrays[scales]) if scales in arrays else sum(key.endswith("LayerNorm_1/scale") for key in arrays)
+            )
+        model = _create(plan, (side, side))
+        if len(model.blocks) != depth:
+            raise ValueError(f"it has {depth} blocks, the model {len(model.blocks)}")
+        model.load_pretrained(path)
+    except Exception as error:  # whatever is wrong with it
+        if isinstance(error, OSError) and error.errno in ACCIDENTS | FORBIDDEN:
+            raise refusal(f"teacher checkpoint {path} cannot be read", error) from error
+        raise UserError(
+            f"teacher checkpoint {path} is not of {plan.name} in big_vision's form: {describe_error(error)}"
+        ) from error
+    return model.state_dict()
+
+
 def _fetch(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
     """Build the model with the weights of timm's hub."""
     cfg = get_pretrained_cfg(plan.architecture)
@@ -260,11 +314,57 @@ def _fetch(plan: TeacherPlan, img_size: tuple[int, int]) -> Any:
     try:
         if cfg.hf_hub_id:
             check_hub(cfg.hf_hub_id.partition("@")[0], cfg.hf_hub_filename)
-        return _create(plan, img_size, pretrained=True)
+        if plan.resampling is None:
+            return _create(plan, img_size, pretrained=True)
+        published = _create(plan, None, pretrained=True).state_dict()
     except Exception as error:  # the hub's client raises all kinds of errors
         raise UserError(
             f"the weights of teacher {plan.name} could not be fetched ({describe_error(error)}): {instead}"
         ) from error
+    outputs = {"num_classes": len(published["head.weight"]) if "head.weight" in published else 0}
+    return _load(replace(plan, state=published, options={**plan.options, **outputs}), img_size)
+
+
+def _resample_positions(plan: TeacherPlan, state: dict[str, Tensor], img_size: tuple[int, int]) -> None:
+    """Resample the table of positions as the library does whose form it has."""
+    assert plan.resampling is not None
+    mode, antialias = plan.resampling
+    key = next((key for key in POSITIONS if key in state), None)
+    weight = next((state[key] for key in PATCH_WEIGHTS if key in state), None)
+    if key is None or weight is None or weight.ndim != 4:
+        return
+    table = state[key]
+    places = table.shape[-2]
+    side = round(places**0.5)
+    prefix = places - side**2  # 1 of a class token
+    if prefix in (0, 1):
+        grid = [length // patch for length, patch in zip(img_size, weight.shape[-2:], strict=True)]
+        whole = table.reshape(1, places, -1)
+        whole = resample_abs_pos_embed(whole, grid, [side, side], prefix, interpolation=mode, antialias=antialias)
+        state[key] = whole.reshape(*table.shape[:-2], -1, table.shape[-1])
+
+
+def _check_biases(plan: TeacherPlan, model: Any) -> None:
+    """timm's DINOv3 exists with and without biases of queries and values, and timm drops what a file has of them."""
+    for key, bias in plan.state.items():
+        if key.endswith("attn.qkv.bias") and "storage_tokens" in plan.state:
+            queries, _, values = bias.chunk(3)
+            block = model.get_submodule(key.removesuffix(".qkv.bias"))
+            if block.q_bias is None and (queries.any() or values.any()):
+                name = plan.architecture.partition(".")[0]
+                raise UserError(
+                    f"teacher checkpoint {plan.checkpoint} has biases of queries and values ({key}), which timm's "
+                    f"{name} leaves out: give --teacher.name {name}_qkvb"
+                )
+
+
+def hash_weights(checkpoint: str | None, cfg: Any = None) -> str | None:
+    """SHA-256 of a checkpoint, or of the file that timm has fetched; None if there is no such file."""
+    if checkpoint is not None:
+        path = Path(checkpoint)
+        return sha256_of(weight_files(checkpoint) if path.is_dir() else [path])
+    found = cached_file(cfg.hf_hub_id.partition("@")[0], cfg.hf_hub_filename) if cfg and cfg.hf_hub_id else None
+    return None if found is None else sha256_of([Path(found)])
 
 
 def _hint(plan: TeacherPlan) -> str:

@@ -79,6 +79,7 @@ def cache_features(config: PretrainingConfig, source: ImageSource, out: Path, vi
         views=views,
         shard_size=SHARD_SIZE,
         settings={**_describe_crops(config, source), "half": half},
+        sha256=teacher.sha256,
     )
     _open_folder(out, index)
     cuda = torch.cuda.is_available() and config.trainer.accelerator in ("auto", "gpu")
@@ -175,7 +176,8 @@ def _open_folder(out: Path, index: CacheIndex) -> None:
         out.mkdir(parents=True, exist_ok=True)
         if (out / CACHE_INDEX).exists():
             before, now = ({**dataclasses.asdict(i), **i.settings} for i in (read_index(out), index))
-            check_settings(out, before, {k: v for k, v in now.items() if k not in ("complete", "settings")}, "features")
+            other = {"complete", "settings"} | ({"sha256"} if before["sha256"] is None else set())
+            check_settings(out, before, {k: v for k, v in now.items() if k not in other}, "features")
         write_index(out, index)
 
 

@@ -1,5 +1,6 @@
 """Settings of a pre-training run."""
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from itpn.system.checks import (
     Side,
     Width,
 )
+from itpn.teachers import AUTO
 from itpn.training.config import (
     CropsConfig,
     Mean,
@@ -111,10 +113,14 @@ class TeacherConfig(Settings):
     """Whose features are predicted."""
 
     name: str | None = None
-    """A timm model, e.g. vit_base_patch16_clip_quickgelu_224.openai; `clip` for a CLIP tower of whatever size in
-    --teacher.checkpoint; `ema` for an EMA of the network itself; None for no teacher."""
+    """A timm model, e.g. vit_base_patch16_clip_quickgelu_224.openai; `auto` for the model that --teacher.checkpoint
+    says it holds, a folder of transformers or timm or a CLIP ViT of OpenAI's; `ema` for an EMA of the network itself;
+    None for no teacher, with --teacher.checkpoint for `auto`."""
     checkpoint: str | None = None
-    """Weights of the teacher, in timm, OpenAI CLIP or open_clip form; None fetches them from timm's hub."""
+    """Weights of the teacher: a file in timm's, OpenAI CLIP's or open_clip's form or the authors' own, or a folder with
+    config.json and model.safetensors; None fetches them from timm's hub."""
+    sha256: str | None = None
+    """SHA-256 of the file of the teacher's weights: others are refused. None takes it from the file."""
     width: Width | None = None
     """Channels of the teacher's features: read from the teacher, and kept for when it is not there."""
     channels: tuple[Channel, Channel, Channel] | None = None
@@ -128,6 +134,10 @@ class TeacherConfig(Settings):
     """ema: momentum at the end of the run, reached along half a cosine."""
     min_std: NonNegativeFloat = 0.05
     """Warn of a collapse when the standard deviation of the targets over a batch is smaller."""
+
+    def __post_init__(self) -> None:
+        if self.name is None and self.checkpoint is not None:
+            self.name = AUTO
 
 
 @dataclass
@@ -182,6 +192,7 @@ class PretrainingConfig(RunConfig):
     from_images: ClassVar[Mapping[str, Collection[str]]] = {
         **RunConfig.from_images,
         "model": (*RunConfig.from_images["model"], "norm_pix_per", "norm_pix_floor"),
+        "teacher": ("sha256",),
     }
     model: PretrainingModelConfig = field(default_factory=PretrainingModelConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -290,7 +301,9 @@ def check_teacher(teacher: TeacherConfig, features: bool) -> None:
         features: whether features are predicted.
     """
     if features and teacher.name is None:
-        raise UserError("a loss on features needs a teacher: give --teacher.name, `ema` or a model of timm")
+        raise UserError(
+            "a loss on features needs a teacher: give --teacher.name, `ema` or a model of timm, or --teacher.checkpoint"
+        )
     if teacher.name is not None and not features:
         raise UserError(
             f"teacher {teacher.name} has nothing to do: set --model.feature-weight or --model.pyramid-weights above 0"
@@ -300,8 +313,10 @@ def check_teacher(teacher: TeacherConfig, features: bool) -> None:
     if teacher.checkpoint is not None:
         if teacher.name == "ema":
             raise UserError("--teacher.checkpoint has no meaning for the teacher `ema`, an EMA of the network")
-        if not Path(teacher.checkpoint).is_file():
+        if not Path(teacher.checkpoint).exists():
             raise UserError(f"--teacher.checkpoint {teacher.checkpoint} does not exist")
+    if teacher.sha256 is not None and not re.fullmatch("[0-9a-f]{64}", teacher.sha256):
+        raise UserError(f"--teacher.sha256 must have 64 digits from 0 to f, not {teacher.sha256!r}")
     if not 0 <= teacher.momentum <= teacher.momentum_end <= 1:
         raise UserError(
             f"--teacher.momentum {teacher.momentum} and --teacher.momentum-end {teacher.momentum_end} must lie between "

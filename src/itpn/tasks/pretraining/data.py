@@ -23,8 +23,9 @@ from itpn.tasks.data import RunData, find_windows, make_training_loader, print_o
 from itpn.tasks.pixels import augmentation, image_type, make_read_settings, pixels_of
 from itpn.tasks.prediction import read_images
 from itpn.tasks.pretraining.config import PretrainingConfig
+from itpn.teachers import AUTO
 from itpn.teachers.feature_teacher import TEACHERS, FeatureTeacher, RGBView, choose_channels
-from itpn.teachers.timm_teacher import build_teacher
+from itpn.teachers.timm_teacher import build_teacher, hash_weights
 from itpn.training.config import describe_crops, image_size
 from itpn.training.launch import choose_devices, read_launch
 
@@ -84,13 +85,14 @@ def describe_data(config: PretrainingConfig, data: PretrainingData) -> dict[str,
 
 
 def describe_teacher(config: PretrainingConfig, data: PretrainingData) -> str:
-    if config.teacher.name == "ema":
+    name = config.teacher.name if data.teacher is None else data.teacher.name
+    if name == "ema":
         return f"EMA of the network, momentum {config.teacher.momentum} to {config.teacher.momentum_end}"
     cache = data.train.cache
     where = f"features in {cache}" if cache else config.teacher.checkpoint
     if where is None:
-        where = "a teacher of your own" if config.teacher.name in TEACHERS else "weights of timm's hub"
-    return f"{config.teacher.name}, {where}"
+        where = "a teacher of your own" if name in TEACHERS else "weights of timm's hub"
+    return f"{name}, {where}"
 
 
 def print_notes(source: ImageSource) -> None:
@@ -114,10 +116,10 @@ def find_probe_sets(config: PretrainingConfig) -> tuple[LabelledImages, Labelled
 
 
 def make_frozen_teacher(config: PretrainingConfig) -> FeatureTeacher | None:
-    """The outside teacher that a run needs, if any, with its weights.
+    """The outside teacher that a run needs, if any, with its weights; their licence is printed where it is known.
 
     Raises:
-        UserError: its weights cannot be had, or its patches cannot match the student's.
+        UserError: its weights cannot be had or are others than the run's, or its patches cannot match the student's.
     """
     name = config.teacher.name
     if name is None or name == "ema":
@@ -126,6 +128,13 @@ def make_frozen_teacher(config: PretrainingConfig) -> FeatureTeacher | None:
     teacher = build_teacher(name, config.teacher.checkpoint, (rows, cols))
     if config.teacher.width not in (None, teacher.width):
         raise UserError(f"--teacher.width is {config.teacher.width}, but {name} has {teacher.width}: leave it out")
+    if None not in (config.teacher.sha256, teacher.sha256) and config.teacher.sha256 != teacher.sha256:
+        raise UserError(
+            f"the weights of teacher {teacher.name} have the SHA-256 {teacher.sha256}, not {config.teacher.sha256}: "
+            "give those weights, or others to a run of another --name"
+        )
+    if teacher.licence is not None:
+        print_once(f"licence of the weights of teacher {teacher.name}: {teacher.licence}")
     return teacher
 
 
@@ -146,9 +155,14 @@ def check_cache(config: PretrainingConfig, folder: str) -> None:
     index = read_index(folder)
     wanted = {"--data.img-size": image_size(config.data), "--model.patch-size": config.model.patch_size}
     held = {"--data.img-size": index.img_size, "--model.patch-size": index.patch_size}
-    if config.teacher.name not in (None, "ema"):
+    if config.teacher.name not in (None, "ema", AUTO):
         # not the file of its weights, which need not be there any more
         wanted["--teacher.name"], held["--teacher.name"] = config.teacher.name, index.teacher
+    if index.sha256 is not None and config.teacher.checkpoint is not None:
+        wanted["weights of the SHA-256"] = hash_weights(config.teacher.checkpoint)
+    elif index.sha256 is not None and config.teacher.sha256 is not None:
+        wanted["weights of the SHA-256"] = config.teacher.sha256
+    held["weights of the SHA-256"] = index.sha256
     for option, value in wanted.items():
         if value != held[option]:
             raise UserError(f"{folder} holds features for {option} {held[option]}, not {value}")

@@ -124,7 +124,8 @@ class PretrainingModule(TrainingModule):
             model = build_from(self.config)
             load_weights(model, read_checkpoint(path.parent / "checkpoints" / "last.ckpt"))
         save_weights(path, model, self.recipe, self.config)
-        return {}
+        teacher = self.config.teacher
+        return {"teacher": teacher.name, "teacher_sha256": teacher.sha256} if teacher.sha256 else {}
 
     def describe(self) -> dict[str, Any]:
         return describe_run(self.model, self.config)

@@ -24,6 +24,7 @@ from itpn.tasks.pretraining.config import (
 from itpn.tasks.pretraining.data import PretrainingData, read_samples
 from itpn.tasks.pretraining.weights import load_weights
 from itpn.tasks.recipe_files import check_model_name
+from itpn.teachers import AUTO
 from itpn.training.config import image_size
 
 TASK = PretrainingConfig.task
@@ -35,13 +36,18 @@ def resolve(
     config: PretrainingConfig, checkpoint: Checkpoint | None, data: PretrainingData
 ) -> tuple[PretrainingConfig, Sequence[str]]:
     """What the settings leave open is filled in: what the images are, how their pixels are normalized and
-    predicted, and the width of the teacher's features, for when the teacher is not there."""
-    width, notes = config.teacher.width, list[str]()
+    predicted, and the teacher's name, the width of its features and the SHA-256 of its weights, for when it is not
+    there."""
+    teacher, notes = config.teacher, list[str]()
     if data.teacher is not None:
-        width = data.teacher.width
-    elif data.train.cache and config.teacher.name not in (None, "ema"):
-        width = read_index(data.train.cache).width
-    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, width=width))
+        found = data.teacher
+        name = found.name if teacher.name == AUTO else teacher.name
+        teacher = dataclasses.replace(teacher, name=name, width=found.width, sha256=found.sha256 or teacher.sha256)
+    elif data.train.cache and teacher.name not in (None, "ema"):
+        index = read_index(data.train.cache)
+        name = index.teacher if teacher.name == AUTO else teacher.name
+        teacher = dataclasses.replace(teacher, name=name, width=index.width, sha256=index.sha256 or teacher.sha256)
+    config = dataclasses.replace(config, teacher=teacher)
     if data.train.cache:
         config = adopt_pixels(config, read_index(data.train.cache).settings.get("pixels") or {})
     else:
