@@ -105,7 +105,9 @@ def save_weights(run: Training, path: Path) -> dict[str, str]:
 
 def write_results(log: MetricsLog, written: dict[str, str]) -> dict[str, Any]:
     summary = {**summarize(log, finished=True), **written}
-    write_summary(log.run.folder, summary)
+    folder = log.run.folder
+    write_summary(folder, summary)
+    log.loggers.log_files([folder.settings, folder.metrics, folder.summary, folder.weights])
     return summary
 
 
