@@ -108,6 +108,9 @@ class EvaluationConfig(Settings):
 
     every_n_epochs: PositiveInt = 1
     """Epochs between evaluations; there is one at the end as well."""
+    patience: PositiveInt | None = None
+    """Evaluations without a better validation metric (top-1 accuracy, box AP or mIoU) after which training stops; None
+    trains to the end."""
     batch_size: BatchSize = 1
     """Images per process and forward pass."""
 
@@ -255,7 +258,7 @@ class RunConfig(Settings):
     free: ClassVar[Mapping[str, frozenset[str]]] = {
         "model": frozenset({"checkpoint", "channel_map", "grad_checkpointing"}),
         "data": frozenset({"num_workers", "max_corrupt", "show_channels"}),
-        "evaluation": frozenset({"every_n_epochs", "batch_size"}),
+        "evaluation": frozenset({"every_n_epochs", "batch_size", "patience"}),
         "trainer": frozenset(
             {
                 *("max_epochs", "max_steps", "precision", "accelerator", "devices", "num_nodes", "compile"),
@@ -306,6 +309,12 @@ class RunConfig(Settings):
         """Epochs between evaluations; 1 for settings without a section ``evaluation``."""
         own = getattr(self, "evaluation", None)
         return own.every_n_epochs if isinstance(own, EvaluationConfig) else 1
+
+    @property
+    def patience(self) -> int | None:
+        """Evaluations without a better validation metric after which training stops; None for settings without such."""
+        own = getattr(self, "evaluation", None)
+        return own.patience if isinstance(own, EvaluationConfig) else None
 
     def sharding_problem(self) -> str | None:
         """Why the run cannot be sharded (`--trainer.strategy fsdp`); None where it can."""

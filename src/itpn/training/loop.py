@@ -151,6 +151,10 @@ def train(
                     checkpointing.save(batch)
             if stopping:
                 raise RunStopped(stop.signum or signal.SIGTERM)
+        if evaluation is not None and run.stopped_early:
+            stopped = f"stopped early at step {run.step}: {evaluation.since_best} evaluations have found nothing better"
+            best = f"than step {checkpointing.best_step}, which is {run.folder.best}"
+            run.console.print(f"{stopped} {best}", markup=False, highlight=False, soft_wrap=True)
     except RunStopped as stopped:
         if run.main:
             write_summary(run.folder, summarize(log, finished=False))
