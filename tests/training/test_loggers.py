@@ -76,7 +76,8 @@ def find_mlflow_run(output: Path):
     """MLflow's client and the only run."""
     import mlflow
 
-    client = mlflow.MlflowClient(f"sqlite:///{output}/mlflow.db")
+    client = mlflow.MlflowClient(mlflow_logger.make_uri(output / "mlflow.db"))
+    assert (output / "mlflow.db").is_file()
     experiment = client.get_experiment_by_name("itpn")
     (run,) = client.search_runs([experiment.experiment_id])
     return client, run
@@ -144,6 +145,7 @@ def test_a_stopped_run_and_one_that_starts_again(settings, variables, train_unti
     from itpn.training.checkpointing import Checkpointing
 
     config = settings(logger=("mlflow",))
+    config.output_dir += " of 50%23"  # no part of an address means anything else
     with monkeypatch.context() as patched:
         patched.setattr(Checkpointing, "save", lambda self, batch: None)
         train_until(config, 2)

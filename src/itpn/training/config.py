@@ -238,8 +238,8 @@ class TrainerConfig(Settings):
     visualize_every_n_steps: PositiveInt | None = None
     """Optimizer steps between visualizations of predictions; None for ten in a run."""
     logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
-    """What shows metrics and visualizations; wandb and mlflow get settings and final files too. Several, or none. wandb
-    needs `pip install 'itpn[wandb]'`, mlflow `pip install 'itpn[mlflow]'`."""
+    """What shows metrics and visualizations; wandb and mlflow get settings and final files too. Several may be given.
+    wandb needs `pip install 'itpn[wandb]'`, mlflow `pip install 'itpn[mlflow]'`."""
 
 
 @dataclass

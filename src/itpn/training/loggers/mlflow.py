@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -54,15 +55,17 @@ class MLflowRun(Logger):
         mlflow = self._mlflow = import_library("mlflow")
         output = Path(self._config.output_dir).absolute()
         given = os.environ.get("MLFLOW_TRACKING_URI")
-        uri = given or f"sqlite:///{output / 'mlflow.db'}"
+        uri = given or str(output / "mlflow.db")
         try:
+            uri = given or make_uri(output / "mlflow.db")
             self._client = mlflow.MlflowClient(uri)
             earlier = read_run_id(self._folder, "mlflow") if self._resumed else None
             if earlier is None or not self._continue(earlier):
                 self._begin(None if given else (output / "mlartifacts").as_uri())
         except Exception as error:  # its stores raise anything
             status = getattr(error, "get_http_status_code", lambda: 500)()
-            kind = MachineError if isinstance(error, OSError) or status >= 500 else UserError
+            mistake = isinstance(error, ImportError) or status < 500  # mlflow-skinny has no databases
+            kind = UserError if mistake and not isinstance(error, OSError) else MachineError
             raise kind(f"--trainer.logger mlflow: {uri} cannot be used: {describe(error)}") from error
         keep_run_id(self._folder, "mlflow", self._run_id)
         shown = uri if uri.startswith("http") else f"`mlflow ui --backend-store-uri {uri}`"
@@ -144,6 +147,14 @@ class MLflowRun(Logger):
         left = f"{len(self._metrics)} metrics and {files} files are in {self._folder.path} alone"
         then = left if last else "the training continues, and what is missing is sent later"
         print_note(f"mlflow: logging failed ({describe(error)}); {then}", self._console)
+
+
+def make_uri(path: Path) -> str:
+    """The address of a database in a file, whatever the file is called."""
+    if not {"%", "?"} & {*str(path)}:
+        return f"sqlite:///{path}"
+    url = import_module("sqlalchemy").URL.create("sqlite", database=str(path))  # versions differ in what they quote
+    return str(url.render_as_string())
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
