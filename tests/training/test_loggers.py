@@ -21,6 +21,7 @@ from itpn.errors import MachineError, UserError
 from itpn.tasks.run import train
 from itpn.training.config import write_yaml
 from itpn.training.loggers import mlflow as mlflow_logger
+from itpn.training.loggers.logger import keep_run_id
 from itpn.training.loggers.mlflow import MLflowRun
 from itpn.training.run_folder import RunFolder
 
@@ -138,6 +139,19 @@ def test_a_resumed_run(settings, variables, train_until, capsys):
     before = [(path.name, path.stat().st_mtime_ns) for place in places for path in [place, *place.rglob("*")]]
     train(config, "test")  # complete: nothing is logged again
     assert before == [(path.name, path.stat().st_mtime_ns) for place in places for path in [place, *place.rglob("*")]]
+
+
+def test_a_run_that_was_killed_before_its_last_files(settings, variables):
+    config = settings(logger=("mlflow",), max_steps=4)
+    folder = train(config, "test")
+    client, run = find_mlflow_run(Path(config.output_dir))
+    (uploaded,) = Path(config.output_dir).glob("mlartifacts/*/artifacts/summary.json")
+    client.update_run(run.info.run_id, status="RUNNING")
+    (folder / "summary.json").unlink()
+    uploaded.unlink()
+    train(config, "test")
+    assert uploaded.read_bytes() == (folder / "summary.json").read_bytes()
+    assert find_mlflow_run(Path(config.output_dir))[1].info.status == "FINISHED"
 
 
 def test_a_stopped_run_and_one_that_starts_again(settings, variables, train_until, monkeypatch):
@@ -319,6 +333,27 @@ def test_a_server_that_is_gone(settings, variables, server, monkeypatch, capsys,
     assert ended == (["FINISHED"] if back else [])
     left = f"3 metrics and 0 files are in {folder.path} alone"
     assert capsys.readouterr().out.rstrip().endswith("" if back else left)
+
+
+def test_a_run_resumes_without_its_server(settings, variables, server, monkeypatch, capsys):
+    address, got, state = server
+    variables.update({"MLFLOW_TRACKING_URI": address, "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "0"})
+    monkeypatch.setattr(mlflow_logger, "RETRY_AFTER", 0.0)
+    monkeypatch.setattr(mlflow_logger, "STALL", 1e9)
+    config = settings(logger=("mlflow",))
+    folder = RunFolder(config, "test")
+    folder.path.mkdir(parents=True)
+    keep_run_id(folder, "mlflow", "1f")
+    run, state["up"] = MLflowRun(folder, config, True, Console()), False
+    run.start()
+    assert "mlflow: logging failed" in capsys.readouterr().out
+    state["up"] = True
+    run.log_metrics({"loss": 0.5}, 7)
+    run.close("stopped")
+    told = {call: sent for call, sent in got if sent}
+    assert told.keys() == {"runs/log-batch", "runs/update"}
+    assert [(m["key"], m["step"], m["value"]) for m in told["runs/log-batch"]["metrics"]] == [("loss", 7, 0.5)]
+    assert (told["runs/update"]["run_id"], told["runs/update"]["status"]) == ("1f", "KILLED")
 
 
 def test_training_outlasts_its_server(settings, variables, server, monkeypatch, capfd):
