@@ -1,6 +1,7 @@
 """Runs that are stopped and resumed, and whether they end with the very bits of one that was not."""
 
 import csv
+import json
 import os
 import signal
 from dataclasses import replace
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from itpn.cli import main
 from itpn.errors import RunStopped, UserError
 from itpn.tasks.configs import PretrainingConfig
+from itpn.tasks.evaluation import Validation
 from itpn.tasks.run import train
 from itpn.training import loop
+from itpn.training.run_state import read_state
 
 
 def stop_at(monkeypatch, step: int, signum: int = signal.SIGINT) -> None:
@@ -39,6 +42,44 @@ def assert_same_run(one: Path, other: Path) -> None:
         assert torch.equal(moment["exp_avg_sq"], moments[1][index]["exp_avg_sq"])
     assert states[0]["global_step"] == states[1]["global_step"]
     assert states[0]["callbacks"]["Monitor"] == states[1]["callbacks"]["Monitor"]
+
+
+def assert_stops_early(config, epoch: int, monkeypatch, capsys) -> None:
+    """The second of four evaluations is the best: with a patience of two, the fourth is the last.
+
+    Args:
+        epoch: steps of one, after which there is an evaluation.
+    """
+    scores = [0.5, 0.6, 0.6, 0.55, 0.9, 0.1]
+
+    def evaluate(self, fabric):
+        self.score = scores.pop(0)
+        return dict.fromkeys(self.metrics, self.score)
+
+    def end() -> tuple[bool, bool, int]:
+        summary = json.loads((folder / "summary.json").read_text())
+        return summary["finished"], summary["stopped_early"], summary["steps"]
+
+    def best() -> int:
+        return read_state(folder / "checkpoints/best.ckpt")["global_step"]
+
+    monkeypatch.setattr(Validation, "evaluate", evaluate)
+    config.trainer.max_epochs, config.evaluation.patience = 6, 2
+    folder = train(config, "test")
+    assert (end(), best(), len(scores)) == ((True, True, 4 * epoch), 2 * epoch, 2)
+    assert read_state(folder / "checkpoints/last.ckpt")["global_step"] == 4 * epoch
+    assert (folder / "model.safetensors").exists()
+    said = (
+        f"stopped early at step {4 * epoch}: 2 evaluations have found nothing better than step {2 * epoch}, which is "
+    )
+    assert said + str(folder / "checkpoints/best.ckpt") in capsys.readouterr().out
+
+    train(config, "test")  # there is nothing to do
+    assert f"is complete at step {4 * epoch}; raise --evaluation.patience to train" in capsys.readouterr().out
+    assert len(scores) == 2
+    config.evaluation.patience = 3
+    train(config, "test")
+    assert (end(), best(), len(scores)) == ((True, False, 6 * epoch), 5 * epoch, 0)
 
 
 def losses(run: Path) -> list[tuple[str, str, str]]:

@@ -15,7 +15,7 @@ import timm
 import torch
 from PIL import Image
 from public import save_public
-from resuming import assert_same_run, resume_without_start
+from resuming import assert_same_run, assert_stops_early, resume_without_start
 from safetensors.torch import load_file
 from timm.layers import DropPath
 from torchrun import run_command
@@ -147,6 +147,41 @@ class StopAt(StopRequest):
         if run.step == StopAt.step:
             self.signum = 15
         return super().decide(run)
+
+
+def test_early_stopping(settings, monkeypatch, capsys):
+    assert_stops_early(settings(), 4, monkeypatch, capsys)
+
+
+def test_a_resumed_run_and_two_processes_stop_early(settings, train_until, tmp_path):
+    """Without learning no evaluation is better than the first; a resumed run keeps their count."""
+    config = settings(ema_decay=None)
+    config.optimizer.lr, config.trainer.max_epochs, config.evaluation.patience = 0.0, 9, 2
+    train_until(config, 9)
+    folder = train(config, "test")
+    assert [row["step"] for row in read_rows(folder)] == [str(step) for step in range(1, 13)]
+    assert [row["val_top1"] for row in read_rows(folder)].count("") == 9
+    best = torch.load(folder / "checkpoints/best.ckpt", weights_only=True)
+    assert best["global_step"] == 4
+
+    config.name, config.data.batch_size = "two", 4
+    write_yaml(tmp_path / "config.yaml", "test", config)
+    said = run_command("train", tmp_path / "config.yaml", folder=tmp_path)
+    assert said.count("stopped early at step 9: 2 evaluations have found nothing better than step 3") == 1
+    summary = json.loads((folder.parent / "two/summary.json").read_text())
+    assert (summary["processes"], summary["stopped_early"], summary["steps"]) == (2, True, 9)
+
+
+def test_patience_needs_something_to_evaluate_on(settings, coloured, tmp_path):
+    config = settings()
+    config.evaluation.patience = 2
+    shutil.copytree(coloured / "train", tmp_path / "alone/train")
+    config.data.root, config.data.val_fraction = (str(tmp_path / "alone"),), 0.0
+    with pytest.raises(UserError, match=r"--evaluation\.patience needs images to evaluate on, and there are none"):
+        train(config, "test")
+    config.model.freeze = True
+    with pytest.raises(UserError, match=r"--evaluation\.patience is not for --model\.freeze"):
+        config.check()
 
 
 @pytest.mark.parametrize(("step", "workers"), [(4, 0), (6, 2)])

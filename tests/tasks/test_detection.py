@@ -15,7 +15,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from resuming import assert_same_run, resume_without_start
+from resuming import assert_same_run, assert_stops_early, resume_without_start
 from safetensors.torch import load_file
 from torchrun import run_command
 
@@ -298,6 +298,10 @@ def test_info_of_a_detector(trained, capsys):
     count = sum(t.numel() for n, t in weights.items() if "running" not in n and "num_batches" not in n) / 1e6
     assert "heads for 6 classes" in text
     assert f"{count:.2f} M" in text
+
+
+def test_early_stopping(settings, monkeypatch, capsys):
+    assert_stops_early(settings(), 3, monkeypatch, capsys)
 
 
 def test_a_stopped_run_resumes_as_if_it_had_not(settings, train_until):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from resuming import assert_same_run, resume_without_start
+from resuming import assert_same_run, assert_stops_early, resume_without_start
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -311,6 +311,10 @@ def test_a_run_from_pretraining_to_its_files(settings, pretrained, tmp_path, sha
     wanted = Segmentation(64, 48, interpolation="bicubic")(model, normalize, image)
     assert (torch.from_numpy(numbers.copy()) == wanted).float().mean() > 0.99
     assert (out / f"0000-{photo.stem}.png").exists()
+
+
+def test_early_stopping(settings, monkeypatch, capsys):
+    assert_stops_early(settings(), 3, monkeypatch, capsys)
 
 
 def test_a_stopped_run_resumes_as_if_it_had_not(settings, train_until):

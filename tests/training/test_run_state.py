@@ -623,7 +623,7 @@ def test_an_event_file_that_cannot_be_written(short, tmp_path):
     config.trainer.log_every_n_steps = 1
     write_yaml(tmp_path / "run.yaml", "test", config)
     script = (
-        "import resource, sys; from itpn.cli import main; from itpn.training import tensorboard as e; "
+        "import resource, sys; from itpn.cli import main; from itpn.training.loggers import tensorboard as e; "
         "inner = e.EventFiles.log_metrics\n"
         "def log(self, *a, **k):\n"
         "    resource.setrlimit(resource.RLIMIT_FSIZE, (100, resource.RLIM_INFINITY))\n"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from itpn.checkpoints.files import Checkpoint, read_checkpoint
+from itpn.errors import UserError
 from itpn.seeding import derive_seed
 from itpn.system.accidents import guard
 from itpn.tasks.augmentation import replace_colours
@@ -101,6 +102,8 @@ def make_job(spec: TaskSpec, config: RunConfig, recipe: str, data: Any, model: A
     if evaluator is not None:
         evaluator.train = data.train
         validation = Validation(module, evaluator, config.evaluation_interval, spec.evaluation_prefix)
+    if config.patience is not None and (evaluator is None or evaluator.best is None):
+        raise UserError("--evaluation.patience needs images to evaluate on, and there are none: leave it out")
     draw = None if spec.build_visualization is None else spec.build_visualization(module, config, data)
     rows = {} if spec.describe_data is None else dict(spec.describe_data(config, data))
     cut = getattr(config.data, "window_size", None) is not None

@@ -10,6 +10,7 @@ import os
 import typing
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -108,6 +109,9 @@ class EvaluationConfig(Settings):
 
     every_n_epochs: PositiveInt = 1
     """Epochs between evaluations; there is one at the end as well."""
+    patience: PositiveInt | None = None
+    """Evaluations without a better validation metric (top-1 accuracy, box AP or mIoU) after which training stops; None
+    trains to the end."""
     batch_size: BatchSize = 1
     """Images per process and forward pass."""
 
@@ -231,9 +235,12 @@ class TrainerConfig(Settings):
     keep_checkpoints: PositiveInt = 3
     """Newest checkpoints kept, beside the best."""
     log_every_n_steps: PositiveInt = 10
-    """Optimizer steps between entries of metrics.csv and TensorBoard."""
+    """Optimizer steps between entries of metrics.csv and of --trainer.logger."""
     visualize_every_n_steps: PositiveInt | None = None
     """Optimizer steps between visualizations of predictions; None for ten in a run."""
+    logger: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """What shows metrics and visualizations; wandb and mlflow get settings and final files too. Several may be given.
+    wandb needs `pip install 'itpn[wandb]'`, mlflow `pip install 'itpn[mlflow]'`."""
 
 
 @dataclass
@@ -252,11 +259,12 @@ class RunConfig(Settings):
     free: ClassVar[Mapping[str, frozenset[str]]] = {
         "model": frozenset({"checkpoint", "channel_map", "grad_checkpointing"}),
         "data": frozenset({"num_workers", "max_corrupt", "show_channels"}),
-        "evaluation": frozenset({"every_n_epochs", "batch_size"}),
+        "evaluation": frozenset({"every_n_epochs", "batch_size", "patience"}),
         "trainer": frozenset(
             {
                 *("max_epochs", "max_steps", "precision", "accelerator", "devices", "num_nodes", "compile"),
                 *("checkpoint_every_n_steps", "keep_checkpoints", "log_every_n_steps", "visualize_every_n_steps"),
+                "logger",
             }
         ),
     }
@@ -303,17 +311,28 @@ class RunConfig(Settings):
         own = getattr(self, "evaluation", None)
         return own.every_n_epochs if isinstance(own, EvaluationConfig) else 1
 
+    @property
+    def patience(self) -> int | None:
+        """Evaluations without a better validation metric after which training stops; None for settings without such."""
+        own = getattr(self, "evaluation", None)
+        return own.patience if isinstance(own, EvaluationConfig) else None
+
     def sharding_problem(self) -> str | None:
         """Why the run cannot be sharded (`--trainer.strategy fsdp`); None where it can."""
         return f"is not for runs of {self.task}"
 
 
 def check_start(config: RunConfig, recipe: str) -> None:
-    """Find a missing file of start weights early; a run that has begun needs it no more.
+    """Find early that a logger is not installed, or that there is no file of start weights; a run that has begun needs
+    no weights.
 
     Raises:
-        UserError: it is not there.
+        UserError: so it is.
     """
+    for name in {"wandb", "mlflow"} & {*config.trainer.logger}:
+        found = find_spec(name)
+        if found is None or found.origin is None:  # without an origin it is a mere folder of that name, as wandb makes
+            raise UserError(f"--trainer.logger {name} needs the package {name}: pip install 'itpn[{name}]'")
     begun = os.path.isdir(Path(config.output_dir, recipe, config.name, "checkpoints"))
     if config.model.checkpoint is not None and not begun:
         check_file(config.model.checkpoint, "--model.checkpoint")

@@ -23,6 +23,8 @@ class Evaluation(ABC):
         metrics: those found last; None each before.
         score: of the last evaluation, larger is better; None where metrics do not say how good a network is.
         step: of the last evaluation.
+        best_score: of all evaluations.
+        since_best: evaluations after the one with the best score.
     """
 
     def __init__(self, names: Sequence[str], every_n_epochs: int) -> None:
@@ -30,6 +32,8 @@ class Evaluation(ABC):
         self.every_n_epochs = every_n_epochs
         self.score: float | None = None
         self.step = -1
+        self.best_score = float("-inf")
+        self.since_best = 0
         self._named: set[str] = set()
 
     @abstractmethod
@@ -44,6 +48,9 @@ class Evaluation(ABC):
         with eval_mode(module):
             self.metrics = {**self.metrics, **self.evaluate(fabric)}
         self.step = step
+        if self.score is not None:
+            better = self.score > self.best_score  # not if it is not a number
+            self.best_score, self.since_best = (self.score, 0) if better else (self.best_score, self.since_best + 1)
 
     def describe(self) -> dict[str, str]:
         """Rows of the table at the end."""
@@ -57,7 +64,10 @@ class Evaluation(ABC):
                 print_note(f"skipped {name}: {reason}")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"metrics": self.metrics, "score": self.score, "step": self.step}
+        patience = {"best_score": self.best_score, "since_best": self.since_best}
+        return {"metrics": self.metrics, "score": self.score, "step": self.step, **patience}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.metrics, self.score, self.step = state["metrics"], state["score"], state["step"]
+        # earlier versions did not count
+        self.best_score, self.since_best = state.get("best_score", self.best_score), state.get("since_best", 0)

@@ -22,6 +22,7 @@ from itpn.training.checkpointing import Checkpointing
 from itpn.training.compilation import compile_networks
 from itpn.training.data import read_batches
 from itpn.training.launch import launch_processes, quieten_libraries, read_launch
+from itpn.training.loggers.group import open_loggers
 from itpn.training.metrics_log import MetricsLog
 from itpn.training.optimization import make_optimizer, measure_run
 from itpn.training.run_folder import RunFolder
@@ -29,7 +30,6 @@ from itpn.training.sharding import distribute, make_training_fabric
 from itpn.training.state import Job, Training
 from itpn.training.stopping import StopRequest
 from itpn.training.summary import complete, finish, print_start, summarize, write_summary
-from itpn.training.tensorboard import open_events
 from itpn.training.visualization import Visualizations
 
 
@@ -82,9 +82,9 @@ def run_job(fabric: L.Fabric, console: Output, folder: RunFolder, job: Job, newe
     stop.signals.set()
     try:
         run = set_up(fabric, console, folder, job)
-        with open_events(folder, step if step or folder.restarted else None) as events:
-            log = MetricsLog(run, events)
-            checkpointing, visualizations = Checkpointing(log), Visualizations(run, events)
+        with open_loggers(folder, run.config, step, console, run.main) as loggers:
+            log = MetricsLog(run, loggers)
+            checkpointing, visualizations = Checkpointing(log), Visualizations(run, loggers)
             if resumed is not None:
                 checkpointing.restore(resumed)
             at_end = run.at_end
@@ -92,10 +92,10 @@ def run_job(fabric: L.Fabric, console: Output, folder: RunFolder, job: Job, newe
                 missing = checkpointing.complete(visualizations)
             else:
                 train(run, log, checkpointing, visualizations, stop)
-        if run.main and at_end:
-            complete(log, missing, visualizations.latest)
-        elif run.main:
-            finish(log, visualizations.latest)
+            if run.main and at_end:
+                complete(log, missing, visualizations.latest)
+            elif run.main:
+                finish(log, visualizations.latest)
     finally:
         stop.signals.restore()
 
@@ -153,6 +153,10 @@ def train(
                     checkpointing.save(batch)
             if stopping:
                 raise RunStopped(stop.signum or signal.SIGTERM)
+        if evaluation is not None and run.stopped_early:
+            stopped = f"stopped early at step {run.step}: {evaluation.since_best} evaluations have found nothing better"
+            best = f"than step {checkpointing.best_step}, which is {run.folder.best}"
+            run.console.print(f"{stopped} {best}", markup=False, highlight=False, soft_wrap=True)
     except RunStopped as stopped:
         if run.main:
             write_summary(run.folder, summarize(log, finished=False))

@@ -1,4 +1,4 @@
-"""The metrics of a run: metrics.csv, TensorBoard, and a line in the terminal."""
+"""The metrics of a run: metrics.csv, loggers, and a line in the terminal."""
 
 import math
 import os
@@ -9,10 +9,10 @@ from torch import Tensor
 
 from itpn.distributed import mean
 from itpn.training.guards import CorruptFiles, NonFiniteGuard, is_finite
+from itpn.training.loggers.group import Loggers
 from itpn.training.metrics_file import append_row, complete_row, keep_rows
 from itpn.training.progress import ProgressReport, Speed
 from itpn.training.state import Training
-from itpn.training.tensorboard import EventFiles
 
 
 class MetricsLog:
@@ -24,9 +24,9 @@ class MetricsLog:
         metrics: those logged last, with those of the last evaluation.
     """
 
-    def __init__(self, run: Training, events: EventFiles) -> None:
+    def __init__(self, run: Training, loggers: Loggers) -> None:
         self.run = run
-        self.events = events
+        self.loggers = loggers
         self.speed = Speed(run.device)
         self.corrupt = CorruptFiles(run)
         self.guard = NonFiniteGuard(run)
@@ -40,6 +40,7 @@ class MetricsLog:
 
     def start(self) -> None:
         run = self.run
+        self.loggers.start()
         self._logged_step, self._compiling = run.step, run.compilation.pending
         self.speed.restart(run.loader.wait_seconds)
         if run.main:
@@ -109,7 +110,7 @@ class MetricsLog:
             run.console.print(f"warning: {warning}", style="yellow", highlight=False, soft_wrap=True)
         with run.folder.writing(run.folder.metrics):
             append_row(run.folder.metrics, {"step": run.step, "epoch": run.epoch, **row})
-        self.events.log_metrics(row, run.step)
+        self.loggers.log_metrics(row, run.step)
 
     def describe(self) -> str:
         """The last metrics in a line."""
@@ -125,7 +126,7 @@ class MetricsLog:
         if run.main:
             with run.folder.writing(run.folder.metrics):
                 complete_row(run.folder.metrics, {"step": run.step, **found})
-            self.events.log_metrics(found, run.step)
+            self.loggers.log_metrics(found, run.step)
 
     def flush(self) -> None:
         """Bring to the disk what was logged, before a checkpoint after which it will not be logged again."""
@@ -134,7 +135,7 @@ class MetricsLog:
             return
         with self.run.folder.writing(rows), rows.open("rb") as file:
             os.fsync(file.fileno())
-        self.events.flush()
+        self.loggers.flush()
 
     def state_dict(self) -> dict[str, Any]:
         """What a summary says of training, as numbers that a checkpoint can hold."""

@@ -53,6 +53,7 @@ class RunFolder:
         self.metrics = self.path / "metrics.csv"
         self.summary = self.path / "summary.json"
         self.events = self.path / "tensorboard"
+        self.logger_ids = self.path / "loggers.json"
         self.last = self.checkpoints / "last.ckpt"
         self.best = self.checkpoints / "best.ckpt"
         self.keep = config.trainer.keep_checkpoints
@@ -300,7 +301,8 @@ class RunFolder:
         """Raise UserError where a folder or a pipe, say, has the name of a file of the run, or a file of a folder."""
         for path in (self.path, self.visualizations, self.events):
             check_kind(path, folder=True)
-        for path in (Path(self._lock.lock_file), self.settings, self.metrics, self.summary, self.weights):
+        files = (self.settings, self.metrics, self.summary, self.weights, self.logger_ids)
+        for path in (Path(self._lock.lock_file), *files):
             check_kind(path)
 
     def _read_settings(self) -> StoredSettings | None:

@@ -107,4 +107,10 @@ class Training:
 
     @property
     def at_end(self) -> bool:
-        return self.step >= self.length.total_steps
+        return self.step >= self.length.total_steps or self.stopped_early
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether as many evaluations as ``--evaluation.patience`` says have found no better network."""
+        patience, evaluation = self.config.patience, self.evaluation
+        return patience is not None and evaluation is not None and evaluation.since_best >= patience

@@ -46,6 +46,7 @@ def summarize(log: MetricsLog, finished: bool) -> dict[str, Any]:
         "name": config.name,
         "task": config.task,
         "finished": finished,
+        "stopped_early": run.stopped_early,
         "epochs": run.step / run.length.steps_per_epoch,
         "steps": run.step,
         "images_seen": log.images_seen,
@@ -88,7 +89,8 @@ def complete(log: MetricsLog, missing: bool, visualization: Path | None) -> None
         same = hold_the_same(new, folder.weights)
         new.unlink() if same else new.replace(folder.weights)
     missing = missing or not same
-    line = f"{folder.path} is complete at step {run.step}; raise --trainer.max-epochs or max-steps to train longer, "
+    longer = "--evaluation.patience" if run.stopped_early else "--trainer.max-epochs or max-steps"
+    line = f"{folder.path} is complete at step {run.step}; raise {longer} to train longer, "
     line += "or choose another --name" + ("; writing the weights and summary it lacked" if missing else "")
     run.console.print(line, markup=False, highlight=False, soft_wrap=True)
     if missing:
@@ -105,7 +107,9 @@ def save_weights(run: Training, path: Path) -> dict[str, str]:
 
 def write_results(log: MetricsLog, written: dict[str, str]) -> dict[str, Any]:
     summary = {**summarize(log, finished=True), **written}
-    write_summary(log.run.folder, summary)
+    folder = log.run.folder
+    write_summary(folder, summary)
+    log.loggers.log_files([folder.settings, folder.metrics, folder.summary, folder.weights])
     return summary
 
 

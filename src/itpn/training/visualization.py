@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from itpn.system.writing import open_whole
+from itpn.training.loggers.group import Loggers
 from itpn.training.state import Training
-from itpn.training.tensorboard import EventFiles
 
 
 class Visualizations:
@@ -19,11 +19,11 @@ class Visualizations:
         latest: the file of the last step's.
     """
 
-    def __init__(self, run: Training, events: EventFiles) -> None:
+    def __init__(self, run: Training, loggers: Loggers) -> None:
         self.latest: Path | None = None
         self._run = run
         self._draw = run.job.draw if run.main and not run.sharded else None
-        self._events = events
+        self._loggers = loggers
         self._every = run.config.trainer.visualize_every_n_steps or math.ceil(run.length.total_steps / 10)
 
     @property
@@ -40,7 +40,7 @@ class Visualizations:
             drawn = self._draw()
         with run.folder.writing(self.latest), open_whole(self.latest) as file:
             drawn.save(file, "PNG")
-        self._events.log_image(run.folder.visualizations.name, drawn, run.step)
+        self._loggers.log_image(run.folder.visualizations.name, drawn, run.step)
 
     @property
     def path(self) -> Path:

@@ -117,6 +117,8 @@ class ClassificationConfig(RunConfig):
             )
         if model.migrate_ratio is not None and not 0 <= model.migrate_ratio < 1:
             raise UserError(f"--model.migrate-ratio must be at least 0 and below 1, not {model.migrate_ratio}")
+        if model.freeze and self.patience is not None:
+            raise UserError("--evaluation.patience is not for --model.freeze, which does not evaluate meanwhile")
         check_fine_tuning(self)
 
     def check_sizes(self) -> None:

@@ -2,16 +2,17 @@
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from itpn.training.loggers.logger import Ending, Logger
 from itpn.training.run_folder import RunFolder
 
 
-class EventFiles:
+class EventFiles(Logger):
     """Writes ``tensorboard/`` of a run.
 
     TensorBoard writes in a thread of its own; what goes wrong there is raised by the next call.
@@ -44,30 +45,26 @@ class EventFiles:
     def log_image(self, name: str, image: Image.Image, step: int) -> None:
         self._write("add_image", name, np.asarray(image), step, dataformats="HWC")
 
-    def flush(self, close: bool = False) -> None:
+    def flush(self) -> None:
         if self._writer is not None:
             self._write("flush")
-            if close:
-                self._write("close")
+
+    def close(self, ending: Ending) -> None:
+        self.flush()
+        if self._writer is not None:
+            self._write("close")
 
 
 @contextmanager
-def open_events(folder: RunFolder, purge_step: int | None) -> Iterator[EventFiles]:
-    """Event files for a while; what goes wrong in TensorBoard's thread is raised here, and nowhere else."""
-    events = EventFiles(folder, purge_step)
+def quiet_thread() -> Iterator[None]:
+    """No traceback of TensorBoard's thread, whose error the next call raises."""
     hook, threading.excepthook = threading.excepthook, _leave_to_caller
     try:
-        yield events
-        events.flush(close=True)
-    except BaseException:
-        with suppress(Exception):  # something else went wrong before, which is what is said
-            events.flush(close=True)
-        raise
+        yield
     finally:
         threading.excepthook = hook
 
 
 def _leave_to_caller(arguments: threading.ExceptHookArgs) -> None:
-    """No traceback of TensorBoard's thread, whose error the next call raises."""
     if not type(arguments.thread).__module__.startswith("tensorboard."):
         threading.__excepthook__(arguments)
