@@ -4,18 +4,18 @@
 
 The folder holds `train`, `val` and `annotations/instances_{train,val}.json`. Each arm pre-trains the same network with
 the same images, crops and masks; only mean and std of the images, and the target, differ. Then masked patches of the
-validation images are reconstructed, and a detector is fine-tuned from the weights with a fraction of the labels.
-Metrics go to OUT/dark_images.csv, reconstructions into the folder of each run.
+validation images are reconstructed, and a detector is fine-tuned from the weights with a fraction of the labels, with the
+same steps and augmentation as from scratch. Metrics go to OUT/targets.csv and OUT/detection.csv, reconstructions into
+the folder of each run.
 """
 
 import argparse
 import csv
 import json
-import shutil
 from pathlib import Path
 
 import torch
-from arms import Failures
+from arms import Failures, show_means
 from rich.console import Console
 from rich.table import Table
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -145,31 +145,18 @@ def pretrain(arm: str, options: argparse.Namespace, own: Statistics, seed: int) 
     return train(config, recipe)
 
 
-def keep_labels(options: argparse.Namespace) -> Path:
-    """A data set with a fraction of the training images, evenly from all, and all of validation."""
-    folder = options.out / f"labels-{options.label_fraction}"
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "annotations").mkdir(parents=True)
-    for part in ("train", "val"):
-        (folder / part).symlink_to((options.data / part).resolve())
-        content = json.loads((options.data / "annotations" / f"instances_{part}.json").read_text())
-        if part == "train":
-            content["images"] = content["images"][:: round(1 / options.label_fraction)]
-            kept = {image["id"] for image in content["images"]}
-            content["annotations"] = [one for one in content["annotations"] if one["image_id"] in kept]
-        (folder / "annotations" / f"instances_{part}.json").write_text(json.dumps(content))
-    return folder
-
-
-def detect(arm: str, options: argparse.Namespace, root: Path, checkpoint: Path | None, own: Statistics, seed: int):
+def detect(arm: str, options: argparse.Namespace, checkpoint: Path | None, own: Statistics, fraction: float, seed: int):
+    """Box AP and AP50 on the validation images, of the last step."""
     recipe, config = read_recipe("detector_nano")
     config.model.masks = False
-    config.data.root, config.data.img_size, config.data.batch_size = str(root), options.detector_size, 4
+    config.data.root, config.data.img_size, config.data.batch_size = str(options.data), options.detector_size, 4
     config.data.max_size, config.data.num_workers = options.detector_size * 3 // 2, 0
+    config.data.label_fraction, config.data.rotate90 = fraction, True
     config.trainer.max_epochs, config.trainer.max_steps = 10**6, options.detector_steps
     config.trainer.visualize_every_n_steps = config.evaluation.every_n_epochs = 10**6  # both at the end
     config.trainer.checkpoint_every_n_steps = 10**6
-    config.seed, config.name, config.output_dir = seed, f"{arm}-{seed}", str(options.out)
+    config.seed, config.name, config.output_dir = seed, f"{arm}-{fraction:g}-{seed}", str(options.out)
+    config.optimizer.lr = options.detector_lr[arm == "scratch"]
     if checkpoint is None:
         config.model.scratch, config.model.name, config.model.patch_size = True, "itpn_nano", 8
         config.data.mean, config.data.std = own
@@ -178,6 +165,14 @@ def detect(arm: str, options: argparse.Namespace, root: Path, checkpoint: Path |
         config.model.checkpoint = str(checkpoint)
     metrics = json.loads((train(config, recipe) / "summary.json").read_text())["metrics"]
     return {name: metrics[f"val_box_{name.lower()}"] for name in ("AP", "AP50")}
+
+
+def write(rows: list[dict], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def main() -> None:
@@ -190,41 +185,44 @@ def main() -> None:
     # of 0.2 and less a nucleus covers several patches, of which some are visible
     parser.add_argument("--crop-scale", nargs=2, type=float, default=[0.05, 0.2])
     parser.add_argument("--lr", type=float, default=1.5e-3)
-    parser.add_argument("--label-fraction", type=float, default=0.05)
-    parser.add_argument("--detector-steps", type=int, default=120, help="0 for no detector")
-    parser.add_argument("--detector-size", type=int, default=128)
+    parser.add_argument("--label-fractions", nargs="+", type=float, default=[0.05, 0.2, 1.0])
+    parser.add_argument("--detector-steps", type=int, default=300, help="0 for no detector")
+    parser.add_argument("--detector-size", type=int, default=192)
+    parser.add_argument("--detector-lr", nargs=2, type=float, default=[1e-3, 1e-3], help="pre-trained, from scratch")
     parser.add_argument("--out", type=Path, default=Path("runs/dark_images"))
     options = parser.parse_args()
     images = read_images(options.data / "train")
     data = measure_statistics(images)
-    crops, root = cut_crops(read_images(options.data / "val"), 64), keep_labels(options)
-    rows, failures = [], Failures()
+    crops = cut_crops(read_images(options.data / "val"), 64)
+    rows, found, failures = list[dict](), list[dict](), Failures()
     for seed in options.seeds:
         for arm in options.arms:
             with failures.of(f"{arm}, seed {seed}"):
                 own = (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
                 if arm == "scratch" or ARMS[arm][0]:
                     own = data
-                row, weights = {"arm": arm, "seed": seed, **dict.fromkeys(COLUMNS, float("nan"))}, None
+                weights = None
                 if arm != "scratch":
-                    row |= divide_target(images, arm, own, data)
-                if arm != "scratch" and options.steps:
-                    weights = pretrain(arm, options, own, seed) / "model.safetensors"
-                    row |= explain_content(weights, crops, own, data)
-                if options.steps and options.detector_steps:
-                    row |= detect(arm, options, root, weights, own, seed)
-                rows.append(row)
-                Console().print(row)
-                with (options.out / "dark_images.csv").open("w", newline="") as file:
-                    writer = csv.DictWriter(file, rows[0])
-                    writer.writeheader()
-                    writer.writerows(rows)
-    columns = [name for name in rows[0] if name not in ("arm", "seed")] if rows else []
-    table = Table("arm", *columns, title=f"{options.steps} steps, mean over seeds {options.seeds}")
+                    row = {"arm": arm, "seed": seed, **dict.fromkeys(COLUMNS, float("nan"))}
+                    rows.append(row | divide_target(images, arm, own, data))
+                    if options.steps:
+                        weights = pretrain(arm, options, own, seed) / "model.safetensors"
+                        rows[-1] |= explain_content(weights, crops, own, data)
+                    Console().print(rows[-1])
+                    write(rows, options.out / "targets.csv")
+                for fraction in options.label_fractions if options.steps and options.detector_steps else ():
+                    metrics = detect(arm, options, weights, own, fraction, seed)
+                    found.append({"arm": arm, "fraction": fraction, "seed": seed, **metrics})
+                    Console().print(found[-1])
+                    write(found, options.out / "detection.csv")
+    table = Table("arm", *COLUMNS, title=f"{options.steps} steps, mean over seeds {options.seeds}")
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own_rows = [row for row in rows if row["arm"] == arm]
-        table.add_row(arm, *(f"{sum(row[name] for row in own_rows) / len(own_rows):.3f}" for name in columns))
+        table.add_row(arm, *(f"{sum(row[name] for row in own_rows) / len(own_rows):.3f}" for name in COLUMNS))
     Console().print(table)
+    for name in ("AP", "AP50") if found else ():
+        title = f"box {name} in %, {options.detector_steps} steps"
+        show_means(found, name, options.arms, options.label_fractions, title)
     failures.end()
 
 
