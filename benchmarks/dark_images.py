@@ -4,9 +4,9 @@
 
 The folder holds `train`, `val` and `annotations/instances_{train,val}.json`. Each arm pre-trains the same network with
 the same images, crops and masks; only mean and std of the images, and the target, differ. Then masked patches of the
-validation images are reconstructed, and a detector is fine-tuned from the weights with a fraction of the labels, with the
-same steps and augmentation as from scratch. Metrics go to OUT/targets.csv and OUT/detection.csv, reconstructions into
-the folder of each run.
+validation images are reconstructed, and a detector is fine-tuned from the weights with a fraction of the labels, with
+the same steps and augmentation as from scratch. Metrics go to OUT/targets.csv and OUT/detection.csv, reconstructions
+into the folder of each run.
 """
 
 import argparse
@@ -86,12 +86,8 @@ def divide_target(images: list[Tensor], arm: str, own: Statistics, data: Statist
         channels = 3 if settings["norm_pix_per"] == "channel" else 1
         pixels = normalize_patches(pixels, channels, settings["norm_pix_floor"])[0]
     target = pixels.unflatten(-1, (-1, 3))  # [n, N, p * p, C]
-    std = (
-        patchify(Normalize(Pixels(mean=data[0], std=data[1]))(crops), config.patch_size)
-        .unflatten(-1, (-1, 3))
-        .std(dim=2)
-        .mean(dim=-1)
-    )
+    shown = patchify(Normalize(Pixels(mean=data[0], std=data[1]))(crops), config.patch_size).unflatten(-1, (-1, 3))
+    std = shown.std(dim=2).mean(dim=-1)
     mean = target.mean(dim=2, keepdim=True)
     total, varying = target.square().sum(), (target - mean).square()
     offsets, noise = float(1 - varying.sum() / total), float(varying[std < 0.05].sum() / total)
