@@ -273,10 +273,11 @@ def test_a_logger_that_is_not_installed(settings, tmp_path, monkeypatch, capsys,
 
 
 @pytest.fixture
-def server():
+def server(tmp_path):
     """A tracking server of MLflow's REST interface, as far as runs and metrics; what it got, and whether it answers."""
     got, state = [], {"up": True}
-    info = {"run_id": "1f", "run_uuid": "1f", "run_name": "r", "experiment_id": "7", "artifact_uri": "file:///nowhere"}
+    info = {"run_id": "1f", "run_uuid": "1f", "run_name": "r", "experiment_id": "7"}
+    info["artifact_uri"] = (tmp_path / "artifacts").as_uri()
     answers = {
         "experiments/get-by-name": {"experiment": {"experiment_id": "7", "name": "itpn"}},
         "runs/create": {"run": {"info": {**info, "status": "RUNNING"}, "data": {}}},
