@@ -1,8 +1,10 @@
 """Arms of a comparison: one that fails is named in a line, and does not end the others."""
 
+import csv
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from rich.console import Console
@@ -29,6 +31,15 @@ class Failures:
         """Exit with 1 if an arm failed."""
         if self.reasons:
             raise SystemExit(f"failed: {', '.join(self.reasons)}")
+
+
+def write_rows(rows: Sequence[dict], path: Path) -> None:
+    """All rows so far as a CSV file, whose columns are those of the first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 def show_means(rows: Sequence[dict], metric: str, arms: Iterable[str], fractions: Sequence[float], title: str) -> None:

@@ -8,13 +8,12 @@ OUT/bands.csv.
 """
 
 import argparse
-import csv
 import json
 import os
 from pathlib import Path
 
 import tifffile
-from arms import Failures, show_means
+from arms import Failures, show_means, write_rows
 from rich.console import Console
 
 import itpn
@@ -56,7 +55,7 @@ def main() -> None:
                     miou = segment(data, everything, checkpoint, fraction, seed, options)
                     rows.append({"arm": arm, "fraction": fraction, "seed": seed, "miou": miou})
                     Console().print(rows[-1])
-                    write(rows, options.out / "bands.csv")
+                    write_rows(rows, options.out / "bands.csv")
     show_means(rows, "miou", options.arms, options.fractions, f"mIoU in %, {options.steps} steps")
     failures.end()
 
@@ -110,14 +109,6 @@ def limit(config, steps: int, out: Path) -> None:
     if hasattr(config, "evaluation"):
         config.evaluation.every_n_epochs = 10**6
     config.output_dir = str(out)
-
-
-def write(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
 
 
 if __name__ == "__main__":

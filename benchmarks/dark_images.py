@@ -10,12 +10,11 @@ into the folder of each run.
 """
 
 import argparse
-import csv
 import json
 from pathlib import Path
 
 import torch
-from arms import Failures, show_means
+from arms import Failures, show_means, write_rows
 from rich.console import Console
 from rich.table import Table
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
@@ -163,14 +162,6 @@ def detect(arm: str, options: argparse.Namespace, checkpoint: Path | None, own: 
     return {name: metrics[f"val_box_{name.lower()}"] for name in ("AP", "AP50")}
 
 
-def write(rows: list[dict], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
@@ -205,12 +196,12 @@ def main() -> None:
                         weights = pretrain(arm, options, own, seed) / "model.safetensors"
                         rows[-1] |= explain_content(weights, crops, own, data)
                     Console().print(rows[-1])
-                    write(rows, options.out / "targets.csv")
+                    write_rows(rows, options.out / "targets.csv")
                 for fraction in options.label_fractions if options.steps and options.detector_steps else ():
                     metrics = detect(arm, options, weights, own, fraction, seed)
                     found.append({"arm": arm, "fraction": fraction, "seed": seed, **metrics})
                     Console().print(found[-1])
-                    write(found, options.out / "detection.csv")
+                    write_rows(found, options.out / "detection.csv")
     table = Table("arm", *COLUMNS, title=f"{options.steps} steps, mean over seeds {options.seeds}")
     for arm in dict.fromkeys(row["arm"] for row in rows):
         own_rows = [row for row in rows if row["arm"] == arm]

@@ -7,11 +7,10 @@ Each arm takes the same steps on the same images with the same augmentation; onl
 
 import argparse
 import copy
-import csv
 import json
 from pathlib import Path
 
-from arms import Failures, show_means
+from arms import Failures, show_means, write_rows
 from rich.console import Console
 
 from itpn.tasks.recipe_files import read_recipe
@@ -60,13 +59,7 @@ def main() -> None:
                     rows.append({"arm": arm, "fraction": fraction, "seed": seed, "top1": metrics["val_top1"]})
                     rows[-1] |= {"ema_top1": metrics["ema_val_top1"], "seconds": summary["duration_seconds"]}
                     Console().print(rows[-1])
-                    options.out.mkdir(parents=True, exist_ok=True)
-                    with (options.out / f"labels-{'-'.join(map(str, options.seeds))}.csv").open(
-                        "w", newline=""
-                    ) as file:
-                        writer = csv.DictWriter(file, rows[0])
-                        writer.writeheader()
-                        writer.writerows(rows)
+                    write_rows(rows, options.out / f"labels-{'-'.join(map(str, options.seeds))}.csv")
     fractions = sorted({row["fraction"] for row in rows})
     show_means(rows, "top1", ARMS, fractions, f"top-1 in %, {options.steps} steps")
     failures.end()

@@ -28,7 +28,6 @@ from itpn.data.readers import check_lost, read_file, read_head
 
 BLOCK, ROWS = 2**24, 256  # pixels of a mask that are looked at together; rows, which are whole tiles as a rule
 WHOLE = 4  # times --data.max-pixels: a decoded mask has a byte a pixel
-KEPT = 4  # files of which windows are read that stay open
 THREADS = 8  # that read headers, of files which may be far away
 WIDTH, LENGTH = 256, 257  # tags of TIFF
 AS_STORED = (1, 2, 3)  # photometric interpretations whose values are as they are stored: grey, RGB, palette
@@ -203,7 +202,7 @@ def count_values(file: MaskFile) -> list[int]:
     return found.nonzero()[0].tolist()
 
 
-_open_files: OpenFiles[RegionMask] = OpenFiles(KEPT)
+_open_files: OpenFiles[RegionMask] = OpenFiles()
 _decoded: OpenFiles[DecodedMask] = OpenFiles(1)
 
 

@@ -32,7 +32,7 @@ class OpenFiles(Generic[File]):
         most: files at a time; of those that are dropped nothing stays open.
     """
 
-    def __init__(self, most: int) -> None:
+    def __init__(self, most: int = 4) -> None:
         self._most, self._process = most, os.getpid()
         self._files: dict[Hashable, File] = {}
 

@@ -46,7 +46,6 @@ from itpn.errors import UserError
 NO_LIMIT = 2**62
 TRIED = 1000  # images that are opened to find a readable one
 LARGE_FILE = 2**26  # bytes: a larger photograph is read in parts where it can be
-KEPT = 4  # files of which windows are read that stay open
 TRAINED = "the training images have"
 HEAD = DICOM_START  # bytes that tell the format
 
@@ -188,7 +187,7 @@ def _check_type(image: Image, settings: ReadSettings, name: str) -> Image:
     return image
 
 
-_open_files: OpenFiles[ImageFile] = OpenFiles(KEPT)
+_open_files: OpenFiles[ImageFile] = OpenFiles()
 
 
 def _open_for_windows(data: bytes | Path | BandsOf | UnreadableImage, settings: ReadSettings, name: str) -> Image:

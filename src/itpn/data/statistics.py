@@ -9,7 +9,7 @@ import numpy as np
 from itpn.data.decode import UnreadableImage
 from itpn.data.distribution import Distribution
 from itpn.data.formats.reader import check_size
-from itpn.data.image_type import ImageType, ValueRange, dtype_range, to_pairs
+from itpn.data.image_type import ImageType, ValueRange, dtype_range, to_pairs, to_percents
 from itpn.data.readers import Reader
 from itpn.data.samples import Sample, open_sample, settle
 from itpn.data.shard_images import ShardImages
@@ -22,7 +22,6 @@ SAMPLED = 512  # images of a large data set
 VALUES = 2**22  # of each channel that percentiles of more than 16 bits are computed from
 ALL_VALUES = 2**26  # of all channels
 PERCENTS = (0.0, 0.1, 1.0, 2.0, 5.0, 25.0, 50.0, 75.0, 95.0, 98.0, 99.0, 99.9, 100.0)
-PERCENT = "%"
 DEFAULT_RANGE = ("0.1%", "99.9%")  # of images of more than 8 bits: hot and dead pixels do not take the contrast
 SENTINELS = (-9999.0, -99999.0, -32768.0, -(2.0**31))  # values of pixels without data in files that do not say so
 
@@ -248,8 +247,7 @@ def find_range(value_range: Sequence[str], kind: ImageType, sums: Sequence[Distr
     value_range = tuple(value_range) or (("dtype",) if eight_bits else DEFAULT_RANGE)
     if value_range == ("dtype",):
         return [dtype_range(kind)] * kind.channels
-    if value_range[0].endswith(PERCENT):
-        percents = [float(text.rstrip(PERCENT)) for text in value_range]
-        found = [channel.percentile(percents) for channel in sums]
+    if value_range[0].endswith("%"):
+        found = [channel.percentile(to_percents(value_range)) for channel in sums]
         return [(low, high if high > low else low + 1.0) for low, high in found]
     return [*to_pairs(value_range, kind.channels)]

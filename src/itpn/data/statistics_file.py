@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from itpn.data.bands import MARK, split_bands
+from itpn.data.bands import split_bands
 from itpn.data.file_types import STATS_FILE
 from itpn.data.files import ImageSource, find_training_images
 from itpn.data.readers import FileReader, Reader, Subset
@@ -101,7 +101,7 @@ def sign_images(source: ImageSource, root: str) -> str:
     measured = {*np.linspace(0, len(paths) - 1, min(MEASURED, len(paths))).round().astype(int).tolist()}
     digest = hashlib.sha256()
     for number, path in enumerate(paths):
-        sizes = [_size(own) for own in (split_bands(path) if MARK in path else (path,))] if number in measured else []
+        sizes = [_size(own) for own in split_bands(path)] if number in measured else []
         name = path.removeprefix(root).lstrip(os.sep)
         digest.update(f"{name}\n{sizes}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()[:16]

@@ -70,7 +70,7 @@ def cut_windows(
     """
 
     def look(index: int) -> tuple[int, int, str]:
-        if annotated is not None and annotated[index].prod() <= 4 * size**2:
+        if annotated is not None and not is_large(int(annotated[index, 0]), int(annotated[index, 1]), size):
             return size, size, ""  # there is nothing to be said about it
         name = files.name(index)
         try:
